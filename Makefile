@@ -1,0 +1,51 @@
+# make quickstart   the whole job on this machine: base model, conversion, ProFit, export, answers, figure
+# make test         lint and every test that runs without a GPU; sets itself up
+# make test-all     the longer checks as well
+
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTEST := $(PYTHON) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint format test test-all quickstart clean
+
+help:
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)
+
+# The environment is rebuilt only when what it is made from changes.
+$(STAMP): setup.py constraints.txt .python-version
+	@candidate=$$(for p in python3.12 python3 python; do \
+	    "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; \
+	  done); \
+	if [ -z "$$candidate" ]; then \
+	  echo "error: Python 3.12 is needed and was not found; install it (e.g. 'pyenv install 3.12') and run make again." >&2; exit 1; \
+	fi; \
+	[ -x $(PYTHON) ] || "$$candidate" -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV) (a few minutes the first time) ..."
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(STAMP)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+quickstart: $(STAMP)
+	$(PYTHON) examples/quickstart.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
