@@ -1,0 +1,1 @@
+"""Models: what Megatron-Core builds from a HuggingFace folder."""

@@ -1,0 +1,255 @@
+"""Turns raw records of the common chat formats into one form, the messages that chat templates take.
+
+A record that is broken in itself raises `BrokenRecord` with a reason from a fixed list, so that preparation can go on
+and count; a file in a format that is not known raises `UnknownFormat`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.records import RawRecord
+
+WRONG_TYPE = "a field has the wrong type"
+MISSING_FIELD = "a field is missing"
+UNKNOWN_ROLE = "a role is not known"
+EMPTY_ASSISTANT = "an assistant turn is empty"
+NO_ASSISTANT = "there is no assistant turn"
+NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
+WEIGHTED = "a message has a weight other than 1, which is not supported"
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+}
+# Roles whose text is the JSON of one tool call or of several.
+CALL_ROLES = ("function_call", "tool_call")
+
+FORMATS = (
+    "alpaca (instruction, input, output; optional system, history, tools)",
+    "sharegpt (conversations: a list of from, value; optional system, tools)",
+    "OpenAI (messages: a list of role, content; optional tools)",
+)
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a chat template takes.
+
+    Attributes:
+        messages: Each has `role` (system, user, assistant or tool) and `content` (str), and where the record has them
+            `reasoning_content`, `tool_calls`, `tool_call_id` and `name`.
+        tools: JSON schemas of the tools offered to the model, None without any.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def assistant_messages(self) -> list[Message]:
+        return [message for message in self.messages if message["role"] == "assistant"]
+
+
+class UnknownFormat(DataError):
+    """A record has the keys of no known format."""
+
+
+def normalise(record: RawRecord) -> Conversation:
+    """The conversation that a raw record holds, whichever known format it is in.
+
+    The format is told by the keys: `messages`, `conversations`, or else `instruction` or `output`. Entries may name
+    their fields role and content or from and value in either of the first two.
+
+    Raises:
+        UnknownFormat: The record has none of these keys.
+        BrokenRecord: The record is of a known format but cannot be used.
+    """
+    value = {key: item for key, item in record.value.items() if item is not None}
+    if "messages" in value:
+        messages = _messages(value["messages"])
+    elif "conversations" in value:
+        messages = _messages(value["conversations"])
+    elif "instruction" in value or "output" in value:
+        messages = _alpaca_messages(value)
+    else:
+        raise UnknownFormat(
+            f"{record.where}: the format is not known, found the keys {shown(list(record.value), 200)}; "
+            f"known are {'; '.join(FORMATS)}. Rename the fields to one of these"
+        )
+    conversation = Conversation(_with_system(value, messages), _tools(value.get("tools")))
+    _check(conversation)
+    return conversation
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every string anywhere inside lists and dicts, keys included (without recursion: data may nest deeply)."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend(item.keys())
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple):
+            stack.extend(item)
+
+
+def _alpaca_messages(value: dict[str, Any]) -> list[Message]:
+    messages: list[Message] = []
+    for pair in _typed(value, "history", list, default=[]):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise BrokenRecord(WRONG_TYPE, f"history holds {shown(pair)}, not a pair of texts")
+        messages += _exchange(_text(pair[0]), _text(pair[1]))
+    parts = (_typed(value, "instruction", str), _typed(value, "input", str, default=""))
+    query = "\n".join(part for part in parts if part)
+    return messages + _exchange(query, _typed(value, "output", str))
+
+
+def _exchange(query: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
+
+
+def _messages(entries: Any) -> list[Message]:
+    if not isinstance(entries, list):
+        raise BrokenRecord(WRONG_TYPE, f"the list of messages is {shown(entries)}")
+    return [_message(entry) for entry in entries]
+
+
+def _message(entry: Any) -> Message:
+    if not isinstance(entry, dict):
+        raise BrokenRecord(WRONG_TYPE, f"a message is {shown(entry)}, not an object")
+    entry = {key: item for key, item in entry.items() if item is not None}
+    name = _either(entry, "role", "from")
+    if not isinstance(name, str) or name not in ROLES:
+        raise BrokenRecord(UNKNOWN_ROLE, f"{shown(name)}; known are {', '.join(ROLES)}")
+    if name in CALL_ROLES:
+        calls = _tool_calls(_parsed(_either(entry, "content", "value")))
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+    role = ROLES[name]
+    return {"role": role, **(_assistant_fields(entry) if role == "assistant" else _fields(entry))}
+
+
+def _fields(entry: dict[str, Any]) -> Message:
+    identifiers = {key: _typed(entry, key, str) for key in ("name", "tool_call_id") if key in entry}
+    return {"content": _text(_either(entry, "content", "value")), **identifiers}
+
+
+def _assistant_fields(entry: dict[str, Any]) -> Message:
+    if entry.get("weight", 1) != 1:
+        raise BrokenRecord(WEIGHTED, f"weight is {shown(entry['weight'])}")
+    fields: Message = {}
+    if entry.get("tool_calls"):
+        fields["tool_calls"] = _tool_calls(entry["tool_calls"])
+    # A template tells "no reasoning field" from an empty one: only the former lets it find <think> in the content.
+    if reasoning := _typed(entry, "reasoning_content", str, default=""):
+        fields["reasoning_content"] = reasoning
+    has_content = "content" in entry or "value" in entry or "tool_calls" not in fields
+    return {"content": _text(_either(entry, "content", "value")) if has_content else "", **fields}
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        calls = [calls]
+    return [_tool_call(call) for call in calls]
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    """One call as {"type", "function": {"name", "arguments"}}; arguments given as JSON text become the object."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise BrokenRecord(WRONG_TYPE, f"a tool call is {shown(call)}, not an object")
+    arguments = _parsed(function.get("arguments") or {})
+    if not isinstance(arguments, dict):
+        raise BrokenRecord(WRONG_TYPE, f"the arguments of a tool call are {shown(arguments)}")
+    identifier = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    name = _typed(function, "name", str)
+    return {**identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    tools = _parsed(tools) if tools else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BrokenRecord(WRONG_TYPE, f"tools is {shown(tools)}, not a list of objects")
+    # Some data sets leave the outer object out; models were trained with it.
+    return [tool if "type" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _with_system(value: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages led by the record's `system` text; a system message that is already there stands instead."""
+    system = _typed(value, "system", str, default="")
+    if not system or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _check(conversation: Conversation) -> None:
+    answers = conversation.assistant_messages
+    if not answers:
+        raise BrokenRecord(NO_ASSISTANT, f"roles: {[m['role'] for m in conversation.messages]}")
+    for answer in answers:
+        if not answer["content"].strip() and not answer.get("tool_calls"):
+            raise BrokenRecord(EMPTY_ASSISTANT, f"content is {shown(answer['content'])}")
+    for text in strings([conversation.messages, conversation.tools]):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BrokenRecord(NOT_ENCODABLE, f"{error.object[error.start]!r}, a lone half") from error
+
+
+def _text(content: Any) -> str:
+    """Content as one string; a list of text parts is joined."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_part_text(part) for part in content)
+    raise BrokenRecord(WRONG_TYPE, f"a message's content is {shown(content)}, not text")
+
+
+def _part_text(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+    if not isinstance(text, str):
+        raise BrokenRecord(WRONG_TYPE, f"a part of a message's content is {shown(part)}, not text")
+    return text
+
+
+def _parsed(value: Any) -> Any:
+    """`value`, or what it says if it is a string of JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BrokenRecord(WRONG_TYPE, f"{shown(value)} is not JSON ({error})") from error
+
+
+def _either(entry: dict[str, Any], key: str, other: str) -> Any:
+    if key not in entry and other not in entry:
+        raise BrokenRecord(MISSING_FIELD, f"neither {key} nor {other} in {shown(entry)}")
+    return entry[key] if key in entry else entry[other]
+
+
+def _typed(value: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """`value[key]`, checked to be of type `kind`; `default` if it is absent and a default is given."""
+    found = value.get(key, default)
+    if found is None:
+        raise BrokenRecord(MISSING_FIELD, key)
+    if not isinstance(found, kind):
+        raise BrokenRecord(WRONG_TYPE, f"{key} is {shown(found)}, not {kind.__name__}")
+    return found

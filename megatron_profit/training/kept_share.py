@@ -1,0 +1,45 @@
+"""Warns when the objective keeps almost no token, which is a run that trains nothing."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+
+class KeptShareMonitor:
+    """Watches the share of supervised tokens that the objective keeps on this rank.
+
+    It reads the counts back only once per `window` micro-batches, so that a GPU is not made to wait.
+
+    Args:
+        window: Micro-batches between two checks.
+        limit: The share of kept tokens below which it warns.
+    """
+
+    def __init__(self, window: int = 32, limit: float = 0.01) -> None:
+        self.window = window
+        self.limit = limit
+        self._reset()
+
+    def _reset(self) -> None:
+        self._micro_batches = 0
+        self._counts: torch.Tensor | None = None
+
+    def add(self, num_kept: torch.Tensor, num_supervised: torch.Tensor) -> None:
+        """Count one micro-batch; warn at the end of a window in which too little was kept."""
+        counts = torch.stack([num_kept, num_supervised])
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._micro_batches += 1
+        if self._micro_batches < self.window:
+            return
+        kept, supervised = self._counts.tolist()
+        if supervised and kept < self.limit * supervised:
+            warnings.warn(
+                f"the objective kept {kept} of the last {supervised} supervised tokens on this rank "
+                f"(under {self.limit:.0%}), so this run trains almost nothing. A model that was never "
+                "trained gives every token a small probability: start from a base model or from plain "
+                "SFT (--objective sft), or choose another --prob-threshold.",
+                stacklevel=2,
+            )
+        self._reset()

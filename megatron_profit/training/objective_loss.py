@@ -1,0 +1,180 @@
+"""The objective as a Megatron loss: output processor, loss function and metrics.
+
+`ObjectiveLoss` is all that a pretrain script of one's own needs; `megatron_profit.sft` uses the same.
+Megatron calls the output processor in place of output layer and loss (GPTModel.forward), and the loss
+function afterwards on the last pipeline stage. Both see one micro-batch, through one `MicroBatchLoss`.
+
+Shape suffixes: B micro-batch, S sequence, H hidden, N = S * B tokens in sequence-first order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.training import get_args
+
+from megatron_profit.objectives import Objective, token_uniform
+from megatron_profit.ops import linear_objective
+from megatron_profit.training.kept_share import KeptShareMonitor
+
+NORMALIZATIONS = ("valid", "kept")
+# Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
+# vanishes in fp32 beside any real count.
+_NO_TOKEN = 1e-20
+
+
+@dataclass(frozen=True)
+class ObjectiveLoss:
+    """Makes Megatron train `objective` in place of the plain cross-entropy.
+
+    Needs `--calculate-per-token-loss`: the loss is a sum with a count, so that the gradient of a global
+    batch does not depend on how it is split into micro-batches and over data-parallel ranks.
+
+    Attributes:
+        objective: From `megatron_profit.objectives.build_objective`.
+        normalization: "valid" divides the summed loss by the supervised tokens of the global batch
+            (ProFit's official code), "kept" by the tokens whose weight is not zero.
+        vocab_size: Size of the vocabulary without Megatron's padding; None when it is not padded.
+        seed: For objectives that select at random.
+
+    Raises:
+        ValueError: For an unknown normalization.
+    """
+
+    objective: Objective
+    normalization: str = "valid"
+    vocab_size: int | None = None
+    seed: int = 0
+    monitor: KeptShareMonitor = field(default_factory=KeptShareMonitor, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization {self.normalization!r} is unknown; "
+                f"choose one of {', '.join(NORMALIZATIONS)}"
+            )
+
+    def micro_batch(self, sample_index: torch.Tensor | None = None) -> MicroBatchLoss:
+        """Begin a micro-batch.
+
+        Args:
+            sample_index: [B] int64, distinct for each sample of the run; only objectives that select
+                at random need it.
+        """
+        return MicroBatchLoss(self, sample_index)
+
+
+class MicroBatchLoss:
+    """The objective on one micro-batch: what the model gets, then what Megatron gets."""
+
+    def __init__(self, loss: ObjectiveLoss, sample_index: torch.Tensor | None) -> None:
+        self._loss = loss
+        self._sample_index = sample_index
+        self._supervised: torch.Tensor | None = None
+        self._statistics: Any = None
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `GPTModel.forward`, beside `labels` (and `loss_mask` where used)."""
+        return {"output_processor": self._process_output}
+
+    def _process_output(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        output_layer: torch.nn.Module,
+        output_weight: torch.Tensor | None,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Hidden states [S, B, H] (S split over the group under sequence parallelism), labels [B, S]
+        and an optional loss mask [B, S] to the loss of each token [B, S] in fp32."""
+        group = output_layer.tp_group
+        if output_layer.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=group
+            )
+        labels_N = labels.transpose(0, 1).flatten()
+        mask_N = None if loss_mask is None else loss_mask.transpose(0, 1).flatten().float()
+        loss_N, statistics = linear_objective(
+            hidden_states.flatten(0, 1),
+            output_layer.weight if output_weight is None else output_weight,
+            labels_N,
+            self._loss.objective,
+            group=group if group.size() > 1 else None,
+            loss_weight=mask_N,
+            vocab_size=self._loss.vocab_size,
+            uniform=self._uniform(labels),
+            reduce_hidden_grad=not output_layer.sequence_parallel,
+        )
+        self._supervised = (labels_N != -100) if mask_N is None else (labels_N != -100) & (mask_N != 0)
+        self._statistics = statistics
+        return loss_N.view(labels.size(1), labels.size(0)).transpose(0, 1)
+
+    def _uniform(self, labels: torch.Tensor) -> torch.Tensor | None:
+        if "uniform" not in self._loss.objective.required_statistics or self._sample_index is None:
+            return None
+        position = torch.arange(labels.size(1), device=labels.device)
+        uniform_BS = token_uniform(self._loss.seed, self._sample_index[:, None], position[None, :])
+        return uniform_BS.transpose(0, 1).flatten()
+
+    def loss_func(
+        self, output_tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
+        supervised, statistics = self._supervised, self._statistics
+        loss = output_tensor.float().sum()
+        _validate(loss)
+        kept = supervised & (statistics.weight != 0)
+        num_supervised, num_kept = supervised.sum(), kept.sum()
+        self._loss.monitor.add(num_kept, num_supervised)
+        num_tokens = num_supervised if self._loss.normalization == "valid" else num_kept
+        prob = statistics.log_prob.float().exp()
+        dropped = supervised & ~kept
+        metrics = {
+            "objective": (loss, num_tokens),
+            "lm loss": (-statistics.log_prob[supervised].sum(), num_supervised),
+            "kept fraction": (num_kept, num_supervised),
+            "mean p kept": (prob[kept].sum(), num_kept),
+            "mean p dropped": (prob[dropped].sum(), dropped.sum()),
+            "supervised tokens": (num_supervised, torch.tensor(_share_of_step(), device=loss.device)),
+        }
+        report = {
+            name: torch.stack([total.detach().float(), count.float() + _NO_TOKEN])
+            for name, (total, count) in metrics.items()
+        }
+        return loss, num_tokens.to(torch.int), report
+
+
+def _share_of_step() -> float:
+    """1 / the micro-batches of a step over all data-parallel ranks, so that Megatron's sum over sum
+    of a metric becomes its total over the step."""
+    args = get_args()
+    if torch.is_grad_enabled():  # evaluation runs without
+        micro_batches = get_num_microbatches()
+    else:
+        micro_batches = args.eval_global_batch_size // (
+            args.eval_micro_batch_size * args.data_parallel_size
+        )
+    return 1.0 / (micro_batches * mpu.get_data_parallel_world_size(with_context_parallel=True))
+
+
+def _validate(loss: torch.Tensor) -> None:
+    """Hand NaN and infinite losses to Megatron's rerun state machine, as pretrain_gpt.py does."""
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=is_bad,
+            message=f"found {name} in local forward loss calculation",
+            tolerance=0.0,
+            fatal=True,
+        )

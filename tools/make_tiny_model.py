@@ -1,0 +1,322 @@
+"""Make a tiny Qwen3 with random weights, and a tokenizer of its own, as a HuggingFace folder.
+
+    python tools/make_tiny_model.py --out runs/tiny --data examples/data/arithmetic_*.jsonl
+
+What it writes has the shape of a published Qwen3 checkpoint (config, generation config, safetensors
+in fp32, tokenizer, chat template) at a size that a laptop trains in seconds, so the quickstart and
+the tests need no download. It keeps what tends to break a conversion: a head_dim that is not
+hidden_size / heads, grouped key/value heads, q and k norms, and a vocabulary with more rows than the
+tokenizer has tokens. The shape splits over two tensor- and two pipeline-parallel ranks.
+
+The folder is written beside its destination and renamed when it is complete. The same arguments give
+the same files.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+# Qwen3's roles: <|endoftext|> pads, <|im_end|> ends a turn and therefore generation.
+PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
+BYTES = 256
+
+# Qwen's rule for cutting text before the merges: every digit is a token of its own, so a number is
+# never one opaque symbol. It is the rule that `Qwen2Tokenizer` applies when the folder is loaded.
+PRE_TOKENIZER_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}\n"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}\n"
+    "{%- endfor -%}\n"
+    "{%- if add_generation_prompt -%}\n"
+    "{{- '<|im_start|>assistant\\n' -}}\n"
+    "{%- endif -%}\n"
+)
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """Dimensions of the model; the defaults are those of the quickstart.
+
+    Raises:
+        ValueError: a dimension cannot be built, or not split over two ranks; it is named.
+    """
+
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ):
+            self._require_multiple(name, 2, "so that two ranks can share it")
+        self._require_multiple("vocab_size", 4, "so that four ranks can share it")
+        smallest = BYTES + len(SPECIAL_TOKENS)
+        if self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; a byte-level tokenizer needs at least {smallest} "
+                f"({BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
+                f"num_key_value_heads, which is {self.num_key_value_heads}"
+            )
+
+    def _require_multiple(self, name: str, divisor: int, reason: str) -> None:
+        value = getattr(self, name)
+        if value <= 0 or value % divisor:
+            raise ValueError(
+                f"{name} is {value}; it must be a positive multiple of {divisor} {reason}"
+            )
+
+
+def read_texts(paths: Iterable[Path]) -> list[str]:
+    """Texts to train the tokenizer on: message contents of .jsonl files, other files as they are.
+
+    Raises:
+        FileNotFoundError: a path is no file.
+        ValueError: a .jsonl line is not `{"messages": [{"role": ..., "content": ...}, ...]}`, or
+            the files hold no text at all.
+    """
+    texts: list[str] = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"--data: {path} is not a file")
+        content = path.read_text(encoding="utf-8")
+        texts += _message_texts(content, path) if path.suffix == ".jsonl" else [content]
+    if not any(text.strip() for text in texts):
+        raise ValueError("--data: the files hold no text to train a tokenizer on")
+    return texts
+
+
+def _message_texts(content: str, path: Path) -> list[str]:
+    texts = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            for message in json.loads(line)["messages"]:
+                # The role is text of the prompt as well, so the merges should know it.
+                texts += [message["role"] + "\n", message["content"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object with `messages`, each with a text "
+                f"`role` and `content` ({type(error).__name__}: {error})"
+            ) from error
+    return texts
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens, special tokens last, as in Qwen3.
+
+    Short texts run out of pairs to merge before `vocab_size` is reached; the model then has rows
+    that no token uses, as Qwen3's 151,936 rows have for its 151,669 tokens.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZER_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        unk_token=PAD,
+        eos_token=TURN_END,
+        pad_token=PAD,
+        extra_special_tokens=[TURN_START],
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_config(shape: TinyShape, tokenizer: Qwen2Tokenizer) -> Qwen3Config:
+    """The Qwen3 configuration of a shape, with the tokenizer's special ids."""
+    return Qwen3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=2048,
+        max_window_layers=shape.num_layers,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=shape.tied,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
+    )
+
+
+def build_model(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
+    """A randomly initialised model; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    # Greedy: the answers of so small a model are read, not sampled.
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    return model
+
+
+def make_tiny_model(
+    out: Path,
+    data: Sequence[Path],
+    shape: TinyShape | None = None,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Trains the tokenizer, initialises the model, and writes both to the folder `out`.
+
+    Args:
+        out: destination; it appears only when it is complete.
+        data: chat records (.jsonl) or plain text files that the tokenizer learns from.
+        shape: dimensions; None takes the defaults.
+        seed: seed of the random weights.
+        overwrite: replace an existing model folder.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is not set, or it is not a model folder.
+        FileNotFoundError, ValueError: see `read_texts` and `TinyShape`.
+    """
+    shape = shape or TinyShape()
+    _check_destination(out, overwrite)
+    tokenizer = train_tokenizer(read_texts(data), shape.vocab_size)
+    model = build_model(build_config(shape, tokenizer), seed)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        # mkdtemp makes the folder private to its owner; a result has the user's usual permissions.
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)
+        if out.exists():
+            shutil.rmtree(out)
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def _check_destination(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise FileExistsError(f"--out: {out} exists; choose another folder or pass --overwrite")
+    # --overwrite deletes a folder; a mistyped path must not delete what this script never wrote.
+    is_model = out.is_dir() and not out.is_symlink() and (out / "config.json").is_file()
+    if not is_model and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"--out: {out} is not a model folder; refusing to overwrite it")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    defaults = TinyShape()
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="chat .jsonl or plain text that the tokenizer learns from",
+    )
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), help=" "
+        )
+    parser.add_argument(
+        "--tied",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.tied,
+        help="share the embedding with the output layer",
+    )
+    parser.add_argument("--untied", dest="tied", action="store_false", help="same as --no-tied")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        shape = TinyShape(
+            **{name: getattr(arguments, name) for name in TinyShape.__dataclass_fields__}
+        )
+        out = make_tiny_model(
+            arguments.out,
+            arguments.data,
+            shape,
+            seed=arguments.seed,
+            overwrite=arguments.overwrite,
+        )
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
