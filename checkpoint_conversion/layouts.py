@@ -1,0 +1,93 @@
+"""How the rows of several HuggingFace tensors are arranged in one Megatron tensor.
+
+Every layout here is a list of row blocks: "the next rows of the Megatron tensor are these rows of
+that HuggingFace tensor". Both directions read the same list, so they cannot disagree, and each
+block is a run of contiguous bytes on both sides. Rows are slices along the first axis; the other
+axes are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class RowBlock(NamedTuple):
+    """Rows [start, start + rows) of the HuggingFace tensor number `source`."""
+
+    source: int
+    start: int
+    rows: int
+
+
+Layout = tuple[RowBlock, ...]
+
+
+def copied(rows: int) -> Layout:
+    """One tensor, unchanged.
+
+    HuggingFace: [rows, …]. Megatron: [rows, …].
+    """
+    return (RowBlock(0, 0, rows),)
+
+
+def stacked_rows(*rows: int) -> Layout:
+    """Tensors one below the other, in the order given: gate, then up.
+
+    HuggingFace: [rows[0], …], [rows[1], …], …. Megatron: [sum(rows), …].
+    """
+    return tuple(RowBlock(source, 0, count) for source, count in enumerate(rows))
+
+
+def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Layout:
+    """Query, key and value projections, grouped per KV head.
+
+    HuggingFace: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden].
+    Megatron: [(heads + 2 * kv_heads) * head_dim, hidden]; for each KV head, the rows of its
+    heads / kv_heads query heads, then of its key, then of its value.
+    """
+    q_rows = heads // kv_heads * head_dim
+    return tuple(
+        RowBlock(source, group * rows, rows)
+        for group in range(kv_heads)
+        for source, rows in enumerate((q_rows, head_dim, head_dim))
+    )
+
+
+def rows_of(layout: Layout) -> int:
+    """The number of rows of the Megatron tensor."""
+    return sum(block.rows for block in layout)
+
+
+def clipped(layout: Layout, start: int, stop: int) -> Layout:
+    """The layout of rows [start, stop) of the Megatron tensor."""
+    return tuple(
+        RowBlock(block.source, block.start + max(start - first, 0), rows)
+        for first, block in _with_offsets(layout)
+        if (rows := min(first + block.rows, stop) - max(first, start)) > 0
+    )
+
+
+def merge(layout: Layout, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """HuggingFace tensors to the Megatron tensor."""
+    return torch.cat([tensors[source][start : start + rows] for source, start, rows in layout])
+
+
+def split(layout: Layout, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The Megatron tensor to HuggingFace tensors; the inverse of `merge`."""
+    counts = [0] * (1 + max(block.source for block in layout))
+    for block in layout:
+        counts[block.source] += block.rows
+    parts = [tensor.new_empty((rows, *tensor.shape[1:])) for rows in counts]
+    for first, (source, start, rows) in _with_offsets(layout):
+        parts[source][start : start + rows] = tensor[first : first + rows]
+    return parts
+
+
+def _with_offsets(layout: Layout) -> Iterator[tuple[int, RowBlock]]:
+    first = 0
+    for block in layout:
+        yield first, block
+        first += block.rows
