@@ -1,7 +1,7 @@
-"""Turns raw records of the common chat formats into one form, the messages that chat templates take.
+"""Turns raw records of the common chat formats into the messages that chat templates take.
 
-A record that is broken in itself raises `BrokenRecord` with a reason from a fixed list, so that preparation can go on
-and count; a file in a format that is not known raises `UnknownFormat`.
+A record that is broken in itself raises `BrokenRecord` with a reason from a fixed list, so that
+preparation can go on and count; a file in a format that is not known raises `UnknownFormat`.
 """
 
 import json
@@ -51,8 +51,8 @@ class Conversation:
     """What a chat template takes.
 
     Attributes:
-        messages: Each has `role` (system, user, assistant or tool) and `content` (str), and where the record has them
-            `reasoning_content`, `tool_calls`, `tool_call_id` and `name`.
+        messages: Each has `role` (system, user, assistant or tool) and `content` (str), and where
+            the record has them `reasoning_content`, `tool_calls`, `tool_call_id` and `name`.
         tools: JSON schemas of the tools offered to the model, None without any.
     """
 
@@ -71,8 +71,8 @@ class UnknownFormat(DataError):
 def normalise(record: RawRecord) -> Conversation:
     """The conversation that a raw record holds, whichever known format it is in.
 
-    The format is told by the keys: `messages`, `conversations`, or else `instruction` or `output`. Entries may name
-    their fields role and content or from and value in either of the first two.
+    The format is told by the keys: `messages`, `conversations`, or else `instruction` or `output`.
+    Entries may name their fields role and content or from and value in either of the first two.
 
     Raises:
         UnknownFormat: The record has none of these keys.
@@ -87,7 +87,7 @@ def normalise(record: RawRecord) -> Conversation:
         messages = _alpaca_messages(value)
     else:
         raise UnknownFormat(
-            f"{record.where}: the format is not known, found the keys {shown(list(record.value), 200)}; "
+            f"{record.where}: the format is not known, found the keys {shown(list(record.value))}; "
             f"known are {'; '.join(FORMATS)}. Rename the fields to one of these"
         )
     conversation = Conversation(_with_system(value, messages), _tools(value.get("tools")))
@@ -96,7 +96,7 @@ def normalise(record: RawRecord) -> Conversation:
 
 
 def strings(value: object) -> Iterator[str]:
-    """Every string anywhere inside lists and dicts, keys included (without recursion: data may nest deeply)."""
+    """Every string inside lists and dicts, keys included (no recursion: data may nest deeply)."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -134,6 +134,8 @@ def _message(entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise BrokenRecord(WRONG_TYPE, f"a message is {shown(entry)}, not an object")
     entry = {key: item for key, item in entry.items() if item is not None}
+    if entry.get("weight", 1) != 1:
+        raise BrokenRecord(WEIGHTED, f"weight is {shown(entry['weight'])}")
     name = _either(entry, "role", "from")
     if not isinstance(name, str) or name not in ROLES:
         raise BrokenRecord(UNKNOWN_ROLE, f"{shown(name)}; known are {', '.join(ROLES)}")
@@ -145,17 +147,17 @@ def _message(entry: Any) -> Message:
 
 
 def _fields(entry: dict[str, Any]) -> Message:
-    identifiers = {key: _typed(entry, key, str) for key in ("name", "tool_call_id") if key in entry}
+    present = [key for key in ("name", "tool_call_id") if key in entry]
+    identifiers: Message = {key: _typed(entry, key, str) for key in present}
     return {"content": _text(_either(entry, "content", "value")), **identifiers}
 
 
 def _assistant_fields(entry: dict[str, Any]) -> Message:
-    if entry.get("weight", 1) != 1:
-        raise BrokenRecord(WEIGHTED, f"weight is {shown(entry['weight'])}")
     fields: Message = {}
     if entry.get("tool_calls"):
         fields["tool_calls"] = _tool_calls(entry["tool_calls"])
-    # A template tells "no reasoning field" from an empty one: only the former lets it find <think> in the content.
+    # A template tells "no reasoning field" from an empty one: only the former lets it find <think>
+    # in the content.
     if reasoning := _typed(entry, "reasoning_content", str, default=""):
         fields["reasoning_content"] = reasoning
     has_content = "content" in entry or "value" in entry or "tool_calls" not in fields
@@ -169,7 +171,7 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any) -> dict[str, Any]:
-    """One call as {"type", "function": {"name", "arguments"}}; arguments given as JSON text become the object."""
+    """One call as {"type", "function": {"name", "arguments"}}, arguments read from JSON text."""
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise BrokenRecord(WRONG_TYPE, f"a tool call is {shown(call)}, not an object")
@@ -192,7 +194,7 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def _with_system(value: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages led by the record's `system` text; a system message that is already there stands instead."""
+    """The messages led by the record's `system` text, unless they begin with one of their own."""
     system = _typed(value, "system", str, default="")
     if not system or (messages and messages[0]["role"] == "system"):
         return messages
@@ -202,7 +204,9 @@ def _with_system(value: dict[str, Any], messages: list[Message]) -> list[Message
 def _check(conversation: Conversation) -> None:
     answers = conversation.assistant_messages
     if not answers:
-        raise BrokenRecord(NO_ASSISTANT, f"roles: {[m['role'] for m in conversation.messages]}")
+        raise BrokenRecord(
+            NO_ASSISTANT, f"roles {shown([m['role'] for m in conversation.messages])}"
+        )
     for answer in answers:
         if not answer["content"].strip() and not answer.get("tool_calls"):
             raise BrokenRecord(EMPTY_ASSISTANT, f"content is {shown(answer['content'])}")
@@ -210,7 +214,9 @@ def _check(conversation: Conversation) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise BrokenRecord(NOT_ENCODABLE, f"{error.object[error.start]!r}, a lone half") from error
+            raise BrokenRecord(
+                NOT_ENCODABLE, f"{error.object[error.start]!r}, a lone surrogate"
+            ) from error
 
 
 def _text(content: Any) -> str:
@@ -246,7 +252,7 @@ def _either(entry: dict[str, Any], key: str, other: str) -> Any:
 
 
 def _typed(value: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """`value[key]`, checked to be of type `kind`; `default` if it is absent and a default is given."""
+    """`value[key]`, checked to be of type `kind`; `default` if it is absent and one is given."""
     found = value.get(key, default)
     if found is None:
         raise BrokenRecord(MISSING_FIELD, key)

@@ -1,8 +1,14 @@
-"""The two ways data can be wrong: the whole preparation stops (`DataError`), or one record is left out (`BrokenRecord`)."""
+"""Two ways for data to be wrong: `DataError` stops the preparation, `BrokenRecord` leaves one
+out."""
+
+import reprlib
+
+# Bounded in depth and length: what is shown may be a whole record, and may nest without end.
+_SHORT = reprlib.Repr(maxlevel=3, maxlist=12, maxdict=8, maxstring=60, maxlong=30)
 
 
 class DataError(ValueError):
-    """The data or the tokenizer cannot be used; the message names the file, the finding and the remedy."""
+    """The data or the tokenizer cannot be used; the message names the finding and the remedy."""
 
 
 class BrokenRecord(ValueError):
@@ -19,7 +25,7 @@ class BrokenRecord(ValueError):
         self.detail = detail
 
 
-def shown(value: object, limit: int = 60) -> str:
-    """`value` as it appears in a message: its repr, cut to `limit` characters."""
-    text = repr(value[: limit + 1] if isinstance(value, str) else value)
-    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+def shown(value: object) -> str:
+    """`value` as it appears in a message: its repr, with the middle left out where it is long."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]} ..."

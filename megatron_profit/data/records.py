@@ -1,7 +1,8 @@
 """Reads data files into raw records that remember where they came from.
 
-Only the container is understood here (JSON list, JSON lines, parquet); what a record means is decided in chat.py.
-A damaged container stops the reading: a file that ends in the middle must not become a shorter data set.
+Only the container is understood here (JSON list, JSON lines, parquet); what a record means is
+decided in chat.py. A damaged container stops the reading: a file that ends in the middle must not
+become a shorter data set.
 """
 
 import json
@@ -39,11 +40,13 @@ def read_records(files: str | Path | Sequence[str | Path]) -> Iterator[RawRecord
     """Yields the records of all files, in the order of the files and of the records in them.
 
     Args:
-        files: One path or several, each ending in .json (a list, or JSON lines), .jsonl or .parquet.
+        files: One path or several, each ending in .json (a list, or JSON lines), .jsonl or
+            .parquet.
 
     Raises:
-        DataError: No file, a file that is missing, unreadable, empty or of unknown suffix, text that is not JSON,
-            or a record that is not an object. Paths and suffixes of all files are checked before the first is read.
+        DataError: No file, a file that is missing, unreadable, empty or of unknown suffix, text
+            that is not JSON, or a record that is not an object. Paths and suffixes of all files are
+            checked before the first is read.
     """
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not paths:
@@ -57,7 +60,7 @@ def read_records(files: str | Path | Sequence[str | Path]) -> Iterator[RawRecord
 def _check_path(path: Path) -> None:
     if path.suffix.lower() not in _READERS:
         raise DataError(
-            f"{path}: unknown suffix {path.suffix!r}; convert the file to one of {', '.join(_READERS)}"
+            f"{path}: unknown suffix {path.suffix!r}; convert it to one of {', '.join(_READERS)}"
         )
     if not path.is_file():
         finding = "is a directory; name the files in it" if path.is_dir() else "does not exist"
@@ -75,7 +78,9 @@ def _read_file(path: Path) -> Iterator[RawRecord]:
             f"{path}: cannot be read ({error}); check the file and its permissions"
         ) from error
     if empty:
-        raise DataError(f"{path}: holds no record; remove it from the list of files or write it anew")
+        raise DataError(
+            f"{path}: holds no record; remove it from the list of files or write it anew"
+        )
 
 
 def _read_json(path: Path) -> Iterator[RawRecord]:
@@ -83,7 +88,7 @@ def _read_json(path: Path) -> Iterator[RawRecord]:
     if text.lstrip().startswith("["):
         values = enumerate(_parse(text, str(path)), start=1)
         return (_record(value, path, number, "record") for number, value in values)
-    if _is_one_object(text):
+    if _is_one_value(text):  # an object written over several lines
         return iter([_record(json.loads(text), path, 1, "record")])
     return _read_jsonl(path)
 
@@ -98,17 +103,19 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
 
 
 def _read_parquet(path: Path) -> Iterator[RawRecord]:
+    for number, row in enumerate(_parquet_rows(path), start=1):
+        yield _record(_without_nulls(row), path, number, "record")
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield _record(_without_nulls(value), path, number, "record")
-    except pyarrow.ArrowException as error:
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
             f"{path}: not a readable parquet file ({error}); write it anew, or convert it to .jsonl"
         ) from error
@@ -120,8 +127,8 @@ _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parque
 def _record(value: Any, path: Path, number: int, unit: Literal["line", "record"]) -> RawRecord:
     if not isinstance(value, dict):
         raise DataError(
-            f"{path}, {unit} {number}: a record must be an object with named fields, found "
-            f"{type(value).__name__} {shown(value)}; wrap it, e.g. in {{'messages': [...]}}, or remove it"
+            f"{path}, {unit} {number}: a record must be an object with named fields, "
+            f"found {type(value).__name__} {shown(value)}; wrap it in one or remove it"
         )
     return RawRecord(value, str(path), number, unit)
 
@@ -141,7 +148,7 @@ def _parse(text: str, file: str, line: int = 1) -> Any:
         ) from error
 
 
-def _is_one_object(text: str) -> bool:
+def _is_one_value(text: str) -> bool:
     """Whether the text is one JSON value, perhaps over many lines, rather than JSON lines."""
     try:
         json.loads(text)
@@ -161,7 +168,7 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without the fields that are null: a parquet row has every field of the column, used or not."""
+    """`value` without its null fields: a parquet row has every field of the schema, used or not."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
