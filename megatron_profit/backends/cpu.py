@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,33 +117,36 @@ def _properties(device: Any = None) -> types.SimpleNamespace:
     )
 
 
+def _returning(value: Any) -> Callable[..., Any]:
+    """A new function at every call: torch._dynamo refuses one function under two names."""
+    return lambda *args, **kwargs: value
+
+
 def _replace_torch_cuda() -> None:
     """Replace the functions of torch.cuda that Megatron calls."""
-    nothing = lambda *args, **kwargs: None  # noqa: E731
-    zero = lambda *args, **kwargs: 0  # noqa: E731
     stream = _Stream()
     replacements = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "_lazy_init": nothing,
+        "_lazy_init": _returning(None),
         "_lazy_call": lambda call, **kwargs: call(),
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": lambda: _CPU,
-        "set_device": nothing,
+        "set_device": _returning(None),
         "device": lambda device: contextlib.nullcontext(),
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "synchronize": _returning(None),
+        "empty_cache": _returning(None),
         "Stream": _Stream,
         "Event": _Event,
         "stream": lambda stream: contextlib.nullcontext(),
-        "set_stream": nothing,
+        "set_stream": _returning(None),
         "current_stream": lambda *args: stream,
         "default_stream": lambda *args: stream,
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda *args: torch.get_rng_state(),
         "set_rng_state": lambda state, *args: torch.set_rng_state(state),
-        "manual_seed": lambda seed: torch.manual_seed(seed),
-        "manual_seed_all": lambda seed: torch.manual_seed(seed),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
         "get_device_properties": _properties,
         "get_device_capability": lambda *args: (8, 0),
         "get_device_name": lambda *args: "cpu",
@@ -155,11 +159,11 @@ def _replace_torch_cuda() -> None:
             ),
             0,
         ),
-        "memory_allocated": zero,
-        "memory_reserved": zero,
-        "max_memory_allocated": zero,
-        "max_memory_reserved": zero,
-        "reset_peak_memory_stats": nothing,
+        "memory_allocated": _returning(0),
+        "memory_reserved": _returning(0),
+        "max_memory_allocated": _returning(0),
+        "max_memory_reserved": _returning(0),
+        "reset_peak_memory_stats": _returning(None),
         "mem_get_info": lambda *args: (0, 0),
     }
     for name, replacement in replacements.items():
@@ -205,6 +209,38 @@ def _split_sizes_as_lists() -> None:
     torch.distributed.all_to_all_single = all_to_all_single
 
 
+def _allow_uneven_sizes() -> None:
+    """Let all_gather and reduce_scatter take first dimensions that differ between ranks."""
+    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    def is_even(tensors):
+        return len({len(tensor) for tensor in tensors if tensor.dim()}) <= 1
+
+    def gather(tensor_list, tensor, group=None, async_op=False):
+        if is_even(tensor_list):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        longest = max(map(len, tensor_list))
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        all_gather(gathered, padded, group=group)
+        for target, source in zip(tensor_list, gathered, strict=True):
+            target.copy_(source[: len(target)])
+        return None
+
+    def scatter(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+        if is_even(input_list):
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        joined = torch.cat(input_list)
+        torch.distributed.all_reduce(joined, op=op, group=group)
+        parts = joined.split([len(tensor) for tensor in input_list])
+        output.copy_(parts[torch.distributed.get_rank(group)])
+        return None
+
+    torch.distributed.all_gather = gather
+    torch.distributed.reduce_scatter = scatter
+
+
 TORCH_PATCHES = (
     Patch(
         name="cpu-no-dynamo",
@@ -234,6 +270,14 @@ TORCH_PATCHES = (
         file="torch/distributed/distributed_c10d.py",
         reason="Megatron's expert parallelism passes split sizes as CPU tensors; gloo wants lists.",
         apply=_split_sizes_as_lists,
+    ),
+    Patch(
+        name="cpu-uneven-collectives",
+        upstream=_TORCH,
+        file="torch/distributed/distributed_c10d.py",
+        reason="Tensor-parallel experts gather and scatter as many tokens as were routed to each rank; "
+        "NCCL takes sizes that differ, gloo does not.",
+        apply=_allow_uneven_sizes,
     ),
 )
 
