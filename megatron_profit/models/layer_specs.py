@@ -138,7 +138,9 @@ def _local_block_spec(
     if config.normalization != "RMSNorm":
         return block
     return dataclasses.replace(
-        block, layer_specs=[_with_own_parts(s, config) for s in block.layer_specs], layer_norm=RMSNorm
+        block,
+        layer_specs=[_with_own_parts(s, config) for s in block.layer_specs],
+        layer_norm=RMSNorm,
     )
 
 

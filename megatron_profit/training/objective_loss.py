@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.training import get_args
 
 from megatron_profit.objectives import Objective, token_uniform
-from megatron_profit.ops import linear_objective
+from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
 from megatron_profit.training.kept_share import KeptShareMonitor
 
 NORMALIZATIONS = ("valid", "kept")
@@ -76,8 +76,7 @@ class MicroBatchLoss:
     def __init__(self, loss: ObjectiveLoss, sample_index: torch.Tensor | None) -> None:
         self._loss = loss
         self._sample_index = sample_index
-        self._supervised: torch.Tensor | None = None
-        self._statistics: Any = None
+        self._statistics: LinearObjectiveStatistics | None = None
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
@@ -114,7 +113,6 @@ class MicroBatchLoss:
             uniform=self._uniform(labels),
             reduce_hidden_grad=not output_layer.sequence_parallel,
         )
-        self._supervised = (labels_N != -100) if mask_N is None else (labels_N != -100) & (mask_N != 0)
         self._statistics = statistics
         return loss_N.view(labels.size(1), labels.size(0)).transpose(0, 1)
 
@@ -129,14 +127,15 @@ class MicroBatchLoss:
         self, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
-        supervised, statistics = self._supervised, self._statistics
+        statistics = self._statistics
+        supervised = statistics.supervised
         loss = output_tensor.float().sum()
         _validate(loss)
         kept = supervised & (statistics.weight != 0)
         num_supervised, num_kept = supervised.sum(), kept.sum()
         self._loss.monitor.add(num_kept, num_supervised)
         num_tokens = num_supervised if self._loss.normalization == "valid" else num_kept
-        prob = statistics.log_prob.float().exp()
+        prob = statistics.prob
         dropped = supervised & ~kept
         metrics = {
             "objective": (loss, num_tokens),
@@ -144,7 +143,10 @@ class MicroBatchLoss:
             "kept fraction": (num_kept, num_supervised),
             "mean p kept": (prob[kept].sum(), num_kept),
             "mean p dropped": (prob[dropped].sum(), dropped.sum()),
-            "supervised tokens": (num_supervised, torch.tensor(_share_of_step(), device=loss.device)),
+            "supervised tokens": (
+                num_supervised,
+                torch.tensor(_share_of_step(), device=loss.device),
+            ),
         }
         report = {
             name: torch.stack([total.detach().float(), count.float() + _NO_TOKEN])

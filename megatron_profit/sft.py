@@ -1,0 +1,33 @@
+"""The training entry: `torchrun … -m megatron_profit.sft …` (console script `megatron-profit-sft`).
+
+It chooses the device before anything imports Megatron; the rest is in `megatron_profit.training.main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_profit.backends import DEVICES, activate
+
+
+def main() -> None:
+    """Run supervised fine-tuning with the flags of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    device = parser.parse_known_args()[0].device
+    # Tensor parallelism overlaps communication only with this, and Megatron insists on it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    try:
+        activate(device)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+    from megatron_profit.training.main import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

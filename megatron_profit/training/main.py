@@ -1,0 +1,91 @@
+"""The SFT run: Megatron's own `pretrain()` with our model config, data provider and forward step.
+
+This is the counterpart of Megatron-LM's pretrain_gpt.py, and about as long.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_timers, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import is_first_or_last_pipeline_stage
+
+from checkpoint_conversion.errors import ConversionError
+from megatron_profit.data import DataError
+from megatron_profit.models.layer_specs import layer_spec
+from megatron_profit.objectives import build_objective
+from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
+from megatron_profit.training.batch import get_batch
+from megatron_profit.training.datasets import SFTData, prepare_data
+from megatron_profit.training.objective_loss import MicroBatchLoss, ObjectiveLoss
+
+
+def run() -> None:
+    """Train with the flags of the command line; bad input ends the process before Megatron starts."""
+    try:
+        arguments = read_arguments(sys.argv[1:])
+        data = prepare_data(arguments)
+    except (ArgumentsError, ConversionError, DataError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-profit-sft: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    train(arguments.with_valid_examples(0 if data.valid is None else len(data.valid)), data)
+
+
+def train(arguments: SFTArguments, data: SFTData) -> None:
+    """Hand everything to Megatron's `pretrain()`."""
+    args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+    model_config = gpt_config_from_args(args)
+    if args.spec is None:
+        model_config.transformer_layer_spec = layer_spec
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        data.provider(args),
+        ModelType.encoder_or_decoder,
+        make_forward_step(objective_loss_from_args(args)),
+    )
+    torch.distributed.destroy_process_group()
+
+
+def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
+    """The loss that the flags ask for."""
+    return ObjectiveLoss(
+        build_objective(args.objective, **args.objective_options),
+        normalization=args.objective_normalization,
+        vocab_size=args.vocab_size,
+        seed=args.seed,
+    )
+
+
+def make_forward_step(objective_loss: ObjectiveLoss) -> Callable:
+    """Megatron's forward step: a micro-batch through the model, and how to get its loss."""
+
+    def forward_step(
+        data_iterator: Iterator, model: GPTModel
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
+        if not is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
+            return model(None, None, None), _no_loss
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = get_batch(data_iterator)
+        timers("batch-generator").stop()
+        loss: MicroBatchLoss = objective_loss.micro_batch(batch.sample_index)
+        output = model(
+            batch.tokens, batch.position_ids, None, labels=batch.labels, **loss.model_kwargs
+        )
+        return output, loss.loss_func
+
+    return forward_step
+
+
+def _no_loss(output_tensor: torch.Tensor) -> tuple:
+    raise RuntimeError("the loss is computed on the last pipeline stage only")
