@@ -97,7 +97,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
     # Bytes, because text mode would also end lines at characters that JSON strings may hold.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            text = _decode(line, f"{path}, line {number}")
+            text = _decode(line.rstrip(b"\r\n"), f"{path}, line {number}")
             if text.strip():
                 yield _record(_parse(text, str(path), number), path, number, "line")
 

@@ -84,7 +84,7 @@ class ChatRenderer:
             )
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
-                f"{_name(tokenizer)} has no chat template; use the tokenizer of the instruct model, "
+                f"{_name(tokenizer)} has no chat template; use an instruct model's tokenizer, "
                 "or add chat_template.jinja to the tokenizer's directory"
             )
         self._tokenizer = tokenizer
@@ -172,8 +172,8 @@ class ChatRenderer:
             raise DataError(
                 f"the chat template of {_name(self._tokenizer)} writes no end of turn after what "
                 "the assistant says, so the model would never learn to stop: an earlier answer is "
-                f"followed by {probe.after_earlier!r}, the last one by {probe.after_last!r}; write the same "
-                "end-of-turn token after both"
+                f"followed by {probe.after_earlier!r}, the last one by {probe.after_last!r}; "
+                "write the same end-of-turn token after both"
             )
         header = self._header(probe)
         opening = self._common_tokens(probe.after_earlier.removeprefix(common), header)

@@ -1,0 +1,153 @@
+"""Formats: every accepted spelling of a record, and the reasons for leaving one out."""
+
+import json
+
+import pytest
+
+from megatron_profit.data import BrokenRecord, RawRecord, UnknownFormat, chat, normalise
+
+
+def conversation_of(value):
+    return normalise(RawRecord(value, "data.jsonl", 7, "line"))
+
+
+def turns_of(value):
+    return [(m["role"], m["content"]) for m in conversation_of(value).messages]
+
+
+ANSWER = {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def test_alpaca_joins_instruction_and_input_with_a_newline():
+    record = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert turns_of(record) == [("user", "Add.\n1 2"), ("assistant", "3")]
+
+
+@pytest.mark.parametrize("empty", [{"input": ""}, {"input": None}, {}])
+def test_alpaca_without_input(empty):
+    record = {"instruction": "Hi.", "output": "Ho.", **empty}
+    assert turns_of(record) == [("user", "Hi."), ("assistant", "Ho.")]
+
+
+def test_alpaca_system_and_history_come_first():
+    record = {
+        "instruction": "q2",
+        "output": "a2",
+        "system": "Be brief.",
+        "history": [["q0", "a0"], ["q1", "a1"]],
+    }
+    assert turns_of(record) == [
+        ("system", "Be brief."),
+        *[("user", "q0"), ("assistant", "a0"), ("user", "q1"), ("assistant", "a1")],
+        *[("user", "q2"), ("assistant", "a2")],
+    ]
+
+
+def test_sharegpt_roles():
+    record = {
+        "system": "Be brief.",
+        "tools": json.dumps([TOOL["function"]]),
+        "conversations": [
+            {"from": "human", "value": "1 + 0?"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "One."},
+        ],
+    }
+    conversation = conversation_of(record)
+    assert [m["role"] for m in conversation.messages] == [
+        *["system", "user", "assistant", "tool", "assistant"]
+    ]
+    assert conversation.messages[2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert conversation.tools == [TOOL]
+
+
+def test_a_system_message_of_its_own_stands_instead_of_the_field():
+    record = {"system": "field", "messages": [{"role": "system", "content": "own"}, ANSWER]}
+    assert turns_of(record)[0] == ("system", "own")
+
+
+def test_fields_may_be_spelt_either_way_under_either_key():
+    expected = [("user", "q"), ("assistant", "a")]
+    spelt = [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]
+    assert turns_of({"messages": spelt}) == expected
+    assert turns_of({"conversations": [{"role": "human", "content": "q"}, ANSWER]}) == expected
+
+
+def test_content_parts_are_joined():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert turns_of({"messages": [{"role": "user", "content": parts}, ANSWER]})[0][1] == "one two"
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_tool_calls_as_the_api_returns_them(arguments, content):
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    answer = {"role": "assistant", "tool_calls": [call], **content}
+    result = {"role": "tool", "content": "1", "tool_call_id": "c1", "name": None}
+    messages = conversation_of({"messages": [answer, result]}).messages
+    assert messages[0] == {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALL}]}
+    assert messages[1] == {"role": "tool", "content": "1", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(("given", "kept"), [("why", True), ("", False), (None, False)])
+def test_reasoning_is_kept_unless_it_is_empty(given, kept):
+    message = conversation_of({"messages": [{**ANSWER, "reasoning_content": given}]}).messages[0]
+    assert ("reasoning_content" in message) == kept
+
+
+@pytest.mark.parametrize("record", [{}, {"question": "q", "answer": "a"}, {"messages": None}])
+def test_unknown_format_names_place_keys_and_known_formats(record):
+    with pytest.raises(UnknownFormat) as error:
+        conversation_of(record)
+    for part in ["data.jsonl, line 7", *record, "alpaca", "sharegpt", "OpenAI"]:
+        assert part in str(error.value)
+
+
+BROKEN_MESSAGES = [
+    ("text", chat.WRONG_TYPE),
+    ([1], chat.WRONG_TYPE),
+    ([{"role": "assistant", "content": 3}], chat.WRONG_TYPE),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], chat.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": "not json"}], chat.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "not json"}]}], chat.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "[1]"}]}], chat.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": [{"arguments": {}}]}], chat.MISSING_FIELD),
+    ([{**ANSWER, "reasoning_content": 1}], chat.WRONG_TYPE),
+    ([{"from": "function_call", "value": "add(1)"}], chat.WRONG_TYPE),
+    ([{"role": "assistant"}], chat.MISSING_FIELD),
+    ([{"content": "a"}], chat.MISSING_FIELD),
+    ([{"role": "critic", "content": "a"}, ANSWER], chat.UNKNOWN_ROLE),
+    ([{"role": ["user"], "content": "a"}, ANSWER], chat.UNKNOWN_ROLE),
+    ([{"role": "assistant", "content": " \n"}], chat.EMPTY_ASSISTANT),
+    ([ANSWER, {"role": "assistant", "content": ""}], chat.EMPTY_ASSISTANT),
+    ([], chat.NO_ASSISTANT),
+    ([{"role": "user", "content": "q"}], chat.NO_ASSISTANT),
+    ([{"role": "user", "content": "half \ud83d"}, ANSWER], chat.NOT_ENCODABLE),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": {"\udc00": 1}}]}], chat.NOT_ENCODABLE),
+    ([{**ANSWER, "weight": 0}], chat.WEIGHTED),
+]
+BROKEN_ALPACA = [
+    ({"instruction": "q"}, chat.MISSING_FIELD),
+    ({"output": "a"}, chat.MISSING_FIELD),
+    ({"instruction": "q", "output": ["better", "worse"]}, chat.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "input": 1}, chat.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "history": [["q"]]}, chat.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "system": 1}, chat.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "tools": "nonsense"}, chat.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "tools": [1]}, chat.WRONG_TYPE),
+    ({"instruction": "q", "output": ""}, chat.EMPTY_ASSISTANT),
+]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [({"messages": messages}, reason) for messages, reason in BROKEN_MESSAGES] + BROKEN_ALPACA,
+)
+def test_broken_records_have_a_reason(record, reason):
+    with pytest.raises(BrokenRecord) as error:
+        conversation_of(record)
+    assert error.value.reason == reason
+    assert error.value.detail.isprintable()

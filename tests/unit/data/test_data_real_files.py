@@ -1,0 +1,85 @@
+"""Real data, real Qwen3 tokenizer: each record's ids and mask against independent references."""
+
+import json
+import unicodedata
+
+import pytest
+
+from megatron_profit.data import ChatRenderer, build_examples, normalise, read_records
+
+THINK, END = "<think>\n\n</think>\n\n", "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def qwen3_renderer(qwen3):
+    return ChatRenderer(qwen3)
+
+
+@pytest.fixture
+def gsm8k(shared, tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    with path.open("w") as out:
+        for name in ("gsm8k_test.jsonl", "gsm8k_train.jsonl"):
+            for line in (shared / "data" / name).read_text().splitlines():
+                row = json.loads(line)
+                turns = [("user", row["question"]), ("assistant", row["answer"])]
+                messages = [{"role": role, "content": content} for role, content in turns]
+                out.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def check_every_record(files, tokenizer, renderer):
+    """Ids against apply_chat_template, supervised text against the answer; returns the count."""
+    count = 0
+    for record in read_records(files):
+        conversation = normalise(record)
+        rendered = renderer.render(conversation)
+        ids = tokenizer.apply_chat_template(conversation.messages, return_dict=False)
+        assert rendered.ids.tolist() == ids, record.where
+        answer = THINK + conversation.messages[-1]["content"].lstrip("\n") + END
+        trained = tokenizer.decode(rendered.ids[rendered.supervised])
+        assert trained == unicodedata.normalize("NFC", answer), record.where
+        (first, *_), last = rendered.supervised.nonzero()[0], len(rendered.ids) - 1
+        assert rendered.supervised[first:last].all()
+        assert not rendered.supervised[last]
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize(
+    ("name", "records"), [("alpaca_en_demo.json", 999), ("s1k_gptoss20b_sharegpt_low.json", 976)]
+)
+def test_shared_files(shared, qwen3, qwen3_renderer, name, records):
+    file = shared / "data" / name
+    assert check_every_record(file, qwen3, qwen3_renderer) == records
+    examples, report = build_examples(file, qwen3_renderer, 4096)
+    assert (len(examples), report.truncated, report.skipped) == (records, 0, {})
+
+
+def test_gsm8k(gsm8k, qwen3, qwen3_renderer):
+    assert check_every_record(gsm8k, qwen3, qwen3_renderer) == 8792
+
+
+def test_thoughts_and_tools_under_qwen3(qwen3, qwen3_renderer, conversation, supervised_texts):
+    """Thoughts before the last question are dropped by the template; those after it are trained."""
+    call = {"name": "weather", "arguments": {"city": "Zürich"}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    talk = conversation(
+        ("system", "Be brief."),
+        ("user", "Hello."),
+        ("assistant", "<think>\nA greeting.\n</think>\n\nHi!"),
+        ("user", "Weather?"),
+        {"role": "assistant", "reasoning_content": "I must look.", "tool_calls": [call]},
+        ("tool", "sunny"),
+        {"role": "assistant", "reasoning_content": "Now I know.", "content": "Sunny."},
+        tools=[tool],
+    )
+    rendered = qwen3_renderer.render(talk)
+    ids = qwen3.apply_chat_template(talk.messages, tools=talk.tools, return_dict=False)
+    assert rendered.ids.tolist() == ids
+    written = '{"name": "weather", "arguments": {"city": "Zürich"}}'
+    assert supervised_texts(qwen3, rendered) == [
+        "Hi!<|im_end|>",
+        f"<think>\nI must look.\n</think>\n\n<tool_call>\n{written}\n</tool_call><|im_end|>",
+        "<think>\nNow I know.\n</think>\n\nSunny.<|im_end|>",
+    ]
