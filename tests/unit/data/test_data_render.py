@@ -107,6 +107,18 @@ def test_a_header_that_ends_in_a_space_is_never_trained(
     assert texts == ["\n# Heading\n### More</s>", "\tUnknown. </s>"]
 
 
+def test_plain_text_that_headers_share_may_stand_in_an_answer(
+    make_tokenizer, templates, conversation, supervised_texts
+):
+    template = templates.plain.replace("USER: ", "### Ask:\\n").replace(
+        "ASSISTANT: ", "### Say:\\n"
+    )
+    tokenizer = make_tokenizer(template)
+    talk = conversation(QUESTION, ("assistant", "### Heading"), AGAIN, LAST)
+    texts = supervised_texts(tokenizer, ChatRenderer(tokenizer).render(talk))
+    assert texts == ["### Heading</s>", "\tUnknown. </s>"]
+
+
 def test_a_token_that_begins_in_the_header_is_not_trained(
     make_tokenizer, templates, conversation, supervised_texts
 ):
