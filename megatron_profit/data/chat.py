@@ -255,7 +255,7 @@ def _typed(value: dict[str, Any], key: str, kind: type, default: Any = None) -> 
     """`value[key]`, checked to be of type `kind`; `default` if it is absent and one is given."""
     found = value.get(key, default)
     if found is None:
-        raise BrokenRecord(MISSING_FIELD, key)
+        raise BrokenRecord(MISSING_FIELD, f"no {key} in {shown(value)}")
     if not isinstance(found, kind):
         raise BrokenRecord(WRONG_TYPE, f"{key} is {shown(found)}, not {kind.__name__}")
     return found

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_profit.data.chat import UnknownFormat, normalise
-from megatron_profit.data.errors import BrokenRecord, DataError
+from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation
 
@@ -140,10 +140,10 @@ def build_examples(
         report.read += 1
         try:
             kept.append(_example(record, renderer, seq_length, report))
-        except UnknownFormat as error:
+        except UnknownFormat:
             if record.file not in recognised:
                 raise
-            report.skip(record, UNKNOWN_FORMAT, str(error))
+            report.skip(record, UNKNOWN_FORMAT, f"found the keys {shown(list(record.value))}")
         except BrokenRecord as error:
             report.skip(record, error.reason, error.detail)
         recognised.add(record.file)
