@@ -8,7 +8,12 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_profit.backends.patch import Patch, applied_patches, apply_patches, check_megatron_version
+from megatron_profit.backends.patch import (
+    Patch,
+    applied_patches,
+    apply_patches,
+    check_megatron_version,
+)
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -42,7 +47,9 @@ def activate(device: str = "auto") -> str:
     if _active is not None:
         if device in ("auto", _active):
             return _active
-        raise RuntimeError(f"the {_active} backend is active already; {device!r} needs a new process")
+        raise RuntimeError(
+            f"the {_active} backend is active already; {device!r} needs a new process"
+        )
     check_megatron_version()
 
     import torch

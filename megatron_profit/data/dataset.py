@@ -236,8 +236,9 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             shuffle: False keeps the order of the files in every epoch (for evaluation).
             pad_id: Token on the right of short examples. No label is there, and no earlier position
                 attends to it.
-            period: Rows after which everything begins anew, None for never. With the rows of one
-                evaluation as the period, every evaluation of a run sees the same.
+            period: Rows of one evaluation, None for training data. Every period then begins with the first
+                example, and a row behind the last one has no label, so that an evaluation counts no example
+                twice and every evaluation of a run sees the same.
 
         Raises:
             ValueError: No examples, an example that does not fit, or an argument out of range.
@@ -284,12 +285,13 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         if not 0 <= index < self.num_samples:
             raise IndexError(f"row {index} of {self.num_samples}")
         index = self._within_period(index)
-        ids_L, supervised_L = self.examples[self.example_at(index)]
-        count = len(ids_L) - 1
         tokens_S = np.full(self.seq_length, self.pad_id, dtype=np.int64)
         labels_S = np.full(self.seq_length, IGNORED_LABEL, dtype=np.int64)
-        tokens_S[:count] = ids_L[:-1]
-        labels_S[:count] = np.where(supervised_L[1:], ids_L[1:], IGNORED_LABEL)
+        if self.period is None or index < len(self.examples):
+            ids_L, supervised_L = self.examples[self.example_at(index)]
+            count = len(ids_L) - 1
+            tokens_S[:count] = ids_L[:-1]
+            labels_S[:count] = np.where(supervised_L[1:], ids_L[1:], IGNORED_LABEL)
         return {
             "tokens": torch.from_numpy(tokens_S),
             "labels": torch.from_numpy(labels_S),

@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--valid-data",
         nargs="+",
         metavar="FILE",
-        help="Chat files to evaluate on every --eval-interval steps; all of it unless --eval-iters says less.",
+        help="Chat files to evaluate on every --eval-interval steps; all records, or --eval-iters batches.",
     )
     group.add_argument(
         "--objective", choices=objective_names(), default="profit", help="What is trained."
@@ -322,7 +322,7 @@ def _check_weights(settings: Mapping[str, Any]) -> None:
     if settings["random_init"]:
         return
     given = [f"{_flag(n)} {settings[n]}" for n in ("load", "pretrained_checkpoint") if settings[n]]
-    found = f"{' and '.join(given)} hold no checkpoint" if given else "no weights were given"
+    found = f"no checkpoint in {' or '.join(given)}" if given else "no weights were given"
     raise ArgumentsError(
         f"{found}; convert the HuggingFace model with `python -m checkpoint_conversion.hf_to_megatron "
         f"--hf {settings['hf_model']} --out DIR` and give --pretrained-checkpoint DIR, or ask for "

@@ -179,6 +179,8 @@ def test_each_period_is_the_same(numbered, shuffle):
     ]
     assert rows[0] == rows[1] == rows[2]
     assert [index for _, index in rows[0]] == [0, 1, 2, 3, 4]
+    labelled = [bool((data[i]["labels"] != -100).any()) for i in range(10)]
+    assert labelled == [True, True, True, False, False] * 2, "an evaluation counts no example twice"
 
 
 def test_the_data_set_works_in_a_loader_with_workers(numbered):

@@ -1,0 +1,94 @@
+"""A pretrain script of one's own, with an objective added in three lines (marked 1, 2 and 3).
+
+Everything else is what such scripts look like anyway. It trains on Megatron's mock data, here on two processes:
+
+    torchrun --standalone --nproc-per-node 2 examples/own_pretrain_script.py \
+        --tensor-model-parallel-size 2 --num-layers 2 --hidden-size 64 --num-attention-heads 4 \
+        --seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --train-iters 5 --lr 1e-3 \
+        --lr-decay-style constant --log-interval 1 --eval-iters 0 --eval-interval 10 \
+        --tokenizer-type NullTokenizer --vocab-size 511 --mock-data --calculate-per-token-loss
+
+On a machine without a GPU add --distributed-backend gloo, and without Transformer Engine add --transformer-impl
+local and the --no-…-fusion flags that Megatron then asks for.
+
+The data set gives every token a label and says in `loss_mask` which tokens count. Both that form and labels of
+-100 are understood. `--calculate-per-token-loss` is needed.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+# Only so that the script also runs without a GPU; before anything imports Megatron.
+from megatron_profit.backends import activate
+
+activate()
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.training import get_args, get_tokenizer, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_profit.models.layer_specs import layer_spec
+from megatron_profit.objectives import build_objective
+from megatron_profit.training.objective_loss import ObjectiveLoss
+
+# 1: what to train.
+OBJECTIVE_LOSS = ObjectiveLoss(
+    build_objective("profit", prob_threshold=[0.1], threshold_direction="higher")
+)
+
+
+def stock_loss(output_tensor, loss_mask):
+    loss, count = (output_tensor.float() * loss_mask).sum(), loss_mask.sum()
+    return loss, count.int(), {"lm loss": torch.stack([loss.detach(), count])}
+
+
+def forward_step(data_iterator, model):
+    batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
+    inputs = (batch["tokens"], batch["position_ids"], None)
+    targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    if get_args().stock_loss:
+        return model(*inputs, **targets), lambda out: stock_loss(out, batch["loss_mask"])
+    loss = OBJECTIVE_LOSS.micro_batch()  # 2: in place of the loss function,
+    return model(*inputs, **targets, **loss.model_kwargs), loss.loss_func  # 3: and of the output.
+
+
+def train_valid_test_datasets_provider(num_samples, vp_stage=None):
+    args = get_args()
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        split="98,1,1",
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        tokenizer=get_tokenizer(),
+    )
+    return BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, lambda: True, config).build()
+
+
+train_valid_test_datasets_provider.is_distributed = True
+
+
+def add_arguments(parser):
+    parser.add_argument("--stock-loss", action="store_true", help="Train without the objective.")
+    return parser
+
+
+if __name__ == "__main__":
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    model_config = gpt_config_from_args(args)
+    model_config.transformer_layer_spec = layer_spec
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )

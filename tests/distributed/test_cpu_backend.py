@@ -1,0 +1,93 @@
+"""Megatron's own training loop on the CPU, at every kind of layout that the backend promises."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def test_collectives_take_uneven_sizes(torchrun):
+    torchrun(2, HERE / "uneven_collectives.py")
+
+
+# A small mixture-of-experts model in native Megatron flags, on Megatron's mock data.
+OWN_SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "own_pretrain_script.py"
+MODEL = """
+    --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --kv-channels 32
+    --group-query-attention --num-query-groups 2 --qk-layernorm --position-embedding-type rope
+    --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --seq-length 64 --max-position-embeddings 64
+    --tokenizer-type NullTokenizer --vocab-size 511 --mock-data
+""".split()
+EXPERTS = """
+    --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none
+    --moe-token-dispatcher-type alltoall
+""".split()
+TRAINING = """
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 2 --lr 1e-3 --lr-decay-style constant
+    --log-interval 1 --eval-iters 0 --eval-interval 10 --calculate-per-token-loss --num-workers 0
+    --save-interval 100 --distributed-backend gloo --transformer-impl local
+    --no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion
+    --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+""".split()
+
+
+def steps(output: str) -> list[tuple[float, float]]:
+    """The plain cross-entropy and the gradient norm of each step that a run logged."""
+    found = re.findall(r"lm loss: (\S+) .*grad norm: (\S+) ", output)
+    return [(float(loss), float(norm)) for loss, norm in found]
+
+
+@pytest.fixture(scope="module")
+def expert_checkpoint(torchrun, tmp_path_factory) -> tuple[Path, list[tuple[float, float]]]:
+    """A checkpoint on one process, and the steps that one process then makes from it."""
+    folder = tmp_path_factory.mktemp("experts")
+    flags = [*MODEL, *EXPERTS, *TRAINING]
+    torchrun(1, OWN_SCRIPT, *flags, "--save", folder)
+    result = torchrun(1, OWN_SCRIPT, *flags, "--load", folder, "--finetune", "--stock-loss")
+    assert len(steps(result.stdout)) == 2
+    return folder, steps(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, "--expert-model-parallel-size 2"),
+        (4, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+        pytest.param(
+            4,
+            "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
+            "--expert-tensor-parallel-size 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            4,
+            "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_experts_train_alike_at_every_layout(torchrun, expert_checkpoint, world_size, layout):
+    folder, expected = expert_checkpoint
+    flags = [*MODEL, *EXPERTS, *TRAINING, "--load", folder, "--finetune", "--stock-loss"]
+    result = torchrun(world_size, OWN_SCRIPT, *flags, *layout.split())
+    assert steps(result.stdout) == [pytest.approx(step, rel=2e-4) for step in expected]
+
+
+def test_an_objective_in_a_script_of_ones_own(torchrun):
+    """The three lines report the cross-entropy that the script reports without them."""
+    flags = [*MODEL, *TRAINING, "--tensor-model-parallel-size", "2"]
+    with_objective = torchrun(2, OWN_SCRIPT, *flags).stdout
+    stock = torchrun(2, OWN_SCRIPT, *flags, "--stock-loss").stdout
+    assert steps(with_objective)[0][0] == pytest.approx(steps(stock)[0][0], rel=1e-6)
+    # A model with random weights gives every token less than 0.1, so ProFit drops all of them.
+    assert steps(with_objective)[0][1] == 0.0
+    assert "kept fraction: 0.000000E+00" in with_objective
+    assert "mean p dropped: 1." in with_objective or "mean p dropped: 2." in with_objective

@@ -1,0 +1,83 @@
+"""The backends: what is changed upstream, when, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_profit import backends
+from megatron_profit.backends import patch
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=120)
+
+
+def test_every_patch_says_what_it_changes_and_why():
+    patches = backends.all_patches()
+    assert len({p.name for p in patches}) == len(patches)
+    for p in patches:
+        assert p.upstream.split()[0] in ("megatron-core", "torch")
+        assert p.file.startswith(("megatron/", "torch/"))
+        assert p.reason.endswith(".")
+
+
+@pytest.mark.parametrize("found", ["0.18.0", "0.20.0"])
+def test_another_megatron_version_is_refused(monkeypatch, found):
+    monkeypatch.setattr(patch, "version", lambda name: found)
+    with pytest.raises(patch.UnsupportedVersionError, match=rf"{found}.*pip install") as error:
+        patch.check_megatron_version()
+    assert patch.MEGATRON_CORE_VERSION in str(error.value)
+
+
+def test_unknown_devices_are_refused():
+    with pytest.raises(ValueError, match=r"tpu.*auto, cpu, cuda"):
+        backends.activate("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="no GPU"):
+        backends.activate("cuda")
+
+
+def test_the_cpu_backend_says_so_and_makes_cuda_mean_the_cpu():
+    result = run_python(
+        "from megatron_profit.backends import activate\n"
+        "assert activate('cpu') == 'cpu'\n"
+        "import torch\n"
+        "assert torch.zeros(2, device='cuda').device.type == 'cpu'\n"
+        "assert torch.zeros(2).to('cuda:0').device.type == 'cpu'\n"
+        "assert torch.zeros(2).to(0).device.type == 'cpu'\n"
+        "assert torch.zeros(2).to(torch.float64).dtype == torch.float64\n"
+        "assert torch.tensor(3, device=torch.device('cuda', 1)).cuda().item() == 3\n"
+        "assert torch.zeros(2).type() == 'torch.cuda.FloatTensor'\n"
+        "assert torch.zeros(2).type(torch.int32).dtype == torch.int32\n"
+        "torch.cuda.manual_seed(5); a = torch.rand(3)\n"
+        "torch.manual_seed(5); assert torch.equal(a, torch.rand(3))\n"
+        "assert activate('auto') == 'cpu'\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "CPU backend" in result.stdout
+
+
+def test_the_cpu_backend_refuses_to_come_too_late():
+    result = run_python(
+        "import megatron.core\nfrom megatron_profit.backends import activate\nactivate('cpu')\n"
+    )
+    assert result.returncode != 0
+    assert "imported before" in result.stderr
+
+
+def test_on_a_gpu_no_cpu_patch_is_active():
+    result = run_python(
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "from megatron_profit.backends import activate, applied_patches\n"
+        "assert activate() == 'cuda'\n"
+        "assert applied_patches() == {'shipped-dataset-helpers'}, applied_patches()\n"
+    )
+    assert result.returncode == 0, result.stderr

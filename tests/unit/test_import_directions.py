@@ -1,0 +1,76 @@
+"""The rooms of the project: which package may import which (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OWN = ("megatron_profit", "checkpoint_conversion")
+
+# Package -> what it may import of this project and of Megatron, beside itself.
+ALLOWED = {
+    "megatron_profit.objectives": (),
+    "megatron_profit.ops": ("megatron_profit.objectives",),
+    "megatron_profit.data": (),
+    "megatron_profit.backends": ("megatron",),
+    "megatron_profit.models": ("megatron",),
+    "megatron_profit.training": ("megatron", "megatron_profit", "checkpoint_conversion"),
+    "megatron_profit.sft": ("megatron_profit.backends", "megatron_profit.training"),
+    "checkpoint_conversion": (),
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package in OWN:
+        for file in sorted((REPOSITORY / package).rglob("*.py")):
+            parts = file.relative_to(REPOSITORY).with_suffix("").parts
+            yield ".".join(parts), file
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports hide the direction"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize(("module", "file"), list(modules()), ids=lambda value: str(value)[-60:])
+def test_imports_go_in_one_direction(module, file):
+    room = next((room for room in ALLOWED if within(module, room)), None)
+    if room is None:
+        assert module.removesuffix(".__init__") == "megatron_profit", (
+            f"{module} is in no known room"
+        )
+        return
+    for name in imports(file):
+        top = name.split(".")[0]
+        if top in (*OWN, "megatron") and name not in OWN and not within(name, room):
+            assert any(within(name, allowed) for allowed in ALLOWED[room]), (
+                f"{module} imports {name}; {room} may import {ALLOWED[room] or 'neither'}"
+            )
+
+
+def test_megatron_and_torch_are_changed_in_one_place_only():
+    """Assignments to attributes of imported upstream modules belong into `backends`."""
+    for module, file in modules():
+        if within(module, "megatron_profit.backends"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            for target in targets:
+                root = target
+                while isinstance(root, ast.Attribute):
+                    root = root.value
+                if isinstance(target, ast.Attribute) and isinstance(root, ast.Name):
+                    assert root.id not in ("torch", "megatron", "mpu"), f"{file}:{node.lineno}"

@@ -1,0 +1,211 @@
+"""The command line: what is derived from the HuggingFace folder, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from checkpoint_conversion.errors import ConversionError
+from megatron_profit.training.arguments import ArgumentsError, read_arguments
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 507,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000,
+    "tie_word_embeddings": True,
+}
+PROFIT = ("--prob-threshold", "0.1", "--threshold-direction", "higher")
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def parse(hf_folder, monkeypatch):
+    """Parses flags on top of the required ones, as a process among `world_size`."""
+
+    def run(*flags: str, world_size: int = 1, objective=PROFIT):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        required = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
+        rest = ["--micro-batch-size", "2", "--random-init", *objective, *flags]
+        return read_arguments([*required, *rest])
+
+    return run
+
+
+def megatron_args(arguments, *argv):
+    parser = arguments.add_to_parser(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    return parser.parse_args(argv)
+
+
+def test_architecture_comes_from_the_folder(parse):
+    args = megatron_args(parse())
+    expected = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "group_query_attention": True,
+        "kv_channels": 32,
+        "rotary_base": 500000,
+        "layernorm_epsilon": 1e-5,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "untie_embeddings_and_output_weights": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "vocab_size": 507,
+        "calculate_per_token_loss": True,
+        "tokenizer_type": "HuggingFaceTokenizer",
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("tp", "padded"), [(1, 507), (2, 508), (4, 508)])
+def test_the_vocabulary_is_padded_only_as_tensor_parallelism_needs(parse, tp, padded):
+    arguments = parse("--tensor-model-parallel-size", str(tp), world_size=tp)
+    assert arguments.defaults["padded_vocab_size"] == padded
+
+
+def test_a_flag_of_ones_own_still_wins_over_a_convention(parse):
+    arguments = parse("--make-vocab-size-divisible-by", "128", "--log-interval", "7")
+    assert arguments.defaults["padded_vocab_size"] == 512
+    assert megatron_args(arguments, "--log-interval", "7").log_interval == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--num-layers", "5"), ("--num-layers", "5", "4")),
+        (("--hidden-size", "65"), ("--hidden-size", "65", "64")),
+        (("--rotary-base", "10000"), ("--rotary-base", "10000", "500000")),
+        (("--attention-dropout", "0.1"), ("--attention-dropout", "0.1", "0.0")),
+        (("--untie-embeddings-and-output-weights",), ("True", "False")),
+        (("--transformer-impl", "transformer_engine"), ("transformer_engine", "local")),
+        (("--distributed-backend", "nccl"), ("nccl", "gloo")),
+    ],
+)
+def test_a_contradiction_names_both_values(parse, flags, named):
+    with pytest.raises(ArgumentsError) as error:
+        parse(*flags)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
+    parse("--num-layers", "4", "--swiglu", "--hidden-dropout", "0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "named"),
+    [
+        (("--tensor-model-parallel-size", "3"), 3, ("3", "num_attention_heads", "8")),
+        (("--tensor-model-parallel-size", "8"), 8, ("8", "num_query_groups", "4", "1, 2, 4")),
+        (("--pipeline-model-parallel-size", "3"), 3, ("3", "num_layers", "4")),
+        (("--tensor-model-parallel-size", "2"), 3, ("2", "number of processes", "3")),
+        (("--global-batch-size", "3"), 1, ("--micro-batch-size", "2", "3")),
+        (("--context-parallel-size", "2"), 2, ("--context-parallel-size", "2")),
+        (("--seq-length", "257"), 1, ("257", "256", "max_position_embeddings")),
+        (("--sft",), 1, ("--sft",)),
+        (("--cross-entropy-loss-fusion",), 1, ("--cross-entropy-loss-fusion", "--objective")),
+        (("--data-path", "x"), 1, ("--data-path", "--data")),
+        (("--eval-iters", "3"), 1, ("--eval-iters", "--valid-data")),
+        (("--no-such-flag",), 1, ("--no-such-flag",)),
+        (("--objective", "nonsense"), 1, ("nonsense", "profit", "sft")),
+        (("--objective", "sft"), 1, ("--prob-threshold", "profit", "sft")),
+    ],
+)
+def test_what_cannot_work_is_refused(parse, flags, world_size, named):
+    with pytest.raises(ArgumentsError) as error:
+        parse(*flags, world_size=world_size)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ((), "threshold_direction"),
+        (("--prob-threshold", "0.1"), "threshold_direction"),
+        (("--prob-threshold", "1.5", "--threshold-direction", "higher"), "1.5"),
+        (("--prob-threshold", "0.1", "--threshold-direction", "middle"), "middle"),
+        (("--prob-threshold", "0.1", "0.2", "--threshold-direction", "lower"), "lower"),
+        (("--threshold-direction", "random"), "keep_ratio"),
+    ],
+)
+def test_options_of_the_objective_are_checked(parse, objective, named):
+    with pytest.raises(ArgumentsError, match=named):
+        parse(objective=objective)
+
+
+@pytest.mark.parametrize("spelling", [("0.3", "0.7"), ("0.3,0.7",), ("0.3 0.7",)])
+def test_two_thresholds_in_any_spelling(parse, spelling):
+    arguments = parse(objective=("--prob-threshold", *spelling, "--threshold-direction", "middle"))
+    from megatron_profit.objectives import build_objective
+
+    options = arguments.defaults["objective_options"]
+    assert build_objective("profit", **options).prob_threshold == (0.3, 0.7)
+
+
+@pytest.mark.parametrize("name", ["--hf-model", "--data", "--seq-length", "--micro-batch-size"])
+def test_a_missing_flag_is_named(hf_folder, name):
+    flags = {
+        "--hf-model": str(hf_folder),
+        "--data": "a.jsonl",
+        "--seq-length": "64",
+        "--micro-batch-size": "1",
+    }
+    del flags[name]
+    with pytest.raises(ArgumentsError, match=name):
+        read_arguments([part for pair in flags.items() for part in pair])
+
+
+def test_weights_have_to_come_from_somewhere(hf_folder, tmp_path):
+    flags = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
+    flags += ["--micro-batch-size", "1", *PROFIT]
+    with pytest.raises(ArgumentsError, match="hf_to_megatron"):
+        read_arguments(flags)
+    with pytest.raises(ArgumentsError, match="no checkpoint in --load .*nowhere"):
+        read_arguments([*flags, "--load", str(tmp_path / "nowhere")])
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    read_arguments([*flags, "--pretrained-checkpoint", str(tmp_path)])
+
+
+def test_broken_folders_are_refused(parse, hf_folder):
+    (hf_folder / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["Bert"]}))
+    with pytest.raises(ConversionError, match="Bert"):
+        parse()
+    (hf_folder / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"config\.json"):
+        parse()
+    (hf_folder / "config.json").unlink()
+    with pytest.raises(ConversionError, match=r"config\.json"):
+        parse()
+
+
+def test_one_evaluation_sees_each_validation_example_once(parse):
+    arguments = parse("--valid-data", "v.jsonl", "--global-batch-size", "8")
+    assert arguments.with_valid_examples(17).defaults["eval_iters"] == 3
+    assert arguments.with_valid_examples(0).defaults["eval_iters"] == 0
+    arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "2")
+    assert arguments.with_valid_examples(17).defaults["eval_iters"] == 2
