@@ -8,12 +8,85 @@ as resident memory.
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from checkpoint_conversion.errors import ConversionError
 
 CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Names that safetensors gives the dtypes that are converted, and the bytes of the others.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_OTHER_SIZES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("I32", "U32"), 4),
+    **dict.fromkeys(("I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+}
+_ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: The shard.
+        dtype: The name that safetensors uses, such as "BF16".
+        shape: The shape.
+        offset: First byte in the file.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a slice along the first axis."""
+        return math.prod(self.shape[1:]) * _ITEM_SIZES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * _ITEM_SIZES[self.dtype]
+
+    def read_rows(self, start: int, rows: int, into: memoryview) -> None:
+        """Read rows [start, start + rows) into a buffer of that size.
+
+        Raises:
+            ConversionError: When the file has become shorter.
+        """
+        offset = self.offset + start * self.row_bytes
+        expected = rows * self.row_bytes
+        descriptor = os.open(self.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < expected:
+                count = os.preadv(descriptor, [into[done:expected]], offset + done)
+                if count == 0:
+                    raise ConversionError(f"{self.file}: truncated while reading {self.name}")
+                done += count
+        finally:
+            os.close(descriptor)
+
+    def rows(self, start: int, rows: int) -> bytearray:
+        """The bytes of rows [start, start + rows)."""
+        buffer = bytearray(rows * self.row_bytes)
+        self.read_rows(start, rows, memoryview(buffer))
+        return buffer
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
@@ -38,11 +111,162 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ConversionError: When it is missing, unreadable or something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return parse_json_object(file.read_bytes(), str(file))
     except FileNotFoundError:
         raise ConversionError(f"{file}: missing") from None
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{file}: not readable as JSON: {error}") from error
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+
+
+def parse_json_object(text: bytes, origin: str) -> dict[str, Any]:
+    """The JSON object in `text`; a key that occurs twice is an error, as is anything not an object.
+
+    Raises:
+        ConversionError: Naming `origin`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ConversionError(f"{origin}: {twice!r} occurs twice")
+        return content
+
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{origin}: broken JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConversionError(f"{file}: expected a JSON object, found {type(content).__name__}")
+        raise ConversionError(f"{origin}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def list_tensors(folder: str | Path) -> dict[str, HFTensor]:
+    """All tensors of a model folder, by name; only headers are read.
+
+    Raises:
+        ConversionError: When there are no safetensors weights, a shard is missing, truncated or
+            malformed, or the index and the shards disagree.
+    """
+    folder = Path(folder)
+    weight_map = read_weight_map(folder)
+    if weight_map is None:
+        return _read_header(folder / WEIGHTS)
+    tensors: dict[str, HFTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in _read_header(folder / shard).items():
+            if name in tensors:
+                raise ConversionError(f"{name} is in both {tensors[name].file} and {tensor.file}")
+            if weight_map.get(name) != shard:
+                where = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise ConversionError(f"{tensor.file} holds {name}; {INDEX} puts it {where}")
+            tensors[name] = tensor
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise ConversionError(f"{folder / shard}: {name} is missing; {INDEX} puts it there")
+    return tensors
+
+
+def read_weight_map(folder: Path) -> dict[str, str] | None:
+    """The shard of each tensor according to the index; None for a folder with one weights file.
+
+    Raises:
+        ConversionError: For a folder without safetensors weights, or with a malformed index.
+    """
+    index, single = folder / INDEX, folder / WEIGHTS
+    if index.exists() and single.exists():
+        raise ConversionError(f"{folder} has both {WEIGHTS} and {INDEX}; remove the stale one")
+    if single.exists():
+        return None
+    if not index.exists():
+        raise ConversionError(f"{folder}: {_why_no_weights(folder)}")
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index}: no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ConversionError(f"{index}: {name} is put in {shard!r}, not a file of this folder")
+    return weight_map
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has safetensors weights, complete or not."""
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
+
+
+def _why_no_weights(folder: Path) -> str:
+    if any(folder.glob("*.safetensors")):
+        return f"there are safetensors files, but neither {WEIGHTS} nor {INDEX}"
+    pickled = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt") for file in folder.glob(kind))
+    if pickled:
+        return (
+            f"only pickled weights ({pickled[0]}), which can run code when read; make safetensors "
+            "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    return f"no weights: neither {WEIGHTS} nor {INDEX}"
+
+
+def _read_header(file: Path) -> dict[str, HFTensor]:
+    """The tensors of a safetensors file.
+
+    Format: 8 bytes with the length of the header, a JSON header, the data without holes.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ConversionError(f"{file}: truncated, or not a safetensors file")
+            header = parse_json_object(stream.read(length), str(file))
+    except FileNotFoundError:
+        raise ConversionError(f"{file}: missing") from None
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+    header.pop("__metadata__", None)
+    _check_extents(file, header, size - 8 - length)
+    return {
+        name: HFTensor(
+            name=name,
+            file=file,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            offset=8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+def _check_extents(file: Path, header: Mapping[str, Any], data_bytes: int) -> None:
+    """Check every entry, and that the entries fill the data exactly."""
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ConversionError(f"{file}: {name} has a malformed header entry: {entry!r}")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        if start != end or stop - start != math.prod(entry["shape"]) * _ITEM_SIZES[entry["dtype"]]:
+            raise ConversionError(
+                f"{file}: {name} ({entry['dtype']} {entry['shape']}) has wrong data offsets "
+                f"[{start}, {stop}]"
+            )
+        if stop > data_bytes:
+            raise ConversionError(
+                f"{file}: truncated: {name} ends at byte {stop} of the data, which has {data_bytes}"
+            )
+        end = stop
+    if end != data_bytes:
+        raise ConversionError(f"{file}: {data_bytes - end} bytes more than its tensors need")
+
+
+def _is_entry(entry: Any) -> bool:
+    def sizes(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+    return (
+        isinstance(entry, dict)
+        and entry.get("dtype") in _ITEM_SIZES
+        and sizes(entry.get("shape"))
+        and sizes(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )

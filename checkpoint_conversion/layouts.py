@@ -1,17 +1,14 @@
 """How the rows of several HuggingFace tensors are arranged in one Megatron tensor.
 
 Every layout here is a list of row blocks: "the next rows of the Megatron tensor are these rows of
-that HuggingFace tensor". Both directions read the same list, so they cannot disagree, and each
-block is a run of contiguous bytes on both sides. Rows are slices along the first axis; the other
-axes are never touched.
+that HuggingFace tensor". Both directions follow the same list, so they cannot disagree, and each
+block is a run of contiguous bytes on both sides. A row is a slice along the first axis; the other
+axes are the same on both sides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-
-import torch
 
 
 class RowBlock(NamedTuple):
@@ -63,31 +60,11 @@ def rows_of(layout: Layout) -> int:
 
 def clipped(layout: Layout, start: int, stop: int) -> Layout:
     """The layout of rows [start, stop) of the Megatron tensor."""
-    return tuple(
-        RowBlock(block.source, block.start + max(start - first, 0), rows)
-        for first, block in _with_offsets(layout)
-        if (rows := min(first + block.rows, stop) - max(first, start)) > 0
-    )
-
-
-def merge(layout: Layout, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """HuggingFace tensors to the Megatron tensor."""
-    return torch.cat([tensors[source][start : start + rows] for source, start, rows in layout])
-
-
-def split(layout: Layout, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The Megatron tensor to HuggingFace tensors; the inverse of `merge`."""
-    counts = [0] * (1 + max(block.source for block in layout))
-    for block in layout:
-        counts[block.source] += block.rows
-    parts = [tensor.new_empty((rows, *tensor.shape[1:])) for rows in counts]
-    for first, (source, start, rows) in _with_offsets(layout):
-        parts[source][start : start + rows] = tensor[first : first + rows]
-    return parts
-
-
-def _with_offsets(layout: Layout) -> Iterator[tuple[int, RowBlock]]:
+    blocks = []
     first = 0
-    for block in layout:
-        yield first, block
-        first += block.rows
+    for source, source_start, rows in layout:
+        begin, end = max(first, start), min(first + rows, stop)
+        if begin < end:
+            blocks.append(RowBlock(source, source_start + begin - first, end - begin))
+        first += rows
+    return tuple(blocks)

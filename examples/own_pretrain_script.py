@@ -1,6 +1,7 @@
 """A pretrain script of one's own, with an objective added in three lines (marked 1, 2 and 3).
 
-Everything else is what such scripts look like anyway. It trains on Megatron's mock data, here on two processes:
+Everything else is what such scripts look like anyway. It trains on Megatron's mock data, here on two
+processes:
 
     torchrun --standalone --nproc-per-node 2 examples/own_pretrain_script.py \
         --tensor-model-parallel-size 2 --num-layers 2 --hidden-size 64 --num-attention-heads 4 \
@@ -8,11 +9,11 @@ Everything else is what such scripts look like anyway. It trains on Megatron's m
         --lr-decay-style constant --log-interval 1 --eval-iters 0 --eval-interval 10 \
         --tokenizer-type NullTokenizer --vocab-size 511 --mock-data --calculate-per-token-loss
 
-On a machine without a GPU add --distributed-backend gloo, and without Transformer Engine add --transformer-impl
-local and the --no-…-fusion flags that Megatron then asks for.
+On a machine without a GPU add --distributed-backend gloo, and without Transformer Engine add
+--transformer-impl local and the --no-…-fusion flags that Megatron then asks for.
 
-The data set gives every token a label and says in `loss_mask` which tokens count. Both that form and labels of
--100 are understood. `--calculate-per-token-loss` is needed.
+The data set gives every token a label and says in `loss_mask` which tokens count. Both that form and
+labels of -100 are understood. `--calculate-per-token-loss` is needed.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def test_weights_have_to_come_from_somewhere(hf_folder, tmp_path):
     flags += ["--micro-batch-size", "1", *PROFIT]
     with pytest.raises(ArgumentsError, match="hf_to_megatron"):
         read_arguments(flags)
-    with pytest.raises(ArgumentsError, match="no checkpoint in --load .*nowhere"):
+    with pytest.raises(ArgumentsError, match=r"no checkpoint in --load .*nowhere"):
         read_arguments([*flags, "--load", str(tmp_path / "nowhere")])
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     read_arguments([*flags, "--pretrained-checkpoint", str(tmp_path)])
