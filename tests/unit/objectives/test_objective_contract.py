@@ -1,0 +1,150 @@
+"""The contract of every registered objective, and the registry that builds them."""
+
+import argparse
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from megatron_profit.objectives import (
+    Objective,
+    ObjectiveOutput,
+    TokenStatistics,
+    build_objective,
+    objective_names,
+    objective_options,
+    register_objective,
+    registry,
+)
+
+OPTIONS = {
+    "sft": [{}],
+    "profit": [
+        {"threshold_direction": "higher", "prob_threshold": 0.2},
+        {"threshold_direction": "lower", "prob_threshold": 0.2},
+        {"threshold_direction": "middle", "prob_threshold": (0.1, 0.4)},
+        {"threshold_direction": "random", "keep_ratio": 0.6},
+    ],
+}
+EVERY_OBJECTIVE = [
+    pytest.param(name, options, id=f"{name}-{options.get('threshold_direction', '')}")
+    for name, cases in OPTIONS.items()
+    for options in cases
+]
+
+
+def random_statistics(num_tokens=64, dtype=torch.float64):
+    log_prob = torch.rand(num_tokens, dtype=dtype).log().requires_grad_()
+    return TokenStatistics(log_prob, uniform=torch.rand(num_tokens, dtype=dtype))
+
+
+def test_every_objective_is_covered_here():
+    assert set(OPTIONS) == set(objective_names())
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+def test_weight_is_minus_the_derivative_of_the_loss(name, options):
+    torch.manual_seed(0)
+    statistics = random_statistics()
+    loss, weight = build_objective(name, **options)(statistics)
+    (derivative,) = torch.autograd.grad(loss.sum(), statistics.log_prob)
+    torch.testing.assert_close(weight, -derivative, rtol=0, atol=0)
+    assert not weight.requires_grad
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+def test_output_has_the_shape_and_dtype_of_log_prob(name, options, dtype, num_tokens):
+    statistics = random_statistics(num_tokens, dtype)
+    for vector in build_objective(name, **options)(statistics):
+        assert (vector.shape, vector.dtype) == ((num_tokens,), dtype)
+
+
+def test_sft_is_cross_entropy():
+    logits = torch.randn(9, 5)
+    targets = torch.arange(9) % 5
+    log_prob = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    output = build_objective("sft")(TokenStatistics(log_prob))
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(output.loss, expected)
+    assert output.weight.tolist() == [1.0] * 9
+
+
+def test_objectives_with_equal_options_are_equal():
+    options = {"threshold_direction": "higher"}
+    assert build_objective("profit", prob_threshold="0.1", **options) == build_objective(
+        "profit", prob_threshold=[0.1], **options
+    )
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown objective 'grpo'; choose from .*profit, sft"):
+        build_objective("grpo")
+
+
+def test_unknown_option_lists_the_known_ones():
+    with pytest.raises(ValueError, match="no option tau; its options are prob_threshold"):
+        build_objective("profit", tau=0.1)
+    with pytest.raises(ValueError, match="'sft' has no option prob_threshold; it takes no options"):
+        build_objective("sft", prob_threshold=0.1)
+
+
+def test_options_make_a_command_line():
+    parser = argparse.ArgumentParser()
+    for option in objective_options("profit"):
+        flag = "--" + option.name.replace("_", "-")
+        parser.add_argument(flag, default=option.default, **option.metadata)
+    line = "--prob-threshold 0.3 0.7 --threshold-direction middle"
+    objective = build_objective("profit", **vars(parser.parse_args(line.split())))
+    assert objective.prob_threshold == (0.3, 0.7)
+    assert all(option.metadata["help"] for option in objective_options("profit"))
+
+
+@pytest.fixture
+def demanding(monkeypatch):
+    """A registered objective that needs two statistics."""
+    monkeypatch.setattr(registry, "_OBJECTIVES", dict(registry._OBJECTIVES))
+
+    @register_objective("demanding")
+    @dataclass(frozen=True)
+    class Demanding(Objective):
+        @property
+        def required_statistics(self):
+            return frozenset({"entropy", "ref_log_prob"})
+
+        def evaluate(self, statistics):
+            weight = statistics.entropy * (statistics.log_prob - statistics.ref_log_prob).exp()
+            return ObjectiveOutput(weight, weight)
+
+    return Demanding
+
+
+def test_a_new_objective_is_built_by_name(demanding):
+    assert build_objective("demanding") == demanding()
+    assert demanding.name == "demanding"
+    with pytest.raises(ValueError, match=r"'demanding' is already registered by .*Demanding"):
+        register_objective("demanding")(demanding)
+
+
+def test_a_missing_statistic_is_named(demanding):
+    log_prob = torch.zeros(3)
+    with pytest.raises(ValueError, match="Demanding needs the statistic entropy, ref_log_prob"):
+        demanding()(TokenStatistics(log_prob))
+    with pytest.raises(ValueError, match=r"the statistic ref_log_prob; pass TokenStatistics\(ref"):
+        demanding()(TokenStatistics(log_prob, entropy=log_prob))
+    demanding()(TokenStatistics(log_prob, entropy=log_prob, ref_log_prob=log_prob))
+
+
+def test_statistics_refuse_half_precision_and_other_shapes():
+    with pytest.raises(ValueError, match=r"log_prob is torch\.bfloat16; .*float32 or float64"):
+        TokenStatistics(torch.zeros(3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"entropy has shape \(2,\), log_prob has \(3,\)"):
+        TokenStatistics(torch.zeros(3), entropy=torch.zeros(2))
+
+
+def test_prob_is_the_softmax_where_it_is_known():
+    log_prob = torch.tensor([0.25, 0.5]).log()
+    torch.testing.assert_close(TokenStatistics(log_prob).prob, torch.tensor([0.25, 0.5]))
+    known = torch.tensor([0.1, 0.2])
+    assert TokenStatistics(log_prob, softmax_prob=known).prob is known
