@@ -1,0 +1,66 @@
+"""A vocabulary split over a process group: which part a rank holds, and the collectives over it.
+
+``group=None`` means one process and makes every reduction the identity, so the kernel has a single
+path. Any backend that reduces the given dtype will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The vocabulary rows that this rank holds: global ids [start, start + size).
+
+    Attributes:
+        start: global id of the first row.
+        size: rows that are vocabulary; those behind them are padding. May be 0 on the last ranks.
+        vocab_size: vocabulary over all ranks, without padding.
+        group: process group that the vocabulary is split over; None for one process.
+    """
+
+    start: int
+    size: int
+    vocab_size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of_this_rank(
+        cls, rows: int, vocab_size: int | None, group: dist.ProcessGroup | None
+    ) -> VocabShard:
+        """The shard of this rank where every rank of the group holds ``rows`` rows.
+
+        Raises:
+            ValueError: ``vocab_size`` is outside 1 .. rows * ranks.
+        """
+        ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+        total = rows * ranks if vocab_size is None else vocab_size
+        if not 0 < total <= rows * ranks:
+            raise ValueError(
+                f"vocab_size {total} is outside 1..{rows * ranks} ({rows} weight rows on each of "
+                f"{ranks} ranks); pass the vocabulary of all ranks, without padding."
+            )
+        return cls(rank * rows, min(max(total - rank * rows, 0), rows), total, group)
+
+    def locate(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Finds global ids [n] here: row [n] int64 (0 if elsewhere) and here [n] bool."""
+        row = targets - self.start
+        here = (row >= 0) & (row < self.size)
+        return row.masked_fill(~here, 0), here
+
+    def all_max_(self, tensor: Tensor) -> Tensor:
+        """Replaces ``tensor`` by its elementwise maximum over the group."""
+        return self._all_reduce_(tensor, dist.ReduceOp.MAX)
+
+    def all_sum_(self, tensor: Tensor) -> Tensor:
+        """Replaces ``tensor`` by its elementwise sum over the group."""
+        return self._all_reduce_(tensor, dist.ReduceOp.SUM)
+
+    def _all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.group is not None and self.group.size() > 1:
+            dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor

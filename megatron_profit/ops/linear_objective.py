@@ -1,0 +1,153 @@
+"""Output layer and objective in one operation: hidden states in, per-token loss out.
+
+The forward pass turns logits into a few numbers per token, one chunk of rows at a time, and asks
+the objective once for loss and weight; the backward pass recomputes logits. So no [tokens,
+vocabulary] tensor ever exists, and work follows the mask: rows that are not supervised never meet
+the output layer, rows of weight 0 skip the backward products.
+
+Shapes: N tokens, M supervised rows, H hidden, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_profit.objectives import Objective, ObjectiveOutput, TokenStatistics
+from megatron_profit.ops.autograd import LinearObjectiveFunction
+from megatron_profit.ops.collectives import VocabShard
+from megatron_profit.ops.rows import SupervisedRows, default_chunk_rows, input_precision
+from megatron_profit.ops.statistics import KERNEL_STATISTICS, linear_token_statistics
+from megatron_profit.ops.validation import IGNORED_LABEL, check_inputs, check_labels
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearObjectiveStatistics(TokenStatistics):
+    """Statistics of every row, without a graph; 0 where the row is not supervised.
+
+    Attributes:
+        weight: [N] the objective's weight, without ``loss_weight``; 0 for a token that it drops.
+        supervised: [N] bool, rows with a label and a nonzero ``loss_weight``.
+    """
+
+    weight: Tensor
+    supervised: Tensor
+
+
+class LinearObjectiveOutput(NamedTuple):
+    """Result of ``linear_objective``.
+
+    Attributes:
+        loss: [N] loss_weight_t * L_t in float32 (float64 for float64 inputs); exactly 0 where the
+            row is not supervised.
+        statistics: what the model says about each token, and the weight that the objective gave it.
+    """
+
+    loss: Tensor
+    statistics: LinearObjectiveStatistics
+
+
+def linear_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    group: dist.ProcessGroup | None = None,
+    loss_weight: Tensor | None = None,
+    vocab_size: int | None = None,
+    ref_log_prob: Tensor | None = None,
+    uniform: Tensor | None = None,
+    reduce_hidden_grad: bool = True,
+    chunk_rows: int | None = None,
+) -> LinearObjectiveOutput:
+    """Computes an objective's per-token loss on logits ``hidden @ weight.T`` that are never kept.
+
+    Logits are rounded to the input dtype and upcast to float32, as HuggingFace and Megatron do. The
+    gradient honours any per-token upstream gradient. When no row is supervised the loss is an exact
+    zero that is part of the graph: its gradients are zeros, not None.
+
+    With a group, all of its ranks pass the same tensors except for weight, of which each passes its
+    own rows. Which collectives run depends on the labels and on which inputs require a gradient, so
+    these must agree.
+
+    Args:
+        hidden: [N, H] float16, bfloat16, float32 or float64.
+        weight: [V, H] of the same dtype; rank r holds the vocabulary ids r * V .. (r + 1) * V - 1.
+        labels: [N] int64 global vocabulary ids; -100 is unsupervised.
+        objective: gives loss and weight; sees all supervised rows at once, and only those.
+        group: process group that the vocabulary is split over; None for one process.
+        loss_weight: [N] floating, a factor on each loss; 0 is unsupervised. None means 1.
+        vocab_size: vocabulary without padding. Rows behind it stay out of the softmax and get a
+            zero gradient. None means that no row is padding.
+        ref_log_prob: [N] reference log-probabilities in nats, for objectives that need them.
+        uniform: [N] random numbers in [0, 1), for objectives that draw
+            (``objectives.token_uniform`` makes them). Without a group they may be left to torch's
+            default generator.
+        reduce_hidden_grad: sums the gradient of hidden over the group, so that it is complete on
+            every rank. False leaves this rank's part, for a caller that reduces it, as a
+            sequence-parallel gather does in its own backward pass.
+        chunk_rows: rows whose logits exist at one time, the same on all ranks; by default as many
+            as take 256 MB.
+
+    Returns:
+        The loss [N] with a graph to hidden and weight, and statistics [N] without one.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, labels or options that do not fit, or a missing
+            statistic that only the caller can give. Raised before any collective.
+    """
+    vectors = {"loss_weight": loss_weight, "ref_log_prob": ref_log_prob, "uniform": uniform}
+    check_inputs(hidden, weight, labels, vectors, objective, group, chunk_rows)
+    shard = VocabShard.of_this_rank(weight.size(0), vocab_size, group)
+    check_labels(labels, shard.vocab_size)
+
+    supervised = labels != IGNORED_LABEL
+    if loss_weight is not None:
+        supervised &= loss_weight != 0
+    rows = SupervisedRows.of(supervised, labels, chunk_rows or default_chunk_rows(weight))
+    with torch.no_grad(), input_precision(hidden):
+        wanted = objective.required_statistics & KERNEL_STATISTICS
+        normalizer, computed = linear_token_statistics(hidden, weight, rows, shard, wanted)
+        statistics = TokenStatistics(
+            **computed, ref_log_prob=rows.take(ref_log_prob), uniform=rows.take(uniform)
+        )
+        token_loss, token_weight = _evaluate(objective, statistics)
+        scale = 1.0 if loss_weight is None else loss_weight[rows.index].to(token_loss.dtype)
+    loss = LinearObjectiveFunction.apply(
+        hidden,
+        weight,
+        token_loss * scale,
+        token_weight * scale,
+        normalizer,
+        rows,
+        shard,
+        reduce_hidden_grad,
+    )
+    return LinearObjectiveOutput(loss, _every_row(statistics, token_weight, supervised, rows))
+
+
+def _evaluate(objective: Objective, statistics: TokenStatistics) -> ObjectiveOutput:
+    """Asks the objective, except about no token at all: a ranking has no answer there."""
+    log_prob = statistics.log_prob
+    if not log_prob.numel():
+        return ObjectiveOutput(log_prob, log_prob)
+    loss, weight = objective(statistics)
+    # A float64 ref_log_prob makes them wider than the kernel's vectors.
+    return ObjectiveOutput(loss.to(log_prob.dtype), weight.to(log_prob.dtype))
+
+
+def _every_row(
+    statistics: TokenStatistics, weight: Tensor, supervised: Tensor, rows: SupervisedRows
+) -> LinearObjectiveStatistics:
+    """[M] to [N]."""
+    known = {name: vector for name, vector in vars(statistics).items() if vector is not None}
+    return LinearObjectiveStatistics(
+        **{name: rows.scatter(vector) for name, vector in known.items()},
+        weight=rows.scatter(weight),
+        supervised=supervised,
+    )

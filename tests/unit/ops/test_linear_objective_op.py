@@ -1,0 +1,501 @@
+"""The fused operation on one process: values, gradients, edges and refusals.
+
+Every comparison is against the dense float64 oracle or against a formula written out here.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from megatron_profit.objectives import Objective, ObjectiveOutput, build_objective
+from megatron_profit.ops import linear_objective, reference_linear_objective
+from megatron_profit.ops.rows import CHUNK_BYTES, default_chunk_rows
+
+N, H, V = 123, 252, 507
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class EveryStatistic(Objective):
+    """w = sg(H * sum p^2 + p / p_ref): wrong as soon as one of the statistics is."""
+
+    @property
+    def required_statistics(self):
+        return frozenset({"entropy", "sum_squared_prob", "ref_log_prob"})
+
+    def evaluate(self, statistics):
+        weight = statistics.entropy * statistics.sum_squared_prob
+        weight = weight + (statistics.log_prob.detach() - statistics.ref_log_prob).exp()
+        return ObjectiveOutput(-weight * statistics.log_prob, weight)
+
+
+@dataclass(frozen=True)
+class TopEntropy(Objective):
+    """Trains the half of the tokens of highest entropy: needs all tokens at once."""
+
+    @property
+    def required_statistics(self):
+        return frozenset({"entropy"})
+
+    def evaluate(self, statistics):
+        kept = statistics.entropy >= statistics.entropy.median()
+        return ObjectiveOutput(-statistics.log_prob * kept, kept.to(statistics.log_prob.dtype))
+
+
+OBJECTIVES = [
+    build_objective("sft"),
+    build_objective("profit", threshold_direction="higher", prob_threshold=1e-3),
+    build_objective("profit", threshold_direction="lower", prob_threshold=1e-3),
+    build_objective("profit", threshold_direction="middle", prob_threshold=(3e-4, 3e-3)),
+    build_objective("profit", threshold_direction="random", keep_ratio=0.6),
+    EveryStatistic(),
+    TopEntropy(),
+]
+SFT = OBJECTIVES[0]
+
+
+def label_of(objective):
+    direction = getattr(objective, "threshold_direction", "")
+    return f"{type(objective).__name__} {direction}".strip()
+
+
+@dataclass
+class Problem:
+    """Inputs and upstream gradients in float64; rows 0, 7, 14, ... have no label."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    upstream: torch.Tensor
+    vectors: dict[str, torch.Tensor]
+
+    @classmethod
+    def random(cls, num_rows=N, num_hidden=H, vocabulary=V, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"generator": generator, "dtype": torch.float64}
+        labels = torch.randint(vocabulary, (num_rows,), generator=generator)
+        labels[::7] = -100
+        loss_weight = torch.rand(num_rows, **options) * 2
+        loss_weight[3::11] = 0
+        # Rounded once, so that every precision starts from the same numbers.
+        return cls(
+            torch.randn(num_rows, num_hidden, **options).bfloat16().double(),
+            (torch.randn(vocabulary, num_hidden, **options) * 0.15).bfloat16().double(),
+            labels,
+            torch.randn(num_rows, **options),
+            {
+                "loss_weight": loss_weight,
+                "ref_log_prob": -6 - torch.rand(num_rows, **options),
+                "uniform": torch.rand(num_rows, **options),
+            },
+        )
+
+    def run(self, function, objective, dtype=torch.float64, **options):
+        """Returns (output, gradient of hidden, gradient of weight)."""
+        hidden = self.hidden.to(dtype, copy=True).requires_grad_()
+        weight = self.weight.to(dtype, copy=True).requires_grad_()
+        output = function(hidden, weight, self.labels, objective, **self.vectors, **options)
+        output.loss.backward(self.upstream.to(output.loss.dtype))
+        return output, hidden.grad, weight.grad
+
+
+def assert_same_result(result, expected, **tolerance):
+    (output, *grads), (expected_output, *expected_grads) = result, expected
+    for ours, theirs in zip(
+        [output.loss, output.statistics.weight, *grads],
+        [expected_output.loss, expected_output.statistics.weight, *expected_grads],
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, check_dtype=False, **tolerance)
+    for name, vector in vars(output.statistics).items():
+        if vector is not None:
+            torch.testing.assert_close(
+                vector, vars(expected_output.statistics)[name], check_dtype=False, **tolerance
+            )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
+@pytest.mark.parametrize("chunk_rows", [None, 1, 17])
+def test_equals_the_oracle_in_float64(objective, chunk_rows):
+    problem = Problem.random()
+    result = problem.run(linear_objective, objective, chunk_rows=chunk_rows)
+    expected = problem.run(reference_linear_objective, objective)
+    assert_same_result(result, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
+def test_equals_the_oracle_in_float32(objective):
+    problem = Problem.random()
+    result = problem.run(linear_objective, objective, torch.float32, chunk_rows=50)
+    expected = problem.run(reference_linear_objective, objective)
+    assert_same_result(result, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_dense_half_precision(objective, dtype):
+    """The error against float64 is bounded by that of the usual loss in the same precision."""
+    problem = Problem.random()
+    exact = problem.run(reference_linear_objective, objective)
+    dense = problem.run(reference_linear_objective, objective, dtype)
+    chunked = problem.run(linear_objective, objective, dtype, chunk_rows=40)
+    assert chunked[0].loss.dtype == torch.float32
+    assert chunked[1].dtype == chunked[2].dtype == dtype
+    for ours, usual, truth in zip(
+        (chunked[0].loss, *chunked[1:]),
+        (dense[0].loss, *dense[1:]),
+        (exact[0].loss, *exact[1:]),
+        strict=True,
+    ):
+        assert (ours.double() - truth).norm() <= 1.05 * (usual.double() - truth).norm()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
+def test_gradient_is_coefficient_times_softmax_minus_onehot(objective):
+    """The formula itself, without autograd: catches a kernel that scales by one upstream gradient."""
+    problem = Problem.random()
+    output, grad_hidden, grad_weight = problem.run(linear_objective, objective)
+    softmax = (problem.hidden @ problem.weight.t()).softmax(-1)
+    onehot = torch.nn.functional.one_hot(problem.labels.clamp(min=0), V)
+    scale = problem.upstream * problem.vectors["loss_weight"] * output.statistics.weight
+    grad_logits = scale[:, None] * (softmax - onehot)
+    torch.testing.assert_close(grad_hidden, grad_logits @ problem.weight)
+    torch.testing.assert_close(grad_weight, grad_logits.t() @ problem.hidden)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:5], ids=label_of)
+def test_gradcheck(objective):
+    problem = Problem.random(num_rows=6, num_hidden=4, vocabulary=5)
+    problem.vectors["loss_weight"] += 0.1
+    objective_ = objective
+    if label_of(objective).split()[-1] in ("higher", "lower"):  # a threshold inside the range of p
+        objective_ = build_objective(
+            "profit", threshold_direction=objective.threshold_direction, prob_threshold=0.2
+        )
+
+    def loss(hidden, weight):
+        return linear_objective(
+            hidden, weight, problem.labels, objective_, chunk_rows=2, **problem.vectors
+        ).loss
+
+    inputs = (problem.hidden.requires_grad_(), problem.weight.requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 300, 506, 507])
+def test_padding_stays_out_of_the_softmax(vocab_size):
+    problem = Problem.random()
+    problem.labels.clamp_(max=vocab_size - 1)
+    problem.weight[vocab_size:] = torch.inf  # would make everything NaN
+    objective = EveryStatistic()
+    result = problem.run(linear_objective, objective, vocab_size=vocab_size)
+    assert result[2][vocab_size:].eq(0).all()
+
+    problem.weight = problem.weight[:vocab_size]
+    expected = problem.run(reference_linear_objective, objective)
+    assert_same_result((*result[:2], result[2][:vocab_size]), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_repeated_targets_add_up():
+    problem = Problem.random()
+    problem.labels[:] = 3
+    result = problem.run(linear_objective, SFT, chunk_rows=10)
+    expected = problem.run(reference_linear_objective, SFT)
+    assert_same_result(result, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["labels", "loss_weight", "no rows"])
+def test_nothing_supervised_is_a_zero_with_a_graph(objective, dtype, how):
+    problem = Problem.random(num_rows=0 if how == "no rows" else N)
+    if how == "labels":
+        problem.labels[:] = -100
+    elif how == "loss_weight":
+        problem.vectors["loss_weight"][:] = 0
+    output, grad_hidden, grad_weight = problem.run(linear_objective, objective, dtype)
+    assert output.loss.requires_grad
+    for tensor in (output.loss, grad_hidden, grad_weight, output.statistics.weight):
+        assert tensor.eq(0).all()
+    assert grad_hidden.shape == problem.hidden.shape
+    assert grad_weight.shape == problem.weight.shape
+
+
+def test_one_row():
+    problem = Problem.random(num_rows=2, num_hidden=1, vocabulary=1)
+    output, grad_hidden, grad_weight = problem.run(linear_objective, SFT)
+    for tensor in (output.loss, grad_hidden, grad_weight):
+        assert tensor.eq(0).all()  # a vocabulary of one is certain
+
+
+def test_unsupervised_rows_are_never_read():
+    problem = Problem.random()
+    supervised = (problem.labels != -100) & (problem.vectors["loss_weight"] != 0)
+    problem.hidden[~supervised] = torch.nan
+    output, grad_hidden, grad_weight = problem.run(linear_objective, EveryStatistic())
+    assert torch.equal(output.statistics.supervised, supervised)
+    for tensor in (output.loss, grad_hidden, *vars(output.statistics).values()):
+        if tensor is not None:
+            assert tensor[~supervised].eq(0).all()
+    assert grad_weight.isfinite().all()
+
+
+def test_dropped_rows_skip_the_backward_products(monkeypatch):
+    from megatron_profit.ops import autograd
+
+    seen = []
+    compute = autograd.chunk_logits
+    monkeypatch.setattr(
+        autograd, "chunk_logits", lambda h, w: seen.append(h.size(0)) or compute(h, w)
+    )
+    problem = Problem.random()
+    problem.upstream[60:70] = 0
+    output, *_ = problem.run(linear_objective, OBJECTIVES[1], chunk_rows=8)
+    counted = (output.statistics.weight != 0) & (problem.upstream != 0)
+    assert 0 < sum(seen) == counted.sum() < output.statistics.supervised.sum()
+    assert max(seen) <= 8
+
+
+def test_each_row_meets_the_forward_product_once(monkeypatch):
+    from megatron_profit.ops import statistics
+
+    seen = []
+    compute = statistics.chunk_logits
+    monkeypatch.setattr(
+        statistics, "chunk_logits", lambda h, w: seen.append(h.size(0)) or compute(h, w)
+    )
+    output, *_ = Problem.random().run(linear_objective, SFT, chunk_rows=8)
+    assert sum(seen) == output.statistics.supervised.sum()
+    assert max(seen) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_huge_logits(dtype, size):
+    """Targets of probability 1, of 1/2 beside a huge equal, and of 0."""
+    weight = torch.tensor([[1.0], [1.0], [-1.0], [0.0]], dtype=dtype)
+    hidden = torch.tensor([[size], [size], [-size], [size]], dtype=dtype, requires_grad=True)
+    labels = torch.tensor([0, 2, 2, 3])
+    output = linear_objective(hidden, weight, labels, OnEntropy())
+    ln2 = 0.6931471805599453
+    expected = torch.tensor([-ln2, -2 * size - ln2, 0.0, -size - ln2], dtype=dtype)
+    torch.testing.assert_close(output.statistics.log_prob, expected)
+    torch.testing.assert_close(
+        output.statistics.entropy, torch.tensor([ln2, ln2, 0.0, ln2], dtype=dtype)
+    )
+    output.loss.sum().backward()
+    # Weight 1 + H, times sum_v softmax_v w_v - w_target.
+    by_hand = torch.tensor([[0.0], [2.0], [0.0], [1.0]], dtype=dtype) * (1 + ln2)
+    torch.testing.assert_close(hidden.grad, by_hand)
+
+
+@dataclass(frozen=True)
+class OnEntropy(Objective):
+    """w = 1 + sg(H)."""
+
+    @property
+    def required_statistics(self):
+        return frozenset({"entropy"})
+
+    def evaluate(self, statistics):
+        weight = 1 + statistics.entropy
+        return ObjectiveOutput(-weight * statistics.log_prob, weight)
+
+
+def test_large_logits_lose_no_precision_in_the_backward_pass():
+    """Logits around 1e4 differ by little; a single log-sum-exp in float32 would be off by 5e-4."""
+    problem = Problem.random(num_hidden=8)
+    problem.hidden[:, 0], problem.weight[:, 0] = 128, 80
+    result = problem.run(linear_objective, SFT, torch.float32)
+    expected = problem.run(reference_linear_objective, SFT)
+    dense = problem.run(reference_linear_objective, SFT, torch.float32)
+    for ours, usual, truth in zip(result[1:], dense[1:], expected[1:], strict=True):
+        assert (ours - truth).norm() <= 1.05 * (usual - truth).norm()
+
+
+def test_minus_infinite_logits():
+    """A float16 logit below -65504 is -inf: probability 0, no part in the entropy."""
+    hidden = torch.tensor([[300.0]], dtype=torch.float16, requires_grad=True)
+    weight = torch.tensor([[-300.0], [0.0], [0.0]], dtype=torch.float16)
+    output = linear_objective(hidden, weight, torch.tensor([1]), OnEntropy())
+    torch.testing.assert_close(output.statistics.entropy, torch.tensor([2.0]).log())
+    output.loss.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+    dropped = build_objective("profit", threshold_direction="higher", prob_threshold=0.1)
+    output = linear_objective(hidden, weight, torch.tensor([0]), dropped)
+    assert output.statistics.log_prob.item() == -torch.inf
+    assert output.loss.item() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [2, 3, 7, 10, 14, 20])
+@pytest.mark.parametrize("direction", ["higher", "lower"])
+def test_probability_exactly_at_the_threshold_is_kept(direction, vocabulary, dtype):
+    objective = build_objective(
+        "profit", threshold_direction=direction, prob_threshold=1 / vocabulary
+    )
+    output = linear_objective(
+        torch.ones(3, 4, dtype=dtype),
+        torch.ones(vocabulary, 4, dtype=dtype),
+        torch.tensor([0, 1, -100]),
+        objective,
+    )
+    assert output.statistics.weight.tolist() == [1, 1, 0]
+
+
+def test_callers_tensors_are_left_alone():
+    problem = Problem.random()
+    tensors = [problem.hidden, problem.weight, problem.labels, *problem.vectors.values()]
+    copies = [tensor.clone() for tensor in tensors]
+    problem.hidden.requires_grad_()
+    problem.weight.requires_grad_()
+    output = linear_objective(
+        problem.hidden, problem.weight, problem.labels, EveryStatistic(), **problem.vectors
+    )
+    output.loss.sum().backward(retain_graph=True)
+    first = problem.hidden.grad.clone()
+    output.loss.sum().backward()  # nothing that was saved has been overwritten either
+    torch.testing.assert_close(problem.hidden.grad, 2 * first)
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(tensor.detach(), copy)
+
+
+def test_only_what_is_asked_for_is_computed():
+    problem = Problem.random()
+    inputs = (problem.hidden, problem.weight, problem.labels)
+    statistics = linear_objective(*inputs, SFT).statistics
+    for name in ("entropy", "sum_squared_prob", "ref_log_prob", "uniform"):
+        assert getattr(statistics, name) is None
+    assert linear_objective(*inputs, TopEntropy()).statistics.sum_squared_prob is None
+
+
+def test_statistics_carry_no_graph_and_no_grad_works():
+    problem = Problem.random()
+    output, *_ = problem.run(linear_objective, EveryStatistic())
+    assert not any(v.requires_grad for v in vars(output.statistics).values() if v is not None)
+    with torch.no_grad():
+        evaluated = linear_objective(
+            problem.hidden.requires_grad_(),
+            problem.weight,
+            problem.labels,
+            EveryStatistic(),
+            **problem.vectors,
+        )
+    assert not evaluated.loss.requires_grad
+    assert torch.equal(evaluated.loss, output.loss)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient_and_costs_no_product(frozen):
+    problem = Problem.random()
+    inputs = {"hidden": problem.hidden.clone(), "weight": problem.weight.clone()}
+    trained = "weight" if frozen == "hidden" else "hidden"
+    inputs[trained].requires_grad_()
+    output = linear_objective(
+        inputs["hidden"], inputs["weight"], problem.labels, SFT, **problem.vectors
+    )
+    output.loss.backward(problem.upstream)
+    assert inputs[frozen].grad is None
+    _, grad_hidden, grad_weight = problem.run(linear_objective, SFT)
+    expected = grad_weight if frozen == "hidden" else grad_hidden
+    torch.testing.assert_close(inputs[trained].grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    """Forward and backward must round logits alike, wherever each of them runs."""
+    problem = Problem.random()
+    plain = problem.run(linear_objective, SFT, dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = problem.run(linear_objective, SFT, dtype)
+    assert_same_result(cast, plain, rtol=0, atol=0)
+
+
+def test_a_statistic_is_the_same_whatever_the_chunk():
+    problem = Problem.random()
+    outputs = [
+        problem.run(linear_objective, EveryStatistic(), torch.float32, chunk_rows=rows)[0]
+        for rows in (None, 5)
+    ]
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-5, atol=1e-6)
+
+
+def test_default_chunk_holds_256_megabytes_of_logits():
+    rows = default_chunk_rows(torch.empty(151_936, 1, dtype=torch.bfloat16))
+    assert CHUNK_BYTES == 256 * 2**20
+    assert rows * 151_936 * 4 <= CHUNK_BYTES < (rows + 1) * 151_936 * 4
+    assert default_chunk_rows(torch.empty(10**9, 1, device="meta")) == 1
+
+
+def test_peak_memory_does_not_grow_with_the_number_of_tokens():
+    """The largest tensor that forward and backward make is one chunk of logits or a gradient."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return result
+
+    problem = Problem.random(num_rows=2000, num_hidden=8, vocabulary=400)
+    with Largest() as largest:
+        problem.run(linear_objective, EveryStatistic(), chunk_rows=50)
+    assert largest.numel == 50 * 400
+
+
+VALID = {
+    "hidden": torch.zeros(4, 3),
+    "weight": torch.zeros(5, 3),
+    "labels": torch.tensor([0, 4, -100, 2]),
+    "objective": SFT,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4, 1, 3)}, r"hidden has shape \(4, 1, 3\).*hidden \[N, H\]"),
+        ({"hidden": torch.zeros(4, 2)}, r"hidden has shape \(4, 2\) and weight \(5, 3\)"),
+        ({"weight": torch.zeros(3)}, r"weight \(3,\)"),
+        (
+            {"weight": torch.zeros(5, 3).half()},
+            r"hidden is torch\.float32 and weight torch.float16",
+        ),
+        ({"weight": torch.zeros(5, 3, device="meta")}, "hidden is on cpu and weight on meta"),
+        ({"labels": torch.tensor([0, 1, 2])}, r"labels has shape \(3,\).*4 rows"),
+        ({"labels": torch.tensor([0, 1, 2, 3]).int()}, r"labels are torch\.int32; pass int64"),
+        ({"labels": torch.tensor([0, -1, 2, 3])}, "label -1 in row 1 is neither -100"),
+        ({"labels": torch.tensor([0, 1, 2, 5])}, r"label 5 in row 3 .* in 0\.\.4"),
+        ({"vocab_size": 4}, r"label 4 in row 1 .* in 0\.\.3"),
+        ({"vocab_size": 6}, r"vocab_size 6 is outside 1\.\.5"),
+        ({"vocab_size": 0}, "vocab_size 0 is outside"),
+        ({"chunk_rows": 0}, "chunk_rows is 0; pass at least 1"),
+        ({"loss_weight": torch.ones(3)}, r"loss_weight has shape \(3,\)"),
+        ({"loss_weight": torch.ones(4).long()}, r"loss_weight is torch\.int64; pass a floating"),
+        ({"uniform": torch.ones(4, 1)}, r"uniform has shape \(4, 1\)"),
+        ({"ref_log_prob": torch.ones(4, requires_grad=True)}, "ref_log_prob requires a gradient"),
+        ({"objective": EveryStatistic()}, "EveryStatistic needs ref_log_prob"),
+    ],
+)
+def test_refused_inputs(change, message):
+    linear_objective(**VALID)
+    with pytest.raises(ValueError, match=message):
+        linear_objective(**{**VALID, **change})
+
+
+def test_integer_matrices_are_refused():
+    with pytest.raises(ValueError, match="pass both in one of float16, bfloat16"):
+        linear_objective(torch.zeros(4, 3).long(), torch.zeros(5, 3).long(), VALID["labels"], SFT)
+
+
+def test_random_selection_without_a_group_draws_for_itself():
+    objective = build_objective("profit", threshold_direction="random", keep_ratio=0.5)
+    hidden = torch.zeros(2000, 3)
+    output = linear_objective(hidden, VALID["weight"], torch.ones(2000).long(), objective)
+    assert abs(output.statistics.weight.mean() - 0.5) < 0.05
