@@ -1,0 +1,212 @@
+"""The fused operation on a vocabulary split over 2 and 4 processes equals the same on one process.
+
+All checks of a world run inside one spawn, since starting processes takes longer than checking.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_profit.objectives import (
+    Objective,
+    ObjectiveOutput,
+    build_objective,
+    token_uniform,
+)
+from megatron_profit.ops import linear_objective
+
+N, H, ROWS = 41, 12, 32  # ROWS: of the weight over all ranks, padding included
+
+
+@dataclass(frozen=True)
+class EveryStatistic(Objective):
+    """w = sg(H * sum p^2 + p / p_ref)."""
+
+    @property
+    def required_statistics(self):
+        return frozenset({"entropy", "sum_squared_prob", "ref_log_prob"})
+
+    def evaluate(self, statistics):
+        weight = statistics.entropy * statistics.sum_squared_prob
+        weight = weight + (statistics.log_prob - statistics.ref_log_prob).exp()
+        return ObjectiveOutput(-weight * statistics.log_prob, weight)
+
+
+OBJECTIVES = [
+    build_objective("sft"),
+    build_objective("profit", threshold_direction="higher", prob_threshold=0.02),
+    build_objective("profit", threshold_direction="lower", prob_threshold=0.02),
+    build_objective("profit", threshold_direction="middle", prob_threshold=(0.01, 0.05)),
+    build_objective("profit", threshold_direction="random", keep_ratio=0.5),
+    EveryStatistic(),
+]
+SFT, RANDOM = OBJECTIVES[0], OBJECTIVES[4]
+
+
+class Problem:
+    """The same random inputs on every rank; rows 0, 5, ... have no label, rows 2, 8, ... no weight."""
+
+    def __init__(self, vocab_size, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(vocab_size)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.vocab_size = vocab_size
+        self.hidden, self.weight = random(N, H).to(dtype), random(ROWS, H).to(dtype) / 2
+        self.weight[vocab_size:] = torch.nan  # padding must never be read
+        self.labels = torch.randint(vocab_size, (N,), generator=generator)
+        self.labels[::5] = -100
+        self.upstream = random(N)
+        self.vectors = {
+            "loss_weight": random(N).abs(),
+            "ref_log_prob": -random(N).abs() - 2,
+            "uniform": token_uniform(3, torch.zeros(N, dtype=torch.int64), torch.arange(N)),
+        }
+        self.vectors["loss_weight"][2::6] = 0
+
+    def run(self, objective, group=None, **options):
+        """Returns (output, gradient of hidden, gradient of this rank's weight)."""
+        hidden = self.hidden.clone().requires_grad_()
+        weight = shard(self.weight, group).clone().requires_grad_()
+        options = {"vocab_size": self.vocab_size, **self.vectors, **options}
+        output = linear_objective(hidden, weight, self.labels, objective, group=group, **options)
+        output.loss.backward(self.upstream.to(output.loss.dtype))
+        return output, hidden.grad, weight.grad
+
+
+def shard(weight, group):
+    return weight if group is None else weight.chunk(group.size())[group.rank()]
+
+
+def assert_equal_results(result, expected, group, **tolerance):
+    (output, *grads), (expected_output, expected_hidden, expected_weight) = result, expected
+    pairs = [
+        (output.loss, expected_output.loss),
+        (grads[0], expected_hidden),
+        (grads[1], shard(expected_weight, group)),
+    ]
+    for name, vector in vars(expected_output.statistics).items():
+        assert (vector is None) == (vars(output.statistics)[name] is None)
+        if vector is not None:
+            pairs.append((vars(output.statistics)[name], vector))
+    for ours, one_process in pairs:
+        torch.testing.assert_close(ours, one_process, **tolerance)
+
+
+def check_every_objective(group):
+    """Uneven vocabularies: the last rank, or all but the first, may hold nothing but padding."""
+    for vocab_size in (ROWS, 23, ROWS // group.size() - 1):
+        problem = Problem(vocab_size)
+        for objective in OBJECTIVES:
+            result = problem.run(objective, group, chunk_rows=15)
+            expected = problem.run(objective)
+            assert_equal_results(result, expected, group, rtol=1e-10, atol=1e-12)
+            assert expected[1].abs().sum() > 0
+
+
+def check_lower_precision(group):
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+        problem = Problem(23, dtype)
+        for objective in (SFT, RANDOM, EveryStatistic()):
+            result, expected = problem.run(objective, group), problem.run(objective)
+            assert_equal_results(result, expected, group, rtol=tolerance, atol=tolerance)
+
+
+def check_ranks_agree_to_the_bit(group):
+    """Else a token at the threshold would be kept on one rank and dropped on another."""
+    output, grad_hidden, _ = Problem(23, torch.float32).run(EveryStatistic(), group)
+    for tensor in (output.loss.detach(), output.statistics.weight, grad_hidden):
+        gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(gathered, tensor.contiguous(), group=group)
+        assert all(torch.equal(tensor, other) for other in gathered)
+
+
+def check_partial_hidden_gradient(group):
+    problem = Problem(23)
+    _, partial, grad_weight = problem.run(EveryStatistic(), group, reduce_hidden_grad=False)
+    _, complete, complete_weight = problem.run(EveryStatistic())
+    assert not torch.allclose(partial, complete)
+    dist.all_reduce(partial, group=group)
+    torch.testing.assert_close(partial, complete)
+    torch.testing.assert_close(grad_weight, shard(complete_weight, group))
+
+
+def check_nothing_supervised(group):
+    for vectors in ({}, {"loss_weight": torch.zeros(N)}):
+        problem = Problem(23)
+        if not vectors:
+            problem.labels[:] = -100
+        for objective in OBJECTIVES:
+            output, *grads = problem.run(objective, group, **vectors)
+            assert output.loss.requires_grad
+            assert all(tensor.eq(0).all() for tensor in (output.loss, *grads))
+
+
+def check_everything_dropped(group):
+    """Labels but no weight: the forward collectives run, and the gradient is zero on every rank."""
+    objective = build_objective("profit", threshold_direction="higher", prob_threshold=1)
+    output, *grads = Problem(23).run(objective, group)
+    assert output.statistics.supervised.any()
+    assert all(tensor.eq(0).all() for tensor in (output.loss, *grads))
+
+
+def check_frozen_weight(group):
+    problem = Problem(23)
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = shard(problem.weight, group)
+    loss = linear_objective(
+        hidden, weight, problem.labels, SFT, group=group, vocab_size=23, chunk_rows=7
+    ).loss
+    loss.backward(problem.upstream)
+    problem.vectors = {}
+    torch.testing.assert_close(hidden.grad, problem.run(SFT)[1])
+
+
+def check_refusals(group):
+    """Every rank raises, before any collective: the checks after this one would hang otherwise."""
+    problem = Problem(23)
+    with pytest.raises(ValueError, match=r"must agree over the group; pass uniform=\[N\]"):
+        problem.run(RANDOM, group, uniform=None)
+    with pytest.raises(ValueError, match=f"vocab_size 99 is outside 1..{ROWS}"):
+        problem.run(SFT, group, vocab_size=99)
+    problem.labels[3] = 23
+    with pytest.raises(ValueError, match=r"label 23 in row 3 .* 0\.\.22"):
+        problem.run(SFT, group)
+
+
+CHECKS = [
+    check_every_objective,
+    check_refusals,
+    check_lower_precision,
+    check_ranks_agree_to_the_bit,
+    check_partial_hidden_gradient,
+    check_nothing_supervised,
+    check_everything_dropped,
+    check_frozen_weight,
+]
+
+
+def run_checks(rank, world_size, rendezvous):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
+    )
+    for check in CHECKS:
+        check(dist.group.WORLD)
+    if world_size == 4:  # a rank's number in the group is not its number in the world
+        pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        check_lower_precision(pairs[rank % 2])
+        check_partial_hidden_gradient(pairs[rank % 2])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_split_vocabulary_equals_one_process(world_size, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(run_checks, args=(world_size, tmp_path / "rendezvous"), nprocs=world_size)

@@ -1,0 +1,48 @@
+"""The fused operation on a GPU equals the dense oracle, and its memory does not grow with the tokens."""
+
+import pytest
+import torch
+
+from megatron_profit.objectives import build_objective
+from megatron_profit.ops import linear_objective, reference_linear_objective
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+N, H, V = 1023, 252, 5007
+PROFIT = build_objective("profit", threshold_direction="higher", prob_threshold=1e-4)
+
+
+def run(function, dtype, **options):
+    generator = torch.Generator("cuda").manual_seed(0)
+    settings = {"generator": generator, "device": "cuda", "dtype": torch.float64}
+    hidden = torch.randn(N, H, **settings).bfloat16().to(dtype).requires_grad_()
+    weight = (torch.randn(V, H, **settings) / 8).bfloat16().to(dtype).requires_grad_()
+    labels = torch.randint(V, (N,), generator=generator, device="cuda")
+    labels[::7] = -100
+    output = function(hidden, weight, labels, PROFIT, **options)
+    output.loss.backward(torch.randn(N, **settings).to(output.loss.dtype))
+    return output.loss.double(), hidden.grad.double(), weight.grad.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_bounded_by_the_dense_loss_of_the_same_precision(dtype):
+    exact = run(reference_linear_objective, torch.float64)
+    dense = run(reference_linear_objective, dtype)
+    chunked = run(linear_objective, dtype, chunk_rows=100)
+    for ours, usual, truth in zip(chunked, dense, exact, strict=True):
+        assert (ours - truth).norm() <= 1.05 * (usual - truth).norm() + 1e-12 * truth.norm()
+
+
+def test_peak_memory_is_chunks_and_not_tokens_times_vocabulary():
+    num_rows, num_hidden, vocabulary = 16_384, 64, 32_768
+    hidden = torch.randn(num_rows, num_hidden, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, num_hidden, device="cuda").bfloat16().requires_grad_()
+    labels = torch.randint(vocabulary, (num_rows,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_objective(hidden, weight, labels, build_objective("sft")).loss.sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < num_rows * vocabulary * 4 / 3  # dense float32 logits, of which several are kept
