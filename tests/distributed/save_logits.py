@@ -66,7 +66,7 @@ def main() -> None:
     if mpu.is_pipeline_last_stage():
         logits = gather_from_tensor_model_parallel_region(outputs[0])
         if mpu.get_tensor_model_parallel_rank() == 0:
-            torch.save(logits[..., : arguments.vocab_size].clone(), own.logits)
+            torch.save(logits[..., : args.vocab_size].clone(), own.logits)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
