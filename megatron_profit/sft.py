@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 
 from megatron_profit.backends import DEVICES, activate
@@ -17,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     device = parser.parse_known_args()[0].device
+    _stand_in_for_torchrun()
     # Tensor parallelism overlaps communication only with this, and Megatron insists on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
@@ -27,6 +29,18 @@ def main() -> None:
     from megatron_profit.training.main import run
 
     run()
+
+
+def _stand_in_for_torchrun() -> None:
+    """Let a single process run without torchrun, which sets these variables."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**variables, "MASTER_PORT": port}.items():
+        os.environ.setdefault(name, str(value))
 
 
 if __name__ == "__main__":

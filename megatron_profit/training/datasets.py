@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.core.datasets.utils import Split
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_profit.data import ChatRenderer, Examples, SFTDataset, build_examples
+from megatron_profit.data import ChatRenderer, DataError, Examples, SFTDataset, build_examples
 from megatron_profit.training.arguments import SFTArguments, print_rank_0
 
 
@@ -61,3 +61,17 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
             )
             print_rank_0(f"> {name} data: {report}")
     return SFTData(sets["train"], sets.get("valid"))
+
+
+def _tokenizer(arguments: SFTArguments) -> PreTrainedTokenizerBase:
+    folder, vocab_size = arguments.hf_model, arguments.defaults["vocab_size"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    if len(tokenizer) > vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only {vocab_size} "
+            "(vocab_size in config.json); use the tokenizer that belongs to the model"
+        )
+    return tokenizer

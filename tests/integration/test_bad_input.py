@@ -1,0 +1,106 @@
+"""Bad input ends a run before Megatron starts, with one clear message and nothing written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from make_tiny_model import make_tiny_model
+
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("bad") / "tiny", sorted(DATA.glob("*.jsonl")))
+
+
+def bad_folder(tmp_path: Path, tiny: Path, **changes: object) -> Path:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in tiny.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def chat_file(tmp_path: Path, content: str, name: str = "chat.jsonl") -> Path:
+    (tmp_path / name).write_text(content)
+    return tmp_path / name
+
+
+CASES = {
+    "no such model folder": lambda tmp, tiny: ({"--hf-model": tmp / "none"}, "none"),
+    "a folder without a config": lambda tmp, tiny: ({"--hf-model": tmp}, "config.json"),
+    "an unknown architecture": lambda tmp, tiny: (
+        {"--hf-model": bad_folder(tmp, tiny, architectures=["GPTJForCausalLM"])},
+        "GPTJForCausalLM",
+    ),
+    "a folder without a tokenizer": lambda tmp, tiny: (
+        {"--hf-model": without_tokenizer(tmp, tiny)},
+        "tokenizer",
+    ),
+    "a tokenizer larger than the model": lambda tmp, tiny: (
+        {"--hf-model": bad_folder(tmp, tiny, vocab_size=300)},
+        "300",
+    ),
+    "no such data file": lambda tmp, tiny: ({"--data": tmp / "none.jsonl"}, "none.jsonl"),
+    "an unknown suffix": lambda tmp, tiny: ({"--data": chat_file(tmp, "x", "chat.txt")}, ".txt"),
+    "an unknown format": lambda tmp, tiny: (
+        {"--data": chat_file(tmp, '{"text": "hello"}\n')},
+        "text",
+    ),
+    "no data": lambda tmp, tiny: ({"--data": chat_file(tmp, "")}, "chat.jsonl"),
+    "no assistant anywhere": lambda tmp, tiny: (
+        {"--data": chat_file(tmp, '{"messages": [{"role": "user", "content": "hi"}]}\n')},
+        "there is no assistant turn",
+    ),
+    "too many positions": lambda tmp, tiny: ({"--seq-length": 4096}, "4096"),
+    "tensor parallelism": lambda tmp, tiny: ({"--tensor-model-parallel-size": 3}, "3"),
+}
+
+
+def without_tokenizer(tmp_path: Path, tiny: Path) -> Path:
+    folder = bad_folder(tmp_path, tiny)
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused(tmp_path, tiny, case):
+    flags, named = CASES[case](tmp_path, tiny)
+    command = {
+        "--hf-model": tiny,
+        "--data": DATA / "arithmetic_base.jsonl",
+        "--seq-length": 48,
+        "--micro-batch-size": 2,
+        "--train-iters": 2,
+        "--save": tmp_path / "save",
+        "--tensorboard-dir": tmp_path / "tensorboard",
+        **flags,
+    }
+    before = sorted(tmp_path.rglob("*"))
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "megatron_profit.sft", "--device", "cpu", "--random-init"),
+            *("--objective", "sft", "--lr", "1e-3"),
+            *(str(part) for pair in command.items() for part in pair),
+        ],
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    message = result.stderr.strip().splitlines()
+    assert any("megatron-profit-sft: error:" in line for line in message), result.stderr
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"

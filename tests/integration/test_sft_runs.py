@@ -1,0 +1,139 @@
+"""Whole runs of the training entry, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from make_tiny_model import TinyShape, make_tiny_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer, Qwen3Config
+
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
+PROFIT = ("--objective", "profit", "--prob-threshold", "0.001", "--threshold-direction", "higher")
+METRICS = (
+    "objective",
+    "lm loss",
+    "kept fraction",
+    "mean p kept",
+    "mean p dropped",
+    "supervised tokens",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    shape = TinyShape(hidden_size=32, intermediate_size=64, head_dim=16)
+    return make_tiny_model(
+        tmp_path_factory.mktemp("model") / "tiny", sorted(DATA.glob("*.jsonl")), shape
+    )
+
+
+@pytest.fixture
+def flags(tiny) -> list[object]:
+    return [
+        *("--hf-model", tiny, "--random-init", "--data", DATA / "arithmetic_base.jsonl"),
+        *("--seq-length", 48, "--micro-batch-size", 4, "--global-batch-size", 8, "--lr", 1e-3),
+    ]
+
+
+def logged(output: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"\| {name}: (\S+) \|", output)]
+
+
+def test_metrics_reach_console_and_tensorboard_and_evaluation_runs(sft, flags, tmp_path):
+    result = sft(
+        2,
+        *flags,
+        *PROFIT,
+        *("--train-iters", 4, "--valid-data", DATA / "arithmetic_heldout.jsonl"),
+        *("--eval-interval", 2, "--tensorboard-dir", tmp_path, "--tensor-model-parallel-size", 2),
+    )
+    assert "CPU backend" in result.stdout
+    assert "600 records read, 600 kept" in result.stdout
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in METRICS:
+        assert len(logged(result.stdout, name)) == 4
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
+        assert [event.step for event in events.Scalars(f"{name} validation")] == [2, 4, 4]
+    # One evaluation sees each of the 100 records once: 13 batches of 8, the last one half empty.
+    assert "Evaluating on 104 samples" in result.stdout
+    per_batch = events.Scalars("supervised tokens validation")[0].value
+    assert per_batch * 13 == pytest.approx(supervised_tokens(flags[1], "arithmetic_heldout"))
+
+
+def supervised_tokens(hf_model: Path, name: str) -> int:
+    from megatron_profit.data import ChatRenderer, build_examples
+
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(hf_model))
+    return build_examples([DATA / f"{name}.jsonl"], renderer, 48)[1].supervised_tokens
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["--bf16 --use-distributed-optimizer", "--fp16 --initial-loss-scale 1024"],
+    ids=["bf16", "fp16"],
+)
+def test_half_precision_trains(sft, flags, precision):
+    result = sft(2, *flags, "--objective", "sft", "--train-iters", 12, *precision.split())
+    losses = logged(result.stdout, "lm loss")
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.2
+    assert logged(result.stdout, "kept fraction") == [1.0] * 12
+
+
+def test_a_resumed_run_continues_like_the_uninterrupted_one(sft, flags, tmp_path):
+    command = [*flags, *PROFIT, "--train-iters", 6, "--tensor-model-parallel-size", 2]
+    whole = sft(2, *command).stdout
+    saving = [*command, "--save", tmp_path, "--load", tmp_path, "--save-interval", 3]
+    first = sft(2, *saving, "--exit-interval", 3).stdout
+    second = sft(2, *saving).stdout
+    for name in METRICS:
+        assert logged(first, name) + logged(second, name) == logged(whole, name), name
+
+
+def test_a_run_that_keeps_nothing_warns(sft, flags):
+    result = sft(
+        1,
+        *flags,
+        *("--objective", "profit", "--prob-threshold", "0.9", "--threshold-direction", "higher"),
+        *("--train-iters", 17),
+    )
+    assert re.search(r"kept 0 of the last \d+ supervised tokens", result.stdout)
+    assert "--objective sft" in result.stdout
+
+
+@pytest.mark.parametrize("file", ["alpaca_en_demo.json", "s1k_gptoss20b_sharegpt_low.json"])
+def test_real_chat_files_with_the_real_tokenizer_train(sft, shared_folder, tmp_path, file):
+    model = tmp_path / "model"
+    shutil.copytree(shared_folder / "qwen3-tokenizer", model)
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        architectures=["Qwen3ForCausalLM"],
+    )
+    (model / "config.json").write_text(json.dumps(config.to_dict()))
+    result = sft(
+        2,
+        *("--hf-model", model, "--random-init", "--data", shared_folder / "data" / file),
+        *("--objective", "profit", "--prob-threshold", "1e-7", "--threshold-direction", "higher"),
+        *("--seq-length", 256, "--micro-batch-size", 1, "--global-batch-size", 2, "--lr", 1e-3),
+        *("--train-iters", 3, "--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    )
+    assert re.search(r"[\d,]+ records read, [\d,]+ kept", result.stdout)
+    if file.startswith("s1k"):
+        assert not re.search(r" 0 truncated", result.stdout)
+    losses = logged(result.stdout, "lm loss")
+    assert len(losses) == 3
+    assert all(11 < loss < 13 for loss in losses)
+    assert all(count > 0 for count in logged(result.stdout, "supervised tokens"))
