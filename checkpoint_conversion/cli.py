@@ -1,0 +1,40 @@
+"""What the three commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from checkpoint_conversion.dtypes import CHOICES
+from checkpoint_conversion.errors import ConversionError
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that write a folder."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=CHOICES, default="source", help="dtype to write (default: as it is)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier output of this command"
+    )
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a command; print an error instead of a traceback and exit with code 2."""
+    try:
+        sys.exit(main())
+    except (ConversionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows in aligned columns."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )

@@ -1,0 +1,143 @@
+"""A HuggingFace folder checked against its family's name table: what can be converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint_conversion.chunks import CHUNK_BYTES, Chunk, tensor_bytes
+from checkpoint_conversion.dtypes import cast
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import Config, Family, TensorRule, family_for
+from checkpoint_conversion.hf_folder import DTYPES, HFTensor, list_tensors, read_hf_config
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A HuggingFace model whose tensors are exactly those of its family.
+
+    Attributes:
+        config: The content of config.json.
+        tensors: The tensors by name.
+        alias: The tensor that repeats another one (lm_head.weight beside tied embeddings), if any.
+    """
+
+    folder: Path
+    config: Config
+    family: Family
+    rules: tuple[TensorRule, ...]
+    tensors: Mapping[str, HFTensor]
+    alias: str | None
+
+    def names(self) -> list[str]:
+        """The tensors that are converted, in the order of the rules."""
+        return list(expected_shapes(self.rules))
+
+    def dtype_of(self, rule: TensorRule) -> torch.dtype:
+        """The one dtype of the HuggingFace tensors of a rule.
+
+        Raises:
+            ConversionError: When there are several; a Megatron tensor has one.
+        """
+        names = [name for piece in rule.pieces() for name in piece.hf]
+        first = self.tensors[names[0]]
+        for tensor in map(self.tensors.__getitem__, names):
+            if tensor.dtype != first.dtype:
+                raise ConversionError(
+                    f"{tensor.file}: {tensor.name} is {tensor.dtype}, but {first.name} is "
+                    f"{first.dtype}, and both go into {rule.megatron}; choose one with --dtype"
+                )
+        return DTYPES[first.dtype]
+
+    def check_alias(self) -> None:
+        """Check that a second copy of a tied tensor holds the same bytes.
+
+        Raises:
+            ConversionError: When it does not, so that it is unclear which one is meant.
+        """
+        if self.alias is None:
+            return
+        alias, original = (self.tensors[name] for name in self.family.tied_alias)
+        step = max(1, CHUNK_BYTES // original.row_bytes)
+        for start in range(0, original.shape[0], step):
+            rows = min(step, original.shape[0] - start)
+            if alias.dtype != original.dtype or alias.rows(start, rows) != original.rows(
+                start, rows
+            ):
+                raise ConversionError(
+                    f"{alias.file}: {alias.name} differs from {original.name}, but config.json ties "
+                    "them (tie_word_embeddings): set it to false, or remove the tensor not meant"
+                )
+
+    def read(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
+        """The values of a chunk in a dtype; shape `chunk.sizes`.
+
+        Raises:
+            ConversionError: When a value is outside the range of the dtype, or a file was
+                truncated.
+        """
+        result = torch.empty(chunk.sizes, dtype=dtype)
+        target = result.view(chunk.rows, -1)
+        for source, start, rows in chunk.layout:
+            tensor = self.tensors[chunk.piece.hf[source]]
+            part, target = target[:rows], target[rows:]
+            if DTYPES[tensor.dtype] == dtype:
+                tensor.read_rows(start, rows, tensor_bytes(part))
+            else:
+                values = torch.empty(part.shape, dtype=DTYPES[tensor.dtype])
+                tensor.read_rows(start, rows, tensor_bytes(values))
+                part.copy_(cast(values, dtype, tensor.name))
+        return result
+
+
+def open_hf_model(folder: str | Path) -> HFModel:
+    """Read config.json and the safetensors headers of a folder and check them.
+
+    Raises:
+        ConversionError: For everything that `read_hf_config`, `family_for` and `list_tensors`
+            refuse, and for tensors that are missing, unknown, or of another shape or dtype.
+    """
+    folder = Path(folder)
+    config = read_hf_config(folder)
+    family = family_for(config)
+    rules = family.tensor_rules(config)
+    tensors = list_tensors(folder)
+    expected = expected_shapes(rules)
+    alias, original = family.tied_alias
+    has_alias = alias in tensors and alias not in expected
+    _check_tensors(folder, tensors, expected | ({alias: expected[original]} if has_alias else {}))
+    return HFModel(folder, config, family, rules, tensors, alias if has_alias else None)
+
+
+def expected_shapes(rules: Iterable[TensorRule]) -> dict[str, tuple[int, ...]]:
+    """The shape of every HuggingFace tensor, by name."""
+    return {
+        name: shape
+        for rule in rules
+        for piece in rule.pieces()
+        for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
+    }
+
+
+def _check_tensors(
+    folder: Path, tensors: Mapping[str, HFTensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ConversionError(f"{folder}: no tensor {name}, which config.json calls for")
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise ConversionError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}; "
+                f"config.json calls for {list(shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ConversionError(
+                f"{tensor.file}: {name} is {tensor.dtype}; supported: {', '.join(DTYPES)}"
+            )
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ConversionError(f"{tensor.file}: unknown tensor {name}; it would be lost")

@@ -1,0 +1,146 @@
+"""HuggingFace -> Megatron torch_dist.
+
+    python -m checkpoint_conversion.hf_to_megatron --hf DIR --out DIR
+
+Reads safetensors and writes DIR/release and DIR/latest_checkpointed_iteration.txt, which Megatron
+loads at any tensor and pipeline parallel size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from checkpoint_conversion import cli
+from checkpoint_conversion.chunks import Chunk, chunks_of
+from checkpoint_conversion.dtypes import chosen_dtype
+from checkpoint_conversion.families import TensorRule
+from checkpoint_conversion.hf_folder import DTYPE_NAMES
+from checkpoint_conversion.hf_model import HFModel, open_hf_model
+from checkpoint_conversion.megatron_writer import RELEASE, TRACKER, write_release
+from checkpoint_conversion.output import whole_folder
+from checkpoint_conversion.progress import Progress, human
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """A checked HuggingFace folder, and the dtype to write for each Megatron tensor."""
+
+    model: HFModel
+    tensors: tuple[tuple[TensorRule, torch.dtype], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors to write."""
+        return sum(math.prod(rule.megatron_shape) * dtype.itemsize for rule, dtype in self.tensors)
+
+
+def plan_import(hf: str | Path, dtype: str = "source") -> ImportPlan:
+    """Check a HuggingFace folder; only config.json and headers are read.
+
+    Raises:
+        ConversionError: For anything that cannot be converted.
+    """
+    chosen = chosen_dtype(dtype)
+    model = open_hf_model(hf)
+    tensors = tuple((rule, chosen or model.dtype_of(rule)) for rule in model.rules)
+    return ImportPlan(model, tensors)
+
+
+def hf_to_megatron(
+    hf: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "source",
+    overwrite: bool = False,
+    progress: TextIO | None = None,
+) -> ImportPlan:
+    """Convert a HuggingFace folder to a Megatron torch_dist checkpoint.
+
+    Args:
+        hf: Folder with config.json and safetensors weights.
+        out: Folder to write; it appears whole or not at all.
+        dtype: "source", "fp32", "bf16" or "fp16".
+        overwrite: Replace an earlier output in `out`.
+        progress: Where progress lines go.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConversionError: For anything that cannot be converted; nothing is written then.
+    """
+    plan = plan_import(hf, dtype)
+    model = plan.model
+    model.check_alias()
+    with whole_folder(Path(out), [model.folder], overwrite, _foreign, plan.nbytes) as folder:
+        counter = Progress(len(plan.tensors), plan.nbytes, progress)
+
+        def read(chunk: Chunk, kind: torch.dtype) -> torch.Tensor:
+            values = model.read(chunk, kind)
+            counter.add(chunk.key, values.nbytes)
+            return values
+
+        write_release(
+            folder,
+            [(chunk, kind) for rule, kind in plan.tensors for chunk in chunks_of(rule, kind)],
+            read,
+            model.family.megatron_arguments(model.config),
+            model.family.extra_states(model.config),
+        )
+        counter.finish()
+    return plan
+
+
+def _foreign(out: Path) -> str | None:
+    names = (entry.name for entry in out.iterdir())
+    return next((f"it holds {name}" for name in names if name not in (RELEASE, TRACKER)), None)
+
+
+def _print_plan(plan: ImportPlan) -> None:
+    rows = []
+    for rule, dtype in plan.tensors:
+        for piece in rule.pieces():
+            target = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
+            for name, shape in zip(piece.hf, rule.hf.values(), strict=True):
+                kinds = dict.fromkeys((plan.model.tensors[name].dtype, DTYPE_NAMES[dtype]))
+                size = math.prod(shape) * dtype.itemsize
+                rows.append((name, target, list(shape), " -> ".join(kinds), size))
+    cli.print_table(("source", "target", "shape", "dtype", "bytes"), rows)
+    if plan.model.alias:
+        print(f"{plan.model.alias}: not copied, the embeddings are tied")
+    print(f"total: {len(rows)} tensors -> {len(plan.tensors)} tensors, {plan.nbytes} bytes")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.hf_to_megatron")
+    parser.add_argument("--hf", required=True, metavar="DIR", help="HuggingFace model folder")
+    cli.add_output_options(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the tensors, write nothing")
+    options = parser.parse_args()
+    if options.dry_run:
+        _print_plan(plan_import(options.hf, options.dtype))
+        return 0
+    plan = hf_to_megatron(
+        options.hf,
+        options.out,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        progress=sys.stderr,
+    )
+    print(
+        f"{len(plan.tensors)} tensors, {human(plan.nbytes)}, written to {options.out}; train "
+        f"with: torchrun … -m megatron_profit.sft --hf-model {options.hf} "
+        f"--pretrained-checkpoint {options.out} …"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

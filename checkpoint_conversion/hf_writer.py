@@ -1,0 +1,212 @@
+"""Writing a HuggingFace model folder: safetensors in a known layout, and everything else of a
+template.
+
+The headers come first, from names, shapes and dtypes alone; the bytes of each tensor then go to
+their place in any order, so no tensor has to be complete in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf_folder import CONFIG, DTYPE_NAMES, INDEX, WEIGHTS
+from checkpoint_conversion.output import sync_file, write_file
+
+DEFAULT_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+# What is not copied from a template: weights in any format, code, and hidden files.
+_NOT_COPIED = re.compile(
+    r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
+    r"|.*\.(safetensors|bin)\.index\.json"
+)
+# The only folder of a template that belongs to a tokenizer.
+CHAT_TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to write."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as "5GB" (10^9), "512MiB" (2^20) or a plain number.
+
+    Raises:
+        ConversionError: When it is something else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(text).strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise ConversionError(f"size {text!r} is not a positive number with KB, MB, GB, MiB or GiB")
+    return size
+
+
+def split_by_size(tensors: Mapping[str, TensorSpec], limit: int) -> dict[str, str]:
+    """Fill one file after the other, layer by layer; the file of each tensor.
+
+    A tensor larger than `limit` has a file of its own.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name in sorted(tensors, key=_by_number):
+        tensor = tensors[name]
+        if shards[-1] and used + tensor.nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += tensor.nbytes
+    if len(shards) == 1:
+        return dict.fromkeys(tensors, WEIGHTS)
+    return {
+        name: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number, names in enumerate(shards, 1)
+        for name in names
+    }
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+class HFWriter:
+    """Writes tensors into the safetensors files of a folder.
+
+    Args:
+        folder: An existing folder.
+        tensors: All tensors by name.
+        weight_map: The file of each tensor.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]
+    ) -> None:
+        self._tensors = tensors
+        self._places: dict[str, tuple[int, int]] = {}
+        self._descriptors: list[int] = []
+        for shard in sorted(set(weight_map.values())):
+            self._create(folder / shard, sorted(n for n in tensors if weight_map[n] == shard))
+        if set(weight_map.values()) != {WEIGHTS}:
+            write_file(folder / INDEX, _index(tensors, weight_map))
+
+    def write_rows(self, name: str, start: int, data: memoryview) -> None:
+        """Write whole rows of a tensor, from row `start` on."""
+        descriptor, offset = self._places[name]
+        tensor = self._tensors[name]
+        offset += start * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        while data:
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
+
+    def __enter__(self) -> HFWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+    def _create(self, file: Path, names: list[str]) -> None:
+        """Write the header of a file and note the place of each tensor."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            tensor = self._tensors[name]
+            header[name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + tensor.nbytes],
+            }
+            end += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptors.append(descriptor)
+        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        os.ftruncate(descriptor, 8 + len(text) + end)
+        for name in names:
+            place = 8 + len(text) + header[name]["data_offsets"][0]
+            self._places[name] = (descriptor, place)
+
+
+def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """Copy what a model folder holds beside weights: tokenizer, chat template, generation config,
+    ….
+
+    Left out are weights in any format, code, hidden files and subfolders, except the folder of
+    additional chat templates. `config` is written as config.json.
+
+    Raises:
+        ConversionError: For a link that leaves the template (see `artifacts`).
+    """
+    for file in artifacts(template):
+        target = folder / file.relative_to(template)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+        sync_file(target)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    write_file(folder / CONFIG, f"{text}\n".encode())
+
+
+def artifacts(template: Path) -> list[Path]:
+    """The files of a template that `copy_artifacts` copies.
+
+    Raises:
+        ConversionError: For a link that leaves the template.
+    """
+    entries = [*template.iterdir(), *(template / CHAT_TEMPLATES).glob("*.jinja")]
+    files = [
+        entry
+        for entry in sorted(entries)
+        if entry.name != CONFIG and not _NOT_COPIED.fullmatch(entry.name) and not entry.is_dir()
+    ]
+    for file in files:
+        _check_link(file, template)
+    return files
+
+
+def _check_link(file: Path, template: Path) -> None:
+    """Refuse a link to a file outside of the template.
+
+    The HuggingFace cache is made of links: `snapshots/<revision>/<file>` points into `blobs` of the
+    same repository, which is allowed.
+    """
+    target = file.resolve()
+    home = template.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parents[1] / "blobs")
+    if not target.is_file() or not any(target.is_relative_to(root) for root in roots):
+        raise ConversionError(
+            f"{file} is a link to {target}, outside of the template; replace it by the file"
+        )
+
+
+def _index(tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]) -> bytes:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,232 @@
+"""Megatron torch_dist -> HuggingFace.
+
+    python -m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template DIR --out DIR
+
+The template is the HuggingFace folder that training started from: it gives the architecture, the
+tokenizer and everything else but the weights. Optimizer state in the checkpoint is ignored, rows
+that pad the vocabulary are dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from checkpoint_conversion import cli
+from checkpoint_conversion.chunks import Chunk, tensor_bytes
+from checkpoint_conversion.dtypes import cast, chosen_dtype
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import Config, TensorRule, family_for
+from checkpoint_conversion.hf_folder import CONFIG, INDEX, read_hf_config, read_weight_map
+from checkpoint_conversion.hf_writer import (
+    CHAT_TEMPLATES,
+    DEFAULT_SHARD_SIZE,
+    HFWriter,
+    TensorSpec,
+    artifacts,
+    copy_artifacts,
+    parse_size,
+    split_by_size,
+)
+from checkpoint_conversion.megatron_reader import (
+    MegatronCheckpoint,
+    find_checkpoint,
+    open_checkpoint,
+)
+from checkpoint_conversion.output import whole_folder
+from checkpoint_conversion.progress import Progress, human
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A checked checkpoint, and the HuggingFace files to write.
+
+    Attributes:
+        config: The content of config.json to write.
+        tensors: The HuggingFace tensors by name.
+        weight_map: The file of each tensor.
+    """
+
+    checkpoint: MegatronCheckpoint
+    template: Path
+    config: Config
+    rules: tuple[TensorRule, ...]
+    tensors: Mapping[str, TensorSpec]
+    weight_map: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors to write."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_export(
+    megatron: str | Path,
+    hf_template: str | Path,
+    *,
+    iteration: str | int | None = None,
+    dtype: str = "source",
+    max_shard_size: str | int | None = None,
+) -> ExportPlan:
+    """Check a checkpoint against a template; no tensor is read.
+
+    Raises:
+        ConversionError: For anything that cannot be converted.
+    """
+    chosen = chosen_dtype(dtype)
+    template = Path(hf_template)
+    config = read_hf_config(template)
+    rules = family_for(config).tensor_rules(config)
+    checkpoint = open_checkpoint(find_checkpoint(megatron, iteration), rules)
+    tensors = {
+        name: TensorSpec(shape, chosen or checkpoint.dtypes[rule.megatron])
+        for rule in rules
+        for piece in rule.pieces()
+        for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
+    }
+    weight_map = _weight_map(template, tensors, max_shard_size)
+    artifacts(template)
+    config = _with_dtype(config, tensors)
+    return ExportPlan(checkpoint, template, config, rules, tensors, weight_map)
+
+
+def megatron_to_hf(
+    megatron: str | Path,
+    hf_template: str | Path,
+    out: str | Path,
+    *,
+    iteration: str | int | None = None,
+    dtype: str = "source",
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+    progress: TextIO | None = None,
+) -> ExportPlan:
+    """Convert a Megatron torch_dist checkpoint to a HuggingFace folder.
+
+    Args:
+        megatron: Megatron's save folder, or a checkpoint in it.
+        hf_template: HuggingFace folder of the same architecture.
+        out: Folder to write; it appears whole or not at all.
+        iteration: A number or "release"; None for the latest.
+        dtype: "source" (as in the checkpoint), "fp32", "bf16" or "fp16".
+        max_shard_size: Such as "5GB". None: the files of the template when it has an index, else
+            at most 5 GB each.
+        overwrite: Replace an earlier output in `out`.
+        progress: Where progress lines go.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConversionError: For anything that cannot be converted; nothing is written then.
+    """
+    plan = plan_export(
+        megatron,
+        hf_template,
+        iteration=iteration,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    sources = [plan.template, plan.checkpoint.folder]
+    counter = Progress(len(plan.tensors), plan.nbytes, progress)
+    with (
+        whole_folder(Path(out), sources, overwrite, _foreign, plan.nbytes) as folder,
+        HFWriter(folder, plan.tensors, plan.weight_map) as writer,
+    ):
+        for rule in plan.rules:
+            for chunk in plan.checkpoint.chunks(rule):
+                _export(plan, chunk, writer, counter)
+        writer.flush()
+        copy_artifacts(plan.template, folder, plan.config)
+        counter.finish()
+    return plan
+
+
+def _export(plan: ExportPlan, chunk: Chunk, writer: HFWriter, counter: Progress) -> None:
+    """Write a part of a Megatron tensor to the HuggingFace tensors it is made of."""
+    dtype = plan.tensors[chunk.piece.hf[0]].dtype
+    rows_left = cast(plan.checkpoint.read(chunk), dtype, chunk.key).view(chunk.rows, -1)
+    for source, start, rows in chunk.layout:
+        data = tensor_bytes(rows_left[:rows])
+        writer.write_rows(chunk.piece.hf[source], start, data)
+        counter.add(chunk.piece.hf[source], data.nbytes)
+        rows_left = rows_left[rows:]
+
+
+def _weight_map(
+    template: Path, tensors: Mapping[str, TensorSpec], max_shard_size: str | int | None
+) -> dict[str, str]:
+    """The file of each tensor: as asked for, else as in the template, else by the default size."""
+    if max_shard_size is not None or not (template / INDEX).exists():
+        return split_by_size(tensors, parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
+    template_map = read_weight_map(template) or {}
+    for name in tensors:
+        if name not in template_map:
+            raise ConversionError(
+                f"{template / INDEX} does not hold {name}; give --max-shard-size to ignore it"
+            )
+    return {name: template_map[name] for name in tensors}
+
+
+def _with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """The configuration with the dtype that most bytes have.
+
+    The key is `dtype` since transformers 4.56 and `torch_dtype` before; where the template has
+    either, it is kept.
+    """
+    nbytes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        nbytes[tensor.dtype] += tensor.nbytes
+    name = str(nbytes.most_common(1)[0][0]).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, name)}
+
+
+def _foreign(out: Path) -> str | None:
+    if not (out / CONFIG).is_file():
+        return f"it has no {CONFIG}"
+    folders = (entry.name for entry in out.iterdir() if entry.is_dir())
+    return next((f"it holds {name}/" for name in folders if name != CHAT_TEMPLATES), None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.megatron_to_hf")
+    parser.add_argument("--megatron", required=True, metavar="DIR", help="Megatron save folder")
+    parser.add_argument(
+        "--hf-template", required=True, metavar="DIR", help="HuggingFace folder to take the rest of"
+    )
+    cli.add_output_options(parser)
+    parser.add_argument("--iteration", metavar="N", help="a number or 'release' (default: latest)")
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help=f"such as 5GB (default: as the template's index, else {DEFAULT_SHARD_SIZE})",
+    )
+    options = parser.parse_args()
+    plan = megatron_to_hf(
+        options.megatron,
+        options.hf_template,
+        options.out,
+        iteration=options.iteration,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        progress=sys.stderr,
+    )
+    print(
+        f"{len(plan.tensors)} tensors, {human(plan.nbytes)} of {plan.checkpoint.folder} "
+        f"written to {options.out}; use it with: "
+        f"AutoModelForCausalLM.from_pretrained({options.out!r})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

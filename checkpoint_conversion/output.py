@@ -1,0 +1,164 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.progress import human
+
+_SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def whole_folder(
+    out: Path,
+    sources: Iterable[Path],
+    overwrite: bool,
+    foreign: Callable[[Path], str | None],
+    needed: int,
+) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends without an error.
+
+    What an interrupted run left behind is removed by the next one for the same output. A lock keeps
+    a second run out where the file system has locks; it ends with the process, however that ends.
+
+    Args:
+        out: The folder to make; missing, empty, or to be replaced.
+        sources: Folders that are read; they must not be replaced.
+        overwrite: Whether a folder that is not empty may be replaced.
+        foreign: Says why a folder is no earlier output of the command, or None. Keeps
+            `overwrite` from deleting anything else.
+        needed: Bytes that will be written.
+
+    Raises:
+        ConversionError: When the folder must not be written, there is too little space, or another
+            process is writing it.
+    """
+    out = out.resolve()
+    if any(source.resolve().is_relative_to(out) for source in sources):
+        raise ConversionError(f"{out}: the output folder holds an input; choose another")
+    _check_space(out, needed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    descriptor = _claim(partial)
+    try:
+        _clear(partial)
+        _recover(out)
+        _check_replaceable(out, overwrite, foreign)
+        yield partial
+        os.fsync(descriptor)
+        _replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write a small file and flush it to the disk."""
+    file.write_bytes(content)
+    sync_file(file)
+
+
+def sync_file(file: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_space(out: Path, needed: int) -> None:
+    existing = next(parent for parent in (out, *out.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _SPARE_BYTES:
+        raise ConversionError(
+            f"{existing}: {human(free)} free on the disk, {human(needed + _SPARE_BYTES)} needed"
+        )
+
+
+def _check_replaceable(out: Path, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConversionError(f"{out} is a file; the output must be a folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConversionError(f"{out} is not empty; choose another folder or give --overwrite")
+    if reason := foreign(out):
+        raise ConversionError(
+            f"{out} is no earlier output of this command ({reason}), and --overwrite replaces only "
+            "that; choose another folder, or empty this one"
+        )
+
+
+def _claim(partial: Path) -> int:
+    """Make and lock the temporary folder; gives the descriptor that holds the lock."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            _lock(descriptor)
+            # Its last owner may have renamed or removed the folder before the lock was ours.
+            if os.path.samestat(os.fstat(descriptor), partial.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConversionError(f"{partial}: another conversion is writing here") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put the complete folder in the place of `out`."""
+    old = _set_aside(out)
+    if out.exists() and any(out.iterdir()):
+        out.rename(old)
+    partial.rename(out)
+    sync_file(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(out: Path) -> None:
+    """Complete or undo a replacement that was interrupted after its first rename."""
+    old = _set_aside(out)
+    if old.is_dir() and out.exists():
+        shutil.rmtree(old)
+    elif old.is_dir():
+        old.rename(out)
+
+
+def _set_aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")

@@ -1,0 +1,219 @@
+"""Compare a HuggingFace folder with a Megatron checkpoint, or two HuggingFace folders, bit by bit.
+
+    python -m checkpoint_conversion.verify --hf DIR --megatron DIR
+    python -m checkpoint_conversion.verify --hf DIR DIR
+
+Exit code: 0 when all tensors are equal, 1 when they are not, 2 when something cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import torch
+
+from checkpoint_conversion import cli
+from checkpoint_conversion.chunks import CHUNK_BYTES, tensor_bytes
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf_folder import DTYPES, HFTensor
+from checkpoint_conversion.hf_model import HFModel, open_hf_model
+from checkpoint_conversion.megatron_reader import find_checkpoint, open_checkpoint
+from checkpoint_conversion.progress import Progress
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+class Rows(NamedTuple):
+    """The same rows of a tensor on both sides, each in its own dtype."""
+
+    name: str
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass
+class Difference:
+    """How a tensor (or a configuration value) differs.
+
+    Attributes:
+        what: "values", "dtype", "shape", "missing" or "config".
+        detail: Both values, or the number of elements that differ and by how much.
+    """
+
+    name: str
+    what: str
+    detail: str
+
+
+@dataclass
+class Report:
+    """What a comparison found."""
+
+    tensors: int
+    nbytes: int
+    differences: list[Difference]
+
+
+def verify(
+    hf: str | Path,
+    other_hf: str | Path | None = None,
+    *,
+    megatron: str | Path | None = None,
+    iteration: str | int | None = None,
+    progress: TextIO | None = None,
+) -> Report:
+    """Compare a HuggingFace folder with another one, or with a Megatron checkpoint.
+
+    Rows that pad a Megatron vocabulary are not compared.
+
+    Args:
+        hf: HuggingFace folder.
+        other_hf: Second HuggingFace folder; or
+        megatron: Megatron's save folder, or a checkpoint in it.
+        iteration: A number or "release"; None for the latest.
+        progress: Where progress lines go.
+
+    Raises:
+        ConversionError: When something cannot be read, is incomplete or is of another architecture.
+    """
+    if (other_hf is None) == (megatron is None):
+        raise ConversionError(
+            "give a second HuggingFace folder or a Megatron checkpoint, one of them"
+        )
+    left = open_hf_model(hf)
+    left.check_alias()
+    if megatron is not None:
+        differences: list[Difference] = []
+        rows = _rows_of_checkpoint(left, find_checkpoint(megatron, iteration))
+    else:
+        right = open_hf_model(other_hf or "")
+        right.check_alias()
+        differences = _structural(left, right)
+        skipped = {difference.name for difference in differences}
+        rows = _rows_of_folders(left, right, skipped)
+    names = left.names()
+    nbytes = sum(left.tensors[name].nbytes for name in names)
+    counter = Progress(len(names), nbytes, progress)
+    differences += _compare(rows, counter)
+    counter.finish()
+    return Report(len(names), nbytes, differences)
+
+
+def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[Rows]:
+    checkpoint = open_checkpoint(folder, model.rules)
+    for rule in model.rules:
+        for chunk in checkpoint.chunks(rule):
+            values = checkpoint.read(chunk).view(chunk.rows, -1)
+            for source, start, rows in chunk.layout:
+                tensor = model.tensors[chunk.piece.hf[source]]
+                yield Rows(tensor.name, _read(tensor, start, rows), values[:rows])
+                values = values[rows:]
+
+
+def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterator[Rows]:
+    for name in left.names():
+        if name in skipped:
+            continue
+        one, other = left.tensors[name], right.tensors[name]
+        step = max(1, CHUNK_BYTES // one.row_bytes)
+        for start in range(0, one.shape[0], step):
+            rows = min(step, one.shape[0] - start)
+            yield Rows(name, _read(one, start, rows), _read(other, start, rows))
+
+
+def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
+    """Rows of a tensor as a matrix."""
+    width = tensor.row_bytes // DTYPES[tensor.dtype].itemsize
+    result = torch.empty((rows, width), dtype=DTYPES[tensor.dtype])
+    tensor.read_rows(start, rows, tensor_bytes(result))
+    return result
+
+
+def _structural(left: HFModel, right: HFModel) -> list[Difference]:
+    """Differences between two folders that need no tensor data."""
+    one, other = (m.family.megatron_arguments(m.config) for m in (left, right))
+    found = [
+        Difference(key, "config", f"{one.get(key)} / {other.get(key)}")
+        for key in one | other
+        if one.get(key) != other.get(key)
+    ]
+    names, other_names = (dict.fromkeys(model.names()) for model in (left, right))
+    for name in names | other_names:
+        if name not in names or name not in other_names:
+            side = right if name in names else left
+            found.append(Difference(name, "missing", f"in {side.folder}"))
+        elif left.tensors[name].shape != right.tensors[name].shape:
+            shapes = (str(list(m.tensors[name].shape)) for m in (left, right))
+            found.append(Difference(name, "shape", " / ".join(shapes)))
+    return found
+
+
+@dataclass
+class _Count:
+    """What differs in one tensor so far."""
+
+    dtypes: str = ""
+    elements: int = 0
+    of: int = 0
+    largest: float = 0.0
+
+
+def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
+    counts: dict[str, _Count] = {}
+    for name, left, right in pairs:
+        count = counts.setdefault(name, _Count())
+        counter.add(name, left.nbytes)
+        count.of += left.numel()
+        if left.dtype != right.dtype:
+            count.dtypes = f"{left.dtype} / {right.dtype}".replace("torch.", "")
+            left, right = left.float(), right.float()
+        bits = _BITS[left.dtype.itemsize]
+        different = left.view(bits) != right.view(bits)
+        if different.any():
+            distance = (left[different].float() - right[different].float()).abs().max().item()
+            count.elements += int(different.sum())
+            count.largest = max(count.largest, distance)
+    return [
+        Difference(name, what, detail)
+        for name, count in counts.items()
+        for what, detail in (
+            ("dtype", count.dtypes),
+            (
+                "values",
+                count.elements and f"{count.elements} of {count.of}, by {count.largest:.3g}",
+            ),
+        )
+        if detail
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.verify")
+    parser.add_argument(
+        "--hf", required=True, nargs="+", action="extend", metavar="DIR", help="one or two folders"
+    )
+    parser.add_argument("--megatron", metavar="DIR", help="Megatron save folder")
+    parser.add_argument("--iteration", metavar="N", help="a number or 'release' (default: latest)")
+    options = parser.parse_args()
+    if len(options.hf) > 2:
+        parser.error("--hf takes one or two folders")
+    report = verify(
+        *options.hf, megatron=options.megatron, iteration=options.iteration, progress=sys.stderr
+    )
+    if not report.differences:
+        print(f"equal: {report.tensors} tensors, {report.nbytes} bytes")
+        return 0
+    rows = [(d.name, d.what, d.detail) for d in report.differences]
+    cli.print_table(("name", "difference", "detail"), rows)
+    names = {difference.name for difference in report.differences}
+    print(f"different: {len(names)} of {report.tensors} tensors")
+    return 1
+
+
+if __name__ == "__main__":
+    cli.run(main)
