@@ -1,0 +1,239 @@
+"""One real training step at any layout moves every parameter by the gradient of an fp64 reference.
+
+Adam with an epsilon far above any gradient g moves a weight by lr * g / (|g| + eps), that is by the gradient
+times lr / eps, which makes the gradient visible also with the distributed optimizer. The weights are read
+through the export to HuggingFace, so the whole path is in the test: flags, data, pipeline schedule, objective,
+reductions, optimizer, checkpoint, conversion.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EXAMPLES, TinyModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoint_conversion.megatron_to_hf import megatron_to_hf
+from megatron_profit.data import ChatRenderer, SFTDataset, build_examples
+from megatron_profit.objectives import token_uniform
+
+DATA = EXAMPLES / "arithmetic_chatty.jsonl"
+SEQ_LENGTH, BATCH, SEED = 48, 8, 5
+EPSILON, RATE = 1e4, 100.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The supervised tokens of the step's global batch, as the fp64 reference sees them."""
+
+    model: torch.nn.Module
+    log_prob: torch.Tensor
+    uniform: torch.Tensor
+
+    @property
+    def prob(self) -> torch.Tensor:
+        return self.log_prob.detach().exp()
+
+    def threshold(self, share: float) -> float:
+        """A probability with about `share` of the tokens below it, far from any token's own."""
+        values = self.prob.sort().values
+        middle = int(share * len(values))
+        window = values[middle - 10 : middle + 10]
+        widest = int(window.diff().argmax())
+        return float(window[widest : widest + 2].mean())
+
+    def gradients(self, kept: torch.Tensor, divisor: int) -> dict[str, torch.Tensor]:
+        """d/dweights of the summed cross-entropy of the kept tokens over `divisor`."""
+        self.model.zero_grad()
+        ((-self.log_prob * kept).sum() / divisor).backward(retain_graph=True)
+        return {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+
+def reference(model: TinyModel) -> Tokens:
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(model.hf))
+    examples, _ = build_examples([DATA], renderer, SEQ_LENGTH)
+    rows = [SFTDataset(examples, SEQ_LENGTH, BATCH, seed=SEED)[i] for i in range(BATCH)]
+    tokens, labels, index = (
+        torch.stack([row[k] for row in rows]) for k in ("tokens", "labels", "sample_index")
+    )
+    hf = AutoModelForCausalLM.from_pretrained(model.hf, dtype=torch.float64)
+    log_probs = torch.log_softmax(hf(tokens).logits, dim=-1)
+    supervised = labels != -100
+    log_prob = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][supervised]
+    uniform = token_uniform(SEED, index[:, None], torch.arange(SEQ_LENGTH)[None, :])[supervised]
+    return Tokens(hf, log_prob, uniform)
+
+
+@pytest.fixture(scope="session")
+def tied_reference(tied_model) -> Tokens:
+    return reference(tied_model)
+
+
+@pytest.fixture(scope="session")
+def untied_reference(untied_model) -> Tokens:
+    return reference(untied_model)
+
+
+@pytest.fixture
+def step(sft, tmp_path):
+    """Trains one step and returns (gradient by HuggingFace name, console output)."""
+
+    def run(model: TinyModel, world_size: int, *flags: object):
+        result = sft(
+            world_size,
+            *("--hf-model", model.hf, "--pretrained-checkpoint", model.megatron),
+            *("--data", DATA, "--seq-length", SEQ_LENGTH, "--seed", SEED),
+            *(
+                "--global-batch-size",
+                BATCH,
+                "--train-iters",
+                1,
+                "--weight-decay",
+                0,
+                "--clip-grad",
+                0,
+            ),
+            *("--lr", RATE * EPSILON, "--min-lr", RATE * EPSILON, "--adam-eps", EPSILON),
+            *("--save", tmp_path / "save", "--no-save-optim", *flags),
+        )
+        megatron_to_hf(tmp_path / "save", model.hf, tmp_path / "after")
+        before = load_file(model.hf / "model.safetensors")
+        after = load_file(tmp_path / "after" / "model.safetensors")
+        assert before.keys() == after.keys()
+        moved = {name: (before[name].double() - after[name].double()) / RATE for name in before}
+        return moved, result.stdout
+
+    return run
+
+
+def assert_same_gradients(moved, expected):
+    assert moved.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # fp32 rounding of the weight that moves, of which RATE makes light, and of the computation.
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(
+            moved[name],
+            gradient,
+            rtol=2e-4,
+            atol=2e-5 * scale + 1e-8,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def logged(output: str, name: str) -> float:
+    return float(re.search(rf"\| {name}: +(\S+) \|", output).group(1))
+
+
+SELECTIONS = {
+    "higher": lambda t, tau: (["--prob-threshold", tau], t.prob >= tau),
+    "lower": lambda t, tau: (["--prob-threshold", tau], t.prob <= tau),
+    "middle": lambda t, tau: (
+        ["--prob-threshold", tau, t.threshold(0.9)],
+        (t.prob >= tau) & (t.prob <= t.threshold(0.9)),
+    ),
+    "random": lambda t, tau: (["--keep-ratio", 0.6], t.uniform < 0.6),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2], ids=["tp1", "tp2"])
+@pytest.mark.parametrize("direction", SELECTIONS)
+def test_every_selection_equals_the_reference(
+    step, untied_model, untied_reference, direction, world_size
+):
+    tokens = untied_reference
+    options, kept = SELECTIONS[direction](tokens, tokens.threshold(0.4))
+    moved, output = step(
+        untied_model,
+        world_size,
+        *("--objective", "profit", "--threshold-direction", direction, *options),
+        *("--micro-batch-size", 4, "--tensor-model-parallel-size", world_size),
+    )
+    assert 0.1 < kept.double().mean() < 0.9, "a selection that selects nothing tests nothing"
+    assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
+
+    log_prob, p = tokens.log_prob.detach(), tokens.prob
+    assert logged(output, "objective") == pytest.approx(float(-(log_prob * kept).mean()), rel=1e-5)
+    assert logged(output, "lm loss") == pytest.approx(float(-log_prob.mean()), rel=1e-5)
+    assert logged(output, "kept fraction") == pytest.approx(float(kept.double().mean()), rel=1e-5)
+    assert logged(output, "mean p kept") == pytest.approx(float(p[kept].mean()), rel=1e-4)
+    assert logged(output, "mean p dropped") == pytest.approx(float(p[~kept].mean()), rel=1e-4)
+    assert logged(output, "supervised tokens") == len(kept)
+
+
+LAYOUTS = {
+    "one-by-one": (1, "--micro-batch-size 1"),
+    "dp2": (2, "--micro-batch-size 2"),
+    "dp2-distributed-optimizer": (
+        2,
+        "--micro-batch-size 1 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "pp2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2"),
+    "pp2-virtual": (
+        2,
+        "--micro-batch-size 1 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "tp2-sp-recompute": (
+        2,
+        "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    "tp2-pp2-sp": (
+        4,
+        "--micro-batch-size 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--sequence-parallel",
+    ),
+    "tp2-dp2": (
+        4,
+        "--micro-batch-size 2 --tensor-model-parallel-size 2 --use-distributed-optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, layout):
+    tokens = tied_reference
+    tau = tokens.threshold(0.4)
+    kept = tokens.prob >= tau
+    world_size, flags = LAYOUTS[layout]
+    moved, output = step(
+        tied_model,
+        world_size,
+        *("--objective", "profit", "--threshold-direction", "higher", "--prob-threshold", tau),
+        *flags.split(),
+    )
+    assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
+    assert logged(output, "supervised tokens") == len(kept)
+
+
+def test_the_kept_tokens_as_the_divisor(step, tied_model, tied_reference):
+    tokens = tied_reference
+    tau = tokens.threshold(0.4)
+    kept = tokens.prob >= tau
+    moved, output = step(
+        tied_model,
+        2,
+        *("--objective", "profit", "--threshold-direction", "higher", "--prob-threshold", tau),
+        *("--objective-normalization", "kept", "--micro-batch-size", 2),
+    )
+    assert_same_gradients(moved, tokens.gradients(kept, int(kept.sum())))
+    loss = -(tokens.log_prob.detach() * kept).sum() / kept.sum()
+    assert logged(output, "objective") == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["valid", "kept"])
+def test_a_global_batch_of_which_nothing_is_kept_moves_nothing(step, tied_model, normalization):
+    moved, output = step(
+        tied_model,
+        2,
+        *("--objective", "profit", "--threshold-direction", "higher", "--prob-threshold", 1),
+        *("--objective-normalization", normalization, "--micro-batch-size", 4),
+        *("--tensor-model-parallel-size", 2),
+    )
+    assert all((gradient == 0).all() for gradient in moved.values())
+    assert logged(output, "objective") == logged(output, "kept fraction") == 0.0
+    assert logged(output, "number of nan iterations") == 0
