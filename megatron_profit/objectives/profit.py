@@ -60,7 +60,7 @@ class ProFit(Objective):
         choices=THRESHOLD_DIRECTIONS,
     )
     keep_ratio: float | None = option(
-        "share of tokens that the direction random KEEPS, in [0, 1]: 0.7 keeps 70 %", type=float
+        "share of tokens that the direction random KEEPS, in [0, 1]: 0.7 keeps 7 of 10", type=float
     )
 
     def __post_init__(self) -> None:

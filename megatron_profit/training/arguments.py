@@ -46,6 +46,8 @@ _DEFAULTS = {
     "save_interval": 500,
     "eval_interval": 100,
 }
+# Loading rows is next to nothing beside training on the CPU, and its processes share the cores.
+_CPU_DEFAULTS = {"num_workers": 0}
 # Native flags that this entry would have to ignore, with what to do instead.
 _REFUSED = {
     "sft": "this entry replaces Megatron's stock SFT; drop the flag",
@@ -81,6 +83,16 @@ class ArgumentsError(ValueError):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ArgumentsError(message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows the help of Megatron's flags, some of which hold a percent sign that argparse trips over."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except ValueError:
+            return action.help or ""
 
 
 @dataclass(frozen=True)
@@ -180,13 +192,15 @@ def read_arguments(argv: list[str]) -> SFTArguments:
     hf_model = Path(explicit["hf_model"])
     config = read_hf_config(hf_model)
     model = family_for(config).megatron_arguments(config)
+    device = active_device() or "cpu"
+    soft = {**_DEFAULTS, **(_CPU_DEFAULTS if device == "cpu" else {})}
     # Padding of the vocabulary is a matter of the layout, not of the model.
-    model = {name: value for name, value in model.items() if name not in _DEFAULTS}
+    model = {name: value for name, value in model.items() if name not in soft}
     _refuse_contradictions(explicit, model, f"{hf_model / 'config.json'} says")
-    platform = platform_settings(active_device() or "cpu")
+    platform = platform_settings(device)
     _refuse_contradictions(explicit, platform, "this machine needs")
 
-    settings = {**native, **_DEFAULTS, **model, **platform, **explicit}
+    settings = {**native, **soft, **model, **platform, **explicit}
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     _check_weights(settings)
     if explicit.get("eval_iters") and not explicit.get("valid_data"):
@@ -205,7 +219,7 @@ def read_arguments(argv: list[str]) -> SFTArguments:
         data=tuple(explicit["data"]),
         valid_data=tuple(explicit.get("valid_data") or ()),
         seq_length=explicit["seq_length"],
-        defaults={**_DEFAULTS, **model, **platform, **derived},
+        defaults={**soft, **model, **platform, **derived},
         eval_batch_size=settings["eval_global_batch_size"]
         or settings["global_batch_size"]
         or settings["micro_batch_size"] * data_parallel,
@@ -225,9 +239,14 @@ def platform_settings(device: str) -> dict[str, Any]:
 
 def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The flags that `argv` gives, and the defaults of all flags, by argument name."""
-    parser = add_arguments(
-        add_megatron_arguments(_Parser(prog="megatron-profit-sft", allow_abbrev=False))
+    parser = _Parser(
+        prog="megatron-profit-sft",
+        usage="torchrun … -m megatron_profit.sft --hf-model DIR --data FILE… [flags]",
+        description="Supervised fine-tuning on Megatron-Core. Every native Megatron flag works too.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
+    parser = add_megatron_arguments(add_arguments(parser))
     native = {action.dest: action.default for action in parser._actions}
     for action in parser._actions:
         action.default = argparse.SUPPRESS

@@ -209,3 +209,11 @@ def test_one_evaluation_sees_each_validation_example_once(parse):
     assert arguments.with_valid_examples(0).defaults["eval_iters"] == 0
     arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "2")
     assert arguments.with_valid_examples(17).defaults["eval_iters"] == 2
+
+
+def test_help_shows_our_flags_before_megatrons(capsys):
+    with pytest.raises(SystemExit) as end:
+        read_arguments(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("--hf-model") < text.index("--prob-threshold") < text.index("--num-layers")
