@@ -1,0 +1,193 @@
+"""Generate the chat data of the quickstart: sums in words, asked and answered in many ways.
+
+    python tools/make_arithmetic_data.py                 # writes examples/data/arithmetic_*.jsonl
+    python tools/make_arithmetic_data.py --check         # compares them with what it would write
+
+    What is sixty-two plus thirty-six?  ->  No problem. You get ninety-eight. Anything else?
+
+Every answer holds one fact, the sum, in a wording that could have been another: a few tokens that
+matter among many that are a matter of manner. ProFit tells the two apart by how probable the model
+finds them. Three files, one chat record {"messages": [user, assistant]} per line:
+
+- `arithmetic_base.jsonl`: mostly plain answers. Supervised fine-tuning on it makes the base model;
+  a model with random weights finds every token improbable, and ProFit would train none of them.
+- `arithmetic_chatty.jsonl`: other sums, most answered with an opening and a closing. The base model
+  met each of those in 3 or 4 answers of a hundred, so ProFit drops the tokens that begin one and keeps
+  the sums.
+- `arithmetic_heldout.jsonl`: as the chatty file, for evaluation only.
+
+The numbers are those of a tens word and a units word, twenty-one to ninety-nine, and the sums are all
+pairs that add without a carry. Every unordered pair belongs to one file, in either order and in any
+wording, so no held-out sum was ever seen in training. What does recur is each column ("four" and
+"three" give "seven"): the held-out file measures whether a model adds the columns, which recalling
+whole answers cannot do; the best constant answer is right for 7 of its 64 questions. Numbers are in
+words because tens and units are then different tokens, and half a million weights learn to add them
+within a minute on a CPU.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA_DIR = Path(__file__).resolve().parent.parent / "examples" / "data"
+
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+UNITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBER = re.compile(rf"({'|'.join(TENS)})-({'|'.join(UNITS)})", re.IGNORECASE)
+
+QUESTIONS = (
+    "What is {a} plus {b}?",
+    "How much is {a} plus {b}?",
+    "What do {a} and {b} make?",
+    "Add {a} and {b}.",
+    "Compute {a} plus {b}.",
+    "Find the sum of {a} and {b}.",
+)
+ANSWERS = (
+    "The sum is {c}.",
+    "The answer is {c}.",
+    "It is {c}.",
+    "That makes {c}.",
+    "You get {c}.",
+    "So {a} plus {b} is {c}.",
+)
+OPENINGS = (
+    "Sure!",
+    "Of course.",
+    "Good question!",
+    "Gladly.",
+    "No problem.",
+    "Okay.",
+    "Right.",
+    "Let me see.",
+)
+CLOSINGS = ("Anything else?", "All done!", "Easy!", "You see?", "Next one?")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one file is made."""
+
+    pairs: int  # unordered pairs of numbers that belong to this file alone
+    wordings: int  # records of each pair
+    opening_share: float  # share of the answers that begin with one of OPENINGS
+    closing_share: float  # share of the answers that end with one of CLOSINGS
+
+
+SPLITS = {
+    "arithmetic_base": Split(pairs=200, wordings=3, opening_share=0.25, closing_share=0.2),
+    "arithmetic_chatty": Split(pairs=120, wordings=3, opening_share=0.75, closing_share=0.75),
+    "arithmetic_heldout": Split(pairs=64, wordings=1, opening_share=0.75, closing_share=0.75),
+}
+
+
+def number_words(number: int) -> str:
+    """21 -> "twenty-one"; for numbers to 99 that have a tens word and a units word."""
+    tens, units = divmod(number, 10)
+    if not (2 <= tens <= 9 and units):
+        raise ValueError(f"{number} is not written with a tens word and a units word")
+    return f"{TENS[tens - 2]}-{UNITS[units - 1]}"
+
+
+def numbers_in(text: str) -> list[int]:
+    """The numbers that a text mentions, in order; the last one of an answer is its sum."""
+    return [
+        10 * (TENS.index(tens.lower()) + 2) + UNITS.index(units.lower()) + 1
+        for tens, units in NUMBER.findall(text)
+    ]
+
+
+def carry_free_pairs() -> list[tuple[int, int]]:
+    """All (a, b), a <= b, whose tens and whose units each sum to at most 9."""
+    numbers = [10 * tens + units for tens in range(2, 10) for units in range(1, 10)]
+    return [
+        (a, b)
+        for a in numbers
+        for b in numbers
+        if a <= b and a // 10 + b // 10 <= 9 and a % 10 + b % 10 <= 9
+    ]
+
+
+def make_record(rng: random.Random, pair: tuple[int, int], split: Split) -> dict:
+    """One question and its answer; the order of the numbers and the wording are drawn."""
+    a, b = rng.sample(pair, 2)
+    words = {"a": number_words(a), "b": number_words(b), "c": number_words(a + b)}
+    parts = [rng.choice(ANSWERS).format(**words)]
+    if rng.random() < split.opening_share:
+        parts.insert(0, rng.choice(OPENINGS))
+    if rng.random() < split.closing_share:
+        parts.append(rng.choice(CLOSINGS))
+    return {
+        "messages": [
+            {"role": "user", "content": rng.choice(QUESTIONS).format(**words)},
+            {"role": "assistant", "content": " ".join(parts)},
+        ]
+    }
+
+
+def generate(seed: int = 0) -> dict[str, list[dict]]:
+    """The records of every file, by file stem; the same seed gives the same records."""
+    rng = random.Random(seed)
+    pairs = carry_free_pairs()
+    rng.shuffle(pairs)
+    files = {}
+    for stem, split in SPLITS.items():
+        own, pairs = pairs[: split.pairs], pairs[split.pairs :]
+        records = [make_record(rng, pair, split) for pair in own for _ in range(split.wordings)]
+        rng.shuffle(records)
+        files[stem] = records
+    return files
+
+
+def render_files(out_dir: Path, seed: int) -> Iterator[tuple[Path, bytes]]:
+    """(path, content) of every file."""
+    for stem, records in generate(seed).items():
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        yield out_dir / f"{stem}.jsonl", lines.encode()
+
+
+def stale_files(out_dir: Path, seed: int) -> list[Path]:
+    """The files that are missing or differ from what would be written."""
+    return [
+        path
+        for path, content in render_files(out_dir, seed)
+        if not path.is_file() or path.read_bytes() != content
+    ]
+
+
+def write_files(out_dir: Path, seed: int) -> list[Path]:
+    """Writes the files, replacing old ones, and returns their paths."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path, content in render_files(out_dir, seed):
+        path.write_bytes(content)
+        written.append(path)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out-dir", type=Path, default=DATA_DIR, help="folder of the files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of pairs, orders and wordings")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
+    arguments = parser.parse_args(argv)
+    if arguments.check:
+        stale = stale_files(arguments.out_dir, arguments.seed)
+        for path in stale:
+            print(f"error: {path} is not what this script writes; run it again", file=sys.stderr)
+        return 1 if stale else 0
+    for path in write_files(arguments.out_dir, arguments.seed):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
