@@ -15,7 +15,7 @@ import torch
 from checkpoint_conversion.families.family import Piece, Shape, TensorRule
 from checkpoint_conversion.layouts import Layout, clipped
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)

@@ -175,11 +175,9 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
         ConversionError: For a folder without safetensors weights, or with a malformed index.
     """
     index, single = folder / INDEX, folder / WEIGHTS
-    if index.exists() and single.exists():
-        raise ConversionError(f"{folder} has both {WEIGHTS} and {INDEX}; remove the stale one")
-    if single.exists():
-        return None
     if not index.exists():
+        if single.exists():
+            return None
         raise ConversionError(f"{folder}: {_why_no_weights(folder)}")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -187,12 +185,9 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ConversionError(f"{index}: {name} is put in {shard!r}, not a file of this folder")
+    if single.exists() and WEIGHTS not in weight_map.values():
+        raise ConversionError(f"{index} does not refer to {WEIGHTS}; remove whichever is stale")
     return weight_map
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether the folder has safetensors weights, complete or not."""
-    return any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
 
 
 def _why_no_weights(folder: Path) -> str:

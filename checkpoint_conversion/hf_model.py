@@ -63,10 +63,8 @@ class HFModel:
         alias, original = (self.tensors[name] for name in self.family.tied_alias)
         step = max(1, CHUNK_BYTES // original.row_bytes)
         for start in range(0, original.shape[0], step):
-            rows = min(step, original.shape[0] - start)
-            if alias.dtype != original.dtype or alias.rows(start, rows) != original.rows(
-                start, rows
-            ):
+            span = start, min(step, original.shape[0] - start)
+            if alias.dtype != original.dtype or alias.rows(*span) != original.rows(*span):
                 raise ConversionError(
                     f"{alias.file}: {alias.name} differs from {original.name}, but config.json ties "
                     "them (tie_word_embeddings): set it to false, or remove the tensor not meant"

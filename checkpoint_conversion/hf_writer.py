@@ -154,8 +154,8 @@ class HFWriter:
 
 
 def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Copy what a model folder holds beside weights: tokenizer, chat template, generation config,
-    ….
+    """Copy what a model folder holds beside weights: tokenizer, generation config, licence and so
+    on.
 
     Left out are weights in any format, code, hidden files and subfolders, except the folder of
     additional chat templates. `config` is written as config.json.

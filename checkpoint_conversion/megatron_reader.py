@@ -97,7 +97,7 @@ class MegatronCheckpoint:
         plan = dcp.LoadPlan(_read_items(self._metadata, chunk))
         try:
             self._reader.read_data(plan, _Into(result)).wait()
-        except (RuntimeError, OSError, pickle.UnpicklingError, EOFError, AssertionError) as error:
+        except Exception as error:  # a broken file can raise almost anything
             raise ConversionError(f"{self.folder}: cannot read {chunk.key}: {error}") from error
         return result
 
@@ -260,7 +260,8 @@ class _Reader(dcp.FileSystemReader):
             raise ConversionError(f"{file}: missing; the checkpoint is not complete") from None
         except Exception as error:  # a broken pickle can raise almost anything
             raise ConversionError(f"{file}: not readable: {error}") from error
-        if not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
+        parts = ("state_dict_metadata", "storage_data")
+        if not all(isinstance(getattr(metadata, part, None), dict) for part in parts):
             raise ConversionError(f"{file}: no checkpoint metadata")
         return metadata
 

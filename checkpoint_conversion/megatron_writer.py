@@ -1,9 +1,9 @@
 """Writing a torch_dist checkpoint without a model, a process group or the whole of any tensor.
 
-torch.distributed.checkpoint plans and writes the checkpoint. The planner here describes chunks and
-produces each one only when the writer asks for it. The writer exists because torch's own
-FileSystemWriter keeps the last chunk of every tensor alive until a file is complete, copies through
-CUDA where there is a GPU, and puts everything into one file.
+The format is that of torch.distributed.checkpoint: files of entries, each written by torch.save,
+and a pickled `Metadata` that says where each chunk of each tensor lies. The entries are written
+here and not by torch's FileSystemWriter, which keeps the last chunk of every tensor alive until a
+file is complete, copies through CUDA where there is a GPU, and puts everything into one file.
 
 What a checkpoint must hold beside its tensors, for Megatron-Core 0.19.2 to load it under its
 default
@@ -14,32 +14,25 @@ the arguments, and metadata.json (megatron/core/dist_checkpointing/serialization
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from checkpoint_conversion.chunks import Chunk
-from checkpoint_conversion.output import write_file
+from checkpoint_conversion.output import sync_file, write_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -63,14 +56,14 @@ _COMMON_ARGUMENTS = {
 
 def write_release(
     folder: Path,
-    tensors: Sequence[tuple[Chunk, torch.dtype]],
+    tensors: Iterable[tuple[Chunk, torch.dtype]],
     read: Callable[[Chunk, torch.dtype], torch.Tensor],
     arguments: Mapping[str, Any],
     extra_states: Mapping[str, int],
 ) -> None:
     """Write `folder`/release and the tracker file that names it.
 
-    The tracker comes last: an interrupted write leaves nothing that Megatron would load.
+    The metadata and the tracker come last: an interrupted write leaves nothing that Megatron loads.
 
     Args:
         folder: An existing, empty folder.
@@ -80,18 +73,15 @@ def write_release(
         extra_states: Modules with an `_extra_state` entry, and the number of its shards.
     """
     checkpoint = folder / RELEASE
-    objects = {"common_state/shard_0_1": _serialized(_common_state(arguments))}
-    for module, shards in extra_states.items():
-        for shard in range(shards):
-            objects[f"{module}._extra_state/shard_{shard}_{shards}"] = _serialized(None)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(
-            {},
-            storage_writer=_ChunkWriter(checkpoint, single_file_per_rank=True),
-            planner=_ChunkPlanner(tensors, read, objects),
-            no_dist=True,
-        )
+    checkpoint.mkdir()
+    with _EntryFiles(checkpoint) as files:
+        files.add_object("common_state/shard_0_1", _common_state(arguments))
+        for module, shards in extra_states.items():
+            for shard in range(shards):
+                files.add_object(f"{module}._extra_state/shard_{shard}_{shards}", None)
+        for chunk, dtype in tensors:
+            files.add_chunk(chunk, read(chunk, dtype))
+    write_file(checkpoint / ".metadata", pickle.dumps(files.metadata()))
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_file(checkpoint / "metadata.json", json.dumps(backend).encode())
     write_file(folder / TRACKER, RELEASE.encode())
@@ -112,70 +102,63 @@ def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _serialized(value: Any) -> bytes:
-    """A non-tensor entry as Megatron-Core stores it: torch.save of a list of one element."""
-    stream = io.BytesIO()
-    torch.save([value], stream)
-    return stream.getvalue()
+class _EntryFiles:
+    """Appends entries to numbered files and remembers where each one lies."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._count = 0
+        self._stream = self._next_file()
 
-class _ChunkPlanner(dcp.SavePlanner):
-    """A plan made of chunks; values are read when the writer comes to them."""
+    def add_object(self, name: str, value: Any) -> None:
+        """Add a non-tensor entry; Megatron-Core stores a list with one element."""
+        self._entries[name] = BytesStorageMetadata()
+        self._add(MetadataIndex(name), [value])
 
-    def __init__(
-        self,
-        tensors: Iterable[tuple[Chunk, torch.dtype]],
-        read: Callable[[Chunk, torch.dtype], torch.Tensor],
-        objects: Mapping[str, bytes],
-    ) -> None:
-        self._read = read
-        self._objects = objects
-        self._chunks: dict[MetadataIndex, tuple[Chunk, torch.dtype]] = {}
-        self._items: list[WriteItem] = []
-        self._metadata: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        for name in objects:
-            self._items.append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
-            self._metadata[name] = BytesStorageMetadata()
-        for chunk, dtype in tensors:
-            self._add(chunk, dtype)
-
-    def _add(self, chunk: Chunk, dtype: torch.dtype) -> None:
-        properties = _PortableProperties(dtype=dtype)
-        size = torch.Size(chunk.rule.megatron_shape)
-        entry = self._metadata.setdefault(
-            chunk.key, TensorStorageMetadata(properties, size, chunks=[])
+    def add_chunk(self, chunk: Chunk, values: torch.Tensor) -> None:
+        """Add a part of a tensor."""
+        entry = self._entries.setdefault(
+            chunk.key,
+            TensorStorageMetadata(
+                _PortableProperties(dtype=values.dtype),
+                torch.Size(chunk.rule.megatron_shape),
+                chunks=[],
+            ),
         )
         assert isinstance(entry, TensorStorageMetadata)
         extent = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-        index = MetadataIndex(chunk.key, extent.offsets, len(entry.chunks))
+        self._add(MetadataIndex(chunk.key, extent.offsets, len(entry.chunks)), values)
         entry.chunks.append(extent)
-        self._chunks[index] = (chunk, dtype)
-        data = TensorWriteData(extent, properties, size)
-        self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
 
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        storage_meta: StorageMeta | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        """Nothing: the plan does not depend on a state dict."""
+    def metadata(self) -> Metadata:
+        """What `.metadata` holds."""
+        return Metadata(self._entries, storage_data=self._places, version=CURRENT_DCP_VERSION)
 
-    def create_local_plan(self) -> dcp.SavePlan:
-        return dcp.SavePlan(self._items)
+    def __enter__(self) -> _EntryFiles:
+        return self
 
-    def create_global_plan(
-        self, all_plans: list[dcp.SavePlan]
-    ) -> tuple[list[dcp.SavePlan], Metadata]:
-        return all_plans, Metadata(self._metadata)
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
-    def finish_plan(self, new_plan: dcp.SavePlan) -> dcp.SavePlan:
-        return new_plan
+    def _add(self, index: MetadataIndex, value: Any) -> None:
+        if self._stream.tell() >= _FILE_BYTES:
+            self._close()
+            self._stream = self._next_file()
+        offset = self._stream.tell()
+        torch.save(value, self._stream)
+        length = self._stream.tell() - offset
+        self._places[index] = _StorageInfo(Path(self._stream.name).name, offset, length)
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self._objects[write_item.index.fqn])
-        return self._read(*self._chunks[write_item.index])
+    def _next_file(self) -> IO[bytes]:
+        file = self._folder / f"__0_{self._count}.distcp"
+        self._count += 1
+        return file.open("xb")
+
+    def _close(self) -> None:
+        self._stream.close()
+        sync_file(Path(self._stream.name))
 
 
 class _PortableProperties(TensorProperties):
@@ -183,37 +166,3 @@ class _PortableProperties(TensorProperties):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TensorProperties, (), self.__getstate__()[:5]
-
-
-class _ChunkWriter(dcp.FileSystemWriter):
-    """Writes one item at a time and starts a new file when one is large."""
-
-    def storage_meta(self) -> StorageMeta | None:
-        """None: a path and a random id would make equal checkpoints different."""
-        return None
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        prefix: _StoragePrefix = plan.storage_data
-        items, results, files = list(plan.items), [], 0
-        while items:
-            name = f"{prefix.prefix}{files}.distcp"
-            files += 1
-            with (Path(self.path) / name).open("wb") as stream:
-                while items and stream.tell() < _FILE_BYTES:
-                    results.append(_write_item(stream, name, items.pop(0), planner))
-                stream.flush()
-                os.fsync(stream.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-
-def _write_item(stream: Any, name: str, item: WriteItem, planner: dcp.SavePlanner) -> WriteResult:
-    offset = stream.tell()
-    data = planner.resolve_data(item)
-    if isinstance(data, io.BytesIO):
-        stream.write(data.getbuffer())
-    else:
-        torch.save(data, stream)
-    length = stream.tell() - offset
-    return WriteResult(item.index, length, _StorageInfo(name, offset, length))

@@ -162,6 +162,13 @@ class _Count:
     of: int = 0
     largest: float = 0.0
 
+    def differences(self, name: str) -> Iterator[Difference]:
+        if self.dtypes:
+            yield Difference(name, "dtype", self.dtypes)
+        if self.elements:
+            detail = f"{self.elements} of {self.of}, by up to {self.largest:.3g}"
+            yield Difference(name, "values", detail)
+
 
 def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
     counts: dict[str, _Count] = {}
@@ -178,18 +185,7 @@ def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
             distance = (left[different].float() - right[different].float()).abs().max().item()
             count.elements += int(different.sum())
             count.largest = max(count.largest, distance)
-    return [
-        Difference(name, what, detail)
-        for name, count in counts.items()
-        for what, detail in (
-            ("dtype", count.dtypes),
-            (
-                "values",
-                count.elements and f"{count.elements} of {count.of}, by {count.largest:.3g}",
-            ),
-        )
-        if detail
-    ]
+    return [found for name, count in counts.items() for found in count.differences(name)]
 
 
 def main() -> int:

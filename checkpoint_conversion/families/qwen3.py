@@ -171,15 +171,19 @@ def _positive_number(key: str, value: object) -> float:
 
 def _rope_theta(config: Config) -> float:
     """The rotary base: in `rope_parameters` since transformers 5, at the top level before."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise _unsupported("rope_parameters", rope, "an object with rope_theta")
+    bases = [config.get("rope_theta")]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
+        if not isinstance(rope, dict) or not _unscaled(rope):
+            raise _unsupported(key, rope, "rope_type='default', that is, no scaling")
+        bases.append(rope.get("rope_theta", bases[-1]))
+    return _positive_number("rope_theta", bases[-1])
+
+
+def _unscaled(rope: dict[str, Any]) -> bool:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    unknown = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if kind != "default" or unknown or rope.get("partial_rotary_factor", 1) != 1:
-        name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        raise _unsupported(name, rope, "rope_type='default', that is, no scaling")
-    return _positive_number("rope_theta", rope.get("rope_theta", config.get("rope_theta")))
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    return kind == "default" and rope.keys() <= known and rope.get("partial_rotary_factor", 1) == 1
 
 
 def _unsupported(key: str, value: object, supported: str) -> ConversionError:

@@ -1,0 +1,147 @@
+"""The name table and the Megatron arguments of a HuggingFace configuration."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.layouts import clipped, copied, grouped_qkv, rows_of, stacked_rows
+
+# Qwen3-0.6B as published, without what does not matter here.
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+ARGUMENTS = {
+    "num_layers": 28,
+    "hidden_size": 1024,
+    "ffn_hidden_size": 3072,
+    "num_attention_heads": 16,
+    "group_query_attention": True,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "max_position_embeddings": 40960,
+    "position_embedding_type": "rope",
+    "rotary_base": 1000000,
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-06,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": True,
+    "untie_embeddings_and_output_weights": False,
+    "vocab_size": 151936,
+    "make_vocab_size_divisible_by": 1,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+
+
+def test_arguments_of_a_published_configuration():
+    arguments = family_for(CONFIG).megatron_arguments(CONFIG)
+    assert arguments == ARGUMENTS
+    assert type(arguments["rotary_base"]) is int
+
+
+@pytest.mark.parametrize("old_style", [False, True])
+def test_arguments_of_what_transformers_saves(make_qwen3, old_style):
+    config = read_hf_config(make_qwen3(old_style=old_style))
+    assert ("rope_parameters" in config) is not old_style
+    arguments = family_for(config).megatron_arguments(config)
+    assert arguments["rotary_base"] == 500000
+    assert arguments["kv_channels"] == 32
+    assert arguments["untie_embeddings_and_output_weights"] is True
+
+
+def test_every_argument_is_one_of_megatron():
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    defaults = vars(parser.parse_args([]))
+    assert set(ARGUMENTS) <= set(defaults)
+    types = {action.dest: action.type for action in parser._actions}
+    for name, value in ARGUMENTS.items():
+        assert types[name] in (None, type(value)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*supported: Qwen3ForCausalLM"),
+        ({"architectures": ["Qwen3ForCausalLM", "Other"]}, "Other"),
+        ({"architectures": None, "model_type": "llama"}, "llama"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1, "x": 2}}, "'x': 2"),
+        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "0.5"),
+        ({"rope_theta": None}, "rope_theta=None"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"hidden_size": None}, "hidden_size=None"),
+        ({"num_hidden_layers": "28"}, "num_hidden_layers='28'"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
+    ],
+)
+def test_what_is_not_supported_is_refused(change, message):
+    config = {**CONFIG, **change}
+    with pytest.raises(ConversionError, match=message):
+        family_for(config).megatron_arguments(config)
+
+
+def test_qkv_is_grouped_per_kv_head():
+    heads, kv_heads, head_dim, hidden = 6, 3, 5, 7
+    q = torch.randn(heads * head_dim, hidden)
+    k, v = torch.randn(2, kv_heads * head_dim, hidden)
+    layout = grouped_qkv(heads, kv_heads, head_dim)
+    expected = torch.cat([part.view(kv_heads, -1, hidden) for part in (q, k, v)], dim=1).reshape(
+        -1, hidden
+    )
+    assert torch.equal(_merged(layout, q, k, v), expected)
+
+
+def test_gate_comes_before_up():
+    gate, up = torch.randn(2, 9, 4)
+    assert torch.equal(_merged(stacked_rows(9, 9), gate, up), torch.cat([gate, up]))
+
+
+@pytest.mark.parametrize("layout", [copied(11), stacked_rows(4, 9), grouped_qkv(4, 2, 3)])
+def test_clipping_a_layout_selects_rows(layout):
+    parts = [torch.randn(30, 2) for _ in range(3)]
+    whole = _merged(layout, *parts)
+    assert len(whole) == rows_of(layout)
+    for start in range(len(whole)):
+        for stop in range(start + 1, len(whole) + 1):
+            assert torch.equal(_merged(clipped(layout, start, stop), *parts), whole[start:stop])
+
+
+def _merged(layout, *parts):
+    return torch.cat([parts[source][start : start + rows] for source, start, rows in layout])
