@@ -1,8 +1,8 @@
 """One real training step at any layout moves every parameter by the gradient of an fp64 reference.
 
-Adam with an epsilon far above any gradient g moves a weight by lr * g / (|g| + eps), that is by the gradient
-times lr / eps, which makes the gradient visible also with the distributed optimizer. The weights are read
-through the export to HuggingFace, so the whole path is in the test: flags, data, pipeline schedule, objective,
+Adam with an epsilon far above any gradient g moves a weight by lr * g / (|g| + eps): by the gradient times
+lr / eps, which makes the gradient visible also with the distributed optimizer. The weights are read through
+the export to HuggingFace, so the whole path is in the test: flags, data, pipeline schedule, objective,
 reductions, optimizer, checkpoint, conversion.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
