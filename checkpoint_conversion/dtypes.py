@@ -30,7 +30,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     if tensor.dtype == dtype:
         return tensor
     result = tensor.to(dtype)
-    if not torch.equal(result.isfinite(), tensor.isfinite()):
+    wider = torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max
+    if not (wider or result.isfinite().all() or torch.equal(result.isfinite(), tensor.isfinite())):
         largest = tensor[tensor.isfinite()].abs().max().item()
         raise ConversionError(
             f"{name} holds {largest:g}, more than {dtype} can ({torch.finfo(dtype).max:g}); "
