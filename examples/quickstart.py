@@ -1,8 +1,9 @@
 """The whole job on this machine, without a GPU and without a download: `make quickstart`.
 
-A small Qwen3 learns two-digit sums. It needs a base first: a model with random weights gives every token a
-small probability, so ProFit, which keeps the tokens above a threshold, would train nothing. The steps are the
-ones of a real run, with the same commands (they are printed):
+A small Qwen3 learns to add numbers in words. It needs a base first: a model with random weights gives every
+token a small probability, so ProFit, which keeps the tokens above a threshold, would train nothing. The answers
+of the second file open and close with varied phrases, which the base finds improbable: ProFit drops them and
+trains the sums. The steps are the ones of a real run, with the same commands (they are printed):
 
  1. make a Qwen3 with random weights and a tokenizer of its own, as a HuggingFace folder
  2. plain SFT from random weights, which makes the base model
@@ -35,14 +36,14 @@ TINY, BASE_RUN, BASE_HF = RUNS / "tiny", RUNS / "base", RUNS / "base-hf"
 BASE_MEGATRON, PROFIT_RUN, PROFIT_HF = RUNS / "base-megatron", RUNS / "profit", RUNS / "profit-hf"
 FIGURE = RUNS / "curves.png"
 
-BASE_STEPS, PROFIT_STEPS = 400, 100
+BASE_STEPS, PROFIT_STEPS = 160, 150
 BASE_DATA, PROFIT_DATA = DATA / "arithmetic_base.jsonl", DATA / "arithmetic_chatty.jsonl"
 HELD_OUT = DATA / "arithmetic_heldout.jsonl"
 
 TRAINING = [
-    *("--seq-length", "48", "--global-batch-size", "32", "--lr-decay-style", "cosine"),
-    *("--lr-warmup-fraction", "0.1", "--weight-decay", "0.0", "--adam-beta2", "0.95"),
-    *("--valid-data", str(HELD_OUT), "--tensorboard-log-interval", "1"),
+    *("--seq-length", "40", "--micro-batch-size", "16", "--global-batch-size", "32"),
+    *("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--adam-beta2", "0.95"),
+    *("--weight-decay", "0.1", "--clip-grad", "1.0", "--valid-data", str(HELD_OUT)),
 ]
 
 
@@ -59,8 +60,8 @@ def base_command() -> list[str]:
     return [
         *torchrun(2),
         *("--hf-model", str(TINY), "--random-init", "--data", str(BASE_DATA)),
-        *("--objective", "sft", "--micro-batch-size", "16", "--lr", "2e-3"),
-        *("--train-iters", str(BASE_STEPS), "--eval-interval", str(BASE_STEPS // 4)),
+        *("--objective", "sft", "--lr", "4e-3", "--min-lr", "4e-4"),
+        *("--train-iters", str(BASE_STEPS), "--eval-interval", str(BASE_STEPS // 2)),
         *("--save", str(BASE_RUN), "--tensorboard-dir", str(BASE_RUN / "tensorboard")),
         *TRAINING,
     ]
@@ -73,7 +74,7 @@ def profit_command() -> list[str]:
         *("--data", str(PROFIT_DATA), "--objective", "profit"),
         *("--prob-threshold", "0.1", "--threshold-direction", "higher"),
         *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
-        *("--micro-batch-size", "16", "--lr", "5e-4"),
+        *("--lr", "5e-4", "--min-lr", "5e-5"),
         *("--train-iters", str(PROFIT_STEPS), "--eval-interval", str(PROFIT_STEPS // 2)),
         *("--save-interval", str(PROFIT_STEPS // 2)),
         *("--load", str(PROFIT_RUN), "--save", str(PROFIT_RUN)),
@@ -85,6 +86,7 @@ def profit_command() -> list[str]:
 def main() -> None:
     os.chdir(REPOSITORY)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes on two cores
+    sys.path.insert(0, "tools")
     start = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
     tool = [sys.executable, "tools/make_tiny_model.py"]
@@ -97,7 +99,11 @@ def main() -> None:
     interrupted = [*profit_command(), "--exit-interval", str(PROFIT_STEPS // 2)]
     train("5. ProFit with TP 2, interrupted", PROFIT_RUN, PROFIT_STEPS // 2, interrupted)
     train("6. ProFit, resumed from its checkpoint", PROFIT_RUN, PROFIT_STEPS, profit_command())
-    step("7. the result as a HuggingFace folder", PROFIT_HF, export_command(PROFIT_RUN, BASE_HF, PROFIT_HF))
+    step(
+        "7. the result as a HuggingFace folder",
+        PROFIT_HF,
+        export_command(PROFIT_RUN, BASE_HF, PROFIT_HF),
+    )
     title("8. questions that were not in the training data")
     scores = {name: ask(folder) for name, folder in (("base", BASE_HF), ("ProFit", PROFIT_HF))}
     draw = [sys.executable, "tools/plot_run.py", "--out", str(FIGURE)]
@@ -117,7 +123,10 @@ def title(text: str) -> None:
 
 def show(command: Sequence[str]) -> None:
     python = os.path.relpath(sys.executable)
-    print("   $ " + " ".join(python if part == sys.executable else part for part in command), flush=True)
+    print(
+        "   $ " + " ".join(python if part == sys.executable else part for part in command),
+        flush=True,
+    )
 
 
 def step(text: str, result: Path, command: Sequence[str]) -> None:
@@ -146,7 +155,9 @@ def train(text: str, folder: Path, steps: int, command: Sequence[str]) -> None:
                 print(f"   step {found[1]:>4}/{found[2]}  {metrics(line)}", flush=True)
         elif "validation loss at iteration" in line:
             print(f"   held out        {metrics(line)}", flush=True)
-        elif line.startswith(("error", "megatron-profit-sft: error", "> train data", "megatron_profit:")):
+        elif line.startswith(
+            ("error", "megatron-profit-sft: error", "> train data", "megatron_profit:")
+        ):
             print(f"   {line}", flush=True)
 
 
@@ -180,11 +191,18 @@ def run(command: Sequence[str], log: Path) -> Iterator[str]:
         sys.exit(f"{tail}\nthe command failed; all that it printed is in {log}")
 
 
-def ask(folder: Path, shown: int = 5) -> tuple[int, int]:
-    """Answer the held-out questions with transformers; print a few and return (right, all)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def ask(folder: Path, shown: int = 4) -> tuple[int, int, int]:
+    """Answer the held-out questions with transformers, print a few, and count.
 
+    Returns:
+        How many answers give the right sum, how many open with a phrase, and how many there are.
+    """
+    import torch
+    from make_arithmetic_data import OPENINGS, numbers_in
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
     records = [json.loads(line)["messages"] for line in HELD_OUT.read_text().splitlines()]
@@ -197,26 +215,25 @@ def ask(folder: Path, shown: int = 5) -> tuple[int, int]:
     )
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    answers = tokenizer.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
-    right = 0
-    for number, (record, answer) in enumerate(zip(records, answers, strict=True)):
-        is_right = last_number(answer) == last_number(record[-1]["content"])
-        right += is_right
-        if number < shown:
-            print(f"   {record[0]['content']}  ->  {answer}  [{'right' if is_right else 'wrong'}]")
-    print(f"   {folder.name}: {right} of {len(records)} right")
-    return right, len(records)
+    answers = tokenizer.batch_decode(
+        output[:, inputs.input_ids.size(1) :], skip_special_tokens=True
+    )
+    right = [
+        numbers_in(answer)[-1:] == numbers_in(record[-1]["content"])[-1:]
+        for record, answer in zip(records, answers, strict=True)
+    ]
+    print(f"   {folder.name}:")
+    for record, answer, is_right in list(zip(records, answers, right, strict=True))[:shown]:
+        print(f"     {record[0]['content']}  ->  {answer}  [{'right' if is_right else 'wrong'}]")
+    return sum(right), sum(answer.startswith(OPENINGS) for answer in answers), len(records)
 
 
-def last_number(text: str) -> str | None:
-    numbers = re.findall(r"\d+", text)
-    return numbers[-1] if numbers else None
-
-
-def summary(scores: dict[str, tuple[int, int]], seconds: float) -> None:
+def summary(scores: dict[str, tuple[int, int, int]], seconds: float) -> None:
     title(f"done in {seconds:.0f} s")
-    for name, (right, total) in scores.items():
-        print(f"   {name:<7} {right}/{total} held-out questions right")
+    for name, (right, opened, total) in scores.items():
+        print(
+            f"   {name:<7} {right} of {total} right, {opened} open with a phrase before the answer"
+        )
     for what, where in (
         ("HuggingFace model after ProFit", PROFIT_HF),
         ("its Megatron checkpoints and TensorBoard", PROFIT_RUN),

@@ -57,7 +57,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     """
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
     for (label, folder), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
-        curves = read_curves(folder)
+        curves = _telling(read_curves(folder))
         for axis, (title, names) in zip(axes, PANELS, strict=True):
             for (name, short), style in zip(names.items(), STYLES, strict=False):
                 if name in curves:
@@ -75,6 +75,13 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     plt.close(figure)
     os.replace(beside, out)
     return out
+
+
+def _telling(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Without the curves that say nothing in a run that keeps every token, as plain SFT does."""
+    keeps_all = set(curves.get("kept fraction", ([], []))[1]) == {1.0}
+    silent = ("objective", "mean p dropped") if keeps_all else ()
+    return {name: curve for name, curve in curves.items() if name not in silent}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -194,6 +194,8 @@ def read_arguments(argv: list[str]) -> SFTArguments:
     model = family_for(config).megatron_arguments(config)
     device = active_device() or "cpu"
     soft = {**_DEFAULTS, **(_CPU_DEFAULTS if device == "cpu" else {})}
+    if "initializer_range" in config:
+        soft["init_method_std"] = config["initializer_range"]
     # Padding of the vocabulary is a matter of the layout, not of the model.
     model = {name: value for name, value in model.items() if name not in soft}
     _refuse_contradictions(explicit, model, f"{hf_model / 'config.json'} says")
