@@ -1,9 +1,9 @@
 """The whole job on this machine, without a GPU and without a download: `make quickstart`.
 
-A small Qwen3 learns to add numbers in words. It needs a base first: a model with random weights gives every
-token a small probability, so ProFit, which keeps the tokens above a threshold, would train nothing. The answers
-of the second file open and close with varied phrases, which the base finds improbable: ProFit drops them and
-trains the sums. The steps are the ones of a real run, with the same commands (they are printed):
+A small Qwen3 learns to add numbers in words. It needs a base first: a model with random weights gives
+every token a small probability, so ProFit, which keeps the tokens above a threshold, would train nothing.
+The answers of the second file open and close with varied phrases, which the base finds improbable: ProFit
+drops them and trains the sums. The steps are those of a real run, with the same commands (they are printed):
 
  1. make a Qwen3 with random weights and a tokenizer of its own, as a HuggingFace folder
  2. plain SFT from random weights, which makes the base model
