@@ -50,9 +50,7 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
     Raises:
         DataError: For data that cannot be read, or of which nothing can be trained.
     """
-    renderer = ChatRenderer(
-        AutoTokenizer.from_pretrained(arguments.hf_model, local_files_only=True)
-    )
+    renderer = ChatRenderer(_tokenizer(arguments))
     sets = {}
     for name, files in (("train", arguments.data), ("valid", arguments.valid_data)):
         if files:
