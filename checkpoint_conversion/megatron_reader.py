@@ -6,6 +6,7 @@ chunk that was saved is read whole, and only one at a time.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import pickle
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     TensorStorageMetadata,
@@ -133,12 +135,7 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
         ConversionError: When it is not a complete torch_dist checkpoint, or its model tensors are
             not those of the rules.
     """
-    backend = read_json_object(folder / "metadata.json").get("sharded_backend")
-    if backend != "torch_dist":
-        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
-    reader = _Reader(folder)
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader, metadata = _opened(folder)
     saved = {
         key: entry
         for key, entry in metadata.state_dict_metadata.items()
@@ -156,6 +153,35 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
         )
     _check_files(folder, metadata, dtypes.keys())
     return MegatronCheckpoint(folder, dtypes, metadata, reader)
+
+
+def read_object(folder: Path, key: str) -> bytes | None:
+    """The bytes of an entry that is not a tensor: what torch.save wrote; None without the entry.
+
+    Raises:
+        ConversionError: When the checkpoint is not a torch_dist checkpoint, or cannot be read.
+    """
+    reader, metadata = _opened(folder)
+    if not isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata):
+        return None
+    _check_files(folder, metadata, [key])
+    planner = _Bytes(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        planner.set_up_planner({key: io.BytesIO()}, metadata, is_coordinator=True)
+        reader.read_data(planner.create_local_plan(), planner).wait()
+    except Exception as error:  # a broken file can raise almost anything
+        raise ConversionError(f"{folder}: cannot read {key}: {error}") from error
+    return planner.content
+
+
+def _opened(folder: Path) -> tuple[_Reader, Metadata]:
+    backend = read_json_object(folder / "metadata.json").get("sharded_backend")
+    if backend != "torch_dist":
+        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
+    reader = _Reader(folder)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    return reader, metadata
 
 
 def _latest(folder: Path) -> str:
@@ -199,7 +225,7 @@ def _checked_dtype(
 
 
 def _check_files(folder: Path, metadata: Metadata, keys: Collection[str]) -> None:
-    """Check that every chunk of the given tensors lies within a file."""
+    """Check that all that is stored of the given entries lies within a file."""
     sizes: dict[str, int] = {}
     for index, stored in metadata.storage_data.items():
         if index.fqn not in keys:
@@ -246,6 +272,15 @@ class _Into(dcp.DefaultLoadPlanner):
         for axis, start in enumerate(read_item.dest_offsets):
             target = target.narrow(axis, start, read_item.lengths[axis])
         return target
+
+
+class _Bytes(dcp.DefaultLoadPlanner):
+    """Keeps the bytes that are read as they are; the default is to unpickle them."""
+
+    content: bytes | None = None
+
+    def load_bytes(self, _: ReadItem, value: io.BytesIO) -> None:
+        self.content = value.getvalue()
 
 
 class _Reader(dcp.FileSystemReader):

@@ -42,6 +42,7 @@ from checkpoint_conversion.megatron_reader import (
 )
 from checkpoint_conversion.output import whole_folder
 from checkpoint_conversion.progress import Progress, human
+from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def plan_export(
     template = Path(hf_template)
     config = read_hf_config(template)
     rules = family_for(config).tensor_rules(config)
+    check_checkpoint_matches(Path(megatron), config, template, iteration)
     checkpoint = open_checkpoint(find_checkpoint(megatron, iteration), rules)
     tensors = {
         name: TensorSpec(shape, chosen or checkpoint.dtypes[rule.megatron])

@@ -6,9 +6,8 @@ here and not by torch's FileSystemWriter, which keeps the last chunk of every te
 file is complete, copies through CUDA where there is a GPU, and puts everything into one file.
 
 What a checkpoint must hold beside its tensors, for Megatron-Core 0.19.2 to load it under its
-default
-strictness: an `_extra_state` entry for every module that asks for one, a `common_state` entry with
-the arguments, and metadata.json (megatron/core/dist_checkpointing/serialization.py).
+default strictness: an `_extra_state` entry for every module that asks for one, a `common_state`
+entry with the arguments, and metadata.json (megatron/core/dist_checkpointing/serialization.py).
 """
 
 from __future__ import annotations

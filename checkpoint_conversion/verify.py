@@ -24,6 +24,7 @@ from checkpoint_conversion.hf_folder import DTYPES, HFTensor
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.megatron_reader import find_checkpoint, open_checkpoint
 from checkpoint_conversion.progress import Progress
+from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -88,6 +89,7 @@ def verify(
     left = open_hf_model(hf)
     left.check_alias()
     if megatron is not None:
+        check_checkpoint_matches(Path(megatron), left.config, left.folder, iteration)
         differences: list[Difference] = []
         rows = _rows_of_checkpoint(left, find_checkpoint(megatron, iteration))
     else:

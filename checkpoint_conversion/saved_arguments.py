@@ -1,0 +1,209 @@
+"""The arguments that a checkpoint keeps, and whether they are those of a HuggingFace model.
+
+Tensors show most of an architecture by their shapes. What they cannot show, such as the rotary
+base, would otherwise be exchanged without a word.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import Config, family_for
+from checkpoint_conversion.megatron_reader import find_checkpoint, read_object
+
+# Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
+# (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
+_ENTRY = "common_state/shard_0_1"
+_FILE = "common.pt"
+# Arguments that may change from run to run of one model. The vocabulary has a rule of its own.
+_CHANGEABLE = {
+    "attention_dropout",
+    "hidden_dropout",
+    "make_vocab_size_divisible_by",
+    "max_position_embeddings",
+    "vocab_size",
+}
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def check_checkpoint_matches(
+    folder: Path, config: Config, hf_folder: Path, iteration: str | int | None = None
+) -> None:
+    """Check the arguments that a checkpoint keeps against a HuggingFace configuration.
+
+    Args:
+        folder: Megatron's save folder, or a checkpoint in it.
+        config: The content of config.json (see `hf_folder.read_hf_config`).
+        hf_folder: The folder it is from; for the message.
+        iteration: A number or "release"; None for the latest.
+
+    Raises:
+        ConversionError: When there is no such checkpoint, it cannot be read, or an argument differs.
+    """
+    checkpoint = find_checkpoint(folder, iteration)
+    expected = family_for(config).megatron_arguments(config)
+    check_architecture(_arguments(checkpoint), expected, checkpoint, hf_folder)
+
+
+def read_saved_arguments(folder: Path, iteration: str | int | None = None) -> dict[str, Any]:
+    """The arguments that a checkpoint keeps, those that are a number, a text, a truth value or None.
+
+    They are in a pickle; nothing that it refers to is imported or called.
+
+    Args:
+        folder: Megatron's save folder, or a checkpoint in it.
+        iteration: A number or "release"; None for the latest.
+
+    Returns:
+        Values by name; empty for a checkpoint without arguments.
+
+    Raises:
+        ConversionError: When there is no such checkpoint, or it cannot be read.
+    """
+    return _arguments(find_checkpoint(folder, iteration))
+
+
+def check_architecture(
+    saved: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: Path, hf_folder: Path
+) -> None:
+    """Check the arguments of a checkpoint against those of a model, where both have them.
+
+    Args:
+        saved: What the checkpoint keeps.
+        expected: What the family derives from config.json.
+        checkpoint: Its folder; for the message.
+        hf_folder: The folder of config.json; for the message.
+
+    Raises:
+        ConversionError: Naming each argument that differs, with both values.
+    """
+    found = [*_differences(saved, expected), *_vocabulary_differences(saved, expected)]
+    if found:
+        raise ConversionError(
+            f"{checkpoint}: not a checkpoint of the model in {hf_folder}: {'; '.join(found)}. Give "
+            "the HuggingFace folder that the checkpoint comes from, or a checkpoint of this model"
+        )
+
+
+def _arguments(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / _FILE
+    if file.is_file():
+        with file.open("rb") as stream:
+            common = _unpickled(stream, str(file))
+    else:
+        entry = read_object(checkpoint, _ENTRY)
+        if entry is None:
+            return {}
+        common = _unpickled(io.BytesIO(entry), f"{checkpoint}: {_ENTRY}")
+    if isinstance(common, list) and len(common) == 1:  # an entry, but not the file, is a list
+        common = common[0]
+    arguments = common.get("args") if isinstance(common, dict) else None
+    values = arguments.state if isinstance(arguments, _Inert) else arguments
+    if not isinstance(values, dict):
+        return {}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(name, str) and type(value) in _PLAIN
+    }
+
+
+def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    ours, theirs = _comparable(saved), _comparable(expected)
+    for name in theirs:
+        if name in ours and ours[name] != theirs[name]:
+            yield _difference(name, ours[name], theirs[name])
+
+
+def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the model: without grouped queries, Megatron gives every head a group."""
+    kept = {
+        name: value
+        for name, value in arguments.items()
+        if name not in _CHANGEABLE and value is not None
+    }
+    if not kept.pop("group_query_attention", True) and "num_attention_heads" in kept:
+        kept["num_query_groups"] = kept["num_attention_heads"]
+    return kept
+
+
+def _vocabulary_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """A vocabulary may be smaller than the model's, its padding larger, but not the reverse.
+
+    Megatron takes `vocab_size` from a flag or a tokenizer, which may have fewer tokens than the
+    model has rows, and leaves it None where only the padded size is known. `padded_vocab_size` is
+    the number of rows, and depends on the tensor-parallel size.
+    """
+    vocabulary = expected.get("vocab_size")
+    tokens, rows = saved.get("vocab_size"), saved.get("padded_vocab_size")
+    if vocabulary is None:
+        return
+    if isinstance(tokens, int) and tokens > vocabulary:
+        yield _difference("vocab_size", tokens, vocabulary)
+    elif isinstance(rows, int) and rows < vocabulary:
+        yield _difference("padded_vocab_size", rows, f"at least {vocabulary}")
+
+
+def _difference(name: str, saved: Any, expected: Any) -> str:
+    return f"{name} is {saved} in the checkpoint and {expected} by config.json"
+
+
+def _unpickled(stream: IO[bytes], where: str) -> Any:
+    """The object of a file that torch.save wrote, without its tensors."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            return _InertUnpickler(io.BytesIO(archive.read(name))).load()
+    except Exception as error:  # a broken pickle can raise almost anything
+        raise ConversionError(
+            f"{where}: the arguments of the checkpoint are not readable: {error}"
+        ) from error
+
+
+class _Inert:
+    """Stands for everything in a pickle that is not a plain value, and keeps its attributes.
+
+    Whatever the pickle does with it (construct, call, fill) has no effect.
+    """
+
+    state: Any = None
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> _Inert:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
+
+    def add(self, _: Any) -> None:
+        pass
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Gives `_Inert` for every class, function and tensor storage."""
+
+    def find_class(self, _module: str, _name: str) -> Any:
+        return _Inert
+
+    def persistent_load(self, _: Any) -> Any:
+        return _Inert()

@@ -1,0 +1,203 @@
+"""The arguments a checkpoint keeps: read without running code, compared with config.json."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import signal
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conversion_helpers import LAYERS, VOCABULARY, expected_megatron, read_hf, write_config
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
+from checkpoint_conversion.saved_arguments import check_checkpoint_matches, read_saved_arguments
+from checkpoint_conversion.verify import verify
+
+ENTRY = "common_state/shard_0_1"
+
+
+class _Mode(enum.Enum):
+    ON = "on"
+
+
+def _expected(hf):
+    config = read_hf_config(hf)
+    return family_for(config).megatron_arguments(config)
+
+
+def _state(**arguments):
+    """What Megatron keeps of a run, with values that are not plain ones."""
+    special = {
+        "params_dtype": torch.bfloat16,
+        "exit_signal": signal.SIGTERM,
+        "mode": _Mode.ON,
+        "function": torch.nn.functional.silu,
+        "skipped": {1, 2},
+        "window": (1, 2),
+    }
+    return {
+        "args": argparse.Namespace(**arguments, **special),
+        "iteration": 7,
+        "rerun_state_machine": {"losses": torch.ones(3), "mode": _Mode.ON},
+    }
+
+
+def _save_run(folder, hf, state=None, iteration=7):
+    """A numbered checkpoint; the state is kept as Megatron keeps it, or not at all."""
+    checkpoint = folder / f"iter_{iteration:07d}"
+    entries = expected_megatron(read_hf(hf)) | ({} if state is None else {ENTRY: [state]})
+    dcp.save(
+        entries,
+        storage_writer=dcp.FileSystemWriter(checkpoint),
+        planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+        no_dist=True,
+    )
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return checkpoint
+
+
+def _check(folder, hf, iteration=None):
+    check_checkpoint_matches(folder, read_hf_config(hf), hf, iteration)
+
+
+def test_converted_checkpoint(qwen3, tmp_path):
+    folder = tmp_path / "megatron"
+    hf_to_megatron(qwen3, folder)
+    for saved in (read_saved_arguments(folder), read_saved_arguments(folder / "release")):
+        assert saved.items() >= _expected(qwen3).items()
+        assert saved["padded_vocab_size"] == VOCABULARY
+    _check(folder, qwen3)
+    _check(folder, qwen3, "release")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["entry", "common.pt"])
+def test_numbered_checkpoint(qwen3, tmp_path, legacy):
+    state = _state(**_expected(qwen3), seed=5, load=None)
+    checkpoint = _save_run(tmp_path, qwen3, None if legacy else state)
+    if legacy:
+        torch.save(state, checkpoint / "common.pt")
+    for saved in (
+        read_saved_arguments(tmp_path),
+        read_saved_arguments(tmp_path, 7),
+        read_saved_arguments(checkpoint),
+    ):
+        assert saved == {**_expected(qwen3), "seed": 5, "load": None}
+    _check(tmp_path, qwen3, "7")
+    with pytest.raises(ConversionError, match="iter_0000008: no such checkpoint"):
+        read_saved_arguments(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"rope_theta": 5e6}, ["rotary_base is 500000 in the checkpoint and 5000000 by"]),
+        ({"rms_norm_eps": 1e-5}, ["layernorm_epsilon is 1e-06 in the checkpoint and 1e-05 by"]),
+        ({"num_hidden_layers": 2}, [f"num_layers is {LAYERS} in the checkpoint and 2 by"]),
+        (
+            {"rms_norm_eps": 1e-5, "num_hidden_layers": 2},
+            ["layernorm_epsilon is 1e-06", f"num_layers is {LAYERS} "],
+        ),
+        ({"vocab_size": 500}, [f"vocab_size is {VOCABULARY} in the checkpoint and 500 by"]),
+        ({"vocab_size": 600}, [f"padded_vocab_size is {VOCABULARY} ", "at least 600"]),
+    ],
+)
+def test_another_architecture_is_refused(make_qwen3, tmp_path, changed, parts):
+    hf = make_qwen3(old_style=True)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    checkpoint = tmp_path / "megatron" / "release"
+    write_config(hf, lambda config: config.update(changed))
+    with pytest.raises(ConversionError) as error:
+        _check(tmp_path / "megatron", hf)
+    for part in (*parts, str(checkpoint), str(hf), "Give the HuggingFace folder"):
+        assert part in str(error.value)
+    with pytest.raises(ConversionError) as error:
+        megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    assert parts[0] in str(error.value)
+    assert not (tmp_path / "back").exists()
+
+
+def test_verification_compares_the_arguments(make_qwen3, tmp_path):
+    hf = make_qwen3(old_style=True)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    write_config(hf, lambda config: config.update(rope_theta=10000))
+    with pytest.raises(ConversionError, match=r"rotary_base is 500000 .* 10000 by"):
+        verify(hf, megatron=tmp_path / "megatron")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rotary_base": 500000.0},
+        {"max_position_embeddings": 4096},
+        {"make_vocab_size_divisible_by": 128, "padded_vocab_size": 512},
+        {"vocab_size": None, "padded_vocab_size": 512},
+        {"vocab_size": 500, "padded_vocab_size": 512},
+        {"attention_dropout": 0.1, "hidden_dropout": 0.1},
+        {"kv_channels": None},
+        {"layernorm_epsilon": torch.float32},
+    ],
+)
+def test_what_may_differ(qwen3, tmp_path, changed):
+    _save_run(tmp_path, qwen3, _state(**{**_expected(qwen3), **changed}))
+    _check(tmp_path, qwen3)
+    plan_export(tmp_path, qwen3)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_without_grouped_queries_each_head_is_a_group(qwen3, tmp_path, heads):
+    write_config(qwen3, lambda config: config.update(num_key_value_heads=heads))
+    ungrouped = {"group_query_attention": False, "num_query_groups": 1}
+    _save_run(tmp_path, qwen3, _state(**{**_expected(qwen3), **ungrouped}))
+    if heads == 4:
+        _check(tmp_path, qwen3)
+        return
+    with pytest.raises(ConversionError, match=r"num_query_groups is 4 .* 2 by"):
+        _check(tmp_path, qwen3)
+
+
+@pytest.mark.parametrize(
+    "state", [None, {}, {"iteration": 7}, {"args": None}, ["args"], {"args": torch.float32}]
+)
+def test_absent_arguments_are_accepted(qwen3, tmp_path, state):
+    _save_run(tmp_path, qwen3, state)
+    assert read_saved_arguments(tmp_path) == {}
+    _check(tmp_path, qwen3)
+
+
+class _Evil:
+    def __init__(self, file):
+        self._file = file
+
+    def __reduce__(self):
+        return open, (str(self._file), "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["entry", "common.pt"])
+def test_no_code_of_the_pickle_is_run(qwen3, tmp_path, legacy):
+    trap = tmp_path / "trap"
+    state = _state(**_expected(qwen3), evil=_Evil(trap)) | {"evil": _Evil(trap)}
+    checkpoint = _save_run(tmp_path, qwen3, None if legacy else state)
+    if legacy:
+        torch.save(state, checkpoint / "common.pt")
+    trap.unlink(missing_ok=True)
+    assert read_saved_arguments(tmp_path) == _expected(qwen3)
+    plan_export(tmp_path, qwen3)
+    assert not trap.exists()
+    if legacy:  # the trap works
+        torch.load(checkpoint / "common.pt", weights_only=False)["evil"].close()
+        assert trap.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04"])
+def test_unreadable_arguments_are_an_error(qwen3, tmp_path, content):
+    checkpoint = _save_run(tmp_path, qwen3)
+    (checkpoint / "common.pt").write_bytes(content)
+    with pytest.raises(ConversionError, match=r"common\.pt: the arguments .* not readable"):
+        _check(tmp_path, qwen3)
