@@ -39,10 +39,13 @@ from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.objectives import build_objective
 from megatron_profit.training.objective_loss import ObjectiveLoss
 
-# 1: what to train.
-OBJECTIVE_LOSS = ObjectiveLoss(
-    build_objective("profit", prob_threshold=[0.1], threshold_direction="higher")
-)
+OBJECTIVE_LOSSES = {
+    # 1: what to train.
+    "profit": ObjectiveLoss(
+        build_objective("profit", prob_threshold=[0.1], threshold_direction="higher")
+    ),
+    "sft": ObjectiveLoss(build_objective("sft")),
+}
 
 
 def stock_loss(output_tensor, loss_mask):
@@ -54,9 +57,9 @@ def forward_step(data_iterator, model):
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
     inputs = (batch["tokens"], batch["position_ids"], None)
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-    if get_args().stock_loss:
+    if get_args().loss == "stock":
         return model(*inputs, **targets), lambda out: stock_loss(out, batch["loss_mask"])
-    loss = OBJECTIVE_LOSS.micro_batch()  # 2: in place of the loss function,
+    loss = OBJECTIVE_LOSSES[get_args().loss].micro_batch()  # 2: in place of the loss function,
     return model(*inputs, **targets, **loss.model_kwargs), loss.loss_func  # 3: and of the output.
 
 
@@ -79,7 +82,7 @@ train_valid_test_datasets_provider.is_distributed = True
 
 
 def add_arguments(parser):
-    parser.add_argument("--stock-loss", action="store_true", help="Train without the objective.")
+    parser.add_argument("--loss", choices=["profit", "sft", "stock"], default="profit")
     return parser
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-import sys
 
 from megatron_profit.backends import DEVICES, activate
+from megatron_profit.training.console import fail
 
 
 def main() -> None:
@@ -22,13 +22,13 @@ def main() -> None:
     # Tensor parallelism overlaps communication only with this, and Megatron insists on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
-        activate(device)
+        device = activate(device)
     except (RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
 
     from megatron_profit.training.main import run
 
-    run()
+    run(device)
 
 
 def _stand_in_for_torchrun() -> None:

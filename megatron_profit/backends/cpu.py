@@ -184,6 +184,11 @@ def _disable_dynamo() -> None:
         torch._dynamo.config.disable = True
 
 
+def _hide_gpu_libraries() -> None:
+    for name in ("transformer_engine", "apex", "amp_C"):
+        sys.modules.setdefault(name, None)
+
+
 def _use_cpu_generator() -> None:
     from megatron.core.tensor_parallel import random
 
@@ -282,6 +287,14 @@ TORCH_PATCHES = (
 )
 
 MEGATRON_PATCHES = (
+    Patch(
+        name="cpu-no-gpu-libraries",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/__init__.py",
+        reason="Megatron takes the optimizers and norms of Transformer Engine or Apex as soon as they can "
+        "be imported, and their kernels run on GPUs only.",
+        apply=_hide_gpu_libraries,
+    ),
     Patch(
         name="cpu-rng",
         upstream=_MEGATRON,

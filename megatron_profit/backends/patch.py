@@ -6,9 +6,11 @@ when upstream no longer needs it. Patches are applied only to the versions that 
 
 from __future__ import annotations
 
+import importlib.util
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 MEGATRON_CORE_VERSION = "0.19.2"
 _applied: set[str] = set()
@@ -56,13 +58,18 @@ def check_megatron_version() -> None:
     Raises:
         UnsupportedVersionError: When megatron-core is missing or has another version.
     """
-    try:
-        found = version("megatron-core")
-    except PackageNotFoundError:
-        found = "none"
-    if found != MEGATRON_CORE_VERSION:
+    spec = (
+        importlib.util.find_spec("megatron.core") if importlib.util.find_spec("megatron") else None
+    )
+    found, where = "none", ""
+    if spec is not None and spec.origin is not None:
+        # What will be imported, which a folder on PYTHONPATH decides and not the installed package.
+        file = Path(spec.origin).with_name("package_info.py")
+        found, where = runpy.run_path(str(file))["__version__"], f" in {file.parent}"
+    if found.partition("+")[0] != MEGATRON_CORE_VERSION:
         raise UnsupportedVersionError(
-            f"megatron-core {MEGATRON_CORE_VERSION} is needed, found {found}: the changes in "
+            f"megatron-core {MEGATRON_CORE_VERSION} is needed, found {found}{where}: the changes in "
             "megatron_profit/backends are written against that version. "
             f"Install it with: pip install 'megatron-core[training]=={MEGATRON_CORE_VERSION}'"
+            + (", or take the other one off PYTHONPATH" if where else "")
         )

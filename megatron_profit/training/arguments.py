@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf_folder import read_hf_config
-from megatron_profit.backends import DEVICES, active_device
+from megatron_profit.backends import DEVICES
 from megatron_profit.objectives import build_objective, objective_names, objective_options
 from megatron_profit.training.objective_loss import NORMALIZATIONS
 
 # What Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
     "transformer_impl": "local",
-    "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
@@ -39,41 +39,88 @@ _CPU = {
 }
 # Conventions of this entry that a flag may still change.
 _DEFAULTS = {
-    "tokenizer_type": "HuggingFaceTokenizer",
-    "dataloader_type": "single",
     "make_vocab_size_divisible_by": 1,
     "log_interval": 1,
     "save_interval": 500,
     "eval_interval": 100,
 }
-# Loading rows is next to nothing beside training on the CPU, and its processes share the cores.
-_CPU_DEFAULTS = {"num_workers": 0}
 # Native flags that this entry would have to ignore, with what to do instead.
 _REFUSED = {
     "sft": "this entry replaces Megatron's stock SFT; drop the flag",
-    "data_path": "give chat files with --data",
-    "data_args_path": "give chat files with --data",
-    "train_data_path": "give chat files with --data",
-    "valid_data_path": "give chat files with --valid-data",
-    "test_data_path": "give chat files with --valid-data",
-    "per_split_data_args_path": "give chat files with --data and --valid-data",
-    "mock_data": "give chat files with --data",
-    "cross_entropy_loss_fusion": "the loss is computed by --objective",
-    "fp16_lm_cross_entropy": "the loss is computed by --objective, in fp32",
+    **dict.fromkeys(
+        (
+            *("data_path", "data_args_path", "train_data_path", "per_split_data_args_path"),
+            *("split", "mock_data", "fim_data"),
+        ),
+        "give chat files with --data",
+    ),
+    **dict.fromkeys(
+        ("valid_data_path", "test_data_path", "multiple_validation_sets", "full_validation"),
+        "give chat files with --valid-data, all of which is evaluated",
+    ),
+    **dict.fromkeys(
+        ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),
+        "each row of a batch holds one record",
+    ),
+    "eod_mask_loss": "what is trained is decided by the roles of the chat",
+    **dict.fromkeys(
+        (
+            *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "chat_template"),
+            *("sft_tokenizer_prompt_format", "use_tokenizer_model_from_checkpoint_args"),
+        ),
+        "tokenizer and chat template come from --hf-model",
+    ),
+    **dict.fromkeys(
+        ("use_checkpoint_args", "use_mp_args_from_checkpoint_args", "yaml_cfg"),
+        "the architecture comes from --hf-model and the layout from the flags",
+    ),
+    **dict.fromkeys(
+        (
+            *("cross_entropy_loss_fusion", "fp16_lm_cross_entropy", "logits_load_dir"),
+            *("logits_save_dir", "mtp_num_layers"),
+        ),
+        "the loss is computed by --objective, in fp32",
+    ),
     "defer_embedding_wgrad_compute": "the objective computes the output layer's gradient itself",
-    "mtp_num_layers": "multi-token prediction has no objective",
-    "use_mup": "the objective does not scale logits",
-    "logits_load_dir": "distillation has no objective",
-    "logits_save_dir": "distillation has no objective",
     "overlap_moe_expert_parallel_comm": "the forward step has no schedule plan",
     "perform_rl_step": "this entry trains on data sets",
-    "yaml_cfg": "give the flags on the command line",
-    "reset_position_ids": "each row of a batch holds one record",
-    "reset_attention_mask": "each row of a batch holds one record",
-    "eod_mask_loss": "what is trained is decided by the roles of the chat",
-    "multiple_validation_sets": "give all files to --valid-data",
-    "full_validation": "it is the default of --valid-data",
+    "dataloader_type": "the order of the records is drawn from --seed",
+    "hybrid_context_parallel": "each rank computes the loss of whole sequences",
+    **dict.fromkeys(
+        ("use_torch_fsdp2", "use_megatron_fsdp"),
+        "the objective reads the output layer's weight, which FSDP shards; use "
+        "--use-distributed-optimizer",
+    ),
 }
+# Flags of an architecture that no family of this project has. The model is what config.json says it is.
+_OTHER_ARCHITECTURES = (
+    *(
+        "num_experts",
+        "expert_model_parallel_size",
+        "multi_latent_attention",
+        "hybrid_layer_pattern",
+    ),
+    *("hybrid_override_pattern", "is_hybrid_model", "experimental_attention_variant", "use_mup"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+    *("encoder_num_layers", "decoder_num_layers", "encoder_seq_length", "decoder_seq_length"),
+    *(
+        "rotary_interleaved",
+        "rotary_seq_len_interpolation_factor",
+        "rope_scaling_factor",
+        "rope_type",
+    ),
+    *("no_rope_freq", "mrope_section", "rotary_scaling_factor", "add_position_embedding"),
+    *(
+        "openai_gelu",
+        "squared_relu",
+        "quick_geglu",
+        "glu_linear_offset",
+        "activation_func_clamp_value",
+    ),
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "qk_l2_norm"),
+    *("softmax_type", "window_size", "window_attn_skip_freq", "attention_output_gate"),
+    *("apply_query_key_layer_scaling", "padded_vocab_size"),
+)
 
 
 class ArgumentsError(ValueError):
@@ -174,37 +221,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def read_arguments(argv: list[str]) -> SFTArguments:
+def read_arguments(argv: list[str], device: str) -> SFTArguments:
     """Check the flags of a command line and derive what Megatron needs.
+
+    Args:
+        argv: The flags, without the program's name.
+        device: "cuda" or "cpu", as `megatron_profit.backends.activate` chose it.
 
     Raises:
         ArgumentsError: For flags that are missing, contradict each other or would be ignored.
-        ConversionError: For a HuggingFace folder that is missing, broken or of an unknown architecture.
+        ConversionError: For a HuggingFace folder that is missing, broken or of an unknown
+            architecture, or a checkpoint of another architecture.
     """
-    explicit, native = _parse(argv)
+    flags = _parse(argv)
+    explicit = flags.explicit
     for name, remedy in _REFUSED.items():
-        if explicit.get(name):
-            raise ArgumentsError(f"{_flag(name)} cannot be used here: {remedy}")
-    for name in ("hf_model", "data", "seq_length", "micro_batch_size"):
+        if flags.changes(name):
+            raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
+    for name in ("hf_model", "data", "seq_length", "micro_batch_size", "lr"):
         if explicit.get(name) is None:
-            raise ArgumentsError(f"{_flag(name)} is missing")
+            raise ArgumentsError(f"{flags.option(name)} is missing")
+    if not (explicit.get("train_iters") or explicit.get("train_samples")):
+        raise ArgumentsError("--train-iters (or --train-samples) is missing")
 
     hf_model = Path(explicit["hf_model"])
     config = read_hf_config(hf_model)
     model = family_for(config).megatron_arguments(config)
-    device = active_device() or "cpu"
-    soft = {**_DEFAULTS, **(_CPU_DEFAULTS if device == "cpu" else {})}
+    local = explicit.get("transformer_impl") == "local"
+    fixed, soft = platform_settings(device, local)
+    soft = {**_DEFAULTS, **soft}
     if "initializer_range" in config:
         soft["init_method_std"] = config["initializer_range"]
     # Padding of the vocabulary is a matter of the layout, not of the model.
     model = {name: value for name, value in model.items() if name not in soft}
-    _refuse_contradictions(explicit, model, f"{hf_model / 'config.json'} says")
-    platform = platform_settings(device)
-    _refuse_contradictions(explicit, platform, "this machine needs")
+    for name in _OTHER_ARCHITECTURES:
+        if flags.changes(name):
+            raise ArgumentsError(
+                f"{flags.option(name)} gives {name}={explicit[name]!r}, but {hf_model / 'config.json'} "
+                f"describes a model with {flags.defaults.get(name)!r}; drop the flag"
+            )
+    flags.refuse_contradictions(model, f"{hf_model / 'config.json'} says")
+    flags.refuse_contradictions(fixed, "this machine needs")
 
-    settings = {**native, **soft, **model, **platform, **explicit}
+    settings = {**flags.defaults, **soft, **model, **fixed, **explicit}
+    _check_numbers(settings, flags)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
-    _check_weights(settings)
+    _check_weights(settings, config)
     if explicit.get("eval_iters") and not explicit.get("valid_data"):
         raise ArgumentsError(
             f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data"
@@ -212,16 +274,20 @@ def read_arguments(argv: list[str]) -> SFTArguments:
     multiple = settings["tensor_model_parallel_size"] * settings["make_vocab_size_divisible_by"]
     derived = {
         "padded_vocab_size": math.ceil(settings["vocab_size"] / multiple) * multiple,
+        "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": str(hf_model),
+        "dataloader_type": "single",
         "calculate_per_token_loss": True,
         "objective_options": _objective_options(settings, explicit),
     }
     return SFTArguments(
         hf_model=hf_model,
         data=tuple(explicit["data"]),
-        valid_data=tuple(explicit.get("valid_data") or ()),
+        valid_data=()
+        if explicit.get("eval_iters") == 0
+        else tuple(explicit.get("valid_data") or ()),
         seq_length=explicit["seq_length"],
-        defaults={**soft, **model, **platform, **derived},
+        defaults={**soft, **model, **fixed, **derived},
         eval_batch_size=settings["eval_global_batch_size"]
         or settings["global_batch_size"]
         or settings["micro_batch_size"] * data_parallel,
@@ -229,18 +295,63 @@ def read_arguments(argv: list[str]) -> SFTArguments:
     )
 
 
-def platform_settings(device: str) -> dict[str, Any]:
-    """Megatron arguments that the device and the installed libraries decide."""
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Megatron arguments that the device and the installed libraries decide.
+
+    Args:
+        device: "cuda" or "cpu".
+        local: Whether the local layers were asked for although Transformer Engine may be there.
+
+    Returns:
+        What has to be so, and what a flag may change.
+    """
     if device == "cpu":
-        return {**_LOCAL_LAYERS, **_CPU}
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return {}
-    fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None  # from Apex
-    return {**_LOCAL_LAYERS, "gradient_accumulation_fusion": fusion}
+        # Loading rows is next to nothing beside training, and its processes would share the cores.
+        return {**_LOCAL_LAYERS, **_CPU, "gradient_accumulation_fusion": False}, {"num_workers": 0}
+    # The output layer is Megatron's own in any case, and its fusion comes from Apex.
+    fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    soft = {"gradient_accumulation_fusion": fusion}
+    if local or importlib.util.find_spec("transformer_engine") is None:
+        return dict(_LOCAL_LAYERS), soft
+    return {}, soft
 
 
-def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The flags that `argv` gives, and the defaults of all flags, by argument name."""
+@dataclass(frozen=True)
+class _Flags:
+    """A parsed command line.
+
+    Attributes:
+        explicit: The flags that were given, by argument name.
+        defaults: The defaults of all flags.
+        options: How each flag is written.
+    """
+
+    explicit: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    options: Mapping[str, str]
+
+    def option(self, name: str) -> str:
+        """How the flag of an argument is written."""
+        return self.options.get(name, _flag(name))
+
+    def changes(self, name: str) -> bool:
+        """Whether the flag was given with another value than its default."""
+        return name in self.explicit and self.explicit[name] != self.defaults[name]
+
+    def refuse_contradictions(self, derived: Mapping[str, Any], source: str) -> None:
+        for name, value in derived.items():
+            if name in self.explicit and self.explicit[name] != value:
+                raise ArgumentsError(
+                    f"{self.option(name)} gives {name}={self.explicit[name]!r}, but {source} {value!r}; "
+                    "drop the flag"
+                )
+
+
+def _parse(argv: list[str]) -> _Flags:
     parser = _Parser(
         prog="megatron-profit-sft",
         usage="torchrun … -m megatron_profit.sft --hf-model DIR --data FILE… [flags]",
@@ -249,23 +360,32 @@ def _parse(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         allow_abbrev=False,
     )
     parser = add_megatron_arguments(add_arguments(parser))
-    native = {action.dest: action.default for action in parser._actions}
+    defaults = {action.dest: action.default for action in parser._actions}
+    options = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(argv)), native
+    return _Flags(vars(parser.parse_args(argv)), defaults, options)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _refuse_contradictions(
-    explicit: Mapping[str, Any], derived: Mapping[str, Any], source: str
-) -> None:
-    for name, value in derived.items():
-        if name in explicit and explicit[name] != value:
+def _check_numbers(settings: Mapping[str, Any], flags: _Flags) -> None:
+    """Refuse sizes that are no sizes."""
+    for name in (
+        *(
+            "micro_batch_size",
+            "global_batch_size",
+            "eval_micro_batch_size",
+            "eval_global_batch_size",
+        ),
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("make_vocab_size_divisible_by", "train_iters", "save_interval", "eval_interval"),
+    ):
+        value = settings[name]
+        if value is not None and value < 1:
+            raise ArgumentsError(f"{flags.option(name)} is {value}; it must be at least 1")
+    for name in ("seed", "eval_iters"):
+        if settings[name] < 0:
             raise ArgumentsError(
-                f"{_flag(name)} gives {name}={explicit[name]!r}, but {source} {value!r}; drop the flag"
+                f"{flags.option(name)} is {settings[name]}; it must not be negative"
             )
 
 
@@ -312,6 +432,14 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
                 _flag(batch),
                 settings[batch],
             )
+    if settings["sequence_parallel"]:
+        _check_divides(
+            "--sequence-parallel with tensor parallel size",
+            tp,
+            "--seq-length",
+            settings["seq_length"],
+        )
+    _check_virtual_pipeline(settings, pp)
     limit = settings["max_position_embeddings"]
     if not 0 < settings["seq_length"] <= limit:
         raise ArgumentsError(
@@ -319,6 +447,24 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
             "(max_position_embeddings)"
         )
     return data_parallel
+
+
+def _check_virtual_pipeline(settings: Mapping[str, Any], pp: int) -> None:
+    layers, ranks = settings["num_layers"], settings["num_virtual_stages_per_pipeline_rank"]
+    if size := settings["num_layers_per_virtual_pipeline_stage"]:
+        _check_divides(
+            "--num-layers-per-virtual-pipeline-stage",
+            size,
+            "the layers of a pipeline rank",
+            layers // pp,
+        )
+    elif ranks:
+        _check_divides(
+            "--num-virtual-stages-per-pipeline-rank",
+            ranks,
+            "the layers of a pipeline rank",
+            layers // pp,
+        )
 
 
 def _check_divides(what: str, size: int, of: str, total: int) -> None:
@@ -334,11 +480,12 @@ def _listed(values: list[int]) -> str:
     return ", ".join(map(str, shown))
 
 
-def _check_weights(settings: Mapping[str, Any]) -> None:
-    """Refuse to train random weights unless that was asked for."""
+def _check_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse weights of another architecture, and random ones unless they were asked for."""
     for name in ("load", "pretrained_checkpoint"):
         folder = settings[name]
         if folder and (Path(folder) / "latest_checkpointed_iteration.txt").is_file():
+            check_checkpoint_matches(Path(folder), config, Path(settings["hf_model"]))
             return
     if settings["random_init"]:
         return
@@ -367,9 +514,3 @@ def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any])
     except ValueError as error:
         raise ArgumentsError(f"--objective {chosen}: {error}") from error
     return options
-
-
-def print_rank_0(message: str) -> None:
-    """Print on the first process only; works before the process group exists."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)

@@ -10,7 +10,8 @@ from megatron.core.datasets.utils import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_profit.data import ChatRenderer, DataError, Examples, SFTDataset, build_examples
-from megatron_profit.training.arguments import SFTArguments, print_rank_0
+from megatron_profit.training.arguments import SFTArguments
+from megatron_profit.training.console import print_rank_0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _tokenizer(arguments: SFTArguments) -> PreTrainedTokenizerBase:
     folder, vocab_size = arguments.hf_model, arguments.defaults["vocab_size"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exceptions
         raise DataError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     if len(tokenizer) > vocab_size:
         raise DataError(

@@ -10,19 +10,17 @@ import torch
 class KeptShareMonitor:
     """Watches the share of supervised tokens that the objective keeps on this rank.
 
-    It reads the counts back only once per `window` micro-batches, so that a GPU is not made to wait.
+    It reads the counts back after 4 micro-batches, then after 8, 16 and so on, so that a GPU is hardly ever
+    made to wait and a long run is not flooded.
 
     Args:
-        window: Micro-batches between two checks.
+        window: Micro-batches until the first check.
         limit: The share of kept tokens below which it warns.
     """
 
-    def __init__(self, window: int = 32, limit: float = 0.01) -> None:
+    def __init__(self, window: int = 4, limit: float = 0.01) -> None:
         self.window = window
         self.limit = limit
-        self._reset()
-
-    def _reset(self) -> None:
         self._micro_batches = 0
         self._counts: torch.Tensor | None = None
 
@@ -42,4 +40,4 @@ class KeptShareMonitor:
                 "SFT (--objective sft), or choose another --prob-threshold.",
                 stacklevel=2,
             )
-        self._reset()
+        self.window, self._micro_batches, self._counts = 2 * self.window, 0, None

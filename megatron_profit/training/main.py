@@ -5,8 +5,8 @@ This is the counterpart of Megatron-LM's pretrain_gpt.py, and about as long.
 
 from __future__ import annotations
 
-import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 
@@ -25,25 +25,31 @@ from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.objectives import build_objective
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
 from megatron_profit.training.batch import get_batch
+from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.objective_loss import MicroBatchLoss, ObjectiveLoss
 
 
-def run() -> None:
-    """Train with the flags of the command line; bad input ends the process before Megatron starts."""
+def run(device: str) -> None:
+    """Train with the flags of the command line; bad input ends the process before Megatron starts.
+
+    Args:
+        device: What `megatron_profit.backends.activate` chose.
+    """
     try:
-        arguments = read_arguments(sys.argv[1:])
+        arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
     except (ArgumentsError, ConversionError, DataError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megatron-profit-sft: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     train(arguments.with_valid_examples(0 if data.valid is None else len(data.valid)), data)
 
 
 def train(arguments: SFTArguments, data: SFTData) -> None:
     """Hand everything to Megatron's `pretrain()`."""
-    args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+    try:
+        args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+    except AssertionError as error:
+        fail(f"Megatron refuses the flags: {error or traceback.format_exc()}")
     model_config = gpt_config_from_args(args)
     if args.spec is None:
         model_config.transformer_layer_spec = layer_spec

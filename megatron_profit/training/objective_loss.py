@@ -66,7 +66,15 @@ class ObjectiveLoss:
         Args:
             sample_index: [B] int64, distinct for each sample of the run; only objectives that select
                 at random need it.
+
+        Raises:
+            ValueError: Without `--calculate-per-token-loss`.
         """
+        if not get_args().calculate_per_token_loss:
+            raise ValueError(
+                "the objective needs --calculate-per-token-loss: without it Megatron averages over "
+                "micro-batches, and a token's weight would depend on which one it is in"
+            )
         return MicroBatchLoss(self, sample_index)
 
 
@@ -94,21 +102,23 @@ class MicroBatchLoss:
         **_: Any,
     ) -> torch.Tensor:
         """Hidden states [S, B, H] (S split over the group under sequence parallelism), labels [B, S]
-        and an optional loss mask [B, S] to the loss of each token [B, S] in fp32."""
+        and an optional loss mask [B, S] of zeros and ones to the loss of each token [B, S] in fp32."""
+        # The weight is used without a call of its module, whose hooks wait for the all-gather of
+        # parameters under --overlap-param-gather.
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, ())
         group = output_layer.tp_group
         if output_layer.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=group
             )
-        labels_N = labels.transpose(0, 1).flatten()
-        mask_N = None if loss_mask is None else loss_mask.transpose(0, 1).flatten().float()
+        labels_N = _masked(labels, loss_mask).transpose(0, 1).flatten()
         loss_N, statistics = linear_objective(
             hidden_states.flatten(0, 1),
             output_layer.weight if output_weight is None else output_weight,
             labels_N,
             self._loss.objective,
             group=group if group.size() > 1 else None,
-            loss_weight=mask_N,
             vocab_size=self._loss.vocab_size,
             uniform=self._uniform(labels),
             reduce_hidden_grad=not output_layer.sequence_parallel,
@@ -133,7 +143,8 @@ class MicroBatchLoss:
         _validate(loss)
         kept = supervised & (statistics.weight != 0)
         num_supervised, num_kept = supervised.sum(), kept.sum()
-        self._loss.monitor.add(num_kept, num_supervised)
+        if torch.is_grad_enabled() and mpu.get_tensor_model_parallel_rank() == 0:
+            self._loss.monitor.add(num_kept, num_supervised)
         num_tokens = num_supervised if self._loss.normalization == "valid" else num_kept
         prob = statistics.prob
         dropped = supervised & ~kept
@@ -153,6 +164,18 @@ class MicroBatchLoss:
             for name, (total, count) in metrics.items()
         }
         return loss, num_tokens.to(torch.int), report
+
+
+def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tensor:
+    """Labels [B, S] with -100 where the mask [B, S] is 0."""
+    if loss_mask is None:
+        return labels
+    if ((loss_mask != 0) & (loss_mask != 1)).any():
+        raise ValueError(
+            "loss_mask holds values other than 0 and 1; the tokens of an objective are weighted by the "
+            "objective itself"
+        )
+    return labels.masked_fill(loss_mask == 0, -100)
 
 
 def _share_of_step() -> float:

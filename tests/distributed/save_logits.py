@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--tokens")
     parser.add_argument("--logits")
     own, sys.argv[1:] = parser.parse_known_args()
-    arguments = read_arguments(sys.argv[1:])
+    arguments = read_arguments(sys.argv[1:], "cpu")
     args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
     initialize_megatron()
     config = gpt_config_from_args(args)

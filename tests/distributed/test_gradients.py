@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import EXAMPLES, TinyModel
 from safetensors.torch import load_file
+from tiny_models import EXAMPLES, TinyModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,10 @@ CASES = {
         {"--hf-model": bad_folder(tmp, tiny, vocab_size=300)},
         "300",
     ),
+    "a broken tokenizer": lambda tmp, tiny: (
+        {"--hf-model": broken_tokenizer(tmp, tiny)},
+        "its tokenizer cannot be loaded",
+    ),
     "no such data file": lambda tmp, tiny: ({"--data": tmp / "none.jsonl"}, "none.jsonl"),
     "an unknown suffix": lambda tmp, tiny: ({"--data": chat_file(tmp, "x", "chat.txt")}, ".txt"),
     "an unknown format": lambda tmp, tiny: (
@@ -70,6 +75,12 @@ def without_tokenizer(tmp_path: Path, tiny: Path) -> Path:
     for file in folder.iterdir():
         if file.name != "config.json":
             file.unlink()
+    return folder
+
+
+def broken_tokenizer(tmp_path: Path, tiny: Path) -> Path:
+    folder = bad_folder(tmp_path, tiny)
+    (folder / "tokenizer.json").write_text('{"model": {')
     return folder
 
 
@@ -104,3 +115,22 @@ def test_bad_input_is_refused(tmp_path, tiny, case):
     assert named in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_the_message_is_seen_under_torchrun(sft, tmp_path, tiny):
+    """Also when another process meets the error first: all but the first of a machine wait for it."""
+    slow_start = tmp_path / "sitecustomize.py"
+    slow_start.write_text(
+        "import os, time\nif os.environ.get('LOCAL_RANK') == '0': time.sleep(4)\n"
+    )
+    result = sft(
+        2,
+        *("--hf-model", tiny, "--random-init", "--data", tmp_path / "none.jsonl"),
+        *("--objective", "sft", "--lr", "1e-3", "--train-iters", 2),
+        *("--seq-length", 48, "--micro-batch-size", 2),
+        check=False,
+        PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])),
+    )
+    assert result.returncode != 0
+    assert result.stdout.count("megatron-profit-sft: error:") == 1
+    assert "none.jsonl" in result.stdout

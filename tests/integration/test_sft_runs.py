@@ -96,12 +96,32 @@ def test_a_resumed_run_continues_like_the_uninterrupted_one(sft, flags, tmp_path
         assert logged(first, name) + logged(second, name) == logged(whole, name), name
 
 
+@pytest.mark.parametrize(
+    ("tied", "layout"), [(False, ""), (True, "--pipeline-model-parallel-size 2")]
+)
+def test_parameters_may_be_gathered_during_the_forward_pass(sft, tmp_path, tied, layout):
+    """The output layer waits for its own parameters, although its module is never called."""
+    shape = TinyShape(hidden_size=32, intermediate_size=64, head_dim=16, tied=tied)
+    model = make_tiny_model(tmp_path / "model", sorted(DATA.glob("*.jsonl")), shape)
+    command = [
+        *("--hf-model", model, "--random-init", "--data", DATA / "arithmetic_base.jsonl"),
+        *("--objective", "sft", "--seq-length", 40, "--micro-batch-size", 2, "--lr", 1e-2),
+        *("--global-batch-size", 8, "--train-iters", 4, *layout.split()),
+    ]
+    sharded = [*command, "--use-distributed-optimizer", "--overlap-grad-reduce"]
+    plain, overlapped = (
+        logged(sft(4 if layout else 2, *flags).stdout, "lm loss")
+        for flags in (command, [*sharded, "--overlap-param-gather", "--ddp-num-buckets", 8])
+    )
+    assert overlapped == [pytest.approx(loss, rel=1e-5) for loss in plain]
+
+
 def test_a_run_that_keeps_nothing_warns(sft, flags):
     result = sft(
         1,
         *flags,
         *("--objective", "profit", "--prob-threshold", "0.9", "--threshold-direction", "higher"),
-        *("--train-iters", 17),
+        *("--train-iters", 3),
     )
     assert re.search(r"kept 0 of the last \d+ supervised tokens", result.stdout)
     assert "--objective sft" in result.stdout

@@ -10,7 +10,11 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.errors import ConversionError
-from megatron_profit.training.arguments import ArgumentsError, read_arguments
+from megatron_profit.training.arguments import (
+    ArgumentsError,
+    platform_settings,
+    read_arguments,
+)
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -45,8 +49,8 @@ def parse(hf_folder, monkeypatch):
     def run(*flags: str, world_size: int = 1, objective=PROFIT):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         required = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
-        rest = ["--micro-batch-size", "2", "--random-init", *objective, *flags]
-        return read_arguments([*required, *rest])
+        rest = ["--micro-batch-size", "2", "--random-init", "--lr", "1e-5", "--train-iters", "9"]
+        return read_arguments([*required, *rest, *objective, *flags], "cpu")
 
     return run
 
@@ -132,6 +136,32 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--data-path", "x"), 1, ("--data-path", "--data")),
         (("--eval-iters", "3"), 1, ("--eval-iters", "--valid-data")),
         (("--no-such-flag",), 1, ("--no-such-flag",)),
+        (("--rotary-interleaved",), 1, ("--rotary-interleaved", "True", "False")),
+        (("--rotary-seq-len-interpolation-factor", "4"), 1, ("4", "None")),
+        (("--num-experts", "8"), 1, ("--num-experts", "8")),
+        (("--apply-layernorm-1p",), 1, ("--apply-layernorm-1p",)),
+        (("--squared-relu",), 1, ("--squared-relu",)),
+        (("--padded-vocab-size", "9999"), 1, ("9999",)),
+        (("--tokenizer-model", "x"), 1, ("--tokenizer-model", "--hf-model")),
+        (("--tokenizer-type", "NullTokenizer"), 1, ("--tokenizer-type", "--hf-model")),
+        (("--use-checkpoint-args",), 1, ("--use-checkpoint-args", "--hf-model")),
+        (("--dataloader-type", "external"), 1, ("--dataloader-type",)),
+        (("--split", "1,0,0"), 1, ("--split", "--data")),
+        (("--use-torch-fsdp2",), 1, ("--use-torch-fsdp2", "--use-distributed-optimizer")),
+        (("--micro-batch-size", "0"), 1, ("--micro-batch-size", "0")),
+        (("--global-batch-size", "0"), 1, ("--global-batch-size", "0")),
+        (("--make-vocab-size-divisible-by", "0"), 1, ("--make-vocab-size-divisible-by", "0")),
+        (("--seed", "-1"), 1, ("--seed", "-1")),
+        (
+            ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--seq-length", "47"),
+            2,
+            ("--sequence-parallel", "47"),
+        ),
+        (
+            ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "3"),
+            2,
+            ("--num-layers-per-virtual-pipeline-stage", "3"),
+        ),
         (("--objective", "nonsense"), 1, ("nonsense", "profit", "sft")),
         (("--objective", "sft"), 1, ("--prob-threshold", "profit", "sft")),
     ],
@@ -167,28 +197,31 @@ def test_two_thresholds_in_any_spelling(parse, spelling):
     assert build_objective("profit", **options).prob_threshold == (0.3, 0.7)
 
 
-@pytest.mark.parametrize("name", ["--hf-model", "--data", "--seq-length", "--micro-batch-size"])
+@pytest.mark.parametrize(
+    "name",
+    ["--hf-model", "--data", "--seq-length", "--micro-batch-size", "--lr", "--train-iters"],
+)
 def test_a_missing_flag_is_named(hf_folder, name):
     flags = {
         "--hf-model": str(hf_folder),
         "--data": "a.jsonl",
         "--seq-length": "64",
         "--micro-batch-size": "1",
+        "--lr": "1e-5",
+        "--train-iters": "9",
     }
     del flags[name]
     with pytest.raises(ArgumentsError, match=name):
-        read_arguments([part for pair in flags.items() for part in pair])
+        read_arguments([part for pair in flags.items() for part in pair], "cpu")
 
 
 def test_weights_have_to_come_from_somewhere(hf_folder, tmp_path):
     flags = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
-    flags += ["--micro-batch-size", "1", *PROFIT]
+    flags += ["--micro-batch-size", "1", "--lr", "1e-5", "--train-iters", "9", *PROFIT]
     with pytest.raises(ArgumentsError, match="hf_to_megatron"):
-        read_arguments(flags)
+        read_arguments(flags, "cpu")
     with pytest.raises(ArgumentsError, match=r"no checkpoint in --load .*nowhere"):
-        read_arguments([*flags, "--load", str(tmp_path / "nowhere")])
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    read_arguments([*flags, "--pretrained-checkpoint", str(tmp_path)])
+        read_arguments([*flags, "--load", str(tmp_path / "nowhere")], "cpu")
 
 
 def test_broken_folders_are_refused(parse, hf_folder):
@@ -203,6 +236,24 @@ def test_broken_folders_are_refused(parse, hf_folder):
         parse()
 
 
+def test_no_evaluation_although_there_is_validation_data(parse):
+    arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "0")
+    assert arguments.valid_data == ()
+    assert arguments.with_valid_examples(0).defaults["eval_iters"] == 0
+
+
+@pytest.mark.parametrize("apex", [False, True])
+@pytest.mark.parametrize("engine", [False, True])
+def test_what_a_gpu_machine_has_decides_the_layers(monkeypatch, apex, engine):
+    installed = {"transformer_engine": engine, "fused_weight_gradient_mlp_cuda": apex}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed[name] or None)
+    fixed, soft = platform_settings("cuda")
+    assert fixed.get("transformer_impl") == (None if engine else "local")
+    # The output layer is Megatron's own even with Transformer Engine, and needs Apex to fuse.
+    assert soft["gradient_accumulation_fusion"] is apex
+    assert platform_settings("cuda", local=True)[0]["transformer_impl"] == "local"
+
+
 def test_one_evaluation_sees_each_validation_example_once(parse):
     arguments = parse("--valid-data", "v.jsonl", "--global-batch-size", "8")
     assert arguments.with_valid_examples(17).defaults["eval_iters"] == 3
@@ -213,7 +264,7 @@ def test_one_evaluation_sees_each_validation_example_once(parse):
 
 def test_help_shows_our_flags_before_megatrons(capsys):
     with pytest.raises(SystemExit) as end:
-        read_arguments(["--help"])
+        read_arguments(["--help"], "cpu")
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert text.index("--hf-model") < text.index("--prob-threshold") < text.index("--num-layers")

@@ -1,0 +1,107 @@
+"""The figure of a run: drawn from TensorBoard events, and clear errors where there are none."""
+
+import matplotlib.image
+import plot_run
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+SFT = {"lm loss": (3.0, 1.0), "objective": (3.0, 1.0), "kept fraction": (1.0, 1.0)}
+PROFIT = {
+    "lm loss": (1.5, 1.25),
+    "objective": (0.5, 0.125),
+    "kept fraction": (0.75, 0.875),
+    "mean p kept": (0.5, 0.75),
+    "mean p dropped": (0.0625, 0.03125),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, scalars, first_step=1):
+        folder = tmp_path / name
+        with SummaryWriter(str(folder)) as writer:
+            for tag, values in scalars.items():
+                for step, value in enumerate(values, first_step):
+                    writer.add_scalar(tag, value, step)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure as it was saved: plot_run closes it, which leaves the object as it is."""
+    made = []
+    subplots = plot_run.plt.subplots
+
+    def keep(*arguments, **options):
+        made.append(subplots(*arguments, **options)[0])
+        return made[-1], made[-1].axes
+
+    monkeypatch.setattr(plot_run.plt, "subplots", keep)
+    return made
+
+
+def test_two_runs_become_one_png_of_three_panels(write, tmp_path, capsys):
+    runs = [f"base={write('base', SFT)}", f"ProFit={write('profit', PROFIT)}"]
+    out = tmp_path / "new" / "curves.png"
+    assert plot_run.main(["--out", str(out), *runs]) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    height, width, _ = matplotlib.image.imread(out).shape
+    assert (width, height) == pytest.approx((1690, 494), abs=2)  # 13 x 3.8 inches at 130 dpi
+    assert list(out.parent.iterdir()) == [out]  # no partial file is left
+
+
+def test_the_curves_are_the_logged_values(write, tmp_path, figure):
+    plot_run.plot_runs({"ProFit": write("profit", PROFIT)}, tmp_path / "curves.png")
+    drawn = {
+        (axis.get_title(), line.get_label()): (tuple(line.get_xdata()), tuple(line.get_ydata()))
+        for axis in figure[0].axes
+        for line in axis.lines
+    }
+    loss, kept, probability = (title for title, _ in plot_run.PANELS)
+    assert drawn == {
+        (loss, "ProFit: cross-entropy"): ((1, 2), PROFIT["lm loss"]),
+        (loss, "ProFit: objective"): ((1, 2), PROFIT["objective"]),
+        (kept, "ProFit"): ((1, 2), PROFIT["kept fraction"]),
+        (probability, "ProFit: kept"): ((1, 2), PROFIT["mean p kept"]),
+        (probability, "ProFit: dropped"): ((1, 2), PROFIT["mean p dropped"]),
+    }
+
+
+def test_a_run_that_keeps_every_token_has_one_loss(write, tmp_path, figure):
+    plot_run.plot_runs({"base": write("base", SFT)}, tmp_path / "curves.png")
+    labels = [line.get_label() for axis in figure[0].axes for line in axis.lines]
+    assert labels == ["base: cross-entropy", "base"]
+
+
+def test_a_resumed_run_is_one_curve_and_its_later_values_count(write):
+    write("run", {"lm loss": (4.0, 3.0, 2.5)})
+    folder = write("run", {"lm loss": (2.0, 1.0)}, first_step=3)
+    assert plot_run.read_curves(folder) == {"lm loss": ([1, 2, 3, 4], [4.0, 3.0, 2.0, 1.0])}
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["missing", "empty"])
+def test_a_folder_without_events_is_named(tmp_path, capsys, made):
+    folder, out = tmp_path / "nothing", tmp_path / "curves.png"
+    if made:
+        folder.mkdir()
+    assert plot_run.main(["--out", str(out), f"run={folder}"]) == 2
+    assert f"error: {folder} holds no TensorBoard event file" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("runs", "problem"),
+    [
+        (["folder"], "'folder' is not of the form LABEL=FOLDER"),
+        (["=folder"], "'=folder' is not of the form LABEL=FOLDER"),
+        (["label="], "'label=' is not of the form LABEL=FOLDER"),
+        (["a=one", "a=two"], "the label 'a' is given twice"),
+    ],
+)
+def test_a_malformed_run_is_named(tmp_path, capsys, runs, problem):
+    with pytest.raises(SystemExit) as error:
+        plot_run.main(["--out", str(tmp_path / "curves.png"), *runs])
+    assert error.value.code == 2
+    assert problem in capsys.readouterr().err
