@@ -12,19 +12,30 @@ PYTEST := $(PYTHON) -m pytest
 .PHONY: help setup lint format test test-all quickstart clean
 
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)
 
-# The environment is rebuilt only when what it is made from changes.
+# The environment is rebuilt only when what it is made from changes, or when it is not usable: half made, or
+# of another Python.
+USABLE := $(shell $(PYTHON) -c 'import pip, sys; print(sys.version_info[:2] == (3, 12))' 2>/dev/null)
+ifneq ($(USABLE),True)
+.PHONY: $(STAMP)
+endif
+
 $(STAMP): setup.py constraints.txt .python-version
+ifneq ($(USABLE),True)
 	@candidate=$$(for p in python3.12 python3 python; do \
 	    "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; \
 	  done); \
 	if [ -z "$$candidate" ]; then \
 	  echo "error: Python 3.12 is needed and was not found; install it (e.g. 'pyenv install 3.12') and run make again." >&2; exit 1; \
 	fi; \
-	[ -x $(PYTHON) ] || "$$candidate" -m venv $(VENV)
+	echo "making $(VENV) with $$candidate ..."; \
+	if ! "$$candidate" -m venv --clear $(VENV) >/dev/null; then \
+	  echo "error: $$candidate cannot make $(VENV); install its venv module (e.g. 'apt install python3.12-venv') and run make again." >&2; exit 1; \
+	fi
+endif
 	@echo "installing the pinned packages into $(VENV) (a few minutes the first time) ..."
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

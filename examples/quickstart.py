@@ -15,156 +15,305 @@ drops them and trains the sums. The steps are those of a real run, with the same
  8. load it with transformers and answer questions that were not in the training data
  9. draw the curves
 
-What a step has written is kept, so a second start continues where the first ended.
+What a step has written is kept, so a second start continues where the first ended. A step whose command
+has changed since is redone, and with it all that follow: `steps.json` in the output folder remembers the
+commands. Remove the folder to start afresh after a change of code or data.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path("examples/data")
-RUNS = Path("runs/quickstart")
-TINY, BASE_RUN, BASE_HF = RUNS / "tiny", RUNS / "base", RUNS / "base-hf"
-BASE_MEGATRON, PROFIT_RUN, PROFIT_HF = RUNS / "base-megatron", RUNS / "profit", RUNS / "profit-hf"
-FIGURE = RUNS / "curves.png"
-
-BASE_STEPS, PROFIT_STEPS = 160, 150
 BASE_DATA, PROFIT_DATA = DATA / "arithmetic_base.jsonl", DATA / "arithmetic_chatty.jsonl"
 HELD_OUT = DATA / "arithmetic_heldout.jsonl"
 
-TRAINING = [
+PYTHON = sys.executable
+TRAIN = [
+    *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    *("-m", "megatron_profit.sft", "--device", "cpu"),  # two processes would share one GPU
+]
+SETTINGS = [
     *("--seq-length", "40", "--micro-batch-size", "16", "--global-batch-size", "32"),
     *("--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1", "--adam-beta2", "0.95"),
     *("--weight-decay", "0.1", "--clip-grad", "1.0", "--valid-data", str(HELD_OUT)),
 ]
 
 
-def torchrun(processes: int) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(processes), "-m", "megatron_profit.sft"]
+@dataclass(frozen=True)
+class Step:
+    """A command and what it writes."""
+
+    title: str
+    result: Path
+    command: Sequence[str]
+    resumes: bool = False  # goes on in the result of the step before
+
+    def __str__(self) -> str:
+        return shlex.join("python" if part == PYTHON else part for part in self.command)
 
 
-def module(name: str) -> list[str]:
-    return [sys.executable, "-m", name]
+@dataclass(frozen=True)
+class Quickstart:
+    """The steps that write files, in order.
+
+    Raises:
+        ValueError: A number of steps that cannot be trained, or ProFit steps that have no half.
+    """
+
+    out: Path
+    base_steps: int
+    profit_steps: int
+
+    def __post_init__(self) -> None:
+        if self.base_steps < 1:
+            raise ValueError(f"--base-steps is {self.base_steps}; it must be at least 1")
+        if self.profit_steps < 2 or self.profit_steps % 2:
+            raise ValueError(
+                f"--profit-steps is {self.profit_steps}; it must be even and at least 2, "
+                "because the run is interrupted half-way"
+            )
+
+    @property
+    def tiny(self) -> Path:
+        return self.out / "tiny"
+
+    @property
+    def base(self) -> Path:
+        return self.out / "base"
+
+    @property
+    def base_hf(self) -> Path:
+        return self.out / "base-hf"
+
+    @property
+    def base_megatron(self) -> Path:
+        return self.out / "base-megatron"
+
+    @property
+    def profit(self) -> Path:
+        return self.out / "profit"
+
+    @property
+    def profit_hf(self) -> Path:
+        return self.out / "profit-hf"
+
+    @property
+    def figure(self) -> Path:
+        return self.out / "curves.png"
+
+    def steps(self) -> list[Step]:
+        interrupt = ["--exit-interval", str(self.profit_steps // 2)]
+        return [
+            Step("1. a small Qwen3 with random weights", self.tiny, self.make_tiny()),
+            Step("2. plain SFT makes the base", self.base, self.train_base()),
+            Step(
+                "3. the base as a HuggingFace folder",
+                self.base_hf,
+                export(self.base, self.tiny, self.base_hf),
+            ),
+            Step("4. HuggingFace -> Megatron", self.base_megatron, self.convert_base()),
+            Step(
+                "5. ProFit with TP 2, interrupted",
+                self.profit,
+                [*self.train_profit(), *interrupt],
+            ),
+            Step(
+                "6. ProFit, resumed from its checkpoint",
+                self.profit,
+                self.train_profit(),
+                resumes=True,
+            ),
+            Step(
+                "7. the result as a HuggingFace folder",
+                self.profit_hf,
+                export(self.profit, self.base_hf, self.profit_hf),
+            ),
+        ]
+
+    def make_tiny(self) -> list[str]:
+        data = sorted(str(file) for file in DATA.glob("*.jsonl"))
+        return [PYTHON, "tools/make_tiny_model.py", "--out", str(self.tiny), "--data", *data]
+
+    def train_base(self) -> list[str]:
+        return [
+            *TRAIN,
+            *("--hf-model", str(self.tiny), "--random-init", "--data", str(BASE_DATA)),
+            *("--objective", "sft", "--lr", "4e-3", "--min-lr", "4e-4"),
+            *("--train-iters", str(self.base_steps)),
+            *("--eval-interval", str(max(1, self.base_steps // 2))),
+            *("--save", str(self.base), "--tensorboard-dir", str(self.base / "tensorboard")),
+            *SETTINGS,
+        ]
+
+    def convert_base(self) -> list[str]:
+        convert = [PYTHON, "-m", "checkpoint_conversion.hf_to_megatron"]
+        return [*convert, "--hf", str(self.base_hf), "--out", str(self.base_megatron)]
+
+    def train_profit(self) -> list[str]:
+        half = str(self.profit_steps // 2)
+        return [
+            *TRAIN,
+            *("--hf-model", str(self.base_hf), "--pretrained-checkpoint", str(self.base_megatron)),
+            *("--data", str(PROFIT_DATA), "--objective", "profit"),
+            *("--prob-threshold", "0.1", "--threshold-direction", "higher"),
+            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            *("--lr", "5e-4", "--min-lr", "5e-5", "--train-iters", str(self.profit_steps)),
+            *("--eval-interval", half, "--save-interval", half),
+            *("--load", str(self.profit), "--save", str(self.profit)),
+            *("--tensorboard-dir", str(self.profit / "tensorboard")),
+            *SETTINGS,
+        ]
+
+    def draw(self) -> Step:
+        labelled = {"base (SFT)": self.base, "ProFit": self.profit}
+        runs = [f"{label}={folder / 'tensorboard'}" for label, folder in labelled.items()]
+        command = [PYTHON, "tools/plot_run.py", "--out", str(self.figure), *runs]
+        return Step("9. the curves", self.figure, command)
 
 
-def base_command() -> list[str]:
-    return [
-        *torchrun(2),
-        *("--hf-model", str(TINY), "--random-init", "--data", str(BASE_DATA)),
-        *("--objective", "sft", "--lr", "4e-3", "--min-lr", "4e-4"),
-        *("--train-iters", str(BASE_STEPS), "--eval-interval", str(BASE_STEPS // 2)),
-        *("--save", str(BASE_RUN), "--tensorboard-dir", str(BASE_RUN / "tensorboard")),
-        *TRAINING,
-    ]
+def export(run: Path, template: Path, out: Path) -> list[str]:
+    command = [PYTHON, "-m", "checkpoint_conversion.megatron_to_hf", "--megatron", str(run)]
+    return [*command, "--hf-template", str(template), "--out", str(out)]
 
 
-def profit_command() -> list[str]:
-    return [
-        *torchrun(2),
-        *("--hf-model", str(BASE_HF), "--pretrained-checkpoint", str(BASE_MEGATRON)),
-        *("--data", str(PROFIT_DATA), "--objective", "profit"),
-        *("--prob-threshold", "0.1", "--threshold-direction", "higher"),
-        *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
-        *("--lr", "5e-4", "--min-lr", "5e-5"),
-        *("--train-iters", str(PROFIT_STEPS), "--eval-interval", str(PROFIT_STEPS // 2)),
-        *("--save-interval", str(PROFIT_STEPS // 2)),
-        *("--load", str(PROFIT_RUN), "--save", str(PROFIT_RUN)),
-        *("--tensorboard-dir", str(PROFIT_RUN / "tensorboard")),
-        *TRAINING,
-    ]
+@dataclass(frozen=True)
+class Finished:
+    """The commands of the steps that succeeded, in order, kept in a file of the output folder.
+
+    Raises:
+        ValueError: The folder was written by something else, whose files are not ours to remove.
+    """
+
+    file: Path
+
+    def __post_init__(self) -> None:
+        folder = self.file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.file.exists():
+            if any(folder.iterdir()):
+                raise ValueError(
+                    f"{folder} is not empty and has no {self.file.name}, so its files are not known "
+                    "to be a quickstart's: remove it, or name another folder with --out"
+                )
+            self.write([])
+
+    def read(self) -> list[str]:
+        return json.loads(self.file.read_text(encoding="utf-8"))
+
+    def write(self, commands: Sequence[str]) -> None:
+        beside = self.file.with_name(f".{self.file.name}.partial")
+        beside.write_text(json.dumps(commands, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self.file)
+
+    def count(self, steps: Sequence[Step]) -> int:
+        """How many of the first steps need not run again: same command, and the result is there.
+
+        A step that resumes is redone together with the one before, whose checkpoint may not be the newest
+        any more: Megatron does not start a run that has no step left.
+        """
+        kept = 0
+        for step, command in zip(steps, self.read(), strict=False):
+            if str(step) != command or not step.result.exists():
+                break
+            kept += 1
+        return kept - (kept < len(steps) and steps[kept].resumes)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=REPOSITORY / "runs/quickstart",
+        help="folder for all that is written (default: runs/quickstart)",
+    )
+    parser.add_argument("--base-steps", type=int, default=160, help="default: %(default)s")
+    parser.add_argument("--profit-steps", type=int, default=150, help="default: %(default)s")
+    arguments = parser.parse_args()
+    out = arguments.out.absolute()
     os.chdir(REPOSITORY)
+    if out.is_relative_to(REPOSITORY):
+        out = out.relative_to(REPOSITORY)
+    try:
+        plan = Quickstart(out, arguments.base_steps, arguments.profit_steps)
+        finished = Finished(out / "steps.json")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes on two cores
     sys.path.insert(0, "tools")
+
     start = time.monotonic()
-    RUNS.mkdir(parents=True, exist_ok=True)
-    tool = [sys.executable, "tools/make_tiny_model.py"]
-    data = sorted(str(file) for file in DATA.glob("*.jsonl"))
-    step("1. a small Qwen3 with random weights", TINY, [*tool, "--out", str(TINY), "--data", *data])
-    train("2. plain SFT makes the base", BASE_RUN, BASE_STEPS, base_command())
-    step("3. the base as a HuggingFace folder", BASE_HF, export_command(BASE_RUN, TINY, BASE_HF))
-    convert = [*module("checkpoint_conversion.hf_to_megatron"), "--hf", str(BASE_HF)]
-    step("4. HuggingFace -> Megatron", BASE_MEGATRON, [*convert, "--out", str(BASE_MEGATRON)])
-    interrupted = [*profit_command(), "--exit-interval", str(PROFIT_STEPS // 2)]
-    train("5. ProFit with TP 2, interrupted", PROFIT_RUN, PROFIT_STEPS // 2, interrupted)
-    train("6. ProFit, resumed from its checkpoint", PROFIT_RUN, PROFIT_STEPS, profit_command())
-    step(
-        "7. the result as a HuggingFace folder",
-        PROFIT_HF,
-        export_command(PROFIT_RUN, BASE_HF, PROFIT_HF),
-    )
+    carry_out(plan.steps(), finished)
     title("8. questions that were not in the training data")
-    scores = {name: ask(folder) for name, folder in (("base", BASE_HF), ("ProFit", PROFIT_HF))}
-    draw = [sys.executable, "tools/plot_run.py", "--out", str(FIGURE)]
-    runs = [f"base (SFT)={BASE_RUN / 'tensorboard'}", f"ProFit={PROFIT_RUN / 'tensorboard'}"]
-    step("9. the curves", FIGURE, [*draw, *runs])
-    summary(scores, time.monotonic() - start)
+    scores = {name: ask(to) for name, to in (("base", plan.base_hf), ("ProFit", plan.profit_hf))}
+    execute(plan.draw())
+    summary(plan, scores, time.monotonic() - start)
 
 
-def export_command(run: Path, template: Path, out: Path) -> list[str]:
-    command = [*module("checkpoint_conversion.megatron_to_hf"), "--megatron", str(run)]
-    return [*command, "--hf-template", str(template), "--out", str(out)]
+def carry_out(steps: Sequence[Step], finished: Finished) -> None:
+    """Run the steps from the first that is not done yet, or was done with another command."""
+    kept = finished.count(steps)
+    for step in steps[:kept]:
+        title(step.title)
+        print(f"   kept from an earlier start: {step.result}")
+    finished.write([str(step) for step in steps[:kept]])
+    results = dict.fromkeys(step.result for step in steps[kept:])
+    remove([result for result in results if result.exists()])
+    for number, step in enumerate(steps[kept:], kept + 1):
+        execute(step)
+        finished.write([str(step) for step in steps[:number]])
+
+
+def remove(results: Sequence[Path]) -> None:
+    """Remove what an earlier start left, with its logs."""
+    if results:
+        title("left by an earlier start that was other than this one, or did not end")
+    for result in results:
+        print(f"   removing {result}", flush=True)
+        shutil.rmtree(result)
+        log_of(result).unlink(missing_ok=True)
+
+
+def execute(step: Step) -> None:
+    """Run a step's command, showing of what it prints only what tells how it goes."""
+    title(step.title)
+    print(f"   $ {step}".replace("python", os.path.relpath(PYTHON), 1), flush=True)
+    for line in run(step.command, log_of(step.result)):
+        if told := tell(line):
+            print(f"   {told}", flush=True)
+
+
+def log_of(result: Path) -> Path:
+    return result.with_name(f"{result.name}.log")
+
+
+def tell(line: str) -> str:
+    """What to show of a printed line: results, errors, and one training step in ten per cent."""
+    if found := re.search(r"iteration +(\d+)/ *(\d+) \|", line):
+        step, steps = int(found[1]), int(found[2])
+        shown = step == 1 or step % max(1, steps // 10) == 0
+        return f"step {step:>4}/{steps}  {metrics(line)}" if shown else ""
+    if "validation loss at iteration" in line:
+        return f"held out        {metrics(line)}"
+    telling = ("wrote", "error", "megatron-profit-sft: error", "> train data", "megatron_profit:")
+    return line if line.startswith(telling) else ""
 
 
 def title(text: str) -> None:
     print(f"\n== {text}", flush=True)
-
-
-def show(command: Sequence[str]) -> None:
-    python = os.path.relpath(sys.executable)
-    print(
-        "   $ " + " ".join(python if part == sys.executable else part for part in command),
-        flush=True,
-    )
-
-
-def step(text: str, result: Path, command: Sequence[str]) -> None:
-    """Run a command unless its result is there already."""
-    title(text)
-    if result.exists():
-        print(f"   kept from an earlier start: {result}")
-        return
-    show(command)
-    for line in run(command, RUNS / f"{result.name}.log"):
-        if line.startswith(("error", "wrote")):
-            print(f"   {line}")
-
-
-def train(text: str, folder: Path, steps: int, command: Sequence[str]) -> None:
-    """Train until the checkpoint of `steps`, showing one line of progress in twenty."""
-    title(text)
-    if saved_steps(folder) >= steps:
-        print(f"   kept from an earlier start: {folder}")
-        return
-    show(command)
-    every = max(1, steps // 10)
-    for line in run(command, RUNS / f"{folder.name}.log"):
-        if found := re.search(r"iteration +(\d+)/ *(\d+) \|", line):
-            if int(found[1]) % every == 0 or int(found[1]) == 1:
-                print(f"   step {found[1]:>4}/{found[2]}  {metrics(line)}", flush=True)
-        elif "validation loss at iteration" in line:
-            print(f"   held out        {metrics(line)}", flush=True)
-        elif line.startswith(
-            ("error", "megatron-profit-sft: error", "> train data", "megatron_profit:")
-        ):
-            print(f"   {line}", flush=True)
-
-
-def saved_steps(folder: Path) -> int:
-    """The step of the newest checkpoint in `folder`, 0 without one."""
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.is_file() else 0
 
 
 def metrics(line: str) -> str:
@@ -228,21 +377,21 @@ def ask(folder: Path, shown: int = 4) -> tuple[int, int, int]:
     return sum(right), sum(answer.startswith(OPENINGS) for answer in answers), len(records)
 
 
-def summary(scores: dict[str, tuple[int, int, int]], seconds: float) -> None:
+def summary(plan: Quickstart, scores: dict[str, tuple[int, int, int]], seconds: float) -> None:
     title(f"done in {seconds:.0f} s")
     for name, (right, opened, total) in scores.items():
         print(
             f"   {name:<7} {right} of {total} right, {opened} open with a phrase before the answer"
         )
     for what, where in (
-        ("HuggingFace model after ProFit", PROFIT_HF),
-        ("its Megatron checkpoints and TensorBoard", PROFIT_RUN),
-        ("the base, HuggingFace and Megatron", f"{BASE_HF}, {BASE_MEGATRON}"),
-        ("curves", FIGURE),
-        ("everything that the steps printed", RUNS / "*.log"),
+        ("HuggingFace model after ProFit", plan.profit_hf),
+        ("its Megatron checkpoints and TensorBoard", plan.profit),
+        ("the base, HuggingFace and Megatron", f"{plan.base_hf}, {plan.base_megatron}"),
+        ("curves", plan.figure),
+        ("everything that the steps printed", plan.out / "*.log"),
     ):
         print(f"   {what + ':':<42} {where}")
-    print(f"   start afresh with: rm -rf {RUNS} && make quickstart")
+    print(f"   start afresh with: rm -rf {plan.out}")
 
 
 if __name__ == "__main__":

@@ -91,9 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     runs = {}
     for run in arguments.runs:
-        label, separator, folder = run.partition("=")
-        if not separator:
+        label, _, folder = run.partition("=")
+        if not (label and folder):
             parser.error(f"{run!r} is not of the form LABEL=FOLDER")
+        if label in runs:
+            parser.error(f"the label {label!r} is given twice; each run needs its own")
         runs[label] = Path(folder)
     try:
         print(f"wrote {plot_runs(runs, arguments.out)}")

@@ -1,0 +1,100 @@
+"""What `pip install .` gives: the two packages, nothing else, and a command that works from anywhere."""
+
+from __future__ import annotations
+
+import email
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = {"megatron_profit", "checkpoint_conversion"}
+
+pytestmark = pytest.mark.slow
+
+
+def pip(*arguments: object) -> None:
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [sys.executable, "-m", "pip", *map(str, arguments), *quiet]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a clone, so that the build leaves nothing in the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    subprocess.run(["git", "clone", "--quiet", REPOSITORY, source], check=True, timeout=60)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
+    [wheel] = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--target", folder, wheel)
+    return folder
+
+
+def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel):
+    files = set(zipfile.ZipFile(wheel).namelist())
+    [metadata] = {name.split("/")[0] for name in files if ".dist-info/" in name}
+    assert {name.split("/")[0] for name in files} == PACKAGES | {metadata}
+    tracked = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", "HEAD", *PACKAGES],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.split()
+    assert {name for name in files if not name.startswith(metadata)} == set(tracked)
+    assert any(name.endswith("/LICENSE") for name in files)
+
+
+def test_the_wheel_says_what_it_needs(wheel):
+    archive = zipfile.ZipFile(wheel)
+    [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Name"] == "megatron-profit"
+    assert metadata["Requires-Python"] == ">=3.12"
+    assert any(need.startswith("megatron-core") for need in metadata.get_all("Requires-Dist"))
+
+
+def run_elsewhere(installed: Path, folder: Path, *command: object) -> str:
+    """Run with only the installed wheel on the path, beside the packages that it needs."""
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_installed_command_shows_its_help_from_another_folder(installed, tmp_path):
+    script = installed / "bin" / "megatron-profit-sft"
+    assert os.access(script, os.X_OK)
+    help_text = run_elsewhere(installed, tmp_path, script, "--help")
+    for flag in ("--hf-model", "--objective", "--prob-threshold", "--tensor-model-parallel-size"):
+        assert flag in help_text
+
+
+@pytest.mark.parametrize("name", ["hf_to_megatron", "megatron_to_hf"])
+def test_the_installed_converters_show_their_help_from_another_folder(installed, tmp_path, name):
+    module = f"checkpoint_conversion.{name}"
+    assert "--out" in run_elsewhere(installed, tmp_path, "-m", module, "--help")
+
+
+def test_it_is_the_installed_copy_that_runs(installed, tmp_path):
+    code = "import megatron_profit, checkpoint_conversion as c; print(megatron_profit.__file__, c.__file__)"
+    for file in run_elsewhere(installed, tmp_path, "-c", code).split():
+        assert Path(file).is_relative_to(installed)

@@ -1,0 +1,198 @@
+"""`make quickstart` with few steps: every artefact, the resume, and what a second start does again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "examples" / "quickstart.py"
+
+
+def start(out: Path, **steps: int) -> subprocess.CompletedProcess:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in steps.items()]
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", str(out), *flags],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> tuple[Path, str]:
+    """The output folder of a whole quickstart, and what it printed."""
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    result = start(out, base_steps=4, profit_steps=4)
+    assert result.returncode == 0, result.stdout
+    return out, result.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_artefact_is_there(first):
+    out, printed = first
+    for folder in ("tiny", "base-hf", "profit-hf"):
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
+            assert (out / folder / file).stat().st_size > 0
+    for folder, step in (("base", "4"), ("base-megatron", "release"), ("profit", "4")):
+        assert (out / folder / "latest_checkpointed_iteration.txt").read_text().strip() == step
+    for folder in ("base/iter_0000004", "profit/iter_0000002", "profit/iter_0000004"):
+        assert any((out / folder).glob("*.distcp"))
+    for run in ("base", "profit"):
+        assert any((out / run / "tensorboard").glob("events.out.tfevents.*"))
+    assert matplotlib.image.imread(out / "curves.png").shape[1] > 1000
+    assert re.search(r"ProFit +\d+ of 64 right", printed)
+
+
+def test_the_result_answers(first):
+    folder = first[0] / "profit-hf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is eleven plus twenty-two?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    length = inputs.input_ids.size(1)
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert output[0, :length].tolist() == inputs.input_ids[0].tolist()
+    assert 1 <= output.size(1) - length <= 4
+
+
+def test_the_second_profit_launch_resumed_where_the_first_was_interrupted(first):
+    out, _ = first
+    log = (out / "profit.log").read_text()
+    loaded = re.findall(r"successfully loaded checkpoint from (\S+) .* at iteration (\d+)", log)
+    assert loaded == [(str(out / "base-megatron"), "0"), (str(out / "profit"), "2")]
+    assert re.findall(r"iteration +(\d+)/ +4 \|", log) == ["1", "2", "3", "4"]
+
+
+def test_a_second_start_keeps_all_and_draws_the_figure_again(first):
+    out, _ = first
+    drawn = (out / "curves.png").stat().st_mtime_ns
+    logs = {log: log.read_bytes() for log in out.glob("*.log") if log.name != "curves.png.log"}
+    result = start(out, base_steps=4, profit_steps=4)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("kept from an earlier start") == 7
+    assert "torch.distributed.run" not in result.stdout
+    assert "removing" not in result.stdout
+    assert {log: log.read_bytes() for log in logs} == logs
+    assert (out / "curves.png").stat().st_mtime_ns > drawn
+
+
+@pytest.fixture
+def plan(quickstart, tmp_path):
+    return quickstart.Quickstart(tmp_path / "run", base_steps=4, profit_steps=4)
+
+
+@pytest.fixture
+def carry_out(quickstart, monkeypatch):
+    """Starts a plan without its commands; gives the numbers of the steps that would have run."""
+
+    def carry_out(plan, fail_at=None):
+        ran = []
+
+        def execute(step):
+            ran.append(int(step.title.partition(".")[0]))
+            step.result.mkdir(exist_ok=True)
+            if ran[-1] == fail_at:
+                raise KeyboardInterrupt
+            (step.result / f"step {ran[-1]}").touch()
+
+        monkeypatch.setattr(quickstart, "execute", execute)
+        try:
+            quickstart.carry_out(plan.steps(), quickstart.Finished(plan.out / "steps.json"))
+        except KeyboardInterrupt:
+            assert fail_at
+        return ran
+
+    return carry_out
+
+
+def test_a_changed_number_of_profit_steps_redoes_profit_and_what_follows(
+    quickstart, plan, carry_out, capsys
+):
+    assert carry_out(plan) == [1, 2, 3, 4, 5, 6, 7]
+    assert carry_out(plan) == []
+    log = plan.out / "profit.log"
+    log.touch()
+    capsys.readouterr()
+    longer = quickstart.Quickstart(plan.out, base_steps=4, profit_steps=6)
+    assert carry_out(longer) == [5, 6, 7]
+    printed = capsys.readouterr().out
+    assert re.findall(r"removing (.*)", printed) == [str(plan.profit), str(plan.profit_hf)]
+    assert not log.exists()
+
+
+def test_a_changed_number_of_base_steps_redoes_all_but_the_random_weights(
+    quickstart, plan, carry_out
+):
+    carry_out(plan)
+    longer = quickstart.Quickstart(plan.out, base_steps=6, profit_steps=4)
+    assert carry_out(longer) == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_step_that_did_not_end_is_redone(plan, carry_out):
+    assert carry_out(plan, fail_at=3) == [1, 2, 3]
+    assert carry_out(plan) == [3, 4, 5, 6, 7]
+
+
+def test_a_resumed_step_that_did_not_end_is_redone_with_the_step_before(plan, carry_out):
+    assert carry_out(plan, fail_at=6) == [1, 2, 3, 4, 5, 6]
+    (plan.profit / "left behind").touch()
+    assert carry_out(plan) == [5, 6, 7]
+    assert sorted(file.name for file in plan.profit.iterdir()) == ["step 5", "step 6"]
+
+
+def test_a_result_that_was_removed_is_made_again(quickstart, plan, carry_out):
+    carry_out(plan)
+    quickstart.shutil.rmtree(plan.base_hf)
+    assert carry_out(plan) == [3, 4, 5, 6, 7]
+
+
+def test_the_remembered_commands_hold_no_path_of_the_interpreter(plan, carry_out):
+    carry_out(plan)
+    commands = json.loads((plan.out / "steps.json").read_text())
+    assert all(command.startswith("python ") for command in commands)
+    assert all("--device cpu" in commands[step - 1] for step in (2, 5, 6))
+
+
+def test_the_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "base").mkdir()
+    result = start(tmp_path)
+    assert result.returncode == 2
+    assert "is not empty and has no steps.json" in result.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "problem"),
+    [
+        ({"profit_steps": 5}, "--profit-steps is 5; it must be even"),
+        ({"profit_steps": 0}, "--profit-steps is 0; it must be even and at least 2"),
+        ({"base_steps": 0}, "--base-steps is 0; it must be at least 1"),
+    ],
+)
+def test_a_number_of_steps_that_cannot_be_trained_is_an_error(tmp_path, steps, problem):
+    result = start(tmp_path / "run", **steps)
+    assert result.returncode == 2
+    assert problem in result.stdout
+    assert not (tmp_path / "run").exists()
