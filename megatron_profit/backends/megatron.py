@@ -40,6 +40,50 @@ def _begin_anew_after_the_first_line() -> None:
     training.training_log = training_log
 
 
+def _load_into_plain_torch_adam() -> None:
+    import torch
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    original_state_dict = optimizer_class.state_dict
+    original_load = optimizer_class.load_state_dict
+    original_set = optimizer_class._set_main_param_and_optimizer_states
+
+    def is_plain(optimizer: Any) -> bool:
+        return type(optimizer.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+
+    @functools.wraps(original_state_dict)
+    def state_dict(self: Any) -> Any:
+        if is_plain(self) and not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)
+        return original_state_dict(self)
+
+    @functools.wraps(original_load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original_load(self, state_dict)
+        if is_plain(self):
+            for state in self.optimizer.state.values():
+                # Megatron gives all parameters one tensor, which each of them would count up.
+                state["step"] = state["step"].clone()
+
+    # In fp32 the optimizer's parameters are views of the model's, which need no_grad to be written.
+    @torch.no_grad()
+    @functools.wraps(original_set)
+    def set_states(self: Any, model_param: Any, tensors: dict) -> None:
+        if is_plain(self):
+            # load_state_dict has set the step; the one here, if any, is from before the load.
+            tensors = {**tensors, "step": None}
+        original_set(self, model_param, tensors)
+
+    optimizer_class.state_dict = state_dict
+    optimizer_class.load_state_dict = load_state_dict
+    optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
 MEGATRON_PATCHES = (
     Patch(
         name="shipped-dataset-helpers",
@@ -56,5 +100,15 @@ MEGATRON_PATCHES = (
         reason="After the first step of a process, training_log keeps its sums, so that with "
         "--log-interval 1 the second line shows the mean of the first two steps.",
         apply=_begin_anew_after_the_first_line,
+    ),
+    Patch(
+        name="distributed-optimizer-load",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/distrib_optimizer.py",
+        reason="Without Apex and Transformer Engine, the distributed optimizer cannot load a "
+        "checkpoint: torch's Adam has no state yet; its step, a tensor of each parameter, is missed or "
+        "overwritten by the one from before the load, and shared by all parameters; and fp32 "
+        "parameters are written without no_grad.",
+        apply=_load_into_plain_torch_adam,
     ),
 )
