@@ -96,6 +96,19 @@ def test_a_resumed_run_continues_like_the_uninterrupted_one(sft, flags, tmp_path
         assert logged(first, name) + logged(second, name) == logged(whole, name), name
 
 
+@pytest.mark.slow
+def test_a_run_may_resume_at_another_layout(sft, flags, tmp_path):
+    command = [*flags, *PROFIT, "--train-iters", 6]
+    at_tp, at_pp = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+    whole = sft(2, *command, *at_tp).stdout
+    saving = [*command, "--save", tmp_path, "--load", tmp_path, "--save-interval", 3]
+    sft(2, *saving, *at_tp, "--exit-interval", 3)
+    second = sft(2, *saving, *at_pp).stdout
+    assert logged(second, "supervised tokens") == logged(whole, "supervised tokens")[3:]
+    expected = logged(whole, "lm loss")[3:]
+    assert logged(second, "lm loss") == [pytest.approx(loss, rel=1e-4) for loss in expected]
+
+
 @pytest.mark.parametrize(
     ("tied", "layout"), [(False, ""), (True, "--pipeline-model-parallel-size 2")]
 )
