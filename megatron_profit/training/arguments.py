@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
 from megatron_profit.objectives import build_objective, objective_names, objective_options
 from megatron_profit.training.objective_loss import NORMALIZATIONS

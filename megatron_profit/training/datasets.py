@@ -29,14 +29,16 @@ class SFTData:
         """Megatron's `train_valid_test_datasets_provider`."""
 
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
-            num_train, num_valid, _ = num_samples
+            # One batch more than is drawn: Megatron's sampler refuses a run that is started again
+            # after its last step, although there is nothing left to do.
+            num_train, num_valid = num_samples[0] + args.global_batch_size, num_samples[1]
             train = SFTDataset(self.train, args.seq_length, num_train, seed=args.seed)
             train.split = Split.train
             if self.valid is None:
                 return train, None, None
             period = args.eval_iters * args.eval_global_batch_size
             valid = SFTDataset(
-                self.valid, args.seq_length, num_valid, seed=args.seed, shuffle=False, period=period
+                self.valid, args.seq_length, num_valid + period, shuffle=False, period=period
             )
             valid.split = Split.valid
             return train, valid, None

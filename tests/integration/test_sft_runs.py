@@ -44,6 +44,12 @@ def logged(output: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"\| {name}: (\S+) \|", output)]
 
 
+def evaluations(output: str) -> list[tuple[str, ...]]:
+    """The values of each evaluation, as printed."""
+    lines = re.findall(r"validation loss at .*", output)
+    return [tuple(re.findall(r"value: (\S+)", line)) for line in lines]
+
+
 def test_metrics_reach_console_and_tensorboard_and_evaluation_runs(sft, flags, tmp_path):
     result = sft(
         2,
@@ -88,12 +94,17 @@ def test_half_precision_trains(sft, flags, precision):
 
 def test_a_resumed_run_continues_like_the_uninterrupted_one(sft, flags, tmp_path):
     command = [*flags, *PROFIT, "--train-iters", 6, "--tensor-model-parallel-size", 2]
+    command += ["--valid-data", DATA / "arithmetic_heldout.jsonl", "--eval-interval", 4]
     whole = sft(2, *command).stdout
     saving = [*command, "--save", tmp_path, "--load", tmp_path, "--save-interval", 3]
     first = sft(2, *saving, "--exit-interval", 3).stdout
     second = sft(2, *saving).stdout
     for name in METRICS:
         assert logged(first, name) + logged(second, name) == logged(whole, name), name
+    # Started once more, a finished run evaluates and ends.
+    third = sft(2, *saving).stdout
+    assert logged(third, "lm loss") == []
+    assert evaluations(third) == evaluations(second)[-1:] == evaluations(whole)[-1:]
 
 
 @pytest.mark.slow
