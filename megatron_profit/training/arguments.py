@@ -234,43 +234,20 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
             architecture, or a checkpoint of another architecture.
     """
     flags = _parse(argv)
-    explicit = flags.explicit
-    for name, remedy in _REFUSED.items():
-        if flags.changes(name):
-            raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
-    for name in ("hf_model", "data", "seq_length", "micro_batch_size", "lr"):
-        if explicit.get(name) is None:
-            raise ArgumentsError(f"{flags.option(name)} is missing")
-    if not (explicit.get("train_iters") or explicit.get("train_samples")):
-        raise ArgumentsError("--train-iters (or --train-samples) is missing")
-
-    hf_model = Path(explicit["hf_model"])
+    _check_given(flags)
+    explicit, hf_model = flags.explicit, Path(flags.explicit["hf_model"])
     config = read_hf_config(hf_model)
-    model = family_for(config).megatron_arguments(config)
-    local = explicit.get("transformer_impl") == "local"
-    fixed, soft = platform_settings(device, local)
+    fixed, soft = platform_settings(device, local=explicit.get("transformer_impl") == "local")
+    flags.refuse_contradictions(fixed, "this machine needs")
     soft = {**_DEFAULTS, **soft}
     if "initializer_range" in config:
         soft["init_method_std"] = config["initializer_range"]
-    # Padding of the vocabulary is a matter of the layout, not of the model.
-    model = {name: value for name, value in model.items() if name not in soft}
-    for name in _OTHER_ARCHITECTURES:
-        if flags.changes(name):
-            raise ArgumentsError(
-                f"{flags.option(name)} gives {name}={explicit[name]!r}, but {hf_model / 'config.json'} "
-                f"describes a model with {flags.defaults.get(name)!r}; drop the flag"
-            )
-    flags.refuse_contradictions(model, f"{hf_model / 'config.json'} says")
-    flags.refuse_contradictions(fixed, "this machine needs")
+    model = _model_settings(flags, config, hf_model / "config.json")
 
-    settings = {**flags.defaults, **soft, **model, **fixed, **explicit}
+    settings = {**flags.defaults, **model, **soft, **fixed, **explicit}
     _check_numbers(settings, flags)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     _check_weights(settings, config)
-    if explicit.get("eval_iters") and not explicit.get("valid_data"):
-        raise ArgumentsError(
-            f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data"
-        )
     multiple = settings["tensor_model_parallel_size"] * settings["make_vocab_size_divisible_by"]
     derived = {
         "padded_vocab_size": math.ceil(settings["vocab_size"] / multiple) * multiple,
@@ -280,19 +257,50 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         "calculate_per_token_loss": True,
         "objective_options": _objective_options(settings, explicit),
     }
+    eval_iters = explicit.get("eval_iters")
     return SFTArguments(
         hf_model=hf_model,
         data=tuple(explicit["data"]),
-        valid_data=()
-        if explicit.get("eval_iters") == 0
-        else tuple(explicit.get("valid_data") or ()),
+        valid_data=() if eval_iters == 0 else tuple(explicit.get("valid_data") or ()),
         seq_length=explicit["seq_length"],
-        defaults={**soft, **model, **fixed, **derived},
+        defaults={**model, **soft, **fixed, **derived},
         eval_batch_size=settings["eval_global_batch_size"]
         or settings["global_batch_size"]
         or settings["micro_batch_size"] * data_parallel,
-        eval_iters=explicit.get("eval_iters"),
+        eval_iters=eval_iters,
     )
+
+
+def _check_given(flags: _Flags) -> None:
+    """Refuse flags that would be ignored, and miss those that are needed."""
+    explicit = flags.explicit
+    for name, remedy in _REFUSED.items():
+        if flags.changes(name):
+            raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
+    for name in ("hf_model", "data", "seq_length", "micro_batch_size", "lr"):
+        if explicit.get(name) is None:
+            raise ArgumentsError(f"{flags.option(name)} is missing")
+    if not (explicit.get("train_iters") or explicit.get("train_samples")):
+        raise ArgumentsError("--train-iters (or --train-samples) is missing")
+    if explicit.get("eval_iters") and not explicit.get("valid_data"):
+        raise ArgumentsError(
+            f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data"
+        )
+
+
+def _model_settings(flags: _Flags, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Megatron arguments of the architecture; a flag that says otherwise is refused."""
+    model = family_for(config).megatron_arguments(config)
+    # Padding of the vocabulary is a matter of the layout, not of the model.
+    del model["make_vocab_size_divisible_by"]
+    flags.refuse_contradictions(model, f"{source} says")
+    for name in _OTHER_ARCHITECTURES:
+        if flags.changes(name):
+            raise ArgumentsError(
+                f"{flags.option(name)} gives {name}={flags.explicit[name]!r}, but {source} describes a "
+                f"model with {flags.defaults[name]!r}; drop the flag"
+            )
+    return model
 
 
 def _flag(name: str) -> str:

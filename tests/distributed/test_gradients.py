@@ -176,6 +176,7 @@ LAYOUTS = {
         2,
         "--micro-batch-size 1 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
+    "pp4": (4, "--micro-batch-size 2 --pipeline-model-parallel-size 4"),
     "tp2-sp-recompute": (
         2,
         "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel "
