@@ -222,7 +222,7 @@ class Finished:
         """How many of the first steps need not run again: same command, and the result is there.
 
         A step that resumes is redone together with the one before, whose checkpoint may not be the newest
-        any more: Megatron does not start a run that has no step left.
+        any more.
         """
         kept = 0
         for step, command in zip(steps, self.read(), strict=False):

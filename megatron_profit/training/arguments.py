@@ -293,13 +293,8 @@ def _model_settings(flags: _Flags, config: Mapping[str, Any], source: Path) -> d
     model = family_for(config).megatron_arguments(config)
     # Padding of the vocabulary is a matter of the layout, not of the model.
     del model["make_vocab_size_divisible_by"]
-    flags.refuse_contradictions(model, f"{source} says")
-    for name in _OTHER_ARCHITECTURES:
-        if flags.changes(name):
-            raise ArgumentsError(
-                f"{flags.option(name)} gives {name}={flags.explicit[name]!r}, but {source} describes a "
-                f"model with {flags.defaults[name]!r}; drop the flag"
-            )
+    unchanged = {name: flags.defaults[name] for name in _OTHER_ARCHITECTURES}
+    flags.refuse_contradictions({**unchanged, **model}, f"{source} says")
     return model
 
 
@@ -458,21 +453,10 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
 
 
 def _check_virtual_pipeline(settings: Mapping[str, Any], pp: int) -> None:
-    layers, ranks = settings["num_layers"], settings["num_virtual_stages_per_pipeline_rank"]
-    if size := settings["num_layers_per_virtual_pipeline_stage"]:
-        _check_divides(
-            "--num-layers-per-virtual-pipeline-stage",
-            size,
-            "the layers of a pipeline rank",
-            layers // pp,
-        )
-    elif ranks:
-        _check_divides(
-            "--num-virtual-stages-per-pipeline-rank",
-            ranks,
-            "the layers of a pipeline rank",
-            layers // pp,
-        )
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        if settings[name]:
+            layers = settings["num_layers"] // pp
+            _check_divides(_flag(name), settings[name], "the layers of a pipeline rank", layers)
 
 
 def _check_divides(what: str, size: int, of: str, total: int) -> None:

@@ -1,10 +1,9 @@
 """The quickstart's data: reproducible, correct, and held out for real."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import make_arithmetic_data
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -12,12 +11,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="module")
 def tool():
-    path = ROOT / "tools" / "make_arithmetic_data.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return make_arithmetic_data
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """The tiny model folder loads as a published Qwen3 does, and bad arguments are refused by name."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import make_tiny_model
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,12 +20,7 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def tool():
-    path = ROOT / "tools" / "make_tiny_model.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return make_tiny_model
 
 
 @pytest.fixture(scope="module")
