@@ -13,7 +13,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-OPTIONAL_STATISTICS = ("entropy", "sum_squared_prob", "ref_log_prob", "uniform")
+OPTIONAL_STATISTICS = (
+    "entropy",
+    "sum_squared_prob",
+    "top20_entropy",
+    "ref_log_prob",
+    "uniform",
+    "selected",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +31,11 @@ class TokenStatistics:
         log_prob: [N] log-probability of the target in nats, float32 or float64.
         entropy: [N] entropy of the predicted distribution in nats.
         sum_squared_prob: [N] sum over the vocabulary of p_v squared.
+        top20_entropy: [N] entropy in nats of the softmax renormalised over the 20 largest logits.
         ref_log_prob: [N] log-probability of the target under a reference or older model, in nats.
         uniform: [N] one random number in [0, 1) per token, for random selection.
+        selected: [N] bool or floating, a choice made outside: by a ranking over a whole global
+            batch, or before the training.
         softmax_prob: [N] probability of the target as the softmax gave it. ``exp(log_prob)`` rounds
             (it turns a float32 0.1 into 0.09999999), so a kernel that has the softmax passes it.
 
@@ -36,8 +46,10 @@ class TokenStatistics:
     log_prob: Tensor
     entropy: Tensor | None = None
     sum_squared_prob: Tensor | None = None
+    top20_entropy: Tensor | None = None
     ref_log_prob: Tensor | None = None
     uniform: Tensor | None = None
+    selected: Tensor | None = None
     softmax_prob: Tensor | None = None
 
     def __post_init__(self) -> None:

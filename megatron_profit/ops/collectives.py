@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -59,6 +60,14 @@ class VocabShard:
     def all_sum_(self, tensor: Tensor) -> Tensor:
         """Replaces ``tensor`` by its elementwise sum over the group."""
         return self._all_reduce_(tensor, dist.ReduceOp.SUM)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[...] of every rank, which agree in shape, to [ranks, ...]."""
+        if self.group is None or self.group.size() == 1:
+            return tensor[None]
+        gathered = [torch.empty_like(tensor) for _ in range(self.group.size())]
+        dist.all_gather(gathered, tensor.contiguous(), group=self.group)
+        return torch.stack(gathered)
 
     def _all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         if self.group is not None and self.group.size() > 1:

@@ -62,6 +62,7 @@ def linear_objective(
     vocab_size: int | None = None,
     ref_log_prob: Tensor | None = None,
     uniform: Tensor | None = None,
+    selected: Tensor | None = None,
     reduce_hidden_grad: bool = True,
     chunk_rows: int | None = None,
 ) -> LinearObjectiveOutput:
@@ -88,6 +89,8 @@ def linear_objective(
         uniform: [N] random numbers in [0, 1), for objectives that draw
             (``objectives.token_uniform`` makes them). Without a group they may be left to torch's
             default generator.
+        selected: [N] bool or floating, a choice of tokens that the caller made, for objectives
+            that rank over more tokens than these.
         reduce_hidden_grad: sums the gradient of hidden over the group, so that it is complete on
             every rank. False leaves this rank's part, for a caller that reduces it, as a
             sequence-parallel gather does in its own backward pass.
@@ -101,8 +104,8 @@ def linear_objective(
         ValueError: shapes, dtypes, devices, labels or options that do not fit, or a missing
             statistic that only the caller can give. Raised before any collective.
     """
-    vectors = {"loss_weight": loss_weight, "ref_log_prob": ref_log_prob, "uniform": uniform}
-    check_inputs(hidden, weight, labels, vectors, objective, group, chunk_rows)
+    given = {"ref_log_prob": ref_log_prob, "uniform": uniform, "selected": selected}
+    check_inputs(hidden, weight, labels, loss_weight, given, objective, group, chunk_rows)
     shard = VocabShard.of_this_rank(weight.size(0), vocab_size, group)
     check_labels(labels, shard.vocab_size)
 
@@ -114,7 +117,7 @@ def linear_objective(
         wanted = objective.required_statistics & KERNEL_STATISTICS
         normalizer, computed = linear_token_statistics(hidden, weight, rows, shard, wanted)
         statistics = TokenStatistics(
-            **computed, ref_log_prob=rows.take(ref_log_prob), uniform=rows.take(uniform)
+            **computed, **{name: rows.take(vector) for name, vector in given.items()}
         )
         token_loss, token_weight = _evaluate(objective, statistics)
         scale = 1.0 if loss_weight is None else loss_weight[rows.index].to(token_loss.dtype)

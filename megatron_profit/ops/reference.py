@@ -25,6 +25,7 @@ def reference_linear_objective(
     vocab_size: int | None = None,
     ref_log_prob: Tensor | None = None,
     uniform: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> LinearObjectiveOutput:
     """Computes the loss of each token and its statistics, all of them, on dense logits.
 
@@ -38,6 +39,7 @@ def reference_linear_objective(
         vocab_size: vocabulary without padding.
         ref_log_prob: [N], see ``linear_objective``.
         uniform: [N], see ``linear_objective``.
+        selected: [N], see ``linear_objective``.
 
     Returns:
         As ``linear_objective``; a statistic is 0 in rows that are not supervised.
@@ -52,9 +54,11 @@ def reference_linear_objective(
         details = {
             "entropy": torch.special.entr(probs_NV).sum(1),
             "sum_squared_prob": probs_NV.pow(2).sum(1),
+            "top20_entropy": _top_entropy(probs_NV, 20),
             "softmax_prob": probs_NV.gather(1, labels.clamp(min=0)[:, None])[:, 0],
             "ref_log_prob": ref_log_prob,
             "uniform": uniform,
+            "selected": selected,
         }
     given = {name: vector for name, vector in details.items() if vector is not None}
     output = objective(
@@ -67,11 +71,17 @@ def reference_linear_objective(
     )
     statistics = LinearObjectiveStatistics(
         log_prob=log_prob.detach().where(supervised, 0.0),
-        **{name: vector.where(supervised, 0.0) for name, vector in given.items()},
+        **{name: vector.masked_fill(~supervised, 0) for name, vector in given.items()},
         weight=torch.zeros_like(loss).masked_scatter(supervised, output.weight.to(loss.dtype)),
         supervised=supervised,
     )
     return LinearObjectiveOutput(loss * factor, statistics)
+
+
+def _top_entropy(probs: Tensor, count: int) -> Tensor:
+    """[N] entropy in nats of the ``count`` largest probabilities [N, V], renormalised."""
+    top = probs.sort(descending=True).values[:, :count]
+    return torch.special.entr(top / top.sum(-1, keepdim=True)).sum(-1)
 
 
 def dense_log_probs(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Token statistics from hidden states and a sharded output layer, one chunk of logits at a time.
 
-Two collectives per chunk: the maximum, then one sum of everything else. What the objective does not
+Two collectives per chunk: the maximum, then one sum of everything else; one more for the largest
+logits where those are wanted. What the objective does not
 ask for is not computed.
 
 Shapes: M supervised rows, n rows of a chunk, H hidden, V vocabulary rows of this rank.
@@ -18,7 +19,8 @@ from megatron_profit.ops.collectives import VocabShard
 from megatron_profit.ops.rows import SupervisedRows, chunk_logits, statistics_dtype
 
 # What the kernel can give beside the log-probability; the other statistics come from the caller.
-KERNEL_STATISTICS = frozenset({"entropy", "sum_squared_prob"})
+KERNEL_STATISTICS = frozenset({"entropy", "sum_squared_prob", "top20_entropy"})
+TOP = 20
 
 
 class SoftmaxNormalizer(NamedTuple):
@@ -51,23 +53,42 @@ def linear_token_statistics(
         The normalizer, and ``log_prob``, ``softmax_prob`` and the wanted statistics, each [M].
     """
     dtype = statistics_dtype(hidden.dtype)
-    names = ["sum_exp", "target", *sorted(wanted)]
+    names = ["sum_exp", "target", *sorted(wanted - {"top20_entropy"})]
     max_logit = hidden.new_empty(len(rows), dtype=dtype)
+    top20_entropy = torch.empty_like(max_logit)
     sums = hidden.new_empty(len(names), len(rows), dtype=dtype)
     for chunk in rows.chunks():
         logits = chunk_logits(hidden[rows.index[chunk]], weight[: shard.size])
         max_logit[chunk] = shard.all_max_(_row_max(logits))
+        if "top20_entropy" in wanted:
+            top20_entropy[chunk] = _top_entropy(logits, shard)
         partial = _vocabulary_sums(
             logits.sub_(max_logit[chunk, None]), rows.targets[chunk], shard, wanted
         )
         sums[:, chunk] = shard.all_sum_(torch.stack([partial[name] for name in names]))
     named = dict(zip(names, sums.unbind(), strict=True))
-    return SoftmaxNormalizer(max_logit, named["sum_exp"]), _normalized(named)
+    statistics = _normalized(named)
+    if "top20_entropy" in wanted:
+        statistics["top20_entropy"] = top20_entropy
+    return SoftmaxNormalizer(max_logit, named["sum_exp"]), statistics
 
 
 def _row_max(logits: Tensor) -> Tensor:
     """[n, V] to [n]; -inf on a rank without vocabulary."""
     return logits.amax(-1) if logits.size(1) else logits.new_full(logits.shape[:1], -torch.inf)
+
+
+def _top_entropy(logits: Tensor, shard: VocabShard) -> Tensor:
+    """Entropy [n] of the softmax over the 20 largest logits of the whole vocabulary.
+
+    These are among the 20 largest of each rank, so that 20 numbers per row and rank decide.
+    """
+    top = logits.new_full((logits.size(0), TOP), -torch.inf)
+    here = min(TOP, logits.size(1))
+    top[:, :here] = logits.topk(here, sorted=False).values
+    candidates = shard.all_gather(top).movedim(0, 1).flatten(1)
+    probs = candidates.topk(TOP, sorted=False).values.softmax(-1)
+    return torch.special.entr(probs).sum(-1)
 
 
 def _vocabulary_sums(

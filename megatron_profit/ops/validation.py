@@ -22,7 +22,8 @@ def check_inputs(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    vectors: Mapping[str, Tensor | None],
+    loss_weight: Tensor | None,
+    given: Mapping[str, Tensor | None],
     objective: Objective,
     group: dist.ProcessGroup | None,
     chunk_rows: int | None,
@@ -33,7 +34,8 @@ def check_inputs(
         hidden: [N, H].
         weight: [V, H].
         labels: [N] int64.
-        vectors: optional floating [N] tensors by argument name.
+        loss_weight: floating [N] or None.
+        given: statistics [N] that the caller gives, or None, by argument name.
         objective: asks for the statistics.
         group: process group or None.
         chunk_rows: rows per chunk or None.
@@ -45,11 +47,11 @@ def check_inputs(
     _check_vector("labels", labels, hidden)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}; pass int64 (.long()).")
-    for name, vector in vectors.items():
+    for name, vector in {"loss_weight": loss_weight, **given}.items():
         if vector is not None:
             _check_vector(name, vector, hidden)
             _check_constant(name, vector)
-    _check_statistics(objective, vectors, group)
+    _check_statistics(objective, given, group)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; pass at least 1, or None for the default.")
 
@@ -100,21 +102,23 @@ def _check_vector(name: str, vector: Tensor, hidden: Tensor) -> None:
 
 
 def _check_constant(name: str, vector: Tensor) -> None:
-    if not vector.is_floating_point():
+    if not (vector.is_floating_point() or (name == "selected" and vector.dtype == torch.bool)):
         raise ValueError(f"{name} is {vector.dtype}; pass a floating dtype (.float()).")
     if vector.requires_grad:
         raise ValueError(f"{name} requires a gradient, but it is held constant; pass .detach().")
 
 
 def _check_statistics(
-    objective: Objective, vectors: Mapping[str, Tensor | None], group: dist.ProcessGroup | None
+    objective: Objective, given: Mapping[str, Tensor | None], group: dist.ProcessGroup | None
 ) -> None:
     name = type(objective).__name__
-    required = objective.required_statistics
-    if "ref_log_prob" in required and vectors["ref_log_prob"] is None:
-        raise ValueError(f"objective {name} needs ref_log_prob; pass ref_log_prob=[N].")
-    if "uniform" in required and vectors["uniform"] is None and group is not None:
-        raise ValueError(
-            f"objective {name} draws random numbers, which must agree over the group; "
-            "pass uniform=[N] (objectives.token_uniform makes them)."
-        )
+    for missing in sorted(objective.required_statistics & given.keys()):
+        if given[missing] is not None:
+            continue
+        if missing != "uniform":
+            raise ValueError(f"objective {name} needs {missing}; pass {missing}=[N].")
+        if group is not None:
+            raise ValueError(
+                f"objective {name} draws random numbers, which must agree over the group; "
+                "pass uniform=[N] (objectives.token_uniform makes them)."
+            )

@@ -17,6 +17,7 @@ from megatron_profit.objectives import (
     build_objective,
     token_uniform,
 )
+from megatron_profit.objectives.base import OPTIONAL_STATISTICS
 from megatron_profit.ops import linear_objective
 
 N, H, ROWS = 41, 12, 32  # ROWS: of the weight over all ranks, padding included
@@ -24,14 +25,15 @@ N, H, ROWS = 41, 12, 32  # ROWS: of the weight over all ranks, padding included
 
 @dataclass(frozen=True)
 class EveryStatistic(Objective):
-    """w = sg(H * sum p^2 + p / p_ref)."""
+    """w = sg(H * sum p^2 + H_20 + p / p_ref + selected)."""
 
     @property
     def required_statistics(self):
-        return frozenset({"entropy", "sum_squared_prob", "ref_log_prob"})
+        return frozenset(OPTIONAL_STATISTICS) - {"uniform"}
 
     def evaluate(self, statistics):
-        weight = statistics.entropy * statistics.sum_squared_prob
+        weight = statistics.entropy * statistics.sum_squared_prob + statistics.top20_entropy
+        weight = weight + statistics.selected
         weight = weight + (statistics.log_prob - statistics.ref_log_prob).exp()
         return ObjectiveOutput(-weight * statistics.log_prob, weight)
 
@@ -67,6 +69,7 @@ class Problem:
             "ref_log_prob": -random(N).abs() - 2,
             "uniform": token_uniform(3, torch.zeros(N, dtype=torch.int64), torch.arange(N)),
         }
+        self.vectors["selected"] = self.vectors["uniform"] > 0.3
         self.vectors["loss_weight"][2::6] = 0
 
     def run(self, objective, group=None, **options):

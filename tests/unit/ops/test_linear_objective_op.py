@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_profit.objectives import Objective, ObjectiveOutput, build_objective
+from megatron_profit.objectives.base import OPTIONAL_STATISTICS
 from megatron_profit.ops import linear_objective, reference_linear_objective
 from megatron_profit.ops.rows import CHUNK_BYTES, default_chunk_rows
 
@@ -18,14 +19,15 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @dataclass(frozen=True)
 class EveryStatistic(Objective):
-    """w = sg(H * sum p^2 + p / p_ref): wrong as soon as one of the statistics is."""
+    """w = sg(H * sum p^2 + H_20 + p / p_ref + selected): wrong as soon as a statistic is."""
 
     @property
     def required_statistics(self):
-        return frozenset({"entropy", "sum_squared_prob", "ref_log_prob"})
+        return frozenset(OPTIONAL_STATISTICS) - {"uniform"}
 
     def evaluate(self, statistics):
-        weight = statistics.entropy * statistics.sum_squared_prob
+        weight = statistics.entropy * statistics.sum_squared_prob + statistics.top20_entropy
+        weight = weight + statistics.selected
         weight = weight + (statistics.log_prob.detach() - statistics.ref_log_prob).exp()
         return ObjectiveOutput(-weight * statistics.log_prob, weight)
 
@@ -88,6 +90,7 @@ class Problem:
                 "loss_weight": loss_weight,
                 "ref_log_prob": -6 - torch.rand(num_rows, **options),
                 "uniform": torch.rand(num_rows, **options),
+                "selected": torch.rand(num_rows, generator=generator) < 0.5,
             },
         )
 
@@ -195,6 +198,17 @@ def test_padding_stays_out_of_the_softmax(vocab_size):
     problem.weight = problem.weight[:vocab_size]
     expected = problem.run(reference_linear_objective, objective)
     assert_same_result((*result[:2], result[2][:vocab_size]), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 20, 21])
+def test_entropy_of_the_largest_logits_where_there_are_few(vocabulary):
+    problem = Problem.random(vocabulary=vocabulary)
+    result = problem.run(linear_objective, EveryStatistic())
+    expected = problem.run(reference_linear_objective, EveryStatistic())
+    assert_same_result(result, expected, rtol=1e-9, atol=1e-12)
+    if vocabulary <= 20:
+        statistics = result[0].statistics
+        torch.testing.assert_close(statistics.top20_entropy, statistics.entropy)
 
 
 def test_repeated_targets_add_up():
@@ -366,7 +380,7 @@ def test_only_what_is_asked_for_is_computed():
     problem = Problem.random()
     inputs = (problem.hidden, problem.weight, problem.labels)
     statistics = linear_objective(*inputs, SFT).statistics
-    for name in ("entropy", "sum_squared_prob", "ref_log_prob", "uniform"):
+    for name in OPTIONAL_STATISTICS:
         assert getattr(statistics, name) is None
     assert linear_objective(*inputs, TopEntropy()).statistics.sum_squared_prob is None
 
@@ -479,8 +493,10 @@ VALID = {
         ({"loss_weight": torch.ones(3)}, r"loss_weight has shape \(3,\)"),
         ({"loss_weight": torch.ones(4).long()}, r"loss_weight is torch\.int64; pass a floating"),
         ({"uniform": torch.ones(4, 1)}, r"uniform has shape \(4, 1\)"),
+        ({"selected": torch.ones(3) > 0}, r"selected has shape \(3,\)"),
+        ({"selected": torch.ones(4).long()}, r"selected is torch\.int64; pass a floating"),
         ({"ref_log_prob": torch.ones(4, requires_grad=True)}, "ref_log_prob requires a gradient"),
-        ({"objective": EveryStatistic()}, "EveryStatistic needs ref_log_prob"),
+        ({"objective": EveryStatistic()}, "EveryStatistic needs ref_log_prob; pass ref_log_prob="),
     ],
 )
 def test_refused_inputs(change, message):
