@@ -116,9 +116,8 @@ def linear_objective(
     with torch.no_grad(), input_precision(hidden):
         wanted = objective.required_statistics & KERNEL_STATISTICS
         normalizer, computed = linear_token_statistics(hidden, weight, rows, shard, wanted)
-        statistics = TokenStatistics(
-            **computed, **{name: rows.take(vector) for name, vector in given.items()}
-        )
+        known = {name: rows.take(v) for name, v in given.items() if v is not None}
+        statistics = TokenStatistics(**computed, **known)
         token_loss, token_weight = _evaluate(objective, statistics)
         scale = 1.0 if loss_weight is None else loss_weight[rows.index].to(token_loss.dtype)
     loss = LinearObjectiveFunction.apply(

@@ -46,9 +46,9 @@ class SupervisedRows:
         for start in range(0, len(self), self.chunk_rows):
             yield slice(start, start + self.chunk_rows)
 
-    def take(self, vector: Tensor | None) -> Tensor | None:
+    def take(self, vector: Tensor) -> Tensor:
         """[N] to [M]."""
-        return None if vector is None else vector[self.index]
+        return vector[self.index]
 
     def scatter(self, tensor: Tensor) -> Tensor:
         """[M, ...] to [N, ...] with zeros in the other rows."""
