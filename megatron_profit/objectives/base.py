@@ -7,20 +7,20 @@ so the same few lines serve one process, a sharded vocabulary, and a paper's scr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-OPTIONAL_STATISTICS = (
-    "entropy",
-    "sum_squared_prob",
-    "top20_entropy",
-    "ref_log_prob",
-    "uniform",
-    "selected",
-)
+# What a kernel computes on demand, and what only the caller can give.
+COMPUTED_STATISTICS = ("entropy", "sum_squared_prob", "top20_entropy")
+GIVEN_STATISTICS = ("ref_log_prob", "old_log_prob", "uniform", "selected")
+OPTIONAL_STATISTICS = (*COMPUTED_STATISTICS, *GIVEN_STATISTICS)
+
+# What the summed loss is divided by: all supervised tokens of the global batch, or those of nonzero weight.
+NORMALIZATIONS = ("valid", "kept")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,16 +31,18 @@ class TokenStatistics:
         log_prob: [N] log-probability of the target in nats, float32 or float64.
         entropy: [N] entropy of the predicted distribution in nats.
         sum_squared_prob: [N] sum over the vocabulary of p_v squared.
-        top20_entropy: [N] entropy in nats of the softmax renormalised over the 20 largest logits.
-        ref_log_prob: [N] log-probability of the target under a reference or older model, in nats.
+        top20_entropy: [N] entropy of the 20 most probable tokens, renormalised to sum 1, in nats.
+        ref_log_prob: [N] log-probability of the target under a frozen reference model, in nats.
+        old_log_prob: [N] log-probability of the target under an earlier state of the model that is
+            trained, in nats.
         uniform: [N] one random number in [0, 1) per token, for random selection.
-        selected: [N] bool or floating, a choice made outside: by a ranking over a whole global
-            batch, or before the training.
+        selected: [N] bool, the tokens that were chosen by a ranking of the whole global batch.
         softmax_prob: [N] probability of the target as the softmax gave it. ``exp(log_prob)`` rounds
             (it turns a float32 0.1 into 0.09999999), so a kernel that has the softmax passes it.
 
     Raises:
-        ValueError: ``log_prob`` is neither float32 nor float64, or a vector has another shape.
+        ValueError: ``log_prob`` is neither float32 nor float64, a vector has another shape, or
+            ``selected`` is not bool.
     """
 
     log_prob: Tensor
@@ -48,6 +50,7 @@ class TokenStatistics:
     sum_squared_prob: Tensor | None = None
     top20_entropy: Tensor | None = None
     ref_log_prob: Tensor | None = None
+    old_log_prob: Tensor | None = None
     uniform: Tensor | None = None
     selected: Tensor | None = None
     softmax_prob: Tensor | None = None
@@ -65,6 +68,8 @@ class TokenStatistics:
                     f"{name} has shape {tuple(vector.shape)}, log_prob has "
                     f"{tuple(self.log_prob.shape)}; pass one entry per token in every statistic."
                 )
+        if self.selected is not None and self.selected.dtype != torch.bool:
+            raise ValueError(f"selected is {self.selected.dtype}; pass a mask of torch.bool.")
 
     @property
     def prob(self) -> Tensor:
@@ -108,6 +113,8 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+    normalization: ClassVar[str] = "valid"
+    """The divisor of the summed loss that the objective's source uses, from NORMALIZATIONS."""
 
     @property
     def required_statistics(self) -> frozenset[str]:
@@ -117,6 +124,16 @@ class Objective(ABC):
     @abstractmethod
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         """Computes loss and weight; every statistic in ``required_statistics`` is present."""
+
+    def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What is worth logging about this objective alone: name to (sum, count), both scalars.
+
+        Both are added up over micro-batches and ranks before they are divided.
+
+        Args:
+            statistics: [N] vectors of the supervised tokens, ``required_statistics`` among them.
+        """
+        return {}
 
     def __call__(self, statistics: TokenStatistics) -> ObjectiveOutput:
         """Computes the per-token loss and weight.

@@ -61,6 +61,7 @@ def linear_objective(
     loss_weight: Tensor | None = None,
     vocab_size: int | None = None,
     ref_log_prob: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
     uniform: Tensor | None = None,
     selected: Tensor | None = None,
     reduce_hidden_grad: bool = True,
@@ -85,11 +86,13 @@ def linear_objective(
         loss_weight: [N] floating, a factor on each loss; 0 is unsupervised. None means 1.
         vocab_size: vocabulary without padding. Rows behind it stay out of the softmax and get a
             zero gradient. None means that no row is padding.
-        ref_log_prob: [N] reference log-probabilities in nats, for objectives that need them.
+        ref_log_prob: [N] log-probabilities under a frozen reference model in nats, for objectives
+            that need them.
+        old_log_prob: [N] the same under an earlier state of the model, for objectives of its ratio.
         uniform: [N] random numbers in [0, 1), for objectives that draw
             (``objectives.token_uniform`` makes them). Without a group they may be left to torch's
             default generator.
-        selected: [N] bool or floating, a choice of tokens that the caller made, for objectives
+        selected: [N] bool, a choice of tokens that the caller made, for objectives
             that rank over more tokens than these.
         reduce_hidden_grad: sums the gradient of hidden over the group, so that it is complete on
             every rank. False leaves this rank's part, for a caller that reduces it, as a
@@ -104,7 +107,12 @@ def linear_objective(
         ValueError: shapes, dtypes, devices, labels or options that do not fit, or a missing
             statistic that only the caller can give. Raised before any collective.
     """
-    given = {"ref_log_prob": ref_log_prob, "uniform": uniform, "selected": selected}
+    given = {
+        "ref_log_prob": ref_log_prob,
+        "old_log_prob": old_log_prob,
+        "uniform": uniform,
+        "selected": selected,
+    }
     check_inputs(hidden, weight, labels, loss_weight, given, objective, group, chunk_rows)
     shard = VocabShard.of_this_rank(weight.size(0), vocab_size, group)
     check_labels(labels, shard.vocab_size)

@@ -24,6 +24,7 @@ def reference_linear_objective(
     loss_weight: Tensor | None = None,
     vocab_size: int | None = None,
     ref_log_prob: Tensor | None = None,
+    old_log_prob: Tensor | None = None,
     uniform: Tensor | None = None,
     selected: Tensor | None = None,
 ) -> LinearObjectiveOutput:
@@ -38,6 +39,7 @@ def reference_linear_objective(
         loss_weight: [N] factor on each loss; 0 is unsupervised.
         vocab_size: vocabulary without padding.
         ref_log_prob: [N], see ``linear_objective``.
+        old_log_prob: [N], see ``linear_objective``.
         uniform: [N], see ``linear_objective``.
         selected: [N], see ``linear_objective``.
 
@@ -57,6 +59,7 @@ def reference_linear_objective(
             "top20_entropy": _top_entropy(probs_NV, 20),
             "softmax_prob": probs_NV.gather(1, labels.clamp(min=0)[:, None])[:, 0],
             "ref_log_prob": ref_log_prob,
+            "old_log_prob": old_log_prob,
             "uniform": uniform,
             "selected": selected,
         }

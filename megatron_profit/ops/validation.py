@@ -102,7 +102,10 @@ def _check_vector(name: str, vector: Tensor, hidden: Tensor) -> None:
 
 
 def _check_constant(name: str, vector: Tensor) -> None:
-    if not (vector.is_floating_point() or (name == "selected" and vector.dtype == torch.bool)):
+    if name == "selected":
+        if vector.dtype != torch.bool:
+            raise ValueError(f"{name} is {vector.dtype}; pass a mask of torch.bool.")
+    elif not vector.is_floating_point():
         raise ValueError(f"{name} is {vector.dtype}; pass a floating dtype (.float()).")
     if vector.requires_grad:
         raise ValueError(f"{name} requires a gradient, but it is held constant; pass .detach().")

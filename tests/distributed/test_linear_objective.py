@@ -25,7 +25,7 @@ N, H, ROWS = 41, 12, 32  # ROWS: of the weight over all ranks, padding included
 
 @dataclass(frozen=True)
 class EveryStatistic(Objective):
-    """w = sg(H * sum p^2 + H_20 + p / p_ref + selected)."""
+    """w = sg(H * sum p^2 + H_20 + p / p_ref + p_old + selected)."""
 
     @property
     def required_statistics(self):
@@ -33,7 +33,7 @@ class EveryStatistic(Objective):
 
     def evaluate(self, statistics):
         weight = statistics.entropy * statistics.sum_squared_prob + statistics.top20_entropy
-        weight = weight + statistics.selected
+        weight = weight + statistics.selected + statistics.old_log_prob.exp()
         weight = weight + (statistics.log_prob - statistics.ref_log_prob).exp()
         return ObjectiveOutput(-weight * statistics.log_prob, weight)
 
@@ -67,6 +67,7 @@ class Problem:
         self.vectors = {
             "loss_weight": random(N).abs(),
             "ref_log_prob": -random(N).abs() - 2,
+            "old_log_prob": -random(N).abs(),
             "uniform": token_uniform(3, torch.zeros(N, dtype=torch.int64), torch.arange(N)),
         }
         self.vectors["selected"] = self.vectors["uniform"] > 0.3

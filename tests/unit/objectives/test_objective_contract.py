@@ -25,17 +25,32 @@ OPTIONS = {
         {"threshold_direction": "middle", "prob_threshold": (0.1, 0.4)},
         {"threshold_direction": "random", "keep_ratio": 0.6},
     ],
+    "entropy": [{}, {"keep_share": 0.5, "rank_scope": "global_batch"}],
+    "psft": [{}, {"clip_low": 0.0, "clip_high": 0.0}],
 }
 EVERY_OBJECTIVE = [
-    pytest.param(name, options, id=f"{name}-{options.get('threshold_direction', '')}")
+    pytest.param(name, options, id=" ".join([name, *map(str, options.values())]))
     for name, cases in OPTIONS.items()
     for options in cases
 ]
 
 
 def random_statistics(num_tokens=64, dtype=torch.float64):
-    log_prob = torch.rand(num_tokens, dtype=dtype).log().requires_grad_()
-    return TokenStatistics(log_prob, uniform=torch.rand(num_tokens, dtype=dtype))
+    """Every statistic, each on its own: an objective may not rely on how they hang together."""
+
+    def random():
+        return torch.rand(num_tokens, dtype=dtype)
+
+    return TokenStatistics(
+        random().log().requires_grad_(),
+        entropy=6 * random(),
+        sum_squared_prob=random(),
+        top20_entropy=3 * random(),
+        ref_log_prob=random().log(),
+        old_log_prob=random().log(),
+        uniform=random(),
+        selected=random() < 0.5,
+    )
 
 
 def test_every_objective_is_covered_here():
@@ -79,7 +94,7 @@ def test_objectives_with_equal_options_are_equal():
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown objective 'grpo'; choose from .*profit, sft"):
+    with pytest.raises(ValueError, match=r"unknown objective 'grpo'; choose from .*profit, .*sft"):
         build_objective("grpo")
 
 
@@ -141,6 +156,8 @@ def test_statistics_refuse_half_precision_and_other_shapes():
         TokenStatistics(torch.zeros(3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"entropy has shape \(2,\), log_prob has \(3,\)"):
         TokenStatistics(torch.zeros(3), entropy=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"selected is torch\.float32; pass a mask of torch\.bool"):
+        TokenStatistics(torch.zeros(3), selected=torch.zeros(3))
 
 
 def test_prob_is_the_softmax_where_it_is_known():

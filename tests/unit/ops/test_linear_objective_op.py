@@ -19,7 +19,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @dataclass(frozen=True)
 class EveryStatistic(Objective):
-    """w = sg(H * sum p^2 + H_20 + p / p_ref + selected): wrong as soon as a statistic is."""
+    """w = sg(H * sum p^2 + H_20 + p / p_ref + p_old + selected): wrong as soon as one is."""
 
     @property
     def required_statistics(self):
@@ -27,7 +27,7 @@ class EveryStatistic(Objective):
 
     def evaluate(self, statistics):
         weight = statistics.entropy * statistics.sum_squared_prob + statistics.top20_entropy
-        weight = weight + statistics.selected
+        weight = weight + statistics.selected + statistics.old_log_prob.exp()
         weight = weight + (statistics.log_prob.detach() - statistics.ref_log_prob).exp()
         return ObjectiveOutput(-weight * statistics.log_prob, weight)
 
@@ -89,6 +89,7 @@ class Problem:
             {
                 "loss_weight": loss_weight,
                 "ref_log_prob": -6 - torch.rand(num_rows, **options),
+                "old_log_prob": -torch.rand(num_rows, **options),
                 "uniform": torch.rand(num_rows, **options),
                 "selected": torch.rand(num_rows, generator=generator) < 0.5,
             },
@@ -494,9 +495,9 @@ VALID = {
         ({"loss_weight": torch.ones(4).long()}, r"loss_weight is torch\.int64; pass a floating"),
         ({"uniform": torch.ones(4, 1)}, r"uniform has shape \(4, 1\)"),
         ({"selected": torch.ones(3) > 0}, r"selected has shape \(3,\)"),
-        ({"selected": torch.ones(4).long()}, r"selected is torch\.int64; pass a floating"),
+        ({"selected": torch.ones(4).long()}, r"selected is torch\.int64; pass a mask"),
         ({"ref_log_prob": torch.ones(4, requires_grad=True)}, "ref_log_prob requires a gradient"),
-        ({"objective": EveryStatistic()}, "EveryStatistic needs ref_log_prob; pass ref_log_prob="),
+        ({"objective": EveryStatistic()}, "EveryStatistic needs old_log_prob; pass old_log_prob="),
     ],
 )
 def test_refused_inputs(change, message):

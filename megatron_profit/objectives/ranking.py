@@ -1,0 +1,95 @@
+"""Objectives that train the share of the tokens that stands highest in a ranking."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics, option
+from megatron_profit.objectives.numbers import number_in
+
+RANK_SCOPES = ("micro_batch", "global_batch")
+
+
+def top_share(score: Tensor, share: float) -> Tensor:
+    """[N] bool: the ``kept_count(share, N)`` entries of highest score.
+
+    Among equal scores the earlier position is kept. A NaN counts as the highest, so that it shows.
+    """
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    order = score.detach().sort(descending=True, stable=True).indices
+    kept[order[: kept_count(share, score.numel())]] = True
+    return kept
+
+
+def kept_count(share: float, num_tokens: int) -> int:
+    """ceil(share * num_tokens), with the share as it is written: 0.07 of 100 are 7 tokens."""
+    return math.ceil(Fraction(repr(share)) * num_tokens)
+
+
+@dataclass(frozen=True)
+class RankedObjective(Objective):
+    """L_t = -M_t log p_t with M_t = 1 on the ceil(keep_share * n) tokens of highest score; weight M_t.
+
+    Under the scope ``micro_batch`` the n tokens are those of one call, so the mask depends on how a
+    global batch is split. Under ``global_batch`` whoever sees the whole batch computes the
+    ``score_statistics`` of all its tokens, ranks their ``score`` (``top_share``), and passes the
+    statistic ``selected``: the same mask for any layout.
+
+    Attributes:
+        keep_share: share of the supervised tokens that is trained, in (0, 1].
+        rank_scope: micro_batch or global_batch.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    normalization: ClassVar[str] = "kept"
+
+    keep_share: float = option(
+        "share of the supervised tokens that is trained, in (0, 1]", default=1.0, type=float
+    )
+    rank_scope: str = option(
+        "rank the tokens of each micro-batch of each rank (micro_batch), or those of the whole "
+        "global batch (global_batch), which costs one more forward pass",
+        default="micro_batch",
+        choices=RANK_SCOPES,
+    )
+
+    def __post_init__(self) -> None:
+        share = number_in("keep_share", self.keep_share, 0.0, 1.0, low_open=True)
+        object.__setattr__(self, "keep_share", share)
+        if self.rank_scope not in RANK_SCOPES:
+            raise ValueError(
+                f"rank_scope is {self.rank_scope!r}; set it to one of {', '.join(RANK_SCOPES)}."
+            )
+
+    @property
+    @abstractmethod
+    def score_statistics(self) -> frozenset[str]:
+        """Names from ``OPTIONAL_STATISTICS`` that ``score`` reads."""
+
+    @abstractmethod
+    def score(self, statistics: TokenStatistics) -> Tensor:
+        """[N] what the tokens are ranked by, the highest kept first."""
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        if self.rank_scope == "global_batch":
+            return frozenset({"selected"})
+        return self.score_statistics
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        kept = statistics.selected
+        if self.rank_scope == "micro_batch":
+            kept = top_share(self.score(statistics), self.keep_share)
+        assert kept is not None
+        loss = -statistics.log_prob
+        # where, not a product: a dropped token may have an infinite loss, and inf * 0 is NaN.
+        return ObjectiveOutput(torch.where(kept, loss, torch.zeros_like(loss)), kept.to(loss.dtype))
