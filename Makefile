@@ -1,6 +1,7 @@
 # make quickstart   the whole job on this machine: base model, conversion, ProFit, export, answers, figure
 # make test         lint and every test that runs without a GPU; sets itself up
 # make test-all     the longer checks as well
+# make bench        measure output layer and objective against other implementations; minutes
 
 SHELL := /bin/bash
 VENV := .venv
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all quickstart clean
+.PHONY: help setup lint format test test-all bench quickstart clean
 
 help:
 	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +45,10 @@ lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# Benchmarks write dated files into benchmarks/results.
+bench: $(STAMP)
+	@for benchmark in tools/bench_*.py; do $(PYTHON) $$benchmark --quick || exit 1; done
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .

@@ -1,0 +1,561 @@
+"""Measure the output layer with ProFit, forward and backward, against what others compute.
+
+    python tools/bench_objective.py --quick
+    python tools/bench_objective.py --full --verl ~/verl      # on GPUs
+    python tools/bench_objective.py --hidden 1024 --tokens 1024 --prompt 0.5 --dropped 0.2 --only ours matmuls
+
+All computations of a configuration get the same tensors and take turns. Those that know no objective
+compute a cross-entropy per token and are masked afterwards, as users of them do. Whatever cannot run here
+is listed with the reason. The results go to benchmarks/results as a dated JSON and Markdown file.
+
+Shape suffixes: N tokens, M supervised tokens, H hidden, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import itertools
+import os
+import shlex
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import benchmarking
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_profit.objectives import build_objective
+from megatron_profit.ops import linear_objective
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QWEN3_VOCAB = 151936
+PEER_PACKAGES = ("liger-kernel", "cut-cross-entropy")
+NAMES = (
+    *("ours", "matmuls", "official", "official-compiled", "megatron", "megatron-native"),
+    *("liger", "cut-cross-entropy", "verl"),
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One problem size.
+
+    Attributes:
+        vocab: Vocabulary over all ranks.
+        hidden: H.
+        tokens: N.
+        prompt: Share of the tokens that has no label.
+        dropped: Share of the labelled tokens that ProFit drops.
+        dtype: A name from `DTYPES`.
+        tp: Tensor-parallel ranks that the vocabulary is split over.
+    """
+
+    vocab: int
+    hidden: int
+    tokens: int
+    prompt: float
+    dropped: float
+    dtype: str
+    tp: int
+
+    def __str__(self) -> str:
+        return (
+            f"V {self.vocab:,}, H {self.hidden:,}, N {self.tokens:,}, {self.prompt:.0%} prompt, "
+            f"{self.dropped:.0%} dropped, {self.dtype}, TP {self.tp}"
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a configuration on one rank.
+
+    Kept tokens have the row's most probable label and dropped ones its least probable: p >= 1/V and
+    p <= 1/V. So tau = 1/V drops exactly the wanted share, however logits are rounded.
+    """
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [N], -100 in prompts
+    kept: Tensor  # [N] bool
+    tau: float
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, config: Configuration, device: torch.device) -> Problem:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            tensor = torch.empty(shape, dtype=DTYPES[config.dtype], device=device)
+            return tensor.normal_(generator=generator)
+
+        hidden = random(config.tokens, config.hidden)
+        weight = random(config.vocab, config.hidden).mul_(config.hidden**-0.5)
+        order = torch.randperm(config.tokens, generator=generator, device=device)
+        supervised = order[round(config.tokens * config.prompt) :]
+        labels = torch.full((config.tokens,), -100, device=device)
+        kept = torch.zeros(config.tokens, dtype=torch.bool, device=device)
+        kept[supervised[round(len(supervised) * config.dropped) :]] = True
+        for rows in supervised.split(256):
+            logits = hidden[rows] @ weight.t()
+            labels[rows] = torch.where(kept[rows], logits.argmax(1), logits.argmin(1))
+        group = dist.group.WORLD
+        shard = weight.chunk(config.tp)[dist.get_rank()].clone()
+        return cls(
+            hidden.requires_grad_(),
+            shard.requires_grad_(),
+            labels,
+            kept,
+            1 / config.vocab,
+            group,
+        )
+
+    @property
+    def supervised(self) -> Tensor:
+        return self.labels != -100
+
+    @property
+    def targets(self) -> Tensor:
+        """[N] labels that any lookup accepts, for computations that know no ignored label."""
+        return self.labels.clamp(min=0)
+
+    @property
+    def parallel_group(self) -> dist.ProcessGroup | None:
+        return self.group if self.group.size() > 1 else None
+
+
+Step = Callable[[Problem], Tensor | None]  # the loss to propagate back, or None when all is done
+
+
+class Absent(Exception):
+    """A computation that cannot run here; the message is the reason."""
+
+
+def ours(**options: Any) -> Step:
+    def step(problem: Problem) -> Tensor:
+        objective = build_objective(
+            "profit", prob_threshold=problem.tau, threshold_direction="higher"
+        )
+        output = linear_objective(
+            problem.hidden,
+            problem.weight,
+            problem.labels,
+            objective,
+            group=problem.parallel_group,
+            **options,
+        )
+        return output.loss.sum() / problem.supervised.sum()
+
+    return step
+
+
+def matmuls(problem: Problem) -> None:
+    """The three matrix products alone: logits of the supervised rows, both gradients of the kept ones."""
+    with torch.no_grad():
+        logits = problem.hidden[problem.supervised] @ problem.weight.t()
+        kept_hidden = problem.hidden[problem.kept]
+        grad_logits = logits[: len(kept_hidden)]
+        _grad_hidden = grad_logits @ problem.weight
+        _grad_weight = grad_logits.t() @ kept_hidden
+
+
+def official(hidden: Tensor, weight: Tensor, labels: Tensor, tau: float) -> Tensor:
+    """ProFit as its released code computes it: fp32 logits, a softmax for p, then a cross-entropy."""
+    logits = functional.linear(hidden, weight).float()
+    with torch.no_grad():
+        p = logits.softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        supervised = labels != -100
+        mask = supervised & (p >= tau)
+    loss = functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    return (loss * mask).sum() / supervised.sum()
+
+
+def one_process(function: Callable[..., Tensor]) -> Step:
+    def step(problem: Problem) -> Tensor:
+        return function(problem.hidden, problem.weight, problem.labels, problem.tau)
+
+    return step
+
+
+def masked_afterwards(token_loss: Callable[[Problem], Tensor]) -> Step:
+    """ProFit on a cross-entropy that knows no objective: each token's loss tells its p."""
+
+    def step(problem: Problem) -> Tensor:
+        loss = token_loss(problem)
+        kept = problem.supervised & (loss.detach().float().neg().exp() >= problem.tau)
+        return (loss * kept).sum() / problem.supervised.sum()
+
+    return step
+
+
+def replicated(problem: Problem) -> Tensor:
+    """Hidden states [N, H] whose gradient is summed over the ranks, as Megatron's output layer does."""
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    return copy_to_tensor_model_parallel_region(problem.hidden, group=problem.group)
+
+
+def megatron(name: str) -> Callable[[Problem], Tensor]:
+    """Megatron's cross-entropy on sharded logits; "native" is --cross-entropy-fusion-impl native."""
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    def token_loss(problem: Problem) -> Tensor:
+        logits = functional.linear(replicated(problem), problem.weight)
+        if name == "native":
+            return fused_vocab_parallel_cross_entropy(logits, problem.targets, problem.group)
+        return vocab_parallel_cross_entropy(logits, problem.targets, tp_group=problem.group)
+
+    return token_loss
+
+
+def liger() -> Callable[[Problem], Tensor]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def token_loss(problem: Problem) -> Tensor:
+        return liger_fused_linear_cross_entropy(
+            problem.hidden, problem.weight, problem.labels, reduction="none"
+        )
+
+    return token_loss
+
+
+def cut_cross_entropy() -> Callable[[Problem], Tensor]:
+    from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
+
+    def token_loss(problem: Problem) -> Tensor:
+        rows, rank = problem.weight.size(0), problem.group.rank()
+        split = VocabParallelOptions(rank * rows, (rank + 1) * rows, problem.parallel_group)
+        return linear_cross_entropy(
+            problem.hidden,
+            problem.weight,
+            problem.labels,
+            reduction="none",
+            vocab_parallel_options=None if problem.parallel_group is None else split,
+        )
+
+    return token_loss
+
+
+def verl(repository: Path | None) -> Callable[[Problem], Tensor]:
+    """verl's kernel from a checkout, without the package's own imports (Ray and more)."""
+    if repository is None:
+        raise Absent("no checkout given (--verl DIR)")
+    for name in ("verl", "verl.utils"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(repository.joinpath(*name.split(".")))]
+        sys.modules.setdefault(name, package)
+    kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+
+    def token_loss(problem: Problem) -> Tensor:
+        log_prob, _ = kernel.linear_cross_entropy(
+            replicated(problem), problem.weight, problem.targets, 1.0, "none", problem.group
+        )
+        return -log_prob
+
+    return token_loss
+
+
+def computations(
+    options: argparse.Namespace, device: torch.device, tp: int
+) -> dict[str, Step | Absent]:
+    """All that can be measured, by name; in place of what cannot run here, the reason."""
+
+    def single(make: Callable[[], Step]) -> Step:
+        if tp > 1:
+            raise Absent("knows no tensor parallelism")
+        return make()
+
+    def on_gpu(make: Callable[[], Callable[[Problem], Tensor]]) -> Step:
+        if device.type != "cuda":
+            raise Absent("needs a GPU")
+        return masked_afterwards(make())
+
+    builders: dict[str, Callable[[], Step]] = {
+        **{name: lambda o=given: ours(**o) for name, given in ours_variants(options.ours).items()},
+        "matmuls": lambda: matmuls,
+        "official": lambda: single(lambda: one_process(official)),
+        "official-compiled": lambda: single(
+            lambda: one_process(torch.compile(official, dynamic=False))
+        ),
+        "megatron": lambda: masked_afterwards(megatron("unfused")),
+        "megatron-native": lambda: masked_afterwards(megatron("native")),
+        "liger": lambda: single(lambda: on_gpu(liger)),
+        "cut-cross-entropy": lambda: on_gpu(cut_cross_entropy),
+        "verl": lambda: on_gpu(lambda: verl(options.verl)),
+    }
+    return {
+        name: _built(build)
+        for name, build in builders.items()
+        if not options.only or name in options.only or name.startswith("ours ")
+    }
+
+
+def _built(build: Callable[[], Step]) -> Step | Absent:
+    try:
+        return build()
+    except Absent as absent:
+        return absent
+    except ImportError as error:
+        return Absent(f"not installed ({error})")
+
+
+def ours_variants(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Names and keyword arguments of `linear_objective` from texts such as "chunk_rows=256,…"."""
+    known = inspect.signature(linear_objective).parameters
+    variants: dict[str, dict[str, Any]] = {"ours": {}}
+    for text in given:
+        options: dict[str, Any] = {}
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            if name not in known:
+                raise SystemExit(f"--ours {text}: linear_objective takes no {name!r}")
+            options[name] = int(value) if value.isdigit() else value
+        variants[f"ours {text}"] = options
+    return variants
+
+
+def run_configuration(
+    options: argparse.Namespace, config: Configuration, device: torch.device
+) -> dict[str, Any]:
+    """Results by name: seconds, peak bytes and gradient difference, or why there are none."""
+    torch._dynamo.reset()
+    problem = Problem.of(config, device)
+    results: dict[str, Any] = {}
+    ready: dict[str, Callable[[], None]] = {}
+    reference: tuple[Tensor, Tensor] | None = None
+    steps = computations(options, device, config.tp)
+    # The first that knows the objective judges the gradients of the others.
+    for name in sorted(steps, key=lambda n: (n != "official", n != "megatron")):
+        step = steps[name]
+        try:
+            if isinstance(step, Absent):
+                raise step
+            gradients = _first_run(step, problem)
+        except Exception as error:
+            if name.startswith("ours"):
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            results[name] = {"absent": reason[0]}
+            _clear(problem)
+            continue
+        reference = reference or gradients
+        difference = _difference(gradients, reference) if gradients and reference else None
+        results[name] = {"gradient_difference": difference}
+        ready[name] = _repeatable(step, problem)
+        del gradients
+    del reference
+    in_order = {name: ready[name] for name in steps if name in ready}
+    for name, measurement in benchmarking.interleaved(in_order, options.rounds, device).items():
+        results[name] |= {**asdict(measurement), "median": measurement.median}
+    gradient_bytes = sum(
+        tensor.numel() * tensor.element_size() for tensor in (problem.hidden, problem.weight)
+    )
+    return {
+        **asdict(config),
+        "gradient_bytes": gradient_bytes,
+        "results": {name: results[name] for name in steps},
+    }
+
+
+def _first_run(step: Step, problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """One run, which also compiles and tunes what there is to, and the gradients that it leaves."""
+    _repeatable(step, problem, clear=False)()
+    hidden, weight = problem.hidden.grad, problem.weight.grad
+    _clear(problem)
+    return None if hidden is None or weight is None else (hidden, weight)
+
+
+def _repeatable(step: Step, problem: Problem, clear: bool = True) -> Callable[[], None]:
+    def run() -> None:
+        loss = step(problem)
+        if loss is not None:
+            loss.backward()
+        if clear:
+            _clear(problem)
+
+    return run
+
+
+def _clear(problem: Problem) -> None:
+    problem.hidden.grad = problem.weight.grad = None
+
+
+def _difference(gradients: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> float:
+    """Norm of the difference to the reference over the reference's norm, the larger of the two."""
+
+    def norm(tensor: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(tensor, dtype=torch.float32)
+
+    return max(
+        float(norm(ours - theirs) / norm(theirs))
+        for ours, theirs in zip(gradients, reference, strict=True)
+    )
+
+
+def run_rank(
+    rank: int, world: int, options: argparse.Namespace, configs: Sequence[Configuration], out: str
+) -> None:
+    """All configurations of one tensor-parallel size on one of its ranks."""
+    device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, options.threads // world))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{out}.rendezvous",
+        rank=rank,
+        world_size=world,
+    )
+    records = []
+    for config in configs:
+        record = run_configuration(options, config, device)
+        records.append(record)
+        if rank == 0:
+            print(f"\n{config}\n{table(record)}", flush=True)
+    if rank == 0:
+        torch.save((benchmarking.environment(device, PEER_PACKAGES), records), out)
+    dist.destroy_process_group()
+
+
+def table(record: dict[str, Any]) -> str:
+    """A configuration as Markdown."""
+    results, ours_median = record["results"], record["results"].get("ours", {}).get("median")
+    rows = []
+    for name, result in results.items():
+        if "absent" in result:
+            rows.append([name, f"absent: {result['absent']}"[:90], *[""] * 5])
+            continue
+        peak, difference = result["peak_bytes"], result["gradient_difference"]
+        beyond = max(0, peak - record["gradient_bytes"])
+        rows.append(
+            [
+                name,
+                f"{1e3 * result['median']:,.1f}",
+                f"{1e3 * min(result['seconds']):,.1f} to {1e3 * max(result['seconds']):,.1f}",
+                f"{result['median'] / ours_median:.2f}" if ours_median else "",
+                f"{peak / benchmarking.MIB:,.0f}",
+                f"{beyond / benchmarking.MIB:,.0f}",
+                "" if difference is None else f"{difference:.1e}",
+            ]
+        )
+    header = ["", "median ms", "range ms", "x ours", "peak MiB", "without gradients"]
+    return benchmarking.markdown_table([*header, "gradient difference"], rows)
+
+
+EXPLANATION = """\
+Forward plus backward, medians over {rounds} rounds; in each round every computation runs once. `x ours`: time
+over that of `ours`. Peak: memory beyond the inputs; `without gradients`: also without the gradients of hidden
+states and weight, which every computation has to return. `gradient difference`: to `official`, or to `megatron`
+where that is absent, relative. `matmuls`: the three matrix products alone, on the rows that need them.
+`official`: ProFit as its released code computes it. `megatron`, `megatron-native`: output layer, Megatron's
+vocab_parallel_cross_entropy or its fused native one, mask afterwards. {memory}
+"""
+MEMORY = {
+    "cuda": "Memory: the most that torch's allocator had allocated.",
+    "cpu": "Memory: the high-water mark of the process, which includes what operators allocate inside.",
+}
+
+
+def configurations(options: argparse.Namespace) -> Iterator[Configuration]:
+    if options.quick:
+        for prompt, dropped in ((0.5, 0.2), (0.0, 0.0)):
+            yield Configuration(QWEN3_VOCAB, 1024, 1024, prompt, dropped, "bf16", 1)
+        return
+    sizes = [getattr(options, name) for name in Configuration.__dataclass_fields__]
+    for values in itertools.product(*sizes):
+        yield Configuration(*values)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    selection = parser.add_mutually_exclusive_group()
+    selection.add_argument("--quick", action="store_true", help="two sizes for 2 CPU cores")
+    selection.add_argument("--full", action="store_true", help="the whole grid, for GPUs")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[QWEN3_VOCAB])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--prompt", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--dropped", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--tp", type=int, nargs="+", default=[1])
+    parser.add_argument("--ours", action="append", default=[], metavar="NAME=VALUE,…")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="beside the --ours variants")
+    parser.add_argument("--rounds", type=int, default=None, help="3 for --quick, else 5")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
+    parser.add_argument("--verl", type=Path, metavar="DIR", help="a checkout of verl")
+    parser.add_argument("--out", type=Path, default=benchmarking.RESULTS)
+    parser.add_argument("--name", default="objective", help="of the results files")
+    options = parser.parse_args(argv)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.rounds = options.rounds or (3 if options.quick else 5)
+    if options.full:
+        options.hidden, options.tokens = [1024, 2560, 5120], [1024, 8192]
+        options.prompt, options.dropped = [0.0, 0.5, 0.8], [0.0, 0.2, 0.5]
+        options.dtype, options.tp = ["fp32", "bf16"], [1, 2]
+    ours_variants(options.ours)
+    _check(parser, options)
+    return options
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    gpus = torch.cuda.device_count() if options.device == "cuda" else None
+    for tp in options.tp:
+        if tp < 1 or (gpus is not None and tp > gpus):
+            parser.error(
+                f"--tp {tp}: there are {gpus} GPUs; give 1 or more, and no more than these"
+            )
+        for vocab in options.vocab:
+            if vocab % tp:
+                parser.error(f"--vocab {vocab} cannot be split evenly over --tp {tp}")
+    for name in ("prompt", "dropped"):
+        for share in getattr(options, name):
+            if not 0 <= share < 1:
+                parser.error(f"--{name} {share} is not a share in [0, 1)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = parse_arguments(argv)
+    configs = list(configurations(options))
+    environment: dict[str, Any] = {}
+    records: list[dict[str, Any]] = []
+    for tp in dict.fromkeys(config.tp for config in configs):
+        chosen = [config for config in configs if config.tp == tp]
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "records")
+            mp.spawn(run_rank, args=(tp, options, chosen, out), nprocs=tp)
+            environment, measured = torch.load(out)
+        records += measured
+    environment["threads"] = options.threads
+    record = {
+        "environment": environment,
+        "command": shlex.join(["python", "tools/bench_objective.py", *argv]),
+        "configurations": records,
+    }
+    body = EXPLANATION.format(rounds=options.rounds, memory=MEMORY[options.device]) + "".join(
+        f"\n## {config}\n\n{table(measured)}"
+        for config, measured in zip(configs, records, strict=True)
+    )
+    page = benchmarking.write_results(
+        options.out, f"{options.name}-{options.device}", record, "Output layer with ProFit", body
+    )
+    print(f"results: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

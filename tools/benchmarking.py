@@ -1,0 +1,165 @@
+"""What the benchmarks share: measuring side by side, memory that is really used, results as dated files.
+
+Time and memory are taken together, in rounds: every computation runs once before any runs again, so that a
+machine that gets slower or faster meets all of them alike. Medians are reported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Runs of one computation.
+
+    Attributes:
+        seconds: Of each run; under tensor parallelism the slowest rank's.
+        peak_bytes: The most memory that a run needed beyond what was there before it; under tensor
+            parallelism the largest rank's.
+    """
+
+    seconds: tuple[float, ...]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+def interleaved(
+    computations: Mapping[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, Measurement]:
+    """Runs every computation once in each round. Each has to leave memory as it found it, and to have
+    run before, so that nothing is compiled or tuned here."""
+    seconds: dict[str, list[float]] = {name: [] for name in computations}
+    peaks: dict[str, int] = dict.fromkeys(computations, 0)
+    for _ in range(rounds):
+        for name, run in computations.items():
+            elapsed, peak = measured(run, device)
+            seconds[name].append(elapsed)
+            peaks[name] = max(peaks[name], peak)
+    return {name: Measurement(tuple(seconds[name]), peaks[name]) for name in computations}
+
+
+def measured(run: Callable[[], None], device: torch.device) -> tuple[float, int]:
+    """Seconds and peak extra bytes of one run, the largest over the ranks."""
+    memory = _CudaMemory(device) if device.type == "cuda" else _ProcessMemory()
+    if dist.is_initialized():
+        dist.barrier()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    result = torch.tensor([time.perf_counter() - start, memory.peak()], dtype=torch.float64)
+    if dist.is_initialized():
+        result = result.to(device)
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return result[0].item(), int(result[1].item())
+
+
+class _CudaMemory:
+    """Allocations of torch's caching allocator beyond those there are now."""
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        self._device, self._before = device, torch.cuda.memory_allocated(device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+class _ProcessMemory:
+    """Resident memory of this process beyond what it is now, from the kernel's own high-water mark.
+
+    A tracker of torch's allocations would miss what compiled code and the operators allocate inside; the
+    high-water mark misses nothing. Linux resets it on request, and free memory that the C library holds
+    back is returned first, so that it does not hide what a run takes.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status("VmRSS")
+
+    def peak(self) -> int:
+        return _status("VmHWM") - self._before
+
+
+def _status(name: str) -> int:
+    """Bytes from /proc/self/status."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Where and with what was measured; packages that are not installed are named as absent."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "date": date.today().isoformat(),
+        "hardware": f"{gpus} x {torch.cuda.get_device_name(device)}" if gpus else cpu_name(),
+        "cpu_cores": cores,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "megatron-core", *packages)},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, with its matrix units for half precision."""
+    text = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    units = [unit for unit in ("avx512_bf16", "amx_bf16") if f" {unit}" in text]
+    return " ".join([name.group(1).strip() if name else platform.machine(), *units])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_results(
+    folder: Path, name: str, record: Mapping[str, Any], title: str, body: str
+) -> Path:
+    """Writes `<date>-<name>.json` and `.md`, each whole or not at all; returns the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = "".join(f"- {key}: {value}\n" for key, value in record["environment"].items())
+    command = f"```bash\n{record['command']}\n```\n"
+    page = f"# {title}\n\n{facts}\n{command}\n{body}"
+    stem = folder / f"{record['environment']['date']}-{name}"
+    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", page)):
+        part = stem.with_name(f".{stem.name}{suffix}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(stem.with_name(stem.name + suffix))
+    return stem.with_name(stem.name + ".md")
