@@ -456,8 +456,8 @@ def table(record: dict[str, Any]) -> str:
 EXPLANATION = """\
 Forward plus backward, medians over {rounds} rounds; in each round every computation runs once. `x ours`: time
 over that of `ours`. Peak: memory beyond the inputs; `without gradients`: also without the gradients of hidden
-states and weight, which every computation has to return. `gradient difference`: to `official`, or to `megatron`
-where that is absent, relative. `matmuls`: the three matrix products alone, on the rows that need them.
+states and weight, which all have to return. `gradient difference`: relative, to `official`, or to `megatron`
+where that is absent. `matmuls`: the three matrix products alone, on the rows that need them.
 `official`: ProFit as its released code computes it. `megatron`, `megatron-native`: output layer, Megatron's
 vocab_parallel_cross_entropy or its fused native one, mask afterwards. {memory}
 """
