@@ -1,7 +1,21 @@
 """Training objectives: pure functions from token statistics to per-token losses and weights."""
 
 # Importing a module registers its objective.
-from megatron_profit.objectives import entropy, profit, psft, sft  # noqa: F401
+from megatron_profit.objectives import (  # noqa: F401
+    asft,
+    chord_phi,
+    deft,
+    dft,
+    eaft,
+    entropy,
+    generalized_cross_entropy,
+    iw_sft,
+    profit,
+    psft,
+    rho1,
+    sft,
+    stm,
+)
 from megatron_profit.objectives.base import (
     COMPUTED_STATISTICS,
     GIVEN_STATISTICS,
@@ -10,30 +24,42 @@ from megatron_profit.objectives.base import (
     ObjectiveOutput,
     TokenStatistics,
     option,
+    weighted_nll,
 )
 from megatron_profit.objectives.random_numbers import token_uniform
 from megatron_profit.objectives.ranking import RankedObjective, kept_count, top_share
 from megatron_profit.objectives.registry import (
     build_objective,
+    load_objective,
     objective_names,
     objective_options,
     register_objective,
+)
+from megatron_profit.objectives.schedule import (
+    SCHEDULE_SHAPES,
+    OptionSchedule,
+    ScheduledObjective,
 )
 
 __all__ = [
     "COMPUTED_STATISTICS",
     "GIVEN_STATISTICS",
     "NORMALIZATIONS",
+    "SCHEDULE_SHAPES",
     "Objective",
     "ObjectiveOutput",
+    "OptionSchedule",
     "RankedObjective",
+    "ScheduledObjective",
     "TokenStatistics",
     "build_objective",
     "kept_count",
+    "load_objective",
     "objective_names",
     "objective_options",
     "option",
     "register_objective",
     "token_uniform",
     "top_share",
+    "weighted_nll",
 ]

@@ -115,6 +115,9 @@ class Objective(ABC):
     name: ClassVar[str]
     normalization: ClassVar[str] = "valid"
     """The divisor of the summed loss that the objective's source uses, from NORMALIZATIONS."""
+    drops_tokens: ClassVar[bool] = True
+    """Whether a token of positive probability can have the weight 0, so that counts of kept tokens mean
+    anything."""
 
     @property
     def required_statistics(self) -> frozenset[str]:
@@ -160,3 +163,20 @@ class Objective(ABC):
             )
         loss, weight = self.evaluate(statistics)
         return ObjectiveOutput(loss, weight.detach())
+
+
+def weighted_nll(weight: Tensor, statistics: TokenStatistics) -> ObjectiveOutput:
+    """-sg(weight) log p: the objective of a factor that is held constant, or of a mask.
+
+    Args:
+        weight: [N], of any dtype.
+        statistics: gives log p.
+
+    Returns:
+        A loss of exactly 0 where the weight is 0, however improbable the token.
+    """
+    log_prob = statistics.log_prob
+    weight = weight.detach().to(log_prob.dtype)
+    loss = -weight * log_prob
+    # where, not the product alone: 0 * inf is NaN.
+    return ObjectiveOutput(torch.where(weight == 0, torch.zeros_like(loss), loss), weight)

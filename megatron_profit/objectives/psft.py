@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics, option
-from megatron_profit.objectives.numbers import number_in
+from megatron_profit.objectives.checks import number_in
+from megatron_profit.objectives.numerics import log_ratio
 from megatron_profit.objectives.registry import register_objective
 
 # Bound on log(p / p_old) in nats, as in the released code; exp of it stays finite.
@@ -46,46 +47,44 @@ class PSFT(Objective):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "clip_low", number_in("clip_low", self.clip_low, 0.0, 1.0))
-        object.__setattr__(self, "clip_high", number_in("clip_high", self.clip_high, 0.0))
+        object.__setattr__(self, "clip_low", number_in("clip_low", self.clip_low, 0, 1))
+        object.__setattr__(self, "clip_high", number_in("clip_high", self.clip_high, 0))
 
     @property
     def required_statistics(self) -> frozenset[str]:
         return frozenset({"old_log_prob", "entropy"})
 
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        log_ratio = _log_ratio(statistics)
-        ratio = _clamped(log_ratio).exp()
+        log_r = _log_ratio(statistics)
+        ratio = _clamped(log_r).exp()
         # min(r, clip(r, low, high)) is min(r, high): what is lower than `low` is r itself.
         top = 1 + self.clip_high
-        flat = (ratio > top) | (log_ratio.abs() > LOG_RATIO_LIMIT)
+        flat = (ratio > top) | (log_r.abs() > LOG_RATIO_LIMIT)
         return ObjectiveOutput(-ratio.masked_fill(ratio > top, top), ratio.masked_fill(flat, 0.0))
 
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Clip fraction, mean ratio, KL(old || new) by Schulman's k3 estimate, and entropy."""
         assert statistics.entropy is not None
-        log_ratio = _clamped(_log_ratio(statistics))
-        ratio = log_ratio.exp()
+        log_r = _clamped(_log_ratio(statistics))
+        ratio = log_r.exp()
         count = torch.tensor(ratio.numel(), device=ratio.device)
         return {
             "clip fraction": ((ratio > 1 + self.clip_high).sum(), count),
             "ratio below clip": ((ratio < 1 - self.clip_low).sum(), count),
             "mean ratio": (ratio.sum(), count),
             # Of targets, not of samples from the old policy: an indicator of drift, not a KL.
-            "approximate KL": ((ratio - 1 - log_ratio).sum(), count),
+            "approximate KL": ((ratio - 1 - log_r).sum(), count),
             "entropy": (statistics.entropy.sum(), count),
         }
 
 
 def _log_ratio(statistics: TokenStatistics) -> Tensor:
-    """[N] log(p / p_old); 0 where both probabilities are 0."""
+    """[N] log(p / p_old)."""
     assert statistics.old_log_prob is not None
-    log_prob, old = statistics.log_prob, statistics.old_log_prob
-    both_zero = log_prob.isneginf() & old.isneginf()
-    return torch.where(both_zero, torch.zeros_like(log_prob), log_prob - old)
+    return log_ratio(statistics.log_prob, statistics.old_log_prob)
 
 
-def _clamped(log_ratio: Tensor) -> Tensor:
+def _clamped(log_r: Tensor) -> Tensor:
     """``clamp`` with a slope of exactly 1 on the bounds, where torch's may be one half."""
     limit = LOG_RATIO_LIMIT
-    return log_ratio.masked_fill(log_ratio > limit, limit).masked_fill(log_ratio < -limit, -limit)
+    return log_r.masked_fill(log_r > limit, limit).masked_fill(log_r < -limit, -limit)

@@ -11,8 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics, option
-from megatron_profit.objectives.numbers import number_in
+from megatron_profit.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    TokenStatistics,
+    option,
+    weighted_nll,
+)
+from megatron_profit.objectives.checks import number_in, one_of
 
 RANK_SCOPES = ("micro_batch", "global_batch")
 
@@ -63,12 +69,9 @@ class RankedObjective(Objective):
     )
 
     def __post_init__(self) -> None:
-        share = number_in("keep_share", self.keep_share, 0.0, 1.0, low_open=True)
+        share = number_in("keep_share", self.keep_share, 0, 1, low_open=True)
         object.__setattr__(self, "keep_share", share)
-        if self.rank_scope not in RANK_SCOPES:
-            raise ValueError(
-                f"rank_scope is {self.rank_scope!r}; set it to one of {', '.join(RANK_SCOPES)}."
-            )
+        one_of("rank_scope", self.rank_scope, RANK_SCOPES)
 
     @property
     @abstractmethod
@@ -90,6 +93,4 @@ class RankedObjective(Objective):
         if self.rank_scope == "micro_batch":
             kept = top_share(self.score(statistics), self.keep_share)
         assert kept is not None
-        loss = -statistics.log_prob
-        # where, not a product: a dropped token may have an infinite loss, and inf * 0 is NaN.
-        return ObjectiveOutput(torch.where(kept, loss, torch.zeros_like(loss)), kept.to(loss.dtype))
+        return weighted_nll(kept, statistics)

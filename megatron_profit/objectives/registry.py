@@ -1,16 +1,21 @@
 """Objectives by name.
 
 A new objective is one file with a decorated dataclass and one import in ``__init__.py``; its fields
-are its options, for ``build_objective`` and for a command line alike.
+are its options, for ``build_objective`` and for a command line alike. One from outside is named by
+an entry point of the group ``megatron_profit.objectives``, or as ``package.module:Class``.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from megatron_profit.objectives.base import Objective
+
+ENTRY_POINT_GROUP = "megatron_profit.objectives"
 
 _OBJECTIVES: dict[str, type[Objective]] = {}
 
@@ -38,8 +43,30 @@ def register_objective(name: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
 
 
 def objective_names() -> tuple[str, ...]:
-    """Names that ``build_objective`` accepts, sorted."""
+    """Names of the registered objectives, sorted: those of this package, and what was loaded."""
     return tuple(sorted(_OBJECTIVES))
+
+
+def load_objective(name: str) -> type[Objective]:
+    """The class of a name; one from outside is imported and registered.
+
+    Args:
+        name: a registered name, that of an entry point of ``megatron_profit.objectives``, or
+            ``package.module:Class``.
+
+    Raises:
+        ValueError: an unknown name, or what it refers to cannot be imported or is no objective.
+    """
+    if name in _OBJECTIVES:
+        return _OBJECTIVES[name]
+    cls = _outside_class(name)
+    if not (isinstance(cls, type) and issubclass(cls, Objective) and is_dataclass(cls)):
+        raise ValueError(
+            f"objective {name!r} is {cls!r}; it must be a dataclass that extends "
+            "megatron_profit.objectives.Objective."
+        )
+    # The import may have registered the class, under this name or under one of its own.
+    return cls if name in _OBJECTIVES else register_objective(name)(cls)
 
 
 def objective_options(name: str) -> tuple[Field[Any], ...]:
@@ -48,7 +75,7 @@ def objective_options(name: str) -> tuple[Field[Any], ...]:
     Raises:
         ValueError: unknown name.
     """
-    return fields(_objective_class(name))
+    return fields(load_objective(name))
 
 
 def build_objective(name: str, /, **options: Any) -> Objective:
@@ -64,10 +91,25 @@ def build_objective(name: str, /, **options: Any) -> Objective:
     if unknown:
         takes = f"its options are {', '.join(known)}" if known else "it takes no options"
         raise ValueError(f"objective {name!r} has no option {', '.join(unknown)}; {takes}.")
-    return _objective_class(name)(**options)
+    return load_objective(name)(**options)
 
 
-def _objective_class(name: str) -> type[Objective]:
-    if name not in _OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; choose from {', '.join(objective_names())}.")
-    return _OBJECTIVES[name]
+def _outside_class(name: str) -> Any:
+    """What an entry point or ``package.module:Class`` refers to."""
+    points = entry_points(group=ENTRY_POINT_GROUP)
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+    elif name in points.names:
+        module, attribute = points[name].module, points[name].attr
+    else:
+        available = sorted({*_OBJECTIVES, *points.names})
+        raise ValueError(
+            f"unknown objective {name!r}; choose from {', '.join(available)}, or name one of your "
+            "own as package.module:Class."
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"objective {name!r} cannot be loaded: {error}. Is the folder of {module} on PYTHONPATH?"
+        ) from error

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics
+from megatron_profit.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    TokenStatistics,
+    weighted_nll,
+)
 from megatron_profit.objectives.registry import register_objective
 
 
@@ -15,5 +21,7 @@ from megatron_profit.objectives.registry import register_objective
 class SFT(Objective):
     """L_t = -log p_t, weight 1."""
 
+    drops_tokens: ClassVar[bool] = False
+
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        return ObjectiveOutput(-statistics.log_prob, torch.ones_like(statistics.log_prob))
+        return weighted_nll(torch.ones_like(statistics.log_prob), statistics)

@@ -22,8 +22,12 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
-from megatron_profit.objectives import build_objective, objective_names, objective_options
-from megatron_profit.training.objective_loss import NORMALIZATIONS
+from megatron_profit.training.objective_flags import (
+    add_objective_flags,
+    check_objective,
+    flag_of,
+    load_outside_objective,
+)
 
 # What Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
@@ -205,19 +209,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE",
         help="Chat files to evaluate on every --eval-interval steps; all records, or --eval-iters batches.",
     )
-    group.add_argument(
-        "--objective", choices=objective_names(), default="profit", help="What is trained."
-    )
-    group.add_argument(
-        "--objective-normalization",
-        choices=NORMALIZATIONS,
-        default="valid",
-        help="Divide the summed loss by all supervised tokens of the global batch (valid) or by those "
-        "that the objective keeps (kept).",
-    )
-    for name in objective_names():
-        for option in objective_options(name):
-            group.add_argument(_flag(option.name), default=option.default, **option.metadata)
+    add_objective_flags(group)
     return parser
 
 
@@ -298,10 +290,6 @@ def _model_settings(flags: _Flags, config: Mapping[str, Any], source: Path) -> d
     return model
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Megatron arguments that the device and the installed libraries decide.
 
@@ -339,7 +327,7 @@ class _Flags:
 
     def option(self, name: str) -> str:
         """How the flag of an argument is written."""
-        return self.options.get(name, _flag(name))
+        return self.options.get(name, flag_of(name))
 
     def changes(self, name: str) -> bool:
         """Whether the flag was given with another value than its default."""
@@ -362,7 +350,15 @@ def _parse(argv: list[str]) -> _Flags:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    parser = add_megatron_arguments(add_arguments(parser))
+    try:
+        load_outside_objective(argv)
+        parser = add_megatron_arguments(add_arguments(parser))
+    except ValueError as error:
+        raise ArgumentsError(f"--objective: {error}") from error
+    except argparse.ArgumentError as error:
+        raise ArgumentsError(
+            f"an option of an objective has the name of a native flag ({error}); rename it"
+        ) from error
     defaults = {action.dest: action.default for action in parser._actions}
     options = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
     for action in parser._actions:
@@ -430,9 +426,9 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
         if settings[batch] is not None:
             micro_size = settings[micro] or settings["micro_batch_size"]
             _check_divides(
-                f"{_flag(micro)} x data-parallel size",
+                f"{flag_of(micro)} x data-parallel size",
                 micro_size * data_parallel,
-                _flag(batch),
+                flag_of(batch),
                 settings[batch],
             )
     if settings["sequence_parallel"]:
@@ -456,7 +452,7 @@ def _check_virtual_pipeline(settings: Mapping[str, Any], pp: int) -> None:
     for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if settings[name]:
             layers = settings["num_layers"] // pp
-            _check_divides(_flag(name), settings[name], "the layers of a pipeline rank", layers)
+            _check_divides(flag_of(name), settings[name], "the layers of a pipeline rank", layers)
 
 
 def _check_divides(what: str, size: int, of: str, total: int) -> None:
@@ -481,7 +477,9 @@ def _check_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> No
             return
     if settings["random_init"]:
         return
-    given = [f"{_flag(n)} {settings[n]}" for n in ("load", "pretrained_checkpoint") if settings[n]]
+    given = [
+        f"{flag_of(n)} {settings[n]}" for n in ("load", "pretrained_checkpoint") if settings[n]
+    ]
     found = f"no checkpoint in {' or '.join(given)}" if given else "no weights were given"
     raise ArgumentsError(
         f"{found}; convert the HuggingFace model with `python -m checkpoint_conversion.hf_to_megatron "
@@ -491,18 +489,7 @@ def _check_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> No
 
 
 def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the chosen objective; building it here checks them before anything is loaded."""
-    chosen = settings["objective"]
-    own = {option.name for option in objective_options(chosen)}
-    for name in objective_names():
-        for option in objective_options(name):
-            if option.name in explicit and option.name not in own:
-                raise ArgumentsError(
-                    f"{_flag(option.name)} is an option of --objective {name}, not of {chosen}; drop it"
-                )
-    options = {name: explicit[name] for name in own if name in explicit}
     try:
-        build_objective(chosen, **options)
+        return check_objective(settings, explicit)[0]
     except ValueError as error:
-        raise ArgumentsError(f"--objective {chosen}: {error}") from error
-    return options
+        raise ArgumentsError(str(error)) from error

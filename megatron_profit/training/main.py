@@ -22,11 +22,11 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data import DataError
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.objectives import build_objective
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
 from megatron_profit.training.batch import get_batch
 from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
+from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import MicroBatchLoss, ObjectiveLoss
 
 
@@ -65,7 +65,7 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
 def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
     """The loss that the flags ask for."""
     return ObjectiveLoss(
-        build_objective(args.objective, **args.objective_options),
+        objective_from_args(args),
         normalization=args.objective_normalization,
         vocab_size=args.vocab_size,
         seed=args.seed,

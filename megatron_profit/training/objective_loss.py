@@ -19,11 +19,15 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.training import get_args
 
-from megatron_profit.objectives import Objective, token_uniform
+from megatron_profit.objectives import (
+    NORMALIZATIONS,
+    Objective,
+    ScheduledObjective,
+    token_uniform,
+)
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
 from megatron_profit.training.kept_share import KeptShareMonitor
 
-NORMALIZATIONS = ("valid", "kept")
 # Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
 # vanishes in fp32 beside any real count.
 _NO_TOKEN = 1e-20
@@ -37,9 +41,9 @@ class ObjectiveLoss:
     batch does not depend on how it is split into micro-batches and over data-parallel ranks.
 
     Attributes:
-        objective: From `megatron_profit.objectives.build_objective`.
-        normalization: "valid" divides the summed loss by the supervised tokens of the global batch
-            (ProFit's official code), "kept" by the tokens whose weight is not zero.
+        objective: From `megatron_profit.objectives.build_objective`, or one that changes over the steps.
+        normalization: "valid" divides the summed loss by the supervised tokens of the global batch,
+            "kept" by the tokens whose weight is not zero; None is what the objective's source does.
         vocab_size: Size of the vocabulary without Megatron's padding; None when it is not padded.
         seed: For objectives that select at random.
 
@@ -47,18 +51,25 @@ class ObjectiveLoss:
         ValueError: For an unknown normalization.
     """
 
-    objective: Objective
-    normalization: str = "valid"
+    objective: Objective | ScheduledObjective
+    normalization: str | None = None
     vocab_size: int | None = None
     seed: int = 0
     monitor: KeptShareMonitor = field(default_factory=KeptShareMonitor, repr=False)
 
     def __post_init__(self) -> None:
-        if self.normalization not in NORMALIZATIONS:
+        if self.normalization not in (None, *NORMALIZATIONS):
             raise ValueError(
                 f"normalization {self.normalization!r} is unknown; "
                 f"choose one of {', '.join(NORMALIZATIONS)}"
             )
+
+    @property
+    def current_objective(self) -> Objective:
+        """That of the step which is trained, or was trained last before an evaluation."""
+        if isinstance(self.objective, ScheduledObjective):
+            return self.objective.at(_current_step())
+        return self.objective
 
     def micro_batch(self, sample_index: torch.Tensor | None = None) -> MicroBatchLoss:
         """Begin a micro-batch.
@@ -83,6 +94,7 @@ class MicroBatchLoss:
 
     def __init__(self, loss: ObjectiveLoss, sample_index: torch.Tensor | None) -> None:
         self._loss = loss
+        self._objective = loss.current_objective
         self._sample_index = sample_index
         self._statistics: LinearObjectiveStatistics | None = None
 
@@ -117,7 +129,7 @@ class MicroBatchLoss:
             hidden_states.flatten(0, 1),
             output_layer.weight if output_weight is None else output_weight,
             labels_N,
-            self._loss.objective,
+            self._objective,
             group=group if group.size() > 1 else None,
             vocab_size=self._loss.vocab_size,
             uniform=self._uniform(labels),
@@ -127,7 +139,7 @@ class MicroBatchLoss:
         return loss_N.view(labels.size(1), labels.size(0)).transpose(0, 1)
 
     def _uniform(self, labels: torch.Tensor) -> torch.Tensor | None:
-        if "uniform" not in self._loss.objective.required_statistics or self._sample_index is None:
+        if "uniform" not in self._objective.required_statistics or self._sample_index is None:
             return None
         position = torch.arange(labels.size(1), device=labels.device)
         uniform_BS = token_uniform(self._loss.seed, self._sample_index[:, None], position[None, :])
@@ -145,7 +157,8 @@ class MicroBatchLoss:
         num_supervised, num_kept = supervised.sum(), kept.sum()
         if torch.is_grad_enabled() and mpu.get_tensor_model_parallel_rank() == 0:
             self._loss.monitor.add(num_kept, num_supervised)
-        num_tokens = num_supervised if self._loss.normalization == "valid" else num_kept
+        normalization = self._loss.normalization or self._objective.normalization
+        num_tokens = num_supervised if normalization == "valid" else num_kept
         prob = statistics.prob
         dropped = supervised & ~kept
         metrics = {
@@ -176,6 +189,13 @@ def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tenso
             "objective itself"
         )
     return labels.masked_fill(loss_mask == 0, -100)
+
+
+def _current_step() -> int:
+    """The step that is trained, counted from 0, or the last one that was."""
+    args = get_args()
+    # A run that was already finished when it started evaluates without a step of its own.
+    return max(getattr(args, "curr_iteration", 0), args.iteration - 1)
 
 
 def _share_of_step() -> float:

@@ -9,6 +9,7 @@ import torch
 from megatron_profit.objectives import (
     Objective,
     ObjectiveOutput,
+    RankedObjective,
     TokenStatistics,
     build_objective,
     objective_names,
@@ -27,6 +28,20 @@ OPTIONS = {
     ],
     "entropy": [{}, {"keep_share": 0.5, "rank_scope": "global_batch"}],
     "psft": [{}, {"clip_low": 0.0, "clip_high": 0.0}],
+    "dft": [{}],
+    "gce": [
+        {},
+        {"prob_exponent": 10.0},
+        {"prob_exponent": 1e-3, "threshold_direction": "higher", "prob_threshold": 0.2},
+        {"threshold_direction": "random", "keep_ratio": 0.6},
+    ],
+    "eaft": [{}, {"entropy_exponent": 0.333}],
+    "deft": [{}],
+    "chord-phi": [{}],
+    "iw-sft": [{}, {"ratio_min": 0.0, "ratio_max": 100.0}],
+    "asft": [{}, {"kl_weight": 3.0}],
+    "stm": [{}, {"ref_prob_threshold": 0.0}],
+    "rho1": [{}, {"keep_share": 0.3, "rank_scope": "global_batch"}],
 }
 EVERY_OBJECTIVE = [
     pytest.param(name, options, id=" ".join([name, *map(str, options.values())]))
@@ -63,8 +78,66 @@ def test_weight_is_minus_the_derivative_of_the_loss(name, options):
     statistics = random_statistics()
     loss, weight = build_objective(name, **options)(statistics)
     (derivative,) = torch.autograd.grad(loss.sum(), statistics.log_prob)
-    torch.testing.assert_close(weight, -derivative, rtol=0, atol=0)
+    torch.testing.assert_close(weight, -derivative, rtol=1e-12, atol=1e-14)
     assert not weight.requires_grad
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+def test_a_token_does_not_depend_on_its_neighbours_unless_it_is_ranked(name, options):
+    objective = build_objective(name, **options)
+    if isinstance(objective, RankedObjective) and objective.rank_scope == "micro_batch":
+        pytest.skip("it ranks the tokens of a micro-batch")
+    torch.manual_seed(1)
+    statistics = random_statistics()
+    whole = objective(statistics)
+    half = {n: v[32:] for n, v in vars(statistics).items() if v is not None}
+    for one, other in zip(objective(TokenStatistics(**half)), whole, strict=True):
+        torch.testing.assert_close(one, other[32:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+def test_certain_and_impossible_tokens_give_no_nan(name, options):
+    """p = 1 and p = 0 under the model, the reference and the old policy, in every combination."""
+    edge = torch.tensor([0.0, -1e-7, -1.0, -200.0, -torch.inf])
+    log_prob, ref, old = (v.flatten() for v in torch.meshgrid(edge, edge, edge, indexing="ij"))
+    half = torch.full_like(log_prob, 0.5)
+    statistics = TokenStatistics(
+        log_prob,
+        half,
+        half,
+        half,
+        ref,
+        old,
+        uniform=half,
+        selected=half > 0,
+        softmax_prob=log_prob.exp(),
+    )
+    objective = build_objective(name, **options)
+    loss, weight = objective(statistics)
+    assert not loss.isnan().any()
+    assert weight.isfinite().all()
+    assert (loss[weight == 0] <= 0).all() or name in ("gce", "deft", "asft"), (
+        "a dropped token adds 0"
+    )
+    for total, count in objective.metrics(statistics).values():
+        assert not total.isnan()
+        assert count == len(log_prob)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+def test_a_nan_shows(name, options):
+    nan, one = torch.tensor([torch.nan]), torch.ones(1)
+    statistics = TokenStatistics(nan, one, one, one, nan, nan, uniform=0 * one, selected=one > 0)
+    assert build_objective(name, **options)(statistics).loss.isnan().all()
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+def test_an_objective_that_drops_nothing_says_so(name, options):
+    objective = build_objective(name, **options)
+    torch.manual_seed(2)
+    if not objective.drops_tokens:
+        assert (objective(random_statistics()).weight != 0).all()
+        assert objective.normalization == "valid"
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)

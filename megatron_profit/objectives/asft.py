@@ -1,0 +1,89 @@
+"""Anchored SFT: dynamic fine-tuning that is held near a reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_profit.objectives.base import (
+    Objective,
+    ObjectiveOutput,
+    TokenStatistics,
+    option,
+    weighted_nll,
+)
+from megatron_profit.objectives.checks import number_in
+from megatron_profit.objectives.numerics import log1mexp, log_ratio
+from megatron_profit.objectives.registry import register_objective
+
+
+@register_objective("asft")
+@dataclass(frozen=True)
+class ASFT(Objective):
+    """L_t = -sg(p) log p + lambda KL2(p_ref || p); weight p + lambda (p_ref - p) / (1 - p).
+
+    https://arxiv.org/abs/2509.23753, with one difference. The paper's KL runs over the whole
+    vocabulary; KL2 is that of the two outcomes {target, not the target}:
+
+        KL2 = p_ref log(p_ref / p) + (1 - p_ref) log((1 - p_ref) / (1 - p))
+
+    It needs one number per token from the reference model instead of the vocabulary. It never
+    exceeds the full KL (data processing), and its gradient on the target's logit, p - p_ref, is that
+    of the full KL; on the others it acts in proportion to their p_v, where the full KL pulls each to
+    its own reference. The weight is negative where the model has moved far above the reference.
+
+    Within one rounding of p = 1 the quotient has no meaning; 1 - p counts as that rounding there.
+
+    Attributes:
+        kl_weight: lambda, 0 or more; 0 is DFT.
+    """
+
+    drops_tokens: ClassVar[bool] = False
+
+    kl_weight: float = option("weight of the KL to the reference model", default=0.1, type=float)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kl_weight", number_in("kl_weight", self.kl_weight, 0))
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        return frozenset({"ref_log_prob"})
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        loss, weight = weighted_nll(statistics.prob, statistics)
+        # (p_ref - p) / (1 - p), without the difference of two numbers near 1
+        pull = -torch.expm1(
+            _log_complement(_ref(statistics)) - _log_complement(statistics.log_prob)
+        )
+        return ObjectiveOutput(
+            loss + self.kl_weight * two_outcome_kl(_ref(statistics), statistics.log_prob),
+            weight + self.kl_weight * pull,
+        )
+
+    def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """The mean of KL2."""
+        kl = two_outcome_kl(_ref(statistics), statistics.log_prob)
+        return {"KL to reference": (kl.sum(), torch.tensor(kl.numel(), device=kl.device))}
+
+
+def two_outcome_kl(ref_log_prob: Tensor, log_prob: Tensor) -> Tensor:
+    """[N] KL of {target, not the target} in nats; infinite where p = 0 and p_ref is not."""
+    ref_prob = ref_log_prob.exp()
+    # p_ref = 0 adds nothing, although the logarithm of the ratio is infinite.
+    target = torch.where(ref_prob == 0, 0.0, ref_prob * log_ratio(ref_log_prob, log_prob))
+    ref_rest, rest = _log_complement(ref_log_prob), _log_complement(log_prob)
+    return target + ref_rest.exp() * (ref_rest - rest)
+
+
+def _log_complement(log_prob: Tensor) -> Tensor:
+    """log(1 - p), with 1 - p at least the rounding of numbers near 1."""
+    return log1mexp(log_prob.clamp(max=-torch.finfo(log_prob.dtype).eps))
+
+
+def _ref(statistics: TokenStatistics) -> Tensor:
+    assert statistics.ref_log_prob is not None
+    return statistics.ref_log_prob

@@ -1,0 +1,33 @@
+"""Dynamic entropy fine-tuning: generalized cross-entropy whose exponent is the model's certainty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics
+from megatron_profit.objectives.registry import register_objective
+
+
+@register_objective("deft")
+@dataclass(frozen=True)
+class DEFT(Objective):
+    """L_t = (1 - p_t^a) / a with a = sg(sum_v p_v^2), weight p_t^a.
+
+    https://arxiv.org/abs/2602.11424: cross-entropy where the model is uncertain (a near 0), 1 - p
+    where it is certain (a near 1). Its code divides by a + 1e-6, which is left out here.
+    """
+
+    drops_tokens: ClassVar[bool] = False
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        return frozenset({"sum_squared_prob"})
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        assert statistics.sum_squared_prob is not None
+        exponent = statistics.sum_squared_prob.detach()
+        scaled = exponent * statistics.log_prob
+        return ObjectiveOutput(-torch.expm1(scaled) / exponent, scaled.exp())

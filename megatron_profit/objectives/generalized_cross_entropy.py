@@ -1,0 +1,53 @@
+"""Generalized cross-entropy: -p, its powers, and their thresholded versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_profit.objectives.base import ObjectiveOutput, TokenStatistics, option
+from megatron_profit.objectives.checks import number_in
+from megatron_profit.objectives.registry import register_objective
+from megatron_profit.objectives.thresholds import ThresholdObjective
+
+
+@register_objective("gce")
+@dataclass(frozen=True)
+class GeneralizedCrossEntropy(ThresholdObjective):
+    """L_t = M_t (1 - p_t^q) / q, weight M_t p_t^q; M_t = 1 unless a threshold is given.
+
+    Zhang and Sabuncu 2018 (https://arxiv.org/abs/1805.07836, equation 6) between cross-entropy
+    (q -> 0) and 1 - p (q = 1). For fine-tuning in https://arxiv.org/abs/2510.00526 ("Beyond Log
+    Likelihood"): q = 1 is its -p, q = 10 its -p^10 up to the factor 1 / q, and the thresholds
+    higher and lower are its OnlyTopP and OnlyBottomP.
+
+    Attributes:
+        prob_exponent: q, greater than 0.
+    """
+
+    prob_exponent: float = option(
+        "the q of (1 - p^q) / q, greater than 0; near 0 it is SFT, 1 is 1 - p",
+        default=1.0,
+        type=float,
+    )
+
+    def __post_init__(self) -> None:
+        exponent = number_in("prob_exponent", self.prob_exponent, 0, low_open=True)
+        object.__setattr__(self, "prob_exponent", exponent)
+        given = (self.prob_threshold, self.threshold_direction, self.keep_ratio)
+        if any(value is not None for value in given):
+            super().__post_init__()
+
+    @property
+    def drops_tokens(self) -> bool:  # type: ignore[override]
+        return self.threshold_direction is not None
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        scaled = self.prob_exponent * statistics.log_prob
+        # expm1 keeps the digits of 1 - p^q near p = 1.
+        loss, weight = -torch.expm1(scaled) / self.prob_exponent, scaled.exp()
+        if self.threshold_direction is None:
+            return ObjectiveOutput(loss, weight)
+        dropped = ~self.kept(statistics)
+        return ObjectiveOutput(loss.masked_fill(dropped, 0), weight.masked_fill(dropped, 0))
