@@ -1,0 +1,279 @@
+"""Where the records of a micro-batch lie, for an attention that does not see across them.
+
+The hidden states keep Megatron's shape [S, B, H], whatever the rows hold, so that pipeline, virtual
+pipeline and sequence parallelism need nothing of their own. Only attention asks where records begin, and
+`PackedRows` tells it: it stands where Megatron passes its PackedSeqParams.
+
+Context parallelism splits each row as Megatron does, into 2 * CP chunks of which rank r holds chunks r
+and 2 * CP - 1 - r (a causal mask gives them equal work). A record may lie across chunks: its queries on a
+rank are one or two `Piece`s, whose keys begin with the record.
+
+Shape suffixes: B rows, S positions of a row, L positions of a row on this rank, T = B * L.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+# Records attend together, padded to the longest among them, as long as none is shorter than this share of it.
+_SIMILAR = 0.75
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive queries of one record on this rank, and the keys that they may see.
+
+    Query i sees the keys up to number keys - queries + i: the last query sees all of them.
+
+    Attributes:
+        row: In the micro-batch.
+        query: First query, counted in the rank's part of the row.
+        queries: Their number.
+        key: First key, counted in the whole row.
+        keys: Their number.
+    """
+
+    row: int
+    query: int
+    queries: int
+    key: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Pieces of similar length whose queries are all of their keys' record, for one batched call.
+
+    Attributes:
+        count, length: Pieces, and tokens of the longest.
+        query_index: [count * length] int64, tokens of this rank in sequence-first order [L, B]. A shorter
+            piece repeats its last token: no causal query before it sees the repetitions.
+        key_index: The same tokens in the order [S, B] of the whole rows.
+    """
+
+    count: int
+    length: int
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How attention without a variable-length kernel goes through the pieces.
+
+    Attributes:
+        buckets: Pieces that begin with their record, which need no mask but the causal one.
+        continued: Pieces whose record began on another chunk of the row.
+        order: [T] int64, for each token in the order [L, B] its place in the outputs of the buckets and
+            of the continued pieces, one after the other.
+    """
+
+    buckets: tuple[Bucket, ...]
+    continued: tuple[Piece, ...]
+    order: torch.Tensor
+
+
+@dataclass(frozen=True)
+class VariableLengths:
+    """Arguments of a variable-length ("thd") attention kernel.
+
+    Attributes:
+        cu_queries, cu_keys: [pieces + 1] int32, where the queries and the keys of each piece begin.
+        max_queries, max_keys: Of the longest piece.
+        key_index: [cu_keys[-1]] int64, tokens of the whole rows in the order [B, S]; None where each
+            token is a key once, in order.
+    """
+
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    max_queries: int
+    max_keys: int
+    key_index: torch.Tensor | None
+
+
+def context_parallel_spans(seq_length: int, cp_size: int, cp_rank: int) -> list[tuple[int, int]]:
+    """The parts (begin, end) of a row that a context-parallel rank holds, in order.
+
+    Raises:
+        ValueError: When the row cannot be split.
+    """
+    if cp_size == 1:
+        return [(0, seq_length)]
+    if seq_length % (2 * cp_size):
+        raise ValueError(
+            f"a row of {seq_length} positions cannot be split into 2 x {cp_size} chunks; make the "
+            f"sequence length a multiple of {2 * cp_size}"
+        )
+    chunk = seq_length // (2 * cp_size)
+    first, second = cp_rank * chunk, (2 * cp_size - 1 - cp_rank) * chunk
+    return [(first, first + chunk), (second, second + chunk)]
+
+
+def context_parallel_index(seq_length: int, cp_size: int, cp_rank: int) -> torch.Tensor:
+    """[L] int64, the positions of a row that a context-parallel rank holds."""
+    spans = context_parallel_spans(seq_length, cp_size, cp_rank)
+    return torch.cat([torch.arange(begin, end) for begin, end in spans])
+
+
+def find_pieces(position_ids: torch.Tensor, cp_size: int = 1, cp_rank: int = 0) -> list[Piece]:
+    """The pieces of a micro-batch on one rank, by row and then by place in the row.
+
+    Args:
+        position_ids: [B, S] integers on the CPU, of the whole rows; 0 exactly where a record (or the
+            padding) begins.
+
+    Raises:
+        ValueError: When a row does not begin with position 0, or cannot be split.
+    """
+    rows, seq_length = position_ids.shape
+    spans = context_parallel_spans(seq_length, cp_size, cp_rank)
+    pieces = []
+    for row, positions in enumerate(position_ids.numpy()):
+        begins = np.flatnonzero(positions == 0)
+        if len(begins) == 0 or begins[0] != 0:
+            raise ValueError(f"row {row} of {rows} begins at position {positions[0]}, not at 0")
+        ends = [*begins[1:].tolist(), seq_length]
+        local = 0
+        for first, last in spans:
+            for begin, end in zip(begins.tolist(), ends, strict=True):
+                query, stop = max(begin, first), min(end, last)
+                if query < stop:
+                    here = local + query - first
+                    pieces.append(Piece(row, here, stop - query, begin, stop - begin))
+            local += last - first
+    return pieces
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """The `packed_seq_params` of this project: rows of several records, isolated from each other.
+
+    Attributes:
+        cu_seqlens_q, cu_seqlens_kv: [records + 1] int32 on the CPU, where the records begin in [B, S].
+        pieces: Of this rank.
+        shape: (B, S), of the whole rows.
+        device: Where attention runs.
+        cp_size: Context-parallel ranks that share a row.
+        rotary: [L, B, 1, head_dim] fp32, rotary angles by the position in the record; None leaves
+            Megatron's, which go by the position in the row. Attention scores depend on differences of
+            angles within a record only, so both mean the same.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    shape: tuple[int, int] = (0, 0)
+    device: torch.device | None = None
+    cp_size: int = 1
+    rotary: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # GPTModel makes rotary angles for this many positions; "thd" would change the shape of the
+        # hidden states in the pipeline.
+        self.max_seqlen_q = self.max_seqlen_kv = self.shape[1]
+        self.qkv_format = "sbhd"
+
+    @classmethod
+    def from_positions(
+        cls,
+        position_ids: torch.Tensor,
+        device: torch.device,
+        *,
+        cp_size: int = 1,
+        cp_rank: int = 0,
+    ) -> PackedRows:
+        """Find the records of a micro-batch by its position ids [B, S] on the CPU."""
+        begins = (position_ids == 0).flatten().nonzero()[:, 0]
+        cu_seqlens = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).int()
+        return cls(
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            pieces=tuple(find_pieces(position_ids, cp_size, cp_rank)),
+            shape=tuple(position_ids.shape),
+            device=device,
+            cp_size=cp_size,
+        )
+
+    @cached_property
+    def plan(self) -> AttentionPlan:
+        """For attention on scaled_dot_product_attention."""
+        own = [piece for piece in self.pieces if piece.queries == piece.keys]
+        groups = _similar_lengths(own)
+        continued = [piece for piece in self.pieces if piece.queries < piece.keys]
+        order = np.empty((self.shape[1] // self.cp_size, self.shape[0]), dtype=np.int64)
+        place = 0
+        for group in groups:
+            for piece in group:
+                _tokens(order, piece)[:] = np.arange(place, place + piece.queries)
+                place += group[0].queries
+        for piece in continued:
+            _tokens(order, piece)[:] = np.arange(place, place + piece.queries)
+            place += piece.queries
+        return AttentionPlan(
+            tuple(self._bucket(group) for group in groups),
+            tuple(continued),
+            self._moved(order.ravel()),
+        )
+
+    @cached_property
+    def variable_lengths(self) -> VariableLengths:
+        """For a variable-length kernel."""
+        queries, keys = ([getattr(p, n) for p in self.pieces] for n in ("queries", "keys"))
+        key_index = None
+        if self.cp_size > 1:
+            starts = [p.row * self.shape[1] + p.key for p in self.pieces]
+            key_index = self._moved(
+                np.concatenate([np.arange(s, s + n) for s, n in zip(starts, keys, strict=True)])
+            )
+        return VariableLengths(
+            *(self._moved(np.cumsum([0, *counts], dtype=np.int32)) for counts in (queries, keys)),
+            max(queries),
+            max(keys),
+            key_index,
+        )
+
+    @cached_property
+    def natural_order(self) -> torch.Tensor:
+        """[S] int64, for each position of a row its place in the parts of all ranks one after another."""
+        seq_length = self.shape[1]
+        parts = [
+            context_parallel_index(seq_length, self.cp_size, rank) for rank in range(self.cp_size)
+        ]
+        return torch.argsort(torch.cat(parts)).to(self.device, non_blocking=True)
+
+    def _bucket(self, group: list[Piece]) -> Bucket:
+        length, rows = group[0].queries, self.shape[0]
+        offset = np.minimum(
+            np.arange(length)[None, :], np.array([p.queries - 1 for p in group])[:, None]
+        )
+        row = np.array([p.row for p in group])[:, None]
+        query, key = (
+            ((np.array([getattr(p, name) for p in group])[:, None] + offset) * rows + row).ravel()
+            for name in ("query", "key")
+        )
+        query_index = self._moved(query)
+        key_index = query_index if self.cp_size == 1 else self._moved(key)
+        return Bucket(len(group), length, query_index, key_index)
+
+    def _moved(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _tokens(order: np.ndarray, piece: Piece) -> np.ndarray:
+    """The part of [L, B] that holds the piece's queries."""
+    return order[piece.query : piece.query + piece.queries, piece.row]
+
+
+def _similar_lengths(pieces: list[Piece]) -> list[list[Piece]]:
+    """The pieces in groups of similar lengths, each with its longest first."""
+    groups: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda p: -p.queries):
+        if groups and piece.queries >= _SIMILAR * groups[-1][0].queries:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    return groups
