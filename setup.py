@@ -23,6 +23,7 @@ setup(
             "checkpoint_conversion.*",
         ]
     ),
+    package_data={"megatron_profit.report": ["page.html"]},
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.8,<3",

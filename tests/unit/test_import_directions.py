@@ -16,6 +16,11 @@ ALLOWED = {
     "megatron_profit.objectives": (),
     "megatron_profit.ops": ("megatron_profit.objectives",),
     "megatron_profit.data": (),
+    "megatron_profit.report": (
+        "megatron_profit.objectives",
+        "megatron_profit.ops",
+        "megatron_profit.data",
+    ),
     "megatron_profit.backends": ("megatron",),
     "megatron_profit.models": ("megatron",),
     "megatron_profit.training": ("megatron", "megatron_profit", "checkpoint_conversion"),

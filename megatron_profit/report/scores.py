@@ -1,0 +1,214 @@
+"""Records -> the statistics of every token under a model -> the weight that each objective gives it.
+
+Shape suffixes: T tokens of one record, N supervised tokens of all records, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_profit.data import RenderedConversation
+from megatron_profit.objectives import (
+    COMPUTED_STATISTICS,
+    Objective,
+    ObjectiveOutput,
+    RankedObjective,
+    TokenStatistics,
+    token_uniform,
+    top_share,
+)
+from megatron_profit.ops import linear_objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRecord:
+    """One record as a model sees it.
+
+    Attributes:
+        name: where it comes from, e.g. "chats.jsonl:17".
+        pieces: [T] text of each token.
+        supervised: [T] bool, tokens that the model is trained to produce.
+        statistics: [T] vectors, of each token given those before it. The first token has none: its
+            log-probability is NaN.
+        weights: objective -> [T] float32 weight -dL/dlog p; 0 where the token is not supervised.
+    """
+
+    name: str
+    pieces: tuple[str, ...]
+    supervised: Tensor
+    statistics: TokenStatistics
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Observer(Objective):
+    """No objective: it makes the kernel compute statistics."""
+
+    names: frozenset[str] = frozenset()
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        return self.names
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        return ObjectiveOutput(-statistics.log_prob, torch.ones_like(statistics.log_prob))
+
+
+def score_records(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Iterable[tuple[str, RenderedConversation]],
+    objectives: Mapping[str, Objective],
+    *,
+    ref_model: PreTrainedModel | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[TokenRecord]:
+    """Runs a transformers model over the records, one at a time.
+
+    Args:
+        model: a causal language model with an ``lm_head``.
+        tokenizer: the tokenizer of the ids, for their text.
+        conversations: (name, rendered conversation) of each record.
+        objectives: name -> objective.
+        ref_model: frozen reference, for objectives that compare with one.
+        seed: of objectives that draw.
+        progress: called with a line of text after each record.
+
+    Returns:
+        The records, with the weights of each objective (see ``evaluate_objectives``).
+
+    Raises:
+        ValueError: an objective needs a reference and there is none.
+    """
+    needed = frozenset().union(*(statistics_of(o) for o in objectives.values()))
+    _check_reference(objectives, ref_model is not None)
+    wanted = needed.intersection(COMPUTED_STATISTICS)
+    records = []
+    for number, (name, rendered) in enumerate(conversations, 1):
+        ids = torch.from_numpy(rendered.ids).long()
+        statistics = token_statistics(model, ids, wanted)
+        if ref_model is not None:
+            reference = token_statistics(ref_model, ids, frozenset())
+            statistics = replace(statistics, ref_log_prob=reference.log_prob)
+        records.append(
+            TokenRecord(
+                name,
+                token_texts(tokenizer, ids.tolist()),
+                _with_first(torch.from_numpy(rendered.supervised)[1:], False),
+                statistics,
+                {},
+            )
+        )
+        if progress is not None:
+            progress(f"{number} records, {name}: {len(ids):,} tokens")
+    return evaluate_objectives(records, objectives, seed=seed)
+
+
+def statistics_of(objective: Objective) -> frozenset[str]:
+    """What has to be known of a token: for a ranking over all of them, what it ranks by."""
+    if isinstance(objective, RankedObjective):
+        return objective.score_statistics
+    return objective.required_statistics
+
+
+def evaluate_objectives(
+    records: Sequence[TokenRecord], objectives: Mapping[str, Objective], *, seed: int = 0
+) -> list[TokenRecord]:
+    """Gives every record the weights of the objectives.
+
+    The supervised tokens of all records are one batch, so that an objective that ranks does so over
+    all of them. The model is its own older state: the ratio of a proximal objective is 1.
+
+    Args:
+        records: records whose statistics hold what the objectives need.
+        objectives: name -> objective.
+        seed: of objectives that draw.
+    """
+    batch = _joined(records, seed)
+    per_objective = {
+        name: _whole(objective, batch)(batch).weight.float()
+        for name, objective in objectives.items()
+    }
+    counts = [int(record.supervised.sum()) for record in records]
+    parts = {name: weight.split(counts) for name, weight in per_objective.items()}
+    return [
+        replace(
+            record,
+            weights={
+                name: torch.zeros(len(record.pieces)).masked_scatter(record.supervised, part[i])
+                for name, part in parts.items()
+            },
+        )
+        for i, record in enumerate(records)
+    ]
+
+
+def token_statistics(
+    model: PreTrainedModel, ids: Tensor, wanted: frozenset[str]
+) -> TokenStatistics:
+    """Statistics [T] of the tokens ``ids`` [T] int64 of one sequence, on the CPU in fp32.
+
+    The output layer's statistics come from ``ops.linear_objective``, as in training.
+    """
+    with torch.no_grad():
+        ids = ids.to(model.device)
+        hidden_TH = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        output = linear_objective(
+            hidden_TH[:-1], model.get_output_embeddings().weight, ids[1:], _Observer(wanted)
+        )
+    names = ("log_prob", "softmax_prob", *sorted(wanted))
+    return TokenStatistics(
+        **{n: _with_first(getattr(output.statistics, n).cpu(), torch.nan) for n in names}
+    )
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token; a token that is a part of a character shows as U+FFFD."""
+    return tuple(tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False))
+
+
+def _check_reference(objectives: Mapping[str, Objective], has_reference: bool) -> None:
+    lacking = [n for n, o in objectives.items() if "ref_log_prob" in statistics_of(o)]
+    if lacking and not has_reference:
+        raise ValueError(
+            f"{', '.join(lacking)} compares with a reference model, and none was given; "
+            "give one or leave the objective out"
+        )
+
+
+def _with_first(vector: Tensor, first: Any) -> Tensor:
+    """[T - 1] to [T]."""
+    return torch.cat([vector.new_full((1,), first), vector])
+
+
+def _joined(records: Sequence[TokenRecord], seed: int) -> TokenStatistics:
+    """Statistics [N] of the supervised tokens of all records."""
+    names = [n for n, v in vars(records[0].statistics).items() if v is not None]
+    joined = {
+        name: torch.cat([getattr(r.statistics, name)[r.supervised] for r in records])
+        for name in names
+    }
+    uniform = [
+        token_uniform(seed, torch.tensor(i), r.supervised.nonzero().squeeze(1))
+        for i, r in enumerate(records)
+    ]
+    return TokenStatistics(**joined, uniform=torch.cat(uniform), old_log_prob=joined["log_prob"])
+
+
+def _whole(
+    objective: Objective, batch: TokenStatistics
+) -> Callable[[TokenStatistics], ObjectiveOutput]:
+    """The objective with a ranking over the whole batch decided."""
+    if not isinstance(objective, RankedObjective) or objective.rank_scope == "micro_batch":
+        return objective
+    selected = top_share(objective.score(batch), objective.keep_share)
+    return lambda statistics: objective(replace(statistics, selected=selected))

@@ -1,0 +1,143 @@
+"""The page in a real browser, and its text form in a terminal."""
+
+import json
+import re
+
+import pytest
+
+from megatron_profit.report import page, terminal_text
+
+
+def embedded(text):
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_page_holds_the_numbers_and_nothing_from_elsewhere(records):
+    text = page(records, title="t", threshold=(0.5,))
+    data = embedded(text)
+    assert data["objectives"] == ["profit", "entropy"]
+    assert data["records"][0]["p"] == [None, 0.300000012, 0.0500000007, 0.5, 0.949999988]
+    assert data["records"][0]["weights"] == {"profit": [0, 0, 0, 1, 1], "entropy": [0, 0, 1, 0, 0]}
+    assert data["records"][1]["weights"]["entropy"] == [0, 1, 0]  # ranked over both records
+    assert data["records"][1]["pieces"][1] == "</script><b>"
+    assert not re.search(
+        r"(src|href)=|url\(|https?://(?!www\.w3\.org)", text.replace('href="#records"', "")
+    )
+
+
+def test_page_refuses_to_be_empty():
+    with pytest.raises(ValueError, match="no record"):
+        page([], title="t")
+
+
+def test_slider_moves_the_marks(records, browse):
+    result = browse(
+        page(records, title="t", threshold=(0.5,)),
+        """
+        result.start = [marks(0), marks(1)];
+        const slider = document.querySelector("input[type=range]");
+        slider.value = 0.96;
+        slider.dispatchEvent(new Event("input"));
+        result.number = $("tau").value;
+        result.high = [marks(0), marks(1)];
+        result.share = data.records[1].share.textContent;
+        set("tau", 0.5);
+        set("direction", "lower");
+        result.lower = marks(0);
+        set("direction", "middle");
+        set("tau", 0.1);
+        set("upper", 0.9);
+        result.middle = [marks(0), marks(1)];
+        result.status = $("status").textContent;
+        result.bars = document.querySelectorAll("#histogram .kept-bar").length;
+        """,
+    )
+    assert result["start"] == [
+        ["prompt", "prompt", "dropped", "kept", "kept"],  # p = 0.5 is at the threshold: kept
+        ["prompt", "dropped", "kept"],
+    ]
+    assert result["number"] == "0.96"
+    assert result["high"] == [["prompt", "prompt", *3 * ["dropped"]], ["prompt", "dropped", "kept"]]
+    assert result["share"] == "1 of 2 supervised tokens kept (50.0 %)"
+    assert result["lower"] == ["prompt", "prompt", "kept", "kept", "dropped"]
+    assert result["middle"] == [
+        ["prompt", "prompt", "dropped", "kept", "dropped"],
+        ["prompt", "kept", "dropped"],
+    ]
+    assert result["status"].startswith("40.0 % of all supervised tokens kept")
+    assert result["bars"] == 20
+
+
+def test_objectives_side_by_side(records, browse):
+    result = browse(
+        page(records, title="t", threshold=(0.5,)),
+        """
+        set("objective", "entropy");
+        result.marks = [marks(0), marks(1)];
+        result.hidden = $("thresholds").hidden;
+        result.rows = [...$("comparison").tBodies[0].rows].map(r => [...r.cells].map(c => c.textContent));
+        """,
+    )
+    assert result["marks"] == [
+        ["prompt", "prompt", "kept", "dropped", "dropped"],
+        ["prompt", "kept", "dropped"],
+    ]
+    assert result["hidden"] is True
+    assert result["rows"] == [
+        ["profit (slider)", "60.0 %", "0.600", "0.0 %", "33.3 %", "66.7 %"],
+        ["profit", "60.0 %", "0.600", "0.0 %", "33.3 %", "66.7 %"],
+        ["entropy", "40.0 %", "0.400", "50.0 %", "50.0 %", "0.0 %"],
+    ]
+
+
+def test_search_filter_and_keyboard(records, browse):
+    result = browse(
+        page(records, title="t", threshold=(0.5,)),
+        """
+        set("search", "EVEN");
+        result.found = data.records[0].nodes.map(n => n.classList.contains("found"));
+        result.shown = data.records.map(r => !r.node.hidden);
+        set("search", "");
+        set("filter", "order");
+        set("tau", 0.99);
+        result.order = [...$("records").children].map(n => n.querySelector("h2").textContent);
+        const tokens = data.records[0].node.querySelector(".tokens");
+        const press = key =>
+          tokens.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+        tokens.focus();
+        press("End");
+        result.end = $("token").textContent;
+        press("Home"); press("d");
+        result.dropped = $("token").textContent;
+        const details = data.records[0].details;
+        details.open = true;
+        tabulate(data.records[0], details);
+        const rows = [...details.querySelectorAll("tbody tr")];
+        result.table = rows.map(r => [...r.cells].map(c => c.textContent));
+        $("theme").click();
+        result.dark = getComputedStyle(document.body).backgroundColor;
+        """,
+    )
+    assert result["found"] == [False, False, False, True, True]
+    assert result["shown"] == [True, False]
+    assert result["order"] == ["a.jsonl, line 1", "a.jsonl, line 2"]
+    assert result["end"] == 'token 5 of 5: "en", p 0.950, dropped'
+    assert result["dropped"] == 'token 3 of 5: "is", p 0.0500, dropped'
+    assert result["table"][3] == ['" ev"', "dropped", "0.5000", "0.00"]
+    assert result["dark"] == "rgb(13, 17, 23)"
+
+
+def test_terminal_form(records):
+    plain = terminal_text(records[0], "profit", color=False)
+    assert (
+        plain
+        == "a.jsonl, line 1: 2 of 3 supervised tokens kept by profit (66.7%)\n<s>two [-is-] even"
+    )
+    coloured = terminal_text(records[0], "profit", color=True)
+    assert "\x1b[9mis\x1b[0m" in coloured
+    assert "\x1b[2mtwo \x1b[0m" in coloured
+
+
+def test_terminal_is_not_steered_by_a_record(records):
+    object.__setattr__(records[0], "pieces", ("\x1b]0;title\x07", *records[0].pieces[1:]))
+    assert "\x1b" not in terminal_text(records[0], "profit", color=False)

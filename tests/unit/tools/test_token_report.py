@@ -1,0 +1,86 @@
+"""The command: a page from a HuggingFace folder and from a Megatron checkpoint, and its errors."""
+
+import json
+import re
+import shutil
+
+import pytest
+import token_report
+from make_tiny_model import main as make_tiny_model
+
+from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("token_report")
+    data = root / "chats.jsonl"
+    exchange = [
+        {"role": "user", "content": "One and two?"},
+        {"role": "assistant", "content": "Three."},
+    ]
+    lines = [
+        json.dumps({"messages": exchange}),
+        json.dumps({"messages": []}),
+        json.dumps({"messages": exchange}),
+    ]
+    data.write_text("\n".join(lines))
+    make_tiny_model(["--out", str(root / "hf"), "--data", str(data)])
+    hf_to_megatron(root / "hf", root / "megatron")
+    return root
+
+
+def run(folders, *flags):
+    flags = ["--data", str(folders / "chats.jsonl"), "--records", "0,2", *map(str, flags)]
+    return token_report.main(flags)
+
+
+def test_both_kinds_of_checkpoint_give_the_same_page(folders, tmp_path, capsys):
+    source = ("--model", folders / "hf")
+    assert run(folders, *source, "--out", tmp_path / "a.html", "--title", "t", "--terminal") == 0
+    assert "supervised tokens kept by profit" in capsys.readouterr().out
+    source = ("--megatron", folders / "megatron", "--hf-template", folders / "hf")
+    assert run(folders, *source, "--out", tmp_path / "b.html", "--title", "t") == 0
+    assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "a.html").read_text())[1])
+    assert [record["name"] for record in data["records"]] == [
+        "chats.jsonl, line 1",
+        "chats.jsonl, line 3",
+    ]
+    assert "".join(data["records"][0]["pieces"]).count("Three.") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out", "absent/r.html"], "the folder absent does not exist"),
+        (["--terminal", "--records", "7"], "there are only 3 records"),
+        (["--terminal", "--records", "1"], "none of the chosen records can be used"),
+        (["--terminal", "--records", "a"], "'a' is neither a number nor a range"),
+        (["--terminal", "--records", "3-1"], "chooses no record"),
+        (["--terminal", "--objective", "best"], "unknown objective 'best'"),
+        (["--terminal", "--objective", "profit tau"], "'tau' is not of the form option=value"),
+        (["--terminal", "--objective", "sft clip=1"], "has no option clip"),
+    ],
+)
+def test_errors_name_the_remedy(folders, capsys, flags, message):
+    assert run(folders, "--model", folders / "hf", *flags) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_existing_page_is_kept(folders, tmp_path, capsys):
+    out = tmp_path / "r.html"
+    out.write_text("mine")
+    assert run(folders, "--model", folders / "hf", "--out", out) == 1
+    assert "exists; give --overwrite" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_a_folder_without_a_model(folders, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for file in (folders / "hf").glob("tokenizer*"):
+        shutil.copy(file, empty)
+    shutil.copy(folders / "hf" / "chat_template.jinja", empty)
+    assert run(folders, "--model", empty, "--terminal") == 1
+    assert "cannot be loaded" in capsys.readouterr().err
