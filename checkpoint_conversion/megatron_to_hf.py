@@ -93,9 +93,9 @@ def plan_export(
         for piece in rule.pieces()
         for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
     }
-    weight_map = _weight_map(template, tensors, max_shard_size)
+    weight_map = files_of(template, tensors, max_shard_size)
     artifacts(template)
-    config = _with_dtype(config, tensors)
+    config = with_dtype(config, tensors)
     return ExportPlan(checkpoint, template, config, rules, tensors, weight_map)
 
 
@@ -139,7 +139,7 @@ def megatron_to_hf(
     sources = [plan.template, plan.checkpoint.folder]
     counter = Progress(len(plan.tensors), plan.nbytes, progress)
     with (
-        whole_folder(Path(out), sources, overwrite, _foreign, plan.nbytes) as folder,
+        whole_folder(Path(out), sources, overwrite, foreign_folder, plan.nbytes) as folder,
         HFWriter(folder, plan.tensors, plan.weight_map) as writer,
     ):
         for rule in plan.rules:
@@ -162,10 +162,14 @@ def _export(plan: ExportPlan, chunk: Chunk, writer: HFWriter, counter: Progress)
         rows_left = rows_left[rows:]
 
 
-def _weight_map(
-    template: Path, tensors: Mapping[str, TensorSpec], max_shard_size: str | int | None
+def files_of(
+    template: Path, tensors: Mapping[str, TensorSpec], max_shard_size: str | int | None = None
 ) -> dict[str, str]:
-    """The file of each tensor: as asked for, else as in the template, else by the default size."""
+    """The file of each tensor: as asked for, else as in the template, else by the default size.
+
+    Raises:
+        ConversionError: For a template whose index lacks a tensor.
+    """
     if max_shard_size is not None or not (template / INDEX).exists():
         return split_by_size(tensors, parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     template_map = read_weight_map(template) or {}
@@ -177,7 +181,7 @@ def _weight_map(
     return {name: template_map[name] for name in tensors}
 
 
-def _with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
+def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
     """The configuration with the dtype that most bytes have.
 
     The key is `dtype` since transformers 4.56 and `torch_dtype` before; where the template has
@@ -191,7 +195,8 @@ def _with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, 
     return {**config, **dict.fromkeys(keys, name)}
 
 
-def _foreign(out: Path) -> str | None:
+def foreign_folder(out: Path) -> str | None:
+    """Why a folder is no earlier output, or None."""
     if not (out / CONFIG).is_file():
         return f"it has no {CONFIG}"
     folders = (entry.name for entry in out.iterdir() if entry.is_dir())

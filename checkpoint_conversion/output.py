@@ -43,8 +43,7 @@ def whole_folder(
             process is writing it.
     """
     out = out.resolve()
-    if any(source.resolve().is_relative_to(out) for source in sources):
-        raise ConversionError(f"{out}: the output folder holds an input; choose another")
+    _check_sources(out, sources)
     _check_space(out, needed)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -63,6 +62,27 @@ def whole_folder(
         os.close(descriptor)
 
 
+def check_output(out: Path, sources: Iterable[Path], needed: int) -> None:
+    """Check now whether a folder can be written later, when the work for it is done.
+
+    Args:
+        out: The folder to make; missing or empty.
+        sources: Folders that will be read.
+        needed: Bytes that will be written.
+
+    Raises:
+        ConversionError: When it holds something or an input, its place is not writable, or there is
+            too little space.
+    """
+    out = out.resolve()
+    _check_sources(out, sources)
+    _check_replaceable(out, False, lambda _: None)
+    place = next(parent for parent in out.parents if parent.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConversionError(f"{out}: {place} is not writable; choose another folder")
+    _check_space(out, needed)
+
+
 def write_file(file: Path, content: bytes) -> None:
     """Write a small file and flush it to the disk."""
     file.write_bytes(content)
@@ -76,6 +96,11 @@ def sync_file(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _check_sources(out: Path, sources: Iterable[Path]) -> None:
+    if any(source.resolve().is_relative_to(out) for source in sources):
+        raise ConversionError(f"{out}: the output folder holds an input; choose another")
 
 
 def _check_space(out: Path, needed: int) -> None:

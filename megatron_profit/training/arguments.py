@@ -16,10 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.training.arguments import add_megatron_arguments
 
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.hf_model import HFModel, open_hf_model
+from checkpoint_conversion.hf_output import HFOutput, plan_output
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
 from megatron_profit.training.objective_flags import (
@@ -157,6 +161,9 @@ class SFTArguments:
         defaults: Values that replace the defaults of Megatron's parser.
         eval_batch_size: Records of one evaluation iteration over all ranks.
         eval_iters: Evaluation iterations that were asked for; None for all of the validation data.
+        hf_weights: The folder's weights where the run starts from them; None where it starts from a
+            checkpoint or from random weights.
+        export: The HuggingFace folder to write at the end, if any.
     """
 
     hf_model: Path
@@ -166,6 +173,8 @@ class SFTArguments:
     defaults: Mapping[str, Any]
     eval_batch_size: int
     eval_iters: int | None
+    hf_weights: HFModel | None
+    export: HFOutput | None
 
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Megatron's `extra_args_provider`."""
@@ -195,12 +204,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--hf-model",
         metavar="DIR",
         help="HuggingFace folder: its config.json gives the architecture, and its tokenizer is used. "
-        "Weights come from --load or --pretrained-checkpoint.",
+        "Its weights are read too, unless --load or --pretrained-checkpoint holds a checkpoint.",
     )
     group.add_argument(
         "--random-init",
         action="store_true",
-        help="Start from random weights where --load and --pretrained-checkpoint hold no checkpoint.",
+        help="Start from random weights, not from those of --hf-model, where --load and "
+        "--pretrained-checkpoint hold no checkpoint.",
+    )
+    group.add_argument(
+        "--export-hf",
+        metavar="DIR",
+        help="HuggingFace folder to write after the last step; it must not exist yet.",
     )
     group.add_argument("--data", nargs="+", metavar="FILE", help="Chat files to train on.")
     group.add_argument(
@@ -239,7 +254,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     settings = {**flags.defaults, **model, **soft, **fixed, **explicit}
     _check_numbers(settings, flags)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
-    _check_weights(settings, config)
+    hf_weights = _hf_weights(settings, config)
     multiple = settings["tensor_model_parallel_size"] * settings["make_vocab_size_divisible_by"]
     derived = {
         "padded_vocab_size": math.ceil(settings["vocab_size"] / multiple) * multiple,
@@ -260,6 +275,8 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         or settings["global_batch_size"]
         or settings["micro_batch_size"] * data_parallel,
         eval_iters=eval_iters,
+        hf_weights=hf_weights,
+        export=_export(settings),
     )
 
 
@@ -468,24 +485,44 @@ def _listed(values: list[int]) -> str:
     return ", ".join(map(str, shown))
 
 
-def _check_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse weights of another architecture, and random ones unless they were asked for."""
+def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFModel | None:
+    """The HuggingFace weights to start from; None where there is a checkpoint, or for random ones.
+
+    A checkpoint of another architecture is refused, and so is a folder that was named as the source
+    of the weights and holds none: only an empty --load that is also --save is a run that begins.
+    """
     for name in ("load", "pretrained_checkpoint"):
         folder = settings[name]
         if folder and (Path(folder) / "latest_checkpointed_iteration.txt").is_file():
             check_checkpoint_matches(Path(folder), config, Path(settings["hf_model"]))
-            return
+            return None
     if settings["random_init"]:
-        return
-    given = [
-        f"{flag_of(n)} {settings[n]}" for n in ("load", "pretrained_checkpoint") if settings[n]
-    ]
-    found = f"no checkpoint in {' or '.join(given)}" if given else "no weights were given"
-    raise ArgumentsError(
-        f"{found}; convert the HuggingFace model with `python -m checkpoint_conversion.hf_to_megatron "
-        f"--hf {settings['hf_model']} --out DIR` and give --pretrained-checkpoint DIR, or ask for "
-        "random weights with --random-init"
-    )
+        return None
+    load, save, pretrained = (settings[n] for n in ("load", "save", "pretrained_checkpoint"))
+    for name, folder in (("load", load), ("pretrained_checkpoint", pretrained)):
+        if folder and not (name == "load" and save and Path(save) == Path(load)):
+            raise ArgumentsError(
+                f"no checkpoint in {flag_of(name)} {folder}; without the flag, the run starts from the "
+                f"weights of --hf-model {settings['hf_model']}, with --random-init from random ones"
+            )
+    try:
+        model = open_hf_model(settings["hf_model"])
+        model.check_alias()
+    except ConversionError as error:
+        raise ArgumentsError(
+            "no checkpoint was given (--pretrained-checkpoint, --load), and the weights of --hf-model "
+            f"cannot be used: {error}"
+        ) from error
+    return model
+
+
+def _export(settings: Mapping[str, Any]) -> HFOutput | None:
+    """The HuggingFace folder to write at the end, in the dtype of the model's parameters."""
+    if settings["export_hf"] is None:
+        return None
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((half[name] for name in half if settings[name]), torch.float32)
+    return plan_output(settings["export_hf"], settings["hf_model"], dtype)
 
 
 def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:

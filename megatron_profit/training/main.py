@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -26,6 +27,7 @@ from megatron_profit.training.arguments import ArgumentsError, SFTArguments, rea
 from megatron_profit.training.batch import get_batch
 from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
+from megatron_profit.training.hf_weights import export, keep_in, load_hook
 from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import MicroBatchLoss, ObjectiveLoss
 
@@ -53,13 +55,30 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     model_config = gpt_config_from_args(args)
     if args.spec is None:
         model_config.transformer_layer_spec = layer_spec
+    if arguments.hf_weights is not None:
+        model_config.pre_wrap_hooks.append(load_hook(arguments.hf_weights))
+    chunks: list[MegatronModule] = []
+    model_config.pre_wrap_hooks.append(keep_in(chunks))
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         data.provider(args),
         ModelType.encoder_or_decoder,
         make_forward_step(objective_loss_from_args(args)),
     )
+    if arguments.export is not None:
+        _export(arguments, chunks)
     torch.distributed.destroy_process_group()
+
+
+def _export(arguments: SFTArguments, chunks: list[MegatronModule]) -> None:
+    try:
+        export(arguments.export, chunks)
+    except (ConversionError, OSError) as error:
+        fail(
+            f"--export-hf: {error}; a checkpoint that --save has written can still be exported: python "
+            f"-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template {arguments.hf_model} "
+            "--out DIR"
+        )
 
 
 def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.training.arguments import (
     ArgumentsError,
     platform_settings,
@@ -215,13 +217,80 @@ def test_a_missing_flag_is_named(hf_folder, name):
         read_arguments([part for pair in flags.items() for part in pair], "cpu")
 
 
-def test_weights_have_to_come_from_somewhere(hf_folder, tmp_path):
-    flags = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
-    flags += ["--micro-batch-size", "1", "--lr", "1e-5", "--train-iters", "9", *PROFIT]
-    with pytest.raises(ArgumentsError, match="hf_to_megatron"):
-        read_arguments(flags, "cpu")
-    with pytest.raises(ArgumentsError, match=r"no checkpoint in --load .*nowhere"):
-        read_arguments([*flags, "--load", str(tmp_path / "nowhere")], "cpu")
+@pytest.fixture
+def with_weights(hf_folder):
+    """The folder with random weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    Qwen3ForCausalLM(Qwen3Config(**CONFIG)).save_pretrained(hf_folder)
+    (hf_folder / "config.json").write_text(json.dumps(CONFIG))
+    return hf_folder
+
+
+@pytest.fixture
+def weights_of(hf_folder):
+    """Where a run with these flags takes the HuggingFace weights from."""
+
+    def weights_of(*flags: object):
+        command = ["--hf-model", hf_folder, "--data", "a.jsonl", "--seq-length", "64", *PROFIT]
+        command += ["--micro-batch-size", "1", "--lr", "1e-5", "--train-iters", "9", *flags]
+        model = read_arguments(list(map(str, command)), "cpu").hf_weights
+        return model and model.folder
+
+    return weights_of
+
+
+def test_weights_come_from_the_folder_unless_there_is_a_checkpoint(
+    with_weights, weights_of, tmp_path
+):
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    hf_to_megatron(with_weights, ended)
+    assert weights_of() == with_weights
+    assert weights_of("--load", begun, "--save", begun) == with_weights
+    assert weights_of("--load", ended, "--save", ended) is None
+    assert weights_of("--load", begun, "--pretrained-checkpoint", ended) is None
+    assert weights_of("--random-init") is None
+
+
+def test_weights_have_to_come_from_somewhere(weights_of, hf_folder, tmp_path):
+    with pytest.raises(ArgumentsError, match=rf"{hf_folder}: no weights"):
+        weights_of()
+    # A mistyped folder must not start a run from other weights than were meant.
+    for flags in (["--load"], ["--save", tmp_path, "--load"], ["--pretrained-checkpoint"]):
+        with pytest.raises(ArgumentsError, match=rf"no checkpoint in {flags[-1]} .*nowhere"):
+            weights_of(*flags, tmp_path / "nowhere")
+
+
+def test_weights_of_another_shape_are_refused(weights_of, with_weights):
+    (with_weights / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 5}))
+    with pytest.raises(ArgumentsError, match=r"no tensor model\.layers\.4"):
+        weights_of()
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [((), "float32"), (("--bf16",), "bfloat16")])
+def test_an_export_has_the_dtype_of_the_run(parse, tmp_path, flags, dtype):
+    export = parse("--export-hf", str(tmp_path / "new" / "out"), *flags).export
+    assert {str(tensor.dtype) for tensor in export.tensors.values()} == {f"torch.{dtype}"}
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_would_fail_at_the_end_is_refused_at_the_beginning(
+    parse, hf_folder, tmp_path, monkeypatch
+):
+    for place, message in ((hf_folder, "input"), (tmp_path, "input"), (tmp_path / "x", "a file")):
+        (tmp_path / "x").write_text("")
+        with pytest.raises(ConversionError, match=message):
+            parse("--export-hf", str(place))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(ConversionError, match="is not empty"):
+        parse("--export-hf", str(tmp_path / "full"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(ConversionError, match="1 kB free"):
+        parse("--export-hf", str(tmp_path / "out"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConversionError, match="not writable"):
+        parse("--export-hf", str(tmp_path / "out"))
 
 
 def test_broken_folders_are_refused(parse, hf_folder):

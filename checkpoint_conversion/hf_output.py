@@ -1,0 +1,88 @@
+"""A HuggingFace folder that several processes fill at once with the shards of a model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint_conversion.families import Config, TensorRule, family_for
+from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.hf_model import expected_shapes
+from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, artifacts, copy_artifacts
+from checkpoint_conversion.megatron_to_hf import files_of, foreign_folder, with_dtype
+from checkpoint_conversion.output import check_output, whole_folder
+
+
+@dataclass(frozen=True)
+class HFOutput:
+    """A folder to write, and everything about it but the values.
+
+    Attributes:
+        folder: What to write; missing or empty.
+        template: HuggingFace folder that gives everything but the weights.
+        config: The content of config.json to write.
+        rules: The name table.
+        tensors: The tensors by name.
+        weight_map: The file of each tensor.
+    """
+
+    folder: Path
+    template: Path
+    config: Config
+    rules: tuple[TensorRule, ...]
+    tensors: Mapping[str, TensorSpec]
+    weight_map: Mapping[str, str]
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @contextlib.contextmanager
+    def create(self) -> Iterator[Path]:
+        """A temporary folder with the headers of all tensors, to be filled in the block (see
+        `shards.write_shard`); it becomes the output when the block ends without an error.
+
+        One process enters this; others may write into the folder meanwhile, wherever they run.
+
+        Raises:
+            ConversionError: When the folder must not be written, or there is too little space.
+        """
+        place = whole_folder(self.folder, [self.template], False, foreign_folder, self.nbytes)
+        with place as partial:
+            with HFWriter(partial, self.tensors, self.weight_map) as writer:
+                writer.flush()
+            yield partial
+            copy_artifacts(self.template, partial, self.config)
+
+
+def plan_output(folder: str | Path, template: str | Path, dtype: torch.dtype) -> HFOutput:
+    """Check that a folder can be written in the likeness of a template; nothing is written yet.
+
+    Args:
+        folder: What to write.
+        template: HuggingFace folder of the same architecture.
+        dtype: The dtype of all tensors.
+
+    Raises:
+        ConversionError: When the folder holds something, its place is not writable, there is too
+            little space, or the template cannot be used.
+    """
+    folder, template = Path(folder), Path(template)
+    config = read_hf_config(template)
+    rules = family_for(config).tensor_rules(config)
+    tensors = {name: TensorSpec(shape, dtype) for name, shape in expected_shapes(rules).items()}
+    weight_map = files_of(template, tensors)
+    artifacts(template)
+    output = HFOutput(folder, template, with_dtype(config, tensors), rules, tensors, weight_map)
+    check_output(folder, [template], output.nbytes)
+    return output
