@@ -16,6 +16,7 @@ from megatron_profit.data.dataset import (
     build_examples,
 )
 from megatron_profit.data.errors import BrokenRecord, DataError
+from megatron_profit.data.order import Group
 from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation, TurnMarkers
 
@@ -26,6 +27,7 @@ __all__ = [
     "Conversation",
     "DataError",
     "Examples",
+    "Group",
     "PreparationReport",
     "RawRecord",
     "RenderedConversation",

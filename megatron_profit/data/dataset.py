@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from megatron_profit.data.chat import UnknownFormat, normalise
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.order import Group, RowOrder
 from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation
 
@@ -207,11 +208,11 @@ class _Ticker:
 
 
 class SFTDataset(Dataset[dict[str, torch.Tensor]]):
-    """One example per row, right-padded; epochs follow one another without a seam.
+    """Rows of one example, or with packing of as many as fit.
 
-    Row i is example `order(i // N)[i % N]`, where the order of an epoch depends on (seed, epoch)
-    alone: every epoch holds each example once, and a run that resumes at row i sees what an
-    uninterrupted run would have seen.
+    Each example is a segment of its row whose positions begin at 0, and so is the padding at the row's
+    end. Which examples a row holds is a function of (seed, row) alone (order.py): a run that resumes at
+    row i sees what an uninterrupted run would have seen.
     """
 
     def __init__(
@@ -222,7 +223,11 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        packing: bool = False,
         pad_id: int = 0,
+        pad_multiple: int = 1,
+        groups: Sequence[Group] | None = None,
+        epochs: int | None = None,
         period: int | None = None,
     ) -> None:
         """Sets up the rows; copies nothing.
@@ -231,40 +236,49 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             examples: What `build_examples` gave for the same `seq_length`.
             seq_length: Positions S of a row.
             num_samples: Rows in all, e.g. training iterations x global batch size; may be more or
-                fewer than N.
+                fewer than an epoch has.
             seed: Chooses the orders, in [0, 2^64).
             shuffle: False keeps the order of the files in every epoch (for evaluation).
-            pad_id: Token on the right of short examples. No label is there, and no earlier position
-                attends to it.
-            period: Rows of one evaluation, None for training data. Every period then begins with the first
-                example, and a row behind the last one has no label, so that an evaluation counts no example
-                twice and every evaluation of a run sees the same.
+            packing: Several examples to a row.
+            pad_id: Token where there is none of an example. No label is there, and no position of an
+                example attends to it.
+            pad_multiple: Each example of a row is padded to a multiple of it, e.g. twice the
+                context-parallel size. That padding belongs to the example's segment.
+            groups: Examples to draw from and how often; None for all of them once an epoch.
+            epochs: Rows behind this many epochs have no label; None for epochs without end.
+            period: Rows of one evaluation, None for training data. Every period begins anew with the
+                first row, and rows behind one epoch have no label, so that an evaluation counts no
+                example twice and every evaluation of a run sees the same.
 
         Raises:
             ValueError: No examples, an example that does not fit, or an argument out of range.
         """
-        if len(examples) == 0:
-            raise ValueError("there is no example to draw from")
         if num_samples < 0:
             raise ValueError(f"num_samples must not be negative, got {num_samples}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         if period is not None and period < 1:
             raise ValueError(f"period must be at least 1, got {period}")
-        longest = int(np.diff(examples.offsets).max())
+        if pad_multiple < 1 or seq_length % pad_multiple:
+            raise ValueError(f"pad_multiple {pad_multiple} does not divide seq_length {seq_length}")
+        longest = int(np.diff(examples.offsets).max(initial=0))
         if longest > seq_length + 1:
             raise ValueError(
                 f"an example has {longest} ids, a row of seq_length {seq_length} takes up to "
                 f"{seq_length + 1}; build the examples with the same seq_length"
             )
+        if groups is None:
+            groups = [Group(np.arange(len(examples)))]
+        lengths = -(-(np.diff(examples.offsets) - 1) // pad_multiple) * pad_multiple
+        self.order = RowOrder(
+            lengths, groups, capacity=seq_length, packing=packing, seed=seed, shuffle=shuffle
+        )
         self.examples = examples
         self.seq_length = seq_length
         self.num_samples = num_samples
-        self.seed = seed
-        self.shuffle = shuffle
         self.pad_id = pad_id
+        self.pad_multiple = pad_multiple
         self.period = period
-        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        limit = 1 if period is not None else epochs
+        self._labelled_rows = None if limit is None else self.order.rows_until(limit)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -273,46 +287,73 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         """Row `index`.
 
         Returns:
-            tokens: [S] int64.
-            labels: [S] int64, the next token where it is supervised, else -100.
-            sample_index: [] int64, `index` itself (within the period): it differs between the
-                epochs of one example, so that an objective that draws random numbers per sample
-                draws new ones.
+            Five tensors [S] int64.
+            tokens: Ids; `pad_id` in padding.
+            labels: The next token of the same example where it is supervised, else -100.
+            position_ids: Position in the segment; 0 where one begins.
+            record_index: The example that the token belongs to, -1 in padding.
+            sample_index: Distinct for each (example, time it is drawn), whatever the packing, -1 in
+                padding. Random numbers that are keyed by it and the position are new in each epoch and
+                the same in any layout.
 
         Raises:
             IndexError: `index` is not in [0, num_samples).
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"row {index} of {self.num_samples}")
-        index = self._within_period(index)
-        tokens_S = np.full(self.seq_length, self.pad_id, dtype=np.int64)
-        labels_S = np.full(self.seq_length, IGNORED_LABEL, dtype=np.int64)
-        if self.period is None or index < len(self.examples):
-            ids_L, supervised_L = self.examples[self.example_at(index)]
-            count = len(ids_L) - 1
-            tokens_S[:count] = ids_L[:-1]
-            labels_S[:count] = np.where(supervised_L[1:], ids_L[1:], IGNORED_LABEL)
-        return {
-            "tokens": torch.from_numpy(tokens_S),
-            "labels": torch.from_numpy(labels_S),
-            "sample_index": torch.tensor(index, dtype=torch.int64),
+        row = _Row(self.seq_length, self.pad_id)
+        for example, sample in zip(*self._members(index), strict=True):
+            ids_L, supervised_L = self.examples[example]
+            row.append(ids_L, supervised_L, int(example), int(sample), self.pad_multiple)
+        return row.tensors()
+
+    def _members(self, index: int) -> tuple[Sequence[int], Sequence[int]]:
+        if self.period is not None:
+            index %= self.period
+        if self._labelled_rows is not None and index >= self._labelled_rows:
+            return (), ()
+        examples, samples = self.order.row(index)
+        return examples.tolist(), samples.tolist()
+
+
+class _Row:
+    """The tensors of one row, filled example by example."""
+
+    def __init__(self, seq_length: int, pad_id: int) -> None:
+        self._end = 0
+        self._tokens_S = np.full(seq_length, pad_id, dtype=np.int64)
+        self._labels_S = np.full(seq_length, IGNORED_LABEL, dtype=np.int64)
+        self._position_S = np.empty(seq_length, dtype=np.int64)
+        self._record_S = np.full(seq_length, -1, dtype=np.int64)
+        self._sample_S = np.full(seq_length, -1, dtype=np.int64)
+
+    def append(
+        self,
+        ids_L: npt.NDArray[np.int32],
+        supervised_L: npt.NDArray[np.uint8],
+        record: int,
+        sample: int,
+        pad_multiple: int,
+    ) -> None:
+        count = len(ids_L) - 1
+        part = slice(self._end, self._end + count)
+        self._tokens_S[part] = ids_L[:-1]
+        self._labels_S[part] = np.where(supervised_L[1:], ids_L[1:], IGNORED_LABEL)
+        self._record_S[part] = record
+        self._sample_S[part] = sample
+        self._segment(-(-count // pad_multiple) * pad_multiple)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        self._segment(len(self._tokens_S) - self._end)
+        columns = {
+            "tokens": self._tokens_S,
+            "labels": self._labels_S,
+            "position_ids": self._position_S,
+            "record_index": self._record_S,
+            "sample_index": self._sample_S,
         }
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
 
-    def example_at(self, index: int) -> int:
-        """The example that row `index` holds."""
-        epoch, place = divmod(self._within_period(index), len(self.examples))
-        return int(self._order(epoch)[place]) if self.shuffle else place
-
-    def _within_period(self, index: int) -> int:
-        return index if self.period is None else index % self.period
-
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """[N] int64, the permutation of one epoch."""
-        if epoch not in self._orders:
-            # Two are kept, for readers that work on both sides of an epoch's end.
-            self._orders = dict(list(self._orders.items())[-1:])
-            # Sorted raw bits: numpy promises these for all versions, but not permutation().
-            key = np.array([self.seed, epoch], dtype=np.uint64)
-            bits = np.random.Philox(key=key).random_raw(len(self.examples))
-            self._orders[epoch] = np.argsort(bits, kind="stable")
-        return self._orders[epoch]
+    def _segment(self, length: int) -> None:
+        self._position_S[self._end : self._end + length] = np.arange(length)
+        self._end += length

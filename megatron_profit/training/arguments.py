@@ -224,6 +224,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE",
         help="Chat files to evaluate on every --eval-interval steps; all records, or --eval-iters batches.",
     )
+    group.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="Put as many records into a row of --seq-length positions as fit, instead of one.",
+    )
     add_objective_flags(group)
     return parser
 

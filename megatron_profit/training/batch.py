@@ -10,24 +10,25 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the training device, all int64.
+    """One micro-batch on the training device, all [B, S] int64.
 
     Attributes:
-        tokens: [B, S].
-        labels: [B, S], the next token where it is supervised, else -100.
-        position_ids: [B, S].
-        sample_index: [B], distinct for each sample of the run.
+        tokens: Token ids.
+        labels: The next token where it is supervised, else -100.
+        position_ids: Position in the segment; 0 where one begins.
+        record_index: The example that a token belongs to, -1 in padding.
+        sample_index: Distinct for each time that an example is drawn, -1 in padding.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    record_index: torch.Tensor
     sample_index: torch.Tensor
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> Batch:
     """Take the next micro-batch. Every rank reads its own copy, so nothing is broadcast."""
-    data = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
-    tokens = data["tokens"]
-    position_ids = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    return Batch(position_ids=position_ids, **data)
+    return Batch(
+        **{key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
+    )

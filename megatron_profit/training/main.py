@@ -103,7 +103,7 @@ def make_forward_step(objective_loss: ObjectiveLoss) -> Callable:
         timers("batch-generator", log_level=2).start()
         batch = get_batch(data_iterator)
         timers("batch-generator").stop()
-        loss: MicroBatchLoss = objective_loss.micro_batch(batch.sample_index)
+        loss: MicroBatchLoss = objective_loss.micro_batch(batch.sample_index, batch.position_ids)
         output = model(
             batch.tokens, batch.position_ids, None, labels=batch.labels, **loss.model_kwargs
         )

@@ -71,12 +71,17 @@ class ObjectiveLoss:
             return self.objective.at(_current_step())
         return self.objective
 
-    def micro_batch(self, sample_index: torch.Tensor | None = None) -> MicroBatchLoss:
+    def micro_batch(
+        self,
+        sample_index: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> MicroBatchLoss:
         """Begin a micro-batch.
 
         Args:
-            sample_index: [B] int64, distinct for each sample of the run; only objectives that select
-                at random need it.
+            sample_index: [B, S] int64, distinct for each time that an example is drawn; only objectives
+                that select at random need it.
+            position_ids: [B, S] int64, position in the example; needed with `sample_index`.
 
         Raises:
             ValueError: Without `--calculate-per-token-loss`.
@@ -86,16 +91,21 @@ class ObjectiveLoss:
                 "the objective needs --calculate-per-token-loss: without it Megatron averages over "
                 "micro-batches, and a token's weight would depend on which one it is in"
             )
-        return MicroBatchLoss(self, sample_index)
+        return MicroBatchLoss(self, sample_index, position_ids)
 
 
 class MicroBatchLoss:
     """The objective on one micro-batch: what the model gets, then what Megatron gets."""
 
-    def __init__(self, loss: ObjectiveLoss, sample_index: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        loss: ObjectiveLoss,
+        sample_index: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
         self._loss = loss
         self._objective = loss.current_objective
-        self._sample_index = sample_index
+        self._sample_index, self._position_ids = sample_index, position_ids
         self._statistics: LinearObjectiveStatistics | None = None
 
     @property
@@ -132,17 +142,16 @@ class MicroBatchLoss:
             self._objective,
             group=group if group.size() > 1 else None,
             vocab_size=self._loss.vocab_size,
-            uniform=self._uniform(labels),
+            uniform=self._uniform(),
             reduce_hidden_grad=not output_layer.sequence_parallel,
         )
         self._statistics = statistics
         return loss_N.view(labels.size(1), labels.size(0)).transpose(0, 1)
 
-    def _uniform(self, labels: torch.Tensor) -> torch.Tensor | None:
+    def _uniform(self) -> torch.Tensor | None:
         if "uniform" not in self._objective.required_statistics or self._sample_index is None:
             return None
-        position = torch.arange(labels.size(1), device=labels.device)
-        uniform_BS = token_uniform(self._loss.seed, self._sample_index[:, None], position[None, :])
+        uniform_BS = token_uniform(self._loss.seed, self._sample_index, self._position_ids)
         return uniform_BS.transpose(0, 1).flatten()
 
     def loss_func(

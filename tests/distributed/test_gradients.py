@@ -57,14 +57,15 @@ def reference(model: TinyModel) -> Tokens:
     renderer = ChatRenderer(AutoTokenizer.from_pretrained(model.hf))
     examples, _ = build_examples([DATA], renderer, SEQ_LENGTH)
     rows = [SFTDataset(examples, SEQ_LENGTH, BATCH, seed=SEED)[i] for i in range(BATCH)]
-    tokens, labels, index = (
-        torch.stack([row[k] for row in rows]) for k in ("tokens", "labels", "sample_index")
+    tokens, labels, positions, index = (
+        torch.stack([row[k] for row in rows])
+        for k in ("tokens", "labels", "position_ids", "sample_index")
     )
     hf = AutoModelForCausalLM.from_pretrained(model.hf, dtype=torch.float64)
     log_probs = torch.log_softmax(hf(tokens).logits, dim=-1)
     supervised = labels != -100
     log_prob = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][supervised]
-    uniform = token_uniform(SEED, index[:, None], torch.arange(SEQ_LENGTH)[None, :])[supervised]
+    uniform = token_uniform(SEED, index, positions)[supervised]
     return Tokens(hf, log_prob, uniform)
 
 

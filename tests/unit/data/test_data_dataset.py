@@ -55,7 +55,9 @@ def test_labels_are_the_next_supervised_tokens(renderer, write_lines):
     assert {key: (value.dtype, tuple(value.shape)) for key, value in row.items()} == {
         "tokens": (torch.int64, (64,)),
         "labels": (torch.int64, (64,)),
-        "sample_index": (torch.int64, ()),
+        "position_ids": (torch.int64, (64,)),
+        "record_index": (torch.int64, (64,)),
+        "sample_index": (torch.int64, (64,)),
     }
     tokens, labels = row["tokens"].tolist(), row["labels"].tolist()
     for t in range(64):
@@ -145,7 +147,8 @@ def test_every_epoch_holds_every_example_once_in_another_order(numbered):
     assert all(sorted(epoch) == list(range(53)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert len(data) == 164
-    assert [int(data[i]["sample_index"]) for i in (0, 53, 163)] == [0, 53, 163]
+    drawn = [tuple(int(data[i][key][0]) for key in ("tokens", "sample_index")) for i in range(164)]
+    assert drawn == [(record, i // 53 * 53 + record) for i, (record, _) in enumerate(drawn)]
 
 
 def test_order_is_a_function_of_seed_and_index(numbered):
@@ -174,11 +177,14 @@ def test_without_shuffle_the_order_is_that_of_the_files(numbered):
 def test_each_period_is_the_same(numbered, shuffle):
     data = SFTDataset(numbered(3), 4, 15, shuffle=shuffle, period=5)
     rows = [
-        [(int(data[i]["tokens"][0]), int(data[i]["sample_index"])) for i in range(start, start + 5)]
+        [
+            (int(data[i]["tokens"][0]), int(data[i]["sample_index"][0]))
+            for i in range(start, start + 5)
+        ]
         for start in (0, 5, 10)
     ]
     assert rows[0] == rows[1] == rows[2]
-    assert [index for _, index in rows[0]] == [0, 1, 2, 3, 4]
+    assert sorted(index for _, index in rows[0]) == [-1, -1, 0, 1, 2]
     labelled = [bool((data[i]["labels"] != -100).any()) for i in range(10)]
     assert labelled == [True, True, True, False, False] * 2, "an evaluation counts no example twice"
 
@@ -186,7 +192,8 @@ def test_each_period_is_the_same(numbered, shuffle):
 def test_the_data_set_works_in_a_loader_with_workers(numbered):
     data = SFTDataset(numbered(5), 4, 10)
     batches = list(torch.utils.data.DataLoader(data, batch_size=5, num_workers=1))
-    assert torch.cat([batch["sample_index"] for batch in batches]).tolist() == list(range(10))
+    drawn = torch.cat([batch["sample_index"][:, 0] for batch in batches])
+    assert sorted(drawn.tolist()) == list(range(10))
     assert batches[0]["tokens"].shape == (5, 4)
 
 
