@@ -63,8 +63,7 @@ class PSFT(Objective):
         return ObjectiveOutput(-ratio.masked_fill(ratio > top, top), ratio.masked_fill(flat, 0.0))
 
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Clip fraction, mean ratio, KL(old || new) by Schulman's k3 estimate, and entropy."""
-        assert statistics.entropy is not None
+        """Clip fraction, mean ratio, and Schulman's k3 estimate of a KL."""
         log_r = _clamped(_log_ratio(statistics))
         ratio = log_r.exp()
         count = torch.tensor(ratio.numel(), device=ratio.device)
@@ -74,7 +73,6 @@ class PSFT(Objective):
             "mean ratio": (ratio.sum(), count),
             # Of targets, not of samples from the old policy: an indicator of drift, not a KL.
             "approximate KL": ((ratio - 1 - log_r).sum(), count),
-            "entropy": (statistics.entropy.sum(), count),
         }
 
 

@@ -10,6 +10,7 @@ Shapes: N tokens, M supervised rows, H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +23,12 @@ from megatron_profit.ops.autograd import LinearObjectiveFunction
 from megatron_profit.ops.collectives import VocabShard
 from megatron_profit.ops.rows import SupervisedRows, default_chunk_rows, input_precision
 from megatron_profit.ops.statistics import KERNEL_STATISTICS, linear_token_statistics
-from megatron_profit.ops.validation import IGNORED_LABEL, check_inputs, check_labels
+from megatron_profit.ops.validation import (
+    IGNORED_LABEL,
+    check_extra_statistics,
+    check_inputs,
+    check_labels,
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,6 +70,7 @@ def linear_objective(
     old_log_prob: Tensor | None = None,
     uniform: Tensor | None = None,
     selected: Tensor | None = None,
+    extra_statistics: Set[str] = frozenset(),
     reduce_hidden_grad: bool = True,
     chunk_rows: int | None = None,
 ) -> LinearObjectiveOutput:
@@ -94,6 +101,8 @@ def linear_objective(
             default generator.
         selected: [N] bool, a choice of tokens that the caller made, for objectives
             that rank over more tokens than these.
+        extra_statistics: names from ``KERNEL_STATISTICS`` to compute although the objective does not
+            ask for them.
         reduce_hidden_grad: sums the gradient of hidden over the group, so that it is complete on
             every rank. False leaves this rank's part, for a caller that reduces it, as a
             sequence-parallel gather does in its own backward pass.
@@ -114,6 +123,7 @@ def linear_objective(
         "selected": selected,
     }
     check_inputs(hidden, weight, labels, loss_weight, given, objective, group, chunk_rows)
+    check_extra_statistics(extra_statistics, KERNEL_STATISTICS)
     shard = VocabShard.of_this_rank(weight.size(0), vocab_size, group)
     check_labels(labels, shard.vocab_size)
 
@@ -122,7 +132,7 @@ def linear_objective(
         supervised &= loss_weight != 0
     rows = SupervisedRows.of(supervised, labels, chunk_rows or default_chunk_rows(weight))
     with torch.no_grad(), input_precision(hidden):
-        wanted = objective.required_statistics & KERNEL_STATISTICS
+        wanted = (objective.required_statistics & KERNEL_STATISTICS) | extra_statistics
         normalizer, computed = linear_token_statistics(hidden, weight, rows, shard, wanted)
         known = {name: rows.take(v) for name, v in given.items() if v is not None}
         statistics = TokenStatistics(**computed, **known)

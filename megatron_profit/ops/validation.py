@@ -5,7 +5,7 @@ A rank that fails alone leaves the others waiting, so every check answers alike 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,19 @@ def check_inputs(
     _check_statistics(objective, given, group)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; pass at least 1, or None for the default.")
+
+
+def check_extra_statistics(names: Set[str], computed: Set[str]) -> None:
+    """Checks that all ``names`` are among those that the kernel can compute.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if unknown := names - computed:
+        raise ValueError(
+            f"extra_statistics names {', '.join(sorted(unknown))}; the kernel computes "
+            f"{', '.join(sorted(computed))}."
+        )
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:

@@ -37,7 +37,7 @@ class KeptShareMonitor:
                 f"the objective kept {kept} of the last {supervised} supervised tokens on this rank "
                 f"(under {self.limit:.0%}), so this run trains almost nothing. A model that was never "
                 "trained gives every token a small probability: start from a base model or from plain "
-                "SFT (--objective sft), or choose another --prob-threshold.",
+                "SFT (--objective sft), or choose other options of the objective, such as --prob-threshold.",
                 stacklevel=2,
             )
         self.window, self._micro_batches, self._counts = 2 * self.window, 0, None

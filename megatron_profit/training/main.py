@@ -30,6 +30,7 @@ from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.hf_weights import export, keep_in, load_hook
 from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import MicroBatchLoss, ObjectiveLoss
+from megatron_profit.training.token_metrics import ProbQuantiles
 
 
 def run(device: str) -> None:
@@ -88,6 +89,8 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
         normalization=args.objective_normalization,
         vocab_size=args.vocab_size,
         seed=args.seed,
+        log_entropy=args.log_entropy,
+        prob_quantiles=ProbQuantiles(tuple(args.log_quantiles)) if args.log_quantiles else None,
     )
 
 

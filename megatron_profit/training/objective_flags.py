@@ -19,6 +19,7 @@ from megatron_profit.objectives import (
     objective_names,
     objective_options,
 )
+from megatron_profit.training.token_metrics import ProbQuantiles
 
 
 def load_outside_objective(argv: Sequence[str]) -> None:
@@ -68,6 +69,18 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
         help="Let an option of the objective go from START to the value of its own flag over the first "
         f"STEPS steps behind the warm-up; SHAPE is {', '.join(SCHEDULE_SHAPES)}. For instance "
         "prob_threshold linear 0.0 500. May be given once for each option.",
+    )
+    group.add_argument(
+        "--log-entropy",
+        action="store_true",
+        help="Log the mean entropy of the predicted distributions, also where the objective needs none.",
+    )
+    group.add_argument(
+        "--log-quantiles",
+        nargs="+",
+        type=float,
+        metavar="Q",
+        help="Log these quantiles of p over all supervised tokens of the global batch, such as 0.1 0.5.",
     )
     for name, owners in _options_by_name().items():
         group.add_argument(flag_of(name), **_flag_keywords(owners))
@@ -132,6 +145,7 @@ def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledO
             "--objective-normalization kept would change nothing, because this objective drops no "
             "token; drop the flag"
         )
+    ProbQuantiles(tuple(settings["log_quantiles"] or ()))
     warmup, iters = settings["objective_warmup_steps"], settings["train_iters"]
     if iters and warmup >= iters:
         raise ValueError(

@@ -27,6 +27,7 @@ from megatron_profit.objectives import (
 )
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
 from megatron_profit.training.kept_share import KeptShareMonitor
+from megatron_profit.training.token_metrics import ProbQuantiles, token_sums
 
 # Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
 # vanishes in fp32 beside any real count.
@@ -46,6 +47,9 @@ class ObjectiveLoss:
             "kept" by the tokens whose weight is not zero; None is what the objective's source does.
         vocab_size: Size of the vocabulary without Megatron's padding; None when it is not padded.
         seed: For objectives that select at random.
+        log_entropy: Whether to compute and log the mean entropy of the predicted distributions, which
+            objectives that need it log anyway.
+        prob_quantiles: Quantiles of p to log.
 
     Raises:
         ValueError: For an unknown normalization.
@@ -55,6 +59,8 @@ class ObjectiveLoss:
     normalization: str | None = None
     vocab_size: int | None = None
     seed: int = 0
+    log_entropy: bool = False
+    prob_quantiles: ProbQuantiles | None = None
     monitor: KeptShareMonitor = field(default_factory=KeptShareMonitor, repr=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +149,7 @@ class MicroBatchLoss:
             group=group if group.size() > 1 else None,
             vocab_size=self._loss.vocab_size,
             uniform=self._uniform(),
+            extra_statistics=frozenset({"entropy"} if self._loss.log_entropy else ()),
             reduce_hidden_grad=not output_layer.sequence_parallel,
         )
         self._statistics = statistics
@@ -159,32 +166,30 @@ class MicroBatchLoss:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
         statistics = self._statistics
-        supervised = statistics.supervised
         loss = output_tensor.float().sum()
         _validate(loss)
-        kept = supervised & (statistics.weight != 0)
-        num_supervised, num_kept = supervised.sum(), kept.sum()
+        sums = token_sums(statistics, self._objective)
+        num_kept, num_supervised = sums["kept fraction"]
         if torch.is_grad_enabled() and mpu.get_tensor_model_parallel_rank() == 0:
             self._loss.monitor.add(num_kept, num_supervised)
         normalization = self._loss.normalization or self._objective.normalization
         num_tokens = num_supervised if normalization == "valid" else num_kept
-        prob = statistics.prob
-        dropped = supervised & ~kept
+        share_of_step = torch.tensor(_share_of_step(), device=loss.device)
         metrics = {
             "objective": (loss, num_tokens),
-            "lm loss": (-statistics.log_prob[supervised].sum(), num_supervised),
-            "kept fraction": (num_kept, num_supervised),
-            "mean p kept": (prob[kept].sum(), num_kept),
-            "mean p dropped": (prob[dropped].sum(), dropped.sum()),
-            "supervised tokens": (
-                num_supervised,
-                torch.tensor(_share_of_step(), device=loss.device),
-            ),
+            **sums,
+            "supervised tokens": (num_supervised, share_of_step),
         }
         report = {
             name: torch.stack([total.detach().float(), count.float() + _NO_TOKEN])
             for name, (total, count) in metrics.items()
         }
+        if self._loss.prob_quantiles is not None:
+            report |= self._loss.prob_quantiles.add(
+                statistics.log_prob[statistics.supervised],
+                _micro_batches_of_window(),
+                mpu.get_data_parallel_group(with_context_parallel=True),
+            )
         return loss, num_tokens.to(torch.int), report
 
 
@@ -210,14 +215,21 @@ def _current_step() -> int:
 def _share_of_step() -> float:
     """1 / the micro-batches of a step over all data-parallel ranks, so that Megatron's sum over sum
     of a metric becomes its total over the step."""
+    ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    return 1.0 / (_micro_batches_of_step() * ranks)
+
+
+def _micro_batches_of_step() -> int:
+    """Of this rank, in a step of training or an iteration of an evaluation."""
     args = get_args()
     if torch.is_grad_enabled():  # evaluation runs without
-        micro_batches = get_num_microbatches()
-    else:
-        micro_batches = args.eval_global_batch_size // (
-            args.eval_micro_batch_size * args.data_parallel_size
-        )
-    return 1.0 / (micro_batches * mpu.get_data_parallel_world_size(with_context_parallel=True))
+        return get_num_microbatches()
+    return args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
+
+
+def _micro_batches_of_window() -> int:
+    """Of this rank, in a step of training or a whole evaluation."""
+    return _micro_batches_of_step() * (1 if torch.is_grad_enabled() else get_args().eval_iters)
 
 
 def _validate(loss: torch.Tensor) -> None:

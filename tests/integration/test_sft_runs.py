@@ -18,6 +18,7 @@ METRICS = (
     "objective",
     "lm loss",
     "kept fraction",
+    "mean p",
     "mean p kept",
     "mean p dropped",
     "supervised tokens",
@@ -57,11 +58,12 @@ def test_metrics_reach_console_and_tensorboard_and_evaluation_runs(sft, flags, t
         *PROFIT,
         *("--train-iters", 4, "--valid-data", DATA / "arithmetic_heldout.jsonl"),
         *("--eval-interval", 2, "--tensorboard-dir", tmp_path, "--tensor-model-parallel-size", 2),
+        *("--log-entropy", "--log-quantiles", 0.1, 0.9),
     )
     assert "CPU backend" in result.stdout
     assert re.search(r"([\d,]+) records read, \1 kept, 0 skipped", result.stdout)
     events = EventAccumulator(str(tmp_path)).Reload()
-    for name in METRICS:
+    for name in (*METRICS, "entropy", "p quantile 0.1", "p quantile 0.9"):
         assert len(logged(result.stdout, name)) == 4
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
         assert [event.step for event in events.Scalars(f"{name} validation")] == [2, 4, 4]
@@ -94,12 +96,17 @@ def test_half_precision_trains(sft, flags, precision):
 
 def test_a_resumed_run_continues_like_the_uninterrupted_one(sft, flags, tmp_path):
     command = [*flags, *PROFIT, "--train-iters", 6, "--tensor-model-parallel-size", 2]
+    command += ["--objective-warmup-steps", 1, "--log-quantiles", 0.5]
+    command += ["--objective-schedule", "prob_threshold", "cosine", 0.005, 4]
     command += ["--valid-data", DATA / "arithmetic_heldout.jsonl", "--eval-interval", 4]
     whole = sft(2, *command).stdout
+    kept = logged(whole, "kept fraction")
+    assert kept[0] == 1, "plain SFT first"
+    assert kept[1] < kept[-1], "then a threshold that falls"
     saving = [*command, "--save", tmp_path, "--load", tmp_path, "--save-interval", 3]
     first = sft(2, *saving, "--exit-interval", 3).stdout
     second = sft(2, *saving).stdout
-    for name in METRICS:
+    for name in (*METRICS, "p quantile 0.5"):
         assert logged(first, name) + logged(second, name) == logged(whole, name), name
     # Started once more, a finished run evaluates and ends.
     third = sft(2, *saving).stdout

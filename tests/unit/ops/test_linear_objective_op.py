@@ -384,6 +384,13 @@ def test_only_what_is_asked_for_is_computed():
     for name in OPTIONAL_STATISTICS:
         assert getattr(statistics, name) is None
     assert linear_objective(*inputs, TopEntropy()).statistics.sum_squared_prob is None
+    wanted = linear_objective(*inputs, SFT, extra_statistics={"entropy"}).statistics
+    assert wanted.entropy is not None
+    assert wanted.sum_squared_prob is None
+    with pytest.raises(
+        ValueError, match="extra_statistics names uniform; the kernel computes entr"
+    ):
+        linear_objective(*inputs, SFT, extra_statistics={"uniform"})
 
 
 def test_statistics_carry_no_graph_and_no_grad_works():

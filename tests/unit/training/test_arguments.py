@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import ArgumentParser
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from megatron_profit.objectives import Objective, option, registry
 from megatron_profit.training.arguments import (
     ArgumentsError,
     platform_settings,
     read_arguments,
 )
+from megatron_profit.training.objective_flags import objective_from_args
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -166,6 +169,12 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         ),
         (("--objective", "nonsense"), 1, ("nonsense", "profit", "sft")),
         (("--objective", "sft"), 1, ("--prob-threshold", "profit", "sft")),
+        (("--objective", "no_such_module:X"), 1, ("no_such_module", "PYTHONPATH")),
+        (("--keep-share", "0.5"), 1, ("--keep-share", "entropy and rho1", "profit")),
+        (("--log-quantiles", "0.5", "2"), 1, ("2.0", "quantile")),
+        (("--objective-warmup-steps", "9"), 1, ("--objective-warmup-steps 9", "--train-iters 9")),
+        (("--objective-schedule", "tau", "linear", "0", "5"), 1, ("tau", "prob_threshold")),
+        (("--objective-schedule", "prob_threshold", "linear", "2", "5"), 1, ("2.0", "[0, 1]")),
     ],
 )
 def test_what_cannot_work_is_refused(parse, flags, world_size, named):
@@ -190,13 +199,76 @@ def test_options_of_the_objective_are_checked(parse, objective, named):
         parse(objective=objective)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--objective", "dft", "--objective-normalization", "kept"), ("kept", "dft", "no token")),
+        (("--objective", "gce", "--objective-normalization", "kept"), ("kept", "gce", "no token")),
+        (("--objective", "sft", "--objective-warmup-steps", "2"), ("sft", "warm-up")),
+        (("--objective", "entropy", "--keep-share", "0"), ("keep_share", "(0, 1]")),
+        (("--objective", "psft", "--clip-high", "-1"), ("clip_high", "-1")),
+    ],
+)
+def test_what_an_objective_would_ignore_is_refused(parse, flags, named):
+    with pytest.raises(ArgumentsError) as error:
+        parse(objective=flags)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+def test_objectives_share_flags_with_their_own_defaults(parse):
+    for flags, share in ((("entropy",), 0.2), (("entropy", "--keep-share", "0.7"), 0.7)):
+        flags = ("--objective", *flags)
+        objective = objective_from_args(megatron_args(parse(objective=flags), *flags))
+        assert objective.keep_share == share
+
+
+def test_a_schedule_and_a_warm_up_reach_the_objective(parse):
+    flags = ("--objective-schedule", "prob_threshold", "linear", "0.0", "4")
+    flags += ("--objective-warmup-steps", "2")
+    objective = objective_from_args(megatron_args(parse(*flags), *PROFIT, *flags))
+    assert objective.at(1).name == "sft"
+    assert [objective.at(step).prob_threshold for step in (2, 4, 6)] == [(0.0,), (0.05,), (0.1,)]
+
+
+@pytest.fixture
+def outside_objective(monkeypatch):
+    """The example objective, importable by name; what it registers is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "examples"))
+    monkeypatch.setattr(registry, "_OBJECTIVES", dict(registry._OBJECTIVES))
+    return "own_objective:FocalLoss"
+
+
+def test_an_outside_objective_brings_its_flags(parse, outside_objective, capsys):
+    flags = ("--objective", outside_objective, "--focal-gamma", "3")
+    objective = objective_from_args(megatron_args(parse(objective=flags), *flags))
+    assert (objective.name, objective.focal_gamma) == (outside_objective, 3.0)
+    with pytest.raises(SystemExit):
+        read_arguments(["--objective", outside_objective, "--help"], "cpu")
+    assert "--focal-gamma" in capsys.readouterr().out
+    with pytest.raises(ArgumentsError, match=r"focal_gamma 0.5 is below 1"):
+        parse(objective=(*flags[:3], "0.5"))
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "message"),
+    [
+        ("keep_share", {"type": int}, "have different options of the name keep_share; rename"),
+        ("lr", {"type": float}, "name of a native flag .*--lr"),
+    ],
+)
+def test_options_that_clash_are_refused(parse, outside_objective, name, form, message):
+    fields = [(name, object, option("clashes", **form))]
+    registry.register_objective("clashing")(
+        make_dataclass("Clashing", fields, bases=(Objective,), frozen=True)
+    )
+    with pytest.raises(ArgumentsError, match=message):
+        parse()
+
+
 @pytest.mark.parametrize("spelling", [("0.3", "0.7"), ("0.3,0.7",), ("0.3 0.7",)])
 def test_two_thresholds_in_any_spelling(parse, spelling):
     arguments = parse(objective=("--prob-threshold", *spelling, "--threshold-direction", "middle"))
-    from megatron_profit.objectives import build_objective
-
-    options = arguments.defaults["objective_options"]
-    assert build_objective("profit", **options).prob_threshold == (0.3, 0.7)
+    assert objective_from_args(megatron_args(arguments)).prob_threshold == (0.3, 0.7)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""What is logged about the tokens of a step: sums with counts, so that no mean depends on the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_profit.objectives import Objective, TokenStatistics
+from megatron_profit.objectives.numerics import log1mexp
+from megatron_profit.ops.linear_objective import LinearObjectiveStatistics
+
+Sums = dict[str, tuple[Tensor, Tensor]]
+
+
+def token_sums(statistics: LinearObjectiveStatistics, objective: Objective) -> Sums:
+    """The metrics that follow from the statistics of a micro-batch [N], as (sum, count)."""
+    supervised = statistics.supervised
+    kept = supervised & (statistics.weight != 0)
+    dropped = supervised & ~kept
+    num_supervised, num_kept = supervised.sum(), kept.sum()
+    prob = statistics.prob
+    sums = {
+        "lm loss": (-statistics.log_prob[supervised].sum(), num_supervised),
+        "kept fraction": (num_kept, num_supervised),
+        "mean p": (prob[supervised].sum(), num_supervised),
+        "mean p kept": (prob[kept].sum(), num_kept),
+        "mean p dropped": (prob[dropped].sum(), dropped.sum()),
+    }
+    if statistics.entropy is not None:
+        sums["entropy"] = (statistics.entropy[supervised].sum(), num_supervised)
+    return {**sums, **objective.metrics(_supervised(statistics))}
+
+
+def _supervised(statistics: LinearObjectiveStatistics) -> TokenStatistics:
+    """[N] to [M]."""
+    names = TokenStatistics.__dataclass_fields__
+    vectors = {name: getattr(statistics, name) for name in names}
+    rows = statistics.supervised
+    return TokenStatistics(**{n: None if v is None else v[rows] for n, v in vectors.items()})
+
+
+@dataclass
+class ProbQuantiles:
+    """Quantiles of p over all tokens of a step or of a whole evaluation.
+
+    Quantiles of ranks and micro-batches cannot be averaged, so each counts its tokens in bins, and the
+    counts are summed. The bins are even in log(p / (1 - p)), which resolves p near 0 and 1 alike: a quantile
+    is right within 0.8 % of its odds, for p between 1e-7 and 1 - 1e-7.
+
+    Attributes:
+        quantiles: In (0, 1).
+
+    Raises:
+        ValueError: A quantile out of range, or given twice.
+    """
+
+    BINS = 4096
+    LIMIT = 16.0
+
+    quantiles: tuple[float, ...]
+    _counts: Tensor | None = field(default=None, repr=False)
+    _micro_batches: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        for quantile in self.quantiles:
+            if not 0 < quantile < 1:
+                raise ValueError(f"{quantile} is no quantile; give numbers between 0 and 1")
+            if self.quantiles.count(quantile) > 1:
+                raise ValueError(f"the quantile {quantile} is given twice")
+
+    def add(
+        self, log_prob: Tensor, micro_batches: int, group: dist.ProcessGroup | None
+    ) -> Mapping[str, Tensor]:
+        """Count a micro-batch. The last one of a window sums the counts over the group.
+
+        Args:
+            log_prob: [M], of the supervised tokens.
+            micro_batches: Calls of a window: a step, or an evaluation.
+            group: Ranks that share the window's tokens.
+
+        Returns:
+            Each metric as [value, 1] at the end of a window and [0, 0] before, so that Megatron's sum over
+            sum is the value.
+        """
+        counts = torch.bincount(self._bins(log_prob), minlength=self.BINS)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._micro_batches += 1
+        if self._micro_batches < micro_batches:
+            values = torch.zeros(len(self.quantiles), 2, device=log_prob.device)
+        else:
+            if group is not None:
+                dist.all_reduce(self._counts, group=group)
+            values = torch.stack([self._quantile(quantile) for quantile in self.quantiles])
+            self._counts, self._micro_batches = None, 0
+        return {f"p quantile {q:g}": row for q, row in zip(self.quantiles, values, strict=True)}
+
+    def _bins(self, log_prob: Tensor) -> Tensor:
+        """[M] int64. A NaN has no place in an order and is left out."""
+        log_odds = log_prob - log1mexp(log_prob)
+        position = (log_odds[~log_prob.isnan()] + self.LIMIT) / (2 * self.LIMIT) * self.BINS
+        return position.clamp(0, self.BINS - 1).long()
+
+    def _quantile(self, quantile: float) -> Tensor:
+        """[value, 1], by interpolation within a bin; [0, 1] where there is no token."""
+        below = self._counts.cumsum(0)
+        rank = quantile * below[-1:].double()
+        bin_ = torch.searchsorted(below.double(), rank).clamp(max=self.BINS - 1)
+        inside = (rank - (below - self._counts)[bin_]) / self._counts[bin_].clamp(min=1)
+        log_odds = (bin_ + inside) / self.BINS * (2 * self.LIMIT) - self.LIMIT
+        value = torch.where(below[-1:] > 0, log_odds.sigmoid(), 0.0).float()
+        return torch.cat([value, torch.ones_like(value)])

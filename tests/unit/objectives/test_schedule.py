@@ -1,0 +1,108 @@
+"""Objectives that change over the steps of a run."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_profit.objectives import OptionSchedule, ScheduledObjective, build_objective
+
+PROFIT = build_objective("profit", prob_threshold=0.5, threshold_direction="higher")
+MIDDLE = build_objective("profit", prob_threshold=(0.2, 0.6), threshold_direction="middle")
+
+
+def thresholds(*schedule, objective=PROFIT, warmup=0, steps=range(6)):
+    scheduled = ScheduledObjective(objective, (OptionSchedule(*schedule),), warmup)
+    return [getattr(scheduled.at(step), "prob_threshold", None) for step in steps]
+
+
+def test_shapes():
+    assert thresholds("prob_threshold", "linear", 0.1, 4) == [
+        (pytest.approx(tau),) for tau in (0.1, 0.2, 0.3, 0.4, 0.5, 0.5)
+    ]
+    assert thresholds("prob_threshold", "constant", "0.1", "3") == [
+        (tau,) for tau in (0.1, 0.1, 0.1, 0.5, 0.5, 0.5)
+    ]
+    half = 0.5 - 0.4 * (1 + math.cos(math.pi / 4)) / 2
+    assert thresholds("prob_threshold", "cosine", 0.1, 4)[:3] == [
+        (0.1,),
+        (pytest.approx(half),),
+        (pytest.approx(0.3),),
+    ]
+
+
+@given(
+    shape=st.sampled_from(["constant", "linear", "cosine"]),
+    start=st.floats(0, 1),
+    steps=st.integers(1, 50),
+)
+def test_a_schedule_goes_from_its_start_to_the_option_and_no_further(shape, start, steps):
+    values = [tau for (tau,) in thresholds("prob_threshold", shape, start, steps, steps=range(60))]
+    assert values[0] == start
+    assert set(values[steps:]) == {0.5}, "the option itself, to the bit"
+    low, high = sorted((start, 0.5))
+    assert all(low - 1e-12 <= value <= high + 1e-12 for value in values)
+    assert values == sorted(values, reverse=start > 0.5)
+
+
+def test_two_thresholds_move_together():
+    moved = thresholds("prob_threshold", "linear", "0,1", 2, objective=MIDDLE, steps=range(3))
+    assert moved == [(0.0, 1.0), (pytest.approx(0.1), pytest.approx(0.8)), (0.2, 0.6)]
+
+
+def test_a_warm_up_comes_first_and_delays_the_schedule():
+    objectives = ScheduledObjective(
+        PROFIT, (OptionSchedule("prob_threshold", "linear", 0.1, 2),), warmup_steps=2
+    )
+    assert [objectives.at(step).name for step in range(5)] == ["sft"] * 2 + ["profit"] * 3
+    assert thresholds("prob_threshold", "linear", 0.1, 2, warmup=2, steps=(2, 4)) == [
+        (0.1,),
+        (0.5,),
+    ]
+    assert ScheduledObjective(PROFIT, warmup_steps=1).at(1) is PROFIT
+
+
+def test_any_fractional_option_can_have_a_schedule():
+    schedule = (OptionSchedule("keep_share", "linear", 1.0, 10),)
+    objectives = ScheduledObjective(build_objective("entropy", rank_scope="global_batch"), schedule)
+    assert objectives.at(5).keep_share == pytest.approx(0.6)
+    assert objectives.required_statistics == {"selected"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("prob_threshold", "square", 0, 3),
+            "the schedule of prob_threshold is 'square'; set it to",
+        ),
+        (("prob_threshold", "linear", 0, 0), "steps in the schedule of prob_threshold 0 is not a"),
+        (("prob_threshold", "linear", 0, 2.5), r"is 2\.5; give a whole number"),
+        (
+            ("prob_threshold", "linear", "x", 2),
+            "the start of the schedule of prob_threshold 'x' is",
+        ),
+        (("prob_threshold", "linear", 1.5, 2), r"prob_threshold 1\.5 is not a number in \[0, 1\]"),
+        (("prob_threshold", "linear", "0,1", 2), r"starts at 2 value\(s\), but the option has 1"),
+        (
+            ("keep_ratio", "linear", 0, 2),
+            r"keep_ratio cannot have a schedule here: .* are prob_threshold\.$",
+        ),
+        (("tau", "linear", 0, 2), "tau cannot have a schedule here"),
+        (("threshold_direction", "linear", 0, 2), "threshold_direction cannot have a schedule"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduledObjective(PROFIT, (OptionSchedule(*arguments),))
+
+
+def test_warm_ups_and_schedules_without_effect_are_refused():
+    schedule = OptionSchedule("prob_threshold", "linear", 0.1, 2)
+    with pytest.raises(ValueError, match="prob_threshold has two schedules"):
+        ScheduledObjective(PROFIT, (schedule, schedule))
+    with pytest.raises(ValueError, match="warm-up of plain SFT changes nothing"):
+        ScheduledObjective(build_objective("sft"), warmup_steps=3)
+    with pytest.raises(ValueError, match="the warm-up is -1 steps"):
+        ScheduledObjective(PROFIT, warmup_steps=-1)

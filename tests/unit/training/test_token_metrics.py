@@ -1,0 +1,57 @@
+"""Quantiles of p, however its tokens are split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_profit.training.token_metrics import ProbQuantiles
+
+LEVELS = (0.01, 0.1, 0.5, 0.9)
+LOWEST = float(torch.tensor(-ProbQuantiles.LIMIT).double().sigmoid())
+
+
+def window(log_prob: torch.Tensor, parts: int) -> dict[str, float]:
+    """The values of one window of `parts` micro-batches."""
+    quantiles = ProbQuantiles(LEVELS)
+    total = torch.zeros(len(LEVELS), 2)
+    for part in log_prob.tensor_split(parts):
+        report = quantiles.add(part, parts, None)
+        total += torch.stack(list(report.values()))
+    assert list(report) == ["p quantile 0.01", "p quantile 0.1", "p quantile 0.5", "p quantile 0.9"]
+    return (total[:, 0] / total[:, 1]).tolist()
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 3.0, 8.0])
+def test_they_are_those_of_all_tokens_for_any_split(sharpness):
+    torch.manual_seed(0)
+    log_odds = sharpness * torch.randn(20_000, dtype=torch.float64)
+    prob = log_odds.sigmoid()
+    exact = prob.quantile(torch.tensor(LEVELS, dtype=torch.float64)).clamp(LOWEST, 1 - LOWEST)
+    whole = window(prob.log().float(), 1)
+    assert whole == window(prob.log().float(), 7)
+    odds = torch.tensor(whole, dtype=torch.float64).logit().exp()
+    torch.testing.assert_close(odds, exact.logit().exp(), rtol=2e-2, atol=0)
+
+
+def test_certain_impossible_and_missing_tokens():
+    extremes = torch.tensor([0.0, -torch.inf, torch.nan, -200.0])
+    low, *_, high = window(extremes, 2)
+    assert low == pytest.approx(1e-7, abs=1e-7)
+    assert high == pytest.approx(1, abs=1e-6)
+    assert window(torch.zeros(0), 3) == [0.0] * 4
+
+
+def test_a_new_window_begins_with_no_tokens():
+    quantiles = ProbQuantiles((0.5,))
+    for prob in (0.2, 0.7):
+        value, count = quantiles.add(torch.tensor([prob]).log(), 1, None)["p quantile 0.5"].tolist()
+        assert (value, count) == (pytest.approx(prob, rel=1e-2), 1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "named"), [((0.0,), "0.0"), ((1.5,), "1.5"), ((0.5, 0.5), "twice")]
+)
+def test_what_is_no_quantile_is_refused(levels, named):
+    with pytest.raises(ValueError, match=named):
+        ProbQuantiles(levels)
