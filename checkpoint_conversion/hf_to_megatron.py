@@ -20,7 +20,7 @@ import torch
 from checkpoint_conversion import cli
 from checkpoint_conversion.chunks import Chunk, chunks_of
 from checkpoint_conversion.dtypes import chosen_dtype
-from checkpoint_conversion.families import TensorRule
+from checkpoint_conversion.families import TensorRule, extra_states
 from checkpoint_conversion.hf_folder import DTYPE_NAMES
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER, write_release
@@ -49,7 +49,11 @@ def plan_import(hf: str | Path, dtype: str = "source") -> ImportPlan:
     """
     chosen = chosen_dtype(dtype)
     model = open_hf_model(hf)
-    tensors = tuple((rule, chosen or model.dtype_of(rule)) for rule in model.rules)
+    tensors = tuple(
+        (rule.renamed(key), chosen or model.dtype_of(rule))
+        for rule in model.rules
+        for key in rule.keys
+    )
     return ImportPlan(model, tensors)
 
 
@@ -92,7 +96,7 @@ def hf_to_megatron(
             [(chunk, kind) for rule, kind in plan.tensors for chunk in chunks_of(rule, kind)],
             read,
             model.family.megatron_arguments(model.config),
-            model.family.extra_states(model.config),
+            extra_states(model.rules),
         )
         counter.finish()
     return plan

@@ -6,12 +6,13 @@ chunk that was saved is read whole, and only one at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
 import pickle
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,12 @@ class MegatronCheckpoint:
 
     Attributes:
         folder: The folder of the iteration, or `release`.
+        rules: The name table, with the names that the checkpoint has.
         dtypes: The dtype of each model tensor, by key.
     """
 
     folder: Path
+    rules: tuple[TensorRule, ...]
     dtypes: Mapping[str, torch.dtype]
     _metadata: Metadata
     _reader: _Reader
@@ -141,18 +144,20 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
         for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not _OPTIMIZER.match(key)
     }
+    named = tuple(found for rule in rules for found in _as_saved(rule, saved))
     dtypes = {
-        rule.megatron: _checked_dtype(folder, rule, saved.pop(rule.megatron, None))
-        for rule in rules
+        rule.megatron: _checked_dtype(folder, rule, saved.get(rule.megatron)) for rule in named
     }
-    if saved:
-        key, entry = next(iter(saved.items()))
+    known = {key for rule in named for key in rule.keys}
+    for key, entry in saved.items():
+        if key in known:
+            continue
         raise ConversionError(
             f"{folder}: {key} {list(entry.size)} has no place in the HuggingFace model that "
             "config.json describes"
         )
     _check_files(folder, metadata, dtypes.keys())
-    return MegatronCheckpoint(folder, dtypes, metadata, reader)
+    return MegatronCheckpoint(folder, named, dtypes, metadata, reader)
 
 
 def read_object(folder: Path, key: str) -> bytes | None:
@@ -199,6 +204,17 @@ def _iteration_name(iteration: str) -> str:
     if not re.fullmatch(r"\d+", iteration):
         raise ConversionError(f"iteration {iteration!r} is neither a number nor '{RELEASE}'")
     return f"iter_{int(iteration):07d}"
+
+
+def _as_saved(rule: TensorRule, saved: Container[str]) -> list[TensorRule]:
+    """A rule under the name that a checkpoint has for it; several where it has one for each layer."""
+    there = [key for key in rule.keys if key in saved]
+    if there:
+        return [dataclasses.replace(rule, megatron=there[0], aliases=tuple(there[1:]))]
+    layers = rule.per_layer()
+    if layers != (rule,) and any(key in saved for layer in layers for key in layer.keys):
+        return [found for layer in layers for found in _as_saved(layer, saved)]
+    return [rule.renamed(rule.megatron)]
 
 
 def _checked_dtype(

@@ -23,7 +23,7 @@ from checkpoint_conversion import cli
 from checkpoint_conversion.chunks import Chunk, tensor_bytes
 from checkpoint_conversion.dtypes import cast, chosen_dtype
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import Config, TensorRule, family_for
+from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf_folder import CONFIG, INDEX, read_hf_config, read_weight_map
 from checkpoint_conversion.hf_writer import (
     CHAT_TEMPLATES,
@@ -58,7 +58,6 @@ class ExportPlan:
     checkpoint: MegatronCheckpoint
     template: Path
     config: Config
-    rules: tuple[TensorRule, ...]
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
 
@@ -89,14 +88,14 @@ def plan_export(
     checkpoint = open_checkpoint(find_checkpoint(megatron, iteration), rules)
     tensors = {
         name: TensorSpec(shape, chosen or checkpoint.dtypes[rule.megatron])
-        for rule in rules
+        for rule in checkpoint.rules
         for piece in rule.pieces()
         for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
     }
     weight_map = files_of(template, tensors, max_shard_size)
     artifacts(template)
     config = with_dtype(config, tensors)
-    return ExportPlan(checkpoint, template, config, rules, tensors, weight_map)
+    return ExportPlan(checkpoint, template, config, tensors, weight_map)
 
 
 def megatron_to_hf(
@@ -142,7 +141,7 @@ def megatron_to_hf(
         whole_folder(Path(out), sources, overwrite, foreign_folder, plan.nbytes) as folder,
         HFWriter(folder, plan.tensors, plan.weight_map) as writer,
     ):
-        for rule in plan.rules:
+        for rule in plan.checkpoint.rules:
             for chunk in plan.checkpoint.chunks(rule):
                 _export(plan, chunk, writer, counter)
         writer.flush()

@@ -13,6 +13,7 @@ entry with the arguments, and metadata.json (megatron/core/dist_checkpointing/se
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpoint_conversion.chunks import Chunk
+from checkpoint_conversion.families.family import Shape
 from checkpoint_conversion.output import sync_file, write_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -58,7 +60,7 @@ def write_release(
     tensors: Iterable[tuple[Chunk, torch.dtype]],
     read: Callable[[Chunk, torch.dtype], torch.Tensor],
     arguments: Mapping[str, Any],
-    extra_states: Mapping[str, int],
+    extra_states: Mapping[str, Shape],
 ) -> None:
     """Write `folder`/release and the tracker file that names it.
 
@@ -69,15 +71,15 @@ def write_release(
         tensors: All chunks of all tensors, with the dtype to write.
         read: Gives the values of a chunk in a dtype, of shape `chunk.sizes`.
         arguments: Megatron arguments of the architecture.
-        extra_states: Modules with an `_extra_state` entry, and the number of its shards.
+        extra_states: Modules with an `_extra_state` entry, and the grid of its shards.
     """
     checkpoint = folder / RELEASE
     checkpoint.mkdir()
     with _EntryFiles(checkpoint) as files:
         files.add_object("common_state/shard_0_1", _common_state(arguments))
-        for module, shards in extra_states.items():
-            for shard in range(shards):
-                files.add_object(f"{module}._extra_state/shard_{shard}_{shards}", None)
+        for module, grid in extra_states.items():
+            for position in itertools.product(*map(range, grid)):
+                files.add_object(_shard_name(f"{module}._extra_state", position, grid), None)
         for chunk, dtype in tensors:
             files.add_chunk(chunk, read(chunk, dtype))
     write_file(checkpoint / ".metadata", pickle.dumps(files.metadata()))
@@ -99,6 +101,12 @@ def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "iteration": 0,
         "content_metadata": _CONTENT,
     }
+
+
+def _shard_name(key: str, position: Shape, grid: Shape) -> str:
+    """The name of an entry that is not a tensor (megatron/core/dist_checkpointing/mapping.py,
+    ShardedObject.unique_key)."""
+    return f"{key}/shard_{'.'.join(map(str, position))}_{'.'.join(map(str, grid))}"
 
 
 class _EntryFiles:

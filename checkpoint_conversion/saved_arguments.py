@@ -14,21 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import Config, family_for
+from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
 from checkpoint_conversion.megatron_reader import find_checkpoint, read_object
 
 # Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
 # (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
 _ENTRY = "common_state/shard_0_1"
 _FILE = "common.pt"
-# Arguments that may change from run to run of one model. The vocabulary has a rule of its own.
-_CHANGEABLE = {
-    "attention_dropout",
-    "hidden_dropout",
-    "make_vocab_size_divisible_by",
-    "max_position_embeddings",
-    "vocab_size",
-}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -126,7 +118,7 @@ def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         name: value
         for name, value in arguments.items()
-        if name not in _CHANGEABLE and value is not None
+        if name not in CHANGEABLE_ARGUMENTS and value is not None
     }
     if not kept.pop("group_query_attention", True) and "num_attention_heads" in kept:
         kept["num_query_groups"] = kept["num_attention_heads"]

@@ -108,7 +108,7 @@ def verify(
 
 def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[Rows]:
     checkpoint = open_checkpoint(folder, model.rules)
-    for rule in model.rules:
+    for rule in checkpoint.rules:
         for chunk in checkpoint.chunks(rule):
             values = checkpoint.read(chunk).view(chunk.rows, -1)
             for source, start, rows in chunk.layout:

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families.family import Config, Family, TensorRule
+from checkpoint_conversion.families.family import (
+    CHANGEABLE_ARGUMENTS,
+    Config,
+    Family,
+    TensorRule,
+    extra_states,
+)
+from checkpoint_conversion.families.llama import LLAMA
+from checkpoint_conversion.families.qwen2 import QWEN2
 from checkpoint_conversion.families.qwen3 import QWEN3
+from checkpoint_conversion.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (QWEN3,)
+FAMILIES = (QWEN3, QWEN3_MOE, QWEN2, LLAMA)
 
-__all__ = ["FAMILIES", "Config", "Family", "TensorRule", "family_for"]
+__all__ = [
+    "CHANGEABLE_ARGUMENTS",
+    "FAMILIES",
+    "Config",
+    "Family",
+    "TensorRule",
+    "extra_states",
+    "family_for",
+]
 
 
 def family_for(config: Config) -> Family:
@@ -22,7 +39,7 @@ def family_for(config: Config) -> Family:
     for family in FAMILIES:
         by_type = not declared and config.get("model_type") == family.model_type
         if by_type or (len(declared) == 1 and declared[0] in family.architectures):
-            family.check(config)
+            family.megatron_arguments(config)
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise ConversionError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint_conversion.layouts import Layout, copied, rows_of
@@ -11,13 +13,32 @@ from checkpoint_conversion.layouts import Layout, copied, rows_of
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
+LAYERS = "decoder.layers."
+# Modules with a weight for which a Megatron model asks no `_extra_state`.
+_WITHOUT_EXTRA_STATE = ("word_embeddings", "output_layer", "router")
+# Arguments that `megatron_arguments` gives and that may still change from run to run of one model:
+# they are choices of training, not of the architecture.
+CHANGEABLE_ARGUMENTS = frozenset(
+    {
+        "attention_dropout",
+        "hidden_dropout",
+        "make_vocab_size_divisible_by",
+        "max_position_embeddings",
+        "moe_aux_loss_coeff",
+        "moe_router_dtype",
+        "moe_router_load_balancing_type",
+        "vocab_size",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Piece:
-    """One layer's part of a Megatron tensor.
+    """One part of a Megatron tensor: that of one layer, or of one expert of a layer.
 
     Attributes:
-        index: Position on the stacked axes, `(layer,)`; empty for a tensor that is not stacked.
+        index: Position on the stacked axes, such as `(layer,)`; empty for a tensor that is not
+            stacked.
         hf: Names of the HuggingFace tensors, in the order of the rule's layout.
     """
 
@@ -31,19 +52,23 @@ class TensorRule:
 
     Attributes:
         megatron: Key in the torch_dist checkpoint.
-        hf: HuggingFace names with their shapes. Names that contain `{layer}` exist once per layer;
-            the Megatron tensor then has the layers stacked on a new first axis.
+        hf: HuggingFace names with their shapes. A name that contains `{layer}` or `{expert}` exists
+            once for each of them.
         layout: Arrangement of the rows. Default: a single tensor, unchanged.
-        layers: Number of layers; read where the names contain `{layer}`.
+        axes: What the Megatron tensor stacks on new first axes, and how many of it: nothing,
+            `layer`, or `layer` and `expert`.
         vocabulary: Whether a row is a token, so that a Megatron checkpoint may hold more rows
             (padding).
+        aliases: Other keys for the same tensor. Transformer Engine's and the local layers name some
+            differently; a conversion writes all of them, a training run saves one.
     """
 
     megatron: str
     hf: Mapping[str, Shape]
     layout: Layout = ()
-    layers: int = 0
+    axes: Mapping[str, int] = field(default_factory=dict)
     vocabulary: bool = False
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layout:
@@ -52,8 +77,8 @@ class TensorRule:
 
     @property
     def stack(self) -> Shape:
-        """Sizes of the stacked axes: `(layers,)` or `()`."""
-        return (self.layers,) if any("{layer}" in name for name in self.hf) else ()
+        """Sizes of the stacked axes: `()`, `(layers,)` or `(layers, experts)`."""
+        return tuple(self.axes.values())
 
     @property
     def piece_shape(self) -> Shape:
@@ -65,13 +90,41 @@ class TensorRule:
         """Shape of the whole Megatron tensor, stacked axes first."""
         return (*self.stack, *self.piece_shape)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All names that the Megatron tensor may have."""
+        return (self.megatron, *self.aliases)
+
     def pieces(self) -> Iterator[Piece]:
-        """The pieces, first layer first."""
-        if not self.stack:
-            yield Piece((), tuple(self.hf))
-            return
-        for layer in range(self.layers):
-            yield Piece((layer,), tuple(name.format(layer=layer) for name in self.hf))
+        """The pieces; the last stacked axis runs fastest."""
+        for index in itertools.product(*map(range, self.stack)):
+            numbers = dict(zip(self.axes, index, strict=True))
+            yield Piece(index, tuple(name.format(**numbers) for name in self.hf))
+
+    def renamed(self, key: str) -> TensorRule:
+        """The same rule for a tensor that has one of its aliases for a name."""
+        return dataclasses.replace(self, megatron=key, aliases=())
+
+    def per_layer(self) -> tuple[TensorRule, ...]:
+        """One rule for each layer, as Megatron names tensors where the layers are not all alike:
+        `decoder.layers.<number>.…` in place of a stacked axis."""
+        if "layer" not in self.axes:
+            return (self,)
+        return tuple(self.of_layer(layer) for layer in range(self.axes["layer"]))
+
+    def of_layer(self, layer: int) -> TensorRule:
+        """The rule of one layer alone."""
+
+        def numbered(key: str) -> str:
+            return key.replace(LAYERS, f"{LAYERS}{layer}.", 1)
+
+        return dataclasses.replace(
+            self,
+            megatron=numbered(self.megatron),
+            hf={name.replace("{layer}", str(layer)): shape for name, shape in self.hf.items()},
+            axes={axis: size for axis, size in self.axes.items() if axis != "layer"},
+            aliases=tuple(map(numbered, self.aliases)),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,20 +134,35 @@ class Family:
     Attributes:
         architectures: Values of `architectures` in config.json that this family converts.
         model_type: Value of `model_type`, for a config.json that names no architecture.
-        check: Raises ConversionError for a configuration that Megatron-Core would compute
-            differently.
-        megatron_arguments: The configuration as Megatron argument names and values.
-        tensor_rules: The name table.
-        extra_states: Modules whose `_extra_state` entry a Megatron model asks for when it loads:
-            those of a layer (below `decoder.layers`), and single ones.
+        megatron_arguments: The configuration as Megatron argument names and values. Raises
+            ConversionError for a configuration that Megatron-Core would compute differently.
+        tensor_rules: The name table; raises like `megatron_arguments`.
         tied_alias: The HuggingFace tensor that repeats another one when the embeddings are tied:
             `(alias, tensor)`.
     """
 
     architectures: tuple[str, ...]
     model_type: str
-    check: Callable[[Config], None]
     megatron_arguments: Callable[[Config], dict[str, Any]]
     tensor_rules: Callable[[Config], tuple[TensorRule, ...]]
-    extra_states: Callable[[Config], dict[str, int]]
-    tied_alias: tuple[str, str]
+    tied_alias: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+def extra_states(rules: Iterable[TensorRule]) -> dict[str, Shape]:
+    """Modules whose `_extra_state` entry a Megatron model asks for, and the grid of its shards.
+
+    The linear layers have one with both layer implementations. The norms that are modules of their
+    own have one with Transformer Engine 2, whose RMSNorm is a fusible operation
+    (transformer_engine/pytorch/ops/op.py).
+    """
+    modules = {
+        key.removesuffix(".weight"): rule.stack or (1,)
+        for rule in rules
+        for key in rule.keys
+        if key.endswith(".weight")
+    }
+    return {
+        module: grid
+        for module, grid in modules.items()
+        if module.rsplit(".", 1)[-1] not in _WITHOUT_EXTRA_STATE
+    }

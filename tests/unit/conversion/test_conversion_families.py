@@ -91,9 +91,9 @@ def test_every_argument_is_one_of_megatron():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*supported: Qwen3ForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*supported: Qwen3ForCausalLM"),
         ({"architectures": ["Qwen3ForCausalLM", "Other"]}, "Other"),
-        ({"architectures": None, "model_type": "llama"}, "llama"),
+        ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),

@@ -1,0 +1,135 @@
+"""Reading config.json: values that are checked, and the features that are refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families.family import Config
+
+# What Megatron-Core computes for every family here.
+_REQUIRED = {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
+# Megatron-Core has `--rope-scaling-factor` for Llama 3's scaling; the other numbers are constants
+# (megatron/core/models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: The base.
+        llama3_factor: The factor of Llama 3's frequency scaling; None without scaling.
+    """
+
+    theta: float
+    llama3_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class ConfigReader:
+    """Values of a config.json.
+
+    Attributes:
+        family: The name of the family; for messages.
+        required: Values that a key must have, where it is there.
+        defaults: Defaults of the configuration class in transformers, for keys that a config.json
+            may leave out.
+        llama3_rope: Whether Llama 3's scaling of the rotary frequencies is known to the family.
+    """
+
+    config: Config
+    family: str
+    required: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    llama3_rope: bool = False
+
+    def __post_init__(self) -> None:
+        for key, supported in {**_REQUIRED, **self.required}.items():
+            value = self.config.get(key)
+            if value is not None and value != supported:
+                raise self.refused(key, value, f"{key}={supported!r}")
+        for kind in self.config.get("layer_types") or []:
+            if kind != "full_attention":
+                raise self.refused("layer_types", kind, "'full_attention' in every layer")
+
+    def refused(self, key: str, value: object, supported: str) -> ConversionError:
+        """The error for a value that cannot be converted."""
+        return ConversionError(
+            f"config.json has {key}={value!r}; for {self.family}, supported is {supported}"
+        )
+
+    def value(self, key: str) -> Any:
+        """The value, or its default; None without one."""
+        value = self.config.get(key)
+        return self.defaults.get(key) if value is None else value
+
+    def size(self, *keys: str) -> int:
+        """A positive integer under the first of the keys that is there."""
+        key = next((key for key in keys if self.value(key) is not None), keys[0])
+        value = self.value(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.refused(key, value, "a positive integer")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """A truth value; False without one."""
+        value = self.value(key)
+        if value not in (True, False, None):
+            raise self.refused(key, value, "true or false")
+        return bool(value)
+
+    def number(self, key: str, *, at_least: float | None = None) -> float:
+        """A number that is positive, or at least `at_least`."""
+        return self._number(key, self.value(key), at_least)
+
+    def rope(self) -> Rope:
+        """The rotary embedding: in `rope_parameters` since transformers 5, before that the base at
+        the top level and the scaling in `rope_scaling`."""
+        theta, factor = self.value("rope_theta"), None
+        for key in ("rope_scaling", "rope_parameters"):
+            rope = self.config.get(key) or {}
+            is_known = isinstance(rope, dict)
+            kind = rope.get("rope_type", rope.get("type", "default")) if is_known else None
+            if kind == "llama3" and self.llama3_rope:
+                self._check_rope(key, rope, {**_LLAMA3, "factor": None})
+                factor = self._number("factor", rope.get("factor"), 1.0)
+            elif kind == "default":
+                self._check_rope(key, rope, {})
+            else:
+                known = "'default' or 'llama3'" if self.llama3_rope else "'default', no scaling"
+                raise self.refused(key, rope, f"rope_type={known}")
+            theta = rope.get("rope_theta", theta)
+        return Rope(self._number("rope_theta", theta, None), factor)
+
+    def _check_rope(self, key: str, rope: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        """Refuse parameters that are unknown or not those that Megatron-Core computes with."""
+        plain = {"rope_type": None, "type": None, "rope_theta": None, "partial_rotary_factor": 1}
+        for name, value in rope.items():
+            known = {**plain, **expected}
+            if name not in known or known[name] not in (None, value):
+                supported = {k: v for k, v in known.items() if v is not None}
+                raise self.refused(key, dict(rope), f"no other parameter than {supported}")
+        for name in expected:
+            if name not in rope:
+                raise self.refused(key, dict(rope), f"with {name}")
+
+    def _number(self, key: str, value: object, at_least: float | None) -> float:
+        supported = "a positive number" if at_least is None else f"a number from {at_least:g} on"
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, float | int)
+            or not math.isfinite(value)
+        ):
+            raise self.refused(key, value, supported)
+        if value <= 0 if at_least is None else value < at_least:
+            raise self.refused(key, value, supported)
+        return float(value)

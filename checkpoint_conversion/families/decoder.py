@@ -1,0 +1,238 @@
+"""The decoder that the families share: its sizes, Megatron arguments and name tables.
+
+Megatron names are those of the Transformer Engine layers, which Megatron-Core 0.19 also gives to its
+local layers in a checkpoint: the norm before a linear layer is part of it
+(`linear_qkv.layer_norm_weight`). HuggingFace names are those of Llama, which the families repeat
+(transformers/models/llama/modeling_llama.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint_conversion.families.config import ConfigReader, Rope
+from checkpoint_conversion.families.family import LAYERS, Shape, TensorRule
+from checkpoint_conversion.layouts import Layout, grouped_qkv, stacked_rows
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The sizes of a model."""
+
+    vocab: int
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions: int
+    norm_epsilon: float
+    rope: Rope
+    tied: bool
+
+    @property
+    def q(self) -> int:
+        """Rows of the query projection."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line of a layer's name table, below `decoder.layers.` and `model.layers.<number>.`."""
+
+    megatron: str
+    hf: Mapping[str, Shape]
+    layout: Layout = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+
+def read_decoder(read: ConfigReader) -> Decoder:
+    """The sizes in a config.json.
+
+    Raises:
+        ConversionError: Naming the key, its value and what is supported.
+    """
+    hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
+    kv_heads = heads
+    if read.value("num_key_value_heads") is not None:
+        kv_heads = read.size("num_key_value_heads")
+    if heads % kv_heads:
+        raise read.refused("num_key_value_heads", kv_heads, f"a divisor of {heads} attention heads")
+    if read.value("head_dim") is not None:
+        head_dim = read.size("head_dim")
+    elif hidden % heads == 0:
+        head_dim = hidden // heads
+    else:
+        raise read.refused("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
+    return Decoder(
+        vocab=read.size("vocab_size"),
+        layers=read.size("num_hidden_layers"),
+        hidden=hidden,
+        ffn=read.size("intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        positions=read.size("max_position_embeddings"),
+        norm_epsilon=read.number("rms_norm_eps"),
+        rope=read.rope(),
+        tied=read.flag("tie_word_embeddings"),
+    )
+
+
+def decoder_arguments(model: Decoder) -> dict[str, Any]:
+    """Megatron arguments, under the names that its argument parser stores.
+
+    `rotary_base` is an integer where it can be, the type of `--rotary-base`.
+    """
+    theta, factor = model.rope.theta, model.rope.llama3_factor
+    return {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.ffn,
+        "num_attention_heads": model.heads,
+        "group_query_attention": True,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_dim,
+        "max_position_embeddings": model.positions,
+        "position_embedding_type": "rope",
+        "rotary_base": int(theta) if theta == int(theta) else theta,
+        "rotary_percent": 1.0,
+        "use_rope_scaling": factor is not None,
+        **({} if factor is None else {"rope_scaling_factor": factor}),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": not model.tied,
+        "vocab_size": model.vocab,
+        "make_vocab_size_divisible_by": 1,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def attention(model: Decoder) -> list[Part]:
+    """Self-attention and the norm before it."""
+    return [
+        Part(
+            "self_attention.linear_qkv.layer_norm_weight",
+            {"input_layernorm.weight": (model.hidden,)},
+        ),
+        Part(
+            "self_attention.linear_qkv.weight",
+            {
+                "self_attn.q_proj.weight": (model.q, model.hidden),
+                "self_attn.k_proj.weight": (model.kv, model.hidden),
+                "self_attn.v_proj.weight": (model.kv, model.hidden),
+            },
+            grouped_qkv(model.heads, model.kv_heads, model.head_dim),
+        ),
+        Part(
+            "self_attention.linear_proj.weight",
+            {"self_attn.o_proj.weight": (model.hidden, model.q)},
+        ),
+    ]
+
+
+def qkv_bias(model: Decoder) -> list[Part]:
+    """Biases of query, key and value, arranged like the rows of their weights."""
+    return [
+        Part(
+            "self_attention.linear_qkv.bias",
+            {
+                "self_attn.q_proj.bias": (model.q,),
+                "self_attn.k_proj.bias": (model.kv,),
+                "self_attn.v_proj.bias": (model.kv,),
+            },
+            grouped_qkv(model.heads, model.kv_heads, model.head_dim),
+        )
+    ]
+
+
+def qk_norms(model: Decoder) -> list[Part]:
+    """Norms of each head's query and key."""
+    return [
+        Part("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": (model.head_dim,)}),
+        Part("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": (model.head_dim,)}),
+    ]
+
+
+def dense_mlp(model: Decoder) -> list[Part]:
+    """A gated MLP and the norm before it."""
+    norm = {"post_attention_layernorm.weight": (model.hidden,)}
+    return [
+        Part("mlp.linear_fc1.layer_norm_weight", norm),
+        *_gated("mlp", "mlp", model.ffn, model.hidden),
+    ]
+
+
+def expert_mlp(model: Decoder, experts: int, ffn: int) -> list[Part]:
+    """Experts, their router, and the norm before it.
+
+    Megatron's sequential and its grouped experts have the same names and shapes in a checkpoint. The
+    norm is called `pre_mlp_layernorm.weight` by Transformer Engine's layers and like that of a dense
+    MLP by the local ones.
+    """
+    return [
+        Part(
+            "pre_mlp_layernorm.weight",
+            {"post_attention_layernorm.weight": (model.hidden,)},
+            aliases=("mlp.linear_fc1.layer_norm_weight",),
+        ),
+        Part("mlp.router.weight", {"mlp.gate.weight": (experts, model.hidden)}),
+        *(
+            dataclasses.replace(part, axes={"expert": experts})
+            for part in _gated("mlp.experts.experts", "mlp.experts.{expert}", ffn, model.hidden)
+        ),
+    ]
+
+
+def _gated(megatron: str, hf: str, ffn: int, hidden: int) -> list[Part]:
+    return [
+        Part(
+            f"{megatron}.linear_fc1.weight",
+            {f"{hf}.gate_proj.weight": (ffn, hidden), f"{hf}.up_proj.weight": (ffn, hidden)},
+            stacked_rows(ffn, ffn),
+        ),
+        Part(f"{megatron}.linear_fc2.weight", {f"{hf}.down_proj.weight": (hidden, ffn)}),
+    ]
+
+
+def stacked(model: Decoder, parts: Iterable[Part]) -> list[TensorRule]:
+    """The rules of layers that are all alike: one tensor for all layers."""
+    return [
+        TensorRule(
+            LAYERS + part.megatron,
+            {f"model.layers.{{layer}}.{name}": shape for name, shape in part.hf.items()},
+            part.layout,
+            {"layer": model.layers, **part.axes},
+            aliases=tuple(LAYERS + alias for alias in part.aliases),
+        )
+        for part in parts
+    ]
+
+
+def model_rules(model: Decoder, layers: Iterable[TensorRule]) -> tuple[TensorRule, ...]:
+    """The name table of a whole model, around that of its layers."""
+    table = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
+    rules = [
+        TensorRule("embedding.word_embeddings.weight", table, vocabulary=True),
+        *layers,
+        TensorRule("decoder.final_layernorm.weight", {"model.norm.weight": (model.hidden,)}),
+    ]
+    if not model.tied:
+        table = {"lm_head.weight": (model.vocab, model.hidden)}
+        rules.append(TensorRule("output_layer.weight", table, vocabulary=True))
+    return tuple(rules)

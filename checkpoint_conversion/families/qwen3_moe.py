@@ -1,0 +1,123 @@
+"""Qwen3-MoE (Qwen3MoeForCausalLM): Qwen3's attention; experts in all or in some of the layers.
+
+Names: those of the published checkpoints, which `save_pretrained` of transformers 5 writes too although
+it holds the experts fused in memory (transformers/models/qwen3_moe/modeling_qwen3_moe.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint_conversion.families.config import ConfigReader
+from checkpoint_conversion.families.decoder import (
+    attention,
+    decoder_arguments,
+    dense_mlp,
+    expert_mlp,
+    model_rules,
+    qk_norms,
+    read_decoder,
+    stacked,
+)
+from checkpoint_conversion.families.family import Config, Family, TensorRule
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model.
+
+    Attributes:
+        count: Experts of a layer.
+        top_k: Experts of a token.
+        ffn: Inner size of an expert.
+        layers: Whether each layer has experts or a dense MLP.
+        normalized: Whether the weights of a token's experts sum to 1.
+        aux_loss: Coefficient of the load-balancing loss.
+    """
+
+    count: int
+    top_k: int
+    ffn: int
+    layers: tuple[bool, ...]
+    normalized: bool
+    aux_loss: float
+
+
+def _reader(config: Config) -> ConfigReader:
+    defaults = {
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "decoder_sparse_step": 1,
+        "router_aux_loss_coef": 0.001,
+    }
+    return ConfigReader(config, "Qwen3-MoE", {"attention_bias": False}, defaults)
+
+
+def _experts(read: ConfigReader) -> Experts:
+    layers, step = read.size("num_hidden_layers"), read.size("decoder_sparse_step")
+    dense = read.value("mlp_only_layers") or []
+    if not isinstance(dense, list) or not set(dense) <= set(range(layers)):
+        raise read.refused("mlp_only_layers", dense, f"a list of layers from 0 to {layers - 1}")
+    sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    if not any(sparse):
+        raise read.refused("mlp_only_layers", dense, "at least one layer with experts")
+    count, top_k = read.size("num_experts", "num_local_experts"), read.size("num_experts_per_tok")
+    if top_k > count:
+        raise read.refused("num_experts_per_tok", top_k, f"at most the {count} experts there are")
+    normalized = read.flag("norm_topk_prob")
+    if top_k == 1 and normalized:
+        raise read.refused("norm_topk_prob", True, "false with num_experts_per_tok=1")
+    return Experts(
+        count=count,
+        top_k=top_k,
+        ffn=read.size("moe_intermediate_size"),
+        layers=sparse,
+        normalized=normalized,
+        aux_loss=read.number("router_aux_loss_coef", at_least=0.0),
+    )
+
+
+def megatron_arguments(config: Config) -> dict[str, Any]:
+    """A softmax over all experts whose top k are normalised is a softmax over the top k, which is what
+    Megatron computes without `--moe-router-pre-softmax`.
+
+    Whether experts are sequential or grouped (`moe_grouped_gemm`) is left to the run.
+    """
+    read = _reader(config)
+    experts = _experts(read)
+    return {
+        **decoder_arguments(read_decoder(read)),
+        "qk_layernorm": True,
+        "num_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn,
+        "moe_layer_freq": 1 if all(experts.layers) else [int(sparse) for sparse in experts.layers],
+        "moe_router_topk": experts.top_k,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": experts.aux_loss,
+        "moe_router_dtype": "fp32",
+    }
+
+
+def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
+    """Layers with and without experts are not alike, and then each has tensors of its own."""
+    read = _reader(config)
+    model, experts = read_decoder(read), _experts(read)
+    shared = [*attention(model), *qk_norms(model)]
+    sparse = stacked(model, [*shared, *expert_mlp(model, experts.count, experts.ffn)])
+    if all(experts.layers):
+        return model_rules(model, sparse)
+    dense = stacked(model, [*shared, *dense_mlp(model)])
+    return model_rules(
+        model,
+        [
+            rule.of_layer(layer)
+            for layer, is_sparse in enumerate(experts.layers)
+            for rule in (sparse if is_sparse else dense)
+        ],
+    )
+
+
+QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), "qwen3_moe", megatron_arguments, tensor_rules)
