@@ -18,6 +18,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
 # Records attend together, padded to the longest among them, as long as none is shorter than this share of it.
@@ -261,6 +262,24 @@ class PackedRows(PackedSeqParams):
 
     def _moved(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def rotary_angles(
+    model: GPTModel, position_ids: torch.Tensor, seq_length: int
+) -> torch.Tensor | None:
+    """Rotary angles by the position in the record.
+
+    Args:
+        position_ids: [B, L] int64, below `seq_length`.
+
+    Returns:
+        [L, B, 1, head_dim] fp32; None where the model has no such angles, or where a fused kernel
+        applies them, which takes one angle for a position of all rows.
+    """
+    if model.position_embedding_type != "rope" or model.config.apply_rope_fusion:
+        return None
+    table = model.rotary_pos_emb.get_emb(seq_length)
+    return table[:, 0, 0][position_ids.T][:, :, None]
 
 
 def _tokens(order: np.ndarray, piece: Piece) -> np.ndarray:

@@ -68,7 +68,7 @@ _REFUSED = {
     ),
     **dict.fromkeys(
         ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),
-        "each row of a batch holds one record",
+        "--packing keeps the records of a row apart",
     ),
     "eod_mask_loss": "what is trained is decided by the roles of the chat",
     **dict.fromkeys(
@@ -93,7 +93,7 @@ _REFUSED = {
     "overlap_moe_expert_parallel_comm": "the forward step has no schedule plan",
     "perform_rl_step": "this entry trains on data sets",
     "dataloader_type": "the order of the records is drawn from --seed",
-    "hybrid_context_parallel": "each rank computes the loss of whole sequences",
+    "hybrid_context_parallel": "--context-parallel-size splits every row alike",
     **dict.fromkeys(
         ("use_torch_fsdp2", "use_megatron_fsdp"),
         "the objective reads the output layer's weight, which FSDP shards; use "
@@ -420,11 +420,6 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
     tp, pp, cp = (
         settings[f"{kind}_parallel_size"] for kind in ("tensor_model", "pipeline_model", "context")
     )
-    if cp > 1:
-        raise ArgumentsError(
-            f"--context-parallel-size {cp} is not supported: each rank computes the loss of whole "
-            "sequences. Use --tensor-model-parallel-size with --sequence-parallel for long sequences"
-        )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         _check_divides("--tensor-model-parallel-size", tp, f"the model's {name}", settings[name])
     uneven = (
@@ -439,9 +434,12 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
             "--pipeline-model-parallel-size", pp, "the model's num_layers", settings["num_layers"]
         )
     _check_divides(
-        "tensor x pipeline parallel size", tp * pp, "the number of processes", world_size
+        "tensor x pipeline x context parallel size" if cp > 1 else "tensor x pipeline parallel size",
+        tp * pp * cp,
+        "the number of processes",
+        world_size,
     )
-    data_parallel = world_size // (tp * pp)
+    data_parallel = world_size // (tp * pp * cp)
     for batch, micro in (
         ("global_batch_size", "micro_batch_size"),
         ("eval_global_batch_size", "eval_micro_batch_size"),
@@ -454,13 +452,7 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
                 flag_of(batch),
                 settings[batch],
             )
-    if settings["sequence_parallel"]:
-        _check_divides(
-            "--sequence-parallel with tensor parallel size",
-            tp,
-            "--seq-length",
-            settings["seq_length"],
-        )
+    _check_split_of_rows(settings, tp, cp)
     _check_virtual_pipeline(settings, pp)
     limit = settings["max_position_embeddings"]
     if not 0 < settings["seq_length"] <= limit:
@@ -469,6 +461,30 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
             "(max_position_embeddings)"
         )
     return data_parallel
+
+
+def _check_split_of_rows(settings: Mapping[str, Any], tp: int, cp: int) -> None:
+    """Refuse rows that sequence and context parallelism cannot split evenly."""
+    seq_length = settings["seq_length"]
+    parts = 2 * cp if cp > 1 else 1
+    if seq_length % parts:
+        raise ArgumentsError(
+            f"--seq-length {seq_length} is not a multiple of {parts}: with --context-parallel-size {cp} each "
+            "rank holds two equal chunks of a row"
+        )
+    if settings["sequence_parallel"]:
+        _check_divides(
+            "--sequence-parallel with tensor parallel size",
+            tp,
+            "--seq-length" if cp == 1 else f"the positions of one of {cp} context-parallel ranks",
+            seq_length // cp,
+        )
+    gathers = settings["packing"] or settings["transformer_impl"] == "local"
+    if cp > 1 and gathers and settings["cp_comm_type"] not in (["p2p"], ["all_gather"]):
+        raise ArgumentsError(
+            f"--cp-comm-type {' '.join(settings['cp_comm_type'])} needs Transformer Engine and rows that "
+            "are not packed; otherwise keys and values are gathered: drop the flag"
+        )
 
 
 def _check_virtual_pipeline(settings: Mapping[str, Any], pp: int) -> None:

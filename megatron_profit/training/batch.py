@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core import mpu
+
+from megatron_profit.models.packed_rows import PackedRows, context_parallel_index
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the training device, all [B, S] int64.
+    """One micro-batch on the training device: tensors [B, L] int64.
+
+    L are the positions of a row that this rank holds, all of them without context parallelism.
 
     Attributes:
         tokens: Token ids.
@@ -18,6 +23,7 @@ class Batch:
         position_ids: Position in the segment; 0 where one begins.
         record_index: The example that a token belongs to, -1 in padding.
         sample_index: Distinct for each time that an example is drawn, -1 in padding.
+        rows: Where the records of the whole rows lie; None where attention need not know it.
     """
 
     tokens: torch.Tensor
@@ -25,10 +31,34 @@ class Batch:
     position_ids: torch.Tensor
     record_index: torch.Tensor
     sample_index: torch.Tensor
+    rows: PackedRows | None
 
 
-def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]]) -> Batch:
-    """Take the next micro-batch. Every rank reads its own copy, so nothing is broadcast."""
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool) -> Batch:
+    """Take the next micro-batch.
+
+    Every rank reads its own copy of the whole rows, so nothing is broadcast, and middle pipeline stages know
+    the records as well.
+
+    Args:
+        data_iterator: Gives tensors [B, S] on the CPU.
+        isolate: Whether attention is told where records lie.
+    """
+    whole = next(data_iterator)
+    cp_size, cp_rank = (
+        mpu.get_context_parallel_world_size(),
+        mpu.get_context_parallel_rank(),
+    )
+    rows = None
+    if isolate:
+        # Found on the CPU, where the data are: a GPU would have to be waited for.
+        device = torch.device(torch.cuda.current_device())
+        rows = PackedRows.from_positions(
+            whole["position_ids"], device, cp_size=cp_size, cp_rank=cp_rank
+        )
+    if cp_size > 1:
+        own = context_parallel_index(whole["tokens"].size(1), cp_size, cp_rank)
+        whole = {name: values[:, own] for name, values in whole.items()}
     return Batch(
-        **{key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
+        **{name: values.cuda(non_blocking=True) for name, values in whole.items()}, rows=rows
     )

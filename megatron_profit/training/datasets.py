@@ -32,10 +32,9 @@ class SFTData:
             # One batch more than is drawn: Megatron's sampler refuses a run that is started again
             # after its last step, although there is nothing left to do.
             num_train, num_valid = num_samples[0] + args.global_batch_size, num_samples[1]
-            # Context parallelism gives each rank two pieces of every record.
-            cp = args.context_parallel_size
-            layout = {"packing": args.packing, "pad_multiple": 2 * cp if cp > 1 else 1}
-            train = SFTDataset(self.train, args.seq_length, num_train, seed=args.seed, **layout)
+            train = SFTDataset(
+                self.train, args.seq_length, num_train, seed=args.seed, packing=args.packing
+            )
             train.split = Split.train
             if self.valid is None:
                 return train, None, None
@@ -46,7 +45,7 @@ class SFTData:
                 num_valid + period,
                 shuffle=False,
                 period=period,
-                **layout,
+                packing=args.packing,
             )
             valid.split = Split.valid
             return train, valid, None

@@ -14,15 +14,16 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_timers, pretrain
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-from megatron.training.utils import is_first_or_last_pipeline_stage
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data import DataError
 from megatron_profit.models.layer_specs import layer_spec
+from megatron_profit.models.packed_rows import rotary_angles
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
 from megatron_profit.training.batch import get_batch
 from megatron_profit.training.console import fail
@@ -100,20 +101,34 @@ def make_forward_step(objective_loss: ObjectiveLoss) -> Callable:
     def forward_step(
         data_iterator: Iterator, model: GPTModel
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
-        if not is_first_or_last_pipeline_stage(get_attr_wrapped_model(model, "vp_stage")):
-            return model(None, None, None), _no_loss
-        timers = get_timers()
+        args, timers = get_args(), get_timers()
+        gpt: GPTModel = unwrap_model(model)
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator)
+        batch = get_batch(data_iterator, isolate=needs_rows(args))
         timers("batch-generator").stop()
+        if batch.rows is not None:
+            batch.rows.rotary = rotary_angles(gpt, batch.position_ids, args.seq_length)
+            if torch.is_grad_enabled() and not gpt.vp_stage:
+                # For Megatron's count of FLOP/s; attention works on records, not on rows.
+                update_seqlen_stats_from_cu_seqlens(batch.rows.cu_seqlens_q)
         loss: MicroBatchLoss = objective_loss.micro_batch(batch.sample_index, batch.position_ids)
         output = model(
-            batch.tokens, batch.position_ids, None, labels=batch.labels, **loss.model_kwargs
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            packed_seq_params=batch.rows,
+            **loss.model_kwargs,
         )
         return output, loss.loss_func
 
     return forward_step
 
 
-def _no_loss(output_tensor: torch.Tensor) -> tuple:
-    raise RuntimeError("the loss is computed on the last pipeline stage only")
+def needs_rows(args: Namespace) -> bool:
+    """Whether attention has to know where the records of a row lie.
+
+    Without packing, what follows a record is padding, which causal attention does not see. Under context
+    parallelism our own attention goes by records in any case, Transformer Engine's does not.
+    """
+    return args.packing or (args.context_parallel_size > 1 and args.transformer_impl == "local")

@@ -23,6 +23,7 @@ from megatron_profit.objectives import token_uniform
 
 DATA = EXAMPLES / "arithmetic_chatty.jsonl"
 SEQ_LENGTH, BATCH, SEED = 48, 8, 5
+PACKED_LENGTH, PACKED_BATCH = 120, 4
 EPSILON, RATE = 1e4, 100.0
 
 
@@ -53,20 +54,26 @@ class Tokens:
         return {name: p.grad.clone() for name, p in self.model.named_parameters()}
 
 
-def reference(model: TinyModel) -> Tokens:
+def reference(model: TinyModel, seq_length: int = SEQ_LENGTH, batch: int = BATCH) -> Tokens:
+    """Each record of the step's rows alone through the HuggingFace model, packed or not."""
     renderer = ChatRenderer(AutoTokenizer.from_pretrained(model.hf))
-    examples, _ = build_examples([DATA], renderer, SEQ_LENGTH)
-    rows = [SFTDataset(examples, SEQ_LENGTH, BATCH, seed=SEED)[i] for i in range(BATCH)]
-    tokens, labels, positions, index = (
-        torch.stack([row[k] for row in rows])
-        for k in ("tokens", "labels", "position_ids", "sample_index")
-    )
+    examples, _ = build_examples([DATA], renderer, seq_length)
+    packing = seq_length != SEQ_LENGTH
+    rows = SFTDataset(examples, seq_length, batch, seed=SEED, packing=packing)
     hf = AutoModelForCausalLM.from_pretrained(model.hf, dtype=torch.float64)
-    log_probs = torch.log_softmax(hf(tokens).logits, dim=-1)
-    supervised = labels != -100
-    log_prob = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][supervised]
-    uniform = token_uniform(SEED, index, positions)[supervised]
-    return Tokens(hf, log_prob, uniform)
+    log_prob, uniform = [], []
+    for row in (rows[i] for i in range(batch)):
+        for record in row["sample_index"].unique():
+            tokens, labels, position_ids, sample_index = (
+                row[name][(row["sample_index"] == record) & (record >= 0)]
+                for name in ("tokens", "labels", "position_ids", "sample_index")
+            )
+            if len(tokens):
+                supervised = labels != -100
+                log_probs = torch.log_softmax(hf(tokens[None]).logits[0], dim=-1)
+                log_prob.append(log_probs[supervised].gather(-1, labels[supervised][:, None]))
+                uniform.append(token_uniform(SEED, sample_index, position_ids)[supervised])
+    return Tokens(hf, torch.cat(log_prob)[:, 0], torch.cat(uniform))
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +84,11 @@ def tied_reference(tied_model) -> Tokens:
 @pytest.fixture(scope="session")
 def untied_reference(untied_model) -> Tokens:
     return reference(untied_model)
+
+
+@pytest.fixture(scope="session")
+def packed_reference(tied_model) -> Tokens:
+    return reference(tied_model, PACKED_LENGTH, PACKED_BATCH)
 
 
 @pytest.fixture

@@ -134,7 +134,21 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--pipeline-model-parallel-size", "3"), 3, ("3", "num_layers", "4")),
         (("--tensor-model-parallel-size", "2"), 3, ("2", "number of processes", "3")),
         (("--global-batch-size", "3"), 1, ("--micro-batch-size", "2", "3")),
-        (("--context-parallel-size", "2"), 2, ("--context-parallel-size", "2")),
+        (("--context-parallel-size", "2"), 3, ("context", "2", "number of processes 3")),
+        (("--context-parallel-size", "3"), 3, ("--seq-length 64", "multiple of 6")),
+        (
+            ("--context-parallel-size", "2", "--cp-comm-type", "a2a"),
+            2,
+            ("--cp-comm-type a2a", "Transformer Engine"),
+        ),
+        (
+            (
+                *("--context-parallel-size", "2", "--seq-length", "60"),
+                *("--tensor-model-parallel-size", "4", "--sequence-parallel"),
+            ),
+            8,
+            ("--sequence-parallel", "4", "context-parallel", "30"),
+        ),
         (("--seq-length", "257"), 1, ("257", "256", "max_position_embeddings")),
         (("--sft",), 1, ("--sft",)),
         (("--cross-entropy-loss-fusion",), 1, ("--cross-entropy-loss-fusion", "--objective")),
