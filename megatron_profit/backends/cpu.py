@@ -44,6 +44,9 @@ class _CudaMeansCpu(TorchFunctionMode):
                 kwargs = {**kwargs, "device": _CPU}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.device and args[:1] == ("cuda:cpu",):
+            # Megatron writes f"cuda:{torch.cuda.current_device()}".
+            args = ("cpu",)
         if func is torch.Tensor.to:
             args = tuple(_CPU if _is_cuda(a) or type(a) is int else a for a in args)
         return func(*args, **kwargs)

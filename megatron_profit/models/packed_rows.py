@@ -183,7 +183,6 @@ class PackedRows(PackedSeqParams):
         cls,
         position_ids: torch.Tensor,
         device: torch.device,
-        *,
         cp_size: int = 1,
         cp_rank: int = 0,
     ) -> PackedRows:

@@ -434,7 +434,9 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
             "--pipeline-model-parallel-size", pp, "the model's num_layers", settings["num_layers"]
         )
     _check_divides(
-        "tensor x pipeline x context parallel size" if cp > 1 else "tensor x pipeline parallel size",
+        "tensor x pipeline x context parallel size"
+        if cp > 1
+        else "tensor x pipeline parallel size",
         tp * pp * cp,
         "the number of processes",
         world_size,

@@ -45,20 +45,14 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool
         isolate: Whether attention is told where records lie.
     """
     whole = next(data_iterator)
-    cp_size, cp_rank = (
-        mpu.get_context_parallel_world_size(),
-        mpu.get_context_parallel_rank(),
-    )
+    cp = (mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
+    own = context_parallel_index(whole["tokens"].size(1), *cp)
+    part = {
+        name: (values if cp[0] == 1 else values[:, own]).cuda(non_blocking=True)
+        for name, values in whole.items()
+    }
     rows = None
     if isolate:
         # Found on the CPU, where the data are: a GPU would have to be waited for.
-        device = torch.device(torch.cuda.current_device())
-        rows = PackedRows.from_positions(
-            whole["position_ids"], device, cp_size=cp_size, cp_rank=cp_rank
-        )
-    if cp_size > 1:
-        own = context_parallel_index(whole["tokens"].size(1), cp_size, cp_rank)
-        whole = {name: values[:, own] for name, values in whole.items()}
-    return Batch(
-        **{name: values.cuda(non_blocking=True) for name, values in whole.items()}, rows=rows
-    )
+        rows = PackedRows.from_positions(whole["position_ids"], part["tokens"].device, *cp)
+    return Batch(**part, rows=rows)

@@ -195,6 +195,7 @@ LAYOUTS = {
         "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel "
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
+    "cp2": (2, "--micro-batch-size 4 --context-parallel-size 2"),
     "tp2-pp2-sp": (
         4,
         "--micro-batch-size 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
@@ -221,6 +222,72 @@ def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, la
     )
     assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
     assert logged(output, "supervised tokens") == len(kept)
+
+
+slow = pytest.mark.slow
+PACKED_LAYOUTS = {
+    "micro-batch-4": (1, "--micro-batch-size 4", []),
+    "tp2-sp-recompute": (
+        2,
+        "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        [],
+    ),
+    "pp2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2", []),
+    "cp2": (2, "--micro-batch-size 2 --context-parallel-size 2", []),
+    "dp2": (2, "--micro-batch-size 1", slow),
+    "pp2-virtual": (
+        2,
+        "--micro-batch-size 1 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        slow,
+    ),
+    "pp4": (4, "--micro-batch-size 1 --pipeline-model-parallel-size 4", slow),
+    "tp2-pp2-sp": (
+        4,
+        "--micro-batch-size 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--sequence-parallel",
+        slow,
+    ),
+    "cp2-tp2-sp": (
+        4,
+        "--micro-batch-size 2 --context-parallel-size 2 --tensor-model-parallel-size 2 "
+        "--sequence-parallel --recompute-granularity selective",
+        slow,
+    ),
+    "cp2-pp2": (
+        4,
+        "--micro-batch-size 1 --context-parallel-size 2 --pipeline-model-parallel-size 2",
+        slow,
+    ),
+    "cp2-dp2-distributed-optimizer": (
+        4,
+        "--micro-batch-size 2 --context-parallel-size 2 --use-distributed-optimizer",
+        slow,
+    ),
+    "cp4": (4, "--micro-batch-size 4 --context-parallel-size 4", slow),
+}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [pytest.param(n, flags, id=name, marks=m) for name, (n, flags, m) in PACKED_LAYOUTS.items()],
+)
+def test_packed_rows_give_the_gradient_of_their_records_alone(
+    step, tied_model, packed_reference, world_size, flags
+):
+    # A selection at random is keyed by the token, so that it is the same at every layout too.
+    tokens = packed_reference
+    kept = tokens.uniform < 0.6
+    moved, output = step(
+        tied_model,
+        world_size,
+        *("--packing", "--seq-length", PACKED_LENGTH, "--global-batch-size", PACKED_BATCH),
+        *("--objective", "profit", "--threshold-direction", "random", "--keep-ratio", 0.6),
+        *flags.split(),
+    )
+    assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
+    assert logged(output, "supervised tokens") == len(kept)
+    assert logged(output, "kept fraction") == pytest.approx(float(kept.double().mean()), rel=1e-5)
 
 
 def test_the_kept_tokens_as_the_divisor(step, tied_model, tied_reference):

@@ -61,6 +61,7 @@ def test_the_cpu_backend_says_so_and_makes_cuda_mean_the_cpu():
         "import torch\n"
         "assert torch.zeros(2, device='cuda').device.type == 'cpu'\n"
         "assert torch.zeros(2).to('cuda:0').device.type == 'cpu'\n"
+        "assert torch.device(f'cuda:{torch.cuda.current_device()}').type == 'cpu'\n"
         "assert torch.zeros(2).to(0).device.type == 'cpu'\n"
         "assert torch.zeros(2).to(torch.float64).dtype == torch.float64\n"
         "assert torch.tensor(3, device=torch.device('cuda', 1)).cuda().item() == 3\n"
