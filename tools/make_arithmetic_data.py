@@ -122,12 +122,7 @@ def make_record(rng: random.Random, pair: tuple[int, int], split: Split) -> dict
         parts.insert(0, rng.choice(OPENINGS))
     if rng.random() < split.closing_share:
         parts.append(rng.choice(CLOSINGS))
-    return {
-        "messages": [
-            {"role": "user", "content": rng.choice(QUESTIONS).format(**words)},
-            {"role": "assistant", "content": " ".join(parts)},
-        ]
-    }
+    return _exchange(rng.choice(QUESTIONS).format(**words), " ".join(parts))
 
 
 def generate(seed: int = 0) -> dict[str, list[dict]]:
@@ -142,6 +137,40 @@ def generate(seed: int = 0) -> dict[str, list[dict]]:
         rng.shuffle(records)
         files[stem] = records
     return files
+
+
+def with_wrong_sums(records: Sequence[dict], share: float, seed: int = 0) -> list[dict]:
+    """Copies of which a share has a sum with another units word, for experiments on wrong labels."""
+    rng = random.Random(seed)
+    made = []
+    for record in records:
+        question, answer = (message["content"] for message in record["messages"])
+        if rng.random() < share:
+            right = number_words(numbers_in(answer)[-1])
+            tens, units = right.split("-")
+            wrong = f"{tens}-{rng.choice([other for other in UNITS if other != units])}"
+            answer = answer.replace(right, wrong)
+        made.append(_exchange(question, answer))
+    return made
+
+
+def as_differences(records: Sequence[dict]) -> list[dict]:
+    """The sums a + b = c as questions for c - a, for experiments on what a model has not learnt."""
+    made = []
+    for record in records:
+        a, b = numbers_in(record["messages"][0]["content"])
+        question = f"What is {number_words(a + b)} minus {number_words(a)}?"
+        made.append(_exchange(question, f"The difference is {number_words(b)}."))
+    return made
+
+
+def _exchange(question: str, answer: str) -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def render_files(out_dir: Path, seed: int) -> Iterator[tuple[Path, bytes]]:

@@ -1,0 +1,477 @@
+"""Train the same base with several objectives and seeds, and compare the answers to held-out questions.
+
+    python tools/compare_objectives.py --out runs/comparison          # the quickstart's model and data
+    python tools/compare_objectives.py --out runs/gsm8k --base Qwen3-0.6B-Base --seeds 1 2 3 \
+        --setting gsm8k=train.jsonl,test.jsonl --answer-pattern '-?[0-9][0-9,.]*' \
+        --run "sft=--objective sft" --run "dft=--objective dft" \
+        --train "--seq-length 1024 --micro-batch-size 4 --global-batch-size 32 --train-iters 200 --lr 1e-5"
+
+A run is one (setting, objective, seed): a training with the real entry, an export, and greedy answers of the
+exported model. An answer is right when the last match of the pattern is that of the reference answer.
+Finished runs are kept, so that an interrupted comparison continues. It writes results.json, results.md
+and figure.png.
+
+Without --base the quickstart's base is made first, and its settings are: `chatty`, the quickstart's data,
+whose answers are wrapped in phrases; `wrong`, the same with a third of the sums wrong; and `new`,
+differences, which the base has never seen.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from threading import Lock
+from typing import Any
+
+import make_arithmetic_data
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RUNS = {
+    "sft": "--objective sft",
+    "profit 0.1": "--objective profit --prob-threshold 0.1 --threshold-direction higher",
+    "profit 0.5": "--objective profit --prob-threshold 0.5 --threshold-direction higher",
+    "profit < 0.5": "--objective profit --prob-threshold 0.5 --threshold-direction lower",
+    "dft": "--objective dft",
+    "entropy 20 %": "--objective entropy --keep-share 0.2",
+    "sft, then profit 0.1": "--objective profit --prob-threshold 0.1 --threshold-direction higher "
+    "--objective-warmup-steps 75",
+    "psft": "--objective psft",
+}
+WRONG_SHARE = 1 / 3
+TRAIN = (
+    "--seq-length 40 --micro-batch-size 32 --global-batch-size 32 --train-iters 150 --lr 5e-4 --min-lr 5e-5 "
+    "--lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0"
+)
+
+
+# Loading a model sets process-wide defaults for a moment.
+_ONE_MODEL_AT_A_TIME = Lock()
+
+
+class ComparisonError(RuntimeError):
+    """The comparison cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave.
+
+    Attributes:
+        accuracy: share of the held-out questions that are answered right.
+        cross_entropy: of the held-out answers, in nats per token, by the training entry.
+        kept: share of the supervised tokens that was trained in the last step.
+        length: mean characters of an answer.
+    """
+
+    setting: str
+    run: str
+    seed: int
+    accuracy: float
+    cross_entropy: float
+    kept: float
+    length: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare; the fields are the command's options."""
+
+    out: Path
+    base: Path
+    settings: dict[str, tuple[Path, Path]]  # data to train on, held-out questions
+    runs: dict[str, str]
+    seeds: tuple[int, ...]
+    train: str
+    answer_pattern: str
+    max_new_tokens: int
+    processes: int
+    jobs: int
+
+    def folder(self, setting: str, run: str, seed: int) -> Path:
+        """Where a run writes; a name that holds all that the run depends on."""
+        name = "-".join(re.sub(r"\W+", "_", part) for part in (setting, run, str(seed)))
+        return self.out / "runs" / name
+
+    def command(self, setting: str, run: str, seed: int, folder: Path) -> list[str]:
+        """The training of one run, which exports its last weights."""
+        data, held_out = self.settings[setting]
+        return [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(self.processes), "-m", "megatron_profit.sft"),
+            *("--hf-model", str(self.base), "--data", str(data)),
+            *("--valid-data", str(held_out), "--eval-interval", "1000000"),
+            *("--seed", str(seed), "--export-hf", str(folder / "hf")),
+            *shlex.split(self.train),
+            *shlex.split(self.runs[run]),
+        ]
+
+
+def compare(plan: Plan) -> list[Result]:
+    """All runs, `plan.jobs` at a time; those that are finished are read."""
+    wanted = [(s, r, seed) for seed in plan.seeds for s in plan.settings for r in plan.runs]
+    start, done = time.monotonic(), 0
+
+    def one(place: tuple[str, str, int]) -> Result:
+        nonlocal done
+        result = read_or_make(plan, *place)
+        done += 1
+        minutes = (time.monotonic() - start) / 60
+        print(
+            f"{done:>3} of {len(wanted)}  {minutes:5.1f} min  {result.setting:<8} {result.run:<14} "
+            f"seed {result.seed}  accuracy {result.accuracy:.3f}",
+            flush=True,
+        )
+        return result
+
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        return list(pool.map(one, wanted))
+
+
+def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
+    """A run's result, which is there already when a run with the same command has finished.
+
+    Raises:
+        ComparisonError: a command failed.
+    """
+    folder = plan.folder(setting, run, seed)
+    command = plan.command(setting, run, seed, folder)
+    finished = folder / "result.json"
+    if finished.exists():
+        saved = json.loads(finished.read_text(encoding="utf-8"))
+        if saved["command"] == shlex.join(command):
+            return Result(**saved["result"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    printed = execute(command, folder / "train.log")
+    with _ONE_MODEL_AT_A_TIME:
+        accuracy, length = answer(plan, plan.settings[setting][1], folder / "hf")
+    result = Result(
+        setting=setting,
+        run=run,
+        seed=seed,
+        accuracy=accuracy,
+        cross_entropy=last_number(printed, r"validation loss.*?\| lm loss value: (\S+)"),
+        kept=last_number(printed, r"\| kept fraction: (\S+)"),
+        length=length,
+    )
+    shutil.rmtree(folder / "hf")
+    write_whole(finished, json.dumps({"command": shlex.join(command), "result": asdict(result)}))
+    return result
+
+
+def execute(command: Sequence[str], log: Path) -> str:
+    """What a command prints, kept in `log` as well.
+
+    Raises:
+        ComparisonError: it failed.
+    """
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(
+            command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    printed = log.read_text(encoding="utf-8")
+    if code:
+        lines = printed.splitlines()
+        tail = "\n".join([x for x in lines if "error: " in x] or lines[-15:])
+        raise ComparisonError(f"{shlex.join(command)}\nfailed ({log}):\n{tail}")
+    return printed
+
+
+def last_number(printed: str, pattern: str) -> float:
+    """The last value that a training printed under a name; NaN where there is none."""
+    found = re.findall(pattern, printed)
+    return float(found[-1]) if found else float("nan")
+
+
+def answer(plan: Plan, held_out: Path, folder: Path) -> tuple[float, float]:
+    """A model's share of right answers to the held-out questions, and their mean length in characters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    conversations = held_out_conversations(held_out)
+    texts: list[str] = []
+    for start in range(0, len(conversations), 64):
+        inputs = tokenizer.apply_chat_template(
+            [messages[:-1] for messages in conversations[start : start + 64]],
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        ).to(model.device)
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=plan.max_new_tokens, do_sample=False)
+        new = output[:, inputs.input_ids.size(1) :]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    right = [
+        final_answer(text, plan.answer_pattern)
+        == final_answer(messages[-1]["content"], plan.answer_pattern)
+        for text, messages in zip(texts, conversations, strict=True)
+    ]
+    return mean(right), mean(map(len, texts))
+
+
+def held_out_conversations(file: Path) -> list[list[dict[str, str]]]:
+    """The messages of each record, of which the last is the reference answer."""
+    from megatron_profit.data import normalise, read_records
+
+    return [normalise(record).messages for record in read_records(file)]
+
+
+def final_answer(text: str, pattern: str) -> str | None:
+    """The last match of the pattern (its group where it has a single one), without case and commas."""
+    found = list(re.finditer(pattern, text, re.IGNORECASE))
+    if not found:
+        return None
+    return (
+        found[-1].group(1 if found[-1].re.groups == 1 else 0).lower().replace(",", "").rstrip(".")
+    )
+
+
+def quickstart_base(out: Path) -> Path:
+    """The HuggingFace folder of the quickstart's base model, trained where it is not there yet."""
+    sys.path.append(str(REPOSITORY / "examples"))
+    import quickstart
+
+    plan = quickstart.Quickstart(out / "base", base_steps=160, profit_steps=2)
+    quickstart.carry_out(plan.steps()[:3], quickstart.Finished(plan.out / "steps.json"))
+    return plan.base_hf
+
+
+def quickstart_settings(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """The three settings of the quickstart's base, in files that are written here."""
+    base, chatty, held_out = (
+        make_arithmetic_data.generate()[f"arithmetic_{name}"]
+        for name in ("base", "chatty", "heldout")
+    )
+    contents = {
+        "chatty": (chatty, held_out),
+        "wrong": (make_arithmetic_data.with_wrong_sums(chatty, WRONG_SHARE), held_out),
+        "new": tuple(map(make_arithmetic_data.as_differences, (base + chatty, held_out))),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {}
+    for name, parts in contents.items():
+        files = (folder / f"{name}_train.jsonl", folder / f"{name}_heldout.jsonl")
+        for file, records in zip(files, parts, strict=True):
+            write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
+        settings[name] = files
+    return settings
+
+
+def summarise(results: Sequence[Result]) -> list[dict[str, object]]:
+    """One row for each setting and objective: mean and standard deviation over the seeds."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.setting, result.run), []).append(result)
+    return [
+        {
+            "setting": setting,
+            "run": run,
+            "seeds": len(group),
+            "accuracy": mean(r.accuracy for r in group),
+            "spread": stdev(r.accuracy for r in group) if len(group) > 1 else None,
+            "cross_entropy": mean(r.cross_entropy for r in group),
+            "kept": mean(r.kept for r in group),
+            "length": mean(r.length for r in group),
+        }
+        for (setting, run), group in groups.items()
+    ]
+
+
+def table(results: Sequence[Result], base: dict[str, float]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| data | objective | accuracy, mean ± sd | held-out cross-entropy | kept at the end | characters |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {name} | the base | {share:.1%} | | | |" for name, share in base.items()]
+    for row in summarise(results):
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1%}"
+        lines.append(
+            f"| {row['setting']} | {row['run']} | {row['accuracy']:.1%}{spread} "
+            f"| {row['cross_entropy']:.3f} | {row['kept']:.0%} | {row['length']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_figure(results: Sequence[Result], base: dict[str, float], file: Path) -> None:
+    """A panel for each setting: a dot for each seed, a bar at the mean, a line at the base."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = list(dict.fromkeys(result.setting for result in results))
+    runs = list(dict.fromkeys(result.run for result in results))
+    height = 1.2 + 0.38 * len(runs)
+    figure, axes = plt.subplots(
+        1,
+        len(settings),
+        figsize=(4.6 * len(settings), height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, setting in zip(axes[0], settings, strict=True):
+        for y, run in enumerate(reversed(runs)):
+            values = [r.accuracy for r in results if (r.setting, r.run) == (setting, run)]
+            axis.scatter(values, [y] * len(values), s=22, color="#0550ae", alpha=0.65, zorder=3)
+            axis.plot([mean(values)] * 2, [y - 0.3, y + 0.3], color="#b3261e", lw=2, zorder=4)
+        axis.axvline(base[setting], color="#57606a", ls="--", lw=1)
+        axis.set_yticks(range(len(runs)), list(reversed(runs)))
+        axis.set_title(setting, fontsize=11)
+        axis.set_xlabel("held-out answers right (dashed: base)")
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    beside = file.with_name(f".{file.name}")
+    figure.savefig(beside, dpi=150, format="png")
+    plt.close(figure)
+    beside.replace(file)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def named(kind: str, read: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
+    """An argparse type for NAME=VALUE."""
+
+    def parse(text: str) -> tuple[str, Any]:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form {kind}")
+        return name, read(value)
+
+    return parse
+
+
+def flags(text: str) -> str:
+    """An argparse type for flags that a shell could read."""
+    shlex.split(text)
+    return text
+
+
+def two_files(text: str) -> tuple[Path, Path]:
+    """An argparse type for two existing files."""
+    if text.count(",") != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} are not two files with a comma between them")
+    first, second = (existing(part).absolute() for part in text.split(","))
+    return first, second
+
+
+def existing(text: str) -> Path:
+    """An argparse type for a path that has to be there."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
+
+
+def read_plan(argv: Sequence[str] | None) -> Plan:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for all that is written")
+    add(
+        "--base",
+        type=existing,
+        metavar="DIR",
+        help="HuggingFace folder (default: the quickstart's base)",
+    )
+    add(
+        "--setting",
+        action="append",
+        type=named("NAME=DATA,HELD_OUT", two_files),
+        metavar="NAME=DATA,HELD_OUT",
+        help="chat files to train on and to ask from, under a name; may be repeated",
+    )
+    add(
+        "--run",
+        action="append",
+        type=named("NAME=FLAGS", flags),
+        metavar="NAME=FLAGS",
+        help="an objective as flags of the training entry; may be repeated (default: seven of them)",
+    )
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
+    add(
+        "--train",
+        default=TRAIN,
+        metavar="FLAGS",
+        help="flags that all runs share (default: the quickstart's)",
+    )
+    add(
+        "--answer-pattern",
+        metavar="REGEX",
+        help="its last match is the answer (default: a number in words)",
+    )
+    add("--max-new-tokens", type=int, default=40)
+    add("--processes", type=int, default=1, help="processes of one training (default: 1)")
+    add("--jobs", type=int, default=2, help="trainings at a time (default: 2)")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.base) != bool(arguments.setting):
+        parser.error(
+            "--base and --setting go together: the quickstart's base knows only its own data"
+        )
+    if arguments.base and not arguments.answer_pattern:
+        parser.error("--base needs --answer-pattern, which finds the answer in a text")
+    out = arguments.out.absolute()
+    return Plan(
+        out=out,
+        base=arguments.base.absolute() if arguments.base else quickstart_base(out),
+        settings=dict(arguments.setting or quickstart_settings(out / "data").items()),
+        runs=dict(arguments.run or RUNS.items()),
+        seeds=tuple(arguments.seeds),
+        train=arguments.train,
+        answer_pattern=arguments.answer_pattern or make_arithmetic_data.NUMBER.pattern,
+        max_new_tokens=arguments.max_new_tokens,
+        processes=arguments.processes,
+        jobs=arguments.jobs,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # several trainings share the cores
+    os.chdir(REPOSITORY)
+    plan = read_plan(argv)
+    try:
+        base = {
+            name: answer(plan, held_out, plan.base)[0]
+            for name, (_, held_out) in plan.settings.items()
+        }
+        results = compare(plan)
+    except ComparisonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    text = table(results, base)
+    report = {"base_accuracy": base, "train": plan.train, "runs": plan.runs}
+    report |= {"summary": summarise(results), "results": [asdict(r) for r in results]}
+    write_whole(plan.out / "results.json", json.dumps(report, indent=1) + "\n")
+    write_whole(plan.out / "results.md", text)
+    draw_figure(results, base, plan.out / "figure.png")
+    print(f"\n{text}\nwrote {plan.out}/results.json, results.md and figure.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
