@@ -33,6 +33,8 @@ class Tokens:
 
     model: torch.nn.Module
     log_prob: torch.Tensor
+    entropy: torch.Tensor
+    sum_squared_prob: torch.Tensor
     uniform: torch.Tensor
 
     @property
@@ -47,10 +49,10 @@ class Tokens:
         widest = int(window.diff().argmax())
         return float(window[widest : widest + 2].mean())
 
-    def gradients(self, kept: torch.Tensor, divisor: int) -> dict[str, torch.Tensor]:
-        """d/dweights of the summed cross-entropy of the kept tokens over `divisor`."""
+    def gradients(self, weight: torch.Tensor, divisor: int) -> dict[str, torch.Tensor]:
+        """d/dweights of the cross-entropy of the tokens, times a constant of each, over `divisor`."""
         self.model.zero_grad()
-        ((-self.log_prob * kept).sum() / divisor).backward(retain_graph=True)
+        ((-self.log_prob * weight).sum() / divisor).backward(retain_graph=True)
         return {name: p.grad.clone() for name, p in self.model.named_parameters()}
 
 
@@ -61,7 +63,7 @@ def reference(model: TinyModel, seq_length: int = SEQ_LENGTH, batch: int = BATCH
     packing = seq_length != SEQ_LENGTH
     rows = SFTDataset(examples, seq_length, batch, seed=SEED, packing=packing)
     hf = AutoModelForCausalLM.from_pretrained(model.hf, dtype=torch.float64)
-    log_prob, uniform = [], []
+    log_probs, targets, uniform = [], [], []
     for row in (rows[i] for i in range(batch)):
         for record in row["sample_index"].unique():
             tokens, labels, position_ids, sample_index = (
@@ -70,10 +72,18 @@ def reference(model: TinyModel, seq_length: int = SEQ_LENGTH, batch: int = BATCH
             )
             if len(tokens):
                 supervised = labels != -100
-                log_probs = torch.log_softmax(hf(tokens[None]).logits[0], dim=-1)
-                log_prob.append(log_probs[supervised].gather(-1, labels[supervised][:, None]))
+                log_probs.append(hf(tokens[None]).logits[0, supervised].log_softmax(-1))
+                targets.append(labels[supervised])
                 uniform.append(token_uniform(SEED, sample_index, position_ids)[supervised])
-    return Tokens(hf, torch.cat(log_prob)[:, 0], torch.cat(uniform))
+    log_probs_NV = torch.cat(log_probs)
+    probs_NV = log_probs_NV.detach().exp()
+    return Tokens(
+        hf,
+        log_probs_NV.gather(-1, torch.cat(targets)[:, None])[:, 0],
+        torch.special.entr(probs_NV).sum(-1),
+        probs_NV.square().sum(-1),
+        torch.cat(uniform),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -303,6 +313,48 @@ def test_the_kept_tokens_as_the_divisor(step, tied_model, tied_reference):
     assert_same_gradients(moved, tokens.gradients(kept, int(kept.sum())))
     loss = -(tokens.log_prob.detach() * kept).sum() / kept.sum()
     assert logged(output, "objective") == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_weight_between_0_and_1_and_every_metric(step, tied_model, tied_reference):
+    tokens = tied_reference
+    exponent = tokens.sum_squared_prob
+    world_size, layout = LAYOUTS["tp2-dp2"]
+    moved, output = step(
+        tied_model,
+        world_size,
+        *("--objective", "deft", "--log-entropy", "--log-quantiles", 0.1, 0.5, 0.9),
+        *layout.split(),
+    )
+    assert_same_gradients(moved, tokens.gradients(tokens.prob**exponent, len(exponent)))
+    loss = ((1 - tokens.prob**exponent) / exponent).mean()
+    assert logged(output, "objective") == pytest.approx(float(loss), rel=1e-4)
+    assert logged(output, "mean p") == pytest.approx(float(tokens.prob.mean()), rel=1e-4)
+    assert logged(output, "entropy") == pytest.approx(float(tokens.entropy.mean()), rel=1e-4)
+    # Between which tokens a quantile lies decides, not how it is interpolated there.
+    values = tokens.prob.sort().values
+    for quantile in (0.1, 0.5, 0.9):
+        rank = quantile * len(values)
+        below, above = values[int(rank) - 1], values[int(rank) + 1]
+        assert 0.99 * below < logged(output, f"p quantile {quantile}") < 1.01 * above
+
+
+def test_a_ranking_within_the_micro_batch(step, tied_model, tied_reference):
+    """Here the micro-batch is the whole batch; its divisor is the kept tokens."""
+    tokens = tied_reference
+    values = tokens.entropy.sort(descending=True).values
+    quarter = len(values) // 4
+    count = quarter + int(values[quarter : quarter + 20].diff().argmin()) + 1  # at a wide gap
+    kept = tokens.entropy >= values[count - 1]
+    moved, output = step(
+        tied_model,
+        2,
+        *("--objective", "entropy", "--keep-share", (count - 0.5) / len(values)),
+        *("--micro-batch-size", BATCH, "--tensor-model-parallel-size", 2, "--sequence-parallel"),
+    )
+    assert_same_gradients(moved, tokens.gradients(kept, count))
+    loss = -tokens.log_prob.detach()[kept].mean()
+    assert logged(output, "objective") == pytest.approx(float(loss), rel=1e-5)
+    assert logged(output, "kept fraction") == pytest.approx(count / len(values), rel=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["valid", "kept"])

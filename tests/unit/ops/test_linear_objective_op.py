@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from objective_options import every_objective
 
 from megatron_profit.objectives import Objective, ObjectiveOutput, build_objective
 from megatron_profit.objectives.base import OPTIONAL_STATISTICS
@@ -117,6 +118,15 @@ def assert_same_result(result, expected, **tolerance):
             torch.testing.assert_close(
                 vector, vars(expected_output.statistics)[name], check_dtype=False, **tolerance
             )
+
+
+@pytest.mark.parametrize("objective", every_objective(), ids=repr)
+def test_every_objective_in_float64_equals_the_reference(objective):
+    problem = Problem.random()
+    problem.vectors["old_log_prob"] -= 7  # near log p, so that the ratio is clipped here and there
+    result = problem.run(linear_objective, objective, chunk_rows=9)
+    expected = problem.run(reference_linear_objective, objective)
+    assert_same_result(result, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
