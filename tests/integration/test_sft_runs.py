@@ -67,6 +67,9 @@ def test_metrics_reach_console_and_tensorboard_and_evaluation_runs(sft, flags, t
         assert len(logged(result.stdout, name)) == 4
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
         assert [event.step for event in events.Scalars(f"{name} validation")] == [2, 4, 4]
+    for suffix in ("", " validation"):
+        low, high = (events.Scalars(f"p quantile {q}{suffix}")[-1].value for q in (0.1, 0.9))
+        assert 0 < low < events.Scalars(f"mean p{suffix}")[-1].value < high < 1
     # One evaluation sees each record once; what is left of the last batch of 8 is empty.
     batches = -(-len((DATA / "arithmetic_heldout.jsonl").read_text().splitlines()) // 8)
     assert f"Evaluating on {8 * batches} samples" in result.stdout
