@@ -1,14 +1,18 @@
-"""The one gradient of all objectives, weight * (softmax - onehot), from recomputed logits.
+"""The one gradient of all objectives, weight * (softmax - onehot), one block of vocabulary at a time.
 
-Own backward on purpose: fused cross-entropies that scale every token by ``grad_output[0]`` are
-silently wrong as soon as tokens have different weights. Rows without a gradient are left out of the
+Own backward on purpose: fused cross-entropies that scale every token by ``grad_output[0]``, or that
+compute gradients before they know the upstream ones, are silently wrong as soon as tokens have
+different weights. Here the forward pass keeps at most logits, never gradients: whatever comes from
+upstream, in whatever scale, meets them in float32. Rows without a gradient are left out of the
 products.
 
-Shapes: N tokens, M supervised rows, n rows of a chunk, H hidden, V vocabulary rows of this rank.
+Shapes: N tokens, M supervised rows, A active rows (of nonzero gradient), v vocabulary entries of a
+block, H hidden, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,21 +20,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_profit.ops.collectives import VocabShard
-from megatron_profit.ops.rows import (
-    SupervisedRows,
-    chunk_logits,
-    input_precision,
-    statistics_dtype,
-)
+from megatron_profit.ops.kernels import BlockKernels
+from megatron_profit.ops.rows import SupervisedRows, input_precision, statistics_dtype
 from megatron_profit.ops.statistics import SoftmaxNormalizer
+from megatron_profit.ops.tiling import Tiling, Workspace
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What the backward pass needs beside the tensors that autograd saves.
+
+    Attributes:
+        rows: the supervised rows.
+        shard: what of the vocabulary is here.
+        tiling: the cut of the forward pass.
+        kernels: functions on a block of logits.
+        kept: logits [kept_rows, v] of each block from the forward pass, or nothing. Used up by the
+            first backward pass, so that memory is freed as it is needed; a second recomputes.
+        reduce_hidden_grad: sum the gradient of hidden over the group.
+        main_grad: [V, H] buffer that the gradient of the weight is added to, instead of returned.
+    """
+
+    rows: SupervisedRows
+    shard: VocabShard
+    tiling: Tiling
+    kernels: BlockKernels
+    reduce_hidden_grad: bool
+    kept: list[Tensor] = field(default_factory=list)
+    main_grad: Tensor | None = None
 
 
 class LinearObjectiveFunction(torch.autograd.Function):
     """Attaches a known per-token loss to the graph of hidden states and output layer.
 
     Inputs: hidden [N, H], weight [V, H], loss [M], coefficient [M] = -dloss/dlog p, the normalizer
-    of the softmax, the rows, the shard, and whether to sum the gradient of hidden over the group.
-    Output: loss [N], 0 in the rows that are not supervised.
+    of the softmax, and the work. Output: loss [N], 0 in the rows that are not supervised.
     """
 
     @staticmethod
@@ -41,33 +65,38 @@ class LinearObjectiveFunction(torch.autograd.Function):
         loss: Tensor,
         coefficient: Tensor,
         normalizer: SoftmaxNormalizer,
-        rows: SupervisedRows,
-        shard: VocabShard,
-        reduce_hidden_grad: bool,
+        work: Work,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, coefficient, *normalizer)
-        ctx.rows, ctx.shard, ctx.reduce_hidden_grad = rows, shard, reduce_hidden_grad
-        return rows.scatter(loss)
+        ctx.work = work
+        return work.rows.scatter(loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, coefficient, max_logit, sum_exp = ctx.saved_tensors
-        grad_hidden, grad_weight = _input_gradients(
-            hidden,
-            weight,
-            coefficient * grad_loss[ctx.rows.index],
-            SoftmaxNormalizer(max_logit, sum_exp),
-            ctx.rows,
-            ctx.shard,
-            *ctx.needs_input_grad[:2],
-        )
-        if grad_hidden is not None:
-            # Every rank enters with [M, H]: M follows from the labels alone, so the shapes agree.
-            if ctx.reduce_hidden_grad and len(ctx.rows):
-                ctx.shard.all_sum_(grad_hidden)
-            grad_hidden = ctx.rows.scatter(grad_hidden)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        work: Work = ctx.work
+        with input_precision(hidden):
+            grad_hidden, grad_weight = _input_gradients(
+                hidden,
+                weight,
+                coefficient * grad_loss[work.rows.index],
+                SoftmaxNormalizer(max_logit, sum_exp),
+                work,
+                *ctx.needs_input_grad[:2],
+            )
+        if grad_hidden is not None and work.reduce_hidden_grad:
+            _sum_rows_(grad_hidden, work)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _sum_rows_(grad_hidden: Tensor, work: Work) -> None:
+    """Sums the supervised rows of grad_hidden [N, H] over the group.
+
+    Every rank enters with [M, H]: M follows from the labels alone, so the shapes agree.
+    """
+    if work.shard.is_split and len(work.rows):
+        grad_hidden[work.rows.index] = work.shard.all_sum_(grad_hidden[work.rows.index])
 
 
 def _input_gradients(
@@ -75,54 +104,141 @@ def _input_gradients(
     weight: Tensor,
     coefficient: Tensor,
     normalizer: SoftmaxNormalizer,
-    rows: SupervisedRows,
-    shard: VocabShard,
+    work: Work,
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """This rank's part of the gradient of hidden [M, H], and the gradient of its weight [V, H]."""
-    grad_hidden = hidden.new_zeros(len(rows), hidden.size(1)) if want_hidden else None
-    # Half-precision products are summed over chunks in float32.
-    accumulator = statistics_dtype(weight.dtype)
-    grad_weight = torch.zeros_like(weight, dtype=accumulator) if want_weight else None
+    """This rank's part of the gradient of hidden [N, H], and the gradient of its weight [V, H];
+    None in place of what is not wanted or went into ``main_grad``."""
     active = coefficient.nonzero().squeeze(1)
-    vocabulary = weight[: shard.size]
-    with input_precision(hidden):
-        for chunk in active.split(rows.chunk_rows) if shard.size else ():
-            chunk_hidden = hidden[rows.index[chunk]]
-            grad_logits = _logit_gradient(
-                chunk_logits(chunk_hidden, vocabulary),
-                rows.targets[chunk],
-                coefficient[chunk],
-                SoftmaxNormalizer(*(vector[chunk] for vector in normalizer)),
-                shard,
-            ).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits @ vocabulary
-            if grad_weight is not None:
-                _add_product_(grad_weight[: shard.size], grad_logits.t(), chunk_hidden)
-    return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+    hidden_rows = hidden[work.rows.index[active]]
+    targets, coefficient = work.rows.targets[active], coefficient[active]
+    max_logit, sum_exp = (vector[active] for vector in normalizer)
+    workspace = Workspace(hidden.device)
+    logits = _Logits(hidden_rows, active, work, workspace)
+    hidden_grad = _HiddenGradient(hidden_rows, workspace) if want_hidden else None
+    weight_grad = _WeightGradient(weight, work.main_grad, workspace) if want_weight else None
+    for block in work.tiling.blocks(work.shard.size) if len(active) else ():
+        grad_logits = logits.next_block(weight[block])
+        target = work.shard.locate(targets, block)
+        work.kernels.gradient_(grad_logits, *target, coefficient, max_logit, sum_exp, workspace)
+        if hidden_grad is not None:
+            hidden_grad.add(grad_logits, weight[block], *target)
+        if weight_grad is not None:
+            weight_grad.add(grad_logits, hidden_rows, block)
+    grad_hidden = None
+    if hidden_grad is not None:
+        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden[work.rows.index[active]] = hidden_grad.sum.to(hidden.dtype)
+    return grad_hidden, None if weight_grad is None else weight_grad.result()
 
 
-def _logit_gradient(
-    logits: Tensor,
-    targets: Tensor,
-    coefficient: Tensor,
-    normalizer: SoftmaxNormalizer,
-    shard: VocabShard,
-) -> Tensor:
-    """coefficient * (softmax - onehot), [n, V]; overwrites ``logits``."""
-    grad = logits.sub_(normalizer.max_logit[:, None]).exp_()
-    grad.mul_((coefficient / normalizer.sum_exp)[:, None])
-    row, here = shard.locate(targets)
-    return grad.scatter_add_(1, row[:, None], -coefficient.masked_fill(~here, 0.0)[:, None])
+class _Logits:
+    """The logits of the active rows, block after block: kept ones, then recomputed ones.
+
+    Args:
+        hidden_rows: [A, H].
+        active: [A] ascending positions among the M rows.
+        work: has the kept logits, which are used up.
+        workspace: has the buffer of the result.
+    """
+
+    def __init__(
+        self, hidden_rows: Tensor, active: Tensor, work: Work, workspace: Workspace
+    ) -> None:
+        self._kept, self._workspace = work.kept, workspace
+        kept_rows = active[active < work.tiling.kept_rows] if self._kept else active[:0]
+        self._kept_active = kept_rows
+        self._all_kept = len(kept_rows) == len(active) == work.tiling.kept_rows
+        self._size = len(active)
+        self._recomputed = hidden_rows[len(kept_rows) :]
+
+    def next_block(self, weight: Tensor) -> Tensor:
+        """Logits [A, v] on the next block of the weight, [v, H]; free to overwrite."""
+        if self._all_kept:
+            return self._kept.pop(0)
+        shape = (self._size, weight.size(0))
+        logits = self._workspace.buffer("logits", shape, weight.dtype)
+        from_kept = len(self._kept_active)
+        if self._kept:
+            torch.index_select(self._kept.pop(0), 0, self._kept_active, out=logits[:from_kept])
+        if from_kept < self._size:
+            torch.mm(self._recomputed, weight.t(), out=logits[from_kept:])
+        return logits
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+class _HiddenGradient:
+    """The gradient of the active rows of hidden, summed over the blocks in float32 or wider.
+
+    Where a product is rounded to half precision before it can be added, the target's part stays out
+    of it: most of a row's gradient is in that one block, and would be rounded once more.
+    """
+
+    def __init__(self, hidden_rows: Tensor, workspace: Workspace) -> None:
+        self.sum = torch.zeros_like(hidden_rows, dtype=statistics_dtype(hidden_rows.dtype))
+        self._workspace = workspace
+        self._rounds = _rounds_products(self.sum, hidden_rows)
+
+    def add(self, grad_logits: Tensor, weight: Tensor, column: Tensor, here: Tensor) -> None:
+        """Adds grad_logits [A, v] @ weight [v, H]; column and here [A] locate the targets."""
+        if not self._rounds:
+            _add_product_(self.sum, grad_logits, weight, self._workspace)
+            return
+        column = column[:, None]
+        at_target = grad_logits.gather(1, column)
+        grad_logits.scatter_(1, column, at_target.masked_fill(here[:, None], 0.0))
+        _add_product_(self.sum, grad_logits, weight, self._workspace)
+        grad_logits.scatter_(1, column, at_target)
+        rows = here.nonzero().squeeze(1)
+        at_target = at_target[rows].to(self.sum.dtype)
+        self.sum.index_add_(0, rows, at_target * weight[column[rows, 0]])
+
+
+class _WeightGradient:
+    """The gradient of the weight, block after block.
+
+    Megatron's fused accumulation: the gradient is added to ``main_grad`` and the parameter is told
+    so; what autograd gets is a stand-in, which makes the hooks of its data parallelism run.
+    """
+
+    def __init__(self, weight: Tensor, main_grad: Tensor | None, workspace: Workspace) -> None:
+        self._weight, self._main_grad, self._workspace = weight, main_grad, workspace
+        if main_grad is None:
+            self._grad = torch.zeros_like(weight)
+
+    def add(self, grad_logits: Tensor, hidden_rows: Tensor, block: slice) -> None:
+        """Adds grad_logits.T [v, A] @ hidden_rows [A, H] to a block."""
+        if self._main_grad is None:
+            torch.mm(grad_logits.t(), hidden_rows, out=self._grad[block])
+        else:
+            _add_product_(self._main_grad[block], grad_logits.t(), hidden_rows, self._workspace)
+
+    def result(self) -> Tensor | None:
+        """What autograd gets."""
+        if self._main_grad is None:
+            return self._grad
+        if not hasattr(self._weight, "grad_added_to_main_grad"):
+            return None
+        self._weight.grad_added_to_main_grad = True
+        # Whoever sets zero_out_wgrad adds this to main_grad as well, as with tied embeddings.
+        if getattr(self._weight, "zero_out_wgrad", False):
+            return torch.zeros_like(self._weight)
+        return torch.empty_like(self._weight)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, workspace: Workspace) -> None:
     """total += left @ right, in place and in the precision of ``total``, which may be wider."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.device.type == "cuda":
+    elif _rounds_products(total, left):
+        product = workspace.buffer("product", total.shape, left.dtype)
+        total.add_(torch.mm(left, right, out=product))
+    else:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # no such product elsewhere; the factors are exact in the wider dtype
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _rounds_products(total: Tensor, factor: Tensor) -> bool:
+    """Whether a product reaches ``total`` rounded to its factors' dtype: on a CPU, which has no
+    product of half-precision factors with a float32 result (torch 2.15)."""
+    on_cuda = total.device.type == "cuda" and total.dtype == torch.float32
+    return total.dtype != factor.dtype and not on_cuda

@@ -47,29 +47,28 @@ class VocabShard:
             )
         return cls(rank * rows, min(max(total - rank * rows, 0), rows), total, group)
 
-    def locate(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Finds global ids [n] here: row [n] int64 (0 if elsewhere) and here [n] bool."""
-        row = targets - self.start
-        here = (row >= 0) & (row < self.size)
-        return row.masked_fill(~here, 0), here
+    def locate(self, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        """Finds global ids [n] in a block of this rank's rows: column [n] int64 (0 if elsewhere)
+        and here [n] bool."""
+        column = targets - (self.start + block.start)
+        here = (column >= 0) & (column < block.stop - block.start)
+        return column.masked_fill(~here, 0), here
 
-    def all_max_(self, tensor: Tensor) -> Tensor:
-        """Replaces ``tensor`` by its elementwise maximum over the group."""
-        return self._all_reduce_(tensor, dist.ReduceOp.MAX)
+    @property
+    def is_split(self) -> bool:
+        """Whether the vocabulary is on more than one rank."""
+        return self.group is not None and self.group.size() > 1
 
     def all_sum_(self, tensor: Tensor) -> Tensor:
         """Replaces ``tensor`` by its elementwise sum over the group."""
-        return self._all_reduce_(tensor, dist.ReduceOp.SUM)
+        if self.is_split:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """[...] of every rank, which agree in shape, to [ranks, ...]."""
-        if self.group is None or self.group.size() == 1:
+        if self.group is None or not self.is_split:
             return tensor[None]
         gathered = [torch.empty_like(tensor) for _ in range(self.group.size())]
         dist.all_gather(gathered, tensor.contiguous(), group=self.group)
         return torch.stack(gathered)
-
-    def _all_reduce_(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        if self.group is not None and self.group.size() > 1:
-            dist.all_reduce(tensor, op=op, group=self.group)
-        return tensor

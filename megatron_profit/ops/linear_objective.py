@@ -1,9 +1,10 @@
 """Output layer and objective in one operation: hidden states in, per-token loss out.
 
-The forward pass turns logits into a few numbers per token, one chunk of rows at a time, and asks
-the objective once for loss and weight; the backward pass recomputes logits. So no [tokens,
-vocabulary] tensor ever exists, and work follows the mask: rows that are not supervised never meet
-the output layer, rows of weight 0 skip the backward products.
+The forward pass turns logits into a few numbers per token, one block of the vocabulary at a time,
+and asks the objective once for loss and weight. The backward pass makes gradients from logits
+that were kept, as many as memory allows, or that are computed again. So no tensor grows with tokens
+x vocabulary, and work follows the mask: rows that are not supervised never meet the output layer,
+rows of weight 0 skip the backward products.
 
 Shapes: N tokens, M supervised rows, H hidden, V vocabulary rows of this rank.
 """
@@ -11,50 +12,29 @@ Shapes: N tokens, M supervised rows, H hidden, V vocabulary rows of this rank.
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_profit.objectives import Objective, ObjectiveOutput, TokenStatistics
-from megatron_profit.ops.autograd import LinearObjectiveFunction
+from megatron_profit.objectives.base import COMPUTED_STATISTICS
+from megatron_profit.ops.autograd import LinearObjectiveFunction, Work
 from megatron_profit.ops.collectives import VocabShard
-from megatron_profit.ops.rows import SupervisedRows, default_chunk_rows, input_precision
-from megatron_profit.ops.statistics import KERNEL_STATISTICS, linear_token_statistics
+from megatron_profit.ops.kernels import Implementation, choose_kernels
+from megatron_profit.ops.output import LinearObjectiveOutput, LinearObjectiveStatistics
+from megatron_profit.ops.reference import reference_linear_objective
+from megatron_profit.ops.rows import SupervisedRows, input_precision
+from megatron_profit.ops.statistics import linear_token_statistics
+from megatron_profit.ops.tiling import Backward, Tiling
 from megatron_profit.ops.validation import (
     IGNORED_LABEL,
     check_extra_statistics,
     check_inputs,
     check_labels,
+    check_main_grad,
+    check_options,
 )
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LinearObjectiveStatistics(TokenStatistics):
-    """Statistics of every row, without a graph; 0 where the row is not supervised.
-
-    Attributes:
-        weight: [N] the objective's weight, without ``loss_weight``; 0 for a token that it drops.
-        supervised: [N] bool, rows with a label and a nonzero ``loss_weight``.
-    """
-
-    weight: Tensor
-    supervised: Tensor
-
-
-class LinearObjectiveOutput(NamedTuple):
-    """Result of ``linear_objective``.
-
-    Attributes:
-        loss: [N] loss_weight_t * L_t in float32 (float64 for float64 inputs); exactly 0 where the
-            row is not supervised.
-        statistics: what the model says about each token, and the weight that the objective gave it.
-    """
-
-    loss: Tensor
-    statistics: LinearObjectiveStatistics
 
 
 def linear_objective(
@@ -72,7 +52,10 @@ def linear_objective(
     selected: Tensor | None = None,
     extra_statistics: Set[str] = frozenset(),
     reduce_hidden_grad: bool = True,
-    chunk_rows: int | None = None,
+    gradient_accumulation_fusion: bool = False,
+    implementation: Implementation = "auto",
+    backward: Backward = "auto",
+    chunk_vocab: int | None = None,
 ) -> LinearObjectiveOutput:
     """Computes an objective's per-token loss on logits ``hidden @ weight.T`` that are never kept.
 
@@ -101,13 +84,26 @@ def linear_objective(
             default generator.
         selected: [N] bool, a choice of tokens that the caller made, for objectives
             that rank over more tokens than these.
-        extra_statistics: names from ``KERNEL_STATISTICS`` to compute although the objective does not
-            ask for them.
+        extra_statistics: names from ``COMPUTED_STATISTICS`` to compute although the objective does
+            not ask for them.
         reduce_hidden_grad: sums the gradient of hidden over the group, so that it is complete on
             every rank. False leaves this rank's part, for a caller that reduces it, as a
             sequence-parallel gather does in its own backward pass.
-        chunk_rows: rows whose logits exist at one time, the same on all ranks; by default as many
-            as take 256 MB.
+        gradient_accumulation_fusion: adds the gradient of weight to ``weight.main_grad`` and says
+            so in ``weight.grad_added_to_main_grad``, as Megatron-Core's linear layers do.
+        implementation: what works on the logits of a block: ``torch`` anywhere, ``triton`` on NVIDIA
+            GPUs; ``auto`` takes Triton where it can. ``reference`` is the dense loss of
+            ``reference_linear_objective``, for comparison: it holds several [N, V] tensors.
+        backward: ``recompute`` computes the logits of the rows of nonzero gradient again: 4
+            products for a kept token, 1 for a dropped one, and no memory beside a block.
+            ``save`` keeps logits from the forward pass, in the input dtype: 3 products, and memory
+            of supervised rows * V, at most 4 times that of weight; rows beyond are recomputed.
+            ``auto`` is the same with at most the memory of weight (H rows). A weight of less than
+            256 MB may keep as much as that. Kept are logits and not gradients, so every strategy
+            honours every upstream gradient and every loss scale. Without gradients nothing is kept.
+        chunk_vocab: vocabulary entries of a block, whose logits exist at one time for all
+            supervised rows; by default 1024, and more where all of them are below 8 MB on a CPU,
+            256 MB on a GPU, in float32.
 
     Returns:
         The loss [N] with a graph to hidden and weight, and statistics [N] without one.
@@ -122,18 +118,39 @@ def linear_objective(
         "uniform": uniform,
         "selected": selected,
     }
-    check_inputs(hidden, weight, labels, loss_weight, given, objective, group, chunk_rows)
-    check_extra_statistics(extra_statistics, KERNEL_STATISTICS)
+    check_inputs(hidden, weight, labels, loss_weight, given, objective, group)
+    check_extra_statistics(extra_statistics)
+    check_options(implementation, backward, chunk_vocab, gradient_accumulation_fusion)
     shard = VocabShard.of_this_rank(weight.size(0), vocab_size, group)
     check_labels(labels, shard.vocab_size)
+    if implementation == "reference":
+        return reference_linear_objective(
+            hidden,
+            weight,
+            labels,
+            objective,
+            group=group,
+            loss_weight=loss_weight,
+            vocab_size=vocab_size,
+            reduce_hidden_grad=reduce_hidden_grad,
+            **given,
+        )
+    kernels = choose_kernels(implementation, hidden)
+    trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    main_grad = None
+    if gradient_accumulation_fusion and torch.is_grad_enabled() and weight.requires_grad:
+        main_grad = check_main_grad(weight)
 
     supervised = labels != IGNORED_LABEL
     if loss_weight is not None:
         supervised &= loss_weight != 0
-    rows = SupervisedRows.of(supervised, labels, chunk_rows or default_chunk_rows(weight))
+    rows = SupervisedRows.of(supervised, labels)
+    tiling = Tiling.of(weight, len(rows), chunk_vocab, backward if trains else "recompute")
     with torch.no_grad(), input_precision(hidden):
-        wanted = (objective.required_statistics & KERNEL_STATISTICS) | extra_statistics
-        normalizer, computed = linear_token_statistics(hidden, weight, rows, shard, wanted)
+        wanted = objective.required_statistics.intersection(COMPUTED_STATISTICS) | extra_statistics
+        normalizer, computed, kept = linear_token_statistics(
+            hidden, weight, rows, shard, tiling, kernels, wanted
+        )
         known = {name: rows.take(v) for name, v in given.items() if v is not None}
         statistics = TokenStatistics(**computed, **known)
         token_loss, token_weight = _evaluate(objective, statistics)
@@ -144,9 +161,7 @@ def linear_objective(
         token_loss * scale,
         token_weight * scale,
         normalizer,
-        rows,
-        shard,
-        reduce_hidden_grad,
+        Work(rows, shard, tiling, kernels, reduce_hidden_grad, kept, main_grad),
     )
     return LinearObjectiveOutput(loss, _every_row(statistics, token_weight, supervised, rows))
 

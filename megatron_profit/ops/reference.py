@@ -1,18 +1,24 @@
 """The objective on dense logits with plain autograd: what ``linear_objective`` must equal.
 
-Written for reading and for tests: one process, the whole vocabulary, all logits at once. It shares
-nothing with the kernel, and its gradient comes from the objective's loss, not from its weight.
+Written for reading and for tests: the whole vocabulary and all logits at once, gathered first where
+they are split. It shares no computation with the kernel, and its gradient comes from the
+objective's loss, not from its weight.
 
 Shape suffixes: N tokens, M supervised rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_profit.objectives import Objective, TokenStatistics
-from megatron_profit.ops.linear_objective import LinearObjectiveOutput, LinearObjectiveStatistics
+from megatron_profit.ops.collectives import VocabShard
+from megatron_profit.ops.output import LinearObjectiveOutput, LinearObjectiveStatistics
 
 
 def reference_linear_objective(
@@ -21,34 +27,46 @@ def reference_linear_objective(
     labels: Tensor,
     objective: Objective,
     *,
+    group: dist.ProcessGroup | None = None,
     loss_weight: Tensor | None = None,
     vocab_size: int | None = None,
     ref_log_prob: Tensor | None = None,
     old_log_prob: Tensor | None = None,
     uniform: Tensor | None = None,
     selected: Tensor | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> LinearObjectiveOutput:
     """Computes the loss of each token and its statistics, all of them, on dense logits.
 
     Args:
         hidden: [N, H]; float64 makes an oracle, float16 or bfloat16 the usual half-precision loss
             (logits in the input dtype, log-softmax in float32).
-        weight: [V, H], the whole vocabulary.
+        weight: [V, H], the whole vocabulary, or this rank's rows of it.
         labels: [N] int64; -100 is unsupervised.
         objective: gives the loss.
+        group: process group that the vocabulary is split over; None for one process.
         loss_weight: [N] factor on each loss; 0 is unsupervised.
         vocab_size: vocabulary without padding.
         ref_log_prob: [N], see ``linear_objective``.
         old_log_prob: [N], see ``linear_objective``.
         uniform: [N], see ``linear_objective``.
         selected: [N], see ``linear_objective``.
+        reduce_hidden_grad: see ``linear_objective``.
 
     Returns:
         As ``linear_objective``; a statistic is 0 in rows that are not supervised.
     """
     factor = torch.ones_like(labels, dtype=hidden.dtype) if loss_weight is None else loss_weight
     supervised = (labels != -100) & (factor != 0)
-    log_probs_NV = dense_log_probs(hidden, weight[:vocab_size])
+    if group is None:
+        logits_NV = hidden @ weight[:vocab_size].t()
+    else:
+        if reduce_hidden_grad:
+            hidden = _SumGradient.apply(hidden, group)
+        shard = VocabShard.of_this_rank(weight.size(0), vocab_size, group)
+        local = functional.pad(hidden @ weight[: shard.size].t(), (0, weight.size(0) - shard.size))
+        logits_NV = _GatherVocabulary.apply(local, group)[:, :vocab_size]
+    log_probs_NV = _log_softmax(logits_NV)
     log_prob = log_probs_NV.gather(1, labels.clamp(min=0)[:, None])[:, 0]
 
     with torch.no_grad():
@@ -89,5 +107,39 @@ def _top_entropy(probs: Tensor, count: int) -> Tensor:
 
 def dense_log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
     """[N, V] log-probabilities in nats; half-precision logits are upcast to float32."""
-    logits_NV = hidden @ weight.t()
-    return logits_NV.to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(-1)
+    return _log_softmax(hidden @ weight.t())
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+class _GatherVocabulary(torch.autograd.Function):
+    """[N, V of this rank] to [N, V of all]. Every rank computes the same loss from it, so the
+    gradient of this rank's logits is its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = [torch.empty_like(logits) for _ in range(group.size())]
+        dist.all_gather(gathered, logits.contiguous(), group=group)
+        return torch.cat(gathered, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.group.size(), 1)[ctx.group.rank()], None
+
+
+class _SumGradient(torch.autograd.Function):
+    """The identity, whose gradient is summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None

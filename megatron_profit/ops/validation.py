@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_profit.objectives import Objective
+from megatron_profit.objectives.base import COMPUTED_STATISTICS
+from megatron_profit.ops.kernels import IMPLEMENTATIONS, Implementation
+from megatron_profit.ops.tiling import BACKWARDS, Backward
 
 IGNORED_LABEL = -100
 
@@ -26,7 +29,6 @@ def check_inputs(
     given: Mapping[str, Tensor | None],
     objective: Objective,
     group: dist.ProcessGroup | None,
-    chunk_rows: int | None,
 ) -> None:
     """Checks all that can be seen without reading a tensor.
 
@@ -38,7 +40,6 @@ def check_inputs(
         given: statistics [N] that the caller gives, or None, by argument name.
         objective: asks for the statistics.
         group: process group or None.
-        chunk_rows: rows per chunk or None.
 
     Raises:
         ValueError: something does not fit; the message names the value and the remedy.
@@ -52,20 +53,71 @@ def check_inputs(
             _check_vector(name, vector, hidden)
             _check_constant(name, vector)
     _check_statistics(objective, given, group)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}; pass at least 1, or None for the default.")
 
 
-def check_extra_statistics(names: Set[str], computed: Set[str]) -> None:
+def check_options(
+    implementation: Implementation,
+    backward: Backward,
+    chunk_vocab: int | None,
+    gradient_accumulation_fusion: bool,
+) -> None:
+    """Checks how the work is to be done.
+
+    Raises:
+        ValueError: an unknown name, an empty block, or an option without meaning for the dense path.
+    """
+    for name, value, known in (
+        ("implementation", implementation, IMPLEMENTATIONS),
+        ("backward", backward, BACKWARDS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}.")
+    if chunk_vocab is not None and chunk_vocab < 1:
+        raise ValueError(f"chunk_vocab is {chunk_vocab}; pass at least 1, or None for the default.")
+    if implementation == "reference":
+        changed = {
+            "backward": backward != "auto",
+            "chunk_vocab": chunk_vocab is not None,
+            "gradient_accumulation_fusion": gradient_accumulation_fusion,
+        }
+        for name in (name for name, is_changed in changed.items() if is_changed):
+            raise ValueError(
+                f"{name} has no meaning for implementation='reference', which is plain autograd on "
+                "dense logits; leave it out."
+            )
+
+
+def check_main_grad(weight: Tensor) -> Tensor:
+    """The buffer ``weight.main_grad`` that its gradient can be added to.
+
+    Raises:
+        ValueError: there is none, or it has another shape.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None or hasattr(weight, "__fsdp_param__"):
+        raise ValueError(
+            "gradient_accumulation_fusion needs a buffer weight.main_grad that gradients are added "
+            "to, as Megatron's DistributedDataParallel makes it; pass False without one, and under "
+            "Megatron-FSDP."
+        )
+    if main_grad.shape != weight.shape:
+        raise ValueError(
+            f"weight.main_grad has shape {tuple(main_grad.shape)} and weight {tuple(weight.shape)};"
+            " pass gradient_accumulation_fusion=False."
+        )
+    return main_grad
+
+
+def check_extra_statistics(names: Set[str]) -> None:
     """Checks that all ``names`` are among those that the kernel can compute.
 
     Raises:
         ValueError: one is not.
     """
-    if unknown := names - computed:
+    if unknown := names - set(COMPUTED_STATISTICS):
         raise ValueError(
             f"extra_statistics names {', '.join(sorted(unknown))}; the kernel computes "
-            f"{', '.join(sorted(computed))}."
+            f"{', '.join(COMPUTED_STATISTICS)}."
         )
 
 

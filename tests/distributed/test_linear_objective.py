@@ -109,7 +109,7 @@ def check_every_objective(group):
     for vocab_size in (ROWS, 23, ROWS // group.size() - 1):
         problem = Problem(vocab_size)
         for objective in OBJECTIVES:
-            result = problem.run(objective, group, chunk_rows=15)
+            result = problem.run(objective, group, chunk_vocab=15)
             expected = problem.run(objective)
             assert_equal_results(result, expected, group, rtol=1e-10, atol=1e-12)
             trained = bool(expected[0].statistics.weight.any())
@@ -168,7 +168,7 @@ def check_frozen_weight(group):
     hidden = problem.hidden.clone().requires_grad_()
     weight = shard(problem.weight, group)
     loss = linear_objective(
-        hidden, weight, problem.labels, SFT, group=group, vocab_size=23, chunk_rows=7
+        hidden, weight, problem.labels, SFT, group=group, vocab_size=23, chunk_vocab=7
     ).loss
     loss.backward(problem.upstream)
     problem.vectors = {}

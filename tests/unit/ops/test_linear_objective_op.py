@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from objective_options import every_objective
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_profit.objectives import Objective, ObjectiveOutput, build_objective
 from megatron_profit.objectives.base import OPTIONAL_STATISTICS
 from megatron_profit.ops import linear_objective, reference_linear_objective
-from megatron_profit.ops.rows import CHUNK_BYTES, default_chunk_rows
+from megatron_profit.ops.tiling import Tiling
 
 N, H, V = 123, 252, 507
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -124,16 +125,16 @@ def assert_same_result(result, expected, **tolerance):
 def test_every_objective_in_float64_equals_the_reference(objective):
     problem = Problem.random()
     problem.vectors["old_log_prob"] -= 7  # near log p, so that the ratio is clipped here and there
-    result = problem.run(linear_objective, objective, chunk_rows=9)
+    result = problem.run(linear_objective, objective, chunk_vocab=99)
     expected = problem.run(reference_linear_objective, objective)
     assert_same_result(result, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
-@pytest.mark.parametrize("chunk_rows", [None, 1, 17])
-def test_equals_the_oracle_in_float64(objective, chunk_rows):
+@pytest.mark.parametrize("chunk_vocab", [None, 50, 499])
+def test_equals_the_oracle_in_float64(objective, chunk_vocab):
     problem = Problem.random()
-    result = problem.run(linear_objective, objective, chunk_rows=chunk_rows)
+    result = problem.run(linear_objective, objective, chunk_vocab=chunk_vocab)
     expected = problem.run(reference_linear_objective, objective)
     assert_same_result(result, expected, rtol=1e-10, atol=1e-12)
 
@@ -141,7 +142,7 @@ def test_equals_the_oracle_in_float64(objective, chunk_rows):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=label_of)
 def test_equals_the_oracle_in_float32(objective):
     problem = Problem.random()
-    result = problem.run(linear_objective, objective, torch.float32, chunk_rows=50)
+    result = problem.run(linear_objective, objective, torch.float32, chunk_vocab=50)
     expected = problem.run(reference_linear_objective, objective)
     assert_same_result(result, expected, rtol=2e-4, atol=2e-5)
 
@@ -153,7 +154,7 @@ def test_half_precision_is_as_good_as_dense_half_precision(objective, dtype):
     problem = Problem.random()
     exact = problem.run(reference_linear_objective, objective)
     dense = problem.run(reference_linear_objective, objective, dtype)
-    chunked = problem.run(linear_objective, objective, dtype, chunk_rows=40)
+    chunked = problem.run(linear_objective, objective, dtype, chunk_vocab=40)
     assert chunked[0].loss.dtype == torch.float32
     assert chunked[1].dtype == chunked[2].dtype == dtype
     for ours, usual, truth in zip(
@@ -190,7 +191,7 @@ def test_gradcheck(objective):
 
     def loss(hidden, weight):
         return linear_objective(
-            hidden, weight, problem.labels, objective_, chunk_rows=2, **problem.vectors
+            hidden, weight, problem.labels, objective_, chunk_vocab=2, **problem.vectors
         ).loss
 
     inputs = (problem.hidden.requires_grad_(), problem.weight.requires_grad_())
@@ -225,7 +226,7 @@ def test_entropy_of_the_largest_logits_where_there_are_few(vocabulary):
 def test_repeated_targets_add_up():
     problem = Problem.random()
     problem.labels[:] = 3
-    result = problem.run(linear_objective, SFT, chunk_rows=10)
+    result = problem.run(linear_objective, SFT, chunk_vocab=10)
     expected = problem.run(reference_linear_objective, SFT)
     assert_same_result(result, expected, rtol=1e-10, atol=1e-12)
 
@@ -266,33 +267,48 @@ def test_unsupervised_rows_are_never_read():
     assert grad_weight.isfinite().all()
 
 
-def test_dropped_rows_skip_the_backward_products(monkeypatch):
-    from megatron_profit.ops import autograd
+class Watch(TorchDispatchMode):
+    """The largest tensor that was made, and the factors of every matrix product."""
 
-    seen = []
-    compute = autograd.chunk_logits
-    monkeypatch.setattr(
-        autograd, "chunk_logits", lambda h, w: seen.append(h.size(0)) or compute(h, w)
-    )
+    def __init__(self):
+        super().__init__()
+        self.largest, self.products = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.products.append(tuple(tensor.shape for tensor in args[-2:]))
+        return result
+
+    def products_with(self, *inner):
+        """Products [a, inner] @ [inner, b] as (a, b) for one of these inner dimensions."""
+        return [(a[0], b[1]) for a, b in self.products if a[1] in inner]
+
+
+@pytest.mark.parametrize("backward", ["recompute", "save"])
+def test_work_follows_the_mask(backward):
+    """Each supervised row meets the weight once in the forward pass, each counted one again in the
+    backward pass: twice with kept logits, three times without."""
     problem = Problem.random()
     problem.upstream[60:70] = 0
-    output, *_ = problem.run(linear_objective, OBJECTIVES[1], chunk_rows=8)
-    counted = (output.statistics.weight != 0) & (problem.upstream != 0)
-    assert 0 < sum(seen) == counted.sum() < output.statistics.supervised.sum()
-    assert max(seen) <= 8
-
-
-def test_each_row_meets_the_forward_product_once(monkeypatch):
-    from megatron_profit.ops import statistics
-
-    seen = []
-    compute = statistics.chunk_logits
-    monkeypatch.setattr(
-        statistics, "chunk_logits", lambda h, w: seen.append(h.size(0)) or compute(h, w)
-    )
-    output, *_ = Problem.random().run(linear_objective, SFT, chunk_rows=8)
-    assert sum(seen) == output.statistics.supervised.sum()
-    assert max(seen) <= 8
+    with Watch() as watch:
+        output, *_ = problem.run(
+            linear_objective, OBJECTIVES[1], chunk_vocab=100, backward=backward
+        )
+    supervised = int(output.statistics.supervised.sum())
+    counted = int(((output.statistics.weight != 0) & (problem.upstream != 0)).sum())
+    assert 0 < counted < supervised
+    logits = watch.products_with(H)
+    assert max(columns for _, columns in logits) <= 100
+    forward = supervised * V
+    again = counted * V if backward == "recompute" else 0
+    assert sum(rows * columns for rows, columns in logits) == forward + again
+    to_hidden = [(a, b) for a, b in watch.products if b == (a[1], H) and a[1] in (100, V % 100)]
+    assert sum(a[0] * a[1] for a, _ in to_hidden) == counted * V
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -448,37 +464,35 @@ def test_autocast_changes_nothing(dtype):
 def test_a_statistic_is_the_same_whatever_the_chunk():
     problem = Problem.random()
     outputs = [
-        problem.run(linear_objective, EveryStatistic(), torch.float32, chunk_rows=rows)[0]
+        problem.run(linear_objective, EveryStatistic(), torch.float32, chunk_vocab=rows)[0]
         for rows in (None, 5)
     ]
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-5, atol=1e-6)
 
 
-def test_default_chunk_holds_256_megabytes_of_logits():
-    rows = default_chunk_rows(torch.empty(151_936, 1, dtype=torch.bfloat16))
-    assert CHUNK_BYTES == 256 * 2**20
-    assert rows * 151_936 * 4 <= CHUNK_BYTES < (rows + 1) * 151_936 * 4
-    assert default_chunk_rows(torch.empty(10**9, 1, device="meta")) == 1
+@pytest.mark.parametrize(("num_rows", "columns"), [(0, 2**21), (512, 4096), (10**5, 1024)])
+def test_default_block_is_8_megabytes_on_a_cpu(num_rows, columns):
+    weight = torch.empty(1, 1, dtype=torch.bfloat16)
+    assert Tiling.of(weight, num_rows, None, "auto").columns == columns
 
 
-def test_peak_memory_does_not_grow_with_the_number_of_tokens():
-    """The largest tensor that forward and backward make is one chunk of logits or a gradient."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+@pytest.mark.parametrize(
+    ("backward", "hidden", "kept"),
+    [("recompute", 1024, 0), ("auto", 1024, 1024), ("save", 1024, 4096), ("auto", 64, 883)],
+)
+def test_memory_of_kept_logits(backward, hidden, kept):
+    """A multiple of the weight's, or 256 MB for a small one."""
+    weight = torch.empty(1, dtype=torch.bfloat16).expand(151_936, hidden)
+    assert Tiling.of(weight, 10_000, None, backward).kept_rows == kept
+    assert Tiling.of(weight, 100, None, backward).kept_rows == min(kept, 100)
 
-    class Largest(TorchDispatchMode):
-        numel = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple) else (result,):
-                if isinstance(tensor, torch.Tensor):
-                    self.numel = max(self.numel, tensor.numel())
-            return result
-
-    problem = Problem.random(num_rows=2000, num_hidden=8, vocabulary=400)
-    with Largest() as largest:
-        problem.run(linear_objective, EveryStatistic(), chunk_rows=50)
-    assert largest.numel == 50 * 400
+@pytest.mark.parametrize("num_rows", [500, 2000])
+def test_no_tensor_grows_with_the_tokens_times_the_vocabulary(num_rows):
+    problem = Problem.random(num_rows, num_hidden=8, vocabulary=400)
+    with Watch() as watch:
+        problem.run(linear_objective, EveryStatistic(), chunk_vocab=100, backward="recompute")
+    assert watch.largest <= num_rows * 100
 
 
 VALID = {
@@ -507,7 +521,11 @@ VALID = {
         ({"vocab_size": 4}, r"label 4 in row 1 .* in 0\.\.3"),
         ({"vocab_size": 6}, r"vocab_size 6 is outside 1\.\.5"),
         ({"vocab_size": 0}, "vocab_size 0 is outside"),
-        ({"chunk_rows": 0}, "chunk_rows is 0; pass at least 1"),
+        ({"chunk_vocab": 0}, "chunk_vocab is 0; pass at least 1"),
+        ({"backward": "fast"}, "backward is 'fast'; choose one of auto, save, recompute"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'; choose one of auto, torch, triton"),
+        ({"implementation": "triton"}, "triton' cannot run here: the inputs are on cpu"),
+        ({"implementation": "reference", "backward": "save"}, "backward has no meaning for"),
         ({"loss_weight": torch.ones(3)}, r"loss_weight has shape \(3,\)"),
         ({"loss_weight": torch.ones(4).long()}, r"loss_weight is torch\.int64; pass a floating"),
         ({"uniform": torch.ones(4, 1)}, r"uniform has shape \(4, 1\)"),

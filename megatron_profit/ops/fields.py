@@ -1,0 +1,114 @@
+"""What is known of a row's logits after reading a part of them, and how two parts become one.
+
+The same few numbers describe a block, all blocks of a rank, and all ranks, so one function combines
+blocks and ranks alike (the online softmax of Milakov and Gimelshein, arXiv 1805.02867), exactly up
+to rounding and in the same order on every rank.
+
+Shapes: P parts, n rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOP = 20  # candidates that a part contributes to the top-20 entropy
+
+MAX_LOGIT, SUM_EXP, TARGET = range(3)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The rows of a tensor [..., size, n] of partial statistics.
+
+    ======================= ===========================================================
+    MAX_LOGIT               m, the largest logit of the part; -inf for an empty part
+    SUM_EXP                 sum of exp(logit - m)
+    TARGET                  the target's logit, -inf where it is in another part
+    entropy                 sum of exp(logit - m) * (logit - m)
+    sum_squared_prob        sum of exp(logit - m) ** 2
+    top (20 rows)           the 20 largest logits in any order, -inf where there are fewer
+    ======================= ===========================================================
+
+    Where m is -inf, 0 takes its place in the exponents.
+
+    Attributes:
+        entropy: index of the field; None when it is not wanted.
+        sum_squared_prob: likewise.
+        top: the slice of the 20 rows; None when they are not wanted.
+        size: number of fields.
+    """
+
+    entropy: int | None
+    sum_squared_prob: int | None
+    top: slice | None
+    size: int
+
+    @classmethod
+    def of(cls, wanted: Set[str]) -> Fields:
+        """The fields for the wanted statistics, names from ``COMPUTED_STATISTICS``."""
+        size = TARGET + 1
+        index: dict[str, int | None] = {"entropy": None, "sum_squared_prob": None}
+        for name in index:
+            if name in wanted:
+                index[name], size = size, size + 1
+        top = slice(size, size + TOP) if "top20_entropy" in wanted else None
+        return cls(
+            index["entropy"], index["sum_squared_prob"], top, size + (TOP if top is not None else 0)
+        )
+
+    def nothing(self, num_rows: int, like: Tensor) -> Tensor:
+        """The partial statistics [size, n] of no logits at all."""
+        part = like.new_zeros(self.size, num_rows)
+        part[MAX_LOGIT] = part[TARGET] = -torch.inf
+        if self.top is not None:
+            part[self.top] = -torch.inf
+        return part
+
+    def combined(self, parts: Tensor) -> Tensor:
+        """[P, size, n] to [size, n]."""
+        if parts.size(0) == 1:
+            return parts[0]
+        max_logit = parts[:, MAX_LOGIT].amax(0)
+        shift = parts[:, MAX_LOGIT] - finite_max(max_logit)
+        factor = shift.exp()
+        total = torch.empty_like(parts[0])
+        total[MAX_LOGIT] = max_logit
+        total[SUM_EXP] = (factor * parts[:, SUM_EXP]).sum(0)
+        total[TARGET] = parts[:, TARGET].amax(0)
+        if self.entropy is not None:
+            # An empty part has factor 0; 0 * -inf would be NaN.
+            shift.clamp_(min=torch.finfo(shift.dtype).min).mul_(factor)
+            total[self.entropy] = (factor * parts[:, self.entropy] + shift * parts[:, SUM_EXP]).sum(
+                0
+            )
+        if self.sum_squared_prob is not None:
+            total[self.sum_squared_prob] = (factor.square() * parts[:, self.sum_squared_prob]).sum(
+                0
+            )
+        if self.top is not None:
+            # The 20 largest of all are among the 20 largest of each part.
+            total[self.top] = parts[:, self.top].flatten(0, 1).topk(TOP, dim=0, sorted=False).values
+        return total
+
+    def statistics(self, total: Tensor) -> dict[str, Tensor]:
+        """Statistics [n] by their names in ``TokenStatistics``, from [size, n] of all logits."""
+        sum_exp, target = total[SUM_EXP], total[TARGET] - finite_max(total[MAX_LOGIT])
+        log_sum = sum_exp.log()
+        statistics = {"log_prob": target - log_sum, "softmax_prob": target.exp() / sum_exp}
+        if self.entropy is not None:
+            statistics["entropy"] = log_sum - total[self.entropy] / sum_exp
+        if self.sum_squared_prob is not None:
+            statistics["sum_squared_prob"] = total[self.sum_squared_prob] / sum_exp.square()
+        if self.top is not None:
+            probs = total[self.top].softmax(0)
+            statistics["top20_entropy"] = torch.special.entr(probs).sum(0)
+        return statistics
+
+
+def finite_max(max_logit: Tensor) -> Tensor:
+    """``max_logit`` with 0 for -inf, so that exp(-inf - max) is 0 and not NaN."""
+    return max_logit.masked_fill(max_logit == -torch.inf, 0.0)

@@ -1,0 +1,109 @@
+"""The two functions on a block of logits in plain torch: any device, any floating dtype.
+
+Several passes over some rows at a time, each in place in a buffer that stays in the cache of a CPU.
+
+Shapes: n rows, v vocabulary entries of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_profit.ops.fields import MAX_LOGIT, SUM_EXP, TARGET, TOP, Fields, finite_max
+from megatron_profit.ops.rows import statistics_dtype
+from megatron_profit.ops.tiling import Workspace, tile_entries
+
+# The largest logits are looked for in the groups of this many that have the largest maxima.
+_GROUP = 32
+
+
+def block_statistics(
+    logits: Tensor, column: Tensor, here: Tensor, fields: Fields, workspace: Workspace
+) -> Tensor:
+    """Partial statistics [1, fields, n] of logits [n, v]; see ``BlockKernels``."""
+    part = logits.new_empty(fields.size, len(logits), dtype=statistics_dtype(logits.dtype))
+    for some in _passes(logits):
+        _row_statistics(logits[some], column[some], here[some], fields, part[:, some], workspace)
+    return part[None]
+
+
+def _row_statistics(
+    logits: Tensor,
+    column: Tensor,
+    here: Tensor,
+    fields: Fields,
+    part: Tensor,
+    workspace: Workspace,
+) -> None:
+    """Fills ``part`` [fields, n]."""
+    shifted = _upcast(logits, workspace)
+    part[TARGET] = shifted.gather(1, column[:, None])[:, 0].masked_fill_(~here, -torch.inf)
+    part[MAX_LOGIT] = shifted.amax(1)
+    if fields.top is not None:
+        part[fields.top] = _largest(shifted)
+    shifted.sub_(finite_max(part[MAX_LOGIT])[:, None])
+    if fields.entropy is None:
+        exp = shifted.exp_()
+    else:
+        exp = torch.exp(shifted, out=workspace.buffer("exp", shifted.shape, shifted.dtype))
+        # A logit of -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
+        shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(exp)
+        part[fields.entropy] = shifted.sum(1)
+    part[SUM_EXP] = exp.sum(1)
+    if fields.sum_squared_prob is not None:
+        part[fields.sum_squared_prob] = exp.square_().sum(1)
+
+
+def block_gradient_(
+    logits: Tensor,
+    column: Tensor,
+    here: Tensor,
+    coefficient: Tensor,
+    max_logit: Tensor,
+    sum_exp: Tensor,
+    workspace: Workspace,
+) -> None:
+    """Replaces logits [n, v] by coefficient * (softmax - onehot); see ``BlockKernels``."""
+    factor = (coefficient / sum_exp)[:, None]
+    onehot = -coefficient.masked_fill(~here, 0.0)[:, None]
+    for some in _passes(logits):
+        upcast = statistics_dtype(logits.dtype) != logits.dtype
+        grad = _upcast(logits[some], workspace) if upcast else logits[some]
+        grad.sub_(max_logit[some, None]).exp_().mul_(factor[some])
+        grad.scatter_add_(1, column[some, None], onehot[some])
+        if upcast:
+            logits[some] = grad
+
+
+def _passes(logits: Tensor) -> Iterator[slice]:
+    """The rows of each pass."""
+    rows = max(1, tile_entries(logits) // logits.size(1))
+    for start in range(0, logits.size(0), rows):
+        yield slice(start, start + rows)
+
+
+def _upcast(logits: Tensor, workspace: Workspace) -> Tensor:
+    """A copy [n, v] to work on, in the precision of the statistics."""
+    dtype = statistics_dtype(logits.dtype)
+    return workspace.buffer("upcast", logits.shape, dtype).copy_(logits)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """The 20 largest logits of each row, [20, n], in any order; -inf where there are fewer.
+
+    What is not in the 20 groups with the largest maxima is at most as large as 20 others. Only
+    these groups are searched: a search among all is slow on a CPU.
+    """
+    width = logits.size(1)
+    if width < TOP:
+        return torch.nn.functional.pad(logits, (0, TOP - width), value=-torch.inf).t()
+    grouped = width - width % _GROUP
+    if grouped <= TOP * _GROUP:
+        return logits.topk(TOP, sorted=False).values.t()
+    groups = logits[:, :grouped].unflatten(1, (-1, _GROUP))
+    best = groups.amax(2).topk(TOP, sorted=False).indices
+    candidates = groups.gather(1, best[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    return torch.cat([candidates, logits[:, grouped:]], 1).topk(TOP, sorted=False).values.t()
