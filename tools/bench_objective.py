@@ -310,7 +310,7 @@ def _built(build: Callable[[], Step]) -> Step | Absent:
 
 
 def ours_variants(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Names and keyword arguments of `linear_objective` from texts such as "chunk_rows=256,…"."""
+    """Names and keyword arguments of `linear_objective` from texts such as "chunk_vocab=4096,…"."""
     known = inspect.signature(linear_objective).parameters
     variants: dict[str, dict[str, Any]] = {"ours": {}}
     for text in given:

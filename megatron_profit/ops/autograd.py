@@ -117,7 +117,10 @@ def _input_gradients(
     workspace = Workspace(hidden.device)
     logits = _Logits(hidden_rows, active, work, workspace)
     hidden_grad = _HiddenGradient(hidden_rows, workspace) if want_hidden else None
-    weight_grad = _WeightGradient(weight, work.main_grad, workspace) if want_weight else None
+    weight_grad = None
+    if want_weight:
+        written = work.shard.size if len(active) else 0
+        weight_grad = _WeightGradient(weight, work.main_grad, written, workspace)
     for block in work.tiling.blocks(work.shard.size) if len(active) else ():
         grad_logits = logits.next_block(weight[block])
         target = work.shard.locate(targets, block)
@@ -184,14 +187,14 @@ class _HiddenGradient:
         if not self._rounds:
             _add_product_(self.sum, grad_logits, weight, self._workspace)
             return
-        column = column[:, None]
-        at_target = grad_logits.gather(1, column)
-        grad_logits.scatter_(1, column, at_target.masked_fill(here[:, None], 0.0))
-        _add_product_(self.sum, grad_logits, weight, self._workspace)
-        grad_logits.scatter_(1, column, at_target)
         rows = here.nonzero().squeeze(1)
-        at_target = at_target[rows].to(self.sum.dtype)
-        self.sum.index_add_(0, rows, at_target * weight[column[rows, 0]])
+        place = (rows, column[rows])
+        at_target = grad_logits[place]
+        grad_logits[place] = 0.0
+        _add_product_(self.sum, grad_logits, weight, self._workspace)
+        grad_logits[place] = at_target
+        at_target = at_target.to(self.sum.dtype)[:, None]
+        self.sum.index_add_(0, rows, at_target * weight[place[1]])
 
 
 class _WeightGradient:
@@ -201,10 +204,14 @@ class _WeightGradient:
     so; what autograd gets is a stand-in, which makes the hooks of its data parallelism run.
     """
 
-    def __init__(self, weight: Tensor, main_grad: Tensor | None, workspace: Workspace) -> None:
+    def __init__(
+        self, weight: Tensor, main_grad: Tensor | None, written: int, workspace: Workspace
+    ) -> None:
+        """Makes room for the gradient, of which rows from ``written`` on stay zero."""
         self._weight, self._main_grad, self._workspace = weight, main_grad, workspace
         if main_grad is None:
-            self._grad = torch.zeros_like(weight)
+            self._grad = torch.empty_like(weight)
+            self._grad[written:].zero_()
 
     def add(self, grad_logits: Tensor, hidden_rows: Tensor, block: slice) -> None:
         """Adds grad_logits.T [v, A] @ hidden_rows [A, H] to a block."""

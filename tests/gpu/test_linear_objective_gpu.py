@@ -31,7 +31,7 @@ def run(function, dtype, **options):
 def test_error_is_bounded_by_the_dense_loss_of_the_same_precision(dtype):
     exact = run(reference_linear_objective, torch.float64)
     dense = run(reference_linear_objective, dtype)
-    chunked = run(linear_objective, dtype, chunk_rows=100)
+    chunked = run(linear_objective, dtype, chunk_vocab=100)
     for ours, usual, truth in zip(chunked, dense, exact, strict=True):
         assert (ours - truth).norm() <= 1.05 * (usual - truth).norm() + 1e-12 * truth.norm()
 

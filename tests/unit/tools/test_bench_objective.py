@@ -25,9 +25,9 @@ def assert_measured(result):
 
 def test_a_run_writes_what_was_measured_and_what_was_not(tmp_path):
     only = ("--only", "ours", "matmuls", "official", "verl")
-    results, text = run(tmp_path, "--ours", "chunk_rows=7", *only)
-    assert list(results) == ["ours", "ours chunk_rows=7", "matmuls", "official", "verl"]
-    for name in ("ours", "ours chunk_rows=7"):
+    results, text = run(tmp_path, "--ours", "chunk_vocab=7", *only)
+    assert list(results) == ["ours", "ours chunk_vocab=7", "matmuls", "official", "verl"]
+    for name in ("ours", "ours chunk_vocab=7"):
         assert_measured(results[name])
     assert results["verl"] == {"absent": "needs a GPU"}
     assert "50% prompt, 20% dropped, fp32, TP 1" in text
