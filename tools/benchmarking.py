@@ -63,7 +63,7 @@ def interleaved(
 
 def measured(run: Callable[[], None], device: torch.device) -> tuple[float, int]:
     """Seconds and peak extra bytes of one run, the largest over the ranks."""
-    memory = _CudaMemory(device) if device.type == "cuda" else _ProcessMemory()
+    memory = peak_memory(device.type)
     if dist.is_initialized():
         dist.barrier()
     start = time.perf_counter()
@@ -77,21 +77,35 @@ def measured(run: Callable[[], None], device: torch.device) -> tuple[float, int]
     return result[0].item(), int(result[1].item())
 
 
-class _CudaMemory:
-    """Allocations of torch's caching allocator beyond those there are now."""
+class PeakMemory:
+    """The most memory in use since this was made.
 
-    def __init__(self, device: torch.device) -> None:
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        self._device, self._before = device, torch.cuda.memory_allocated(device)
+    Attributes:
+        before: Bytes in use when it was made.
+    """
+
+    before: int
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device) - self._before
+        """Bytes beyond `before`."""
+        raise NotImplementedError
 
 
-class _ProcessMemory:
-    """Resident memory of this process beyond what it is now, from the kernel's own high-water mark.
+class _CudaMemory(PeakMemory):
+    """Allocations of torch's caching allocator."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() - self.before
+
+
+class _ProcessMemory(PeakMemory):
+    """Resident memory of this process, from the kernel's own high-water mark.
 
     A tracker of torch's allocations would miss what compiled code and the operators allocate inside; the
     high-water mark misses nothing. Linux resets it on request, and free memory that the C library holds
@@ -102,10 +116,15 @@ class _ProcessMemory:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        self._before = _status("VmRSS")
+        self.before = _status("VmRSS")
 
     def peak(self) -> int:
-        return _status("VmHWM") - self._before
+        return _status("VmHWM") - self.before
+
+
+def peak_memory(device: str) -> PeakMemory:
+    """Begins to watch the memory of this process on "cpu" or "cuda"."""
+    return _CudaMemory() if device == "cuda" else _ProcessMemory()
 
 
 def _status(name: str) -> int:

@@ -1,9 +1,14 @@
 """ProFit against the computation of its official code, restated here in a few lines of plain torch."""
 
+import json
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from megatron_profit.data import ChatRenderer, SFTDataset, build_examples
 from megatron_profit.objectives import TokenStatistics, build_objective
+from megatron_profit.ops import linear_objective
 
 IGNORED = -100
 CASES = [
@@ -68,3 +73,56 @@ def test_loss_and_gradient_equal_the_official_code(direction, tau, count_all, dt
     torch.testing.assert_close(ours, official, rtol=1e-6, atol=0)
     torch.testing.assert_close(our_grad, official_grad, rtol=1e-5, atol=1e-9)
     assert official_grad.abs().sum() > 0
+
+
+def compare_the_operation(hidden, weight, labels, direction, tau):
+    """`linear_objective` and the official code on logits [N, V]: loss and both gradients."""
+    options = {"prob_threshold": tau, "threshold_direction": direction}
+    objective = build_objective("profit", **options)
+    count = int((labels != IGNORED).sum())
+    results = []
+    for compute in ("official", "ours"):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        if compute == "official":
+            loss = official_loss(leaves[0] @ leaves[1].t(), labels, direction, tau, None, count)
+        else:
+            loss = linear_objective(*leaves, labels, objective).loss.sum() / count
+        loss.backward()
+        results.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+    official, ours = results
+    torch.testing.assert_close(ours[0], official[0], rtol=1e-5, atol=0)
+    for gradient, expected in zip(ours[1:], official[1:], strict=True):
+        scale = expected.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(("direction", "tau"), [case for case in CASES if case[0] != "random"])
+def test_the_operation_equals_the_official_code(direction, tau):
+    torch.manual_seed(8)
+    labels = torch.randint(507, (123,))
+    labels[torch.rand(123) < 0.3] = IGNORED
+    hidden = torch.randn(123, 252)
+    weight = torch.randn(507, 252) / 5
+    weight[labels[:60].clamp(min=0)] += hidden[:60] / 60  # some tokens are probable
+    compare_the_operation(hidden, weight, labels, direction, tau)
+
+
+@pytest.mark.parametrize("file", ["alpaca_en_demo.json", "s1k_gptoss20b_sharegpt_low.json"])
+def test_the_operation_equals_the_official_code_on_real_text(shared_folder, tmp_path, file):
+    """Real records and masks, Qwen3's vocabulary; the logits come from random hidden states and weights."""
+    records = tmp_path / file
+    records.write_text(json.dumps(json.loads((shared_folder / "data" / file).read_text())[:4]))
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(shared_folder / "qwen3-tokenizer"))
+    examples, _ = build_examples([records], renderer, 192)
+    row = next(iter(SFTDataset(examples, 192, 1, seed=0)))
+    tokens, labels = row["tokens"], row["labels"]
+    assert 0 < (labels != IGNORED).sum() < len(labels)
+    torch.manual_seed(9)
+    table = torch.randn(151936, 16)
+    # The embedding of each token and the one before it: alike where the text repeats itself.
+    hidden = table[tokens] + table[tokens.roll(1)] / 2
+    weight = torch.randn(151936, 16) / 3
+    supervised = labels != IGNORED
+    p = torch.softmax(hidden[supervised] @ weight.t(), 1).gather(1, labels[supervised, None])
+    compare_the_operation(hidden, weight, labels, "higher", [float(p.median()) * 1.001])

@@ -1,0 +1,37 @@
+"""The benchmark of a training step: its flags and its table; a real run of it is slow."""
+
+import json
+
+import bench_training_step
+import pytest
+
+
+def test_what_follows_the_dashes_goes_to_megatron():
+    options = bench_training_step.parse_arguments(
+        ["--layers", "3", "--", "--tensor-model-parallel-size", "2"]
+    )
+    assert options.layers == 3
+    assert options.megatron == ["--tensor-model-parallel-size", "2"]
+
+
+def test_ours_is_needed(capsys):
+    with pytest.raises(SystemExit):
+        bench_training_step.parse_arguments(["--losses", "stock"])
+    assert "must name ours" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_measures_every_loss(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench_training_step.QWEN3_06B, "vocab_size", 508)
+    bench_training_step.main(
+        [
+            *("--layers", "1", "--seq-length", "32", "--steps", "1", "--rounds", "1"),
+            *("--tau", "0.0015", "--device", "cpu", "--out", str(tmp_path)),
+        ]
+    )
+    (page,) = tmp_path.glob("*-training-step-cpu.md")
+    results = json.loads(page.with_suffix(".json").read_text())["results"]
+    assert set(results) == set(bench_training_step.LOSSES)
+    assert results["ours"]["kept"] == pytest.approx(results["official"]["kept"], abs=0.05)
+    assert results["stock"]["kept"] == 1
+    assert all(result["median"] > 0 for result in results.values())
