@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ SHARED = REPOSITORY.parent / "shared"
 # One thread per process: the distributed tests run as many processes as there are cores, and more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Prepared data of the tests, for this process and those that it starts.
+_CACHE = tempfile.TemporaryDirectory(prefix="megatron-profit-tests-")
+os.environ["MEGATRON_PROFIT_CACHE"] = _CACHE.name
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 

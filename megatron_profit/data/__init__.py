@@ -8,17 +8,16 @@ dataset = SFTDataset(examples, 4096, num_samples=train_iters * global_batch_size
 """
 
 from megatron_profit.data.chat import Conversation, UnknownFormat, normalise
-from megatron_profit.data.dataset import (
-    IGNORED_LABEL,
-    Examples,
-    PreparationReport,
-    SFTDataset,
-    build_examples,
-)
+from megatron_profit.data.dataset import IGNORED_LABEL, SFTDataset
 from megatron_profit.data.errors import BrokenRecord, DataError
+from megatron_profit.data.examples import Examples, Prepared
+from megatron_profit.data.options import DataOptions, PreparedSet, add_data_flags, prepare_sets
 from megatron_profit.data.order import Group
+from megatron_profit.data.prepare import Preparation, build_examples, load_tokenizer
 from megatron_profit.data.records import RawRecord, read_records
-from megatron_profit.data.render import ChatRenderer, RenderedConversation, TurnMarkers
+from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training, TurnMarkers
+from megatron_profit.data.report import PackingReport, PreparationReport
+from megatron_profit.data.sources import Layout, Source, read_sources
 
 __all__ = [
     "IGNORED_LABEL",
@@ -26,15 +25,27 @@ __all__ = [
     "ChatRenderer",
     "Conversation",
     "DataError",
+    "DataOptions",
     "Examples",
     "Group",
+    "Layout",
+    "PackingReport",
+    "Preparation",
     "PreparationReport",
+    "Prepared",
+    "PreparedSet",
     "RawRecord",
     "RenderedConversation",
     "SFTDataset",
+    "Source",
+    "Training",
     "TurnMarkers",
     "UnknownFormat",
+    "add_data_flags",
     "build_examples",
+    "load_tokenizer",
     "normalise",
+    "prepare_sets",
     "read_records",
+    "read_sources",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.records import RawRecord
+from megatron_profit.data.sources import Layout
 
 WRONG_TYPE = "a field has the wrong type"
 MISSING_FIELD = "a field is missing"
@@ -18,7 +19,7 @@ UNKNOWN_ROLE = "a role is not known"
 EMPTY_ASSISTANT = "an assistant turn is empty"
 NO_ASSISTANT = "there is no assistant turn"
 NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
-WEIGHTED = "a message has a weight other than 1, which is not supported"
+WEIGHTED = "a message has a weight other than 0 or 1"
 
 ROLES = {
     "system": "system",
@@ -41,6 +42,7 @@ FORMATS = (
     "alpaca (instruction, input, output; optional system, history, tools)",
     "sharegpt (conversations: a list of from, value; optional system, tools)",
     "OpenAI (messages: a list of role, content; optional tools)",
+    "prompt and completion",
 )
 
 Message = dict[str, Any]
@@ -54,43 +56,59 @@ class Conversation:
         messages: Each has `role` (system, user, assistant or tool) and `content` (str), and where
             the record has them `reasoning_content`, `tool_calls`, `tool_call_id` and `name`.
         tools: JSON schemas of the tools offered to the model, None without any.
+        untrained: Positions of the messages that the record gives the weight 0: context only.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    untrained: frozenset[int] = frozenset()
 
     @property
     def assistant_messages(self) -> list[Message]:
         return [message for message in self.messages if message["role"] == "assistant"]
+
+    @property
+    def trained(self) -> list[bool]:
+        """For each assistant message whether the record wants it trained."""
+        turns = enumerate(self.messages)
+        return [i not in self.untrained for i, turn in turns if turn["role"] == "assistant"]
 
 
 class UnknownFormat(DataError):
     """A record has the keys of no known format."""
 
 
-def normalise(record: RawRecord) -> Conversation:
+def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     """The conversation that a raw record holds, whichever known format it is in.
 
-    The format is told by the keys: `messages`, `conversations`, or else `instruction` or `output`.
-    Entries may name their fields role and content or from and value in either of the first two.
+    Without a layout the keys tell the format: `messages`, `conversations`, `instruction` or `output`, or
+    else `prompt` and `completion`. Entries may name their fields role and content or from and value in
+    either of the first two.
 
     Raises:
         UnknownFormat: The record has none of these keys.
         BrokenRecord: The record is of a known format but cannot be used.
     """
-    value = {key: item for key, item in record.value.items() if item is not None}
+    if record.broken:
+        raise record.broken
+    value = layout.renamed(record.value) if layout else record.value
+    value = {key: item for key, item in value.items() if item is not None}
     if "messages" in value:
         messages = _messages(value["messages"])
     elif "conversations" in value:
         messages = _messages(value["conversations"])
     elif "instruction" in value or "output" in value:
         messages = _alpaca_messages(value)
+    elif "prompt" in value and "completion" in value:
+        messages = _completed(value["prompt"], value["completion"])
     else:
         raise UnknownFormat(
             f"{record.where}: the format is not known, found the keys {shown(list(record.value))}; "
             f"known are {'; '.join(FORMATS)}. Rename the fields to one of these"
         )
-    conversation = Conversation(_with_system(value, messages), _tools(value.get("tools")))
+    messages = _with_system(value, messages)
+    untrained = frozenset(i for i, turn in enumerate(messages) if turn.pop("weight", 1) == 0)
+    conversation = Conversation(messages, _tools(value.get("tools")), untrained)
     _check(conversation)
     return conversation
 
@@ -120,6 +138,13 @@ def _alpaca_messages(value: dict[str, Any]) -> list[Message]:
     return messages + _exchange(query, _typed(value, "output", str))
 
 
+def _completed(prompt: Any, completion: Any) -> list[Message]:
+    """Two texts, or two lists of messages, of which the first is context only."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return [{**turn, "weight": 0} for turn in _messages(prompt)] + _messages(completion)
+    return _exchange(_text(prompt), _text(completion))
+
+
 def _exchange(query: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
 
@@ -134,16 +159,18 @@ def _message(entry: Any) -> Message:
     if not isinstance(entry, dict):
         raise BrokenRecord(WRONG_TYPE, f"a message is {shown(entry)}, not an object")
     entry = {key: item for key, item in entry.items() if item is not None}
-    if entry.get("weight", 1) != 1:
+    weight = {"weight": entry["weight"]} if "weight" in entry else {}
+    if weight and entry["weight"] not in (0, 1):
         raise BrokenRecord(WEIGHTED, f"weight is {shown(entry['weight'])}")
     name = _either(entry, "role", "from")
     if not isinstance(name, str) or name not in ROLES:
         raise BrokenRecord(UNKNOWN_ROLE, f"{shown(name)}; known are {', '.join(ROLES)}")
     if name in CALL_ROLES:
         calls = _tool_calls(_parsed(_either(entry, "content", "value")))
-        return {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"role": "assistant", "content": "", "tool_calls": calls, **weight}
     role = ROLES[name]
-    return {"role": role, **(_assistant_fields(entry) if role == "assistant" else _fields(entry))}
+    fields = _assistant_fields(entry) if role == "assistant" else _fields(entry)
+    return {"role": role, **fields, **weight}
 
 
 def _fields(entry: dict[str, Any]) -> Message:

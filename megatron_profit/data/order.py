@@ -100,6 +100,10 @@ class RowOrder:
             self._starts.append(self._starts[-1] + len(latest.rows))
         return self._starts[epoch]
 
+    def first_epoch(self) -> tuple[npt.NDArray[np.int64], int]:
+        """The examples of the first epoch, in no order of meaning, and its number of rows."""
+        return self._epoch(0).examples, self.rows_until(1)
+
     def row(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The examples of a row, and for each a number that is distinct for each time it is drawn.
 

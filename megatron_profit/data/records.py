@@ -1,17 +1,27 @@
 """Reads data files into raw records that remember where they came from.
 
-Only the container is understood here (JSON list, JSON lines, parquet); what a record means is
-decided in chat.py. A damaged container stops the reading: a file that ends in the middle must not
-become a shorter data set.
+Only the container is understood here (JSON list, JSON lines, compressed or not, parquet, a folder of the
+`datasets` library); what a record means is decided in chat.py. A line that is no record is passed on as
+broken, to be counted. A damaged container stops the reading: a file that ends in the middle must not become a
+shorter data set.
 """
 
+import gzip
+import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from megatron_profit.data.errors import DataError, shown
+from megatron_profit.data.errors import BrokenRecord, DataError, shown
+
+NOT_JSON = "a line is not JSON"
+NOT_UTF8 = "a line is not UTF-8"
+NOT_AN_OBJECT = "a record is not an object with named fields"
+
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +29,18 @@ class RawRecord:
     """One record as the file holds it.
 
     Attributes:
-        value: The JSON object or parquet row.
+        value: The JSON object or parquet row; empty where `broken` is set.
         file: The file's path as it was given.
-        number: 1-based line (JSON lines) or position (JSON list, parquet).
+        number: 1-based line (JSON lines) or position (JSON list, parquet, data set).
         unit: What `number` counts.
+        broken: Why nothing can be made of it, None in the usual case.
     """
 
     value: dict[str, Any]
     file: str
     number: int
     unit: Literal["line", "record"]
+    broken: BrokenRecord | None = field(default=None, compare=False)
 
     @property
     def where(self) -> str:
@@ -36,44 +48,75 @@ class RawRecord:
         return f"{self.file}, {self.unit} {self.number}"
 
 
-def read_records(files: str | Path | Sequence[str | Path]) -> Iterator[RawRecord]:
+def read_records(
+    files: str | Path | Sequence[str | Path], split: str = "train"
+) -> Iterator[RawRecord]:
     """Yields the records of all files, in the order of the files and of the records in them.
 
     Args:
-        files: One path or several, each ending in .json (a list, or JSON lines), .jsonl or
-            .parquet.
+        files: One path or several: files that end in .json (a list, or JSON lines), .jsonl, one of these
+            followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
+            `datasets.Dataset.save_to_disk` wrote.
+        split: The split to read of a folder that holds several.
 
     Raises:
-        DataError: No file, a file that is missing, unreadable, empty or of unknown suffix, text
-            that is not JSON, or a record that is not an object. Paths and suffixes of all files are
-            checked before the first is read.
+        DataError: No file, a file that is missing, unreadable, cut off, empty or of unknown suffix, or a
+            JSON list that is not JSON. Paths and suffixes of all files are checked before the first is
+            read.
     """
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not paths:
         raise DataError("no data file was given; name at least one .json, .jsonl or .parquet file")
-    for path in paths:
-        _check_path(path)
-    for path in paths:
-        yield from _read_file(path)
+    inner = [file for path in paths for file in data_files(path)]
+    for path in inner:
+        yield from _read_file(path, split)
 
 
-def _check_path(path: Path) -> None:
-    if path.suffix.lower() not in _READERS:
-        raise DataError(
-            f"{path}: unknown suffix {path.suffix!r}; convert it to one of {', '.join(_READERS)}"
-        )
-    if not path.is_file():
-        finding = "is a directory; name the files in it" if path.is_dir() else "does not exist"
-        raise DataError(f"{path}: {finding} (data files are looked for from {Path.cwd()})")
+def data_files(path: Path) -> list[Path]:
+    """The data files of a folder, sorted by name; a data set of the `datasets` library or a file is itself.
+
+    Raises:
+        DataError: It does not exist, or is nothing that can be read.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: does not exist (data files are looked for from {Path.cwd()})")
+    if path.is_dir() and not _is_dataset(path):
+        inner = sorted(file for file in path.iterdir() if _kind(file) and file.is_file())
+        if not inner:
+            raise DataError(
+                f"{path}: the directory holds neither data files ({_known()}) nor a data set that "
+                "datasets' save_to_disk wrote; name another one"
+            )
+        return inner
+    if path.is_file() and not _kind(path):
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
+    return [path]
 
 
-def _read_file(path: Path) -> Iterator[RawRecord]:
+def _is_dataset(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _known() -> str:
+    return f"{', '.join(_READERS)}, and .json or .jsonl followed by {' or '.join(_COMPRESSED)}"
+
+
+def _kind(path: Path) -> str:
+    """The suffix that chooses the reader, "" if there is none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        return suffixes[-2] if suffixes[-2:-1] in ([".json"], [".jsonl"]) else ""
+    return suffixes[-1] if suffixes and suffixes[-1] in _READERS else ""
+
+
+def _read_file(path: Path, split: str) -> Iterator[RawRecord]:
+    records = _read_dataset(path, split) if path.is_dir() else _READERS[_kind(path)](path)
     empty = True
     try:
-        for record in _READERS[path.suffix.lower()](path):
+        for record in records:
             empty = False
             yield record
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); check the file and its permissions"
         ) from error
@@ -83,54 +126,124 @@ def _read_file(path: Path) -> Iterator[RawRecord]:
         )
 
 
+def _open(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
 def _read_json(path: Path) -> Iterator[RawRecord]:
-    text = _decode(path.read_bytes(), str(path))
+    with _open(path) as file:
+        text = _decode(file.read(), str(path))
     if text.lstrip().startswith("["):
         values = enumerate(_parse(text, str(path)), start=1)
-        return (_record(value, path, number, "record") for number, value in values)
-    if _is_one_value(text):  # an object written over several lines
-        return iter([_record(json.loads(text), path, 1, "record")])
-    return _read_jsonl(path)
+        yield from (_record(value, path, number, "record") for number, value in values)
+    elif _is_one_value(text):  # an object written over several lines
+        yield _record(json.loads(text), path, 1, "record")
+    else:
+        yield from _read_jsonl(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRecord]:
     # Bytes, because text mode would also end lines at characters that JSON strings may hold.
-    with path.open("rb") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
-            text = _decode(line.rstrip(b"\r\n"), f"{path}, line {number}")
-            if text.strip():
-                yield _record(_parse(text, str(path), number), path, number, "line")
+            if line.strip():
+                yield _line(line, path, number)
+
+
+def _line(line: bytes, path: Path, number: int) -> RawRecord:
+    where = f"{path}, line {number}"
+    try:
+        value = _parse(_decode(line.rstrip(b"\r\n"), where), str(path), number)
+    except DataError as error:
+        # In the first line the whole file is in doubt, and a last line without an end was cut off.
+        if number == 1 or not line.endswith(b"\n"):
+            raise
+        reason = NOT_UTF8 if isinstance(error.__cause__, UnicodeDecodeError) else NOT_JSON
+        return RawRecord({}, str(path), number, "line", BrokenRecord(reason, str(error)))
+    return _record(value, path, number, "line")
 
 
 def _read_parquet(path: Path) -> Iterator[RawRecord]:
-    for number, row in enumerate(_parquet_rows(path), start=1):
-        yield _record(_without_nulls(row), path, number, "record")
-
-
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+            yield from _rows(path, file.iter_batches(batch_size=_ROWS))
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
             f"{path}: not a readable parquet file ({error}); write it anew, or convert it to .jsonl"
         ) from error
 
 
-_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _read_arrow(path: Path) -> Iterator[RawRecord]:
+    import datasets
+    import pyarrow
+
+    try:
+        data = datasets.Dataset.from_file(str(path))
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise DataError(
+            f"{path}: not an arrow file of the datasets library ({error}); write it anew, or convert "
+            "it to .parquet"
+        ) from error
+    return _rows(path, data.with_format("arrow").iter(_ROWS))
+
+
+def _read_dataset(path: Path, split: str) -> Iterator[RawRecord]:
+    import datasets
+    import pyarrow
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a readable data set of the datasets library ({error}); write it anew with "
+            "save_to_disk"
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(
+                f"{path}: has no split {split!r} but {', '.join(data)}; name the folder of one of them, "
+                f"e.g. {path / next(iter(data))}"
+            )
+        data = data[split]
+    return _rows(path, data.with_format("arrow").iter(_ROWS))
+
+
+def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
+    number = 0
+    for table in tables:
+        for row in table.to_pylist():
+            number += 1
+            yield _record(_without_nulls(row), path, number, "record")
+
+
+_READERS = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+_COMPRESSED = (".gz", ".zst")
 
 
 def _record(value: Any, path: Path, number: int, unit: Literal["line", "record"]) -> RawRecord:
-    if not isinstance(value, dict):
+    if isinstance(value, dict):
+        return RawRecord(value, str(path), number, unit)
+    if number == 1:
         raise DataError(
             f"{path}, {unit} {number}: a record must be an object with named fields, "
             f"found {type(value).__name__} {shown(value)}; wrap it in one or remove it"
         )
-    return RawRecord(value, str(path), number, unit)
+    found = BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
+    return RawRecord({}, str(path), number, unit, found)
 
 
 def _parse(text: str, file: str, line: int = 1) -> Any:

@@ -11,9 +11,11 @@ Shape suffix: T tokens of one conversation.
 """
 
 import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 TEMPLATE_FAILED = "the chat template refuses the conversation"
 MARKER_IN_TEXT = "a text holds the chat template's own turn markers"
 TURNS_NOT_FOUND = "the rendered text does not show each assistant turn once"
+
+_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 
 # No template writes these, and they differ from the first character on.
 _ASKED, _ANSWERED, _ASKED_AGAIN, _ANSWERED_AGAIN = "7vAsk7", "8vSay8", "6vQue6", "9vEnd9"
@@ -60,18 +64,39 @@ class RenderedConversation:
     supervised: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Which parts of the assistant's turns are trained.
+
+    Attributes:
+        turns: "all", or the "last" only.
+        think: Also what stands in <think> blocks; else a turn is trained from behind them.
+    """
+
+    turns: Literal["all", "last"] = "all"
+    think: bool = True
+
+    def __post_init__(self) -> None:
+        if self.turns not in ("all", "last"):
+            raise ValueError(f"turns is {self.turns!r}; it must be all or last")
+
+
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template and marks the assistant's tokens.
 
     Attributes:
         markers: What was learnt from the template.
+        training: Which parts of the assistant's turns are marked.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", training: Training | None = None
+    ) -> None:
         """Learns the turn markers of the tokenizer's template.
 
         Args:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
+            training: Which parts of the assistant's turns are trained; all of them by default.
 
         Raises:
             DataError: The tokenizer is not fast, has no template, or its template writes no
@@ -88,6 +113,7 @@ class ChatRenderer:
                 "or add chat_template.jinja to the tokenizer's directory"
             )
         self._tokenizer = tokenizer
+        self.training = training or Training()
         self.markers = self._learn_markers()
 
     def render(self, conversation: Conversation) -> RenderedConversation:
@@ -102,12 +128,27 @@ class ChatRenderer:
                 ambiguous.
         """
         text = self.text(conversation)
-        encoding = self._encode(text)
-        ids_T = np.asarray(encoding["input_ids"], dtype=np.int32)
-        offsets_T2 = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return RenderedConversation(
-            ids_T, _begins_inside(offsets_T2, self.spans(text, conversation))
-        )
+        spans = self.trained_spans(text, conversation)
+        return _marked(self._encode(text).encodings[0], spans)
+
+    def render_all(
+        self, conversations: Sequence[Conversation]
+    ) -> list[RenderedConversation | BrokenRecord]:
+        """`render` of several conversations, tokenised together; what it would raise is returned."""
+        texts: list[str] = []
+        spans: list[list[tuple[int, int]]] = []
+        results: list[BrokenRecord | None] = []
+        for conversation in conversations:
+            try:
+                text = self.text(conversation)
+                spans.append(self.trained_spans(text, conversation))
+                texts.append(text)
+                results.append(None)
+            except BrokenRecord as error:
+                results.append(error)
+        encodings = self._encode(texts).encodings if texts else []
+        marked = iter(map(_marked, encodings, spans))
+        return [result or next(marked) for result in results]
 
     def text(self, conversation: Conversation) -> str:
         """The whole conversation as the template writes it.
@@ -147,6 +188,18 @@ class ChatRenderer:
                 f"{expected} assistant messages, {len(spans)} turns in {shown(text)}",
             )
         return spans
+
+    def trained_spans(self, text: str, conversation: Conversation) -> list[tuple[int, int]]:
+        """The parts of `spans` that are trained."""
+        spans = self.spans(text, conversation)
+        chosen = [
+            span for span, trained in zip(spans, conversation.trained, strict=True) if trained
+        ]
+        if self.training.turns == "last":
+            chosen = [span for span in chosen if span == spans[-1]]
+        if self.training.think:
+            return chosen
+        return [(_behind_thoughts(text, *span), span[1]) for span in chosen]
 
     def _turn(self, text: str, begin: int, limit: int) -> tuple[int, int]:
         """The turn from `begin`; it must end before `limit` and before any other turn begins."""
@@ -221,10 +274,10 @@ class ChatRenderer:
 
     def _common_tokens(self, first: str, second: str) -> str:
         """The text of the leading tokens that two texts share (characters could cut a token)."""
-        encoding, other = self._encode(first), self._encode(second)
-        pairs = zip(encoding["input_ids"], other["input_ids"], strict=False)
+        encoding, other = self._encode(first).encodings[0], self._encode(second).encodings[0]
+        pairs = zip(encoding.ids, other.ids, strict=False)
         shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return first[: encoding["offset_mapping"][shared - 1][1]] if shared else ""
+        return first[: encoding.offsets[shared - 1][1]] if shared else ""
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -232,13 +285,9 @@ class ChatRenderer:
             raise TypeError(f"the chat template gave {type(text).__name__}, not text")
         return text
 
-    def _encode(self, text: str) -> Any:
+    def _encode(self, text: str | list[str]) -> Any:
         return self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
+            text, add_special_tokens=False, return_attention_mask=False, verbose=False
         )
 
 
@@ -265,19 +314,39 @@ def _common_prefix(texts: list[str]) -> str:
     return texts[0][:length]
 
 
-def _begins_inside(
-    offsets_T2: npt.NDArray[np.int64], spans: list[tuple[int, int]]
-) -> npt.NDArray[np.bool_]:
-    """[T] bool: the token begins inside one of the spans.
+def _behind_thoughts(text: str, begin: int, end: int) -> int:
+    """Where the turn [begin, end) goes on behind its think block; `begin` if it has none.
 
-    Some tokenizers trim spaces from the offsets, which leaves a token of spaces at the end of a
-    header with the empty range (begin, begin): hence `last > begin`.
+    The block may have been opened by the header already.
     """
-    first_T, last_T = offsets_T2.T
-    inside_T = np.zeros(len(offsets_T2), dtype=np.bool_)
+    close = text.find(_THINK_CLOSE, begin, end)
+    opening = text.find(_THINK_OPEN, begin, end)
+    if close < 0 or (opening > begin and text[begin:opening].strip()):
+        return begin
+    rest = text[close + len(_THINK_CLOSE) : end]
+    return end - len(rest.lstrip())
+
+
+def _marked(encoding: Any, spans: list[tuple[int, int]]) -> RenderedConversation:
+    """The ids of an encoding, supervised where a token begins inside one of the spans.
+
+    Tokens are looked up by bisection: a Python list of all offsets would cost as much as the tokenizer.
+    """
+    ids_T = np.asarray(encoding.ids, dtype=np.int32)
+    supervised_T = np.zeros(len(ids_T), dtype=np.bool_)
+    tokens = range(len(ids_T))
+
+    def first_char(token: int) -> int:
+        return encoding.token_to_chars(token)[0]
+
     for begin, end in spans:
-        inside_T |= (first_T >= begin) & (first_T < end) & (last_T > begin)
-    return inside_T
+        first = bisect_left(tokens, begin, key=first_char)
+        # Some tokenizers trim spaces from the offsets, which leaves a token of spaces at the end of a
+        # header with the empty range (begin, begin).
+        while first < len(ids_T) and encoding.token_to_chars(first) == (begin, begin):
+            first += 1
+        supervised_T[first : bisect_left(tokens, end, key=first_char)] = True
+    return RenderedConversation(ids_T, supervised_T)
 
 
 def _said(role: str, content: str) -> Message:

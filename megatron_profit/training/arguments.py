@@ -26,6 +26,7 @@ from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.hf_output import HFOutput, plan_output
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
+from megatron_profit.data import DataOptions, add_data_flags
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
@@ -156,10 +157,10 @@ class SFTArguments:
 
     Attributes:
         hf_model: HuggingFace folder that gives the architecture and the tokenizer.
-        data, valid_data: Chat files.
-        seq_length: Tokens of a row.
+        data: What the data flags ask for.
+        epochs: Epochs to train, where the flags give no iterations or samples.
         defaults: Values that replace the defaults of Megatron's parser.
-        eval_batch_size: Records of one evaluation iteration over all ranks.
+        batch_size, eval_batch_size: Rows of one iteration over all ranks.
         eval_iters: Evaluation iterations that were asked for; None for all of the validation data.
         hf_weights: The folder's weights where the run starts from them; None where it starts from a
             checkpoint or from random weights.
@@ -167,10 +168,10 @@ class SFTArguments:
     """
 
     hf_model: Path
-    data: tuple[str, ...]
-    valid_data: tuple[str, ...]
-    seq_length: int
+    data: DataOptions
+    epochs: int | None
     defaults: Mapping[str, Any]
+    batch_size: int
     eval_batch_size: int
     eval_iters: int | None
     hf_weights: HFModel | None
@@ -182,13 +183,16 @@ class SFTArguments:
         parser.set_defaults(**self.defaults)
         return parser
 
-    def with_valid_examples(self, count: int) -> SFTArguments:
-        """These arguments with evaluations that see each of `count` validation examples once,
-        unless --eval-iters says otherwise."""
+    def with_rows(self, epochs_rows: int | None, valid_rows: int) -> SFTArguments:
+        """These arguments with as many iterations as the rows of all epochs need, where epochs were asked
+        for, and evaluations that see each validation row once, unless --eval-iters says otherwise."""
         iters = self.eval_iters
         if iters is None:
-            iters = math.ceil(count / self.eval_batch_size)
-        return replace(self, defaults={**self.defaults, "eval_iters": iters})
+            iters = math.ceil(valid_rows / self.eval_batch_size)
+        defaults = {**self.defaults, "eval_iters": iters}
+        if epochs_rows is not None:
+            defaults["train_iters"] = math.ceil(epochs_rows / self.batch_size)
+        return replace(self, defaults=defaults)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -217,18 +221,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="HuggingFace folder to write after the last step; it must not exist yet.",
     )
-    group.add_argument("--data", nargs="+", metavar="FILE", help="Chat files to train on.")
+    add_data_flags(group)
     group.add_argument(
-        "--valid-data",
-        nargs="+",
-        metavar="FILE",
-        help="Chat files to evaluate on every --eval-interval steps; all records, or --eval-iters batches.",
-    )
-    group.add_argument(
-        "--packing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="Put as many records into a row of --seq-length positions as fit, instead of one.",
+        "--epochs",
+        type=int,
+        metavar="E",
+        help="Train every record this often, in place of --train-iters or --train-samples.",
     )
     add_objective_flags(group)
     return parser
@@ -271,15 +269,16 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         "objective_options": _objective_options(settings, explicit),
     }
     eval_iters = explicit.get("eval_iters")
+    batch_size = settings["global_batch_size"] or settings["micro_batch_size"] * data_parallel
     return SFTArguments(
         hf_model=hf_model,
-        data=tuple(explicit["data"]),
-        valid_data=() if eval_iters == 0 else tuple(explicit.get("valid_data") or ()),
-        seq_length=explicit["seq_length"],
+        data=DataOptions.from_flags(
+            {**settings, "valid_data": None} if eval_iters == 0 else settings
+        ),
+        epochs=settings["epochs"],
         defaults={**model, **soft, **fixed, **derived},
-        eval_batch_size=settings["eval_global_batch_size"]
-        or settings["global_batch_size"]
-        or settings["micro_batch_size"] * data_parallel,
+        batch_size=batch_size,
+        eval_batch_size=settings["eval_global_batch_size"] or batch_size,
         eval_iters=eval_iters,
         hf_weights=hf_weights,
         export=_export(settings),
@@ -295,11 +294,18 @@ def _check_given(flags: _Flags) -> None:
     for name in ("hf_model", "data", "seq_length", "micro_batch_size", "lr"):
         if explicit.get(name) is None:
             raise ArgumentsError(f"{flags.option(name)} is missing")
-    if not (explicit.get("train_iters") or explicit.get("train_samples")):
-        raise ArgumentsError("--train-iters (or --train-samples) is missing")
-    if explicit.get("eval_iters") and not explicit.get("valid_data"):
+    spans = ("train_iters", "train_samples", "epochs")
+    given = [flags.option(name) for name in spans if explicit.get(name) is not None]
+    if not given:
+        raise ArgumentsError("--train-iters (or --epochs, or --train-samples) is missing")
+    if len(given) > 1:
+        raise ArgumentsError(f"{' and '.join(given)} contradict each other; give one of them")
+    if explicit.get("eval_iters") and not (
+        explicit.get("valid_data") or explicit.get("valid_split")
+    ):
         raise ArgumentsError(
-            f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data"
+            f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data or "
+            "--valid-split"
         )
 
 
@@ -400,6 +406,7 @@ def _check_numbers(settings: Mapping[str, Any], flags: _Flags) -> None:
         ),
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         *("make_vocab_size_divisible_by", "train_iters", "save_interval", "eval_interval"),
+        "epochs",
     ):
         value = settings[name]
         if value is not None and value < 1:

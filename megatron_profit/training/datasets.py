@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.core.datasets.utils import Split
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_profit.data import ChatRenderer, DataError, Examples, SFTDataset, build_examples
+from megatron_profit.data import DataError, SFTDataset, load_tokenizer, prepare_sets
 from megatron_profit.training.arguments import SFTArguments
 from megatron_profit.training.console import print_rank_0
 
 
 @dataclass(frozen=True)
 class SFTData:
-    """Tokenised examples of one run.
+    """The rows of one run.
 
-    Every rank holds the same examples and draws the same order from (seed, sample index), so nothing is
-    broadcast and a resumed run continues with the sample at which it stopped.
+    Every rank maps the same examples and draws the same order from (seed, row), so nothing is broadcast
+    and a resumed run continues with the row at which it stopped.
     """
 
-    train: Examples
-    valid: Examples | None
+    train: SFTDataset
+    valid: SFTDataset | None
+
+    @property
+    def valid_rows(self) -> int:
+        """Rows that hold each validation record once."""
+        return 0 if self.valid is None else self.valid.order.rows_until(1)
 
     def provider(self, args: Namespace) -> Callable:
         """Megatron's `train_valid_test_datasets_provider`."""
@@ -31,22 +36,12 @@ class SFTData:
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
             # One batch more than is drawn: Megatron's sampler refuses a run that is started again
             # after its last step, although there is nothing left to do.
-            num_train, num_valid = num_samples[0] + args.global_batch_size, num_samples[1]
-            train = SFTDataset(
-                self.train, args.seq_length, num_train, seed=args.seed, packing=args.packing
-            )
+            train = self.train.with_samples(num_samples[0] + args.global_batch_size)
             train.split = Split.train
-            if self.valid is None:
+            if self.valid is None or args.eval_iters == 0:
                 return train, None, None
             period = args.eval_iters * args.eval_global_batch_size
-            valid = SFTDataset(
-                self.valid,
-                args.seq_length,
-                num_valid + period,
-                shuffle=False,
-                period=period,
-                packing=args.packing,
-            )
+            valid = self.valid.with_samples(num_samples[1] + period, period)
             valid.split = Split.valid
             return train, valid, None
 
@@ -55,31 +50,34 @@ class SFTData:
 
 
 def prepare_data(arguments: SFTArguments) -> SFTData:
-    """Render and tokenise the files of the run, and report what was left out.
+    """Map the prepared examples of the run, and report what was left out.
+
+    The first process of a machine prepares what is not in the cache, the others wait for its files.
 
     Raises:
         DataError: For data that cannot be read, or of which nothing can be trained.
     """
-    renderer = ChatRenderer(_tokenizer(arguments))
-    sets = {}
-    for name, files in (("train", arguments.data), ("valid", arguments.valid_data)):
-        if files:
-            sets[name], report = build_examples(
-                files, renderer, arguments.seq_length, progress=print_rank_0
-            )
-            print_rank_0(f"> {name} data: {report}")
-    return SFTData(sets["train"], sets.get("valid"))
+    leader = os.environ.get("LOCAL_RANK", "0") == "0"
+    if leader:
+        _check_tokenizer(arguments)
+    sets = prepare_sets(
+        arguments.data,
+        arguments.hf_model,
+        epochs=arguments.epochs,
+        leader=leader,
+        progress=print_rank_0,
+    )
+    for name, found in sets.items():
+        print_rank_0(f"> {name} data: {found.prepared.report}\n{found.packing}")
+    valid = sets.get("valid")
+    return SFTData(sets["train"].dataset, valid and valid.dataset)
 
 
-def _tokenizer(arguments: SFTArguments) -> PreTrainedTokenizerBase:
+def _check_tokenizer(arguments: SFTArguments) -> None:
     folder, vocab_size = arguments.hf_model, arguments.defaults["vocab_size"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise DataError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > vocab_size:
         raise DataError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only {vocab_size} "
             "(vocab_size in config.json); use the tokenizer that belongs to the model"
         )
-    return tokenizer

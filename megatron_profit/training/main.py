@@ -45,7 +45,7 @@ def run(device: str) -> None:
         data = prepare_data(arguments)
     except (ArgumentsError, ConversionError, DataError) as error:
         fail(error)
-    train(arguments.with_valid_examples(0 if data.valid is None else len(data.valid)), data)
+    train(arguments.with_rows(data.train.labelled_rows, data.valid_rows), data)
 
 
 def train(arguments: SFTArguments, data: SFTData) -> None:

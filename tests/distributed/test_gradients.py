@@ -109,7 +109,7 @@ def step(sft, tmp_path):
         result = sft(
             world_size,
             *("--hf-model", model.hf, "--pretrained-checkpoint", model.megatron),
-            *("--data", DATA, "--seq-length", SEQ_LENGTH, "--seed", SEED),
+            *("--data", DATA, "--no-packing", "--seq-length", SEQ_LENGTH, "--seed", SEED),
             *(
                 "--global-batch-size",
                 BATCH,

@@ -127,7 +127,7 @@ BROKEN_MESSAGES = [
     ([{"role": "user", "content": "q"}], chat.NO_ASSISTANT),
     ([{"role": "user", "content": "half \ud83d"}, ANSWER], chat.NOT_ENCODABLE),
     ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": {"\udc00": 1}}]}], chat.NOT_ENCODABLE),
-    ([{**ANSWER, "weight": 0}], chat.WEIGHTED),
+    ([{**ANSWER, "weight": 0.5}], chat.WEIGHTED),
 ]
 BROKEN_ALPACA = [
     ({"instruction": "q"}, chat.MISSING_FIELD),

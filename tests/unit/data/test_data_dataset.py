@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_profit.data import DataError, Examples, SFTDataset, build_examples, chat, dataset
+from megatron_profit.data import (
+    ChatRenderer,
+    DataError,
+    Examples,
+    SFTDataset,
+    build_examples,
+    chat,
+    prepare,
+)
 
 
 def pair(question, answer):
@@ -85,7 +93,7 @@ def test_a_record_of_one_id_more_than_the_row_fits_and_longer_ones_are_cut(rende
 
 def test_pad_that_equals_the_end_leaves_the_end_trained(make_tokenizer, templates, write_lines):
     tokenizer = make_tokenizer(templates.chatml, pad_token="<|im_end|>")
-    examples, _ = build_examples(write_lines([pair("q", "a")]), dataset.ChatRenderer(tokenizer), 32)
+    examples, _ = build_examples(write_lines([pair("q", "a")]), ChatRenderer(tokenizer), 32)
     row = SFTDataset(examples, 32, 1, pad_id=tokenizer.pad_token_id)[0]
     end = tokenizer.eos_token_id
     assert (row["labels"] == end).sum() == 1
@@ -96,7 +104,7 @@ def test_records_without_room_for_the_answer_are_skipped(renderer, write_lines):
     file = write_lines([pair("What is the answer? " * 20, "a"), pair("q", "a")])
     examples, report = build_examples(file, renderer, 16)
     assert (report.read, report.kept, report.truncated) == (2, 1, 0)
-    assert report.skipped[dataset.NOTHING_SUPERVISED].places == [f"{file}, line 1"]
+    assert report.skipped[prepare.NOTHING_SUPERVISED].places == [f"{file}, line 1"]
     assert len(examples) == 1
 
 
@@ -106,7 +114,7 @@ def test_broken_records_are_counted_with_their_first_places(renderer, write_line
     _, report = build_examples(file, renderer, 32)
     assert (report.read, report.kept) == (10, 1)
     counts = {reason: skipped.count for reason, skipped in report.skipped.items()}
-    assert counts == {chat.NO_ASSISTANT: 7, chat.UNKNOWN_ROLE: 1, dataset.UNKNOWN_FORMAT: 1}
+    assert counts == {chat.NO_ASSISTANT: 7, chat.UNKNOWN_ROLE: 1, prepare.UNKNOWN_FORMAT: 1}
     assert report.skipped[chat.NO_ASSISTANT].places == [f"{file}, line {n}" for n in range(2, 7)]
     text = str(report)
     for part in ["10 records read, 1 kept, 9 skipped", "skipped 7", "line 2", "...", "'critic'"]:
@@ -133,7 +141,8 @@ def test_nothing_usable_says_why(renderer, write_lines):
 
 def test_progress_is_told_about_every_two_seconds(renderer, write_lines, monkeypatch):
     clock = iter(np.arange(0.0, 100.0, 0.5))
-    monkeypatch.setattr(dataset.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 1)
     told = []
     build_examples(write_lines([pair("q", "a")] * 12), renderer, 32, progress=told.append)
     assert len(told) == 3

@@ -13,6 +13,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from megatron_profit.data import DataError
 from megatron_profit.objectives import Objective, option, registry
 from megatron_profit.training.arguments import (
     ArgumentsError,
@@ -303,6 +304,36 @@ def test_a_missing_flag_is_named(hf_folder, name):
         read_arguments([part for pair in flags.items() for part in pair], "cpu")
 
 
+def test_epochs_become_iterations(parse, hf_folder):
+    with pytest.raises(ArgumentsError, match="--train-iters and --epochs contradict"):
+        parse("--epochs", "2")
+    flags = ["--hf-model", hf_folder, "--data", "a.jsonl", "--seq-length", "64", "--epochs", "3"]
+    flags += ["--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-5"]
+    arguments = read_arguments([*map(str, flags), *PROFIT, "--random-init"], "cpu")
+    assert arguments.epochs == 3
+    assert arguments.with_rows(24, 0).defaults["train_iters"] == 3
+    assert arguments.with_rows(25, 0).defaults["train_iters"] == 4
+    assert "train_iters" not in parse().with_rows(None, 0).defaults
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--valid-split", "1"), "--valid-split is 1"),
+        (("--valid-split", "0.1", "--valid-data", "v.jsonl"), "contradict each other"),
+        (("--data-weights", "1", "2"), "2 weights for 1 files"),
+        (("--data-weights", "0"), r"a\.jsonl the weight 0"),
+        (("--data-workers", "0"), "--data-workers is 0"),
+        (("--data-columns", "prompt"), "maps no column"),
+        (("--data-columns", "question=prompt"), "maps no column"),
+        (("--dataset-info", "none.json"), r"none\.json: cannot be read"),
+    ],
+)
+def test_data_flags_are_checked(parse, flags, message):
+    with pytest.raises(DataError, match=message):
+        parse(*flags)
+
+
 @pytest.fixture
 def with_weights(hf_folder):
     """The folder with random weights."""
@@ -393,8 +424,8 @@ def test_broken_folders_are_refused(parse, hf_folder):
 
 def test_no_evaluation_although_there_is_validation_data(parse):
     arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "0")
-    assert arguments.valid_data == ()
-    assert arguments.with_valid_examples(0).defaults["eval_iters"] == 0
+    assert arguments.data.valid == ()
+    assert arguments.with_rows(None, 0).defaults["eval_iters"] == 0
 
 
 @pytest.mark.parametrize("apex", [False, True])
@@ -411,10 +442,10 @@ def test_what_a_gpu_machine_has_decides_the_layers(monkeypatch, apex, engine):
 
 def test_one_evaluation_sees_each_validation_example_once(parse):
     arguments = parse("--valid-data", "v.jsonl", "--global-batch-size", "8")
-    assert arguments.with_valid_examples(17).defaults["eval_iters"] == 3
-    assert arguments.with_valid_examples(0).defaults["eval_iters"] == 0
+    assert arguments.with_rows(None, 17).defaults["eval_iters"] == 3
+    assert arguments.with_rows(None, 0).defaults["eval_iters"] == 0
     arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "2")
-    assert arguments.with_valid_examples(17).defaults["eval_iters"] == 2
+    assert arguments.with_rows(None, 17).defaults["eval_iters"] == 2
 
 
 def test_help_shows_our_flags_before_megatrons(capsys):

@@ -1,0 +1,183 @@
+"""Tokenised records as flat arrays, in memory or mapped from the files of a folder.
+
+A folder is whole or absent: it is written under another name and renamed. Mapped arrays cost no memory of
+their own and are shared by all processes of a machine.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_profit.data.errors import DataError
+from megatron_profit.data.report import PreparationReport
+
+ABOUT = "about.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Tokenised records, end to end.
+
+    Attributes:
+        ids: [total] int32 token ids of all examples.
+        supervised: [total] uint8, 1 where the model must produce this token.
+        offsets: [N + 1] int64; example i is the range offsets[i]:offsets[i + 1].
+    """
+
+    ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+        """Ids [L] and supervised [L] of one example, views without a copy."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.ids[part], self.supervised[part]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Examples, and where each comes from.
+
+    Attributes:
+        examples: The tokenised records.
+        sources: [N] int32, the number of the source.
+        numbers: [N] int64, line or position in the source (see `RawRecord.number`).
+        digests: [N] uint64, a hash of the ids; equal for equal examples.
+        report: What became of the records.
+    """
+
+    examples: Examples
+    sources: npt.NDArray[np.int32]
+    numbers: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint64]
+    report: PreparationReport
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some examples of one source, and what was left out between them.
+
+    Attributes:
+        source: Number of the source.
+        read: Records that went in.
+        ids, supervised: As in `Examples`.
+        lengths: Ids of each example.
+        whole: The same before truncation.
+        numbers, digests: As in `Prepared`.
+        skipped: (place, reason, detail) of each record that was left out.
+        refused: Why the file that begins with this chunk cannot be used at all, "" if it can.
+    """
+
+    source: int
+    read: int
+    ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.uint8]
+    lengths: list[int]
+    whole: list[int]
+    numbers: list[int]
+    digests: list[int]
+    skipped: list[tuple[str, str, str]]
+    refused: str = ""
+
+
+# File of a prepared folder -> its type.
+_ARRAYS = {
+    "ids": np.int32,
+    "supervised": np.uint8,
+    "offsets": np.int64,
+    "sources": np.int32,
+    "numbers": np.int64,
+    "digests": np.uint64,
+}
+
+
+def _arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
+    return {
+        "ids": chunk.ids,
+        "supervised": chunk.supervised,
+        "offsets": np.asarray(chunk.lengths, dtype=np.int64),  # summed up at the end
+        "sources": np.full(len(chunk.lengths), chunk.source, dtype=np.int32),
+        "numbers": np.asarray(chunk.numbers, dtype=np.int64),
+        "digests": np.asarray(chunk.digests, dtype=np.uint64),
+    }
+
+
+def _prepared(arrays: Mapping[str, npt.NDArray[Any]], report: PreparationReport) -> Prepared:
+    return Prepared(
+        Examples(arrays["ids"], arrays["supervised"], arrays["offsets"]),
+        sources=arrays["sources"],
+        numbers=arrays["numbers"],
+        digests=arrays["digests"],
+        report=report,
+    )
+
+
+def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def collect(chunks: Iterable[Chunk], report: PreparationReport) -> Prepared:
+    """The examples of all chunks, in memory. `report` is complete when the chunks end."""
+    parts = [_arrays(chunk) for chunk in chunks]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in _ARRAYS}
+    return _prepared({**arrays, "offsets": _offsets(arrays["offsets"])}, report)
+
+
+def write(
+    chunks: Iterable[Chunk], report: PreparationReport, folder: Path, about: dict[str, Any]
+) -> None:
+    """Writes the examples of all chunks as they come; the memory needed is that of one chunk.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written to.
+    """
+    folder.mkdir()
+    files = {name: (folder / name).open("wb") for name in _ARRAYS}
+    lengths = [np.zeros(0, dtype=np.int64)]
+    try:
+        for chunk in chunks:
+            arrays = _arrays(chunk)
+            lengths.append(arrays.pop("offsets"))
+            for name, array in arrays.items():
+                files[name].write(np.ascontiguousarray(array, dtype=_ARRAYS[name]).data)
+        files["offsets"].write(_offsets(np.concatenate(lengths)).data)
+    finally:
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+    sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
+    text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1)
+    (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> Prepared:
+    """The examples that `write` put into a folder, mapped into memory.
+
+    Raises:
+        DataError: A file is missing or has another size than it was written with.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        arrays = {}
+        for name, kind in _ARRAYS.items():
+            found, expected = (folder / name).stat().st_size, about["bytes"][name]
+            if found != expected:
+                raise ValueError(f"{name} has {found} bytes instead of {expected}")
+            arrays[name] = np.memmap(folder / name, dtype=kind, mode="r")
+        return _prepared(arrays, PreparationReport.from_json(about["report"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder}: the prepared data are damaged ({error}); delete this folder and start again"
+        ) from error

@@ -1,0 +1,268 @@
+"""The flags that say what is trained on, and what follows from them; shared by training and tools."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_profit.data.cache import default_cache, prepare
+from megatron_profit.data.dataset import SFTDataset
+from megatron_profit.data.errors import DataError
+from megatron_profit.data.examples import Prepared
+from megatron_profit.data.order import Group
+from megatron_profit.data.prepare import Preparation
+from megatron_profit.data.render import Training
+from megatron_profit.data.report import PackingReport
+from megatron_profit.data.sources import COLUMNS, Source, read_sources
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    """The data flags, beside --seq-length and --seed."""
+    group.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="Chat files or folders to train on, or names of entries of --dataset-info.",
+    )
+    group.add_argument(
+        "--data-weights",
+        nargs="+",
+        type=float,
+        metavar="W",
+        help="For each of --data how often an epoch holds each of its records, on average; 1 by default.",
+    )
+    group.add_argument(
+        "--data-columns",
+        nargs="+",
+        metavar="NAME=COLUMN",
+        help=f"Where the keys do not tell: which column is which of {', '.join(COLUMNS)}.",
+    )
+    group.add_argument(
+        "--dataset-info",
+        metavar="FILE",
+        help="A dataset_info.json in LLaMA-Factory's form, whose entries --data may name.",
+    )
+    group.add_argument(
+        "--valid-data",
+        nargs="+",
+        metavar="FILE",
+        help="Chat files to evaluate on every --eval-interval steps; all records, or --eval-iters batches.",
+    )
+    group.add_argument(
+        "--valid-split",
+        type=float,
+        metavar="SHARE",
+        help="Set this share of the records of --data aside to evaluate on, in place of --valid-data.",
+    )
+    group.add_argument(
+        "--train-on",
+        choices=("all", "last"),
+        default="all",
+        help="Train all turns of the assistant or the last one.",
+    )
+    group.add_argument(
+        "--train-think",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Train what stands in <think> blocks, too.",
+    )
+    group.add_argument(
+        "--too-long",
+        choices=("truncate", "drop"),
+        default="truncate",
+        help="What happens to a record that is longer than --seq-length.",
+    )
+    group.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Put as many records into a row of --seq-length positions as fit, isolated from each other; "
+        "else one.",
+    )
+    group.add_argument(
+        "--data-workers",
+        type=int,
+        metavar="N",
+        help="Processes that prepare the data; by default as many as they are worth, up to the cores.",
+    )
+    group.add_argument(
+        "--data-cache",
+        metavar="DIR",
+        help="Folder for prepared data; by default $MEGATRON_PROFIT_CACHE or one in the user's cache.",
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What the data flags ask for.
+
+    Attributes:
+        train, valid: Sources; `valid` may be empty.
+        valid_split: Share of the records of `train` to evaluate on, 0 for none.
+        preparation: How records become examples.
+        packing: Several records to a row.
+        seed: Of the order of the rows.
+        workers: Processes that prepare, None for as many as the data are worth.
+        cache: Folder for prepared data.
+    """
+
+    train: tuple[Source, ...]
+    valid: tuple[Source, ...]
+    valid_split: float
+    preparation: Preparation
+    packing: bool
+    seed: int
+    workers: int | None
+    cache: Path
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> DataOptions:
+        """The options of parsed flags, those of `add_data_flags`, `seq_length` and `seed`.
+
+        Raises:
+            DataError: A flag is out of range, or contradicts another.
+        """
+        share, workers = flags["valid_split"] or 0.0, flags["data_workers"]
+        if not 0 <= share < 1:
+            raise DataError(f"--valid-split is {share}; it must be at least 0 and below 1")
+        if share and flags["valid_data"]:
+            raise DataError("--valid-split and --valid-data contradict each other; drop one")
+        if workers is not None and workers < 1:
+            raise DataError(f"--data-workers is {workers}; it must be at least 1")
+        naming = {"columns": flags["data_columns"] or (), "dataset_info": flags["dataset_info"]}
+        training = Training(flags["train_on"], flags["train_think"])
+        return cls(
+            train=read_sources(flags["data"], weights=flags["data_weights"] or (), **naming),
+            valid=read_sources(flags["valid_data"] or (), **naming),
+            valid_split=share,
+            preparation=Preparation(flags["seq_length"], flags["too_long"], training),
+            packing=flags["packing"],
+            seed=flags["seed"],
+            workers=workers,
+            cache=Path(flags["data_cache"]) if flags["data_cache"] else default_cache(),
+        )
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """One of the data sets of a run.
+
+    Attributes:
+        prepared: The examples, and what became of the records.
+        dataset: Its rows.
+        packing: How full they are.
+    """
+
+    prepared: Prepared
+    dataset: SFTDataset
+    packing: PackingReport
+
+
+def prepare_sets(
+    options: DataOptions,
+    tokenizer: Path,
+    *,
+    epochs: int | None = None,
+    leader: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, PreparedSet]:
+    """The data sets "train" and, where there is one, "valid", of 0 rows each (see `with_samples`).
+
+    Args:
+        options: What the flags ask for.
+        tokenizer: Folder of the tokenizer.
+        epochs: Training rows behind this many epochs have no label; None for epochs without end.
+        leader: Whether this process prepares what is not in the cache; the others wait for it.
+        progress: Called with lines of text.
+
+    Raises:
+        DataError: The data cannot be used.
+    """
+
+    def prepared_of(sources: tuple[Source, ...]) -> Prepared:
+        return prepare(
+            *(sources, tokenizer, options.preparation, options.cache),
+            leader=leader,
+            workers=options.workers,
+            progress=progress,
+        )
+
+    train = prepared_of(options.train)
+    aside = _set_aside(train.digests, options.valid_split)
+    groups = _groups(train, options.train, aside)
+    sets = {"train": _rows(train, options, groups, shuffle=True, epochs=epochs)}
+    if options.valid:
+        valid = prepared_of(options.valid)
+        sets["valid"] = _rows(valid, options, _groups(valid, options.valid), shuffle=False)
+    elif options.valid_split:
+        held_out = [Group(np.flatnonzero(aside))]
+        sets["valid"] = _rows(train, options, held_out, shuffle=False)
+    return sets
+
+
+def _rows(
+    prepared: Prepared,
+    options: DataOptions,
+    groups: list[Group],
+    *,
+    shuffle: bool,
+    epochs: int | None = None,
+) -> PreparedSet:
+    seq_length = options.preparation.seq_length
+    dataset = SFTDataset(
+        prepared.examples,
+        seq_length,
+        0,
+        seed=options.seed,
+        shuffle=shuffle,
+        packing=options.packing,
+        groups=groups,
+        epochs=epochs,
+    )
+    lengths = np.diff(prepared.examples.offsets) - 1
+    return PreparedSet(prepared, dataset, PackingReport.of(dataset.order, lengths, seq_length))
+
+
+def _set_aside(digests: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
+    """[N]: the examples to evaluate on. Chosen by their content, so that equal ones stay together, and the
+    choice depends neither on the seed nor on the order of the files."""
+    if not share:
+        return np.zeros(len(digests), dtype=np.bool_)
+    count = max(round(share * len(digests)), 1)
+    chosen = digests <= np.partition(digests, count - 1)[count - 1]
+    if chosen.all():
+        raise DataError(
+            f"--valid-split {share} of {len(digests)} examples leaves none to train on; give a smaller "
+            "share or more data"
+        )
+    return chosen
+
+
+def _groups(
+    prepared: Prepared,
+    sources: tuple[Source, ...],
+    aside: npt.NDArray[np.bool_] | None = None,
+) -> list[Group]:
+    """What is drawn from each source."""
+    groups = []
+    for number, source in enumerate(sources):
+        members = prepared.sources == number
+        if aside is not None:
+            members &= ~aside
+        examples = np.flatnonzero(members)
+        if source.num_samples is not None:
+            if not 0 < source.num_samples <= len(examples):
+                raise DataError(
+                    f"{source.path}: num_samples is {source.num_samples}, but {len(examples)} examples "
+                    "can be used; to repeat them, give --data-weights"
+                )
+            first = np.argsort(prepared.digests[examples], kind="stable")[: source.num_samples]
+            examples = np.sort(examples[first])
+        groups.append(Group(examples, source.weight))
+    return groups

@@ -1,0 +1,139 @@
+"""What became of the records: counts, reasons, places, lengths. Text for people, JSON for programs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_profit.data.order import RowOrder
+
+_PLACES_KEPT = 5
+_BAR = 40
+
+
+@dataclass(slots=True)
+class Skipped:
+    """Records left out for one reason: how many, where the first are, and what was found in the first."""
+
+    detail: str
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class PreparationReport:
+    """What became of the records.
+
+    Attributes:
+        read: Records in the files.
+        kept: Examples made of them.
+        skipped: Reason -> the records left out for it; read = kept + the sum of their counts.
+        truncated: Kept examples of which the end was cut off.
+        supervised_tokens: Labels that are trained in one epoch.
+        total_tokens: Ids of the kept examples, after truncation.
+        longest: Ids of the longest usable record, before truncation.
+        lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
+    """
+
+    read: int = 0
+    kept: int = 0
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+    truncated: int = 0
+    supervised_tokens: int = 0
+    total_tokens: int = 0
+    longest: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+    def skip(self, place: str, reason: str, detail: str) -> None:
+        """Counts a record that is left out."""
+        skipped = self.skipped.setdefault(reason, Skipped(detail))
+        skipped.count += 1
+        if len(skipped.places) < _PLACES_KEPT:
+            skipped.places.append(place)
+
+    def keep(self, lengths: Sequence[int], whole: Sequence[int], supervised: int) -> None:
+        """Counts examples of these lengths, which had `whole` ids before truncation."""
+        self.kept += len(lengths)
+        self.truncated += sum(a < b for a, b in zip(lengths, whole, strict=True))
+        self.total_tokens += sum(lengths)
+        self.supervised_tokens += supervised
+        self.longest = max(self.longest, *whole)
+        for length in lengths:
+            bucket = length.bit_length() - 1
+            self.lengths += [0] * (bucket + 1 - len(self.lengths))
+            self.lengths[bucket] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values; `from_json` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "PreparationReport":
+        skipped = {reason: Skipped(**found) for reason, found in value["skipped"].items()}
+        return cls(**{**value, "skipped": skipped})
+
+    def __str__(self) -> str:
+        share = self.supervised_tokens / max(self.total_tokens, 1)
+        lines = [
+            f"{self.read:,} records read, {self.kept:,} kept, {self.read - self.kept:,} skipped, "
+            f"{self.truncated:,} truncated",
+            f"{self.total_tokens:,} tokens, {self.supervised_tokens:,} of them supervised "
+            f"({share:.1%}); the longest record has {self.longest:,}",
+        ]
+        for reason, skipped in self.skipped.items():
+            more = ", ..." if skipped.count > len(skipped.places) else ""
+            lines.append(f"skipped {skipped.count:,}: {reason} ({'; '.join(skipped.places)}{more})")
+            lines.append(f"  the first: {skipped.detail}")
+        return "\n".join(lines)
+
+    def histogram(self) -> str:
+        """The lengths as text, a bar for each power of two."""
+        first = next((k for k, count in enumerate(self.lengths) if count), 0)
+        most = max(self.lengths, default=1)
+        return "\n".join(
+            f"{2**k:>9,} to {2 ** (k + 1) - 1:>9,} tokens {count:>10,} "
+            f"{'#' * -(-count * _BAR // most)}".rstrip()
+            for k, count in enumerate(self.lengths)
+            if k >= first
+        )
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """How full the rows of the first epoch are.
+
+    Attributes:
+        examples: Examples in the epoch.
+        rows: Rows of `seq_length` positions.
+        seq_length: Positions of a row.
+        tokens: Positions that hold an example.
+    """
+
+    examples: int
+    rows: int
+    seq_length: int
+    tokens: int
+
+    @classmethod
+    def of(
+        cls, order: RowOrder, lengths: npt.NDArray[np.integer], seq_length: int
+    ) -> "PackingReport":
+        """Counts the first epoch; `lengths` [N] are the positions of each example without padding."""
+        examples, rows = order.first_epoch()
+        return cls(len(examples), rows, seq_length, int(lengths[examples].sum()))
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all positions that holds an example."""
+        return self.tokens / max(self.rows * self.seq_length, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "efficiency": self.efficiency}
+
+    def __str__(self) -> str:
+        return (
+            f"an epoch is {self.examples:,} examples in {self.rows:,} rows of {self.seq_length:,} "
+            f"positions, {self.efficiency:.1%} of them filled"
+        )
