@@ -114,7 +114,9 @@ def test_a_resumed_run_continues_like_the_uninterrupted_one(sft, flags, tmp_path
     # Started once more, a finished run evaluates and ends.
     third = sft(2, *saving).stdout
     assert logged(third, "lm loss") == []
-    assert evaluations(second) == evaluations(whole), "after step 4, on the schedule, and at the end"
+    assert evaluations(second) == evaluations(whole), (
+        "after step 4, on the schedule, and at the end"
+    )
     assert evaluations(third) == evaluations(whole)[-1:]
 
 
