@@ -1,0 +1,299 @@
+"""Training steps on packed rows against Megatron's stock SFT: supervised tokens a second on the same files.
+
+    python tools/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… [--out benchmarks/results]
+
+Three runs of each file, each a real run on the CPU in a process of its own: Megatron-LM's pretrain_gpt.py
+with --sft, which pads every record to a row; our entry with a record to a row; our entry with --packing.
+Between the first and the second lies what is saved by computing logits of supervised tokens only, between
+the second and the third what packing saves.
+
+Stock SFT needs Transformer Engine for its attention, which a CPU has not. It gets the same kernel as ours,
+one call for each of its sequences. A record counts as many supervised tokens there as here, those of the
+assistant: stock SFT trains the prompt too, which is not counted in its favour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+
+from benchmarking import RESULTS, environment, markdown_table, write_results
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Steps that are run and not counted: memory is touched, kernels are chosen.
+WARM_UP = 2
+STOCK, UNPACKED, PACKED = "stock --sft", "ours, a record to a row", "ours, --packing"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model, a Qwen3 with the tokenizer's real vocabulary."""
+
+    hidden_size: int
+    num_layers: int
+    vocab_size: int = 151936
+    head_dim: int = 64
+
+    def config(self) -> dict:
+        """config.json of HuggingFace."""
+        heads = self.hidden_size // self.head_dim
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": 3 * self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // 2),
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "initializer_range": 0.02,
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured.
+
+    Attributes:
+        seconds_per_step: Median.
+        tokens_per_step: Supervised tokens, on average.
+    """
+
+    seconds_per_step: float
+    tokens_per_step: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.seconds_per_step
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    shape = Shape(options.hidden_size, options.layers)
+    record: dict = {
+        "command": "python tools/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… "
+        f"--seq-length {options.seq_length} --rows {options.rows} --steps {options.steps} "
+        f"--hidden-size {options.hidden_size} --layers {options.layers}",
+        "environment": {},
+        "shape": asdict(shape),
+        "files": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        shutil.copytree(options.tokenizer, model)
+        (model / "config.json").write_text(json.dumps(shape.config()))
+        for data in options.data:
+            record["files"][data.name] = measure(options, shape, model, data, Path(folder))
+    import torch
+
+    record["environment"] = environment(torch.device("cpu"), ("transformers",))
+    page = write_results(options.out, "packing", record, _title(shape), _table(record["files"]))
+    print(page.read_text())
+
+
+def measure(
+    options: argparse.Namespace, shape: Shape, model: Path, data: Path, folder: Path
+) -> dict:
+    """The three runs of a file."""
+    from transformers import AutoTokenizer
+
+    from megatron_profit.data import ChatRenderer, build_examples, normalise, read_records
+
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(model))
+    _, report = build_examples(data, renderer, options.seq_length)
+    supervised = report.supervised_tokens / report.kept
+    messages = folder / f"{data.stem}.jsonl"
+    with messages.open("w", encoding="utf-8") as lines:
+        for raw in read_records(data):
+            lines.write(json.dumps({"messages": list(normalise(raw).messages)}) + "\n")
+
+    steps = WARM_UP + options.steps
+    common = [
+        *("--seq-length", options.seq_length, "--micro-batch-size", 1),
+        *("--global-batch-size", options.rows, "--train-iters", steps, "--lr", 1e-5),
+        *("--eval-iters", 0, "--log-interval", 1, "--optimizer", "sgd", "--seed", 1),
+        *("--calculate-per-token-loss",),
+    ]
+    ours = ["-m", "megatron_profit.sft", "--device", "cpu", "--hf-model", model, "--random-init"]
+    ours += ["--data", data, "--objective", "sft", *common]
+    stock = [__file__, "--stock", options.megatron_lm, *_stock_flags(shape, model), *common]
+    stock += ["--data-path", messages]
+    output = {STOCK: _run(stock), UNPACKED: _run(ours), PACKED: _run([*ours, "--packing"])}
+    runs = {name: _read(text, steps, supervised * options.rows) for name, text in output.items()}
+    return {
+        "supervised tokens of a record": supervised,
+        "tokens of a record": report.total_tokens / report.kept,
+        "records": report.kept,
+        "runs": {
+            name: {**asdict(run), "tokens_per_second": run.tokens_per_second}
+            for name, run in runs.items()
+        },
+    }
+
+
+def _stock_flags(shape: Shape, model: Path) -> list:
+    config = shape.config()
+    return [
+        *("--sft", "--tokenizer-type", "SFTTokenizer", "--tokenizer-model", model),
+        *("--sft-tokenizer-prompt-format", "default", "--split", "100,0,0"),
+        *("--num-layers", shape.num_layers, "--hidden-size", shape.hidden_size),
+        *("--ffn-hidden-size", config["intermediate_size"], "--kv-channels", shape.head_dim),
+        *("--num-attention-heads", config["num_attention_heads"], "--group-query-attention"),
+        *("--num-query-groups", config["num_key_value_heads"], "--qk-layernorm", "--swiglu"),
+        *("--normalization", "RMSNorm", "--norm-epsilon", 1e-6, "--disable-bias-linear"),
+        *("--position-embedding-type", "rope", "--rotary-base", 1000000),
+        *("--attention-dropout", 0, "--hidden-dropout", 0, "--max-position-embeddings", 40960),
+        *("--make-vocab-size-divisible-by", shape.vocab_size, "--transformer-impl", "local"),
+        *("--distributed-backend", "gloo", "--no-gradient-accumulation-fusion"),
+        *("--no-persist-layer-norm", "--no-masked-softmax-fusion", "--no-bias-swiglu-fusion"),
+        *("--no-bias-dropout-fusion", "--no-rope-fusion", "--num-workers", 0),
+        *("--dataloader-type", "single", "--no-create-attention-mask-in-dataloader"),
+        *("--eval-interval", 1000),
+    ]
+
+
+def _run(command: Sequence[object]) -> str:
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    if result.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{result.stdout[-6000:]}")
+    return result.stdout
+
+
+def _read(text: str, steps: int, tokens_per_step: float) -> Run:
+    """A run by what it logged; stock SFT does not log its tokens."""
+    milliseconds = re.findall(r"elapsed time per iteration \(ms\): +(\S+) \|", text)
+    if len(milliseconds) != steps:
+        sys.exit(f"{len(milliseconds)} of {steps} steps were logged:\n{text[-6000:]}")
+    tokens = [float(found) for found in re.findall(r"\| supervised tokens: +(\S+) \|", text)]
+    return Run(
+        median(map(float, milliseconds[WARM_UP:])) / 1000,
+        mean(tokens[WARM_UP:]) if tokens else tokens_per_step,
+    )
+
+
+def _title(shape: Shape) -> str:
+    return (
+        f"Training on packed rows: Qwen3 with {shape.num_layers} layers of {shape.hidden_size} "
+        f"and {shape.vocab_size:,} tokens, fp32"
+    )
+
+
+def _table(files: dict) -> str:
+    header = ["file", "run", "s a step", "supervised tokens a step", "a second", "of stock"]
+    rows = []
+    for name, file in files.items():
+        stock = file["runs"][STOCK]["tokens_per_second"]
+        rows += [
+            [
+                f"{name} ({file['tokens of a record']:.0f} tokens a record)",
+                run,
+                f"{values['seconds_per_step']:.2f}",
+                f"{values['tokens_per_step']:.0f}",
+                f"{values['tokens_per_second']:.1f}",
+                f"{values['tokens_per_second'] / stock:.1f}x",
+            ]
+            for run, values in file["runs"].items()
+        ]
+    return markdown_table(header, rows)
+
+
+def run_stock(checkout: str, flags: list[str]) -> None:
+    """Megatron-LM's pretrain_gpt.py as it is, on the CPU backend and with an attention that a CPU has."""
+    from megatron_profit.backends import activate
+
+    activate("cpu")
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29731")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_profit.models.attention import ScaledDotProductAttention
+    from megatron_profit.models.layer_specs import layer_spec
+
+    class ThdAttention(ScaledDotProductAttention):
+        def forward(self, query, key, value, *args, packed_seq_params=None, **kwargs):
+            bounds = packed_seq_params.cu_seqlens_q.tolist()
+            attend = super().forward
+            contexts = [
+                attend(*(t[begin:end, None] for t in (query, key, value)))
+                for begin, end in pairwise(bounds)
+            ]
+            return torch.cat(contexts)
+
+    def spec(config, vp_stage=None):
+        block = layer_spec(config, vp_stage)
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = ThdAttention
+        return block
+
+    sys.argv = ["pretrain_gpt.py", *flags]
+    sys.path.append(checkout)
+    import pretrain_gpt
+
+    provider = pretrain_gpt.train_valid_test_datasets_provider
+    provider.is_distributed = True
+    args = parse_and_validate_args()
+    config = gpt_config_from_args(args)
+    config.transformer_layer_spec = spec
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        provider,
+        ModelType.encoder_or_decoder,
+        pretrain_gpt.forward_step,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--megatron-lm", type=Path, required=True, help="a Megatron-LM checkout")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a Qwen3 tokenizer's folder")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="chat files")
+    parser.add_argument("--seq-length", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=2, help="of a step")
+    parser.add_argument("--steps", type=int, default=5, help="that are counted")
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--stock"]:
+        run_stock(sys.argv[2], sys.argv[3:])
+    else:
+        main()
