@@ -1,0 +1,40 @@
+"""The packing benchmark reads what a run logs."""
+
+from __future__ import annotations
+
+import pytest
+from bench_packing import PACKED, STOCK, UNPACKED, Run, Shape, _read, _table
+
+LINE = " iteration {0}/ 4 | elapsed time per iteration (ms): {1} | supervised tokens: {2} |\n"
+
+
+def test_a_run_is_read_without_its_warm_up():
+    log = "".join(
+        LINE.format(i, ms, n) for i, ms, n in ((1, 9e3, 5), (2, 8e3, 5), (3, 2e3, 30), (4, 4e3, 50))
+    )
+    assert _read(log, 4, tokens_per_step=7) == Run(3.0, 40.0)
+    assert _read(log, 4, tokens_per_step=7).tokens_per_second == pytest.approx(40 / 3)
+
+
+def test_stock_sft_logs_no_tokens():
+    log = "".join(f"| elapsed time per iteration (ms): {ms} |\n" for ms in (9.0, 8.0, 2000.0))
+    assert _read(log, 3, tokens_per_step=7) == Run(2.0, 7)
+
+
+def test_a_run_that_ended_early_is_no_result():
+    with pytest.raises(SystemExit, match="1 of 5 steps"):
+        _read(LINE.format(1, 5.0, 3), 5, 7)
+
+
+def test_everything_is_compared_with_stock_sft():
+    runs = {
+        name: {"seconds_per_step": 1.0, "tokens_per_step": n, "tokens_per_second": n}
+        for name, n in ((STOCK, 10.0), (UNPACKED, 20.0), (PACKED, 85.0))
+    }
+    table = _table({"a.json": {"tokens of a record": 50.0, "runs": runs}})
+    assert "| 8.5x |" in table
+
+
+def test_the_shape_is_that_of_a_qwen3():
+    config = Shape(hidden_size=512, num_layers=8).config()
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (8, 4)
