@@ -1,6 +1,6 @@
 """Attention that keeps the records of a row apart, with Transformer Engine and without it.
 
-The interface of both core attentions is Megatron's; `PackedRows` in place of its PackedSeqParams says where
+The interface of both core attentions is Megatron's; `RecordSpans` in place of its PackedSeqParams says where
 records lie. Context parallelism gathers keys and values over its group and computes the rank's own queries
 exactly: with grouped-query attention keys and values are small, and records may lie anywhere in a row.
 
@@ -28,7 +28,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_profit.models.packed_rows import PackedRows, Piece
+from megatron_profit.models.record_spans import Piece, RecordSpans
 
 # Queries that attend at once where a mask is needed, which has this many rows.
 _QUERY_BLOCK = 1024
@@ -44,7 +44,7 @@ class PackedSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(packed_seq_params, PackedRows) and packed_seq_params.rotary is not None:
+        if isinstance(packed_seq_params, RecordSpans) and packed_seq_params.rotary is not None:
             rotary_pos_emb = packed_seq_params.rotary
         return super().forward(
             *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs
@@ -107,7 +107,7 @@ class ScaledDotProductAttention(MegatronModule):
             query, key, value: As in the head of this file.
             attention_mask: Broadcastable to [B, heads, S, S], True where attention is forbidden;
                 None means causal.
-            packed_seq_params: `PackedRows` for rows of several records, and for context parallelism.
+            packed_seq_params: `RecordSpans` for rows of several records, and for context parallelism.
 
         Returns:
             Context [L, B, heads * head_dim].
@@ -117,9 +117,9 @@ class ScaledDotProductAttention(MegatronModule):
         if packed_seq_params is None and self.cp_group is None:
             heads_first = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             return self._attend(*heads_first, attention_mask).permute(2, 0, 1, 3).flatten(2)
-        if not isinstance(packed_seq_params, PackedRows) or attention_mask is not None:
+        if not isinstance(packed_seq_params, RecordSpans) or attention_mask is not None:
             raise ValueError(
-                "without Transformer Engine, packed rows and context parallelism go by PackedRows "
+                "without Transformer Engine, packed rows and context parallelism go by RecordSpans "
                 f"and without an attention mask; got {type(packed_seq_params).__name__}"
             )
         if self.cp_group is not None:
@@ -127,7 +127,7 @@ class ScaledDotProductAttention(MegatronModule):
         return self._attend_in_records(query, key, value, packed_seq_params)
 
     def _attend_in_records(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PackedRows
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RecordSpans
     ) -> torch.Tensor:
         """Query [L, B, …], key and value [S, B, …] of the whole rows -> context [L, B, heads * head_dim]."""
         plan = rows.plan
@@ -203,7 +203,7 @@ class _ThdMask(enum.Enum):
 
 
 class _VariableLengths:
-    """Lets a core attention of Transformer Engine understand `PackedRows`.
+    """Lets a core attention of Transformer Engine understand `RecordSpans`.
 
     Its variable-length kernels take the pieces as they are, also those with more keys than queries.
     """
@@ -224,7 +224,7 @@ class _VariableLengths:
             attention_bias=attention_bias,
             **kwargs,
         )
-        if not isinstance(packed_seq_params, PackedRows):
+        if not isinstance(packed_seq_params, RecordSpans):
             return attend(
                 *(query, key, value, attention_mask, attn_mask_type),
                 packed_seq_params=packed_seq_params,
@@ -252,7 +252,7 @@ class _VariableLengths:
 
 @functools.cache
 def with_variable_lengths(core_attention: type) -> type:
-    """A core attention of Transformer Engine that understands `PackedRows`."""
+    """A core attention of Transformer Engine that understands `RecordSpans`."""
     name = f"Packed{core_attention.__name__}"
     return type(name, (_VariableLengths, core_attention), {})
 
@@ -260,7 +260,7 @@ def with_variable_lengths(core_attention: type) -> type:
 def gather_keys_values(
     key: torch.Tensor,
     value: torch.Tensor,
-    rows: PackedRows,
+    rows: RecordSpans,
     group: torch.distributed.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [L, B, KV heads, head_dim] of each rank -> those of the whole rows [S, B, …].

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import mpu
 
-from megatron_profit.models.packed_rows import PackedRows, context_parallel_index
+from megatron_profit.models.record_spans import RecordSpans, context_parallel_index
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Batch:
         position_ids: Position in the segment; 0 where one begins.
         record_index: The example that a token belongs to, -1 in padding.
         sample_index: Distinct for each time that an example is drawn, -1 in padding.
-        rows: Where the records of the whole rows lie; None where attention need not know it.
+        spans: Where the records of the whole rows lie; None where attention need not know it.
     """
 
     tokens: torch.Tensor
@@ -31,7 +31,7 @@ class Batch:
     position_ids: torch.Tensor
     record_index: torch.Tensor
     sample_index: torch.Tensor
-    rows: PackedRows | None
+    spans: RecordSpans | None
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool) -> Batch:
@@ -51,8 +51,8 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool
         name: (values if cp[0] == 1 else values[:, own]).cuda(non_blocking=True)
         for name, values in whole.items()
     }
-    rows = None
+    spans = None
     if isolate:
         # Found on the CPU, where the data are: a GPU would have to be waited for.
-        rows = PackedRows.from_positions(whole["position_ids"], part["tokens"].device, *cp)
-    return Batch(**part, rows=rows)
+        spans = RecordSpans.from_positions(whole["position_ids"], part["tokens"].device, *cp)
+    return Batch(**part, spans=spans)

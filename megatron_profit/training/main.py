@@ -23,7 +23,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data import DataError
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.models.packed_rows import rotary_angles
+from megatron_profit.models.record_spans import rotary_angles
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
 from megatron_profit.training.batch import get_batch
 from megatron_profit.training.console import fail
@@ -104,20 +104,20 @@ def make_forward_step(objective_loss: ObjectiveLoss) -> Callable:
         args, timers = get_args(), get_timers()
         gpt: GPTModel = unwrap_model(model)
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator, isolate=needs_rows(args))
+        batch = get_batch(data_iterator, isolate=needs_record_spans(args))
         timers("batch-generator").stop()
-        if batch.rows is not None:
-            batch.rows.rotary = rotary_angles(gpt, batch.position_ids, args.seq_length)
+        if batch.spans is not None:
+            batch.spans.rotary = rotary_angles(gpt, batch.position_ids, args.seq_length)
             if torch.is_grad_enabled() and not gpt.vp_stage:
                 # For Megatron's count of FLOP/s; attention works on records, not on rows.
-                update_seqlen_stats_from_cu_seqlens(batch.rows.cu_seqlens_q)
+                update_seqlen_stats_from_cu_seqlens(batch.spans.cu_seqlens_q)
         loss: MicroBatchLoss = objective_loss.micro_batch(batch.sample_index, batch.position_ids)
         output = model(
             batch.tokens,
             batch.position_ids,
             None,
             labels=batch.labels,
-            packed_seq_params=batch.rows,
+            packed_seq_params=batch.spans,
             **loss.model_kwargs,
         )
         return output, loss.loss_func
@@ -125,7 +125,7 @@ def make_forward_step(objective_loss: ObjectiveLoss) -> Callable:
     return forward_step
 
 
-def needs_rows(args: Namespace) -> bool:
+def needs_record_spans(args: Namespace) -> bool:
     """Whether attention has to know where the records of a row lie.
 
     Without packing, what follows a record is padding, which causal attention does not see. Under context

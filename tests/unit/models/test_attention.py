@@ -10,8 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_profit.models import attention as module
 from megatron_profit.models.attention import ScaledDotProductAttention, with_variable_lengths
-from megatron_profit.models.packed_rows import (
-    PackedRows,
+from megatron_profit.models.record_spans import (
+    RecordSpans,
     context_parallel_index,
     find_pieces,
 )
@@ -85,7 +85,7 @@ def test_records_of_a_row_do_not_see_each_other(rows):
     ids = positions(rows)
     tensors = inputs(24, len(rows))
     expected = reference(*tensors, other_record_or_later(ids))
-    actual = attention()(*tensors, packed_seq_params=PackedRows.from_positions(ids, CPU))
+    actual = attention()(*tensors, packed_seq_params=RecordSpans.from_positions(ids, CPU))
     assert_close(actual, expected)
     for ours, exact in zip(gradients(actual, tensors), gradients(expected, tensors), strict=True):
         assert_close(ours, exact)
@@ -94,7 +94,7 @@ def test_records_of_a_row_do_not_see_each_other(rows):
 def test_a_record_is_the_same_packed_and_alone_bit_for_bit():
     ids = positions([[5, 7, 12]])
     tensors = inputs(24, 1)
-    packed = attention()(*tensors, packed_seq_params=PackedRows.from_positions(ids, CPU))
+    packed = attention()(*tensors, packed_seq_params=RecordSpans.from_positions(ids, CPU))
     begin = 0
     for length in (5, 7, 12):
         alone = [t[begin : begin + length] for t in tensors]
@@ -126,7 +126,7 @@ def test_context_parallel_ranks_together_are_the_whole(monkeypatch, size, block)
     core.cp_group = object()
     actual = torch.empty(24, len(RECORDS), 24)
     for rank, (index, part) in enumerate(zip(ranks.indices, ranks.parts, strict=True)):
-        rows = PackedRows.from_positions(ids, CPU, cp_size=size, cp_rank=rank)
+        rows = RecordSpans.from_positions(ids, CPU, cp_size=size, cp_rank=rank)
         actual = actual.index_copy(0, index, core(*part, packed_seq_params=rows))
     expected = reference(*tensors, other_record_or_later(ids))
     assert_close(actual, expected)
@@ -171,7 +171,7 @@ def test_transformer_engine_gets_the_pieces_as_variable_lengths(monkeypatch, siz
     core = with_variable_lengths(VariableLengthKernel)()
     expected = reference(*tensors, other_record_or_later(ids))
     for rank, (index, part) in enumerate(zip(ranks.indices, ranks.parts, strict=True)):
-        rows = PackedRows.from_positions(ids, CPU, cp_size=size, cp_rank=rank)
+        rows = RecordSpans.from_positions(ids, CPU, cp_size=size, cp_rank=rank)
         context = core(*part, None, AttnMaskType.causal, packed_seq_params=rows)
         assert_close(context, expected[index])
 

@@ -2,7 +2,7 @@
 
 The hidden states keep Megatron's shape [S, B, H], whatever the rows hold, so that pipeline, virtual
 pipeline and sequence parallelism need nothing of their own. Only attention asks where records begin, and
-`PackedRows` tells it: it stands where Megatron passes its PackedSeqParams.
+`RecordSpans` tells it: it stands where Megatron passes its PackedSeqParams.
 
 Context parallelism splits each row as Megatron does, into 2 * CP chunks of which rank r holds chunks r
 and 2 * CP - 1 - r (a causal mask gives them equal work). A record may lie across chunks: its queries on a
@@ -97,7 +97,7 @@ class VariableLengths:
     key_index: torch.Tensor | None
 
 
-def context_parallel_spans(seq_length: int, cp_size: int, cp_rank: int) -> list[tuple[int, int]]:
+def context_parallel_chunks(seq_length: int, cp_size: int, cp_rank: int) -> list[tuple[int, int]]:
     """The parts (begin, end) of a row that a context-parallel rank holds, in order.
 
     Raises:
@@ -117,8 +117,8 @@ def context_parallel_spans(seq_length: int, cp_size: int, cp_rank: int) -> list[
 
 def context_parallel_index(seq_length: int, cp_size: int, cp_rank: int) -> torch.Tensor:
     """[L] int64, the positions of a row that a context-parallel rank holds."""
-    spans = context_parallel_spans(seq_length, cp_size, cp_rank)
-    return torch.cat([torch.arange(begin, end) for begin, end in spans])
+    chunks = context_parallel_chunks(seq_length, cp_size, cp_rank)
+    return torch.cat([torch.arange(begin, end) for begin, end in chunks])
 
 
 def find_pieces(position_ids: torch.Tensor, cp_size: int = 1, cp_rank: int = 0) -> list[Piece]:
@@ -132,7 +132,7 @@ def find_pieces(position_ids: torch.Tensor, cp_size: int = 1, cp_rank: int = 0) 
         ValueError: When a row does not begin with position 0, or cannot be split.
     """
     rows, seq_length = position_ids.shape
-    spans = context_parallel_spans(seq_length, cp_size, cp_rank)
+    chunks = context_parallel_chunks(seq_length, cp_size, cp_rank)
     pieces = []
     for row, positions in enumerate(position_ids.numpy()):
         begins = np.flatnonzero(positions == 0)
@@ -140,7 +140,7 @@ def find_pieces(position_ids: torch.Tensor, cp_size: int = 1, cp_rank: int = 0) 
             raise ValueError(f"row {row} of {rows} begins at position {positions[0]}, not at 0")
         ends = [*begins[1:].tolist(), seq_length]
         local = 0
-        for first, last in spans:
+        for first, last in chunks:
             for begin, end in zip(begins.tolist(), ends, strict=True):
                 query, stop = max(begin, first), min(end, last)
                 if query < stop:
@@ -151,7 +151,7 @@ def find_pieces(position_ids: torch.Tensor, cp_size: int = 1, cp_rank: int = 0) 
 
 
 @dataclass
-class PackedRows(PackedSeqParams):
+class RecordSpans(PackedSeqParams):
     """The `packed_seq_params` of this project: rows of several records, isolated from each other.
 
     Attributes:
@@ -185,7 +185,7 @@ class PackedRows(PackedSeqParams):
         device: torch.device,
         cp_size: int = 1,
         cp_rank: int = 0,
-    ) -> PackedRows:
+    ) -> RecordSpans:
         """Find the records of a micro-batch by its position ids [B, S] on the CPU."""
         begins = (position_ids == 0).flatten().nonzero()[:, 0]
         cu_seqlens = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).int()
