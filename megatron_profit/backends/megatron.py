@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
+from megatron_profit.backends.hooks import Trained, listener
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
@@ -84,6 +86,87 @@ def _load_into_plain_torch_adam() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_states
 
 
+def _announce_train_steps() -> None:
+    from megatron.training import training
+
+    original = training.train_step
+
+    @functools.wraps(original)
+    def train_step(
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        optimizer: Any,
+        opt_param_scheduler: Any,
+        config: Any,
+        *args: Any,
+        iteration: int,
+        **kwargs: Any,
+    ) -> Any:
+        if (here := listener()) is not None:
+            here.before_train_step(Trained(model, config, optimizer), iteration)
+        return original(
+            forward_step_func,
+            data_iterator,
+            model,
+            optimizer,
+            opt_param_scheduler,
+            config,
+            *args,
+            iteration=iteration,
+            **kwargs,
+        )
+
+    training.train_step = train_step
+
+
+def _announce_evaluations() -> None:
+    from megatron.training import training
+
+    original = training.evaluate
+
+    @functools.wraps(original)
+    def evaluate(
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        process_non_loss_data_func: Any,
+        config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if (here := listener()) is not None:
+            here.before_evaluation(Trained(model, config))
+        return original(
+            forward_step_func,
+            data_iterator,
+            model,
+            process_non_loss_data_func,
+            config,
+            *args,
+            **kwargs,
+        )
+
+    training.evaluate = evaluate
+
+
+def _announce_checkpoints() -> None:
+    from megatron.core import dist_checkpointing
+
+    original = dist_checkpointing.save
+
+    @functools.wraps(original)
+    def save(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        iteration = sharded_state_dict.get("iteration")
+        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        # The tracker file follows behind a barrier, or when an asynchronous save is finalized.
+        if (here := listener()) is not None and iteration is not None:
+            here.with_checkpoint(Path(checkpoint_dir), iteration)
+        return request
+
+    dist_checkpointing.save = save
+
+
 MEGATRON_PATCHES = (
     Patch(
         name="shipped-dataset-helpers",
@@ -110,5 +193,28 @@ MEGATRON_PATCHES = (
         "overwritten by the one from before the load, and shared by all parameters; and fp32 "
         "parameters are written without no_grad.",
         apply=_load_into_plain_torch_adam,
+    ),
+    Patch(
+        name="before-train-step",
+        upstream=_MEGATRON,
+        file="megatron/training/training.py",
+        reason="The training loop calls nobody before an optimizer step, where objectives that look at "
+        "a whole global batch need forward passes of their own.",
+        apply=_announce_train_steps,
+    ),
+    Patch(
+        name="before-evaluation",
+        upstream=_MEGATRON,
+        file="megatron/training/training.py",
+        reason="evaluate calls nobody before it begins, where the same objectives need the same.",
+        apply=_announce_evaluations,
+    ),
+    Patch(
+        name="with-checkpoint",
+        upstream=_MEGATRON,
+        file="megatron/core/dist_checkpointing/serialization.py",
+        reason="save_checkpoint has no place for the state of a run that is not one of model, optimizer "
+        "or data loader, and nothing is called between the last write and the tracker file.",
+        apply=_announce_checkpoints,
     ),
 )

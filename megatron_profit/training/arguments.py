@@ -33,6 +33,7 @@ from megatron_profit.training.objective_flags import (
     flag_of,
     load_outside_objective,
 )
+from megatron_profit.training.old_policy import DEFAULT_STEPS, check_old_policy
 
 # What Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
@@ -229,6 +230,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Train every record this often, in place of --train-iters or --train-samples.",
     )
     add_objective_flags(group)
+    group.add_argument(
+        "--psft-steps-per-refresh",
+        type=int,
+        metavar="K",
+        default=DEFAULT_STEPS,
+        help="Optimizer steps of an outer batch, before which --objective psft refreshes its old policy.",
+    )
     return parser
 
 
@@ -558,6 +566,14 @@ def _export(settings: Mapping[str, Any]) -> HFOutput | None:
 
 def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return check_objective(settings, explicit)[0]
+        options, objective = check_objective(settings, explicit)
+        if "old_log_prob" in objective.required_statistics:
+            check_old_policy(settings)
+        elif "psft_steps_per_refresh" in explicit:
+            raise ValueError(
+                f"--psft-steps-per-refresh is for --objective psft, not for {settings['objective']}; "
+                "drop it"
+            )
     except ValueError as error:
         raise ArgumentsError(str(error)) from error
+    return options

@@ -8,29 +8,28 @@ from __future__ import annotations
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import unwrap_model
-from megatron.training import get_args, get_timers, pretrain
+from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from checkpoint_conversion.errors import ConversionError
+from megatron_profit.backends.hooks import listen
 from megatron_profit.data import DataError
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.models.record_spans import rotary_angles
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
-from megatron_profit.training.batch import get_batch
 from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
+from megatron_profit.training.forward_step import make_forward_step
+from megatron_profit.training.given_statistics import GivenStatistics, Source
 from megatron_profit.training.hf_weights import export, keep_in, load_hook
 from megatron_profit.training.objective_flags import objective_from_args
-from megatron_profit.training.objective_loss import MicroBatchLoss, ObjectiveLoss
+from megatron_profit.training.objective_loss import ObjectiveLoss
+from megatron_profit.training.old_policy import OldPolicy
+from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.token_metrics import ProbQuantiles
 
 
@@ -61,11 +60,15 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
         model_config.pre_wrap_hooks.append(load_hook(arguments.hf_weights))
     chunks: list[MegatronModule] = []
     model_config.pre_wrap_hooks.append(keep_in(chunks))
+    loss = objective_loss_from_args(args)
+    score_pass = ScorePass(loss)
+    given = GivenStatistics(loss, sources_from_args(args, loss, score_pass))
+    listen(given)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        data.provider(args),
+        score_pass.watching(data.provider(args)),
         ModelType.encoder_or_decoder,
-        make_forward_step(objective_loss_from_args(args)),
+        make_forward_step(given.begin),
     )
     if arguments.export is not None:
         _export(arguments, chunks)
@@ -95,40 +98,10 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
     )
 
 
-def make_forward_step(objective_loss: ObjectiveLoss) -> Callable:
-    """Megatron's forward step: a micro-batch through the model, and how to get its loss."""
-
-    def forward_step(
-        data_iterator: Iterator, model: GPTModel
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple]]:
-        args, timers = get_args(), get_timers()
-        gpt: GPTModel = unwrap_model(model)
-        timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator, isolate=needs_record_spans(args))
-        timers("batch-generator").stop()
-        if batch.spans is not None:
-            batch.spans.rotary = rotary_angles(gpt, batch.position_ids, args.seq_length)
-            if torch.is_grad_enabled() and not gpt.vp_stage:
-                # For Megatron's count of FLOP/s; attention works on records, not on rows.
-                update_seqlen_stats_from_cu_seqlens(batch.spans.cu_seqlens_q)
-        loss: MicroBatchLoss = objective_loss.micro_batch(batch.sample_index, batch.position_ids)
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            labels=batch.labels,
-            packed_seq_params=batch.spans,
-            **loss.model_kwargs,
-        )
-        return output, loss.loss_func
-
-    return forward_step
-
-
-def needs_record_spans(args: Namespace) -> bool:
-    """Whether attention has to know where the records of a row lie.
-
-    Without packing, what follows a record is padding, which causal attention does not see. Under context
-    parallelism our own attention goes by records in any case, Transformer Engine's does not.
-    """
-    return args.packing or (args.context_parallel_size > 1 and args.transformer_impl == "local")
+def sources_from_args(
+    args: Namespace, loss: ObjectiveLoss, score_pass: ScorePass
+) -> tuple[Source, ...]:
+    """Where the statistics come from that the objective needs and the kernel cannot compute."""
+    if "old_log_prob" in loss.objective.required_statistics:
+        return (OldPolicy(score_pass, args.psft_steps_per_refresh, args.objective_warmup_steps),)
+    return ()

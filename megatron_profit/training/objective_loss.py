@@ -9,6 +9,7 @@ Shape suffixes: B micro-batch, S sequence, H hidden, N = S * B tokens in sequenc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,7 @@ class ObjectiveLoss:
         self,
         sample_index: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        given: Mapping[str, torch.Tensor] | None = None,
     ) -> MicroBatchLoss:
         """Begin a micro-batch.
 
@@ -88,6 +90,7 @@ class ObjectiveLoss:
             sample_index: [B, S] int64, distinct for each time that an example is drawn; only objectives
                 that select at random need it.
             position_ids: [B, S] int64, position in the example; needed with `sample_index`.
+            given: [B, S] each, statistics that the objective needs and only the caller can know.
 
         Raises:
             ValueError: Without `--calculate-per-token-loss`.
@@ -97,7 +100,7 @@ class ObjectiveLoss:
                 "the objective needs --calculate-per-token-loss: without it Megatron averages over "
                 "micro-batches, and a token's weight would depend on which one it is in"
             )
-        return MicroBatchLoss(self, sample_index, position_ids)
+        return MicroBatchLoss(self, sample_index, position_ids, given or {})
 
 
 class MicroBatchLoss:
@@ -108,11 +111,19 @@ class MicroBatchLoss:
         loss: ObjectiveLoss,
         sample_index: torch.Tensor | None,
         position_ids: torch.Tensor | None,
+        given: Mapping[str, torch.Tensor],
     ) -> None:
         self._loss = loss
         self._objective = loss.current_objective
         self._sample_index, self._position_ids = sample_index, position_ids
+        self._given = given
         self._statistics: LinearObjectiveStatistics | None = None
+
+    @property
+    def statistics(self) -> LinearObjectiveStatistics:
+        """[N] vectors of the micro-batch, known once the model has run on the last pipeline stage."""
+        assert self._statistics is not None, "the model has not run"
+        return self._statistics
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
@@ -150,6 +161,7 @@ class MicroBatchLoss:
             vocab_size=self._loss.vocab_size,
             uniform=self._uniform(),
             extra_statistics=frozenset({"entropy"} if self._loss.log_entropy else ()),
+            **{name: values.transpose(0, 1).flatten() for name, values in self._given.items()},
             reduce_hidden_grad=not output_layer.sequence_parallel,
         )
         self._statistics = statistics
@@ -165,7 +177,7 @@ class MicroBatchLoss:
         self, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
-        statistics = self._statistics
+        statistics = self.statistics
         loss = output_tensor.float().sum()
         _validate(loss)
         sums = token_sums(statistics, self._objective)
