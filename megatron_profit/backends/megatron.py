@@ -42,6 +42,32 @@ def _begin_anew_after_the_first_line() -> None:
     training.training_log = training_log
 
 
+def _print_negative_averages() -> None:
+    from megatron.training import training
+
+    original_log, original_print = training.training_log, training.print_rank_last
+
+    @functools.wraps(original_log)
+    def training_log(loss_dict: Any, total_loss_dict: dict, *args: Any, **kwargs: Any) -> Any:
+        def total(name: str) -> Any:
+            return original_totals.get(name, 0) + (0 if skipped else loss_dict.get(name, 0))
+
+        def print_rank_last(message: str) -> None:
+            steps = max(1, original_totals.get("advanced iterations", 0) + (not skipped))
+            averages = {name: float(total(name)) / steps for name in loss_dict}
+            negative = (f" {name}: {x:.6E} |" for name, x in averages.items() if x < 0)
+            original_print(message + "".join(negative))
+
+        original_totals, skipped = dict(total_loss_dict), args[4]
+        training.print_rank_last = print_rank_last
+        try:
+            return original_log(loss_dict, total_loss_dict, *args, **kwargs)
+        finally:
+            training.print_rank_last = original_print
+
+    training.training_log = training_log
+
+
 def _load_into_plain_torch_adam() -> None:
     import torch
     from megatron.core.optimizer import distrib_optimizer
@@ -183,6 +209,14 @@ MEGATRON_PATCHES = (
         reason="After the first step of a process, training_log keeps its sums, so that with "
         "--log-interval 1 the second line shows the mean of the first two steps.",
         apply=_begin_anew_after_the_first_line,
+    ),
+    Patch(
+        name="negative-averages",
+        upstream=_MEGATRON,
+        file="megatron/training/training.py",
+        reason="training_log leaves out of the console line every average below 0, which the loss of "
+        "PSFT always is.",
+        apply=_print_negative_averages,
     ),
     Patch(
         name="distributed-optimizer-load",
