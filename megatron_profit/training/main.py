@@ -25,6 +25,7 @@ from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.forward_step import make_forward_step
 from megatron_profit.training.given_statistics import GivenStatistics, Source
+from megatron_profit.training.global_ranking import GlobalRanking
 from megatron_profit.training.hf_weights import export, keep_in, load_hook
 from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import ObjectiveLoss
@@ -102,6 +103,10 @@ def sources_from_args(
     args: Namespace, loss: ObjectiveLoss, score_pass: ScorePass
 ) -> tuple[Source, ...]:
     """Where the statistics come from that the objective needs and the kernel cannot compute."""
-    if "old_log_prob" in loss.objective.required_statistics:
-        return (OldPolicy(score_pass, args.psft_steps_per_refresh, args.objective_warmup_steps),)
-    return ()
+    required, sources = loss.objective.required_statistics, []
+    if "old_log_prob" in required:
+        steps, first = args.psft_steps_per_refresh, args.objective_warmup_steps
+        sources.append(OldPolicy(score_pass, steps, first))
+    if "selected" in required:
+        sources.append(GlobalRanking(loss, score_pass))
+    return tuple(sources)

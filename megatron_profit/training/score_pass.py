@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,8 +96,8 @@ class Rows:
 class _ScoredBatch:
     """Keeps the statistics of a micro-batch's supervised tokens."""
 
-    def __init__(self, batch: Batch, loss: MicroBatchLoss, names: frozenset[str]) -> None:
-        self._batch, self._loss, self._names = batch, loss, names
+    def __init__(self, keys: Tensor, loss: MicroBatchLoss, names: frozenset[str]) -> None:
+        self._keys, self._loss, self._names = keys, loss, names
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
@@ -106,14 +106,14 @@ class _ScoredBatch:
     def loss_func(self, output_tensor: Tensor, non_loss_data: bool) -> TokenTable:
         """What a schedule collects with `collect_non_loss_data`."""
         statistics = self._loss.statistics
-        shape = self._batch.labels.shape
+        shape = self._keys.shape
         supervised = statistics.supervised.view(shape[::-1]).t()
 
         def of_supervised(values_N: Tensor) -> Tensor:
             return values_N.view(shape[::-1]).t()[supervised]
 
         return TokenTable(
-            keys_of(self._batch)[supervised],
+            self._keys[supervised],
             {name: of_supervised(getattr(statistics, name)) for name in sorted(self._names)},
         )
 
@@ -128,15 +128,25 @@ def data_group() -> dist.ProcessGroup:
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
+def nothing_given(batch: Batch) -> Mapping[str, Tensor]:
+    """No statistic but those that the kernel computes."""
+    return {}
+
+
 class ScorePass:
     """Computes statistics of rows of the run's data sets under the current weights.
 
     Args:
         loss: What the run trains with.
+        given: Those of the statistics that the kernel cannot compute, [B, S] each.
     """
 
-    def __init__(self, loss: ObjectiveLoss) -> None:
-        self._loss = loss
+    def __init__(
+        self,
+        loss: ObjectiveLoss,
+        given: Callable[[Batch], Mapping[str, Tensor]] = nothing_given,
+    ) -> None:
+        self._loss, self._given = loss, given
         self._train: Dataset | None = None
         self._valid: Dataset | None = None
 
@@ -169,18 +179,45 @@ class ScorePass:
         args = get_args()
         start = args.consumed_train_samples
         stop = start + count * get_current_global_batch_size()
-        rows = Rows(self._train, start, stop, args.micro_batch_size)
-        return _score(trained, rows, statistics, self._loss)
+        return self._of(trained, Rows(self._train, start, stop, args.micro_batch_size), statistics)
+
+    def of_valid_batch(
+        self, trained: Trained, number: int, statistics: frozenset[str]
+    ) -> TokenTable | None:
+        """The same of one global batch of each evaluation, counted from 0."""
+        args = get_args()
+        start = number * args.eval_global_batch_size
+        stop = start + args.eval_global_batch_size
+        rows = Rows(self._valid, start, stop, args.eval_micro_batch_size)
+        return self._of(trained, rows, statistics)
+
+    def _of(self, trained: Trained, rows: Rows, statistics: frozenset[str]) -> TokenTable | None:
+        return score_rows(trained, rows, statistics, self._loss, keys_of, self._given)
 
 
-def _score(
-    trained: Trained, rows: Rows, statistics: frozenset[str], loss: ObjectiveLoss
+def score_rows(
+    trained: Trained,
+    rows: Rows,
+    statistics: frozenset[str],
+    loss: ObjectiveLoss,
+    keys: Callable[[Batch], Tensor],
+    given: Callable[[Batch], Mapping[str, Tensor]] = nothing_given,
 ) -> TokenTable | None:
+    """One forward-only pass over rows; see `ScorePass`.
+
+    Args:
+        trained: The model.
+        rows: What to look at.
+        statistics: Names of vectors of `TokenStatistics`.
+        loss: Gives all but the objective.
+        keys: What the tokens of a micro-batch are to be found by, [B, S].
+        given: Those of the statistics that the kernel cannot compute, [B, S] each.
+    """
     args = get_args()
     loss = replace(loss, objective=Scores(statistics - {"log_prob"}))
 
     def begin(batch: Batch) -> _ScoredBatch:
-        return _ScoredBatch(batch, loss.micro_batch(), statistics)
+        return _ScoredBatch(keys(batch), loss.micro_batch(given=given(batch)), statistics)
 
     chunks = len(trained.model)
     iterators = [iter(rows.micro_batches()) for _ in range(chunks)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from megatron_profit.data import ChatRenderer, SFTDataset, build_examples
+
+FILE_NAME = "old_policy.safetensors"
 
 DATA = EXAMPLES / "arithmetic_chatty.jsonl"
 SEQ_LENGTH, BATCH, SEED = 48, 8, 5
@@ -69,7 +72,8 @@ def plain(tied_model) -> Trained:
             {
                 "objective": float(loss.detach()),
                 "lm loss": float(-current.detach().mean()),
-                "kept fraction": float((ratio <= 1 + CLIP).double().mean()),
+                "mean ratio": float(ratio.detach().mean()),
+                "clip fraction": float((ratio > 1 + CLIP).double().mean()),
             }
         )
     names = load_file(tied_model.hf / "model.safetensors").keys()
@@ -77,20 +81,20 @@ def plain(tied_model) -> Trained:
 
 
 @pytest.fixture
-def psft(sft, tmp_path):
-    """Trains with PSFT; gives the metrics and the weights after the last step."""
+def psft(sft, tied_model):
+    """Trains with PSFT and gives what the run printed."""
 
-    def run(model: TinyModel, world_size: int, *flags: object) -> Trained:
-        result = sft(
-            world_size,
-            *("--hf-model", model.hf, "--pretrained-checkpoint", model.megatron, *FLAGS),
-            *("--save", tmp_path / "save", *flags),
-        )
-        megatron_to_hf(tmp_path / "save", model.hf, tmp_path / "after")
-        weights = load_file(tmp_path / "after" / "model.safetensors")
-        return Trained(logged(result.stdout), {n: w.double() for n, w in weights.items()})
+    def run(save: Path, world_size: int, *flags: object, **options: object) -> str:
+        model = ("--hf-model", tied_model.hf, "--pretrained-checkpoint", tied_model.megatron)
+        return sft(world_size, *model, *FLAGS, "--save", save, *flags, **options).stdout
 
     return run
+
+
+def weights_in(save: Path, model: TinyModel, out: Path) -> dict[str, torch.Tensor]:
+    """The weights of the latest checkpoint by HuggingFace name."""
+    megatron_to_hf(save, model.hf, out)
+    return {n: w.double() for n, w in load_file(out / "model.safetensors").items()}
 
 
 def logged(output: str) -> list[dict[str, float]]:
@@ -101,29 +105,31 @@ def logged(output: str) -> list[dict[str, float]]:
     ]
 
 
+DISTRIBUTED = (
+    "--micro-batch-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+).split()
 LAYOUTS = {
-    "dp2-distributed-optimizer": (
+    "dp2-distributed-optimizer": (2, DISTRIBUTED),
+    "tp2-sp": (
         2,
-        "--micro-batch-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel".split(),
     ),
-    "tp2-sp": (2, "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2"),
+    "pp2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2".split()),
     "pp2-virtual": (
         2,
-        "--micro-batch-size 1 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        "--micro-batch-size 1 --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1".split(),
     ),
+    "tp2-dp2": (4, "--micro-batch-size 1 --tensor-model-parallel-size 2".split()),
 }
+SLOW = ("pp2-virtual", "tp2-dp2")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_step_is_that_of_a_plain_implementation(psft, tied_model, plain, layout):
-    world_size, flags = LAYOUTS[layout]
-    trained = psft(tied_model, world_size, *flags.split())
-    assert len(trained.metrics) == STEPS
-    for step, (here, there) in enumerate(zip(trained.metrics, plain.metrics, strict=True)):
+def assert_same_steps(metrics, expected):
+    assert len(metrics) == len(expected)
+    for step, (here, there) in enumerate(zip(metrics, expected, strict=True)):
         for name, value in there.items():
             assert here[name] == pytest.approx(value, rel=2e-6), f"{name} of step {step}"
-    assert_same_weights(trained.weights, plain.weights)
 
 
 def assert_same_weights(weights, expected):
@@ -133,3 +139,49 @@ def assert_same_weights(weights, expected):
         torch.testing.assert_close(
             weights[name], weight, rtol=2e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in LAYOUTS]
+)
+def test_every_step_is_that_of_a_plain_implementation(psft, tied_model, plain, tmp_path, layout):
+    world_size, flags = LAYOUTS[layout]
+    metrics = logged(psft(tmp_path / "save", world_size, *flags))
+    assert_same_steps(metrics, plain.metrics)
+    assert max(step["clip fraction"] for step in metrics) > 0.1, "nothing is clipped"
+    assert_same_weights(
+        weights_in(tmp_path / "save", tied_model, tmp_path / "after"), plain.weights
+    )
+
+
+def test_a_run_resumes_inside_an_outer_batch(psft, tied_model, plain, tmp_path):
+    save = tmp_path / "save"
+    valid = ("--valid-data", EXAMPLES / "arithmetic_heldout.jsonl", "--eval-interval", 3)
+    flags = [*DISTRIBUTED, "--load", save, *valid]
+    first = psft(save, 2, *flags, "--save-interval", 2, "--exit-interval", 2)
+    assert (save / "iter_0000002" / FILE_NAME).is_file()
+    second = psft(save, 2, *flags)
+    assert_same_steps(logged(first) + logged(second), plain.metrics)
+    assert_same_weights(weights_in(save, tied_model, tmp_path / "after"), plain.weights)
+    # In an evaluation the old policy is the current one, and what is reported is plain SFT.
+    objective, plain_loss = (
+        [float(v) for v in re.findall(rf"validation loss at .*\| {name} value: (\S+)", second)]
+        for name in ("objective", "lm loss")
+    )
+    assert objective == pytest.approx(plain_loss, rel=1e-6)
+    assert len(objective) == 3
+
+    (save / "iter_0000002" / FILE_NAME).unlink()
+    (save / "latest_checkpointed_iteration.txt").write_text("2")
+    refused = psft(save, 2, *flags, check=False)
+    assert re.search(r"iteration 2 is inside an outer batch of 4 steps, but .* is missing", refused)
+
+
+@pytest.mark.slow
+def test_a_run_resumes_inside_an_outer_batch_at_another_layout(psft, plain, tied_model, tmp_path):
+    save = tmp_path / "save"
+    first = psft(save, 2, "--micro-batch-size", 2, "--save-interval", 3, "--exit-interval", 3)
+    flags = "--micro-batch-size 4 --pipeline-model-parallel-size 2".split()
+    second = psft(save, 2, *flags, "--load", save)
+    assert_same_steps(logged(first) + logged(second), plain.metrics)
+    assert_same_weights(weights_in(save, tied_model, tmp_path / "after"), plain.weights)
