@@ -54,8 +54,8 @@ def test_any_layout_keeps_the_same_tokens(sft, untied_model, expected, layout):
     output = sft(
         world_size,
         *("--hf-model", untied_model.hf, "--pretrained-checkpoint", untied_model.megatron),
-        *("--data", DATA, "--seq-length", SEQ_LENGTH, "--seed", SEED, "--lr", 1e-20),
-        *("--global-batch-size", BATCH, "--train-iters", 1, "--eval-iters", 1),
+        *("--data", DATA, "--no-packing", "--seq-length", SEQ_LENGTH, "--seed", SEED),
+        *("--lr", 1e-20, "--global-batch-size", BATCH, "--train-iters", 1, "--eval-iters", 1),
         *("--valid-data", EXAMPLES / "arithmetic_heldout.jsonl", "--objective", "entropy"),
         *("--rank-scope", "global_batch", "--keep-share", SHARE, *flags.split()),
     ).stdout

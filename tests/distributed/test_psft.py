@@ -22,7 +22,8 @@ SEQ_LENGTH, BATCH, SEED = 48, 8, 5
 STEPS, PER_REFRESH, CLIP = 6, 4, 0.28
 RATE = 1e-3
 FLAGS = [
-    *("--data", DATA, "--seq-length", SEQ_LENGTH, "--seed", SEED, "--global-batch-size", BATCH),
+    *("--data", DATA, "--no-packing", "--seq-length", SEQ_LENGTH, "--seed", SEED),
+    *("--global-batch-size", BATCH),
     *("--train-iters", STEPS, "--lr", RATE, "--min-lr", RATE, "--clip-grad", 0),
     *("--adam-eps", 1e-3, "--weight-decay", 0.1, "--objective", "psft"),
     *("--psft-steps-per-refresh", PER_REFRESH, "--clip-high", CLIP),
