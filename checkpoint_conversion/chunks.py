@@ -1,7 +1,7 @@
 """The unit of work: a run of rows of one Megatron tensor, small enough to be held in memory.
 
-A chunk never spans layers. Where the converter chooses the chunks, they have at most CHUNK_BYTES,
-so memory depends neither on the depth nor on the width of the model.
+A chunk never spans layers and has at most CHUNK_BYTES, so memory depends neither on the depth nor on
+the width of the model.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
+from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.families.family import Piece, Shape, TensorRule
 from checkpoint_conversion.layouts import Layout, clipped
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,20 @@ class Chunk:
         return (*(1 for _ in self.piece.index), self.rows, *self.rule.piece_shape[1:])
 
     @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.rows * math.prod(self.rule.piece_shape[1:])
+
+    @property
     def layout(self) -> Layout:
         """Where these rows come from."""
         return clipped(self.rule.layout, self.start, self.start + self.rows)
 
 
-def chunks_of(rule: TensorRule, dtype: torch.dtype, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def chunks_of(rule: TensorRule, dtype: DType, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """The chunks that make up a Megatron tensor, each of at most `limit` bytes but at least a row."""
     rows, *rest = rule.piece_shape
     step = max(1, limit // (math.prod(rest) * dtype.itemsize))
     for piece in rule.pieces():
         for start in range(0, rows, step):
             yield Chunk(rule, piece, start, min(step, rows - start))
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -19,6 +19,15 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier output of this command"
     )
+    parser.add_argument(
+        "--check-finite", action="store_true", help="refuse weights that hold NaN or infinity"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads that read and write (default: one per core, at most 8)",
+    )
 
 
 def run(main: Callable[[], int]) -> None:

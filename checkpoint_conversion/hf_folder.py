@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
+from checkpoint_conversion.dtypes import DTYPES
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.raw_files import OpenFiles
+from checkpoint_conversion.torch_pickle import contiguous_strides, locate_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Names that safetensors gives the dtypes that are converted, and the bytes of the others.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes of the dtypes that are not converted.
 _OTHER_SIZES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
@@ -69,18 +67,13 @@ class HFTensor:
         Raises:
             ConversionError: When the file has become shorter.
         """
+        with OpenFiles() as files:
+            self.read_rows_from(files, start, rows, into)
+
+    def read_rows_from(self, files: OpenFiles, start: int, rows: int, into: memoryview) -> None:
+        """The same from files that stay open."""
         offset = self.offset + start * self.row_bytes
-        expected = rows * self.row_bytes
-        descriptor = os.open(self.file, os.O_RDONLY)
-        try:
-            done = 0
-            while done < expected:
-                count = os.preadv(descriptor, [into[done:expected]], offset + done)
-                if count == 0:
-                    raise ConversionError(f"{self.file}: truncated while reading {self.name}")
-                done += count
-        finally:
-            os.close(descriptor)
+        files.read(self.file, offset, into[: rows * self.row_bytes], self.name)
 
     def rows(self, start: int, rows: int) -> bytearray:
         """The bytes of rows [start, start + rows)."""
@@ -142,39 +135,58 @@ def parse_json_object(text: bytes, origin: str) -> dict[str, Any]:
     return content
 
 
-def list_tensors(folder: str | Path) -> dict[str, HFTensor]:
+def list_tensors(folder: str | Path, allow_pickle: bool = False) -> dict[str, HFTensor]:
     """All tensors of a model folder, by name; only headers are read.
 
+    Args:
+        allow_pickle: Accept pytorch_model.bin where there are no safetensors.
+
     Raises:
-        ConversionError: When there are no safetensors weights, a shard is missing, truncated or
-            malformed, or the index and the shards disagree.
+        ConversionError: When there are no weights, a shard is missing, truncated or malformed, or
+            the index and the shards disagree.
     """
     folder = Path(folder)
-    weight_map = read_weight_map(folder)
+    kind = _SAFETENSORS
+    if allow_pickle and not any(folder.glob("*.safetensors*")):
+        kind = _PICKLES
+    weight_map = read_weight_map(folder, kind)
     if weight_map is None:
-        return _read_header(folder / WEIGHTS)
+        return _read_tensors(folder / kind.single)
     tensors: dict[str, HFTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, tensor in _read_header(folder / shard).items():
+        for name, tensor in _read_tensors(folder / shard).items():
             if name in tensors:
                 raise ConversionError(f"{name} is in both {tensors[name].file} and {tensor.file}")
             if weight_map.get(name) != shard:
                 where = f"in {weight_map[name]}" if name in weight_map else "nowhere"
-                raise ConversionError(f"{tensor.file} holds {name}; {INDEX} puts it {where}")
+                raise ConversionError(f"{tensor.file} holds {name}; {kind.index} puts it {where}")
             tensors[name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise ConversionError(f"{folder / shard}: {name} is missing; {INDEX} puts it there")
+            raise ConversionError(
+                f"{folder / shard}: {name} is missing; {kind.index} puts it there"
+            )
     return tensors
 
 
-def read_weight_map(folder: Path) -> dict[str, str] | None:
+class _Kind(NamedTuple):
+    """A file format of weights: the name of a single file, and of an index of several."""
+
+    single: str
+    index: str
+
+
+_SAFETENSORS = _Kind(WEIGHTS, INDEX)
+_PICKLES = _Kind("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_weight_map(folder: Path, kind: _Kind = _SAFETENSORS) -> dict[str, str] | None:
     """The shard of each tensor according to the index; None for a folder with one weights file.
 
     Raises:
-        ConversionError: For a folder without safetensors weights, or with a malformed index.
+        ConversionError: For a folder without weights, or with a malformed index.
     """
-    index, single = folder / INDEX, folder / WEIGHTS
+    index, single = folder / kind.index, folder / kind.single
     if not index.exists():
         if single.exists():
             return None
@@ -185,8 +197,8 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ConversionError(f"{index}: {name} is put in {shard!r}, not a file of this folder")
-    if single.exists() and WEIGHTS not in weight_map.values():
-        raise ConversionError(f"{index} does not refer to {WEIGHTS}; remove whichever is stale")
+    if single.exists() and kind.single not in weight_map.values():
+        raise ConversionError(f"{index} does not refer to {kind.single}; remove whichever is stale")
     return weight_map
 
 
@@ -196,10 +208,40 @@ def _why_no_weights(folder: Path) -> str:
     pickled = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt") for file in folder.glob(kind))
     if pickled:
         return (
-            f"only pickled weights ({pickled[0]}), which can run code when read; make safetensors "
-            "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            f"only pickled weights ({pickled[0]}); give --allow-pickle to read a pytorch_model.bin "
+            "(nothing in it is run), or make safetensors with "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     return f"no weights: neither {WEIGHTS} nor {INDEX}"
+
+
+def _read_tensors(file: Path) -> dict[str, HFTensor]:
+    return _read_pickle(file) if file.suffix == ".bin" else _read_header(file)
+
+
+def _read_pickle(file: Path) -> dict[str, HFTensor]:
+    """The tensors of a state dict that torch.save wrote."""
+    try:
+        with file.open("rb") as stream:
+            stored = locate_tensors(stream)
+    except FileNotFoundError:
+        raise ConversionError(f"{file}: missing") from None
+    except Exception as error:  # a broken archive can raise almost anything
+        raise ConversionError(f"{file}: no state dict that torch.save wrote: {error}") from error
+    tensors = {}
+    for name, tensor in stored.items():
+        start = tensor.first * tensor.dtype.itemsize
+        found = HFTensor(name, file, tensor.dtype.name, tensor.shape, tensor.offset + start)
+        if (
+            tensor.strides != contiguous_strides(tensor.shape)
+            or start + found.nbytes > tensor.nbytes
+        ):
+            raise ConversionError(
+                f"{file}: {name} {list(tensor.shape)} with strides {list(tensor.strides)} is not "
+                "stored row by row; make safetensors of the model first"
+            )
+        tensors[name] = found
+    return tensors
 
 
 def _read_header(file: Path) -> dict[str, HFTensor]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from checkpoint_conversion.chunks import CHUNK_BYTES, Chunk, tensor_bytes
-from checkpoint_conversion.dtypes import cast
+from checkpoint_conversion.chunks import CHUNK_BYTES, Chunk
+from checkpoint_conversion.dtypes import DTYPES, DType, check_finite, converted
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, Family, TensorRule, family_for
-from checkpoint_conversion.hf_folder import DTYPES, HFTensor, list_tensors, read_hf_config
+from checkpoint_conversion.hf_folder import HFTensor, list_tensors, read_hf_config
+from checkpoint_conversion.raw_files import OpenFiles
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class HFModel:
         """The tensors that are converted, in the order of the rules."""
         return list(expected_shapes(self.rules))
 
-    def dtype_of(self, rule: TensorRule) -> torch.dtype:
+    def dtype_of(self, rule: TensorRule) -> DType:
         """The one dtype of the HuggingFace tensors of a rule.
 
         Raises:
@@ -70,28 +70,40 @@ class HFModel:
                     "them (tie_word_embeddings): set it to false, or remove the tensor not meant"
                 )
 
-    def read(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
-        """The values of a chunk in a dtype; shape `chunk.sizes`.
+    def read_into(
+        self,
+        chunk: Chunk,
+        dtype: DType,
+        into: memoryview,
+        files: OpenFiles | None = None,
+        finite: bool = False,
+    ) -> None:
+        """Read the values of a chunk in a dtype, as bytes.
+
+        Args:
+            into: A buffer of the size of the chunk.
+            files: Files that stay open for the next call.
+            finite: Refuse NaN and infinity.
 
         Raises:
             ConversionError: When a value is outside the range of the dtype, or a file was
                 truncated.
         """
-        result = torch.empty(chunk.sizes, dtype=dtype)
-        target = result.view(chunk.rows, -1)
-        for source, start, rows in chunk.layout:
-            tensor = self.tensors[chunk.piece.hf[source]]
-            part, target = target[:rows], target[rows:]
-            if DTYPES[tensor.dtype] == dtype:
-                tensor.read_rows(start, rows, tensor_bytes(part))
-            else:
-                values = torch.empty(part.shape, dtype=DTYPES[tensor.dtype])
-                tensor.read_rows(start, rows, tensor_bytes(values))
-                part.copy_(cast(values, dtype, tensor.name))
-        return result
+        with contextlib.nullcontext(files) if files else OpenFiles() as files:
+            for source, start, rows in chunk.layout:
+                tensor = self.tensors[chunk.piece.hf[source]]
+                kind = DTYPES[tensor.dtype]
+                size = rows * tensor.row_bytes // kind.itemsize * dtype.itemsize
+                part, into = into[:size], into[size:]
+                data = part if kind == dtype else memoryview(bytearray(rows * tensor.row_bytes))
+                tensor.read_rows_from(files, start, rows, data)
+                if finite:
+                    check_finite(data, kind, tensor.name)
+                if kind != dtype:
+                    part[:] = converted(data, kind, dtype, tensor.name)
 
 
-def open_hf_model(folder: str | Path) -> HFModel:
+def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
     """Read config.json and the safetensors headers of a folder and check them.
 
     Raises:
@@ -102,7 +114,7 @@ def open_hf_model(folder: str | Path) -> HFModel:
     config = read_hf_config(folder)
     family = family_for(config)
     rules = family.tensor_rules(config)
-    tensors = list_tensors(folder)
+    tensors = list_tensors(folder, allow_pickle)
     expected = expected_shapes(rules)
     alias, original = family.tied_alias
     has_alias = alias in tensors and alias not in expected

@@ -15,6 +15,7 @@ from checkpoint_conversion.hf_model import expected_shapes
 from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, artifacts, copy_artifacts
 from checkpoint_conversion.megatron_to_hf import files_of, foreign_folder, with_dtype
 from checkpoint_conversion.output import check_output, whole_folder
+from checkpoint_conversion.torch_tensors import from_torch
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def plan_output(folder: str | Path, template: str | Path, dtype: torch.dtype) ->
     folder, template = Path(folder), Path(template)
     config = read_hf_config(template)
     rules = family_for(config).tensor_rules(config)
-    tensors = {name: TensorSpec(shape, dtype) for name, shape in expected_shapes(rules).items()}
+    kind = from_torch(dtype)
+    tensors = {name: TensorSpec(shape, kind) for name, shape in expected_shapes(rules).items()}
     weight_map = files_of(template, tensors)
     artifacts(template)
     output = HFOutput(folder, template, with_dtype(config, tensors), rules, tensors, weight_map)

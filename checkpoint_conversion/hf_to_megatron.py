@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from checkpoint_conversion import cli
 from checkpoint_conversion.chunks import Chunk, chunks_of
-from checkpoint_conversion.dtypes import chosen_dtype
+from checkpoint_conversion.dtypes import DType, chosen_dtype
 from checkpoint_conversion.families import TensorRule, extra_states
-from checkpoint_conversion.hf_folder import DTYPE_NAMES
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER, write_release
 from checkpoint_conversion.output import whole_folder
 from checkpoint_conversion.progress import Progress, human
+from checkpoint_conversion.raw_files import OpenFiles
+from checkpoint_conversion.workers import worker_count
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class ImportPlan:
     """A checked HuggingFace folder, and the dtype to write for each Megatron tensor."""
 
     model: HFModel
-    tensors: tuple[tuple[TensorRule, torch.dtype], ...]
+    tensors: tuple[tuple[TensorRule, DType], ...]
 
     @property
     def nbytes(self) -> int:
@@ -41,14 +40,14 @@ class ImportPlan:
         return sum(math.prod(rule.megatron_shape) * dtype.itemsize for rule, dtype in self.tensors)
 
 
-def plan_import(hf: str | Path, dtype: str = "source") -> ImportPlan:
+def plan_import(hf: str | Path, dtype: str = "source", allow_pickle: bool = False) -> ImportPlan:
     """Check a HuggingFace folder; only config.json and headers are read.
 
     Raises:
         ConversionError: For anything that cannot be converted.
     """
     chosen = chosen_dtype(dtype)
-    model = open_hf_model(hf)
+    model = open_hf_model(hf, allow_pickle)
     tensors = tuple(
         (rule.renamed(key), chosen or model.dtype_of(rule))
         for rule in model.rules
@@ -63,6 +62,9 @@ def hf_to_megatron(
     *,
     dtype: str = "source",
     overwrite: bool = False,
+    check_finite: bool = False,
+    allow_pickle: bool = False,
+    workers: int | None = None,
     progress: TextIO | None = None,
 ) -> ImportPlan:
     """Convert a HuggingFace folder to a Megatron torch_dist checkpoint.
@@ -72,6 +74,9 @@ def hf_to_megatron(
         out: Folder to write; it appears whole or not at all.
         dtype: "source", "fp32", "bf16" or "fp16".
         overwrite: Replace an earlier output in `out`.
+        check_finite: Refuse NaN and infinity.
+        allow_pickle: Accept pytorch_model.bin where there are no safetensors.
+        workers: Number of threads; None for one per core, at most 8.
         progress: Where progress lines go.
 
     Returns:
@@ -80,16 +85,19 @@ def hf_to_megatron(
     Raises:
         ConversionError: For anything that cannot be converted; nothing is written then.
     """
-    plan = plan_import(hf, dtype)
+    plan = plan_import(hf, dtype, allow_pickle)
+    threads = worker_count(workers)
     model = plan.model
     model.check_alias()
-    with whole_folder(Path(out), [model.folder], overwrite, _foreign, plan.nbytes) as folder:
+    with (
+        whole_folder(Path(out), [model.folder], overwrite, _foreign, plan.nbytes) as folder,
+        OpenFiles() as files,
+    ):
         counter = Progress(len(plan.tensors), plan.nbytes, progress)
 
-        def read(chunk: Chunk, kind: torch.dtype) -> torch.Tensor:
-            values = model.read(chunk, kind)
-            counter.add(chunk.key, values.nbytes)
-            return values
+        def read(chunk: Chunk, kind: DType, into: memoryview) -> None:
+            model.read_into(chunk, kind, into, files, check_finite)
+            counter.add(chunk.key, len(into))
 
         write_release(
             folder,
@@ -97,6 +105,7 @@ def hf_to_megatron(
             read,
             model.family.megatron_arguments(model.config),
             extra_states(model.rules),
+            threads,
         )
         counter.finish()
     return plan
@@ -113,7 +122,7 @@ def _print_plan(plan: ImportPlan) -> None:
         for piece in rule.pieces():
             target = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
             for name, shape in zip(piece.hf, rule.hf.values(), strict=True):
-                kinds = dict.fromkeys((plan.model.tensors[name].dtype, DTYPE_NAMES[dtype]))
+                kinds = dict.fromkeys((plan.model.tensors[name].dtype, dtype.name))
                 size = math.prod(shape) * dtype.itemsize
                 rows.append((name, target, list(shape), " -> ".join(kinds), size))
     cli.print_table(("source", "target", "shape", "dtype", "bytes"), rows)
@@ -126,16 +135,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.hf_to_megatron")
     parser.add_argument("--hf", required=True, metavar="DIR", help="HuggingFace model folder")
     cli.add_output_options(parser)
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="accept pytorch_model.bin where there are no safetensors; no code in it is run",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the tensors, write nothing")
     options = parser.parse_args()
     if options.dry_run:
-        _print_plan(plan_import(options.hf, options.dtype))
+        _print_plan(plan_import(options.hf, options.dtype, options.allow_pickle))
         return 0
     plan = hf_to_megatron(
         options.hf,
         options.out,
         dtype=options.dtype,
         overwrite=options.overwrite,
+        check_finite=options.check_finite,
+        allow_pickle=options.allow_pickle,
+        workers=options.workers,
         progress=sys.stderr,
     )
     print(

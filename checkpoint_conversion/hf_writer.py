@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import CONFIG, DTYPE_NAMES, INDEX, WEIGHTS
+from checkpoint_conversion.hf_folder import CONFIG, INDEX, WEIGHTS
 from checkpoint_conversion.output import sync_file, write_file
+from checkpoint_conversion.raw_files import write_at
 
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -40,7 +40,7 @@ class TensorSpec:
     """A tensor to write."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +110,11 @@ class HFWriter:
             write_file(folder / INDEX, _index(tensors, weight_map))
 
     def write_rows(self, name: str, start: int, data: memoryview) -> None:
-        """Write whole rows of a tensor, from row `start` on."""
+        """Write whole rows of a tensor, from row `start` on; several threads may do so."""
         descriptor, offset = self._places[name]
         tensor = self._tensors[name]
         offset += start * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        while data:
-            written = os.pwrite(descriptor, data, offset)
-            data, offset = data[written:], offset + written
+        write_at(descriptor, offset, data)
 
     def flush(self) -> None:
         """Bring everything to the disk."""
@@ -137,7 +135,7 @@ class HFWriter:
         for name in names:
             tensor = self._tensors[name]
             header[name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
+                "dtype": tensor.dtype.name,
                 "shape": list(tensor.shape),
                 "data_offsets": [end, end + tensor.nbytes],
             }

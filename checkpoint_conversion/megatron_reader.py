@@ -1,38 +1,40 @@
 """Reading the model tensors of a torch_dist checkpoint, whatever chunks a training run saved.
 
-torch.distributed.checkpoint assembles each requested part from the saved chunks that overlap it; a
-chunk that was saved is read whole, and only one at a time.
+Nothing of torch is imported and no code of the pickles runs (see `torch_pickle`). Of a saved chunk only
+the bytes that are asked for are read, at their place in the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import math
 import pickle
 import re
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+import numpy as np
 
-from checkpoint_conversion.chunks import Chunk
+from checkpoint_conversion.chunks import Chunk, chunks_of
+from checkpoint_conversion.dtypes import TORCH_DTYPES, DType, check_finite, converted
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import TensorRule
-from checkpoint_conversion.hf_folder import DTYPE_NAMES, read_json_object
+from checkpoint_conversion.families.family import Shape
+from checkpoint_conversion.hf_folder import read_json_object
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
+from checkpoint_conversion.raw_files import OpenFiles
+from checkpoint_conversion.torch_pickle import (
+    Inert,
+    StoredTensor,
+    Unpickler,
+    contiguous_strides,
+    locate_tensor,
+)
 
 # Keys of tensors beside the model: optimizer state, also of chained optimizers.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)*optimizer\b")
@@ -40,7 +42,6 @@ _OPTIMIZER = re.compile(r"(chained_\d+\.)*optimizer\b")
 _METADATA_CLASSES = {
     "collections": ("OrderedDict",),
     "pathlib": ("Path", "PosixPath"),
-    "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
     "torch.distributed.checkpoint.metadata": (
@@ -63,6 +64,39 @@ _METADATA_CLASSES = {
 
 
 @dataclass(frozen=True)
+class _Saved:
+    """A chunk of a tensor as it was saved, and where its entry lies.
+
+    Attributes:
+        offsets, sizes: Its extent in the Megatron tensor.
+        start, length: The entry in the file.
+    """
+
+    offsets: Shape
+    sizes: Shape
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as it was saved."""
+
+    dtype: str
+    shape: Shape
+    chunks: tuple[_Saved, ...]
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The content of `.metadata`: tensors by key, and (file, start, length) of other entries."""
+
+    tensors: Mapping[str, _Tensor]
+    objects: Mapping[str, tuple[Path, int, int]]
+
+
+@dataclass(frozen=True)
 class MegatronCheckpoint:
     """One torch_dist checkpoint of a model of a known family.
 
@@ -74,37 +108,114 @@ class MegatronCheckpoint:
 
     folder: Path
     rules: tuple[TensorRule, ...]
-    dtypes: Mapping[str, torch.dtype]
-    _metadata: Metadata
-    _reader: _Reader
+    dtypes: Mapping[str, DType]
+    _saved: Mapping[str, Mapping[Shape, list[_Saved]]]
+    _located: dict[_Saved, StoredTensor]
 
     def chunks(self, rule: TensorRule) -> Iterator[Chunk]:
-        """The chunks to read a tensor in: cut where the saved chunks begin and end.
+        """The chunks to read a tensor in."""
+        return chunks_of(rule, self.dtypes[rule.megatron])
 
-        So each saved chunk is read once, and what is held is little more than one of them.
-        """
-        axis, rows = len(rule.stack), rule.piece_shape[0]
-        edges = {0, rows}
-        for saved in _saved(self._metadata, rule.megatron).chunks:
-            edges |= {saved.offsets[axis], saved.offsets[axis] + saved.sizes[axis]}
-        cuts = sorted(edge for edge in edges if edge <= rows)
-        for piece in rule.pieces():
-            for start, stop in itertools.pairwise(cuts):
-                yield Chunk(rule, piece, start, stop - start)
+    def read_into(
+        self,
+        chunk: Chunk,
+        dtype: DType,
+        into: memoryview,
+        files: OpenFiles | None = None,
+        finite: bool = False,
+    ) -> None:
+        """Read the values of a chunk in a dtype, as bytes.
 
-    def read(self, chunk: Chunk) -> torch.Tensor:
-        """The values of a chunk; shape `chunk.sizes`, dtype as saved.
+        Args:
+            into: A buffer of the size of the chunk.
+            files: Files that stay open for the next call.
+            finite: Refuse NaN and infinity.
 
         Raises:
-            ConversionError: When a file cannot be read.
+            ConversionError: When a file cannot be read, the saved chunks do not cover this one, or
+                a value is outside the range of the dtype.
         """
-        result = torch.empty(chunk.sizes, dtype=self.dtypes[chunk.key])
-        plan = dcp.LoadPlan(_read_items(self._metadata, chunk))
+        kind = self.dtypes[chunk.key]
+        data = into
+        if kind != dtype:
+            data = memoryview(bytearray(chunk.elements * kind.itemsize))
+        with contextlib.nullcontext(files) if files else OpenFiles() as files:
+            self._assemble(chunk, kind, data, files)
+        if finite:
+            check_finite(data, kind, chunk.key)
+        if kind != dtype:
+            into[:] = converted(data, kind, dtype, chunk.key)
+
+    def _assemble(self, chunk: Chunk, dtype: DType, data: memoryview, files: OpenFiles) -> None:
+        """Put the overlapping parts of the saved chunks together; axis 0 is the rows, axis 1 (if
+        any) the columns."""
+        width = math.prod(chunk.rule.piece_shape[1:])
+        target = np.frombuffer(data, dtype.bits).reshape(chunk.rows, width)
+        stacked, missing = len(chunk.piece.index), chunk.elements
+        for saved in self._saved[chunk.key].get(chunk.piece.index, ()):
+            first, size = saved.offsets[stacked], saved.sizes[stacked]
+            begin = max(first, chunk.start)
+            end = min(first + size, chunk.start + chunk.rows)
+            if begin >= end:
+                continue
+            columns = saved.sizes[stacked + 1] if len(saved.sizes) > stacked + 1 else 1
+            left = saved.offsets[stacked + 1] if len(saved.sizes) > stacked + 1 else 0
+            index = [i - o for i, o in zip(chunk.piece.index, saved.offsets, strict=False)]
+            part = target[begin - chunk.start : end - chunk.start, left : left + columns]
+            self._read_part(chunk.key, saved, dtype, (*index, begin - first), part, files)
+            missing -= part.size
+        if missing:
+            raise ConversionError(
+                f"{self.folder}: the saved chunks of {chunk.key} do not cover "
+                f"{list(chunk.sizes)} at {list(chunk.offsets)}"
+            )
+
+    def _read_part(
+        self,
+        key: str,
+        saved: _Saved,
+        dtype: DType,
+        index: tuple[int, ...],
+        part: np.ndarray,
+        files: OpenFiles,
+    ) -> None:
+        """Fill `part`, [rows, columns], with whole rows of a saved chunk from `index` on."""
+        stored = self._locate(key, saved, dtype, files)
+        place = saved.start + stored.offset
+        steps = stored.strides[: len(index)]
+        first = stored.first + sum(i * step for i, step in zip(index, steps, strict=True))
+        if stored.strides == contiguous_strides(stored.shape):
+            rows = part if part.flags.c_contiguous else np.empty(part.shape, dtype.bits)
+            view = memoryview(rows).cast("B")
+            files.read(saved.file, place + first * dtype.itemsize, view, key)
+        else:  # a transposed tensor, say; never seen in a Megatron checkpoint
+            whole = np.empty(stored.nbytes // dtype.itemsize, dtype.bits)
+            files.read(saved.file, place, memoryview(whole).cast("B"), key)
+            column = stored.strides[len(index)] if len(stored.strides) > len(index) else 1
+            strides = (steps[-1] * dtype.itemsize, column * dtype.itemsize)
+            rows = np.lib.stride_tricks.as_strided(whole[first:], part.shape, strides)
+        if rows is not part:
+            part[...] = rows
+
+    def _locate(self, key: str, saved: _Saved, dtype: DType, files: OpenFiles) -> StoredTensor:
+        if saved in self._located:
+            return self._located[saved]
+        window = _Window(files, saved.file, saved.start, saved.length, key)
         try:
-            self._reader.read_data(plan, _Into(result)).wait()
-        except Exception as error:  # a broken file can raise almost anything
-            raise ConversionError(f"{self.folder}: cannot read {chunk.key}: {error}") from error
-        return result
+            stored = locate_tensor(io.BufferedReader(window))
+        except ConversionError:
+            raise
+        except Exception as error:  # a broken archive can raise almost anything
+            raise ConversionError(f"{saved.file}: cannot read {key}: {error}") from error
+        count = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
+        enough = (stored.first + count) * dtype.itemsize <= stored.nbytes
+        if stored.dtype != dtype or stored.shape != saved.sizes or not enough:
+            raise ConversionError(
+                f"{saved.file}: cannot read {key}: its entry is {stored.dtype} "
+                f"{list(stored.shape)}, but .metadata says {dtype} {list(saved.sizes)}"
+            )
+        self._located[saved] = stored
+        return stored
 
 
 def find_checkpoint(folder: str | Path, iteration: str | int | None = None) -> Path:
@@ -138,26 +249,23 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
         ConversionError: When it is not a complete torch_dist checkpoint, or its model tensors are
             not those of the rules.
     """
-    reader, metadata = _opened(folder)
-    saved = {
-        key: entry
-        for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not _OPTIMIZER.match(key)
-    }
+    metadata = _read_metadata(folder)
+    saved = {key: t for key, t in metadata.tensors.items() if not _OPTIMIZER.match(key)}
     named = tuple(found for rule in rules for found in _as_saved(rule, saved))
     dtypes = {
         rule.megatron: _checked_dtype(folder, rule, saved.get(rule.megatron)) for rule in named
     }
     known = {key for rule in named for key in rule.keys}
-    for key, entry in saved.items():
-        if key in known:
-            continue
-        raise ConversionError(
-            f"{folder}: {key} {list(entry.size)} has no place in the HuggingFace model that "
-            "config.json describes"
-        )
-    _check_files(folder, metadata, dtypes.keys())
-    return MegatronCheckpoint(folder, named, dtypes, metadata, reader)
+    for key, tensor in saved.items():
+        if key not in known:
+            raise ConversionError(
+                f"{folder}: {key} {list(tensor.shape)} has no place in the HuggingFace model that "
+                "config.json describes"
+            )
+    for key in dtypes:
+        _check_files(((c.file, c.start + c.length) for c in saved[key].chunks), key)
+    chunks = {rule.megatron: _by_piece(saved[rule.megatron], len(rule.stack)) for rule in named}
+    return MegatronCheckpoint(folder, named, dtypes, chunks, {})
 
 
 def read_object(folder: Path, key: str) -> bytes | None:
@@ -166,27 +274,15 @@ def read_object(folder: Path, key: str) -> bytes | None:
     Raises:
         ConversionError: When the checkpoint is not a torch_dist checkpoint, or cannot be read.
     """
-    reader, metadata = _opened(folder)
-    if not isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata):
+    entry = _read_metadata(folder).objects.get(key)
+    if entry is None:
         return None
-    _check_files(folder, metadata, [key])
-    planner = _Bytes(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        planner.set_up_planner({key: io.BytesIO()}, metadata, is_coordinator=True)
-        reader.read_data(planner.create_local_plan(), planner).wait()
-    except Exception as error:  # a broken file can raise almost anything
-        raise ConversionError(f"{folder}: cannot read {key}: {error}") from error
-    return planner.content
-
-
-def _opened(folder: Path) -> tuple[_Reader, Metadata]:
-    backend = read_json_object(folder / "metadata.json").get("sharded_backend")
-    if backend != "torch_dist":
-        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
-    reader = _Reader(folder)
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    return reader, metadata
+    file, start, length = entry
+    _check_files([(file, start + length)], key)
+    data = bytearray(length)
+    with OpenFiles() as files:
+        files.read(file, start, memoryview(data), key)
+    return bytes(data)
 
 
 def _latest(folder: Path) -> str:
@@ -217,113 +313,135 @@ def _as_saved(rule: TensorRule, saved: Container[str]) -> list[TensorRule]:
     return [rule.renamed(rule.megatron)]
 
 
-def _checked_dtype(
-    folder: Path, rule: TensorRule, saved: TensorStorageMetadata | None
-) -> torch.dtype:
+def _checked_dtype(folder: Path, rule: TensorRule, saved: _Tensor | None) -> DType:
     """The dtype of a tensor whose shape and chunks are right; a vocabulary may be padded."""
     if saved is None:
         raise ConversionError(f"{folder}: no tensor {rule.megatron}, which config.json calls for")
-    shape, expected = tuple(saved.size), rule.megatron_shape
+    shape, expected = saved.shape, rule.megatron_shape
     padded = rule.vocabulary and len(shape) > 0 and shape[0] > expected[0]
     if shape != expected and not (padded and shape[1:] == expected[1:]):
         raise ConversionError(
             f"{folder}: {rule.megatron} has shape {list(shape)}; config.json calls for "
             f"{list(expected)}"
         )
-    if saved.properties.dtype not in DTYPE_NAMES:
+    if saved.dtype not in TORCH_DTYPES:
         raise ConversionError(
-            f"{folder}: {rule.megatron} is {saved.properties.dtype}; supported: "
-            f"{', '.join(str(dtype) for dtype in DTYPE_NAMES)}"
+            f"{folder}: {rule.megatron} is {saved.dtype}; supported: {', '.join(TORCH_DTYPES)}"
         )
     if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(shape):
         raise ConversionError(f"{folder}: the chunks of {rule.megatron} do not cover it")
-    return saved.properties.dtype
+    return TORCH_DTYPES[saved.dtype]
 
 
-def _check_files(folder: Path, metadata: Metadata, keys: Collection[str]) -> None:
-    """Check that all that is stored of the given entries lies within a file."""
-    sizes: dict[str, int] = {}
-    for index, stored in metadata.storage_data.items():
-        if index.fqn not in keys:
-            continue
-        file = folder / stored.relative_path
-        if stored.relative_path not in sizes:
-            if Path(stored.relative_path).name != stored.relative_path or not file.is_file():
-                raise ConversionError(f"{file}: missing; {index.fqn} is in it")
-            sizes[stored.relative_path] = file.stat().st_size
-        if stored.offset + stored.length > sizes[stored.relative_path]:
-            raise ConversionError(f"{file}: truncated; {index.fqn} does not end in it")
+def _by_piece(tensor: _Tensor, stacked: int) -> dict[Shape, list[_Saved]]:
+    """The saved chunks that hold something of each piece; a chunk may span several layers."""
+    found: dict[Shape, list[_Saved]] = {}
+    for chunk in tensor.chunks:
+        spans = zip(chunk.offsets[:stacked], chunk.sizes[:stacked], strict=True)
+        for index in itertools.product(*(range(first, first + size) for first, size in spans)):
+            found.setdefault(index, []).append(chunk)
+    return found
 
 
-def _saved(metadata: Metadata, key: str) -> TensorStorageMetadata:
-    entry = metadata.state_dict_metadata[key]
-    assert isinstance(entry, TensorStorageMetadata)
-    return entry
+def _check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
+    """Check that all that is stored of an entry lies within its files."""
+    sizes: dict[Path, int] = {}
+    for file, end in ends:
+        if file not in sizes:
+            if not file.is_file():
+                raise ConversionError(f"{file}: missing; {key} is in it")
+            sizes[file] = file.stat().st_size
+        if end > sizes[file]:
+            raise ConversionError(f"{file}: truncated; {key} does not end in it")
 
 
-def _read_items(metadata: Metadata, chunk: Chunk) -> list[ReadItem]:
-    """The reads that make up a chunk.
+class _Window(io.RawIOBase):
+    """A part of a file as a stream of its own."""
 
-    Raises:
-        ConversionError: When the saved chunks do not cover it.
-    """
-    extent = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-    items = create_read_items_for_chunk_list(chunk.key, _saved(metadata, chunk.key), [extent])
-    if sum(math.prod(item.lengths) for item in items) != math.prod(chunk.sizes):
-        raise ConversionError(
-            f"{chunk.key}: the saved chunks do not cover {list(chunk.sizes)} at {list(chunk.offsets)}"
-        )
-    return items
+    def __init__(self, files: OpenFiles, file: Path, start: int, length: int, what: str) -> None:
+        self._files, self._file, self._what = files, file, what
+        self._start, self._length, self._at = start, length, 0
 
+    def readable(self) -> bool:
+        return True
 
-class _Into(dcp.DefaultLoadPlanner):
-    """Directs everything that is read into one tensor."""
+    def seekable(self) -> bool:
+        return True
 
-    def __init__(self, result: torch.Tensor) -> None:
-        super().__init__()
-        self._result = result
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if self._at < 0:
+            raise OSError(f"seek to {self._at}")
+        return self._at
 
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        target = self._result
-        for axis, start in enumerate(read_item.dest_offsets):
-            target = target.narrow(axis, start, read_item.lengths[axis])
-        return target
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        into = memoryview(buffer).cast("B")[:count]
+        self._files.read(self._file, self._start + self._at, into, self._what)
+        self._at += count
+        return count
 
 
-class _Bytes(dcp.DefaultLoadPlanner):
-    """Keeps the bytes that are read as they are; the default is to unpickle them."""
-
-    content: bytes | None = None
-
-    def load_bytes(self, _: ReadItem, value: io.BytesIO) -> None:
-        self.content = value.getvalue()
-
-
-class _Reader(dcp.FileSystemReader):
-    """A reader that does not run code found in `.metadata`, which is a pickle."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        file = Path(self.path) / ".metadata"
-        try:
-            with file.open("rb") as stream:
-                metadata = _MetadataUnpickler(stream).load()
-        except FileNotFoundError:
-            raise ConversionError(f"{file}: missing; the checkpoint is not complete") from None
-        except Exception as error:  # a broken pickle can raise almost anything
-            raise ConversionError(f"{file}: not readable: {error}") from error
-        parts = ("state_dict_metadata", "storage_data")
-        if not all(isinstance(getattr(metadata, part, None), dict) for part in parts):
-            raise ConversionError(f"{file}: no checkpoint metadata")
-        return metadata
+def _read_metadata(folder: Path) -> _Metadata:
+    """The content of `.metadata`, which is a pickle; no code that it refers to is run."""
+    backend = read_json_object(folder / "metadata.json").get("sharded_backend")
+    if backend != "torch_dist":
+        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
+    file = folder / ".metadata"
+    try:
+        with file.open("rb") as stream:
+            content = Unpickler(stream, _stand_in).load()
+        return _plain(folder, content.state)
+    except ConversionError:
+        raise
+    except FileNotFoundError:
+        raise ConversionError(f"{file}: missing; the checkpoint is not complete") from None
+    except Exception as error:  # a broken pickle can raise almost anything
+        raise ConversionError(f"{file}: not readable: {error}") from error
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of checkpoint metadata; those of Megatron are read as plain records."""
+def _plain(folder: Path, state: Mapping[str, Any]) -> _Metadata:
+    """The records of the pickle, without what is not needed."""
+    places = {}
+    for index, info in state["storage_data"].items():
+        name = info.state["relative_path"]
+        if Path(name).name != name:
+            raise ConversionError(f"{folder / '.metadata'}: it refers to {name!r}, another folder")
+        if info.state.get("transform_descriptors"):
+            raise ConversionError(f"{folder / name}: {index.state['fqn']} is compressed or encoded")
+        place = (folder / name, info.state["offset"], info.state["length"])
+        places[index.state["fqn"], index.state.get("offset")] = place
+    tensors, objects = {}, {}
+    for key, entry in state["state_dict_metadata"].items():
+        if isinstance(entry, _TensorRecord):
+            tensors[key] = _tensor(key, entry.state, places)
+        elif (key, None) in places:
+            objects[key] = places[key, None]
+    return _Metadata(tensors, objects)
 
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module.split(".")[0] == "megatron":
-            return type(name, (), {})
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no metadata")
+
+def _tensor(
+    key: str, state: Mapping[str, Any], places: Mapping[tuple[str, Any], tuple[Path, int, int]]
+) -> _Tensor:
+    chunks = []
+    for chunk in state["chunks"]:
+        offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
+        chunks.append(_Saved(offsets, sizes, *places[key, offsets]))
+    return _Tensor(state["properties"].state[0], state["size"], tuple(chunks))
+
+
+class _TensorRecord(Inert):
+    """The metadata of a tensor; that of anything else is an `Inert`."""
+
+
+def _stand_in(module: str, name: str) -> Any:
+    """What stands for the classes of checkpoint metadata; Megatron's own are plain records."""
+    if (module, name) == ("torch", "Size"):
+        return tuple
+    if module == "torch" and re.fullmatch(r"(bfloat|float|complex|uint|int|bool)\w*", name):
+        return name  # a dtype
+    if name in _METADATA_CLASSES.get(module, ()):
+        return _TensorRecord if name == "TensorStorageMetadata" else Inert
+    if module.split(".")[0] == "megatron":
+        return Inert
+    raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no metadata")

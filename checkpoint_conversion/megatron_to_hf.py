@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from checkpoint_conversion import cli
-from checkpoint_conversion.chunks import Chunk, tensor_bytes
-from checkpoint_conversion.dtypes import cast, chosen_dtype
+from checkpoint_conversion.chunks import Chunk
+from checkpoint_conversion.dtypes import DType, chosen_dtype
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf_folder import CONFIG, INDEX, read_hf_config, read_weight_map
@@ -42,7 +40,9 @@ from checkpoint_conversion.megatron_reader import (
 )
 from checkpoint_conversion.output import whole_folder
 from checkpoint_conversion.progress import Progress, human
+from checkpoint_conversion.raw_files import OpenFiles
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
+from checkpoint_conversion.workers import Buffers, run_all, worker_count
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class ExportPlan:
     def nbytes(self) -> int:
         """Bytes of all tensors to write."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def dtype_of(self, chunk: Chunk) -> DType:
+        """The dtype to write for a part of a Megatron tensor."""
+        return self.tensors[chunk.piece.hf[0]].dtype
 
 
 def plan_export(
@@ -107,6 +111,8 @@ def megatron_to_hf(
     dtype: str = "source",
     max_shard_size: str | int | None = None,
     overwrite: bool = False,
+    check_finite: bool = False,
+    workers: int | None = None,
     progress: TextIO | None = None,
 ) -> ExportPlan:
     """Convert a Megatron torch_dist checkpoint to a HuggingFace folder.
@@ -120,6 +126,8 @@ def megatron_to_hf(
         max_shard_size: Such as "5GB". None: the files of the template when it has an index, else
             at most 5 GB each.
         overwrite: Replace an earlier output in `out`.
+        check_finite: Refuse NaN and infinity.
+        workers: Number of threads; None for one per core, at most 8.
         progress: Where progress lines go.
 
     Returns:
@@ -135,30 +143,34 @@ def megatron_to_hf(
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
-    sources = [plan.template, plan.checkpoint.folder]
+    checkpoint = plan.checkpoint
+    threads = worker_count(workers)
+    sources = [plan.template, checkpoint.folder]
+    chunks = [chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule)]
+    sizes = (chunk.elements * plan.dtype_of(chunk).itemsize for chunk in chunks)
+    buffers = Buffers(max(sizes))
     counter = Progress(len(plan.tensors), plan.nbytes, progress)
     with (
         whole_folder(Path(out), sources, overwrite, foreign_folder, plan.nbytes) as folder,
         HFWriter(folder, plan.tensors, plan.weight_map) as writer,
+        OpenFiles() as files,
     ):
-        for rule in plan.checkpoint.rules:
-            for chunk in plan.checkpoint.chunks(rule):
-                _export(plan, chunk, writer, counter)
+
+        def export(chunk: Chunk) -> None:
+            dtype = plan.dtype_of(chunk)
+            data = buffers.first(chunk.elements * dtype.itemsize)
+            row_bytes = len(data) // chunk.rows
+            checkpoint.read_into(chunk, dtype, data, files, check_finite)
+            for source, start, rows in chunk.layout:
+                part, data = data[: rows * row_bytes], data[rows * row_bytes :]
+                writer.write_rows(chunk.piece.hf[source], start, part)
+                counter.add(chunk.piece.hf[source], len(part))
+
+        run_all(export, chunks, threads)
         writer.flush()
         copy_artifacts(plan.template, folder, plan.config)
         counter.finish()
     return plan
-
-
-def _export(plan: ExportPlan, chunk: Chunk, writer: HFWriter, counter: Progress) -> None:
-    """Write a part of a Megatron tensor to the HuggingFace tensors it is made of."""
-    dtype = plan.tensors[chunk.piece.hf[0]].dtype
-    rows_left = cast(plan.checkpoint.read(chunk), dtype, chunk.key).view(chunk.rows, -1)
-    for source, start, rows in chunk.layout:
-        data = tensor_bytes(rows_left[:rows])
-        writer.write_rows(chunk.piece.hf[source], start, data)
-        counter.add(chunk.piece.hf[source], data.nbytes)
-        rows_left = rows_left[rows:]
 
 
 def files_of(
@@ -186,10 +198,10 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
     The key is `dtype` since transformers 4.56 and `torch_dtype` before; where the template has
     either, it is kept.
     """
-    nbytes: Counter[torch.dtype] = Counter()
+    nbytes: Counter[DType] = Counter()
     for tensor in tensors.values():
         nbytes[tensor.dtype] += tensor.nbytes
-    name = str(nbytes.most_common(1)[0][0]).removeprefix("torch.")
+    name = nbytes.most_common(1)[0][0].torch
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return {**config, **dict.fromkeys(keys, name)}
 
@@ -224,6 +236,8 @@ def main() -> int:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
+        check_finite=options.check_finite,
+        workers=options.workers,
         progress=sys.stderr,
     )
     print(

@@ -1,9 +1,7 @@
 """Writing a torch_dist checkpoint without a model, a process group or the whole of any tensor.
 
-The format is that of torch.distributed.checkpoint: files of entries, each written by torch.save,
-and a pickled `Metadata` that says where each chunk of each tensor lies. The entries are written
-here and not by torch's FileSystemWriter, which keeps the last chunk of every tensor alive until a
-file is complete, copies through CUDA where there is a GPU, and puts everything into one file.
+The format is that of torch.distributed.checkpoint: files of entries, each written as torch.save does,
+and a pickled `Metadata` that says where each chunk of each tensor lies (see `torch_pickle`).
 
 What a checkpoint must hold beside its tensors, for Megatron-Core 0.19.2 to load it under its
 default strictness: an `_extra_state` entry for every module that asks for one, a `common_state`
@@ -15,29 +13,33 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from typing import Any
 
 from checkpoint_conversion.chunks import Chunk
+from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.families.family import Shape
-from checkpoint_conversion.output import sync_file, write_file
+from checkpoint_conversion.output import write_file
+from checkpoint_conversion.torch_pickle import (
+    Call,
+    Instance,
+    Named,
+    dumps,
+    tensor_pickle,
+    write_archive,
+)
+from checkpoint_conversion.workers import Buffers, run_all
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-_FILE_BYTES = 4 << 30
+# Enough files for any number of workers, few enough for a parallel file system.
+_FILES = 32
+_LEAST_FILE_BYTES, _MOST_FILE_BYTES = 64 << 20, 4 << 30
+_METADATA_VERSION = "1.0.0"  # torch.distributed.checkpoint.filesystem.CURRENT_DCP_VERSION
 # What Megatron-Core 0.19.2 saves as the metadata of a checkpoint's content; it selects the keys of
 # the sharded state dict (megatron/training/checkpointing.py, _build_sharded_state_dict_metadata).
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -53,39 +55,66 @@ _COMMON_ARGUMENTS = {
     "pipeline_model_parallel_size": 1,
     "ckpt_format": "torch_dist",
 }
+Tensors = Sequence[tuple[Chunk, DType]]
+Read = Callable[[Chunk, DType, memoryview], None]
 
 
 def write_release(
     folder: Path,
-    tensors: Iterable[tuple[Chunk, torch.dtype]],
-    read: Callable[[Chunk, torch.dtype], torch.Tensor],
+    tensors: Tensors,
+    read: Read,
     arguments: Mapping[str, Any],
     extra_states: Mapping[str, Shape],
+    workers: int,
 ) -> None:
     """Write `folder`/release and the tracker file that names it.
 
     The metadata and the tracker come last: an interrupted write leaves nothing that Megatron loads.
+    The files are the same for any number of workers.
 
     Args:
         folder: An existing, empty folder.
         tensors: All chunks of all tensors, with the dtype to write.
-        read: Gives the values of a chunk in a dtype, of shape `chunk.sizes`.
+        read: Puts the values of a chunk in a dtype into a buffer; called by several threads.
         arguments: Megatron arguments of the architecture.
         extra_states: Modules with an `_extra_state` entry, and the grid of its shards.
+        workers: Number of threads.
     """
     checkpoint = folder / RELEASE
     checkpoint.mkdir()
-    with _EntryFiles(checkpoint) as files:
-        files.add_object("common_state/shard_0_1", _common_state(arguments))
-        for module, grid in extra_states.items():
-            for position in itertools.product(*map(range, grid)):
-                files.add_object(_shard_name(f"{module}._extra_state", position, grid), None)
-        for chunk, dtype in tensors:
-            files.add_chunk(chunk, read(chunk, dtype))
-    write_file(checkpoint / ".metadata", pickle.dumps(files.metadata()))
+    buffers = Buffers(largest(tensors))
+    objects = dict(_objects(arguments, extra_states))
+    object_file = checkpoint / "__0_0.distcp"
+    places = _write_objects(object_file, objects)
+    groups = list(_files(tensors))
+
+    def write(number: int) -> list[_Place]:
+        file = checkpoint / f"__0_{number + 1}.distcp"
+        return _write_chunks(file, groups[number], read, buffers)
+
+    for written in run_all(write, range(len(groups)), workers):
+        places += written
+    write_file(checkpoint / ".metadata", dumps(_metadata(objects, tensors, places)))
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_file(checkpoint / "metadata.json", json.dumps(backend).encode())
     write_file(folder / TRACKER, RELEASE.encode())
+
+
+def largest(tensors: Tensors) -> int:
+    """Bytes of the largest chunk."""
+    return max(chunk.elements * dtype.itemsize for chunk, dtype in tensors)
+
+
+def _objects(
+    arguments: Mapping[str, Any], extra_states: Mapping[str, Shape]
+) -> Iterator[tuple[str, Any]]:
+    """The entries that are not tensors; their names are those of
+    megatron/core/dist_checkpointing/mapping.py, ShardedObject.unique_key."""
+    yield "common_state/shard_0_1", _common_state(arguments)
+    for module, grid in extra_states.items():
+        for position in itertools.product(*map(range, grid)):
+            shard = f"{'.'.join(map(str, position))}_{'.'.join(map(str, grid))}"
+            yield f"{module}._extra_state/shard_{shard}", None
 
 
 def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,73 +132,120 @@ def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shard_name(key: str, position: Shape, grid: Shape) -> str:
-    """The name of an entry that is not a tensor (megatron/core/dist_checkpointing/mapping.py,
-    ShardedObject.unique_key)."""
-    return f"{key}/shard_{'.'.join(map(str, position))}_{'.'.join(map(str, grid))}"
+def _files(tensors: Tensors) -> Iterator[Tensors]:
+    """The chunks of each file."""
+    total = sum(chunk.elements * dtype.itemsize for chunk, dtype in tensors)
+    limit = min(max(total // _FILES, _LEAST_FILE_BYTES), _MOST_FILE_BYTES)
+    group: list[tuple[Chunk, DType]] = []
+    size = 0
+    for chunk, dtype in tensors:
+        group.append((chunk, dtype))
+        size += chunk.elements * dtype.itemsize
+        if size >= limit:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-class _EntryFiles:
-    """Appends entries to numbered files and remembers where each one lies."""
+@dataclass(frozen=True)
+class _Place:
+    """Where an entry lies."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._count = 0
-        self._stream = self._next_file()
+    key: str
+    offsets: Shape | None
+    file: str
+    start: int
+    length: int
 
-    def add_object(self, name: str, value: Any) -> None:
-        """Add a non-tensor entry; Megatron-Core stores a list with one element."""
-        self._entries[name] = BytesStorageMetadata()
-        self._add(MetadataIndex(name), [value])
 
-    def add_chunk(self, chunk: Chunk, values: torch.Tensor) -> None:
-        """Add a part of a tensor."""
-        entry = self._entries.setdefault(
-            chunk.key,
-            TensorStorageMetadata(
-                _PortableProperties(dtype=values.dtype),
-                torch.Size(chunk.rule.megatron_shape),
-                chunks=[],
-            ),
+def _write_objects(file: Path, objects: Mapping[str, Any]) -> list[_Place]:
+    """Write entries that are not tensors; Megatron-Core stores a list with one element."""
+    places = []
+    with file.open("xb") as stream:
+        for key, value in objects.items():
+            start = stream.tell()
+            write_archive(stream, pickle.dumps([value], protocol=2))
+            places.append(_Place(key, None, file.name, start, stream.tell() - start))
+        _sync(stream)
+    return places
+
+
+def _write_chunks(file: Path, tensors: Tensors, read: Read, buffers: Buffers) -> list[_Place]:
+    places = []
+    with file.open("xb") as stream:
+        for chunk, dtype in tensors:
+            data = buffers.first(chunk.elements * dtype.itemsize)
+            read(chunk, dtype, data)
+            start = stream.tell()
+            write_archive(stream, tensor_pickle(dtype, chunk.sizes), data)
+            length = stream.tell() - start
+            places.append(_Place(chunk.key, chunk.offsets, file.name, start, length))
+        _sync(stream)
+    return places
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+
+def _metadata(objects: Iterable[str], tensors: Tensors, places: Iterable[_Place]) -> Instance:
+    """What `.metadata` holds, in the form that every torch reads: newer ones write more of a
+    tensor's properties, which older ones refuse."""
+    entries = {key: Instance(Named(_METADATA, "BytesStorageMetadata"), {}) for key in objects}
+    numbers: dict[tuple[str, Shape | None], int | None] = {}
+    for key, same in itertools.groupby(tensors, key=lambda tensor: tensor[0].key):
+        chunks = list(same)
+        entries[key] = _tensor_metadata(chunks)
+        numbers |= {(key, chunk.offsets): number for number, (chunk, _) in enumerate(chunks)}
+    storage = {
+        _index(place, numbers.get((place.key, place.offsets))): _storage_info(place)
+        for place in places
+    }
+    state = {
+        "state_dict_metadata": entries,
+        "planner_data": None,
+        "storage_data": storage,
+        "storage_meta": None,
+        "version": _METADATA_VERSION,
+    }
+    return Instance(Named(_METADATA, "Metadata"), state)
+
+
+def _tensor_metadata(chunks: Tensors) -> Instance:
+    chunk, dtype = chunks[0]
+    contiguous = Call(Named(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+    strided = Call(Named("torch.serialization", "_get_layout"), ("torch.strided",))
+    properties = (Named("torch", dtype.torch), strided, False, contiguous, False)
+    extents = [
+        Instance(
+            Named(_METADATA, "ChunkStorageMetadata"),
+            {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)},
         )
-        assert isinstance(entry, TensorStorageMetadata)
-        extent = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-        self._add(MetadataIndex(chunk.key, extent.offsets, len(entry.chunks)), values)
-        entry.chunks.append(extent)
-
-    def metadata(self) -> Metadata:
-        """What `.metadata` holds."""
-        return Metadata(self._entries, storage_data=self._places, version=CURRENT_DCP_VERSION)
-
-    def __enter__(self) -> _EntryFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _add(self, index: MetadataIndex, value: Any) -> None:
-        if self._stream.tell() >= _FILE_BYTES:
-            self._close()
-            self._stream = self._next_file()
-        offset = self._stream.tell()
-        torch.save(value, self._stream)
-        length = self._stream.tell() - offset
-        self._places[index] = _StorageInfo(Path(self._stream.name).name, offset, length)
-
-    def _next_file(self) -> IO[bytes]:
-        file = self._folder / f"__0_{self._count}.distcp"
-        self._count += 1
-        return file.open("xb")
-
-    def _close(self) -> None:
-        self._stream.close()
-        sync_file(Path(self._stream.name))
+        for chunk, _ in chunks
+    ]
+    state = {
+        "properties": Instance(Named(_METADATA, "TensorProperties"), properties),
+        "size": _size(chunk.rule.megatron_shape),
+        "chunks": extents,
+    }
+    return Instance(Named(_METADATA, "TensorStorageMetadata"), state)
 
 
-class _PortableProperties(TensorProperties):
-    """Properties that every torch reads: newer ones pickle `strides` too, which older ones refuse."""
+def _index(place: _Place, number: int | None) -> Instance:
+    offset = None if place.offsets is None else _size(place.offsets)
+    state = {"fqn": place.key, "offset": offset, "index": number}
+    return Instance(Named(_METADATA, "MetadataIndex"), state)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TensorProperties, (), self.__getstate__()[:5]
+
+def _storage_info(place: _Place) -> Instance:
+    state = {"relative_path": place.file, "offset": place.start, "length": place.length}
+    return Instance(Named("torch.distributed.checkpoint.filesystem", "_StorageInfo"), state)
+
+
+def _size(shape: Shape) -> Call:
+    return Call(Named("torch", "Size"), (shape,))

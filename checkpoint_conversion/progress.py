@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TextIO
 
@@ -15,8 +16,17 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
+def duration(seconds: float) -> str:
+    """A time such as "3 min 20 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class Progress:
-    """Counts tensors and bytes; writes at most one line per interval.
+    """Counts tensors and bytes, and writes at most one line per interval. May be shared by threads.
 
     Args:
         tensors: Number of tensors in all.
@@ -34,27 +44,32 @@ class Progress:
         self._stream = stream
         self._interval = interval
         self._start = self._last = time.monotonic()
+        self._lock = threading.Lock()
 
     def add(self, name: str, nbytes: int) -> None:
         """Count bytes of a tensor; a name may come several times."""
-        self._names.add(name)
-        self._bytes += nbytes
-        if time.monotonic() - self._last >= self._interval:
-            self._write()
+        with self._lock:
+            self._names.add(name)
+            self._bytes += nbytes
+            if time.monotonic() - self._last >= self._interval:
+                self._write()
 
     def finish(self) -> None:
         """Write the last line."""
-        self._write()
+        with self._lock:
+            self._write()
 
     def _write(self) -> None:
         self._last = time.monotonic()
         if self._stream is None:
             return
         tensors, nbytes = self._total
-        rate = self._bytes / max(self._last - self._start, 1e-3)
+        elapsed = max(self._last - self._start, 1e-3)
+        left = (nbytes - self._bytes) * elapsed / max(self._bytes, 1)
+        then = f"{duration(left)} left" if self._bytes < nbytes else f"in {duration(elapsed)}"
         print(
             f"{len(self._names)}/{tensors} tensors, {human(self._bytes)} of {human(nbytes)}, "
-            f"{human(rate)}/s",
+            f"{human(self._bytes / elapsed)}/s, {then}",
             file=self._stream,
             flush=True,
         )

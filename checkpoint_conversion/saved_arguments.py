@@ -7,8 +7,6 @@ base, would otherwise be exchanged without a word.
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +14,7 @@ from typing import IO, Any
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
 from checkpoint_conversion.megatron_reader import find_checkpoint, read_object
+from checkpoint_conversion.torch_pickle import Inert, Unpickler, read_pickle
 
 # Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
 # (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
@@ -96,14 +95,18 @@ def _arguments(checkpoint: Path) -> dict[str, Any]:
     if isinstance(common, list) and len(common) == 1:  # an entry, but not the file, is a list
         common = common[0]
     arguments = common.get("args") if isinstance(common, dict) else None
-    values = arguments.state if isinstance(arguments, _Inert) else arguments
+    values = arguments.state if isinstance(arguments, Inert) else arguments
     if not isinstance(values, dict):
         return {}
     return {
-        name: value
-        for name, value in values.items()
-        if isinstance(name, str) and type(value) in _PLAIN
+        name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (
+        isinstance(value, list) and all(type(item) in _PLAIN for item in value)
+    )
 
 
 def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
@@ -149,53 +152,9 @@ def _difference(name: str, saved: Any, expected: Any) -> str:
 def _unpickled(stream: IO[bytes], where: str) -> Any:
     """The object of a file that torch.save wrote, without its tensors."""
     try:
-        with zipfile.ZipFile(stream) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            return _InertUnpickler(io.BytesIO(archive.read(name))).load()
+        content = io.BytesIO(read_pickle(stream))
+        return Unpickler(content, lambda _module, _name: Inert).load()
     except Exception as error:  # a broken pickle can raise almost anything
         raise ConversionError(
             f"{where}: the arguments of the checkpoint are not readable: {error}"
         ) from error
-
-
-class _Inert:
-    """Stands for everything in a pickle that is not a plain value, and keeps its attributes.
-
-    Whatever the pickle does with it (construct, call, fill) has no effect.
-    """
-
-    state: Any = None
-
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __call__(self, *_: Any, **__: Any) -> _Inert:
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, *_: Any) -> None:
-        pass
-
-    def append(self, _: Any) -> None:
-        pass
-
-    def extend(self, _: Any) -> None:
-        pass
-
-    def add(self, _: Any) -> None:
-        pass
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Gives `_Inert` for every class, function and tensor storage."""
-
-    def find_class(self, _module: str, _name: str) -> Any:
-        return _Inert
-
-    def persistent_load(self, _: Any) -> Any:
-        return _Inert()

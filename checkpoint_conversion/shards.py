@@ -15,12 +15,13 @@ from functools import cached_property
 
 import torch
 
-from checkpoint_conversion.chunks import CHUNK_BYTES, Chunk, tensor_bytes
-from checkpoint_conversion.dtypes import cast
+from checkpoint_conversion.chunks import CHUNK_BYTES, Chunk
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families.family import Piece, Shape, TensorRule
-from checkpoint_conversion.hf_folder import DTYPES, HFTensor
+from checkpoint_conversion.hf_folder import HFTensor
 from checkpoint_conversion.hf_model import HFModel
+from checkpoint_conversion.raw_files import write_at
+from checkpoint_conversion.torch_tensors import TORCH, cast, read_chunk, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def read_shard(model: HFModel, rules: Rules, shard: Shard) -> None:
     done = 0
     for block in rules.blocks(shard):
         chunk = block.chunk
-        values = model.read(chunk, shard.values.dtype).view(chunk.rows, *chunk.rule.piece_shape[1:])
+        values = read_chunk(model, chunk, shard.values.dtype).view(
+            chunk.rows, *chunk.rule.piece_shape[1:]
+        )
         block.values.copy_(values[(slice(None), *block.window)])
         done += chunk.rows
     shard.values[done:].zero_()
@@ -154,7 +157,7 @@ def write_shard(tensors: Mapping[str, HFTensor], rules: Rules, shard: Shard) -> 
         elements += values.numel()
         for source, start, rows in chunk.layout:
             tensor = tensors[chunk.piece.hf[source]]
-            part = cast(values[:rows], DTYPES[tensor.dtype], tensor.name)
+            part = cast(values[:rows], TORCH[tensor.dtype], tensor.name)
             _write_rows(tensor, start, block.window, part.contiguous())
             values = values[rows:]
     return elements
@@ -176,15 +179,9 @@ def _write_rows(
     try:
         for row, begin in enumerate(range(0, len(data), length)):
             offset = tensor.offset + (start + row) * tensor.row_bytes + skip
-            _write(descriptor, data[begin : begin + length], offset)
+            write_at(descriptor, offset, data[begin : begin + length])
     finally:
         os.close(descriptor)
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def _check_shape(rule: TensorRule, shard: Shard) -> None:

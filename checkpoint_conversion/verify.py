@@ -18,13 +18,14 @@ from typing import NamedTuple, TextIO
 import torch
 
 from checkpoint_conversion import cli
-from checkpoint_conversion.chunks import CHUNK_BYTES, tensor_bytes
+from checkpoint_conversion.chunks import CHUNK_BYTES
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import DTYPES, HFTensor
+from checkpoint_conversion.hf_folder import HFTensor
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.megatron_reader import find_checkpoint, open_checkpoint
 from checkpoint_conversion.progress import Progress
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
+from checkpoint_conversion.torch_tensors import TORCH, read_chunk, tensor_bytes
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -110,7 +111,8 @@ def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[Rows]:
     checkpoint = open_checkpoint(folder, model.rules)
     for rule in checkpoint.rules:
         for chunk in checkpoint.chunks(rule):
-            values = checkpoint.read(chunk).view(chunk.rows, -1)
+            dtype = TORCH[checkpoint.dtypes[chunk.key].name]
+            values = read_chunk(checkpoint, chunk, dtype).view(chunk.rows, -1)
             for source, start, rows in chunk.layout:
                 tensor = model.tensors[chunk.piece.hf[source]]
                 yield Rows(tensor.name, _read(tensor, start, rows), values[:rows])
@@ -130,8 +132,8 @@ def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterat
 
 def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
     """Rows of a tensor as a matrix."""
-    width = tensor.row_bytes // DTYPES[tensor.dtype].itemsize
-    result = torch.empty((rows, width), dtype=DTYPES[tensor.dtype])
+    width = tensor.row_bytes // TORCH[tensor.dtype].itemsize
+    result = torch.empty((rows, width), dtype=TORCH[tensor.dtype])
     tensor.read_rows(start, rows, tensor_bytes(result))
     return result
 

@@ -35,7 +35,7 @@ def stalling(function):
         return function(*arguments)
     return call
 
-HFTensor.read_rows = stalling(HFTensor.read_rows)
+HFTensor.read_rows_from = stalling(HFTensor.read_rows_from)
 hf_writer.HFWriter.write_rows = stalling(hf_writer.HFWriter.write_rows)
 getattr(sys.modules["checkpoint_conversion." + sys.argv[1]], sys.argv[1])(*sys.argv[2:], overwrite=True)
 """
