@@ -1,7 +1,8 @@
 """The unit of work: a run of rows of one Megatron tensor, small enough to be held in memory.
 
-A chunk never spans layers and has at most CHUNK_BYTES, so memory depends neither on the depth nor on
-the width of the model.
+A chunk never spans layers, so memory depends neither on the depth nor on the width of the model. What a
+checkpoint stores as one chunk has at most CHUNK_BYTES; it is moved in parts of TRANSFER_BYTES, which stay
+in a core's cache between reading, the checksum and writing (8 MB at a time took twice the CPU time).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from checkpoint_conversion.families.family import Piece, Shape, TensorRule
 from checkpoint_conversion.layouts import Layout, clipped
 
 CHUNK_BYTES = 8 << 20
+TRANSFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class Chunk:
         """Where these rows come from."""
         return clipped(self.rule.layout, self.start, self.start + self.rows)
 
+    def parts(self, dtype: DType, limit: int = TRANSFER_BYTES) -> Iterator[Chunk]:
+        """This chunk cut into runs of rows of at most `limit` bytes each, but at least a row."""
+        step = max(1, limit * self.rows // (self.elements * dtype.itemsize))
+        for first in range(0, self.rows, step):
+            rows = min(step, self.rows - first)
+            yield Chunk(self.rule, self.piece, self.start + first, rows)
+
 
 def chunks_of(rule: TensorRule, dtype: DType, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
     """The chunks that make up a Megatron tensor, each of at most `limit` bytes but at least a row."""
-    rows, *rest = rule.piece_shape
-    step = max(1, limit // (math.prod(rest) * dtype.itemsize))
     for piece in rule.pieces():
-        for start in range(0, rows, step):
-            yield Chunk(rule, piece, start, min(step, rows - start))
+        yield from Chunk(rule, piece, 0, rule.piece_shape[0]).parts(dtype, limit)

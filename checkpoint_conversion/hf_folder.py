@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from checkpoint_conversion.dtypes import DTYPES
 from checkpoint_conversion.errors import ConversionError
@@ -169,7 +169,8 @@ def list_tensors(folder: str | Path, allow_pickle: bool = False) -> dict[str, HF
     return tensors
 
 
-class _Kind(NamedTuple):
+@dataclass(frozen=True)
+class _Kind:
     """A file format of weights: the name of a single file, and of an index of several."""
 
     single: str

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoint_conversion.chunks import Chunk, chunks_of
+from checkpoint_conversion.chunks import TRANSFER_BYTES, Chunk, chunks_of
 from checkpoint_conversion.dtypes import TORCH_DTYPES, DType, check_finite, converted
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import TensorRule
@@ -114,7 +114,7 @@ class MegatronCheckpoint:
 
     def chunks(self, rule: TensorRule) -> Iterator[Chunk]:
         """The chunks to read a tensor in."""
-        return chunks_of(rule, self.dtypes[rule.megatron])
+        return chunks_of(rule, self.dtypes[rule.megatron], TRANSFER_BYTES)
 
     def read_into(
         self,

@@ -147,8 +147,7 @@ def megatron_to_hf(
     threads = worker_count(workers)
     sources = [plan.template, checkpoint.folder]
     chunks = [chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule)]
-    sizes = (chunk.elements * plan.dtype_of(chunk).itemsize for chunk in chunks)
-    buffers = Buffers(max(sizes))
+    buffers = Buffers()
     counter = Progress(len(plan.tensors), plan.nbytes, progress)
     with (
         whole_folder(Path(out), sources, overwrite, foreign_folder, plan.nbytes) as folder,

@@ -82,7 +82,7 @@ def write_release(
     """
     checkpoint = folder / RELEASE
     checkpoint.mkdir()
-    buffers = Buffers(largest(tensors))
+    buffers = Buffers()
     objects = dict(_objects(arguments, extra_states))
     object_file = checkpoint / "__0_0.distcp"
     places = _write_objects(object_file, objects)
@@ -98,11 +98,6 @@ def write_release(
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_file(checkpoint / "metadata.json", json.dumps(backend).encode())
     write_file(folder / TRACKER, RELEASE.encode())
-
-
-def largest(tensors: Tensors) -> int:
-    """Bytes of the largest chunk."""
-    return max(chunk.elements * dtype.itemsize for chunk, dtype in tensors)
 
 
 def _objects(
@@ -175,14 +170,20 @@ def _write_chunks(file: Path, tensors: Tensors, read: Read, buffers: Buffers) ->
     places = []
     with file.open("xb") as stream:
         for chunk, dtype in tensors:
-            data = buffers.first(chunk.elements * dtype.itemsize)
-            read(chunk, dtype, data)
             start = stream.tell()
+            data = _data(chunk, dtype, read, buffers)
             write_archive(stream, tensor_pickle(dtype, chunk.sizes), data)
             length = stream.tell() - start
             places.append(_Place(chunk.key, chunk.offsets, file.name, start, length))
         _sync(stream)
     return places
+
+
+def _data(chunk: Chunk, dtype: DType, read: Read, buffers: Buffers) -> Iterator[memoryview]:
+    for part in chunk.parts(dtype):
+        data = buffers.first(part.elements * dtype.itemsize)
+        read(part, dtype, data)
+        yield data
 
 
 def _sync(stream: Any) -> None:

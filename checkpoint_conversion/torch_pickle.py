@@ -12,7 +12,7 @@ import io
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -171,17 +171,24 @@ class Inert:
         pass
 
 
-def write_archive(stream: IO[bytes], content: bytes, data: memoryview | None = None) -> None:
+def write_archive(
+    stream: IO[bytes], content: bytes, data: Iterable[memoryview] | None = None
+) -> None:
     """Append what torch.save writes: an archive with a pickle, and the bytes of a tensor if any.
 
     Checksums are those of the content, for readers that compare them (torch does not).
     """
     with zipfile.ZipFile(_Appending(stream), "w") as archive:  # type: ignore[call-overload]
-        records = {"data.pkl": content, "byteorder": b"little", "version": b"3\n"}
-        if data is not None:
-            records["data/0"] = data
-        for name, record in records.items():
+        for name, record in {
+            "data.pkl": content,
+            "byteorder": b"little",
+            "version": b"3\n",
+        }.items():
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), record)
+        if data is not None:
+            with archive.open(zipfile.ZipInfo("archive/data/0"), "w") as record:
+                for part in data:
+                    record.write(part)
 
 
 class _Appending:

@@ -48,11 +48,13 @@ def run_all[Item, Result](
 
 
 class Buffers(threading.local):
-    """A buffer for each thread, made when it is first used."""
+    """A buffer for each thread, as large as the thread ever asked for."""
 
-    def __init__(self, size: int) -> None:
-        self._memory = memoryview(bytearray(size))
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray())
 
     def first(self, nbytes: int) -> memoryview:
         """The first bytes of this thread's buffer."""
+        if len(self._memory) < nbytes:
+            self._memory = memoryview(bytearray(nbytes))
         return self._memory[:nbytes]

@@ -1,0 +1,242 @@
+"""Conversion both ways against `cp` of the same files: time, bytes per second, CPU time and peak memory.
+
+    python tools/bench_conversion.py --sizes 0.6B 4B --scratch FOLDER
+
+Makes models of published Qwen3 shapes with random weights, brings them into the page cache, and runs each
+command in a process of its own. Writes benchmarks/results/<date>-conversion.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint_conversion.dtypes import BF16
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf_model import expected_shapes
+from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, parse_size, split_by_size
+from checkpoint_conversion.megatron_writer import RELEASE
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+# hidden size, MLP size, layers, attention heads, tied
+SIZES = {
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False),
+    "14B": (5120, 17408, 40, 40, False),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command took.
+
+    Attributes:
+        seconds: Wall time, from the start of the process to its end.
+        cpu: User and system seconds of all its threads.
+        peak: Largest resident set in bytes.
+    """
+
+    seconds: float
+    cpu: float
+    peak: int
+
+
+def measured(command: list[str]) -> Run:
+    """Run a command to its end."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    messages: list[bytes] = []
+    reader = threading.Thread(target=lambda: messages.append(process.stderr.read()))
+    reader.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    reader.join()
+    if status:
+        raise SystemExit(f"{' '.join(command)}: {messages[0].decode()}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def make_model(folder: Path, size: str) -> int:
+    """A bf16 model of random weights; the bytes of its tensors."""
+    hidden, mlp, layers, heads, tied = SIZES[size]
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shapes = expected_shapes(family_for(config).tensor_rules(config))
+    tensors = {name: TensorSpec(shape, BF16) for name, shape in shapes.items()}
+    random = np.random.default_rng(0)
+    block = (random.integers(0, 2**16, 1 << 22, dtype=np.uint16) & 0xBFFF).tobytes()
+    with HFWriter(folder, tensors, split_by_size(tensors, parse_size("4GB"))) as writer:
+        for name, tensor in tensors.items():
+            row = tensor.nbytes // tensor.shape[0]
+            step = max(1, len(block) // row)
+            for start in range(0, tensor.shape[0], step):
+                rows = min(step, tensor.shape[0] - start)
+                writer.write_rows(name, start, memoryview(block)[: rows * row])
+        writer.flush()
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def warm(folder: Path) -> None:
+    """Bring the files of a folder into the page cache."""
+    buffer = bytearray(8 << 20)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+
+def bench(scratch: Path, size: str, repeats: int) -> dict:
+    """All measurements of one size; each round runs every command once."""
+    hf, megatron, back, copy = (scratch / name for name in ("hf", "megatron", "back", "copy"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    nbytes = make_model(hf, size)
+    python = [sys.executable, "-m"]
+    commands = {
+        "cp": ["cp", "-r", str(hf), str(copy)],
+        "cp and sync": [
+            *("sh", "-c", f"cp -r {hf} {copy} && find {copy} -type f -exec sync {{}} +"),
+        ],
+        "hf_to_megatron": [
+            *(*python, "checkpoint_conversion.hf_to_megatron"),
+            *("--hf", str(hf), "--out", str(megatron)),
+        ],
+        "megatron_to_hf": [
+            *(*python, "checkpoint_conversion.megatron_to_hf", "--megatron", str(megatron)),
+            *("--hf-template", str(hf), "--out", str(back)),
+        ],
+    }
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for number in range(repeats):
+        for name, command in commands.items():
+            if name == "hf_to_megatron":
+                shutil.rmtree(megatron, ignore_errors=True)
+            warm(megatron if name == "megatron_to_hf" else hf)
+            os.sync()
+            runs[name].append(measured(command))
+            shutil.rmtree(copy, ignore_errors=True)
+            if number + 1 < repeats or name != "megatron_to_hf":
+                shutil.rmtree(back, ignore_errors=True)
+            print(f"{size} {name}: {runs[name][-1].seconds:.2f} s", file=sys.stderr)
+    equal = all(
+        file.read_bytes() == (back / file.name).read_bytes() for file in hf.glob("*.safetensors")
+    )
+    if not equal:
+        raise SystemExit(f"{size}: the round trip changed the weights")
+    assert (megatron / RELEASE / ".metadata").exists()
+    shutil.rmtree(scratch)
+    return {
+        "size": size,
+        "bytes": nbytes,
+        "runs": {name: [asdict(run) for run in done] for name, done in runs.items()},
+    }
+
+
+def start_time() -> float:
+    """Seconds that the interpreter needs to import the converter."""
+    command = [sys.executable, "-c", "import checkpoint_conversion.hf_to_megatron"]
+    return statistics.median(measured(command).seconds for _ in range(5))
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    model = next(
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": memory,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+    }
+
+
+def table(report: dict) -> str:
+    """The report in Markdown: medians."""
+    host = report["machine"]
+    lines = [
+        f"# Conversion, {report['date']}",
+        "",
+        f"{host['cpu']}, {host['cores']} cores, {host['memory'] / 2**30:.0f} GiB, {host['system']}, "
+        f"Python {host['python']}. bf16, random weights, files in the page cache, medians of "
+        f"{report['repeats']} runs; conversions end with fsync, `cp` does not. The interpreter's start "
+        f"and the imports ({report['start']:.2f} s) are part of a conversion's time.",
+        "",
+        "| size | command | seconds | GB/s | x cp | CPU s | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in report["results"]:
+        base = statistics.median(run["seconds"] for run in result["runs"]["cp"])
+        for name, runs in result["runs"].items():
+            seconds, cpu, peak = (
+                statistics.median(run[key] for run in runs) for key in ("seconds", "cpu", "peak")
+            )
+            lines.append(
+                f"| {result['size']} ({result['bytes'] / 1e9:.2f} GB) | {name} | {seconds:.2f} | "
+                f"{result['bytes'] / 1e9 / seconds:.2f} | {seconds / base:.2f} | {cpu:.2f} | "
+                f"{peak / 1e6:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.6B", "4B"])
+    parser.add_argument("--scratch", type=Path, required=True, help="folder to work in; is removed")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    date = datetime.date.today().isoformat()
+    report = {
+        "date": date,
+        "machine": machine(),
+        "repeats": options.repeats,
+        "start": start_time(),
+        "results": [bench(options.scratch / size, size, options.repeats) for size in options.sizes],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{date}-conversion.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = table(report)
+    (options.out / f"{date}-conversion.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
