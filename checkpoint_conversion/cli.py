@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from checkpoint_conversion.dtypes import CHOICES
+from checkpoint_conversion.chunks import TRANSFER_BYTES
+from checkpoint_conversion.dtypes import CHOICES, DType
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.progress import human
+from checkpoint_conversion.workers import peak_memory
+
+DRY_RUN = "check everything and print each tensor; read no data, write nothing"
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +34,23 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that read and write (default: one per core, at most 8)",
     )
+
+
+def part_bytes(shape: Sequence[int], dtype: DType) -> int:
+    """Bytes of a tensor that are moved at a time: whole rows."""
+    row = math.prod(shape[1:]) * dtype.itemsize
+    return min(max(TRANSFER_BYTES, row), shape[0] * row)
+
+
+def print_totals(count: str, nbytes: int, workers: int, parts: Sequence[tuple[int, bool]]) -> None:
+    """Print the last line of a dry run.
+
+    Args:
+        parts: What is moved of each tensor at a time, and whether its dtype changes.
+    """
+    largest, converts = max(size for size, _ in parts), any(changes for _, changes in parts)
+    peak = human(peak_memory(workers, largest, converts))
+    print(f"total: {count}, {nbytes} bytes ({human(nbytes)}); about {peak} of memory")
 
 
 def run(main: Callable[[], int]) -> None:

@@ -24,6 +24,7 @@ from checkpoint_conversion.megatron_writer import RELEASE, TRACKER, write_releas
 from checkpoint_conversion.output import whole_folder
 from checkpoint_conversion.progress import Progress, human
 from checkpoint_conversion.raw_files import OpenFiles
+from checkpoint_conversion.saved_arguments import stock_flags
 from checkpoint_conversion.workers import worker_count
 
 
@@ -116,8 +117,8 @@ def _foreign(out: Path) -> str | None:
     return next((f"it holds {name}" for name in names if name not in (RELEASE, TRACKER)), None)
 
 
-def _print_plan(plan: ImportPlan) -> None:
-    rows = []
+def _print_plan(plan: ImportPlan, workers: int) -> None:
+    rows, parts = [], []
     for rule, dtype in plan.tensors:
         for piece in rule.pieces():
             target = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
@@ -125,10 +126,12 @@ def _print_plan(plan: ImportPlan) -> None:
                 kinds = dict.fromkeys((plan.model.tensors[name].dtype, dtype.name))
                 size = math.prod(shape) * dtype.itemsize
                 rows.append((name, target, list(shape), " -> ".join(kinds), size))
+                parts.append((cli.part_bytes(shape, dtype), len(kinds) > 1))
     cli.print_table(("source", "target", "shape", "dtype", "bytes"), rows)
     if plan.model.alias:
         print(f"{plan.model.alias}: not copied, the embeddings are tied")
-    print(f"total: {len(rows)} tensors -> {len(plan.tensors)} tensors, {plan.nbytes} bytes")
+    count = f"{len(rows)} tensors -> {len(plan.tensors)} tensors"
+    cli.print_totals(count, plan.nbytes, workers, parts)
 
 
 def main() -> int:
@@ -140,10 +143,11 @@ def main() -> int:
         action="store_true",
         help="accept pytorch_model.bin where there are no safetensors; no code in it is run",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the tensors, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help=cli.DRY_RUN)
     options = parser.parse_args()
     if options.dry_run:
-        _print_plan(plan_import(options.hf, options.dtype, options.allow_pickle))
+        plan = plan_import(options.hf, options.dtype, options.allow_pickle)
+        _print_plan(plan, worker_count(options.workers))
         return 0
     plan = hf_to_megatron(
         options.hf,
@@ -160,6 +164,9 @@ def main() -> int:
         f"with: torchrun … -m megatron_profit.sft --hf-model {options.hf} "
         f"--pretrained-checkpoint {options.out} …"
     )
+    model = plan.model
+    flags = stock_flags(model.family.megatron_arguments(model.config))
+    print(f"Megatron-LM's pretrain_gpt.py: --load {options.out} --use-checkpoint-args {flags} …")
     return 0
 
 

@@ -146,7 +146,7 @@ def megatron_to_hf(
     checkpoint = plan.checkpoint
     threads = worker_count(workers)
     sources = [plan.template, checkpoint.folder]
-    chunks = [chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule)]
+    chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
     buffers = Buffers()
     counter = Progress(len(plan.tensors), plan.nbytes, progress)
     with (
@@ -213,6 +213,23 @@ def foreign_folder(out: Path) -> str | None:
     return next((f"it holds {name}/" for name in folders if name != CHAT_TEMPLATES), None)
 
 
+def _print_plan(plan: ExportPlan, workers: int) -> None:
+    rows, parts = [], []
+    for rule in plan.checkpoint.rules:
+        source = plan.checkpoint.dtypes[rule.megatron]
+        for piece in rule.pieces():
+            place = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
+            for name in piece.hf:
+                target = plan.tensors[name]
+                kinds = " -> ".join(dict.fromkeys((source.name, target.dtype.name)))
+                shape = list(target.shape)
+                rows.append((place, name, plan.weight_map[name], shape, kinds, target.nbytes))
+                parts.append((cli.part_bytes(target.shape, target.dtype), source != target.dtype))
+    cli.print_table(("source", "target", "file", "shape", "dtype", "bytes"), rows)
+    rules = len(plan.checkpoint.rules)
+    cli.print_totals(f"{rules} tensors -> {len(rows)} tensors", plan.nbytes, workers, parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.megatron_to_hf")
     parser.add_argument("--megatron", required=True, metavar="DIR", help="Megatron save folder")
@@ -221,12 +238,23 @@ def main() -> int:
     )
     cli.add_output_options(parser)
     parser.add_argument("--iteration", metavar="N", help="a number or 'release' (default: latest)")
+    parser.add_argument("--dry-run", action="store_true", help=cli.DRY_RUN)
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
         help=f"such as 5GB (default: as the template's index, else {DEFAULT_SHARD_SIZE})",
     )
     options = parser.parse_args()
+    if options.dry_run:
+        plan = plan_export(
+            options.megatron,
+            options.hf_template,
+            iteration=options.iteration,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+        )
+        _print_plan(plan, worker_count(options.workers))
+        return 0
     plan = megatron_to_hf(
         options.megatron,
         options.hf_template,

@@ -88,12 +88,15 @@ def write_release(
     places = _write_objects(object_file, objects)
     groups = list(_files(tensors))
 
-    def write(number: int) -> list[_Place]:
-        file = checkpoint / f"__0_{number + 1}.distcp"
-        return _write_chunks(file, groups[number], read, buffers)
+    written: dict[int, list[_Place]] = {}
 
-    for written in run_all(write, range(len(groups)), workers):
-        places += written
+    def write(number: int) -> None:
+        file = checkpoint / f"__0_{number + 1}.distcp"
+        written[number] = _write_chunks(file, groups[number], read, buffers)
+
+    run_all(write, range(len(groups)), workers)
+    for number in range(len(groups)):
+        places += written[number]
     write_file(checkpoint / ".metadata", dumps(_metadata(objects, tensors, places)))
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_file(checkpoint / "metadata.json", json.dumps(backend).encode())

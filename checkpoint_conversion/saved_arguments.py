@@ -82,6 +82,25 @@ def check_architecture(
         )
 
 
+def stock_flags(arguments: Mapping[str, Any]) -> str:
+    """The architecture flags that Megatron's `--use-checkpoint-args` does not take from a checkpoint
+    (megatron/training/checkpointing.py, load_args_from_checkpoint).
+
+    Args:
+        arguments: What the family derives from config.json.
+    """
+    flags = [f"--norm-epsilon {arguments['layernorm_epsilon']}"]
+    if arguments["qk_layernorm"]:
+        flags.append("--qk-layernorm")
+    if arguments["use_rope_scaling"]:
+        factor = arguments["rope_scaling_factor"]
+        flags.append(f"--use-rope-scaling --rope-scaling-factor {factor}")
+    if "num_experts" in arguments:
+        flags.append(f"--moe-router-dtype {arguments['moe_router_dtype']}")
+        flags.append(f"--moe-aux-loss-coeff {arguments['moe_aux_loss_coeff']}")
+    return " ".join(flags)
+
+
 def _arguments(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / _FILE
     if file.is_file():

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint_conversion.errors import ConversionError
 
 _MOST = 8  # more than a disk needs, and what may be taken of a login node
+_BASE_BYTES = 40 << 20  # the interpreter and the modules of a conversion, measured
 
 
 def worker_count(workers: int | None) -> int:
@@ -28,23 +29,42 @@ def worker_count(workers: int | None) -> int:
     return workers
 
 
-def run_all[Item, Result](
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int
-) -> list[Result]:
-    """Apply a function to all items; the results, in order.
+def run_all[Item](function: Callable[[Item], object], items: Iterable[Item], workers: int) -> None:
+    """Apply a function to all items, which are drawn one at a time.
 
     After the first error no further item begins, and that error is raised.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(function, item) for item in items]
+    source, lock, stopped = iter(items), threading.Lock(), threading.Event()
+
+    def work() -> None:
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = next((f for f in futures if f in done and f.exception()), None)
-            if failed is not None:
-                failed.result()
-            return [future.result() for future in futures]
+            while not stopped.is_set():
+                with lock:
+                    item = next(source)
+                function(item)
+        except StopIteration:
+            pass
+        except BaseException:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in [pool.submit(work) for _ in range(workers)]:
+                future.result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            stopped.set()
+
+
+def peak_memory(workers: int, largest: int, converts: bool) -> int:
+    """About the largest resident memory of a conversion.
+
+    Args:
+        workers: Number of threads.
+        largest: Bytes of the largest part that is moved at a time.
+        converts: Whether the dtype changes, which takes intermediate values.
+    """
+    return _BASE_BYTES + workers * largest * (12 if converts else 1)
 
 
 class Buffers(threading.local):

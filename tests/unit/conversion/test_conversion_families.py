@@ -117,6 +117,59 @@ def test_what_is_not_supported_is_refused(change, message):
         family_for(config).megatron_arguments(config)
 
 
+MOE = {
+    **CONFIG,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+LLAMA = {**CONFIG, "architectures": ["LlamaForCausalLM"], "head_dim": None, "rope_theta": 500000.0}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (MOE, {"num_experts_per_tok": 9}, "num_experts_per_tok=9.*at most the 8 experts"),
+        (MOE, {"num_experts_per_tok": 1}, "norm_topk_prob=True.*num_experts_per_tok=1"),
+        (MOE, {"mlp_only_layers": [28]}, r"mlp_only_layers=\[28\].*0 to 27"),
+        (MOE, {"mlp_only_layers": list(range(28))}, "at least one layer with experts"),
+        (MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+        (MOE, {"num_experts": None}, "num_experts=None"),
+        (MOE, {"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1"),
+        (MOE, {"norm_topk_prob": "yes"}, "norm_topk_prob='yes'"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
+        (LLAMA, {"num_attention_heads": 24}, "num_attention_heads=24.*divisor of hidden_size 1024"),
+        (LLAMA, {"rope_scaling": {**SCALING, "low_freq_factor": 2.0}}, "'low_freq_factor': 2.0"),
+        (LLAMA, {"rope_scaling": {**SCALING, "factor": 0.5}}, "factor=0.5"),
+        (LLAMA, {"rope_scaling": {**SCALING, "factor": None}}, "factor=None"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'default' or 'llama3'"),
+        (CONFIG, {"rope_scaling": SCALING}, "for Qwen3, .* no scaling"),
+    ],
+)
+def test_what_other_families_do_not_support_is_refused(config, change, message):
+    config = {**config, **change}
+    with pytest.raises(ConversionError, match=message):
+        family_for(config)
+
+
+def test_layers_with_and_without_experts():
+    config = {**MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    arguments = family_for(config).megatron_arguments(config)
+    assert arguments["moe_layer_freq"] == [0, 1, 0, 0] + 12 * [0, 1]
+    plain = family_for(MOE).megatron_arguments(MOE)
+    assert (plain["moe_layer_freq"], plain["moe_router_pre_softmax"]) == (1, False)
+
+
 def test_qkv_is_grouped_per_kv_head():
     heads, kv_heads, head_dim, hidden = 6, 3, 5, 7
     q = torch.randn(heads * head_dim, hidden)

@@ -35,6 +35,16 @@ def test_contents_and_round_trip(tmp_path, name):
     assert_same_tensors(hf, tmp_path / "back")
 
 
+# Two of three layers in a chunk, an odd number of rows, a part of the columns.
+GRIDS = {
+    "layers": lambda key, size: [2, *size[1:]] if "layers" in key else size,
+    "experts": lambda _, size: [1, 3, *size[2:]] if len(size) == 4 else size,
+    "rows": lambda _, size: [*size[:-2], 7, size[-1]],
+    "columns": lambda _, size: [*size[:-1], 13],
+    "all": lambda key, size: [2 for _ in size[:-2]] + [11, 17],
+}
+
+
 def _one_expert_per_chunk(key, size):
     return [1, 1, *size[2:]] if len(size) == 4 else size
 
@@ -57,6 +67,17 @@ def test_the_way_back_knows_the_names_of_both_layer_implementations(
     sparse = {key.split("mlp.router")[0] for key in tensors if "mlp.router" in key}
     tensors = {k: v for k, v in tensors.items() if k.split(absent)[0] not in sparse}
     save_run(tmp_path / "run", tensors, step=_one_expert_per_chunk)
+    megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")
+    assert_same_tensors(hf, tmp_path / "back")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen2"])
+def test_any_chunk_grid(tmp_path, name, grid):
+    """Experts and biases too, as tensor, expert-tensor, expert and uneven pipeline parallelism cut
+    them."""
+    hf = make_family(tmp_path / "hf", name, torch.bfloat16)
+    save_run(tmp_path / "run", megatron_tensors(read_hf(hf)), step=GRIDS[grid])
     megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")
     assert_same_tensors(hf, tmp_path / "back")
 

@@ -387,7 +387,7 @@ def test_weights_of_another_shape_are_refused(weights_of, with_weights):
 @pytest.mark.parametrize(("flags", "dtype"), [((), "float32"), (("--bf16",), "bfloat16")])
 def test_an_export_has_the_dtype_of_the_run(parse, tmp_path, flags, dtype):
     export = parse("--export-hf", str(tmp_path / "new" / "out"), *flags).export
-    assert {str(tensor.dtype) for tensor in export.tensors.values()} == {f"torch.{dtype}"}
+    assert {tensor.dtype.torch for tensor in export.tensors.values()} == {dtype}
     assert not (tmp_path / "new").exists()
 
 
