@@ -35,7 +35,7 @@ class EveryStatistic(Objective):
     def evaluate(self, statistics):
         weight = statistics.entropy * statistics.sum_squared_prob + statistics.top20_entropy
         weight = weight + statistics.selected + statistics.old_log_prob.exp()
-        weight = weight + (statistics.log_prob - statistics.ref_log_prob).exp()
+        weight = weight + (statistics.log_prob.detach() - statistics.ref_log_prob).exp()
         return ObjectiveOutput(-weight * statistics.log_prob, weight)
 
 
@@ -125,6 +125,38 @@ def check_lower_precision(group):
             assert_equal_results(result, expected, group, rtol=tolerance, atol=tolerance)
 
 
+def check_dense_implementation(group):
+    """The reference gathers the logits; strategies and cuts of the fused path equal it."""
+    problem = Problem(23)
+    expected = problem.run(EveryStatistic(), group, implementation="reference")
+    assert_equal_results(expected, problem.run(EveryStatistic()), group, rtol=1e-9, atol=1e-12)
+    for backward in ("save", "recompute"):
+        result = problem.run(EveryStatistic(), group, backward=backward, chunk_vocab=5)
+        assert_equal_results(result, problem.run(EveryStatistic()), group, rtol=1e-9, atol=1e-12)
+
+
+def check_one_collective_for_all_rows(group):
+    """Forward one gather, backward one sum, however many blocks there are."""
+    calls = []
+    originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
+
+    def counted(name):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in originals:
+        setattr(dist, name, counted(name))
+    try:
+        Problem(23).run(EveryStatistic(), group, chunk_vocab=3)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    assert calls == ["all_gather", "all_reduce"]
+
+
 def check_ranks_agree_to_the_bit(group):
     """Else a token at the threshold would be kept on one rank and dropped on another."""
     output, grad_hidden, _ = Problem(23, torch.float32).run(EveryStatistic(), group)
@@ -191,6 +223,8 @@ CHECKS = [
     check_every_objective,
     check_refusals,
     check_lower_precision,
+    check_dense_implementation,
+    check_one_collective_for_all_rows,
     check_ranks_agree_to_the_bit,
     check_partial_hidden_gradient,
     check_nothing_supervised,

@@ -27,11 +27,24 @@ def run(function, dtype, **options):
     return output.loss.double(), hidden.grad.double(), weight.grad.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_bounded_by_the_dense_loss_of_the_same_precision(dtype):
+@pytest.mark.parametrize("backward", ["save", "recompute"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        ("torch", torch.float64),
+        *(
+            (implementation, dtype)
+            for implementation in ("torch", "triton")
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ),
+    ],
+)
+def test_error_is_bounded_by_the_dense_loss_of_the_same_precision(implementation, dtype, backward):
     exact = run(reference_linear_objective, torch.float64)
     dense = run(reference_linear_objective, dtype)
-    chunked = run(linear_objective, dtype, chunk_vocab=100)
+    chunked = run(
+        linear_objective, dtype, chunk_vocab=999, implementation=implementation, backward=backward
+    )
     for ours, usual, truth in zip(chunked, dense, exact, strict=True):
         assert (ours - truth).norm() <= 1.05 * (usual - truth).norm() + 1e-12 * truth.norm()
 
