@@ -71,6 +71,10 @@ class Layout:
                 raise DataError(
                     f"the column {name!r} is not known for {kind}; known are {', '.join(known)}"
                 )
+        needed = ("messages",) if self.sharegpt else ("prompt", "response")
+        for name in needed:
+            if self.columns and name not in self.columns:
+                raise DataError(f"no column is named for {name}; name {' and '.join(needed)}")
         for name in self.tags:
             if name not in _TAGS:
                 raise DataError(f"the tag {name!r} is not known; known are {', '.join(_TAGS)}")
@@ -231,15 +235,16 @@ def _entry_layout(where: str, entry: dict[str, Any], *, sharegpt: bool) -> Layou
         defaults = {"messages": "conversations"}
     else:
         defaults = {"prompt": "instruction", "query": "input", "response": "output"}
-    optional = frozenset(set(defaults.values()) - set(columns.values()))
+    # As there: whoever names one column names all of them.
     try:
-        return Layout({**defaults, **columns}, sharegpt, _tags(tags, sharegpt), optional)
+        return Layout(
+            columns or defaults,
+            sharegpt,
+            tags={**_TAGS, **tags} if sharegpt else {},
+            optional=frozenset() if columns else frozenset({"input"}),
+        )
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-
-
-def _tags(tags: dict[str, str], sharegpt: bool) -> dict[str, str]:
-    return {**_TAGS, **tags} if sharegpt else {}
 
 
 def _entry_value(where: str, entry: dict[str, Any], key: str, kind: type, default: Any) -> Any:

@@ -67,10 +67,13 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         leader=leader,
         progress=print_rank_0,
     )
-    for name, found in sets.items():
-        print_rank_0(f"> {name} data: {found.prepared.report}\n{found.packing}")
-    valid = sets.get("valid")
-    return SFTData(sets["train"].dataset, valid and valid.dataset)
+    train, valid = sets["train"], sets.get("valid")
+    print_rank_0(f"> train data: {train.prepared.report}\n{train.packing}")
+    if valid and valid.prepared is train.prepared:
+        print_rank_0(f"> valid data, set aside: {valid.packing}")
+    elif valid:
+        print_rank_0(f"> valid data: {valid.prepared.report}\n{valid.packing}")
+    return SFTData(train.dataset, valid and valid.dataset)
 
 
 def _check_tokenizer(arguments: SFTArguments) -> None:

@@ -5,7 +5,14 @@ import unicodedata
 
 import pytest
 
-from megatron_profit.data import ChatRenderer, build_examples, normalise, read_records
+from megatron_profit.data import (
+    ChatRenderer,
+    Layout,
+    SFTDataset,
+    build_examples,
+    normalise,
+    read_records,
+)
 
 THINK, END = "<think>\n\n</think>\n\n", "<|im_end|>"
 
@@ -84,3 +91,24 @@ def test_thoughts_and_tools_under_qwen3(qwen3, qwen3_renderer, conversation, sup
         f"<think>\nI must look.\n</think>\n\n<tool_call>\n{written}\n</tool_call><|im_end|>",
         "<think>\nNow I know.\n</think>\n\nSunny.<|im_end|>",
     ]
+
+
+def test_question_and_answer_columns(shared, qwen3_renderer, qwen3):
+    layout = Layout.of_columns(["prompt=question", "response=answer"])
+    for record in read_records(shared / "data" / "gsm8k_test.jsonl"):
+        conversation = normalise(record, layout)
+        assert [m["content"] for m in conversation.messages] == list(record.value.values())
+        if record.number % 40 == 1:
+            ids = qwen3.apply_chat_template(conversation.messages, return_dict=False)
+            assert qwen3_renderer.render(conversation).ids.tolist() == ids
+
+
+def test_real_rows_are_packed_nearly_full(shared, qwen3_renderer):
+    file = shared / "data" / "s1k_gptoss20b_sharegpt_low.json"
+    examples, report = build_examples(file, qwen3_renderer, 8192)
+    data = SFTDataset(examples, 8192, 10**6, packing=True)
+    count = data.order.rows_until(1)
+    rows = [data[i] for i in range(count)]
+    assert sum(int((row["labels"] != -100).sum()) for row in rows) == report.supervised_tokens
+    filled = sum(int((row["record_index"] >= 0).sum()) for row in rows) / (8192 * count)
+    assert filled > 0.97

@@ -1,0 +1,213 @@
+"""The cache: prepared once, found again by content, whole or not there, shared by processes."""
+
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_profit.data import DataError, Preparation, Source, Training, cache, prepare
+
+ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(400)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sources(write_lines):
+    return [Source(str(write_lines([*ROWS, {"messages": []}])))]
+
+
+@pytest.fixture
+def prepared(tokenizer, sources, tmp_path):
+    """prepared(**what differs): from the cache in tmp_path."""
+
+    def run(sources=sources, preparation=None, folder=tmp_path / "cache", **options):
+        preparation = preparation or Preparation(64)
+        return cache.prepare(sources, tokenizer, preparation, folder, **options)
+
+    return run
+
+
+def folders(tmp_path):
+    return sorted(path.parent.name for path in (tmp_path / "cache").glob(f"*/{cache.ABOUT}"))
+
+
+def same(left, right):
+    names = ("ids", "supervised", "offsets")
+    return all(
+        np.array_equal(getattr(left.examples, name), getattr(right.examples, name))
+        for name in names
+    ) and all(
+        np.array_equal(getattr(left, name), getattr(right, name))
+        for name in ("sources", "numbers", "digests")
+    )
+
+
+def test_data_are_prepared_once_and_mapped(prepared, monkeypatch):
+    first = prepared()
+    assert isinstance(first.examples.ids, np.memmap)
+    assert first.report.kept == 400
+    assert first.numbers.tolist() == list(range(1, 401))
+    monkeypatch.setattr(cache, "_fill", None)
+    second = prepared()
+    assert same(first, second)
+    assert second.report == first.report
+
+
+def test_whatever_changes_the_result_is_prepared_anew(prepared, sources, tokenizer, tmp_path):
+    prepared()
+    file = Path(sources[0].path)
+    for number, changed in enumerate(
+        [
+            {"preparation": Preparation(32)},
+            {"preparation": Preparation(64, "drop")},
+            {"preparation": Preparation(64, training=Training("last"))},
+            {"preparation": Preparation(64, training=Training(think=False))},
+            {"sources": [*sources, *sources]},
+        ],
+        start=2,
+    ):
+        prepared(**changed)
+        assert len(folders(tmp_path)) == number
+    os.utime(file)
+    prepared()
+    assert len(folders(tmp_path)) == 6, "the content counts"
+    file.write_text(file.read_text().replace("answer 7", "answer 8"))
+    prepared()
+    assert len(folders(tmp_path)) == 7
+    about = json.loads((tmp_path / "cache" / folders(tmp_path)[0] / cache.ABOUT).read_text())
+    assert about["report"]["read"] in (401, 802)
+
+
+def test_several_processes_give_the_same_examples(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 50)
+    alone = prepared()
+    assert same(alone, prepared(folder=tmp_path / "other", workers=2))
+
+
+def _prepare_and_count(log, arguments, barrier):
+    fill = cache._fill
+
+    def counting(*args):
+        with log.open("a") as file:
+            file.write("filled\n")
+        fill(*args)
+
+    cache._fill = counting
+    barrier.wait()
+    kept = cache.prepare(*arguments).report.kept
+    with log.open("a") as file:
+        file.write(f"{kept}\n")
+
+
+def test_two_jobs_share_the_work(sources, tokenizer, tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, log = context.Barrier(3), tmp_path / "log"
+    arguments = (sources, tokenizer, Preparation(64), tmp_path / "cache")
+    jobs = [
+        context.Process(target=_prepare_and_count, args=(log, arguments, barrier)) for _ in range(3)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    assert sorted(log.read_text().split()) == ["400", "400", "400", "filled"]
+    left = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert sorted(left) == sorted([*folders(tmp_path), "files"]), "no lock, nothing half made"
+
+
+def test_others_wait_for_the_leader(prepared, tmp_path):
+    context, log = multiprocessing.get_context("fork"), tmp_path / "log"
+    follower = context.Process(
+        target=lambda: log.write_text(str(prepared(leader=False).report.kept))
+    )
+    follower.start()
+    time.sleep(0.5)
+    assert follower.is_alive()
+    prepared()
+    follower.join(60)
+    assert log.read_text() == "400"
+
+
+def _lock_of_a_dead_process(path):
+    context = multiprocessing.get_context("fork")
+    holder = context.Process(target=cache._acquire, args=(path,))
+    holder.start()
+    holder.join()
+    assert path.exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch):
+    path = tmp_path / "a.lock"
+    _lock_of_a_dead_process(path)
+    with cache._lock(path, None) as mine:
+        assert not mine
+    with cache._lock(path, None) as mine:
+        assert mine
+        assert path.exists()
+    assert not path.exists()
+    # On another machine, whose processes cannot be asked, silence tells.
+    monkeypatch.setattr(cache, "STALE_SECONDS", 0.3)
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    start, told = time.monotonic(), []
+    with cache._lock(path, told.append) as mine:
+        assert not mine
+    assert time.monotonic() - start >= 0.3
+    assert str(path) in told[0]
+
+
+def test_a_lock_that_is_touched_is_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(cache, "TOUCH_SECONDS", 0.1)
+    monkeypatch.setattr(cache, "_died_here", lambda _: False)
+    path = tmp_path / "a.lock"
+    with cache._lock(path, None) as mine:
+        assert mine
+        time.sleep(1)
+        touched = path.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert path.stat().st_mtime_ns > touched
+
+
+def test_a_failure_leaves_nothing_behind(prepared, tmp_path, write_lines):
+    broken = write_lines([{"messages": []}] * 3, "broken.jsonl")
+    with pytest.raises(DataError, match="no record can be used"):
+        prepared([Source(str(broken))])
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]
+
+
+def test_damage_is_found_before_it_is_trained_on(prepared, tmp_path):
+    prepared()
+    (name,) = folders(tmp_path)
+    with (tmp_path / "cache" / name / "ids").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match=r"ids has .* bytes instead of .*delete this folder"):
+        prepared()
+
+
+def test_a_cache_that_cannot_be_written_is_named(prepared, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="--data-cache"):
+        prepared(folder=tmp_path / "file" / "cache")
+
+
+def test_the_default_place(monkeypatch):
+    for name in ("MEGATRON_PROFIT_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache.default_cache() == Path.home() / ".cache" / "megatron_profit"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache.default_cache() == Path("/x/megatron_profit")
+    monkeypatch.setenv("HF_HOME", "/hf")
+    assert cache.default_cache() == Path("/hf/megatron_profit")
+    monkeypatch.setenv("MEGATRON_PROFIT_CACHE", "/own")
+    assert cache.default_cache() == Path("/own")

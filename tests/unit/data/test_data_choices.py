@@ -1,0 +1,205 @@
+"""What is trained of a conversation, and what is drawn of the data: the options, end to end."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepare_data import main
+
+from megatron_profit.data import BrokenRecord, ChatRenderer, PreparationReport, Training
+from megatron_profit.data.prepare import TOO_LONG
+
+TALK = (
+    ("user", "q"),
+    {"role": "assistant", "content": "Paris"},
+    ("user", "and"),
+    {"role": "assistant", "content": "sunny"},
+)
+
+
+@pytest.fixture(scope="module")
+def trained(small_tokenizer, conversation, supervised_texts):
+    """trained(*turns, tokenizer=small_tokenizer, **options of Training): texts."""
+
+    def run(*turns, tokenizer=small_tokenizer, **options):
+        renderer = ChatRenderer(tokenizer, Training(**options))
+        return supervised_texts(tokenizer, renderer.render(conversation(*turns)))
+
+    return run
+
+
+def test_all_turns_or_the_last(trained):
+    assert trained(*TALK) == ["Paris<|im_end|>", "sunny<|im_end|>"]
+    assert trained(*TALK, turns="last") == ["sunny<|im_end|>"]
+    assert trained(*TALK, ("user", "bye"), turns="last") == ["sunny<|im_end|>"]
+    with pytest.raises(ValueError, match="turns is 'first'"):
+        Training("first")
+
+
+def test_messages_of_weight_0_are_context(trained):
+    def weighted(*weights):
+        answers = iter(weights)
+        return [
+            {**turn, "weight": next(answers)} if isinstance(turn, dict) else turn for turn in TALK
+        ]
+
+    assert trained(*weighted(0, 1)) == ["sunny<|im_end|>"]
+    assert trained(*weighted(1, 0)) == ["Paris<|im_end|>"]
+    assert trained(*weighted(1, 0), turns="last") == []
+    assert trained(*weighted(0, 0)) == []
+    for weight in (0.5, -1, "1", [1]):
+        with pytest.raises(BrokenRecord):
+            trained(*weighted(weight, 1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "without"),
+    [
+        ("<think>\nLet me think.\n</think>\n\nParis", "Paris<|im_end|>"),
+        ("\n<think>\n</think>Paris", "Paris<|im_end|>"),
+        ("Let me think.</think>\n\nParis", "Paris<|im_end|>"),
+        ("Paris", "Paris<|im_end|>"),
+        ("Paris <think>no</think> it is", "Paris <think>no</think> it is<|im_end|>"),
+        ("<think>endless", "<think>endless<|im_end|>"),
+        ("<think>only</think>", "<|im_end|>"),
+    ],
+)
+def test_thoughts_may_be_left_out(trained, answer, without):
+    turns = [("user", "q"), ("assistant", answer)]
+    assert trained(*turns) == [answer + "<|im_end|>"]
+    assert trained(*turns, think=False) == [without]
+
+
+def test_thoughts_that_the_header_opens(trained, make_tokenizer, templates):
+    turns = [("user", "q"), {"role": "assistant", "content": "Paris", "reasoning_content": "hm"}]
+    tokenizer = make_tokenizer(templates.thinking)
+    assert trained(*turns, tokenizer=tokenizer, think=False) == ["Paris<|im_end|>"]
+
+
+pieces = st.lists(st.sampled_from(["Paris", " ", "\n", "é", "🌧", "e\u0301", "<think>", "</think>"]))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(pieces, pieces, st.booleans(), st.sampled_from(["all", "last"]))
+def test_the_mask_agrees_with_the_offsets_of_every_token(
+    small_tokenizer, conversation, first, second, think, turns
+):
+    """The bisection against the definition: a token is trained if it begins inside a span."""
+    answers = ["".join(first) + ".", "".join(second) + "."]
+    talk = conversation(
+        ("user", "q"), ("assistant", answers[0]), ("user", "r"), ("assistant", answers[1])
+    )
+    renderer = ChatRenderer(small_tokenizer, Training(turns, think))
+    rendered, text = renderer.render(talk), renderer.text(talk)
+    offsets = small_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = renderer.trained_spans(text, talk)
+    expected = [
+        any(begin <= first < end and last > begin for begin, end in spans)
+        for first, last in offsets["offset_mapping"]
+    ]
+    assert rendered.supervised.tolist() == expected
+    assert renderer.render_all([talk, talk])[1].ids.tolist() == rendered.ids.tolist()
+
+
+@pytest.fixture
+def tool(small_tokenizer, tmp_path, capsys, monkeypatch):
+    """tool(*flags): exit code, what prepare_data printed, and its JSON."""
+    small_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setenv("MEGATRON_PROFIT_CACHE", str(tmp_path / "cache"))
+
+    def run(*flags, seq_length=64):
+        out = tmp_path / "report.json"
+        command = ["--hf-model", tmp_path / "tokenizer", "--seq-length", seq_length]
+        code = main([str(part) for part in [*command, "--report", out, *flags]])
+        printed = capsys.readouterr()
+        found = json.loads(out.read_text()) if out.exists() else None
+        return code, printed.out + printed.err, found
+
+    return run
+
+
+def rows(count, name="q"):
+    return [
+        {"instruction": f"{name} {i}", "output": "It is sunny." * (i % 3 + 1)} for i in range(count)
+    ]
+
+
+def test_the_tool_reports_what_is_in_the_data(tool, write_lines):
+    file = write_lines([*rows(50), {"messages": []}])
+    code, printed, found = tool("--data", file, "--show", 1)
+    assert code == 0
+    assert "51 records read, 50 kept, 1 skipped" in printed
+    assert "⟦It is sunny.<|im_end|>⟧" in printed
+    assert "tokens         50 ####" in printed or "#" * 40 in printed
+    records, packed = found["train"]["records"], found["train"]["rows"]
+    assert PreparationReport.from_json(records).kept == sum(records["lengths"]) == 50
+    assert packed["examples"] == 50
+    assert packed["rows"] < 50
+    assert packed["efficiency"] == pytest.approx(packed["tokens"] / packed["rows"] / 64)
+    _, _, alone = tool("--data", file, "--no-packing")
+    assert alone["train"]["rows"]["rows"] == 50
+
+
+def test_long_records_may_be_dropped(tool, write_lines):
+    file = write_lines(rows(6))
+    _, printed, found = tool("--data", file, "--too-long", "drop", seq_length=20)
+    skipped = found["train"]["records"]["skipped"][TOO_LONG]
+    assert skipped["count"] == 4
+    assert "line 2" in skipped["places"][0]
+    assert TOO_LONG in printed
+    assert found["train"]["records"]["truncated"] == 0
+
+
+def test_weights_and_split_are_drawn(tool, write_lines):
+    one, two = write_lines(rows(40), "one.jsonl"), write_lines(rows(30, "other"), "two.jsonl")
+    _, _, found = tool("--data", one, two, "--data-weights", 2, 0.5)
+    assert found["train"]["rows"]["examples"] == 80 + 15
+    _, printed, found = tool("--data", one, two, "--valid-split", 0.1)
+    assert found["train"]["rows"]["examples"] == 63
+    assert found["valid"]["rows"]["examples"] == 7
+    assert "valid data, set aside" in printed
+    code, printed, _ = tool("--data", write_lines(rows(1), "single.jsonl"), "--valid-split", 0.5)
+    assert code == 2
+    assert "leaves none to train on" in printed
+
+
+def test_the_split_keeps_equal_records_together_and_forgets_the_order(renderer, write_lines):
+    from megatron_profit.data.options import _set_aside
+
+    digests = np.random.default_rng(0).integers(0, 2**63, 60).astype(np.uint64)
+    twice = np.concatenate([digests, digests[::-1]])
+    aside = _set_aside(twice, 0.2)
+    assert (aside[:60] == aside[60:][::-1]).all()
+    assert aside.sum() == 24
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "none.jsonl"], r"none.jsonl: does not exist"),
+        (
+            ["--data", "{file}", "--data-columns", "prompt=question", "response=output"],
+            "no 'question'",
+        ),
+        (
+            [
+                "--data",
+                "{file}",
+                "--data-columns",
+                *"prompt=instruction response=output query=contxt".split(),
+            ],
+            "contxt",
+        ),
+        (["--data", "{file}", "--data-columns", "prompt=instruction"], "named for response"),
+        (["--data", "{file}", "--seq-length", "0"], "--seq-length is 0"),
+        (["--data", "{file}", "--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_the_tool_names_what_is_wrong(tool, write_lines, flags, message):
+    file = write_lines(rows(3))
+    code, printed, _ = tool(*[flag.format(file=file) for flag in flags])
+    assert code == 2
+    assert message in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,132 @@
+"""Compressed files, folders, data sets of the `datasets` library, and what breaks in them."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pytest
+
+from megatron_profit.data import DataError, build_examples, normalise, read_records, records
+
+ROWS = [{"instruction": f"question {i}", "output": "a"} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def zstd(data):
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.jsonl.zst", zstd(LINES)),
+        ("a.JSONL.GZ", gzip.compress(LINES)),
+    ],
+)
+def test_compressed_files(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    found = list(read_records(tmp_path / name))
+    assert [record.value for record in found] == ROWS
+    assert [record.number for record in found] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES * 999)[:-40]),
+        ("a.jsonl.gz", b"not gzip at all"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:20] + b"xxxxxxxxxxxxxxxx"),
+        ("a.jsonl.zst", zstd(LINES * 999)[:-9]),
+        ("a.jsonl.zst", b"not zstd at all"),
+        ("a.parquet.gz", gzip.compress(LINES)),
+        ("a.gz", gzip.compress(LINES)),
+        ("a.arrow", b"not arrow at all"),
+    ],
+)
+def test_damaged_containers_are_refused(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=name):
+        list(read_records(tmp_path / name))
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
+    for name, row in zip(("b.jsonl", "a.json", "README.md"), ROWS, strict=True):
+        (tmp_path / name).write_text(json.dumps(row))
+    assert [record.value for record in read_records(tmp_path)] == [ROWS[1], ROWS[0]]
+
+
+def test_folders_of_the_datasets_library(tmp_path):
+    data = datasets.Dataset.from_list([{**row, "system": None} for row in ROWS])
+    data.save_to_disk(tmp_path / "one")
+    assert [record.value for record in read_records(tmp_path / "one")] == ROWS
+    splits = datasets.DatasetDict({"train": data, "test": data.select([2])})
+    splits.save_to_disk(tmp_path / "splits")
+    assert len(list(read_records(tmp_path / "splits"))) == 3
+    (record,) = read_records(tmp_path / "splits", "test")
+    assert (record.value, record.number, record.unit) == (ROWS[2], 1, "record")
+    with pytest.raises(DataError, match="no split 'dev' but train, test"):
+        list(read_records(tmp_path / "splits", "dev"))
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    assert [record.value for record in read_records(arrow)] == ROWS
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(DataError):
+        list(read_records(tmp_path / "one"))
+
+
+BROKEN_LINES = [
+    (b'{"instruction": "q", "output": ', records.NOT_JSON),
+    (b'{"instruction": "q\0", "output": "a"}', records.NOT_JSON),
+    (b"\0\0\0", records.NOT_JSON),
+    (b'{"instruction": "\xff\xfe", "output": "a"}', records.NOT_UTF8),
+    ('{"instruction": "ä", "output": "a"}'.encode("latin-1"), records.NOT_UTF8),
+    (b"3", records.NOT_AN_OBJECT),
+    (b'["q", "a"]', records.NOT_AN_OBJECT),
+    (b'"' + b"x" * 10_000_000 + b'"', records.NOT_AN_OBJECT),
+    (b"[" * 100_000, records.NOT_JSON),
+]
+
+
+def test_broken_lines_are_counted_with_their_numbers(tmp_path, renderer):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(ROWS[0]).encode()
+    path.write_bytes(b"\n".join([good, *(line for line, _ in BROKEN_LINES), good, b""]))
+    examples, report = build_examples(path, renderer, 64)
+    assert (report.read, len(examples)) == (len(BROKEN_LINES) + 2, 2)
+    for reason in (records.NOT_JSON, records.NOT_UTF8, records.NOT_AN_OBJECT):
+        lines = [i for i, (_, found) in enumerate(BROKEN_LINES, 2) if found == reason]
+        assert report.skipped[reason].places == [f"{path}, line {line}" for line in lines]
+    assert len(str(report)) < 3000, "a long line is not shown whole"
+
+
+@pytest.mark.parametrize("line", [line for line, _ in BROKEN_LINES])
+def test_a_file_that_begins_or_ends_broken_is_refused(tmp_path, renderer, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line + b"\n" + LINES)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1"):
+        build_examples(path, renderer, 64)
+    path.write_bytes(LINES + line)
+    if line.startswith((b"[", b"{", b"\0")) and line != b'["q", "a"]':
+        with pytest.raises(DataError, match=r"a\.jsonl, line 4"):
+            build_examples(path, renderer, 64)
+
+
+@pytest.mark.parametrize("copies", [10_000, pytest.param(800_000, marks=pytest.mark.slow)])
+def test_long_strings_are_cut_and_counted(tmp_path, renderer, copies):
+    path = tmp_path / "a.jsonl"
+    long = {"instruction": "q", "output": "It is sunny. " * copies}
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(long) + "\n")
+    examples, report = build_examples(path, renderer, 64)
+    assert (report.kept, report.truncated) == (2, 1)
+    assert len(examples[1][0]) == 65
+    assert report.longest > 2 * copies
+
+
+def test_a_broken_record_is_broken_when_it_is_normalised(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES + b"3\n")
+    *_, last = read_records(path)
+    with pytest.raises(records.BrokenRecord, match="int 3"):
+        normalise(last)

@@ -1,0 +1,158 @@
+"""Columns, tags and dataset_info.json: other people's names for what a record holds."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_profit.data import (
+    BrokenRecord,
+    DataError,
+    Layout,
+    RawRecord,
+    normalise,
+    read_records,
+    read_sources,
+)
+
+# As the official ProFit repository and LLaMA-Factory have them.
+ENTRIES = {
+    "shadow_2k": {
+        "file_name": "Shadow_2k.parquet",
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations"},
+    },
+    "s1k_gptoss20b_low": {
+        "file_name": "s1k.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    },
+    "openorca": {
+        "file_name": "orca.jsonl",
+        "columns": {"prompt": "question", "response": "response", "system": "system_prompt"},
+    },
+    "alpaca_en_demo": {"file_name": "alpaca.json"},
+    "alpaca_en": {"hf_hub_url": "llamafactory/alpaca_en"},
+    "pairs": {"file_name": "a.json", "ranking": True},
+    "pictures": {"file_name": "a.json", "columns": {"images": "images"}},
+    "odd_tag": {"file_name": "a.json", "formatting": "sharegpt", "tags": {"role": "x"}},
+    "odd_format": {"file_name": "a.json", "formatting": "chatml"},
+    "odd_key": {"file_name": "a.json", "folder": "x"},
+    "odd_samples": {"file_name": "a.json", "num_samples": "all"},
+}
+
+
+@pytest.fixture
+def info(tmp_path):
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"id": "0", "conversations": talk}]),
+        tmp_path / "Shadow_2k.parquet",
+    )
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "s1k.json").write_text(json.dumps([{"messages": chat}]))
+    orca = {"question": "q", "response": "a", "system_prompt": "s", "id": 1}
+    (tmp_path / "orca.jsonl").write_text(json.dumps(orca) + "\n")
+    alpaca = {"instruction": "q", "input": "", "output": "a", "messages": "not looked at"}
+    (tmp_path / "alpaca.json").write_text(json.dumps([alpaca]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps(ENTRIES))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("shadow_2k", ["user", "assistant"]),
+        ("s1k_gptoss20b_low", ["user", "assistant"]),
+        ("openorca", ["system", "user", "assistant"]),
+        ("alpaca_en_demo", ["user", "assistant"]),
+    ],
+)
+def test_entries_of_dataset_info(info, name, roles):
+    for path in (info, info / "dataset_info.json"):
+        (source,) = read_sources([name], dataset_info=str(path))
+        (record,) = read_records(source.path, source.split)
+        messages = normalise(record, source.layout).messages
+        assert [message["role"] for message in messages] == roles
+        assert messages[-1]["content"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("alpaca_en", "names no file_name"),
+        ("pairs", "preference pairs"),
+        ("pictures", "images is not supported"),
+        ("odd_tag", "tag 'role' is not known"),
+        ("odd_format", "'chatml' is not one of"),
+        ("odd_key", "folder is not supported"),
+        ("odd_samples", "num_samples is 'all', not int"),
+        ("nothing", "neither a file nor an entry"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(info, name, message):
+    with pytest.raises(DataError, match=message):
+        read_sources([name], dataset_info=str(info))
+
+
+def test_a_broken_dataset_info_is_named(tmp_path):
+    for text in ("{", "[]"):
+        (tmp_path / "dataset_info.json").write_text(text)
+        with pytest.raises(DataError, match=r"dataset_info\.json: "):
+            read_sources(["a"], dataset_info=str(tmp_path))
+
+
+def test_files_and_entries_have_weights(info):
+    file = str(info / "alpaca.json")
+    sources = read_sources([file, "shadow_2k"], weights=[1, 0.5], dataset_info=str(info))
+    assert [source.weight for source in sources] == [1, 0.5]
+    assert [source.layout.sharegpt for source in sources] == [False, True]
+
+
+def record(**value):
+    return RawRecord(value, "test", 1, "line")
+
+
+def test_columns_name_question_and_answer():
+    layout = Layout.of_columns(["prompt=question", "response=answer", "query=context"])
+    talk = normalise(record(question="q", answer="a", context="c", messages=3), layout)
+    assert talk.messages == [
+        {"role": "user", "content": "q\nc"},
+        {"role": "assistant", "content": "a"},
+    ]
+    assert normalise(record(question="q", answer="a"), layout).messages[0]["content"] == "q"
+    with pytest.raises(BrokenRecord, match="no 'answer'"):
+        normalise(record(question="q", context="c"), layout)
+
+
+def test_tags_rename_fields_and_roles():
+    layout = Layout(
+        {"messages": "talk"},
+        sharegpt=True,
+        tags={"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "it"},
+    )
+    talk = normalise(record(talk=[{"who": "me", "what": "q"}, {"who": "it", "what": "a"}]), layout)
+    assert talk.messages == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    with pytest.raises(BrokenRecord):
+        normalise(record(talk=[{"who": "you", "what": "q"}, 3]), layout)
+
+
+def test_prompt_and_completion():
+    talk = normalise(record(prompt="q", completion="a"))
+    assert [message["content"] for message in talk.messages] == ["q", "a"]
+    assert talk.trained == [True]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    talk = normalise(record(prompt=[*turns, turns[0]], completion=[turns[1]]))
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    assert talk.trained == [False, True], "what leads to the completion is context"
