@@ -7,7 +7,19 @@ Path("report.html").write_text(page(records, title="base model"))
 """
 
 from megatron_profit.report.page import page
-from megatron_profit.report.scores import TokenRecord, evaluate_objectives, score_records
+from megatron_profit.report.scores import (
+    TokenRecord,
+    evaluate_objectives,
+    score_records,
+    token_texts,
+)
 from megatron_profit.report.terminal import terminal_text
 
-__all__ = ["TokenRecord", "evaluate_objectives", "page", "score_records", "terminal_text"]
+__all__ = [
+    "TokenRecord",
+    "evaluate_objectives",
+    "page",
+    "score_records",
+    "terminal_text",
+    "token_texts",
+]

@@ -27,6 +27,7 @@ from checkpoint_conversion.hf_output import HFOutput, plan_output
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
 from megatron_profit.data import DataOptions, add_data_flags
+from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
@@ -231,6 +232,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     add_objective_flags(group)
     group.add_argument(
+        "--token-report",
+        metavar="DIR",
+        help="Write a token report of some validation records at each evaluation.",
+    )
+    group.add_argument(
+        "--token-report-records",
+        type=int,
+        default=DEFAULT_RECORDS,
+        metavar="N",
+        help="How many records the token report shows.",
+    )
+    group.add_argument(
         "--psft-steps-per-refresh",
         type=int,
         metavar="K",
@@ -315,6 +328,23 @@ def _check_given(flags: _Flags) -> None:
             f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data or "
             "--valid-split"
         )
+    _check_token_report(explicit)
+
+
+def _check_token_report(explicit: Mapping[str, Any]) -> None:
+    count, folder = explicit.get("token_report_records"), explicit.get("token_report")
+    if count is not None and folder is None:
+        raise ArgumentsError("--token-report-records is for --token-report, which is missing")
+    if count is not None and count < 1:
+        raise ArgumentsError(f"--token-report-records is {count}; it must be at least 1")
+    evaluates = explicit.get("valid_data") or explicit.get("valid_split")
+    if folder is not None and (not evaluates or explicit.get("eval_iters") == 0):
+        raise ArgumentsError(
+            f"--token-report {folder} is written at evaluations, and there are none; give --valid-data "
+            "or --valid-split"
+        )
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise ArgumentsError(f"--token-report {folder} is not a folder; name another")
 
 
 def _model_settings(flags: _Flags, config: Mapping[str, Any], source: Path) -> dict[str, Any]:

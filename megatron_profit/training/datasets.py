@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron.core.datasets.utils import Split
 
-from megatron_profit.data import DataError, SFTDataset, load_tokenizer, prepare_sets
+from megatron_profit.data import DataError, Prepared, SFTDataset, load_tokenizer, prepare_sets
 from megatron_profit.training.arguments import SFTArguments
 from megatron_profit.training.console import print_rank_0
 
@@ -24,6 +24,7 @@ class SFTData:
 
     train: SFTDataset
     valid: SFTDataset | None
+    valid_prepared: Prepared | None = None
 
     @property
     def valid_rows(self) -> int:
@@ -73,7 +74,7 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         print_rank_0(f"> valid data, set aside: {valid.packing}")
     elif valid:
         print_rank_0(f"> valid data: {valid.prepared.report}\n{valid.packing}")
-    return SFTData(train.dataset, valid and valid.dataset)
+    return SFTData(train.dataset, valid and valid.dataset, valid and valid.prepared)
 
 
 def _check_tokenizer(arguments: SFTArguments) -> None:

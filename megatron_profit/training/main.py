@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
@@ -18,11 +19,12 @@ from megatron.training.arguments import parse_and_validate_args
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.backends.hooks import listen
-from megatron_profit.data import DataError
+from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
 from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
+from megatron_profit.training.evaluation_report import EvaluationReport, first_records
 from megatron_profit.training.forward_step import make_forward_step
 from megatron_profit.training.given_statistics import GivenStatistics, Source
 from megatron_profit.training.global_ranking import GlobalRanking
@@ -65,11 +67,14 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     score_pass = ScorePass(loss)
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass))
     listen(given)
+    begin = given.begin
+    if args.token_report is not None:
+        begin = evaluation_report(args, data).watching(begin)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         score_pass.watching(data.provider(args)),
         ModelType.encoder_or_decoder,
-        make_forward_step(given.begin),
+        make_forward_step(begin),
     )
     if arguments.export is not None:
         _export(arguments, chunks)
@@ -96,6 +101,17 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
         seed=args.seed,
         log_entropy=args.log_entropy,
         prob_quantiles=ProbQuantiles(tuple(args.log_quantiles)) if args.log_quantiles else None,
+    )
+
+
+def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
+    """What writes the token report that the flags ask for."""
+    return EvaluationReport(
+        folder=Path(args.token_report),
+        records=first_records(data.valid, args.token_report_records),
+        prepared=data.valid_prepared,
+        tokenizer=load_tokenizer(Path(args.hf_model)),
+        objective=args.objective,
     )
 
 

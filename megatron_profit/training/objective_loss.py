@@ -75,7 +75,7 @@ class ObjectiveLoss:
     def current_objective(self) -> Objective:
         """That of the step which is trained, or was trained last before an evaluation."""
         if isinstance(self.objective, ScheduledObjective):
-            return self.objective.at(_current_step())
+            return self.objective.at(current_step())
         return self.objective
 
     def micro_batch(
@@ -199,7 +199,7 @@ class MicroBatchLoss:
         if self._loss.prob_quantiles is not None:
             report |= self._loss.prob_quantiles.add(
                 statistics.log_prob[statistics.supervised],
-                _micro_batches_of_window(),
+                micro_batches_of_window(),
                 mpu.get_data_parallel_group(with_context_parallel=True),
             )
         return loss, num_tokens.to(torch.int), report
@@ -217,7 +217,7 @@ def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tenso
     return labels.masked_fill(loss_mask == 0, -100)
 
 
-def _current_step() -> int:
+def current_step() -> int:
     """The step that is trained, counted from 0, or the last one that was."""
     args = get_args()
     # A run that was already finished when it started evaluates without a step of its own.
@@ -239,7 +239,7 @@ def _micro_batches_of_step() -> int:
     return args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
 
 
-def _micro_batches_of_window() -> int:
+def micro_batches_of_window() -> int:
     """Of this rank, in a step of training or a whole evaluation."""
     return _micro_batches_of_step() * (1 if torch.is_grad_enabled() else get_args().eval_iters)
 

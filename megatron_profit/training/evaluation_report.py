@@ -1,0 +1,144 @@
+"""The token report of some validation records, written at each evaluation.
+
+The evaluation computes the statistics anyway. Each rank of the last pipeline stage collects those of the
+chosen records that it meets, and when an evaluation ends one rank writes the page. A prompt's tokens have
+no probability there: they never meet the output layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from transformers import PreTrainedTokenizerBase
+
+from megatron_profit.data import Prepared, SFTDataset
+from megatron_profit.objectives import TokenStatistics
+from megatron_profit.report import TokenRecord, page, token_texts
+from megatron_profit.training.batch import Batch
+from megatron_profit.training.objective_loss import (
+    MicroBatchLoss,
+    current_step,
+    micro_batches_of_window,
+)
+
+DEFAULT_RECORDS = 20
+# Columns of what is collected of a token.
+_RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT = range(5)
+
+
+@dataclass
+class EvaluationReport:
+    """Collects and writes.
+
+    Attributes:
+        folder: Gets a page `step_0000100.html` for each evaluation.
+        records: Index in the prepared data of each record to show.
+        prepared: The validation data.
+        tokenizer: Of the model.
+        objective: What the run's objective is called.
+    """
+
+    folder: Path
+    records: Sequence[int]
+    prepared: Prepared
+    tokenizer: PreTrainedTokenizerBase
+    objective: str
+    _collected: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _micro_batches: int = 0
+
+    def watching(self, begin: Callable[[Batch], MicroBatchLoss]) -> Callable[[Batch], Any]:
+        """`begin`, and of what it begins in an evaluation the statistics."""
+
+        def watched(batch: Batch) -> Any:
+            loss = begin(batch)
+            return loss if torch.is_grad_enabled() else _Watched(loss, batch, self)
+
+        return watched
+
+    def add(self, batch: Batch, loss: MicroBatchLoss) -> None:
+        """Collect a micro-batch of an evaluation; write the page after the last. Ranks that differ only
+        in their data come here together."""
+        self._collected.append(self._tokens(batch, loss))
+        self._micro_batches += 1
+        if self._micro_batches < micro_batches_of_window():
+            return
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        everything: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(everything, torch.cat(self._collected), group)
+        self._collected, self._micro_batches = [], 0
+        if mpu.get_tensor_model_parallel_rank() == 0 and group.rank() == 0:
+            self._write(torch.cat(everything), current_step() + 1)
+
+    def _tokens(self, batch: Batch, loss: MicroBatchLoss) -> torch.Tensor:
+        """[tokens, 5] float64, the supervised tokens of the chosen records."""
+        statistics = loss.statistics
+        record = batch.record_index.transpose(0, 1).flatten()
+        position = batch.position_ids.transpose(0, 1).flatten()
+        chosen = torch.tensor(self.records, device=record.device)
+        here = statistics.supervised & torch.isin(record, chosen)
+        columns = (record, position, statistics.log_prob, statistics.prob, statistics.weight)
+        return torch.stack([column[here].double() for column in columns], 1).cpu()
+
+    def _write(self, tokens: torch.Tensor, steps: int) -> None:
+        text = page(
+            [self._record(i, tokens[tokens[:, _RECORD] == i]) for i in self.records],
+            title=f"Token report after step {steps}",
+            subtitle=f"{len(self.records)} validation records under the model in training; the objective "
+            f"is {self.objective}. Tokens of a prompt have no probability here.",
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"step_{steps:07}.html"
+        beside = file.with_name(f".{file.name}")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+
+    def _record(self, index: int, tokens: torch.Tensor) -> TokenRecord:
+        ids = self.prepared.examples[index][0].tolist()
+        # What is at a position of the row produces the token behind it.
+        place = tokens[:, _POSITION].long() + 1
+        nothing = torch.full((len(ids),), torch.nan)
+        log_prob = nothing.index_copy(0, place, tokens[:, _LOG_PROB].float())
+        prob = nothing.index_copy(0, place, tokens[:, _PROB].float())
+        weight = torch.zeros(len(ids)).index_copy(0, place, tokens[:, _WEIGHT].float())
+        return TokenRecord(
+            name=f"record {self.prepared.numbers[index]}",
+            pieces=token_texts(self.tokenizer, ids),
+            supervised=~prob.isnan(),
+            statistics=TokenStatistics(log_prob, softmax_prob=prob),
+            weights={self.objective: weight},
+        )
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A micro-batch whose statistics the report sees as well."""
+
+    loss: MicroBatchLoss
+    batch: Batch
+    report: EvaluationReport
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        return self.loss.model_kwargs
+
+    def loss_func(self, output_tensor: torch.Tensor) -> tuple:
+        result = self.loss.loss_func(output_tensor)
+        self.report.add(self.batch, self.loss)
+        return result
+
+
+def first_records(dataset: SFTDataset, count: int) -> tuple[int, ...]:
+    """The records that an evaluation meets first, at most `count`."""
+    found: dict[int, None] = {}
+    rows = dataset.order.rows_until(1)
+    dataset = dataset.with_samples(rows)
+    for row in range(rows):
+        found |= dict.fromkeys(i for i in dataset[row]["record_index"].tolist() if i >= 0)
+        if len(found) >= count:
+            break
+    return tuple(sorted(found)[:count])
