@@ -104,11 +104,13 @@ class MegatronCheckpoint:
         folder: The folder of the iteration, or `release`.
         rules: The name table, with the names that the checkpoint has.
         dtypes: The dtype of each model tensor, by key.
+        padding: Rows that pad the vocabulary; they are not read.
     """
 
     folder: Path
     rules: tuple[TensorRule, ...]
     dtypes: Mapping[str, DType]
+    padding: int
     _saved: Mapping[str, Mapping[Shape, list[_Saved]]]
     _located: dict[_Saved, StoredTensor]
 
@@ -265,7 +267,9 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
     for key in dtypes:
         _check_files(((c.file, c.start + c.length) for c in saved[key].chunks), key)
     chunks = {rule.megatron: _by_piece(saved[rule.megatron], len(rule.stack)) for rule in named}
-    return MegatronCheckpoint(folder, named, dtypes, chunks, {})
+    vocabularies = [rule for rule in named if rule.vocabulary]
+    padding = max(saved[r.megatron].shape[0] - r.megatron_shape[0] for r in vocabularies)
+    return MegatronCheckpoint(folder, named, dtypes, padding, chunks, {})
 
 
 def read_object(folder: Path, key: str) -> bytes | None:

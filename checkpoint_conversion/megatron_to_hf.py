@@ -267,6 +267,8 @@ def main() -> int:
         workers=options.workers,
         progress=sys.stderr,
     )
+    if plan.checkpoint.padding:
+        print(f"left out: {plan.checkpoint.padding} rows that pad the vocabulary")
     print(
         f"{len(plan.tensors)} tensors, {human(plan.nbytes)} of {plan.checkpoint.folder} "
         f"written to {options.out}; use it with: "

@@ -9,21 +9,21 @@ command in a process of its own. Writes benchmarks/results/<date>-conversion.jso
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
+from benchmarking import RESULTS, environment, markdown_table, write_results
 
 from checkpoint_conversion.dtypes import BF16
 from checkpoint_conversion.families import family_for
@@ -31,7 +31,7 @@ from checkpoint_conversion.hf_model import expected_shapes
 from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, parse_size, split_by_size
 from checkpoint_conversion.megatron_writer import RELEASE
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+NAME = "conversion"
 # hidden size, MLP size, layers, attention heads, tied
 SIZES = {
     "0.6B": (1024, 3072, 28, 16, True),
@@ -49,7 +49,7 @@ class Run:
     Attributes:
         seconds: Wall time, from the start of the process to its end.
         cpu: User and system seconds of all its threads.
-        peak: Largest resident set in bytes.
+        peak: Largest resident set in bytes, as last read while it ran.
     """
 
     seconds: float
@@ -60,17 +60,42 @@ class Run:
 def measured(command: list[str]) -> Run:
     """Run a command to its end."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    messages: list[bytes] = []
-    reader = threading.Thread(target=lambda: messages.append(process.stderr.read()))
-    reader.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    reader.join()
-    if status:
-        raise SystemExit(f"{' '.join(command)}: {messages[0].decode()}")
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages)
+        sampler = _PeakSampler(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        peak = sampler.finish()
+        messages.seek(0)
+        if status:
+            raise SystemExit(f"{' '.join(command)}: {messages.read().decode()}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak)
+
+
+class _PeakSampler(threading.Thread):
+    """Reads the high-water mark of a process's resident memory until it ends. The one that wait4 gives
+    begins with the memory of the process that started it."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__()
+        self._status = Path(f"/proc/{pid}/status")
+        self._peak, self._ended = 0, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.02):
+            try:
+                lines = self._status.read_text().splitlines()
+            except OSError:
+                return
+            marks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+            self._peak = max([self._peak, *marks])
+
+    def finish(self) -> int:
+        """The mark in bytes."""
+        self._ended.set()
+        self.join()
+        return self._peak * 1024
 
 
 def make_model(folder: Path, size: str) -> int:
@@ -160,6 +185,7 @@ def bench(scratch: Path, size: str, repeats: int) -> dict:
     return {
         "size": size,
         "bytes": nbytes,
+        "repeats": repeats,
         "runs": {name: [asdict(run) for run in done] for name, done in runs.items()},
     }
 
@@ -170,50 +196,24 @@ def start_time() -> float:
     return statistics.median(measured(command).seconds for _ in range(5))
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
-    model = next(
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": memory,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "numpy": version("numpy"),
-    }
-
-
-def table(report: dict) -> str:
-    """The report in Markdown: medians."""
-    host = report["machine"]
-    lines = [
-        f"# Conversion, {report['date']}",
-        "",
-        f"{host['cpu']}, {host['cores']} cores, {host['memory'] / 2**30:.0f} GiB, {host['system']}, "
-        f"Python {host['python']}. bf16, random weights, files in the page cache, medians of "
-        f"{report['repeats']} runs; conversions end with fsync, `cp` does not. The interpreter's start "
-        f"and the imports ({report['start']:.2f} s) are part of a conversion's time.",
-        "",
-        "| size | command | seconds | GB/s | x cp | CPU s | peak MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for result in report["results"]:
+def rows(results: list[dict]) -> list[list[str]]:
+    """The lines of the table: medians."""
+    lines = []
+    for result in results:
         base = statistics.median(run["seconds"] for run in result["runs"]["cp"])
+        size = result["bytes"] / 1e9
         for name, runs in result["runs"].items():
             seconds, cpu, peak = (
                 statistics.median(run[key] for run in runs) for key in ("seconds", "cpu", "peak")
             )
             lines.append(
-                f"| {result['size']} ({result['bytes'] / 1e9:.2f} GB) | {name} | {seconds:.2f} | "
-                f"{result['bytes'] / 1e9 / seconds:.2f} | {seconds / base:.2f} | {cpu:.2f} | "
-                f"{peak / 1e6:.0f} |"
+                [
+                    *(f"{result['size']}, {size:.2f} GB: {name}", str(len(runs)), f"{seconds:.2f}"),
+                    *(f"{size / seconds:.2f}", f"{seconds / base:.2f}", f"{cpu:.2f}"),
+                    f"{peak / 1e6:.0f}",
+                ]
             )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -223,19 +223,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
-    date = datetime.date.today().isoformat()
-    report = {
-        "date": date,
-        "machine": machine(),
-        "repeats": options.repeats,
-        "start": start_time(),
-        "results": [bench(options.scratch / size, size, options.repeats) for size in options.sizes],
+    start = start_time()
+    results = [bench(options.scratch / size, size, options.repeats) for size in options.sizes]
+    facts = environment(torch.device("cpu"), ("numpy", "safetensors"))
+    file = options.out / f"{facts['date']}-{NAME}.json"
+    if file.exists():  # other sizes, measured on the same day
+        earlier = json.loads(file.read_text())["results"]
+        results += [result for result in earlier if result["size"] not in options.sizes]
+    results.sort(key=lambda result: result["bytes"])
+    header = ("command", "runs", "seconds", "GB/s", "x cp", "CPU s", "peak MB")
+    body = (
+        "bf16, random weights, files in the page cache, medians. Conversions end with fsync, `cp` alone "
+        f"does not. The interpreter's start and the imports ({start:.2f} s) are part of a conversion's "
+        f"time.\n\n{markdown_table(header, rows(results))}"
+    )
+    record = {
+        "environment": facts,
+        "command": "python tools/bench_conversion.py --scratch FOLDER --sizes "
+        + " ".join(result["size"] for result in results),
+        "start": start,
+        "results": results,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{date}-conversion.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = table(report)
-    (options.out / f"{date}-conversion.md").write_text(text)
-    print(text)
+    page = write_results(options.out, NAME, record, "Conversion beside cp", body)
+    print(page.read_text())
 
 
 if __name__ == "__main__":

@@ -350,6 +350,7 @@ def test_command(qwen3, tmp_path, run_command):
     assert result.code == 0
     assert "36/36 tensors" in result.err
     assert "iter_0000007" in result.out
+    assert "left out: 5 rows that pad the vocabulary" in result.out
     assert str(tmp_path / "back") in result.out
     again = run_command("megatron_to_hf", *arguments)
     assert again.code == 2

@@ -1,0 +1,23 @@
+"""The conversion benchmark runs both directions and checks that they change nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import bench_conversion
+
+
+def test_a_tiny_size(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench_conversion.SIZES, "tiny", (64, 96, 2, 16, True))
+    arguments = ["--sizes", "tiny", "--scratch", str(tmp_path / "scratch"), "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(tmp_path / "results")])
+    bench_conversion.main()
+    (file,) = (tmp_path / "results").glob("*-conversion.json")
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["size"] == "tiny"
+    assert list(result["runs"]) == ["cp", "cp and sync", "hf_to_megatron", "megatron_to_hf"]
+    assert all(run["seconds"] > 0 for runs in result["runs"].values() for run in runs)
+    page = file.with_suffix(".md").read_text()
+    assert page.count("| tiny, 0.02 GB: ") == 4
+    assert not (tmp_path / "scratch" / "tiny").exists()
