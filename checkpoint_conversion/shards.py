@@ -45,12 +45,7 @@ class Rules:
     """The name table of a model, by Megatron key."""
 
     def __init__(self, rules: Iterable[TensorRule]) -> None:
-        self._entries = {rule.megatron: _Entry(rule) for rule in rules}
-
-    @property
-    def keys(self) -> set[str]:
-        """The keys that a model must have."""
-        return set(self._entries)
+        self._entries = {key: _Entry(rule) for rule in rules for key in rule.keys}
 
     def blocks(self, shard: Shard) -> Iterator[Block]:
         """The runs of rows that make up a shard, without those that pad the vocabulary.

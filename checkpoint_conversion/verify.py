@@ -1,9 +1,12 @@
-"""Compare a HuggingFace folder with a Megatron checkpoint, or two HuggingFace folders, bit by bit.
+"""Compare a HuggingFace folder with a Megatron checkpoint, or two HuggingFace folders: bit by bit, or by
+the logits that they give.
 
     python -m checkpoint_conversion.verify --hf DIR --megatron DIR
     python -m checkpoint_conversion.verify --hf DIR DIR
+    python -m checkpoint_conversion.verify --hf DIR --megatron DIR --logits
 
-Exit code: 0 when all tensors are equal, 1 when they are not, 2 when something cannot be read.
+Exit code: 0 when all tensors are equal (the logits within the tolerance), 1 when they are not, 2 when
+something cannot be read.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from checkpoint_conversion.chunks import CHUNK_BYTES
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_folder import HFTensor
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
+from checkpoint_conversion.logits import PROMPTS, compare_logits, read_prompts
 from checkpoint_conversion.megatron_reader import find_checkpoint, open_checkpoint
 from checkpoint_conversion.progress import Progress
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
@@ -199,9 +203,39 @@ def main() -> int:
     )
     parser.add_argument("--megatron", metavar="DIR", help="Megatron save folder")
     parser.add_argument("--iteration", metavar="N", help="a number or 'release' (default: latest)")
+    parser.add_argument(
+        "--logits",
+        action="store_true",
+        help="compare logits, in fp32 on the CPU: of transformers for --hf; of Megatron for --megatron, or "
+        "for the same folder where nothing else is given",
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="prompts for --logits, one to a line")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest difference of two logits (default: %(default)g)",
+    )
     options = parser.parse_args()
     if len(options.hf) > 2:
         parser.error("--hf takes one or two folders")
+    return _verify_logits(options) if options.logits else _verify_tensors(options)
+
+
+def _verify_logits(options: argparse.Namespace) -> int:
+    if len(options.hf) == 2 and options.megatron is not None:
+        raise ConversionError("give a second HuggingFace folder or a Megatron checkpoint, not both")
+    report = compare_logits(
+        *options.hf,
+        megatron=options.megatron,
+        iteration=options.iteration,
+        prompts=read_prompts(options.prompts) if options.prompts else PROMPTS,
+    )
+    print(report)
+    return 0 if report.max_difference <= options.tolerance else 1
+
+
+def _verify_tensors(options: argparse.Namespace) -> int:
     report = verify(
         *options.hf, megatron=options.megatron, iteration=options.iteration, progress=sys.stderr
     )

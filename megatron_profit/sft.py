@@ -15,6 +15,19 @@ from megatron_profit.training.console import fail
 
 def main() -> None:
     """Run supervised fine-tuning with the flags of the command line."""
+    device = start()
+
+    from megatron_profit.training.main import run
+
+    run(device)
+
+
+def start() -> str:
+    """Make the process ready for Megatron, before anything imports it.
+
+    Returns:
+        The device of the command line, "cuda" or "cpu".
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     device = parser.parse_known_args()[0].device
@@ -22,13 +35,9 @@ def main() -> None:
     # Tensor parallelism overlaps communication only with this, and Megatron insists on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
-        device = activate(device)
+        return activate(device)
     except (RuntimeError, ValueError) as error:
         fail(error)
-
-    from megatron_profit.training.main import run
-
-    run(device)
 
 
 def _stand_in_for_torchrun() -> None:

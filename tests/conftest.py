@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Prepared data of the tests, for this process and those that it starts.
 _CACHE = tempfile.TemporaryDirectory(prefix="megatron-profit-tests-")
 os.environ["MEGATRON_PROFIT_CACHE"] = _CACHE.name
-sys.path.insert(0, str(REPOSITORY / "tools"))
+sys.path[:0] = [str(REPOSITORY / "tools"), str(REPOSITORY / "tests" / "distributed")]
 
 
 @pytest.fixture(scope="session")

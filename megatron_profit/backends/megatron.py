@@ -193,6 +193,21 @@ def _announce_checkpoints() -> None:
     dist_checkpointing.save = save
 
 
+def _weigh_auxiliary_losses_alike_on_all_ranks() -> None:
+    from megatron.core.transformer.moe import router
+
+    original = router.get_tokens_per_expert_and_token_count
+
+    @functools.wraps(original)
+    def counts(
+        routing_map: Any, reduce_group: Any, topk: Any = None, with_padding_mask: bool = False
+    ) -> tuple:
+        per_expert, local, total = original(routing_map, reduce_group, topk, with_padding_mask)
+        return per_expert, total / reduce_group.size() if with_padding_mask else local, total
+
+    router.get_tokens_per_expert_and_token_count = counts
+
+
 MEGATRON_PATCHES = (
     Patch(
         name="shipped-dataset-helpers",
@@ -250,5 +265,15 @@ MEGATRON_PATCHES = (
         reason="save_checkpoint has no place for the state of a run that is not one of model, optimizer "
         "or data loader, and nothing is called between the last write and the tracker file.",
         apply=_announce_checkpoints,
+    ),
+    Patch(
+        name="router-token-count",
+        upstream=_MEGATRON,
+        file="megatron/core/transformer/moe/moe_utils.py",
+        reason="With a padding mask, a rank's own tokens are counted after an all-reduce that works in "
+        "place, so that auxiliary losses weigh as many times more as the group has ranks. Its own would be "
+        "wrong as well: each rank has a part of the loss, which has to be weighed with the tokens of all, "
+        "and padding is not spread evenly over the ranks. So what is given is their mean.",
+        apply=_weigh_auxiliary_losses_alike_on_all_ranks,
     ),
 )

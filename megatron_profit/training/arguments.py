@@ -28,6 +28,8 @@ from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
 from megatron_profit.data import DataOptions, add_data_flags
 from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
+from megatron_profit.objectives import ScheduledObjective
+from megatron_profit.training import experts
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
@@ -105,12 +107,8 @@ _REFUSED = {
 }
 # Flags of an architecture that no family of this project has. The model is what config.json says it is.
 _OTHER_ARCHITECTURES = (
-    *(
-        "num_experts",
-        "expert_model_parallel_size",
-        "multi_latent_attention",
-        "hybrid_layer_pattern",
-    ),
+    *experts.ARCHITECTURE,
+    *("multi_latent_attention", "hybrid_layer_pattern"),
     *("hybrid_override_pattern", "is_hybrid_model", "experimental_attention_variant", "use_mup"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
     *("encoder_num_layers", "decoder_num_layers", "encoder_seq_length", "decoder_seq_length"),
@@ -277,6 +275,8 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     model = _model_settings(flags, config, hf_model / "config.json")
 
     settings = {**flags.defaults, **model, **soft, **fixed, **explicit}
+    soft |= experts.expert_defaults(settings)
+    settings = {**settings, **soft, **fixed, **explicit}
     _check_numbers(settings, flags)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     hf_weights = _hf_weights(settings, config)
@@ -353,7 +353,8 @@ def _model_settings(flags: _Flags, config: Mapping[str, Any], source: Path) -> d
     # Padding of the vocabulary is a matter of the layout, not of the model.
     del model["make_vocab_size_divisible_by"]
     unchanged = {name: flags.defaults[name] for name in _OTHER_ARCHITECTURES}
-    flags.refuse_contradictions({**unchanged, **model}, f"{source} says")
+    settled = {name: value for name, value in model.items() if name not in experts.CHOICES}
+    flags.refuse_contradictions({**unchanged, **settled}, f"{source} says")
     return model
 
 
@@ -443,6 +444,7 @@ def _check_numbers(settings: Mapping[str, Any], flags: _Flags) -> None:
             "eval_global_batch_size",
         ),
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("expert_model_parallel_size", "expert_tensor_parallel_size"),
         *("make_vocab_size_divisible_by", "train_iters", "save_interval", "eval_interval"),
         "epochs",
     ):
@@ -595,6 +597,7 @@ def _export(settings: Mapping[str, Any]) -> HFOutput | None:
 
 
 def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the objective, checked together with the experts that it must leave alone."""
     try:
         options, objective = check_objective(settings, explicit)
         if "old_log_prob" in objective.required_statistics:
@@ -604,6 +607,9 @@ def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any])
                 f"--psft-steps-per-refresh is for --objective psft, not for {settings['objective']}; "
                 "drop it"
             )
+        final = objective.objective if isinstance(objective, ScheduledObjective) else objective
+        normalization = settings["objective_normalization"] or final.normalization
+        experts.check_experts(settings, normalization, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         raise ArgumentsError(str(error)) from error
     return options

@@ -20,10 +20,15 @@ class SFTData:
 
     Every rank maps the same examples and draws the same order from (seed, row), so nothing is broadcast
     and a resumed run continues with the row at which it stopped.
+
+    Attributes:
+        train, valid: The rows.
+        supervised_share: Supervised tokens over all that the model predicts, in the training data.
     """
 
     train: SFTDataset
     valid: SFTDataset | None
+    supervised_share: float
     valid_prepared: Prepared | None = None
 
     @property
@@ -74,7 +79,9 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         print_rank_0(f"> valid data, set aside: {valid.packing}")
     elif valid:
         print_rank_0(f"> valid data: {valid.prepared.report}\n{valid.packing}")
-    return SFTData(train.dataset, valid and valid.dataset, valid and valid.prepared)
+    report = train.prepared.report
+    share = report.supervised_tokens / (report.total_tokens - report.kept)
+    return SFTData(train.dataset, valid and valid.dataset, share, valid and valid.prepared)
 
 
 def _check_tokenizer(arguments: SFTArguments) -> None:

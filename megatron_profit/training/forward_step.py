@@ -14,6 +14,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from megatron_profit.models.record_spans import rotary_angles
 from megatron_profit.training.batch import Batch, get_batch
+from megatron_profit.training.experts import router_padding
 
 
 class BatchLoss(Protocol):
@@ -51,6 +52,7 @@ def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
             None,
             labels=batch.labels,
             packed_seq_params=batch.spans,
+            padding_mask=router_padding(batch.record_index, gpt),
             **loss.model_kwargs,
         )
         return output, loss.loss_func

@@ -25,6 +25,7 @@ from megatron_profit.training.arguments import ArgumentsError, SFTArguments, rea
 from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.evaluation_report import EvaluationReport, first_records
+from megatron_profit.training.experts import scale_balancing
 from megatron_profit.training.forward_step import make_forward_step
 from megatron_profit.training.given_statistics import GivenStatistics, Source
 from megatron_profit.training.global_ranking import GlobalRanking
@@ -59,6 +60,8 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     model_config = gpt_config_from_args(args)
     if args.spec is None:
         model_config.transformer_layer_spec = layer_spec
+    if args.num_experts is not None:
+        scale_balancing(model_config.transformer, data.supervised_share)
     if arguments.hf_weights is not None:
         model_config.pre_wrap_hooks.append(load_hook(arguments.hf_weights))
     chunks: list[MegatronModule] = []

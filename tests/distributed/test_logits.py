@@ -6,32 +6,68 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_family
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).parent / "save_logits.py"
+TP_SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
     "tp1": (1, ""),
     "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2-sp": (2, TP_SP),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
 }
+
+
+slow = pytest.mark.slow
+EXPERTS = "--expert-model-parallel-size 2"
+# Expert tensor parallelism is that of the rest unless a flag says otherwise.
+FAMILY_LAYOUTS = [
+    pytest.param("qwen3-moe", 2, EXPERTS, id="qwen3-moe-ep2"),
+    pytest.param("qwen3-moe", 2, TP_SP, id="qwen3-moe-tp2-etp2", marks=slow),
+    pytest.param(
+        "qwen3-moe",
+        2,
+        f"{TP_SP} {EXPERTS} --expert-tensor-parallel-size 1",
+        id="qwen3-moe-tp2-ep2",
+        marks=slow,
+    ),
+    pytest.param(
+        "qwen3-moe",
+        4,
+        f"--pipeline-model-parallel-size 2 {EXPERTS}",
+        id="qwen3-moe-ep2-pp2",
+        marks=slow,
+    ),
+    pytest.param("qwen3-moe", 4, f"{TP_SP} {EXPERTS}", id="qwen3-moe-tp2-ep2-etp2", marks=slow),
+    pytest.param("qwen3-moe-mixed", 2, EXPERTS, id="qwen3-moe-mixed-ep2", marks=slow),
+    pytest.param("qwen2", 2, "--tensor-model-parallel-size 2", id="qwen2-tp2"),
+    pytest.param("llama", 2, "--tensor-model-parallel-size 2", id="llama-tp2", marks=slow),
+    pytest.param("llama", 2, "--pipeline-model-parallel-size 2", id="llama-pp2"),
+]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_are_those_of_huggingface(request, torchrun, tmp_path, layout, tied):
     model = request.getfixturevalue("tied_model" if tied else "untied_model")
+    compare_logits(torchrun, tmp_path, model, *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(("family", "world_size", "flags"), FAMILY_LAYOUTS)
+def test_logits_of_every_family(torchrun, tmp_path, family, world_size, flags):
+    compare_logits(torchrun, tmp_path, make_family(tmp_path, family), world_size, flags)
+
+
+def compare_logits(torchrun, tmp_path, model, world_size, flags):
     tokens = torch.randint(0, 508, (2, 48), generator=torch.Generator().manual_seed(0))
     torch.save(tokens, tmp_path / "tokens.pt")
-    world_size, flags = LAYOUTS[layout]
     # Padding the vocabulary to a multiple of 16 per rank must not show either.
     torchrun(
         world_size,
-        *(SCRIPT, "--tokens", tmp_path / "tokens.pt", "--logits", tmp_path / "logits.pt"),
-        *("--hf-model", model.hf, "--load", model.megatron, "--data", "unread.jsonl"),
-        *("--objective", "sft", "--seq-length", 48, "--micro-batch-size", 2, "--lr", 1e-3),
-        *("--train-iters", 1, "--make-vocab-size-divisible-by", 16, *flags.split()),
+        *(SCRIPT, tmp_path / "tokens.pt", tmp_path / "logits.pt", "--hf-model", model.hf),
+        *("--load", model.megatron, "--make-vocab-size-divisible-by", 16, *flags.split()),
     )
     logits = torch.load(tmp_path / "logits.pt")
     reference = AutoModelForCausalLM.from_pretrained(model.hf, dtype=torch.float32)

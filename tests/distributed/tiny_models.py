@@ -1,11 +1,13 @@
-"""Tiny Qwen3 folders with random weights, as HuggingFace and as Megatron checkpoints."""
+"""Tiny models with random weights, as HuggingFace folders and as Megatron checkpoints."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from make_tiny_model import TinyShape, make_tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -17,10 +19,55 @@ EXAMPLES = REPOSITORY / "examples" / "data"
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A random Qwen3 as a HuggingFace folder and as a Megatron checkpoint of the same weights."""
+    """A random model as a HuggingFace folder and as a Megatron checkpoint of the same weights."""
 
     hf: Path
     megatron: Path
+
+
+_QWEN3_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.01,
+}
+# Class in transformers, and what its config has beside the sizes of the tiny Qwen3.
+FAMILIES = {
+    "qwen3-moe": ("Qwen3Moe", _QWEN3_MOE),
+    "qwen3-moe-mixed": ("Qwen3Moe", {**_QWEN3_MOE, "mlp_only_layers": [2]}),
+    "qwen2": ("Qwen2", {"head_dim": None}),
+    "llama": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+    ),
+}
+
+
+def make_family(folder: Path, name: str) -> TinyModel:
+    """A model of another family, with the sizes and the tokenizer of the tiny Qwen3."""
+    model = make_model(folder, tied=False)
+    kind, changes = FAMILIES[name]
+    sizes = json.loads((model.hf / "config.json").read_text())
+    for key in ("architectures", "model_type", "layer_types", "max_window_layers"):
+        del sizes[key]
+    settings = {key: value for key, value in {**sizes, **changes}.items() if value is not None}
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(model.hf)
+    _spread(model.hf)
+    hf_to_megatron(model.hf, model.megatron, overwrite=True)
+    return model
 
 
 def make_model(folder: Path, *, tied: bool) -> TinyModel:
@@ -36,14 +83,18 @@ def make_model(folder: Path, *, tied: bool) -> TinyModel:
         tied=tied,
     )
     hf = make_tiny_model(folder / "hf", sorted(EXAMPLES.glob("*.jsonl")), shape, seed=7)
-    # Norms of ones and tiny logits would hide mistakes.
+    _spread(hf)
+    hf_to_megatron(hf, folder / "megatron")
+    return TinyModel(hf, folder / "megatron")
+
+
+def _spread(hf: Path) -> None:
+    """Change the weights: norms of ones, biases of zeros and tiny logits would hide mistakes."""
     weights = load_file(hf / "model.safetensors")
     generator = torch.Generator().manual_seed(3)
-    for name, weight in weights.items():
-        if "norm" in name:
+    for weight in weights.values():
+        if weight.ndim == 1:
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
         else:
             weight *= 3.0
     save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
-    hf_to_megatron(hf, folder / "megatron")
-    return TinyModel(hf, folder / "megatron")

@@ -25,6 +25,7 @@ ALLOWED = {
     "megatron_profit.models": ("megatron",),
     "megatron_profit.training": ("megatron", "megatron_profit", "checkpoint_conversion"),
     "megatron_profit.sft": ("megatron_profit.backends", "megatron_profit.training"),
+    "megatron_profit.logits": ("megatron_profit.sft", "megatron_profit.training"),
     "checkpoint_conversion": (),
 }
 

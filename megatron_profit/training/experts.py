@@ -1,0 +1,147 @@
+"""Models with experts: their flags, their layout, and the weight of the loss that balances the router.
+
+The router sees every token of a row, whatever the objective trains on; only padding is kept from its
+auxiliary losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+# Arguments that follow from config.json and that are choices of training all the same.
+CHOICES = frozenset({"moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"})
+# Flags of experts, routers and shared experts that no family of this project has, or that Megatron's
+# `moe_layer_freq` and the like give where one has experts. Other weights or another function of them.
+ARCHITECTURE = (
+    *("num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_latent_size"),
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
+    *("moe_router_enable_expert_bias", "moe_apply_probs_on_input", "moe_use_upcycling"),
+    *(
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
+        "moe_mlp_glu_interleave_size",
+    ),
+    *("moe_router_force_load_balancing", "moe_router_force_biased"),
+)
+_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+
+
+def expert_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a flag may change: tokens go to their experts alone, and where Transformer Engine is there
+    all experts of a rank are computed together."""
+    if settings["num_experts"] is None:
+        return {}
+    grouped = settings["transformer_impl"] == "transformer_engine"
+    return {"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": grouped}
+
+
+def check_experts(settings: Mapping[str, Any], normalization: str, world_size: int) -> None:
+    """Check the flags of a model with experts, and that one without has no such flags.
+
+    Args:
+        settings: All arguments by name.
+        normalization: What the objective's loss is divided by.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: For a layout that the experts or the processes cannot be split into, or a flag that
+            would be ignored or does harm.
+    """
+    ep, experts = settings["expert_model_parallel_size"], settings["num_experts"]
+    etp = settings["expert_tensor_parallel_size"]
+    if experts is None:
+        for name, size in (("model", ep), ("tensor", etp)):
+            if size not in (None, 1):
+                raise ValueError(f"--expert-{name}-parallel-size {size}: the model has no experts")
+        return
+    tp, pp = settings["tensor_model_parallel_size"], settings["pipeline_model_parallel_size"]
+    if tp > 1 and not settings["sequence_parallel"]:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} needs --sequence-parallel where a model has experts: "
+            "without it every rank would route all tokens"
+        )
+    etp = tp if etp is None else etp
+    for flag, size, of, total in (
+        ("--expert-model-parallel-size", ep, "the model's experts", experts),
+        ("--expert-tensor-parallel-size", etp, "an expert's size", settings["moe_ffn_hidden_size"]),
+        (
+            "expert model x tensor parallel size",
+            ep * etp,
+            "a pipeline stage's ranks",
+            world_size // pp,
+        ),
+    ):
+        if size < 1 or total % size:
+            raise ValueError(f"{flag} {size} does not divide {of}, {total}")
+    if settings["moe_grouped_gemm"] and settings["transformer_impl"] == "local":
+        raise ValueError("--moe-grouped-gemm needs Transformer Engine; drop the flag")
+    _check_balancing(settings, normalization)
+
+
+def _check_balancing(settings: Mapping[str, Any], normalization: str) -> None:
+    kinds, coefficients = (
+        value if isinstance(value, list) else [value]
+        for value in (settings["moe_router_load_balancing_type"], settings["moe_aux_loss_coeff"])
+    )
+    for kind in kinds:
+        if kind not in _BALANCING:
+            raise ValueError(
+                f"--moe-router-load-balancing-type {kind} routes otherwise than the model was trained "
+                f"to; it can be {', '.join(_BALANCING)}"
+            )
+    if normalization == "kept" and any(coefficients) and kinds != ["none"]:
+        raise ValueError(
+            f"--moe-aux-loss-coeff {coefficients[0]}: where the loss is divided by the kept tokens, the "
+            "objective would decide how strongly the router is balanced; use --objective-normalization "
+            "valid, or --moe-aux-loss-coeff 0"
+        )
+
+
+def router_padding(record_index: torch.Tensor, model: GPTModel) -> torch.Tensor | None:
+    """Megatron's `padding_mask`: what the router's auxiliary losses leave out.
+
+    Args:
+        record_index: [B, S], negative in padding.
+        model: The pipeline stage.
+
+    Returns:
+        [B, S] bool, the part of the sequence-parallel rank behind the first stage, which splits it
+        itself; None for a model without experts.
+    """
+    if model.config.num_moe_experts is None:
+        return None
+    padding_BS = record_index < 0
+    # Only a row without a record begins with padding. Megatron would divide by its 0 tokens.
+    padding_BS[:, 0] = False
+    if model.config.sequence_parallel and not model.pre_process:
+        padding_BS = scatter_to_sequence_parallel_region(padding_BS.T.contiguous()).T
+    return padding_BS.contiguous()
+
+
+def scale_balancing(config: TransformerConfig, supervised_share: float) -> None:
+    """Give the auxiliary losses of the router the weight that their coefficients say.
+
+    Megatron multiplies them with the tokens that the router sees and divides all gradients by the
+    divisor of the loss (megatron/core/transformer/moe/router.py, attach_and_log_load_balancing_loss),
+    which takes the two for the same number. Here prompts are routed and not supervised, so without
+    this the coefficient would grow with the length of the prompts.
+
+    Args:
+        config: Its `moe_grad_scale_func` is set.
+        supervised_share: Supervised tokens over all tokens but padding, in the training data: a
+            constant, so that a resumed run is the same as an uninterrupted one.
+    """
+
+    def scale() -> torch.Tensor:
+        scale_loss: Callable | None = config.grad_scale_func  # of fp16
+        share = torch.tensor(supervised_share)
+        return share if scale_loss is None else scale_loss(share)
+
+    config.moe_grad_scale_func = scale

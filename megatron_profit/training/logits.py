@@ -1,0 +1,122 @@
+"""The forward pass alone: the logits of given tokens, at any layout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from megatron.core import mpu
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import setup_model_and_optimizer
+
+from checkpoint_conversion.errors import ConversionError
+from megatron_profit.models.layer_specs import layer_spec
+from megatron_profit.training.arguments import ArgumentsError, read_arguments
+from megatron_profit.training.console import fail
+from megatron_profit.training.hf_weights import load_hook
+
+# A training run of no steps: no optimizer is built, and none is loaded.
+_NO_TRAINING = (
+    "--data unread --objective sft --lr 1 --train-iters 1 --micro-batch-size 1 --skip-train"
+)
+_WEIGHTS_ONLY = "--no-load-optim --no-load-rng"
+
+
+def run(device: str) -> None:
+    """Read the flags, load the model, save the logits.
+
+    Args:
+        device: What `megatron_profit.backends.activate` chose.
+    """
+    parser = argparse.ArgumentParser("python -m megatron_profit.logits", allow_abbrev=False)
+    parser.add_argument("--tokens", required=True, help="file of torch.save: token ids [N, S]")
+    parser.add_argument("--logits", required=True, help="file to write: fp32 [N, S, vocabulary]")
+    own, flags = parser.parse_known_args()
+    tokens = torch.load(own.tokens, weights_only=True)
+    chunks = build_model([*flags, "--seq-length", str(tokens.size(1))], device)
+    result = logits(chunks, tokens)
+    if (
+        result is not None
+        and torch.distributed.get_rank(mpu.get_tensor_model_parallel_group()) == 0
+    ):
+        torch.save(result, own.logits)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
+    """Megatron's model with the weights that the flags name, ready for `logits`.
+
+    Args:
+        flags: Those of `megatron_profit.sft`, without what belongs to training.
+        device: "cuda" or "cpu".
+    """
+    sys.argv[1:] = [*_NO_TRAINING.split(), *_WEIGHTS_ONLY.split(), *flags]
+    try:
+        arguments = read_arguments(sys.argv[1:], device)
+    except (ArgumentsError, ConversionError) as error:
+        fail(error)
+    args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+    initialize_megatron()
+    config = gpt_config_from_args(args)
+    config.transformer_layer_spec = layer_spec
+    if arguments.hf_weights is not None:
+        config.pre_wrap_hooks.append(load_hook(arguments.hf_weights))
+    chunks, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        checkpointing_context={},
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for chunk in chunks:
+        chunk.eval()
+    return chunks
+
+
+@torch.no_grad()
+def logits(chunks: Sequence[MegatronModule], tokens: torch.Tensor) -> torch.Tensor | None:
+    """One forward pass per row.
+
+    Args:
+        chunks: The rank's pipeline stages.
+        tokens: [N, S] int64, the same on all ranks.
+
+    Returns:
+        [N, S, vocabulary] fp32 on the CPU, the same on all tensor-parallel ranks; None on a rank without
+        the output layer.
+    """
+    args = get_args()
+
+    def forward_step(rows, model: GPTModel):
+        row = next(rows)[None].cuda()
+        positions = torch.arange(row.size(1), device=row.device)[None]
+        return model(row, positions, None), lambda output, non_loss_data: _whole(output)
+
+    def _whole(output: torch.Tensor) -> torch.Tensor:
+        whole = gather_from_tensor_model_parallel_region(output.float())
+        return whole[..., : args.vocab_size].cpu()
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(tokens) for _ in chunks] if len(chunks) > 1 else iter(tokens),
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(tokens),
+        seq_length=args.seq_length,
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    has_output = any(unwrap_model(chunk).post_process for chunk in chunks)
+    return torch.cat(outputs) if has_output else None

@@ -1,0 +1,126 @@
+"""A model with experts on the command line: its layout, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_profit.training.arguments import ArgumentsError, read_arguments
+from megatron_profit.training.experts import router_padding, scale_balancing
+
+DENSE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 508,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+}
+MOE = {
+    **DENSE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.02,
+}
+PROFIT = "--objective profit --prob-threshold 0.1 --threshold-direction higher"
+TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    def run(flags: str, world_size: int = 1, config=MOE, objective: str = PROFIT):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        rest = "--data a.jsonl --seq-length 64 --micro-batch-size 2 --random-init --lr 1 --train-iters 9"
+        return read_arguments(
+            ["--hf-model", str(tmp_path), *f"{rest} {objective} {flags}".split()], "cpu"
+        )
+
+    return run
+
+
+def test_the_experts_come_from_the_folder(parse):
+    defaults = parse("").defaults
+    assert defaults["num_experts"] == 8
+    assert defaults["moe_aux_loss_coeff"] == 0.02
+    assert defaults["moe_token_dispatcher_type"] == "alltoall"
+    assert defaults["moe_grouped_gemm"] is False
+    assert "moe_grouped_gemm" not in parse("", config=DENSE).defaults
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size"),
+    [
+        ("--expert-model-parallel-size 8", 8),
+        (TP, 2),
+        (f"{TP} --expert-model-parallel-size 4 --expert-tensor-parallel-size 1", 4),
+        ("--moe-aux-loss-coeff 0.5 --moe-router-load-balancing-type global_aux_loss", 1),
+        ("--moe-aux-loss-coeff 0 --objective-normalization kept", 1),
+        ("--moe-router-load-balancing-type none --objective-normalization kept", 1),
+    ],
+)
+def test_layouts_and_choices_of_training_are_accepted(parse, flags, world_size):
+    parse(flags, world_size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "named"),
+    [
+        ("--expert-model-parallel-size 3", 3, ("--expert-model-parallel-size 3", "8")),
+        ("--expert-model-parallel-size 4", 2, ("size 4", "ranks, 2")),
+        ("--expert-tensor-parallel-size 3", 3, ("--expert-tensor-parallel-size 3", "40")),
+        ("--tensor-model-parallel-size 2", 2, ("--sequence-parallel",)),
+        ("--num-experts 4", 1, ("--num-experts", "4", "8")),
+        ("--moe-router-topk 1", 1, ("--moe-router-topk", "1", "2")),
+        ("--moe-shared-expert-intermediate-size 8", 1, ("--moe-shared-expert-intermediate-size",)),
+        ("--moe-router-load-balancing-type sinkhorn", 1, ("sinkhorn", "aux_loss")),
+        ("--moe-grouped-gemm", 1, ("--moe-grouped-gemm", "Transformer Engine")),
+        ("--objective-normalization kept", 1, ("0.02", "--moe-aux-loss-coeff 0")),
+    ],
+)
+def test_what_cannot_work_is_refused(parse, flags, world_size, named):
+    with pytest.raises(ArgumentsError) as error:
+        parse(flags, world_size)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--expert-model-parallel-size 2", "--expert-tensor-parallel-size 2", "--num-experts 2"],
+)
+def test_a_dense_model_has_no_experts(parse, flags):
+    with pytest.raises(ArgumentsError, match=flags.split()[0]):
+        parse(flags, 2, DENSE)
+
+
+def test_the_balancing_weighs_what_its_coefficient_says():
+    config = SimpleNamespace(grad_scale_func=None)
+    scale_balancing(config, 0.25)
+    assert config.moe_grad_scale_func().item() == 0.25
+    config.grad_scale_func = lambda loss: 8 * loss
+    assert config.moe_grad_scale_func().item() == 2.0
+
+
+def test_padding_is_kept_from_the_router():
+    model = SimpleNamespace(
+        config=SimpleNamespace(num_moe_experts=4, sequence_parallel=True), pre_process=True
+    )
+    record = torch.tensor([[3, 3, 5, -1], [-1, -1, -1, -1]])
+    expected = [[False, False, False, True], [False, True, True, True]]
+    assert router_padding(record, model).tolist() == expected
+    model.config.num_moe_experts = None
+    assert router_padding(record, model) is None
