@@ -49,7 +49,7 @@ def command(moe: Path) -> list[object]:
         *("--hf-model", moe, "--data", DATA / "arithmetic_base.jsonl", "--objective", "profit"),
         *("--prob-threshold", 1e-3, "--threshold-direction", "higher", "--seq-length", 48),
         *("--micro-batch-size", 1, "--global-batch-size", 4, "--lr", 1e-3, "--train-iters", 3),
-        *("--moe-aux-loss-coeff", 1, "--clip-grad", 0),
+        *("--moe-aux-loss-coeff", 1, "--clip-grad", 0, "--no-packing"),
     ]
 
 
