@@ -27,9 +27,9 @@ from checkpoint_conversion.hf_output import HFOutput, plan_output
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
 from megatron_profit.data import DataOptions, add_data_flags
-from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.objectives import ScheduledObjective
 from megatron_profit.training import experts
+from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
