@@ -30,6 +30,7 @@ from megatron_profit.data import DataOptions, add_data_flags
 from megatron_profit.objectives import ScheduledObjective
 from megatron_profit.training import experts
 from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
+from megatron_profit.training.given_statistics import needed_statistics
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
@@ -165,6 +166,7 @@ class SFTArguments:
         hf_weights: The folder's weights where the run starts from them; None where it starts from a
             checkpoint or from random weights.
         export: The HuggingFace folder to write at the end, if any.
+        reference: The reference model and where its log-probabilities are kept, if it is needed.
     """
 
     hf_model: Path
@@ -176,6 +178,7 @@ class SFTArguments:
     eval_iters: int | None
     hf_weights: HFModel | None
     export: HFOutput | None
+    reference: tuple[HFModel, Path] | None
 
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Megatron's `extra_args_provider`."""
@@ -248,6 +251,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=DEFAULT_STEPS,
         help="Optimizer steps of an outer batch, before which --objective psft refreshes its old policy.",
     )
+    group.add_argument(
+        "--ref-hf-model",
+        metavar="DIR",
+        help="HuggingFace folder with the weights of the reference model, for the objectives that have one; "
+        "by default --hf-model.",
+    )
+    group.add_argument(
+        "--ref-cache",
+        metavar="DIR",
+        help="Where the reference's log-probabilities are kept, to be computed only once; by default "
+        "ref_log_prob in --save.",
+    )
     return parser
 
 
@@ -303,6 +318,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         eval_iters=eval_iters,
         hf_weights=hf_weights,
         export=_export(settings),
+        reference=_reference(settings, explicit, config),
     )
 
 
@@ -594,6 +610,43 @@ def _export(settings: Mapping[str, Any]) -> HFOutput | None:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((half[name] for name in half if settings[name]), torch.float32)
     return plan_output(settings["export_hf"], settings["hf_model"], dtype)
+
+
+def _reference(
+    settings: Mapping[str, Any], explicit: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[HFModel, Path] | None:
+    """The reference model and the folder of its log-probabilities, where the objective needs them."""
+    if "ref_log_prob" not in needed_statistics(check_objective(settings, explicit)[1]):
+        for name in ("ref_hf_model", "ref_cache"):
+            if settings[name]:
+                raise ArgumentsError(
+                    f"{flag_of(name)} is for objectives with a reference model, which "
+                    f"{settings['objective']} is not with these options; drop it"
+                )
+        return None
+    if not (settings["ref_cache"] or settings["save"]):
+        raise ArgumentsError(
+            f"--objective {settings['objective']} needs a place for the log-probabilities of its "
+            "reference model; give --ref-cache DIR or --save DIR"
+        )
+    folder = settings["ref_hf_model"] or settings["hf_model"]
+    try:
+        model = open_hf_model(folder)
+        model.check_alias()
+        same = model.family.megatron_arguments(model.config) == family_for(
+            config
+        ).megatron_arguments(config)
+    except ConversionError as error:
+        raise ArgumentsError(
+            f"the weights of the reference model {folder} cannot be used: {error}; give another folder "
+            "with --ref-hf-model"
+        ) from error
+    if not same:
+        raise ArgumentsError(
+            f"--ref-hf-model {folder} has another architecture than --hf-model {settings['hf_model']}; "
+            "the reference is computed with the model that is trained, so both must be alike"
+        )
+    return model, Path(settings["ref_cache"] or Path(settings["save"]) / "ref_log_prob")
 
 
 def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:

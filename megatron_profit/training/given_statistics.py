@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_profit.backends.hooks import RunListener, Trained
-from megatron_profit.objectives import build_objective
+from megatron_profit.objectives import (
+    Objective,
+    RankedObjective,
+    ScheduledObjective,
+    build_objective,
+)
 from megatron_profit.training.batch import Batch
 from megatron_profit.training.objective_loss import MicroBatchLoss, ObjectiveLoss
 
@@ -65,3 +70,12 @@ class GivenStatistics:
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
         for source in self.sources:
             source.with_checkpoint(folder, iteration)
+
+
+def needed_statistics(objective: Objective | ScheduledObjective) -> frozenset[str]:
+    """What an objective reads, and what a ranking for it over the global batch reads."""
+    final = objective.objective if isinstance(objective, ScheduledObjective) else objective
+    required = final.required_statistics
+    if isinstance(final, RankedObjective) and "selected" in required:
+        required |= final.score_statistics
+    return required

@@ -33,6 +33,7 @@ from megatron_profit.training.hf_weights import export, keep_in, load_hook
 from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.old_policy import OldPolicy
+from megatron_profit.training.reference_model import ReferenceModel
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.token_metrics import ProbQuantiles
 
@@ -67,8 +68,9 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     chunks: list[MegatronModule] = []
     model_config.pre_wrap_hooks.append(keep_in(chunks))
     loss = objective_loss_from_args(args)
-    score_pass = ScorePass(loss)
-    given = GivenStatistics(loss, sources_from_args(args, loss, score_pass))
+    reference = _reference(arguments, loss, data)
+    score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
+    given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference))
     listen(given)
     begin = given.begin
     if args.token_report is not None:
@@ -118,11 +120,23 @@ def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
     )
 
 
+def _reference(
+    arguments: SFTArguments, loss: ObjectiveLoss, data: SFTData
+) -> ReferenceModel | None:
+    if arguments.reference is None:
+        return None
+    sets = {"train": data.train, "valid": data.valid}
+    datasets = {name: part for name, part in sets.items() if part is not None}
+    return ReferenceModel(*arguments.reference, loss, datasets)
+
+
 def sources_from_args(
-    args: Namespace, loss: ObjectiveLoss, score_pass: ScorePass
+    args: Namespace, loss: ObjectiveLoss, score_pass: ScorePass, reference: ReferenceModel | None
 ) -> tuple[Source, ...]:
     """Where the statistics come from that the objective needs and the kernel cannot compute."""
-    required, sources = loss.objective.required_statistics, []
+    # The reference is first: a ranking may need it.
+    sources: list[Source] = [] if reference is None else [reference]
+    required = loss.objective.required_statistics
     if "old_log_prob" in required:
         steps, first = args.psft_steps_per_refresh, args.objective_warmup_steps
         sources.append(OldPolicy(score_pass, steps, first))

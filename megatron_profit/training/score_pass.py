@@ -128,7 +128,7 @@ def data_group() -> dist.ProcessGroup:
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
-def nothing_given(batch: Batch) -> Mapping[str, Tensor]:
+def nothing_given(batch: Batch, name: str = "") -> Mapping[str, Tensor]:
     """No statistic but those that the kernel computes."""
     return {}
 
@@ -138,13 +138,14 @@ class ScorePass:
 
     Args:
         loss: What the run trains with.
-        given: Those of the statistics that the kernel cannot compute, [B, S] each.
+        given: Those of the statistics that the kernel cannot compute, [B, S] each, for a micro-batch of
+            "train" or "valid".
     """
 
     def __init__(
         self,
         loss: ObjectiveLoss,
-        given: Callable[[Batch], Mapping[str, Tensor]] = nothing_given,
+        given: Callable[[Batch, str], Mapping[str, Tensor]] = nothing_given,
     ) -> None:
         self._loss, self._given = loss, given
         self._train: Dataset | None = None
@@ -179,7 +180,8 @@ class ScorePass:
         args = get_args()
         start = args.consumed_train_samples
         stop = start + count * get_current_global_batch_size()
-        return self._of(trained, Rows(self._train, start, stop, args.micro_batch_size), statistics)
+        rows = Rows(self._train, start, stop, args.micro_batch_size)
+        return self._of(trained, rows, statistics, "train")
 
     def of_valid_batch(
         self, trained: Trained, number: int, statistics: frozenset[str]
@@ -189,10 +191,15 @@ class ScorePass:
         start = number * args.eval_global_batch_size
         stop = start + args.eval_global_batch_size
         rows = Rows(self._valid, start, stop, args.eval_micro_batch_size)
-        return self._of(trained, rows, statistics)
+        return self._of(trained, rows, statistics, "valid")
 
-    def _of(self, trained: Trained, rows: Rows, statistics: frozenset[str]) -> TokenTable | None:
-        return score_rows(trained, rows, statistics, self._loss, keys_of, self._given)
+    def _of(
+        self, trained: Trained, rows: Rows, statistics: frozenset[str], name: str
+    ) -> TokenTable | None:
+        def given(batch: Batch) -> Mapping[str, Tensor]:
+            return self._given(batch, name)
+
+        return score_rows(trained, rows, statistics, self._loss, keys_of, given)
 
 
 def score_rows(
@@ -214,7 +221,7 @@ def score_rows(
         given: Those of the statistics that the kernel cannot compute, [B, S] each.
     """
     args = get_args()
-    loss = replace(loss, objective=Scores(statistics - {"log_prob"}))
+    loss = replace(loss, objective=Scores(statistics - {"log_prob"}), log_entropy=False)
 
     def begin(batch: Batch) -> _ScoredBatch:
         return _ScoredBatch(keys(batch), loss.micro_batch(given=given(batch)), statistics)

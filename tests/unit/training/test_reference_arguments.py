@@ -1,0 +1,61 @@
+"""Flags of the reference model: what is missing, ignored or of another architecture is refused."""
+
+from __future__ import annotations
+
+import pytest
+from make_tiny_model import TinyShape, make_tiny_model
+
+from megatron_profit.training.arguments import ArgumentsError, read_arguments
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    data = folder / "data.jsonl"
+    data.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    for name, layers in (("model", 2), ("deeper", 4)):
+        make_tiny_model(folder / name, [data], TinyShape(num_layers=layers))
+    return folder
+
+
+def read(models, *flags):
+    needed = "--seq-length 16 --micro-batch-size 1 --lr 1e-3 --train-iters 2".split()
+    files = ["--hf-model", str(models / "model"), "--data", str(models / "data.jsonl")]
+    return read_arguments([*files, *needed, *map(str, flags)], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objective", "iw-sft"], "give --ref-cache DIR or --save DIR"),
+        (
+            ["--objective", "sft", "--ref-cache", "x"],
+            "--ref-cache is for objectives with a reference",
+        ),
+        (
+            ["--objective", "iw-sft", "--ref-cache", "x", "--ref-hf-model", "gone"],
+            "gone cannot be used",
+        ),
+        (["--objective", "sft", "--psft-steps-per-refresh", 4], "is for --objective psft"),
+        (["--objective", "psft", "--psft-steps-per-refresh", 1], "exactly SFT"),
+    ],
+)
+def test_refused(models, flags, message):
+    with pytest.raises(ArgumentsError, match=message):
+        read(models, *flags)
+
+
+def test_another_architecture_is_refused(models):
+    flags = ["--objective", "stm", "--ref-cache", "x", "--ref-hf-model", models / "deeper"]
+    with pytest.raises(ArgumentsError, match="has another architecture"):
+        read(models, *flags)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_the_model_itself_is_the_default(models, scope):
+    flags = ["--objective", "rho1", "--rank-scope", scope, "--save", models / "out"]
+    model, folder = read(models, *flags).reference
+    assert model.folder == models / "model"
+    assert folder == models / "out" / "ref_log_prob"
