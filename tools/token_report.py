@@ -28,10 +28,16 @@ from megatron_profit.data import (
     BrokenRecord,
     ChatRenderer,
     DataError,
+    RawRecord,
     RenderedConversation,
+    Source,
+    Training,
     normalise,
     read_records,
+    read_sources,
 )
+from megatron_profit.data.options import add_rendering_flags
+from megatron_profit.data.records import data_files
 from megatron_profit.objectives import Objective, build_objective, objective_options
 from megatron_profit.report import page, score_records, terminal_text
 
@@ -90,31 +96,29 @@ def parse_records(text: str) -> list[int]:
 
 
 def chosen_records(
-    files: Sequence[str], positions: Sequence[int], renderer: ChatRenderer, max_tokens: int
+    sources: Sequence[Source], positions: Sequence[int], renderer: ChatRenderer, max_tokens: int
 ) -> list[tuple[str, RenderedConversation]]:
-    """The records at the positions, counted over all files, that can be rendered.
+    """The records at the positions, counted over all sources, that can be rendered.
 
     Raises:
         ReportError: a position behind the last record, or no usable record among them.
     """
     found, wanted, read = [], set(positions), 0
-    for read, record in enumerate(islice(read_records(files), positions[-1] + 1), 1):
+    everything = ((source, record) for source in sources for record in source_records(source))
+    for read, (source, record) in enumerate(islice(everything, positions[-1] + 1), 1):
         if read - 1 not in wanted:
             continue
         try:
-            whole = renderer.render(normalise(record))
+            whole = renderer.render(normalise(record, source.layout))
         except BrokenRecord as error:
             print(f"left out {record.where}: {error.reason}", file=sys.stderr)
             continue
         cut = RenderedConversation(whole.ids[:max_tokens], whole.supervised[:max_tokens])
         if not cut.supervised[1:].any():
-            print(
-                f"left out {record.where}: nothing supervised in {max_tokens} tokens",
-                file=sys.stderr,
-            )
+            where = f"{record.where}: nothing supervised in {max_tokens} tokens"
+            print(f"left out {where}", file=sys.stderr)
             continue
-        where = f"{Path(record.file).name}, {record.unit} {record.number}"
-        found.append((where, cut))
+        found.append((f"{Path(record.file).name}, {record.unit} {record.number}", cut))
     if positions[-1] >= read:
         raise ReportError(
             f"--records {positions[-1]}: there are only {read} records (0 to {read - 1})"
@@ -122,6 +126,16 @@ def chosen_records(
     if not found:
         raise ReportError("none of the chosen records can be used; choose others with --records")
     return found
+
+
+def source_records(source: Source) -> Iterator[RawRecord]:
+    """The records of a source, as preparation for training reads them."""
+    records = (
+        record
+        for file in data_files(Path(source.path))
+        for record in read_records(file, source.split)
+    )
+    return islice(records, source.num_samples)
 
 
 @contextmanager
@@ -169,7 +183,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ref-model", metavar="DIR", help="HuggingFace folder of a reference model"
     )
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="chat files")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="chat files, as in training"
+    )
+    add_rendering_flags(parser)
     parser.add_argument(
         "--records", default="0-19", help="positions over all files, e.g. 0-9,250 (default 0-19)"
     )
@@ -237,9 +254,11 @@ def make_report(arguments: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ReportError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
-    records = chosen_records(
-        arguments.data, positions, ChatRenderer(tokenizer), arguments.max_tokens
+    sources = read_sources(
+        arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info
     )
+    renderer = ChatRenderer(tokenizer, Training(arguments.train_on, arguments.train_think))
+    records = chosen_records(sources, positions, renderer, arguments.max_tokens)
     dtype = DTYPES[arguments.dtype]
     source = (
         megatron_as_hf(arguments.megatron, arguments.hf_template)

@@ -37,17 +37,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         metavar="W",
         help="For each of --data how often an epoch holds each of its records, on average; 1 by default.",
     )
-    group.add_argument(
-        "--data-columns",
-        nargs="+",
-        metavar="NAME=COLUMN",
-        help=f"Where the keys do not tell: which column is which of {', '.join(COLUMNS)}.",
-    )
-    group.add_argument(
-        "--dataset-info",
-        metavar="FILE",
-        help="A dataset_info.json in LLaMA-Factory's form, whose entries --data may name.",
-    )
+    add_rendering_flags(group)
     group.add_argument(
         "--valid-data",
         nargs="+",
@@ -59,18 +49,6 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="SHARE",
         help="Set this share of the records of --data aside to evaluate on, in place of --valid-data.",
-    )
-    group.add_argument(
-        "--train-on",
-        choices=("all", "last"),
-        default="all",
-        help="Train all turns of the assistant or the last one.",
-    )
-    group.add_argument(
-        "--train-think",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Train what stands in <think> blocks, too.",
     )
     group.add_argument(
         "--too-long",
@@ -95,6 +73,33 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--data-cache",
         metavar="DIR",
         help="Folder for prepared data; by default $MEGATRON_PROFIT_CACHE or one in the user's cache.",
+    )
+
+
+def add_rendering_flags(group: argparse._ActionsContainer) -> None:
+    """The flags that decide what is read in a record and which of its tokens are trained."""
+    group.add_argument(
+        "--data-columns",
+        nargs="+",
+        metavar="NAME=COLUMN",
+        help=f"Where the keys do not tell: which column is which of {', '.join(COLUMNS)}.",
+    )
+    group.add_argument(
+        "--dataset-info",
+        metavar="FILE",
+        help="A dataset_info.json in LLaMA-Factory's form, whose entries --data may name.",
+    )
+    group.add_argument(
+        "--train-on",
+        choices=("all", "last"),
+        default="all",
+        help="Train all turns of the assistant or the last one.",
+    )
+    group.add_argument(
+        "--train-think",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Train what stands in <think> blocks, too.",
     )
 
 

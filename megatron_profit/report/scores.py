@@ -87,11 +87,15 @@ def score_records(
         The records, with the weights of each objective (see ``evaluate_objectives``).
 
     Raises:
-        ValueError: an objective needs a reference and there is none.
+        ValueError: an objective needs a reference and there is none, or a model's logits are more
+            than a product of hidden states and output weight.
     """
     needed = frozenset().union(*(statistics_of(o) for o in objectives.values()))
     _check_reference(objectives, ref_model is not None)
     wanted = needed.intersection(COMPUTED_STATISTICS)
+    for each in (model, ref_model):
+        if each is not None:
+            _check_output_layer(each)
     records = []
     for number, (name, rendered) in enumerate(conversations, 1):
         ids = torch.from_numpy(rendered.ids).long()
@@ -182,6 +186,20 @@ def _check_reference(objectives: Mapping[str, Objective], has_reference: bool) -
         raise ValueError(
             f"{', '.join(lacking)} compares with a reference model, and none was given; "
             "give one or leave the objective out"
+        )
+
+
+def _check_output_layer(model: PreTrainedModel) -> None:
+    """Refuses a model that scales, caps or shifts its logits, whose probabilities would be wrong."""
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        hidden = model.base_model(input_ids=token, use_cache=False).last_hidden_state
+        product = (hidden @ model.get_output_embeddings().weight.t()).float()
+        logits = model(input_ids=token, use_cache=False).logits.float()
+    if not torch.allclose(product, logits, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not hidden states times output weight (they are "
+            "scaled, capped or shifted), which this report cannot show"
         )
 
 

@@ -74,7 +74,7 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     listen(given)
     begin = given.begin
     if args.token_report is not None:
-        begin = evaluation_report(args, data).watching(begin)
+        begin = evaluation_report(args, arguments, data).watching(begin)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         score_pass.watching(data.provider(args)),
@@ -109,14 +109,17 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
     )
 
 
-def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
+def evaluation_report(args: Namespace, arguments: SFTArguments, data: SFTData) -> EvaluationReport:
     """What writes the token report that the flags ask for."""
+    sources = arguments.data.valid or arguments.data.train
     return EvaluationReport(
         folder=Path(args.token_report),
         records=first_records(data.valid, args.token_report_records),
         prepared=data.valid_prepared,
+        files=[Path(source.path).name for source in sources],
         tokenizer=load_tokenizer(Path(args.hf_model)),
-        objective=args.objective,
+        # An evaluation of PSFT is plain SFT: the old policy is the current one.
+        objective="sft" if args.objective == "psft" else args.objective,
     )
 
 

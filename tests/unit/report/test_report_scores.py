@@ -92,3 +92,10 @@ def test_a_missing_reference_is_named(conversations):
         model(0), Tokenizer(), conversations, {"excess": Excess()}, ref_model=model(1)
     )
     assert scored[0].statistics.ref_log_prob is not None
+
+
+def test_a_model_that_scales_its_logits_is_refused(conversations):
+    scaled = model(0)
+    scaled.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="scaled, capped or shifted"):
+        score_records(scaled, Tokenizer(), conversations, {"sft": build_objective("sft")})

@@ -84,3 +84,20 @@ def test_a_folder_without_a_model(folders, tmp_path, capsys):
     shutil.copy(folders / "hf" / "chat_template.jinja", empty)
     assert run(folders, "--model", empty, "--terminal") == 1
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_columns_and_the_choice_of_turns_are_those_of_training(folders, tmp_path):
+    data = tmp_path / "qa.jsonl"
+    data.write_text(json.dumps({"question": "One and two?", "answer": "Three."}) + "\n")
+    flags = [
+        "--data",
+        data,
+        "--data-columns",
+        "prompt=question",
+        "response=answer",
+        "--records",
+        "0",
+    ]
+    out = tmp_path / "r.html"
+    assert token_report.main(list(map(str, ["--model", folders / "hf", *flags, "--out", out]))) == 0
+    assert "qa.jsonl, line 1" in out.read_text()
