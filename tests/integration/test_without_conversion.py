@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from make_tiny_model import TinyShape, make_tiny_model
+from tiny_models import make_family
 from transformers import AutoModelForCausalLM
 
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
@@ -68,6 +69,41 @@ def test_training_needs_no_conversion(sft, tmp_path, world_size, layout, tied):
     for name, weight in trained.items():
         distance = (weight - before[name]).abs()
         assert 0 < distance.max() < 0.1, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3-moe", "--expert-model-parallel-size 2 --use-distributed-optimizer --bf16"),
+        ("qwen3-moe", "--tensor-model-parallel-size 2 --sequence-parallel"),
+        ("qwen3-moe-mixed", "--expert-model-parallel-size 2"),
+        ("qwen2", "--tensor-model-parallel-size 2"),
+        ("llama", "--pipeline-model-parallel-size 2"),
+    ],
+)
+def test_every_family_is_exported_as_from_its_checkpoint(sft, tmp_path, family, layout):
+    hf = make_family(tmp_path, family).hf
+    sft(
+        2,
+        *("--hf-model", hf, "--data", DATA / "arithmetic_base.jsonl", "--objective", "sft"),
+        *("--seq-length", 40, "--micro-batch-size", 1, "--global-batch-size", 4, "--lr", 1e-2),
+        *("--train-iters", 1, "--make-vocab-size-divisible-by", 96, *layout.split()),
+        *("--export-hf", tmp_path / "direct", "--save", tmp_path / "run"),
+    )
+    megatron_to_hf(tmp_path / "run", hf, tmp_path / "of-checkpoint")
+    assert not verify(tmp_path / "direct", tmp_path / "of-checkpoint").differences
+    changed = {d.name for d in verify(hf, tmp_path / "direct").differences if d.what == "values"}
+    trained, before = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (tmp_path / "direct", hf)
+    )
+    # Each tensor of every layer was trained, but for experts that no token was sent to.
+    assert {name for name in changed if ".experts." in name} or "moe" not in family
+    kept = {name for name in before.state_dict() if ".experts" not in name}
+    assert kept <= changed
+    for name, weight in trained.state_dict().items():
+        assert (weight - before.state_dict()[name]).abs().max() < 0.1, name
 
 
 def losses(output: str) -> list[str]:
