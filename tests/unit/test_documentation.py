@@ -48,6 +48,8 @@ def test_training_commands_are_accepted(tmp_path, monkeypatch):
 
     read_arguments = training_arguments.read_arguments
     monkeypatch.setattr(training_arguments, "check_checkpoint_matches", lambda *_: None)
+    monkeypatch.setattr(training_arguments, "_hf_weights", lambda *_: None)
+    monkeypatch.setattr(training_arguments, "_export", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     found = [command for command in commands() if "megatron_profit.sft" in command]
     assert found
@@ -55,9 +57,10 @@ def test_training_commands_are_accepted(tmp_path, monkeypatch):
         folder = Path(command[command.index("--hf-model") + 1])
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(QWEN3_14B))
-        start = Path(command[command.index("--pretrained-checkpoint") + 1])
-        start.mkdir(exist_ok=True)
-        (start / "latest_checkpointed_iteration.txt").write_text("release")
+        if "--pretrained-checkpoint" in command:
+            start = Path(command[command.index("--pretrained-checkpoint") + 1])
+            start.mkdir(exist_ok=True)
+            (start / "latest_checkpointed_iteration.txt").write_text("release")
         monkeypatch.setenv("WORLD_SIZE", command[command.index("--nproc-per-node") + 1])
         arguments = read_arguments(command[command.index("megatron_profit.sft") + 1 :], "cuda")
         assert arguments.defaults["padded_vocab_size"] == 151936, "no padding is needed"
