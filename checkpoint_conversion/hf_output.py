@@ -13,7 +13,7 @@ from checkpoint_conversion.families import Config, TensorRule, family_for
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.hf_model import expected_shapes
 from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, artifacts, copy_artifacts
-from checkpoint_conversion.megatron_to_hf import files_of, foreign_folder, with_dtype
+from checkpoint_conversion.megatron_to_hf import COMMAND, files_of, with_dtype
 from checkpoint_conversion.output import check_output, whole_folder
 from checkpoint_conversion.torch_tensors import from_torch
 
@@ -58,7 +58,7 @@ class HFOutput:
         Raises:
             ConversionError: When the folder must not be written, or there is too little space.
         """
-        place = whole_folder(self.folder, [self.template], False, foreign_folder, self.nbytes)
+        place = whole_folder(self.folder, [self.template], False, COMMAND, self.nbytes)
         with place as partial:
             with HFWriter(partial, self.tensors, self.weight_map) as writer:
                 writer.flush()

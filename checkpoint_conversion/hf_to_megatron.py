@@ -20,7 +20,7 @@ from checkpoint_conversion.chunks import Chunk, chunks_of
 from checkpoint_conversion.dtypes import DType, chosen_dtype
 from checkpoint_conversion.families import TensorRule, extra_states
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
-from checkpoint_conversion.megatron_writer import RELEASE, TRACKER, write_release
+from checkpoint_conversion.megatron_writer import write_release
 from checkpoint_conversion.output import whole_folder
 from checkpoint_conversion.progress import Progress, human
 from checkpoint_conversion.raw_files import OpenFiles
@@ -91,7 +91,7 @@ def hf_to_megatron(
     model = plan.model
     model.check_alias()
     with (
-        whole_folder(Path(out), [model.folder], overwrite, _foreign, plan.nbytes) as folder,
+        whole_folder(Path(out), [model.folder], overwrite, "hf_to_megatron", plan.nbytes) as folder,
         OpenFiles() as files,
     ):
         counter = Progress(len(plan.tensors), plan.nbytes, progress)
@@ -110,11 +110,6 @@ def hf_to_megatron(
         )
         counter.finish()
     return plan
-
-
-def _foreign(out: Path) -> str | None:
-    names = (entry.name for entry in out.iterdir())
-    return next((f"it holds {name}" for name in names if name not in (RELEASE, TRACKER)), None)
 
 
 def _print_plan(plan: ImportPlan, workers: int) -> None:

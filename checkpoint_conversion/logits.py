@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.megatron_reader import find_checkpoint
+from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
 
 # Prose, code, numbers and other scripts, so that many rows of the vocabulary are read.
 PROMPTS = (
@@ -71,19 +73,20 @@ def compare_logits(
     Args:
         hf: HuggingFace folder with a tokenizer.
         other_hf: Second HuggingFace folder, which transformers computes too; or
-        megatron: Megatron's save folder, which Megatron computes. With neither, Megatron computes the
-            weights of `hf`, as a run does that starts from them.
-        iteration: A number; None for the latest.
+        megatron: Megatron's save folder, or a checkpoint in it, which Megatron computes. With neither,
+            Megatron computes the weights of `hf`, as a run does that starts from them.
+        iteration: A number or "release"; None for the latest.
         prompts: What to compute.
 
     Raises:
         ConversionError: When a side cannot be computed.
     """
+    checkpoint = None if megatron is None else find_checkpoint(megatron, iteration)
     tokens, lengths = _tokenise(hf, prompts)
     if other_hf is not None:
         right = _by_transformers(other_hf, tokens, lengths)
     else:
-        right = _by_megatron(hf, megatron, iteration, tokens, lengths)
+        right = _by_megatron(hf, checkpoint, tokens, lengths)
     return _compare(zip(_by_transformers(hf, tokens, lengths), right, strict=True))
 
 
@@ -159,8 +162,7 @@ def _by_transformers(
 
 def _by_megatron(
     hf: str | Path,
-    megatron: str | Path | None,
-    iteration: str | int | None,
+    checkpoint: Path | None,
     tokens: torch.Tensor,
     lengths: Sequence[int],
 ) -> Iterator[torch.Tensor]:
@@ -175,15 +177,25 @@ def _by_megatron(
         command = [sys.executable, "-m", "megatron_profit.logits", "--device", "cpu"]
         command += ["--tokens", f"{folder}/tokens.pt", "--logits", f"{folder}/logits.pt"]
         command += ["--hf-model", str(hf)]
-        command += [] if megatron is None else ["--load", str(megatron)]
-        command += [] if iteration is None else ["--ckpt-step", str(iteration)]
+        if checkpoint is not None:
+            command += ["--load", str(_save_folder(Path(folder), checkpoint))]
         # Not as one of several processes, should this be run under torchrun.
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         done = subprocess.run(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         if done.returncode:
-            raise ConversionError(f"Megatron computed no logits:\n{done.stdout[-3000:].strip()}")
+            raise ConversionError(
+                f"Megatron computed no logits of {checkpoint or hf}:\n{done.stdout[-3000:].strip()}"
+            )
         result = torch.load(f"{folder}/logits.pt", weights_only=True)
     for logits, length in zip(result, lengths, strict=True):
         yield logits[:length]
+
+
+def _save_folder(folder: Path, checkpoint: Path) -> Path:
+    """What Megatron takes for a save folder whose latest checkpoint is the given one, whatever its
+    name and whichever lie beside it."""
+    (folder / RELEASE).symlink_to(checkpoint.resolve())
+    (folder / TRACKER).write_text(RELEASE)
+    return folder

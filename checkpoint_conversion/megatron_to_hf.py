@@ -22,9 +22,8 @@ from checkpoint_conversion.chunks import Chunk
 from checkpoint_conversion.dtypes import DType, chosen_dtype
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
-from checkpoint_conversion.hf_folder import CONFIG, INDEX, read_hf_config, read_weight_map
+from checkpoint_conversion.hf_folder import INDEX, read_hf_config, read_weight_map
 from checkpoint_conversion.hf_writer import (
-    CHAT_TEMPLATES,
     DEFAULT_SHARD_SIZE,
     HFWriter,
     TensorSpec,
@@ -43,6 +42,8 @@ from checkpoint_conversion.progress import Progress, human
 from checkpoint_conversion.raw_files import OpenFiles
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from checkpoint_conversion.workers import Buffers, run_all, worker_count
+
+COMMAND = "megatron_to_hf"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def megatron_to_hf(
     buffers = Buffers()
     counter = Progress(len(plan.tensors), plan.nbytes, progress)
     with (
-        whole_folder(Path(out), sources, overwrite, foreign_folder, plan.nbytes) as folder,
+        whole_folder(Path(out), sources, overwrite, COMMAND, plan.nbytes) as folder,
         HFWriter(folder, plan.tensors, plan.weight_map) as writer,
         OpenFiles() as files,
     ):
@@ -203,14 +204,6 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
     name = nbytes.most_common(1)[0][0].torch
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return {**config, **dict.fromkeys(keys, name)}
-
-
-def foreign_folder(out: Path) -> str | None:
-    """Why a folder is no earlier output, or None."""
-    if not (out / CONFIG).is_file():
-        return f"it has no {CONFIG}"
-    folders = (entry.name for entry in out.iterdir() if entry.is_dir())
-    return next((f"it holds {name}/" for name in folders if name != CHAT_TEMPLATES), None)
 
 
 def _print_plan(plan: ExportPlan, workers: int) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
 
 _SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
+# Beside the output's files: which command wrote them, and their sizes.
+MARKER = ".checkpoint_conversion.json"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -22,7 +25,7 @@ def whole_folder(
     out: Path,
     sources: Iterable[Path],
     overwrite: bool,
-    foreign: Callable[[Path], str | None],
+    command: str,
     needed: int,
 ) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends without an error.
@@ -34,8 +37,8 @@ def whole_folder(
         out: The folder to make; missing, empty, or to be replaced.
         sources: Folders that are read; they must not be replaced.
         overwrite: Whether a folder that is not empty may be replaced.
-        foreign: Says why a folder is no earlier output of the command, or None. Keeps
-            `overwrite` from deleting anything else.
+        command: What writes the folder; `overwrite` replaces only what the same command wrote, as
+            a file in it (`MARKER`) tells.
         needed: Bytes that will be written.
 
     Raises:
@@ -51,8 +54,9 @@ def whole_folder(
     try:
         _clear(partial)
         _recover(out)
-        _check_replaceable(out, overwrite, foreign)
+        _check_replaceable(out, overwrite, command)
         yield partial
+        _mark(partial, command)
         os.fsync(descriptor)
         _replace(partial, out)
     except BaseException:
@@ -76,7 +80,7 @@ def check_output(out: Path, sources: Iterable[Path], needed: int) -> None:
     """
     out = out.resolve()
     _check_sources(out, sources)
-    _check_replaceable(out, False, lambda _: None)
+    _check_replaceable(out, False, "")
     place = next(parent for parent in out.parents if parent.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConversionError(f"{out}: {place} is not writable; choose another folder")
@@ -112,7 +116,7 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _check_replaceable(out: Path, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:
+def _check_replaceable(out: Path, overwrite: bool, command: str) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -121,11 +125,49 @@ def _check_replaceable(out: Path, overwrite: bool, foreign: Callable[[Path], str
         return
     if not overwrite:
         raise ConversionError(f"{out} is not empty; choose another folder or give --overwrite")
-    if reason := foreign(out):
+    if reason := _foreign(out, command):
         raise ConversionError(
             f"{out} is no earlier output of this command ({reason}), and --overwrite replaces only "
             "that; choose another folder, or empty this one"
         )
+
+
+def _mark(folder: Path, command: str) -> None:
+    """Note in a folder what it holds."""
+    content = {"command": command, "sizes": _sizes(folder)}
+    write_file(folder / MARKER, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def _foreign(out: Path, command: str) -> str | None:
+    """Why a folder is no output of a command as it was written, or None."""
+    try:
+        content = json.loads((out / MARKER).read_bytes())
+        written, sizes = content["command"], content["sizes"]
+    except FileNotFoundError:
+        return f"it has no {MARKER}"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MARKER} was changed"
+    if written != command:
+        return f"{written} wrote it"
+    for name, size in _sizes(out).items():
+        if name not in sizes:
+            return f"it holds {name}"
+        if size != sizes[name]:
+            return f"its {name} was changed"
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, but the marker; 0 for folders."""
+    return {
+        str(entry.relative_to(folder)): entry.lstat().st_size if _is_file(entry) else 0
+        for entry in sorted(folder.rglob("*"))
+        if entry != folder / MARKER
+    }
+
+
+def _is_file(entry: Path) -> bool:
+    return entry.is_symlink() or not entry.is_dir()
 
 
 def _claim(partial: Path) -> int:
@@ -160,10 +202,10 @@ def _lock(descriptor: int) -> None:
 
 def _clear(folder: Path) -> None:
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
+        if _is_file(entry):
             entry.unlink()
+        else:
+            shutil.rmtree(entry)
 
 
 def _replace(partial: Path, out: Path) -> None:

@@ -12,6 +12,7 @@ something cannot be read.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from checkpoint_conversion.progress import Progress
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from checkpoint_conversion.torch_tensors import TORCH, read_chunk, tensor_bytes
 
+TOLERANCE = 1e-3
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -213,12 +215,20 @@ def main() -> int:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=1e-3,
-        help="largest difference of two logits (default: %(default)g)",
+        help=f"largest difference of two logits (default: {TOLERANCE:g})",
     )
     options = parser.parse_args()
     if len(options.hf) > 2:
         parser.error("--hf takes one or two folders")
+    if options.iteration is not None and options.megatron is None:
+        parser.error("--iteration is a checkpoint's; give --megatron, or drop it")
+    for name in ("prompts", "tolerance"):
+        if getattr(options, name) is not None and not options.logits:
+            parser.error(f"--{name} is for logits; give --logits, or drop it")
+    if options.tolerance is None:
+        options.tolerance = TOLERANCE
+    if not 0 <= options.tolerance < math.inf:
+        parser.error(f"--tolerance {options.tolerance:g} must be a finite number, 0 or larger")
     return _verify_logits(options) if options.logits else _verify_tensors(options)
 
 
@@ -229,7 +239,7 @@ def _verify_logits(options: argparse.Namespace) -> int:
         *options.hf,
         megatron=options.megatron,
         iteration=options.iteration,
-        prompts=read_prompts(options.prompts) if options.prompts else PROMPTS,
+        prompts=PROMPTS if options.prompts is None else read_prompts(options.prompts),
     )
     print(report)
     return 0 if report.max_difference <= options.tolerance else 1

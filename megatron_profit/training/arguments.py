@@ -594,7 +594,6 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
             )
     try:
         model = open_hf_model(settings["hf_model"])
-        model.check_alias()
     except ConversionError as error:
         raise ArgumentsError(
             "no checkpoint was given (--pretrained-checkpoint, --load), and the weights of --hf-model "
@@ -632,7 +631,6 @@ def _reference(
     folder = settings["ref_hf_model"] or settings["hf_model"]
     try:
         model = open_hf_model(folder)
-        model.check_alias()
         same = model.family.megatron_arguments(model.config) == family_for(
             config
         ).megatron_arguments(config)

@@ -65,15 +65,18 @@ def keep_in(kept: list[MegatronModule]) -> Hook:
 def load(model: HFModel, chunks: Sequence[MegatronModule]) -> None:
     """Fill this rank's part of a model.
 
+    All ranks call this together.
+
     Args:
         model: The HuggingFace folder.
         chunks: The rank's pipeline stages, before they are wrapped.
 
     Raises:
         ConversionError: For a parameter that the folder does not give, a value that the parameter's
-            dtype cannot hold, or a truncated file.
+            dtype cannot hold, a truncated file, or a second copy of tied embeddings that differs.
     """
     start = time.monotonic()
+    _check_alias(model)
     rules = Rules(model.rules)
     nbytes = 0
     for shard, _ in model_shards(chunks):
@@ -83,6 +86,21 @@ def load(model: HFModel, chunks: Sequence[MegatronModule]) -> None:
     print_rank_0(
         f"> weights from {model.folder}: {human(nbytes)} on the first rank in {seconds:.1f} s"
     )
+
+
+def _check_alias(model: HFModel) -> None:
+    """Let the first rank alone read both copies of tied embeddings in full, and all ranks fail."""
+    if model.alias is None:
+        return
+    outcome: list[ConversionError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            model.check_alias()
+        except ConversionError as error:
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 @torch.no_grad()

@@ -23,11 +23,13 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 from torch import Tensor
 
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_model import HFModel
 from megatron_profit.backends.hooks import Trained
 from megatron_profit.data import Examples, SFTDataset
 from megatron_profit.training.batch import Batch
 from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.console import fail
 from megatron_profit.training.hf_weights import load
 from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.score_pass import Rows, data_group, score_rows
@@ -162,6 +164,8 @@ def _weights_of(model: HFModel, trained: Trained) -> Iterator[None]:
     try:
         load(model, chunks)
         yield
+    except ConversionError as error:
+        fail(error)
     finally:
         with torch.no_grad():
             parameters = (p for chunk in chunks for p in chunk.parameters())

@@ -29,7 +29,8 @@ def verify(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def test_a_conversion_computes_the_same(qwen2):
-    result = verify("--hf", qwen2.hf, "--megatron", qwen2.megatron, "--logits", "--tolerance", 1e-4)
+    release = qwen2.megatron / "release"
+    result = verify("--hf", qwen2.hf, "--megatron", release, "--logits", "--tolerance", 1e-4)
     assert result.returncode == 0, result.stderr
     assert re.search(rf"logits of {len(PROMPTS)} prompts, \d+ positions", result.stdout)
     assert "top-1 agreement 100.00%" in result.stdout
@@ -51,7 +52,9 @@ def test_what_no_tensor_shows_is_found(qwen2, tmp_path):
     hf_to_megatron(other, tmp_path / "megatron")
     # Megatron refuses the checkpoint by its arguments, and says so through the command.
     with pytest.raises(ConversionError, match="layernorm_epsilon"):
-        compare_logits(qwen2.hf, megatron=tmp_path / "megatron", prompts=["one two"])
+        compare_logits(
+            qwen2.hf, megatron=tmp_path / "megatron", iteration="release", prompts=["one two"]
+        )
 
 
 def test_bad_input_is_named(qwen2, tmp_path):

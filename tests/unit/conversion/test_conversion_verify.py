@@ -86,3 +86,30 @@ def test_what_cannot_be_read_is_an_error(qwen3, tmp_path, run_command):
     result = run_command("verify", "--hf", qwen3)
     assert result.code == 2
     assert "one of them" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompts", "none.txt"), "--prompts is for logits; give --logits"),
+        (("--tolerance", "0.1"), "--tolerance is for logits; give --logits"),
+        (("--logits", "--tolerance", "-1"), "--tolerance -1 must be a finite number"),
+        (("--logits", "--tolerance", "nan"), "--tolerance nan must be a finite number"),
+        (("--iteration", "3"), "--iteration is a checkpoint's; give --megatron"),
+    ],
+)
+def test_options_without_effect_are_refused(qwen3, run_command, options, message):
+    result = run_command("verify", "--hf", qwen3, qwen3, *options)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_a_missing_checkpoint_is_found_before_logits_are_computed(qwen3, tmp_path, run_command):
+    hf_to_megatron(qwen3, tmp_path / "megatron")
+    for place, missing in (
+        (("--megatron", tmp_path / "megatron", "--iteration", "7"), "iter_0000007"),
+        (("--megatron", tmp_path / "megatron" / "none"), "none"),
+    ):
+        result = run_command("verify", "--hf", qwen3, *place, "--logits")
+        assert result.code == 2
+        assert f"{missing}: no such" in result.err

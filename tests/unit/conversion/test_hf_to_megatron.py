@@ -61,6 +61,7 @@ def test_entries_beside_the_tensors(qwen3, tmp_path):
     out = tmp_path / "out"
     hf_to_megatron(qwen3, out)
     assert sorted(entry.name for entry in out.iterdir()) == [
+        ".checkpoint_conversion.json",
         "latest_checkpointed_iteration.txt",
         "release",
     ]

@@ -102,7 +102,8 @@ def test_round_trip_gives_the_same_files(make_qwen3, tmp_path, tied, dtype, shar
     hf = make_qwen3(tied=tied, dtype=dtype, shard_size=shard_size)
     hf_to_megatron(hf, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
-    assert {file.name for file in hf.iterdir()} == {f.name for f in (tmp_path / "back").iterdir()}
+    written = {file.name for file in (tmp_path / "back").iterdir()}
+    assert written == {".checkpoint_conversion.json", *(file.name for file in hf.iterdir())}
     for file in hf.iterdir():
         copy = tmp_path / "back" / file.name
         if file.name == "model.safetensors.index.json":
@@ -212,6 +213,40 @@ def test_every_artifact_is_copied_but_weights_code_and_hidden_files(qwen3, tmp_p
     for name in (*dropped, "figures"):
         assert not (tmp_path / "back" / name).exists()
     megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "back", overwrite=True)
+
+
+def test_overwrite_replaces_only_what_the_command_wrote(qwen3, tmp_path):
+    save_run(tmp_path / "run", trained(qwen3))
+    download, back, other = tmp_path / "download", tmp_path / "back", tmp_path / "other"
+    shutil.copytree(qwen3, download)
+
+    def refused(out, reason):
+        before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+        with pytest.raises(ConversionError, match=reason):
+            megatron_to_hf(tmp_path / "run", qwen3, out, overwrite=True)
+        assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    refused(download, r"it has no \.checkpoint_conversion\.json")
+    hf_to_megatron(qwen3, other)
+    refused(other, "hf_to_megatron wrote it")
+    megatron_to_hf(tmp_path / "run", qwen3, back)
+    megatron_to_hf(tmp_path / "run", qwen3, back, overwrite=True)
+    (back / "notes").mkdir()
+    refused(back, "it holds notes")
+    (back / "notes").rmdir()
+    (back / "config.json").write_text("{}")
+    refused(back, r"its config\.json was changed")
+    (back / ".checkpoint_conversion.json").write_text("[]")
+    refused(back, r"its \.checkpoint_conversion\.json was changed")
+
+
+def test_the_mark_of_an_output_is_not_copied_from_a_template(qwen3, tmp_path):
+    save_run(tmp_path / "run", trained(qwen3))
+    megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "back")
+    megatron_to_hf(tmp_path / "run", tmp_path / "back", tmp_path / "again", max_shard_size="150KB")
+    mark = json.loads((tmp_path / "again" / ".checkpoint_conversion.json").read_text())
+    files = {file for file in (tmp_path / "again").iterdir() if not file.name.startswith(".")}
+    assert mark["sizes"] == {file.name: file.stat().st_size for file in files}
 
 
 def test_a_template_needs_no_weights(qwen3, tmp_path):
