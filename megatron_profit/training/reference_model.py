@@ -28,8 +28,7 @@ from checkpoint_conversion.hf_model import HFModel
 from megatron_profit.backends.hooks import Trained
 from megatron_profit.data import Examples, SFTDataset
 from megatron_profit.training.batch import Batch
-from megatron_profit.training.console import print_rank_0
-from megatron_profit.training.console import fail
+from megatron_profit.training.console import fail, print_rank_0
 from megatron_profit.training.hf_weights import load
 from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.score_pass import Rows, data_group, score_rows
