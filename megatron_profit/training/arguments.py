@@ -628,6 +628,17 @@ def _reference(
             f"--objective {settings['objective']} needs a place for the log-probabilities of its "
             "reference model; give --ref-cache DIR or --save DIR"
         )
+    if settings["pretrained_checkpoint"] and not settings["ref_hf_model"]:
+        raise ArgumentsError(
+            f"--objective {settings['objective']} compares with a reference model, which is --hf-model by "
+            "default, but this run starts from --pretrained-checkpoint; name the reference with "
+            "--ref-hf-model DIR"
+        )
+    if settings["objective"] == "rho1" and not settings["ref_hf_model"]:
+        raise ArgumentsError(
+            "--objective rho1 ranks by what the reference knows and the model does not; against the weights "
+            "that it starts from that is noise. Name a better model with --ref-hf-model DIR"
+        )
     folder = settings["ref_hf_model"] or settings["hf_model"]
     try:
         model = open_hf_model(folder)

@@ -18,6 +18,8 @@ from megatron_profit.training.console import print_rank_0
 class SFTData:
     """The rows of one run.
 
+    `digest` tells the training records from others.
+
     Every rank maps the same examples and draws the same order from (seed, row), so nothing is broadcast
     and a resumed run continues with the row at which it stopped.
 
@@ -30,6 +32,7 @@ class SFTData:
     valid: SFTDataset | None
     supervised_share: float
     valid_prepared: Prepared | None = None
+    digest: str = ""
 
     @property
     def valid_rows(self) -> int:

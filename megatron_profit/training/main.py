@@ -70,7 +70,7 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     loss = objective_loss_from_args(args)
     reference = _reference(arguments, loss, data)
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
-    given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference))
+    given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
     listen(given)
     begin = given.begin
     if args.token_report is not None:
@@ -134,7 +134,11 @@ def _reference(
 
 
 def sources_from_args(
-    args: Namespace, loss: ObjectiveLoss, score_pass: ScorePass, reference: ReferenceModel | None
+    args: Namespace,
+    loss: ObjectiveLoss,
+    score_pass: ScorePass,
+    reference: ReferenceModel | None,
+    data_digest: str,
 ) -> tuple[Source, ...]:
     """Where the statistics come from that the objective needs and the kernel cannot compute."""
     # The reference is first: a ranking may need it.
@@ -142,7 +146,7 @@ def sources_from_args(
     required = loss.objective.required_statistics
     if "old_log_prob" in required:
         steps, first = args.psft_steps_per_refresh, args.objective_warmup_steps
-        sources.append(OldPolicy(score_pass, steps, first))
+        sources.append(OldPolicy(score_pass, steps, first, data_digest))
     if "selected" in required:
         sources.append(GlobalRanking(loss, score_pass))
     return tuple(sources)

@@ -70,13 +70,17 @@ class OldPolicy:
         score_pass: Sees the rows of the run.
         steps: Optimizer steps of an outer batch.
         first: The iteration at which the first outer batch begins, behind a warm-up of plain SFT.
+        data: Tells these training data from others; a run with others cannot continue an outer batch.
     """
 
     statistic = "old_log_prob"
 
-    def __init__(self, score_pass: ScorePass, steps: int, first: int = 0) -> None:
+    def __init__(self, score_pass: ScorePass, steps: int, first: int = 0, data: str = "") -> None:
         self._score_pass, self._steps, self._first = score_pass, steps, first
+        self._data = data
         self._table: TokenTable | None = None
+        # Whether the table holds the tokens of all ranks, as one read from a checkpoint does.
+        self._complete = False
         # The first iteration for which the table holds nothing; None until there is one.
         self._until: int | None = None
 
@@ -91,6 +95,7 @@ class OldPolicy:
         )
         if table is not None:
             self._table = TokenTable(table.keys, {self.statistic: table.statistics["log_prob"]})
+            self._complete = False
         self._until = until
 
     def before_evaluation(self, trained: Trained) -> None:
@@ -110,7 +115,7 @@ class OldPolicy:
         if self._table is None or mpu.get_tensor_model_parallel_rank() != 0:
             return
         group = data_group()
-        table = self._table.gathered(group)
+        table = self._table if self._complete else self._table.gathered(group)
         if group.rank() == 0:
             _write(folder / FILE_NAME, table, {**self._form(), "until": str(self._until)})
 
@@ -120,11 +125,11 @@ class OldPolicy:
             return
         folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
         self._table, form = _read(folder / FILE_NAME, args.iteration, self._steps)
-        self._until = int(form.pop("until"))
+        self._until, self._complete = int(form.pop("until")), True
         if form != self._form():
             raise ValueError(
                 f"{folder} was saved inside an outer batch of PSFT with {form}, but this run has "
-                f"{self._form()}; resume with the same flags"
+                f"{self._form()}; resume with the same flags and data"
             )
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             self._table = None
@@ -141,6 +146,7 @@ class OldPolicy:
             "psft_steps_per_refresh": str(self._steps),
             "objective_warmup_steps": str(self._first),
             "global_batch_size": str(args.global_batch_size),
+            "data": self._data,
         }
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from megatron_profit.training.old_policy import check_old_policy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_profit.training import old_policy
+from megatron_profit.training.old_policy import FILE_NAME, OldPolicy, check_old_policy
+from megatron_profit.training.token_table import TokenTable
 
 
 @pytest.mark.parametrize(
@@ -25,3 +31,36 @@ def test_refused(settings, message):
 
 def test_plain_flags_are_accepted():
     check_old_policy({"psft_steps_per_refresh": 2, "ckpt_format": "torch_dist"})
+
+
+@pytest.fixture
+def resumable(monkeypatch, tmp_path):
+    """A run of one process, at iteration 2 of outer batches of 4 steps."""
+    arguments = SimpleNamespace(global_batch_size=8, iteration=2, load=str(tmp_path))
+    mpu = SimpleNamespace(
+        get_tensor_model_parallel_rank=lambda: 0, is_pipeline_last_stage=lambda **_: True
+    )
+    monkeypatch.setattr(old_policy, "get_args", lambda: arguments)
+    monkeypatch.setattr(old_policy, "get_checkpoint_name", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(old_policy, "mpu", mpu)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    table = TokenTable(torch.arange(5), {"old_log_prob": -torch.arange(5.0)})
+    form = {"version": "1", "psft_steps_per_refresh": "4", "objective_warmup_steps": "0"}
+    form |= {"global_batch_size": "8", "data": "digest", "until": "4"}
+    old_policy._write(tmp_path / FILE_NAME, table, form)
+    return tmp_path
+
+
+def test_a_checkpoint_after_a_resume_holds_each_token_once(resumable, monkeypatch):
+    """What was read holds the tokens of all ranks already: three of them would write it three times."""
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 3)
+    monkeypatch.setattr(old_policy, "data_group", lambda: group)
+    again = resumable / "again"
+    again.mkdir()
+    OldPolicy(None, 4, data="digest").with_checkpoint(again, 3)
+    assert load_file(again / FILE_NAME)["keys"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_other_data_cannot_continue_an_outer_batch(resumable):
+    with pytest.raises(ValueError, match="resume with the same flags and data"):
+        OldPolicy(None, 4, data="another").with_checkpoint(resumable, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from make_tiny_model import TinyShape, make_tiny_model
 
+from megatron_profit.training import arguments
 from megatron_profit.training.arguments import ArgumentsError, read_arguments
 
 
@@ -54,8 +55,24 @@ def test_another_architecture_is_refused(models):
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
-def test_the_model_itself_is_the_default(models, scope):
+def test_a_ranking_by_excess_loss_needs_another_model(models, scope):
     flags = ["--objective", "rho1", "--rank-scope", scope, "--save", models / "out"]
+    with pytest.raises(ArgumentsError, match="rho1 ranks by what the reference knows"):
+        read(models, *flags)
+    model, _ = read(models, *flags, "--ref-hf-model", models / "model").reference
+    assert model.folder == models / "model"
+
+
+def test_the_default_reference_is_not_another_checkpoint(models, tmp_path, monkeypatch):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    monkeypatch.setattr(arguments, "check_checkpoint_matches", lambda *_: None)
+    flags = ["--objective", "stm", "--ref-cache", "x", "--pretrained-checkpoint", tmp_path]
+    with pytest.raises(ArgumentsError, match="name the reference with --ref-hf-model"):
+        read(models, *flags)
+
+
+def test_the_model_itself_is_the_default(models):
+    flags = ["--objective", "stm", "--save", models / "out"]
     model, folder = read(models, *flags).reference
     assert model.folder == models / "model"
     assert folder == models / "out" / "ref_log_prob"
