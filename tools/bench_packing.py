@@ -2,10 +2,10 @@
 
     python tools/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… [--out benchmarks/results]
 
-Three runs of each file, each a real run on the CPU in a process of its own: Megatron-LM's pretrain_gpt.py
-with --sft, which pads every record to a row; our entry with a record to a row; our entry with --packing.
-Between the first and the second lies what is saved by computing logits of supervised tokens only, between
-the second and the third what packing saves.
+Three runs of each file in turn, each a real run on the CPU in a process of its own: Megatron-LM's
+pretrain_gpt.py with --sft, which pads every record to a row; our entry with a record to a row; our entry
+with --packing. Between the first and the second lies what is saved by computing logits of supervised tokens
+only, between the second and the third what packing saves.
 
 Stock SFT needs Transformer Engine for its attention, which a CPU has not. It gets the same kernel as ours,
 one call for each of its sequences. A record counts as many supervised tokens there as here, those of the
@@ -31,8 +31,8 @@ from statistics import mean, median
 from benchmarking import RESULTS, environment, markdown_table, write_results
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Steps that are run and not counted: memory is touched, kernels are chosen.
-WARM_UP = 2
+# Steps of each run that are not counted: memory is touched, kernels are chosen.
+WARM_UP = 1
 STOCK, UNPACKED, PACKED = "stock --sft", "ours, a record to a row", "ours, --packing"
 
 
@@ -73,7 +73,7 @@ class Run:
     """What was measured.
 
     Attributes:
-        seconds_per_step: Median.
+        seconds_per_step: Median over the rounds.
         tokens_per_step: Supervised tokens, on average.
     """
 
@@ -91,6 +91,7 @@ def main() -> None:
     record: dict = {
         "command": "python tools/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… "
         f"--seq-length {options.seq_length} --rows {options.rows} --steps {options.steps} "
+        f"--rounds {options.rounds} "
         f"--hidden-size {options.hidden_size} --layers {options.layers}",
         "environment": {},
         "shape": asdict(shape),
@@ -129,15 +130,23 @@ def measure(
     common = [
         *("--seq-length", options.seq_length, "--micro-batch-size", 1),
         *("--global-batch-size", options.rows, "--train-iters", steps, "--lr", 1e-5),
-        *("--eval-iters", 0, "--log-interval", 1, "--optimizer", "sgd", "--seed", 1),
+        *("--eval-iters", 0, "--log-interval", 1, "--optimizer", "sgd"),
         *("--calculate-per-token-loss",),
     ]
     ours = ["-m", "megatron_profit.sft", "--device", "cpu", "--hf-model", model, "--random-init"]
     ours += ["--data", data, "--objective", "sft", *common]
     stock = [__file__, "--stock", options.megatron_lm, *_stock_flags(shape, model), *common]
     stock += ["--data-path", messages]
-    output = {STOCK: _run(stock), UNPACKED: _run(ours), PACKED: _run([*ours, "--packing"])}
-    runs = {name: _read(text, steps, supervised * options.rows) for name, text in output.items()}
+    commands = {
+        STOCK: stock,
+        UNPACKED: [*ours, "--no-packing"],
+        PACKED: [*ours, "--packing"],
+    }
+    logs: dict[str, list[str]] = {name: [] for name in commands}
+    for seed in range(1, options.rounds + 1):
+        for name, command in commands.items():
+            logs[name].append(_run([*command, "--seed", seed]))
+    runs = {name: _read(texts, steps, supervised * options.rows) for name, texts in logs.items()}
     return {
         "supervised tokens of a record": supervised,
         "tokens of a record": report.total_tokens / report.kept,
@@ -185,16 +194,17 @@ def _run(command: Sequence[object]) -> str:
     return result.stdout
 
 
-def _read(text: str, steps: int, tokens_per_step: float) -> Run:
-    """A run by what it logged; stock SFT does not log its tokens."""
-    milliseconds = re.findall(r"elapsed time per iteration \(ms\): +(\S+) \|", text)
-    if len(milliseconds) != steps:
-        sys.exit(f"{len(milliseconds)} of {steps} steps were logged:\n{text[-6000:]}")
-    tokens = [float(found) for found in re.findall(r"\| supervised tokens: +(\S+) \|", text)]
-    return Run(
-        median(map(float, milliseconds[WARM_UP:])) / 1000,
-        mean(tokens[WARM_UP:]) if tokens else tokens_per_step,
-    )
+def _read(logs: Sequence[str], steps: int, tokens_per_step: float) -> Run:
+    """The steps of all rounds by what they logged; stock SFT does not log its tokens."""
+    milliseconds, tokens = [], []
+    for log in logs:
+        found = re.findall(r"elapsed time per iteration \(ms\): +(\S+) \|", log)
+        if len(found) != steps:
+            sys.exit(f"{len(found)} of {steps} steps were logged:\n{log[-6000:]}")
+        milliseconds += [float(value) for value in found[WARM_UP:]]
+        counts = re.findall(r"\| supervised tokens: +(\S+) \|", log)
+        tokens += [float(count) for count in counts[WARM_UP:]]
+    return Run(median(milliseconds) / 1000, mean(tokens) if tokens else tokens_per_step)
 
 
 def _title(shape: Shape) -> str:
@@ -284,10 +294,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a Qwen3 tokenizer's folder")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="chat files")
     parser.add_argument("--seq-length", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=2, help="of a step")
-    parser.add_argument("--steps", type=int, default=5, help="that are counted")
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=1, help="of a step")
+    parser.add_argument("--steps", type=int, default=4, help="of a run that are counted")
+    parser.add_argument("--rounds", type=int, default=3, help="of the three runs, in turn")
+    parser.add_argument("--hidden-size", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 

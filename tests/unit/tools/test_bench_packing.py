@@ -8,22 +8,25 @@ from bench_packing import PACKED, STOCK, UNPACKED, Run, Shape, _read, _table
 LINE = " iteration {0}/ 4 | elapsed time per iteration (ms): {1} | supervised tokens: {2} |\n"
 
 
-def test_a_run_is_read_without_its_warm_up():
-    log = "".join(
-        LINE.format(i, ms, n) for i, ms, n in ((1, 9e3, 5), (2, 8e3, 5), (3, 2e3, 30), (4, 4e3, 50))
-    )
-    assert _read(log, 4, tokens_per_step=7) == Run(3.0, 40.0)
-    assert _read(log, 4, tokens_per_step=7).tokens_per_second == pytest.approx(40 / 3)
+def log(*steps: tuple[float, float]) -> str:
+    return "".join(LINE.format(i, ms, n) for i, (ms, n) in enumerate(steps, 1))
+
+
+def test_the_rounds_are_read_without_their_warm_up():
+    rounds = [log((9e3, 5), (2e3, 30)), log((8e3, 5), (4e3, 50))]
+    run = _read(rounds, 2, tokens_per_step=7)
+    assert run == Run(3.0, 40.0)
+    assert run.tokens_per_second == pytest.approx(40 / 3)
 
 
 def test_stock_sft_logs_no_tokens():
-    log = "".join(f"| elapsed time per iteration (ms): {ms} |\n" for ms in (9.0, 8.0, 2000.0))
-    assert _read(log, 3, tokens_per_step=7) == Run(2.0, 7)
+    lines = "".join(f"| elapsed time per iteration (ms): {ms} |\n" for ms in (9.0, 2000.0))
+    assert _read([lines], 2, tokens_per_step=7) == Run(2.0, 7)
 
 
 def test_a_run_that_ended_early_is_no_result():
     with pytest.raises(SystemExit, match="1 of 5 steps"):
-        _read(LINE.format(1, 5.0, 3), 5, 7)
+        _read([log((5.0, 3))], 5, 7)
 
 
 def test_everything_is_compared_with_stock_sft():
