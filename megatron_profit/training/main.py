@@ -104,6 +104,8 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
         normalization=args.objective_normalization,
         vocab_size=args.vocab_size,
         seed=args.seed,
+        implementation=args.objective_implementation,
+        backward=args.objective_backward,
         log_entropy=args.log_entropy,
         prob_quantiles=ProbQuantiles(tuple(args.log_quantiles)) if args.log_quantiles else None,
     )

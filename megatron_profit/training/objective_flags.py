@@ -19,6 +19,8 @@ from megatron_profit.objectives import (
     objective_names,
     objective_options,
 )
+from megatron_profit.ops.tiling import BACKWARDS
+from megatron_profit.training.objective_loss import IMPLEMENTATIONS, check_implementation
 from megatron_profit.training.token_metrics import ProbQuantiles
 
 
@@ -81,6 +83,21 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="Q",
         help="Log these quantiles of p over all supervised tokens of the global batch, such as 0.1 0.5.",
+    )
+    group.add_argument(
+        "--objective-implementation",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="fused: the kernel that never holds the logits of all tokens; reference: dense logits and "
+        "plain autograd, slow and large, to compare with; auto is fused.",
+    )
+    group.add_argument(
+        "--objective-backward",
+        choices=BACKWARDS,
+        default="auto",
+        help="What the kernel keeps of the logits for its backward pass: save keeps them, which takes the "
+        "fewest operations; recompute keeps none, which takes the least memory; auto keeps at most as "
+        "much as the output layer's weight.",
     )
     for name, owners in _options_by_name().items():
         group.add_argument(flag_of(name), **_flag_keywords(owners))
@@ -146,6 +163,7 @@ def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledO
             "token; drop the flag"
         )
     ProbQuantiles(tuple(settings["log_quantiles"] or ()))
+    check_implementation(settings["objective_implementation"], settings["objective_backward"])
     warmup, iters = settings["objective_warmup_steps"], settings["train_iters"]
     if iters and warmup >= iters:
         raise ValueError(

@@ -27,9 +27,11 @@ from megatron_profit.objectives import (
     token_uniform,
 )
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
+from megatron_profit.ops.tiling import BACKWARDS, Backward
 from megatron_profit.training.kept_share import KeptShareMonitor
 from megatron_profit.training.token_metrics import ProbQuantiles, token_sums
 
+IMPLEMENTATIONS = ("auto", "fused", "reference")
 # Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
 # vanishes in fp32 beside any real count.
 _NO_TOKEN = 1e-20
@@ -51,9 +53,12 @@ class ObjectiveLoss:
         log_entropy: Whether to compute and log the mean entropy of the predicted distributions, which
             objectives that need it log anyway.
         prob_quantiles: Quantiles of p to log.
+        implementation: "fused" is the kernel (`megatron_profit.ops`), on NVIDIA GPUs in Triton;
+            "reference" dense logits of all tokens and plain autograd, for comparison; "auto" is fused.
+        backward: What the kernel keeps for its backward pass, see `ops.linear_objective`.
 
     Raises:
-        ValueError: For an unknown normalization.
+        ValueError: For an unknown name, or a strategy of the kernel without the kernel.
     """
 
     objective: Objective | ScheduledObjective
@@ -62,14 +67,20 @@ class ObjectiveLoss:
     seed: int = 0
     log_entropy: bool = False
     prob_quantiles: ProbQuantiles | None = None
+    implementation: str = "auto"
+    backward: Backward = "auto"
     monitor: KeptShareMonitor = field(default_factory=KeptShareMonitor, repr=False)
 
     def __post_init__(self) -> None:
-        if self.normalization not in (None, *NORMALIZATIONS):
-            raise ValueError(
-                f"normalization {self.normalization!r} is unknown; "
-                f"choose one of {', '.join(NORMALIZATIONS)}"
-            )
+        for name, value, known in (
+            ("normalization", self.normalization, (None, *NORMALIZATIONS)),
+            ("implementation", self.implementation, IMPLEMENTATIONS),
+            ("backward", self.backward, BACKWARDS),
+        ):
+            if value not in known:
+                choices = ", ".join(filter(None, known))
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {choices}")
+        check_implementation(self.implementation, self.backward)
 
     @property
     def current_objective(self) -> Objective:
@@ -101,6 +112,19 @@ class ObjectiveLoss:
                 "micro-batches, and a token's weight would depend on which one it is in"
             )
         return MicroBatchLoss(self, sample_index, position_ids, given or {})
+
+
+def check_implementation(implementation: str, backward: Backward) -> None:
+    """Refuse a strategy of the kernel where the kernel is not used.
+
+    Raises:
+        ValueError: It would be ignored.
+    """
+    if implementation == "reference" and backward != "auto":
+        raise ValueError(
+            f"--objective-backward {backward} is a strategy of the fused kernel, and "
+            "--objective-implementation reference is plain autograd on dense logits; drop one of them"
+        )
 
 
 class MicroBatchLoss:
@@ -152,9 +176,11 @@ class MicroBatchLoss:
                 hidden_states, tensor_parallel_output_grad=True, group=group
             )
         labels_N = _masked(labels, loss_mask).transpose(0, 1).flatten()
+        weight = output_layer.weight if output_weight is None else output_weight
+        fused = self._loss.implementation != "reference"
         loss_N, statistics = linear_objective(
             hidden_states.flatten(0, 1),
-            output_layer.weight if output_weight is None else output_weight,
+            weight,
             labels_N,
             self._objective,
             group=group if group.size() > 1 else None,
@@ -163,6 +189,11 @@ class MicroBatchLoss:
             extra_statistics=frozenset({"entropy"} if self._loss.log_entropy else ()),
             **{name: values.transpose(0, 1).flatten() for name, values in self._given.items()},
             reduce_hidden_grad=not output_layer.sequence_parallel,
+            implementation="auto" if fused else "reference",
+            backward=self._loss.backward,
+            # Megatron's data parallelism has a buffer for every parameter, and takes what is already
+            # in it whatever --gradient-accumulation-fusion says, which is about its own linear layers.
+            gradient_accumulation_fusion=fused and hasattr(weight, "grad_added_to_main_grad"),
         )
         self._statistics = statistics
         return loss_N.view(labels.size(1), labels.size(0)).transpose(0, 1)

@@ -203,7 +203,13 @@ LAYOUTS = {
     "tp2-sp-recompute": (
         2,
         "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+        "--objective-backward recompute",
+    ),
+    "tp2-sp-reference": (
+        2,
+        "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel "
+        "--objective-implementation reference --log-entropy",
     ),
     "cp2": (2, "--micro-batch-size 4 --context-parallel-size 2"),
     "tp2-pp2-sp": (
@@ -213,7 +219,8 @@ LAYOUTS = {
     ),
     "tp2-dp2": (
         4,
-        "--micro-batch-size 2 --tensor-model-parallel-size 2 --use-distributed-optimizer",
+        "--micro-batch-size 2 --tensor-model-parallel-size 2 --use-distributed-optimizer "
+        "--objective-backward save",
     ),
 }
 

@@ -224,6 +224,10 @@ def test_options_of_the_objective_are_checked(parse, objective, named):
         (("--objective", "sft", "--objective-warmup-steps", "2"), ("sft", "warm-up")),
         (("--objective", "entropy", "--keep-share", "0"), ("keep_share", "(0, 1]")),
         (("--objective", "psft", "--clip-high", "-1"), ("clip_high", "-1")),
+        (
+            ("--objective-implementation", "reference", "--objective-backward", "save"),
+            ("--objective-backward save", "reference", "drop one"),
+        ),
     ],
 )
 def test_what_an_objective_would_ignore_is_refused(parse, flags, named):
