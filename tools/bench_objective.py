@@ -458,6 +458,7 @@ Forward plus backward, medians over {rounds} rounds; in each round every computa
 over that of `ours`. Peak: memory beyond the inputs; `without gradients`: also without the gradients of hidden
 states and weight, which all have to return. `gradient difference`: relative, to `official`, or to `megatron`
 where that is absent. `matmuls`: the three matrix products alone, on the rows that need them.
+`ours` chooses what to keep for the backward pass, `recompute` keeps no logits.
 `official`: ProFit as its released code computes it. `megatron`, `megatron-native`: output layer, Megatron's
 vocab_parallel_cross_entropy or its fused native one, mask afterwards. {memory}
 """
@@ -502,6 +503,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.rounds = options.rounds or (3 if options.quick else 5)
+    if not options.ours and (options.quick or options.full):
+        options.ours = ["backward=recompute"]
     if options.full:
         options.hidden, options.tokens = [1024, 2560, 5120], [1024, 8192]
         options.prompt, options.dropped = [0.0, 0.5, 0.8], [0.0, 0.2, 0.5]

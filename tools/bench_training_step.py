@@ -44,8 +44,8 @@ QWEN3_06B = {
     "head_dim": 128,
     "vocab_size": 151936,
 }
-# Steps at the start of a run that are not counted: memory is mapped, code compiled, clocks rise.
-WARM_UP = 2
+# Steps at the start of a run that are not counted, in which memory is mapped and code compiled.
+WARM_UP = 1
 REPORT = "benchmark: "
 
 
@@ -140,18 +140,20 @@ def worker(loss: str) -> None:
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = activate(sys.argv[sys.argv.index("--device") + 1])
+    from megatron.training import get_args
+
     from megatron_profit.training import main
 
     own_step = main.make_forward_step
     watch: list[benchmarking.PeakMemory] = []
 
-    def make_forward_step(objective_loss: Any) -> Callable:
-        step = own_step(objective_loss) if loss == "ours" else peer_step(loss)
+    def make_forward_step(begin: Any) -> Callable:
+        step = own_step(begin) if loss == "ours" else peer_step(loss)
         calls = 0
 
         def forward_step(data_iterator: Iterator, model: Any) -> Any:
             nonlocal calls
-            args = main.get_args()
+            args = get_args()
             calls += 1
             micro_batches = (
                 args.global_batch_size // args.micro_batch_size // args.data_parallel_size
@@ -164,7 +166,7 @@ def worker(loss: str) -> None:
 
     main.make_forward_step = make_forward_step
     main.run(device)
-    args = main.get_args()
+    args = get_args()
     report = {
         "before": watch[0].before,
         "peak": watch[0].before + watch[0].peak(),
