@@ -144,27 +144,21 @@ def worker(loss: str) -> None:
 
     from megatron_profit.training import main
 
-    own_step = main.make_forward_step
+    make_forward_step = main.make_forward_step
     watch: list[benchmarking.PeakMemory] = []
 
-    def make_forward_step(begin: Any) -> Callable:
-        step = own_step(begin) if loss == "ours" else peer_step(loss)
-        calls = 0
+    def make_watched_step(begin_ours: Callable) -> Callable:
+        begin = begin_ours if loss == "ours" else lambda batch: PeerLoss(loss, batch.labels)
+        step = make_forward_step(begin)
 
         def forward_step(data_iterator: Iterator, model: Any) -> Any:
-            nonlocal calls
-            args = get_args()
-            calls += 1
-            micro_batches = (
-                args.global_batch_size // args.micro_batch_size // args.data_parallel_size
-            )
-            if calls == WARM_UP * micro_batches + 1:
+            if not watch and get_args().curr_iteration >= WARM_UP:
                 watch.append(benchmarking.peak_memory(device))
             return step(data_iterator, model)
 
         return forward_step
 
-    main.make_forward_step = make_forward_step
+    main.make_forward_step = make_watched_step
     main.run(device)
     args = get_args()
     report = {
@@ -175,33 +169,23 @@ def worker(loss: str) -> None:
     print(f"\n{REPORT}{json.dumps(report)}", flush=True)
 
 
-def peer_step(loss: str) -> Callable:
-    """Megatron's forward step with its own output layer and cross-entropy, or the official formula."""
-    from megatron.training import get_args
+class PeerLoss:
+    """A micro-batch [B, S] with Megatron's own output layer and cross-entropy, or the official formula."""
 
-    from megatron_profit.training.batch import get_batch
+    def __init__(self, loss: str, labels: torch.Tensor) -> None:
+        self._loss, self._supervised = loss, labels != -100
+        self.model_kwargs = {"output_processor": official} if loss == "official" else {}
 
-    def forward_step(data_iterator: Iterator, model: Any) -> tuple:
-        args = get_args()
-        batch = get_batch(data_iterator, isolate=False)
-        extra = {"output_processor": official} if loss == "official" else {}
-        output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, **extra)
-        supervised = batch.labels != -100
+    def loss_func(self, token_loss: torch.Tensor) -> tuple:
+        from megatron.training import get_args
 
-        def loss_func(token_loss: torch.Tensor) -> tuple:
-            token_loss = token_loss.float()
-            kept = supervised
-            if loss != "stock":
-                kept = supervised & (
-                    token_loss.detach().neg().exp() >= args.objective_options["prob_threshold"][0]
-                )
-            total, count = (token_loss * kept).sum(), supervised.sum()
-            share = torch.stack([kept.sum().float(), count.float()])
-            return total, count.int(), {"kept fraction": share}
-
-        return output, loss_func
-
-    return forward_step
+        token_loss, kept = token_loss.float(), self._supervised
+        if self._loss != "stock":
+            (tau,) = get_args().objective_options["prob_threshold"]
+            kept = kept & (token_loss.detach().neg().exp() >= float(tau))
+        total, count = (token_loss * kept).sum(), self._supervised.sum()
+        share = torch.stack([kept.sum().float(), count.float()])
+        return total, count.int(), {"kept fraction": share}
 
 
 def official(
