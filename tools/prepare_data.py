@@ -53,7 +53,7 @@ def describe(name: str, sets: dict[str, PreparedSet]) -> str:
     """The report of a set as text; a validation split has the records of the training data."""
     found, report = sets[name], sets[name].prepared.report
     if name != "train" and found.prepared is sets["train"].prepared:
-        return f"{name} data, set aside: {found.packing}"
+        return f"{name} data, set aside of the records above: {found.packing}"
     return f"{name} data: {report}\n{report.histogram()}\n{found.packing}"
 
 
@@ -90,9 +90,13 @@ def _show(found: PreparedSet, tokenizer: PreTrainedTokenizerBase, count: int) ->
 
 
 def _as_json(sets: dict[str, PreparedSet]) -> dict:
+    # A validation split has no records of its own: they are counted with those it was set aside of.
+    train = sets["train"].prepared
     return {
-        name: {"records": found.prepared.report.as_json(), "rows": found.packing.as_json()}
+        name: ({"records": found.prepared.report.as_json()} if own else {})
+        | {"rows": found.packing.as_json()}
         for name, found in sets.items()
+        for own in [name == "train" or found.prepared is not train]
     }
 
 

@@ -4,20 +4,23 @@ One process of a machine (the leader) prepares, the others wait for the finished
 system: no collective is involved, so none can time out, and jobs that share a file system share the work.
 A folder appears by one rename. Who prepares holds a lock file and touches it; a lock that is no longer
 touched is of a process that died, and is taken over.
+
+The lock saves work and guards nothing: each process writes into a folder of its own and the first rename
+wins, so that a process that was taken for dead, and is not, does no harm.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,8 @@ from megatron_profit.data.records import data_files
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sources import Source
 
-# To be raised with every change of what is written for the same input.
-FORMAT = 1
-
 # What a tokenizer's ids and its chat template depend on.
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*")
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*")
 _NOT_OF_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _BLOCK = 8 * 2**20
 
@@ -85,11 +85,13 @@ def prepare(
             if not leader:
                 time.sleep(POLL_SECONDS)
                 continue
-            with _lock(folder.with_suffix(".lock"), progress) as mine:
+            token = uuid.uuid4().hex
+            with _lock(folder.with_suffix(".lock"), token, progress) as mine:
                 if mine and not (folder / ABOUT).is_file():
-                    count = workers or default_workers(sources)
-                    _fill(folder, sources, tokenizer, preparation, count, progress)
-        return load(folder)
+                    with _reading("the data"):
+                        count = workers or default_workers(sources)
+                    _fill(folder, token, sources, tokenizer, preparation, count, progress)
+        return _under_these_paths(load(folder), folder, sources)
     except OSError as error:
         raise DataError(
             f"{cache}: the prepared data cannot be written or read there ({error}); give another "
@@ -97,17 +99,25 @@ def prepare(
         ) from error
 
 
+def _under_these_paths(prepared: Prepared, folder: Path, sources: Sequence[Source]) -> Prepared:
+    """With the places of the report under the paths of this run: the same files may have been prepared
+    under others."""
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    paths = dict(zip(about["sources"], (source.path for source in sources), strict=True))
+    return replace(prepared, report=prepared.report.under(paths))
+
+
 def _fill(
     folder: Path,
+    token: str,
     sources: Sequence[Source],
     tokenizer: Path,
     preparation: Preparation,
     workers: int,
     progress: Callable[[str], None] | None,
 ) -> None:
-    for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    temporary = folder.with_suffix(f".tmp-{uuid.uuid4().hex}")
+    _remove_left_overs(folder)
+    temporary = _temporary(folder, token)
     report = PreparationReport()
     chunks = prepared_chunks(
         sources, tokenizer, preparation, report, workers=workers, progress=progress
@@ -115,14 +125,35 @@ def _fill(
     about = {
         "sources": [source.path for source in sources],
         "preparation": asdict(preparation),
-        "format": FORMAT,
     }
     try:
         write(chunks, report, temporary, about)
         if not (folder / ABOUT).is_file():  # made by a process that was taken for dead, meanwhile
             temporary.rename(folder)
+    except FileNotFoundError:
+        # This process was silent for so long that its successor cleaned up behind it.
+        if temporary.exists():
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(folder: Path, token: str) -> Path:
+    """Where the holder of the lock `token` writes."""
+    return folder.with_suffix(f".tmp-{token}")
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Removes what dead processes left; their holders touched these folders as they did their locks."""
+    # The own lock, touched a moment ago, tells the file system's time.
+    now = folder.with_suffix(".lock").stat().st_mtime
+    for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):
+        try:
+            silent = now - left_over.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if silent > STALE_SECONDS:
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _key(
@@ -132,10 +163,10 @@ def _key(
     import tokenizers
     import transformers
 
-    files = [
-        [_digest(file, cache, leader) for file in data_files(Path(source.path))]
-        for source in sources
-    ]
+    with _reading("the data"):
+        inner = [data_files(Path(source.path)) for source in sources]
+    # A name says how a file is read, and where a record stands; the folder does not matter.
+    files = [[(path.name, _digest(path, cache, leader)) for path in paths] for paths in inner]
     names = {
         path
         for pattern in _TOKENIZER_FILES
@@ -143,19 +174,37 @@ def _key(
         if path.name not in _NOT_OF_THE_TOKENIZER
     }
     parts = {
-        "format": FORMAT,
+        "code": _code(),
         "versions": [transformers.__version__, tokenizers.__version__],
         "files": files,
-        # The report names them.
-        "paths": [source.path for source in sources],
         "layouts": [
             [dict(s.layout.columns), dict(s.layout.tags), s.layout.sharegpt, s.split]
             for s in sources
         ],
-        "tokenizer": [[path.name, _hash_file(path)] for path in sorted(names)],
+        "tokenizer": [
+            [str(path.relative_to(tokenizer)), _hash_file(path)] for path in sorted(names)
+        ],
         "preparation": asdict(preparation),
     }
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of this package: any change of it may change what is written."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(repr([(file.name, _hash_file(file)) for file in files]).encode()).hexdigest()
+
+
+@contextmanager
+def _reading(what: str | Path) -> Iterator[None]:
+    """Tells errors of the data from those of the cache."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{what}: cannot be read ({error}); check the file and its permissions"
+        ) from error
 
 
 def _digest(path: Path, cache: Path, leader: bool) -> str:
@@ -163,8 +212,10 @@ def _digest(path: Path, cache: Path, leader: bool) -> str:
 
     It is kept under the file's place, size and time of change, so that the leader alone reads the file.
     """
-    inner = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    stats = [(str(file.resolve()), file.stat()) for file in inner]
+    with _reading(path):
+        folder = path.is_dir()
+        inner = sorted(file for file in path.rglob("*") if file.is_file()) if folder else [path]
+        stats = [(str(file.resolve()), file.stat()) for file in inner]
     known = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     note = cache / "files" / sha256(known.encode()).hexdigest()
     while not note.is_file():
@@ -178,7 +229,7 @@ def _digest(path: Path, cache: Path, leader: bool) -> str:
 
 def _hash_file(path: Path) -> str:
     digest = sha256()
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -192,39 +243,65 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _lock(path: Path, progress: Callable[[str], None] | None) -> Iterator[bool]:
-    """Holds a lock file: True, or False where another process held it and has let go of it by now."""
-    if not _acquire(path):
+def _lock(path: Path, token: str, progress: Callable[[str], None] | None) -> Iterator[bool]:
+    """Holds a lock file: True, or False where another process held it and has let go of it by now.
+
+    `token` is this holder's alone: no process touches or removes a lock that is not the one it means.
+    """
+    if not _acquire(path, token):
         _wait(path, progress)
         yield False
         return
     released = threading.Event()
-    touching = threading.Thread(target=_touch, args=(path, released), daemon=True)
+    touching = threading.Thread(target=_touch, args=(path, token, released), daemon=True)
     touching.start()
     try:
         yield True
     finally:
         released.set()
         touching.join()
-        path.unlink(missing_ok=True)
+        _remove(path, token)
 
 
-def _acquire(path: Path) -> bool:
+def _acquire(path: Path, token: str) -> bool:
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
     with os.fdopen(file, "w") as lock:
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, lock)
+        json.dump({"token": token, "processes": _processes(), "pid": os.getpid()}, lock)
     return True
 
 
-def _touch(path: Path, released: threading.Event) -> None:
+def _holder(path: Path) -> dict[str, Any]:
+    """What a lock says; empty where it is gone, or not written yet."""
+    try:
+        holder = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _processes() -> str | None:
+    """Names the processes among which a number means one: those of a boot of a machine, in one container.
+
+    None where the system does not say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _touch(path: Path, token: str, released: threading.Event) -> None:
+    temporary = _temporary(path.with_suffix(""), token)
     while not released.wait(TOUCH_SECONDS):
-        try:
-            os.utime(path)
-        except OSError:
+        if _holder(path).get("token") != token:
             return  # taken over: this process was silent for too long
+        for touched in (path, temporary):
+            with suppress(OSError):
+                os.utime(touched)
 
 
 def _wait(path: Path, progress: Callable[[str], None] | None) -> None:
@@ -234,36 +311,32 @@ def _wait(path: Path, progress: Callable[[str], None] | None) -> None:
     seen, since = None, time.monotonic()
     while True:
         try:
-            touched = path.stat().st_mtime_ns
+            holder, touched = _holder(path), path.stat().st_mtime_ns
         except FileNotFoundError:
             return
-        if touched != seen:  # clocks of machines differ: only change counts
-            seen, since = touched, time.monotonic()
-        if time.monotonic() - since > STALE_SECONDS or _died_here(path):
-            _remove(path)
+        state = (touched, holder.get("token"))
+        if state != seen:  # clocks of machines differ: only change counts
+            seen, since = state, time.monotonic()
+        if time.monotonic() - since > STALE_SECONDS or _died_here(holder):
+            _remove(path, holder.get("token"))
             return
         time.sleep(POLL_SECONDS)
 
 
-def _died_here(path: Path) -> bool:
-    """Whether the holder was a process of this machine that is no more."""
+def _died_here(holder: Mapping[str, Any]) -> bool:
+    """Whether the holder was one of the processes that are seen here, and is no more."""
+    if not holder or holder.get("processes") is None or holder["processes"] != _processes():
+        return False
     try:
-        holder: dict[str, Any] = json.loads(path.read_text())
-        if holder["host"] != socket.gethostname():
-            return False
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         return False
     return False
 
 
-def _remove(path: Path) -> None:
-    """Removes a stale lock; of several processes that try, one succeeds."""
-    aside = path.with_suffix(f".stale-{uuid.uuid4().hex}")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    aside.unlink()
+def _remove(path: Path, token: str | None) -> None:
+    """Removes the lock, if it still is the one with this token."""
+    if _holder(path).get("token") == token:
+        path.unlink(missing_ok=True)

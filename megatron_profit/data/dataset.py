@@ -51,7 +51,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             num_samples: Rows in all, e.g. training iterations x global batch size; may be more or
                 fewer than an epoch has.
             seed: Chooses the orders, in [0, 2^64).
-            shuffle: False keeps the order of the files in every epoch (for evaluation).
+            shuffle: False keeps the order of the files in every epoch.
             packing: Several examples to a row.
             pad_id: Token where there is none of an example. No label is there, and no position of an
                 example attends to it.

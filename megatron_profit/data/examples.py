@@ -76,6 +76,7 @@ class Chunk:
         whole: The same before truncation.
         numbers, digests: As in `Prepared`.
         skipped: (place, reason, detail) of each record that was left out.
+        truncated: Places of the records that lost their end.
         refused: Why the file that begins with this chunk cannot be used at all, "" if it can.
     """
 
@@ -88,6 +89,7 @@ class Chunk:
     numbers: list[int]
     digests: list[int]
     skipped: list[tuple[str, str, str]]
+    truncated: list[str]
     refused: str = ""
 
 
@@ -159,7 +161,10 @@ def write(
             file.close()
     sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
     text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1)
-    (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
+    with (folder / ABOUT).open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(folder: Path) -> Prepared:

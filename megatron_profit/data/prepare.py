@@ -27,7 +27,7 @@ from megatron_profit.data.examples import Chunk, Examples, collect
 from megatron_profit.data.records import RawRecord, data_files, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
 from megatron_profit.data.report import PreparationReport
-from megatron_profit.data.sources import MISSING_COLUMN, Layout, Source
+from megatron_profit.data.sources import Layout, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def prepared_chunks(
         for skipped in chunk.skipped:
             report.skip(*skipped)
         if chunk.lengths:
-            report.keep(chunk.lengths, chunk.whole, _labels(chunk))
+            report.keep(chunk.lengths, chunk.whole, _labels(chunk), chunk.truncated)
             yield chunk
         tell()
     if not report.kept:
@@ -247,8 +247,6 @@ class _Worker:
                 found = f"found the keys {shown(list(record.value))}"
                 outcomes.append(BrokenRecord(UNKNOWN_FORMAT, found))
             except BrokenRecord as error:
-                if task.opens and not outcomes and error.reason == MISSING_COLUMN:
-                    return self._chunk(task, [], refused=f"{record.where}: {error}")
                 outcomes.append(error)
         return self._chunk(task, self._rendered(outcomes))
 
@@ -265,12 +263,15 @@ class _Worker:
         self, task: _Task, outcomes: list[RenderedConversation | BrokenRecord], refused: str = ""
     ) -> Chunk:
         kept: list[tuple[RenderedConversation, int, int]] = []
-        skipped = []
+        skipped, truncated = [], []
         for record, outcome in zip(task.records, outcomes, strict=False):
             try:
                 if isinstance(outcome, BrokenRecord):
                     raise outcome
-                kept.append((self._cut(outcome), len(outcome.ids), record.number))
+                example = self._cut(outcome)
+                kept.append((example, len(outcome.ids), record.number))
+                if len(example.ids) < len(outcome.ids):
+                    truncated.append(record.where)
             except BrokenRecord as error:
                 skipped.append((record.where, error.reason, error.detail))
         examples = [example for example, _, _ in kept]
@@ -286,6 +287,7 @@ class _Worker:
             numbers=[number for _, _, number in kept],
             digests=[_digest(e) for e in examples],
             skipped=skipped,
+            truncated=truncated,
             refused=refused,
         )
 

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,6 +19,7 @@ from megatron_profit.data.errors import BrokenRecord, DataError, shown
 
 NOT_JSON = "a line is not JSON"
 NOT_UTF8 = "a line is not UTF-8"
+ROW_NOT_UTF8 = "a text of the record is not UTF-8"
 NOT_AN_OBJECT = "a record is not an object with named fields"
 
 _ROWS = 1024
@@ -188,12 +189,12 @@ def _read_arrow(path: Path) -> Iterator[RawRecord]:
 
     try:
         data = datasets.Dataset.from_file(str(path))
+        yield from _rows(path, data.with_format("arrow").iter(_ROWS))
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
             f"{path}: not an arrow file of the datasets library ({error}); write it anew, or convert "
             "it to .parquet"
         ) from error
-    return _rows(path, data.with_format("arrow").iter(_ROWS))
 
 
 def _read_dataset(path: Path, split: str) -> Iterator[RawRecord]:
@@ -202,27 +203,46 @@ def _read_dataset(path: Path, split: str) -> Iterator[RawRecord]:
 
     try:
         data = datasets.load_from_disk(str(path))
+        if isinstance(data, datasets.DatasetDict):
+            data = _split(data, path, split)
+        yield from _rows(path, data.with_format("arrow").iter(_ROWS))
+    except DataError:
+        raise
     except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not a readable data set of the datasets library ({error}); write it anew with "
             "save_to_disk"
         ) from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise DataError(
-                f"{path}: has no split {split!r} but {', '.join(data)}; name the folder of one of them, "
-                f"e.g. {path / next(iter(data))}"
-            )
-        data = data[split]
-    return _rows(path, data.with_format("arrow").iter(_ROWS))
+
+
+def _split(data: Mapping[str, Any], path: Path, split: str) -> Any:
+    if split not in data:
+        raise DataError(
+            f"{path}: has no split {split!r} but {', '.join(data)}; name the folder of one of them, "
+            f"e.g. {path / next(iter(data))}"
+        )
+    return data[split]
 
 
 def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
     number = 0
     for table in tables:
-        for row in table.to_pylist():
+        for row in _values(table):
             number += 1
-            yield _record(_without_nulls(row), path, number, "record")
+            if isinstance(row, BrokenRecord):
+                yield RawRecord({}, str(path), number, "record", row)
+            else:
+                yield _record(_without_nulls(row), path, number, "record")
+
+
+def _values(table: Any) -> list[Any]:
+    """The rows of a table; in place of one that cannot be decoded a `BrokenRecord`."""
+    try:
+        return table.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:  # columns of text are not checked when they are written
+        if len(table) == 1:
+            return [BrokenRecord(ROW_NOT_UTF8, str(error))]
+    return [row for at in range(len(table)) for row in _values(table.slice(at, 1))]
 
 
 _READERS = {

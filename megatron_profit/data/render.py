@@ -14,6 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 TEMPLATE_FAILED = "the chat template refuses the conversation"
 MARKER_IN_TEXT = "a text holds the chat template's own turn markers"
 TURNS_NOT_FOUND = "the rendered text does not show each assistant turn once"
+
+# Some templates write the date; ids must not depend on the day of the preparation. This day is what
+# Llama 3's template writes where it is told none.
+_DAY = datetime(2024, 7, 26)
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 
@@ -119,7 +124,8 @@ class ChatRenderer:
     def render(self, conversation: Conversation) -> RenderedConversation:
         """Token ids and supervised mask of a conversation.
 
-        The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`. A token is supervised
+        The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`, except that a template that
+        asks for the date is told 26 July 2024 on every day. A token is supervised
         if it begins inside an assistant turn; one that begins in the header and reaches into the
         turn is not, since at generation its beginning is already written.
 
@@ -199,7 +205,9 @@ class ChatRenderer:
             chosen = [span for span in chosen if span == spans[-1]]
         if self.training.think:
             return chosen
-        return [(_behind_thoughts(text, *span), span[1]) for span in chosen]
+        header = self.markers.header
+        opened = header.rfind(_THINK_OPEN) > header.rfind(_THINK_CLOSE)
+        return [(_behind_thoughts(text, *span, opened=opened), span[1]) for span in chosen]
 
     def _turn(self, text: str, begin: int, limit: int) -> tuple[int, int]:
         """The turn from `begin`; it must end before `limit` and before any other turn begins."""
@@ -280,7 +288,9 @@ class ChatRenderer:
         return first[: encoding.offsets[shared - 1][1]] if shared else ""
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, strftime_now=_DAY.strftime, **options
+        )
         if not isinstance(text, str):
             raise TypeError(f"the chat template gave {type(text).__name__}, not text")
         return text
@@ -314,14 +324,13 @@ def _common_prefix(texts: list[str]) -> str:
     return texts[0][:length]
 
 
-def _behind_thoughts(text: str, begin: int, end: int) -> int:
+def _behind_thoughts(text: str, begin: int, end: int, *, opened: bool) -> int:
     """Where the turn [begin, end) goes on behind its think block; `begin` if it has none.
 
-    The block may have been opened by the header already.
+    The block begins the turn, or the header has `opened` it already; an answer may mention the tags.
     """
     close = text.find(_THINK_CLOSE, begin, end)
-    opening = text.find(_THINK_OPEN, begin, end)
-    if close < 0 or (opening > begin and text[begin:opening].strip()):
+    if close < 0 or not (opened or text[begin:end].lstrip().startswith(_THINK_OPEN)):
         return begin
     rest = text[close + len(_THINK_CLOSE) : end]
     return end - len(rest.lstrip())

@@ -1,7 +1,7 @@
 """What became of the records: counts, reasons, places, lengths. Text for people, JSON for programs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,16 @@ import numpy.typing as npt
 
 from megatron_profit.data.order import RowOrder
 
-_PLACES_KEPT = 5
+# In the JSON, of each kind; and in the text.
+_PLACES_KEPT = 10_000
+_PLACES_SHOWN = 5
 _BAR = 40
 
 
 @dataclass(slots=True)
 class Skipped:
-    """Records left out for one reason: how many, where the first are, and what was found in the first."""
+    """Records left out for one reason: how many, where the first 10,000 are, and what was found in the
+    first."""
 
     detail: str
     count: int = 0
@@ -31,6 +34,7 @@ class PreparationReport:
         kept: Examples made of them.
         skipped: Reason -> the records left out for it; read = kept + the sum of their counts.
         truncated: Kept examples of which the end was cut off.
+        truncated_places: Where the first 10,000 of them are.
         supervised_tokens: Labels that are trained in one epoch.
         total_tokens: Ids of the kept examples, after truncation.
         longest: Ids of the longest usable record, before truncation.
@@ -41,6 +45,7 @@ class PreparationReport:
     kept: int = 0
     skipped: dict[str, Skipped] = field(default_factory=dict)
     truncated: int = 0
+    truncated_places: list[str] = field(default_factory=list)
     supervised_tokens: int = 0
     total_tokens: int = 0
     longest: int = 0
@@ -53,10 +58,20 @@ class PreparationReport:
         if len(skipped.places) < _PLACES_KEPT:
             skipped.places.append(place)
 
-    def keep(self, lengths: Sequence[int], whole: Sequence[int], supervised: int) -> None:
-        """Counts examples of these lengths, which had `whole` ids before truncation."""
+    def keep(
+        self,
+        lengths: Sequence[int],
+        whole: Sequence[int],
+        supervised: int,
+        truncated: Sequence[str],
+    ) -> None:
+        """Counts examples of these lengths, which had `whole` ids before truncation.
+
+        `truncated` are the places of those that lost some.
+        """
         self.kept += len(lengths)
-        self.truncated += sum(a < b for a, b in zip(lengths, whole, strict=True))
+        self.truncated += len(truncated)
+        self.truncated_places += truncated[: _PLACES_KEPT - len(self.truncated_places)]
         self.total_tokens += sum(lengths)
         self.supervised_tokens += supervised
         self.longest = max(self.longest, *whole)
@@ -64,6 +79,24 @@ class PreparationReport:
             bucket = length.bit_length() - 1
             self.lengths += [0] * (bucket + 1 - len(self.lengths))
             self.lengths[bucket] += 1
+
+    def under(self, paths: Mapping[str, str]) -> "PreparationReport":
+        """The report with places under other paths: of each source the one it was read under -> another."""
+        if all(old == new for old, new in paths.items()):
+            return self
+        # The longest first: one may be a folder that holds another.
+        olds = sorted(paths, key=len, reverse=True)
+
+        def moved(place: str) -> str:
+            old = next((old for old in olds if place.startswith(old)), "")
+            return paths.get(old, "") + place.removeprefix(old)
+
+        skipped = {
+            reason: Skipped(moved(found.detail), found.count, [moved(p) for p in found.places])
+            for reason, found in self.skipped.items()
+        }
+        truncated = [moved(place) for place in self.truncated_places]
+        return replace(self, skipped=skipped, truncated_places=truncated)
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values; `from_json` reads them."""
@@ -83,8 +116,7 @@ class PreparationReport:
             f"({share:.1%}); the longest record has {self.longest:,}",
         ]
         for reason, skipped in self.skipped.items():
-            more = ", ..." if skipped.count > len(skipped.places) else ""
-            lines.append(f"skipped {skipped.count:,}: {reason} ({'; '.join(skipped.places)}{more})")
+            lines.append(f"skipped {skipped.count:,}: {reason} ({_first(skipped.places)})")
             lines.append(f"  the first: {skipped.detail}")
         return "\n".join(lines)
 
@@ -98,6 +130,11 @@ class PreparationReport:
             for k, count in enumerate(self.lengths)
             if k >= first
         )
+
+
+def _first(places: Sequence[str]) -> str:
+    more = ", ..." if len(places) > _PLACES_SHOWN else ""
+    return "; ".join(places[:_PLACES_SHOWN]) + more
 
 
 @dataclass(frozen=True)

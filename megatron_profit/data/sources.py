@@ -43,6 +43,8 @@ _OUR_ROLES = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
+# openai: sharegpt, of which the fields and roles are those of the API.
+_FORMATTINGS = ("alpaca", "sharegpt", "openai")
 _UNSUPPORTED_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
 _ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "split", "num_samples", "ranking")
 
@@ -209,8 +211,10 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float) -> Source:
             "save the data set to a file and name it"
         )
     formatting = entry.get("formatting", "alpaca")
-    if formatting not in ("alpaca", "sharegpt"):
-        raise DataError(f"{where}: formatting {formatting!r} is not one of alpaca, sharegpt")
+    if formatting not in _FORMATTINGS:
+        raise DataError(
+            f"{where}: formatting {formatting!r} is not one of {', '.join(_FORMATTINGS)}"
+        )
     if entry.get("ranking"):
         raise DataError(f"{where} holds preference pairs (ranking), which are not for SFT")
     for key in entry:
@@ -218,21 +222,22 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float) -> Source:
             raise DataError(f"{where}: {key} is not supported; known are {', '.join(_ENTRY_KEYS)}")
     return Source(
         str(folder / entry["file_name"]),
-        _entry_layout(where, entry, sharegpt=formatting == "sharegpt"),
+        _entry_layout(where, entry, formatting),
         weight,
         split=_entry_value(where, entry, "split", str, "train"),
         num_samples=_entry_value(where, entry, "num_samples", int, None),
     )
 
 
-def _entry_layout(where: str, entry: dict[str, Any], *, sharegpt: bool) -> Layout:
+def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
+    sharegpt = formatting != "alpaca"
     columns = _entry_value(where, entry, "columns", dict, {})
     tags = _entry_value(where, entry, "tags", dict, {})
     for column in columns:
         if column in _UNSUPPORTED_COLUMNS:
             raise DataError(f"{where}: {column} is not supported; text is all that is trained here")
     if sharegpt:
-        defaults = {"messages": "conversations"}
+        defaults = {"messages": "conversations" if formatting == "sharegpt" else "messages"}
     else:
         defaults = {"prompt": "instruction", "query": "input", "response": "output"}
     # As there: whoever names one column names all of them.

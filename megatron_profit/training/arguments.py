@@ -344,6 +344,11 @@ def _check_given(flags: _Flags) -> None:
             f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data or "
             "--valid-split"
         )
+    if explicit.get("eval_iters") == 0 and explicit.get("valid_split"):
+        raise ArgumentsError(
+            f"--valid-split {explicit['valid_split']} sets records aside to evaluate on, and --eval-iters 0 "
+            "evaluates on none; drop one"
+        )
     _check_token_report(explicit)
 
 

@@ -79,7 +79,7 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
     train, valid = sets["train"], sets.get("valid")
     print_rank_0(f"> train data: {train.prepared.report}\n{train.packing}")
     if valid and valid.prepared is train.prepared:
-        print_rank_0(f"> valid data, set aside: {valid.packing}")
+        print_rank_0(f"> valid data, set aside of the records above: {valid.packing}")
     elif valid:
         print_rank_0(f"> valid data: {valid.prepared.report}\n{valid.packing}")
     report = train.prepared.report

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_others_wait_for_the_leader(prepared, tmp_path):
 
 def _lock_of_a_dead_process(path):
     context = multiprocessing.get_context("fork")
-    holder = context.Process(target=cache._acquire, args=(path,))
+    holder = context.Process(target=cache._acquire, args=(path, "dead"))
     holder.start()
     holder.join()
     assert path.exists()
@@ -150,17 +151,17 @@ def _lock_of_a_dead_process(path):
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch):
     path = tmp_path / "a.lock"
     _lock_of_a_dead_process(path)
-    with cache._lock(path, None) as mine:
+    with cache._lock(path, "b", None) as mine:
         assert not mine
-    with cache._lock(path, None) as mine:
+    with cache._lock(path, "b", None) as mine:
         assert mine
         assert path.exists()
     assert not path.exists()
     # On another machine, whose processes cannot be asked, silence tells.
     monkeypatch.setattr(cache, "STALE_SECONDS", 0.3)
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    path.write_text(json.dumps({"token": "c", "processes": "elsewhere", "pid": 1}))
     start, told = time.monotonic(), []
-    with cache._lock(path, told.append) as mine:
+    with cache._lock(path, "d", told.append) as mine:
         assert not mine
     assert time.monotonic() - start >= 0.3
     assert str(path) in told[0]
@@ -171,12 +172,114 @@ def test_a_lock_that_is_touched_is_not_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "TOUCH_SECONDS", 0.1)
     monkeypatch.setattr(cache, "_died_here", lambda _: False)
     path = tmp_path / "a.lock"
-    with cache._lock(path, None) as mine:
+    with cache._lock(path, "a", None) as mine:
         assert mine
         time.sleep(1)
         touched = path.stat().st_mtime_ns
         time.sleep(0.3)
         assert path.stat().st_mtime_ns > touched
+
+
+def test_only_the_lock_that_is_meant_is_touched_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "TOUCH_SECONDS", 0.05)
+    path = tmp_path / "a.lock"
+    with cache._lock(path, "old", None) as mine:
+        assert mine
+        path.unlink()  # taken for dead while it was suspended
+        assert cache._acquire(path, "new")
+        os.utime(path, (1, 1))
+        time.sleep(0.3)
+        assert path.stat().st_mtime == 1, "the old holder does not keep the new one's lock fresh"
+        cache._remove(path, "old")  # as a second process that waited for the old one
+    assert cache._holder(path)["token"] == "new"
+
+
+def test_a_process_of_another_container_is_not_taken_for_dead(tmp_path, monkeypatch):
+    path = tmp_path / "a.lock"
+    _lock_of_a_dead_process(path)
+    assert cache._died_here(cache._holder(path))
+    monkeypatch.setattr(cache, "_processes", lambda: "the same host, other processes")
+    assert not cache._died_here(cache._holder(path))
+    monkeypatch.setattr(cache, "_processes", lambda: None)
+    assert not cache._died_here({"processes": None, "pid": 2**22 + 1})
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    folder = tmp_path / "a"
+    assert cache._acquire(folder.with_suffix(".lock"), "mine")
+    alive, dead = cache._temporary(folder, "alive"), cache._temporary(folder, "dead")
+    alive.mkdir()
+    dead.mkdir()
+    past = time.time() - 2 * cache.STALE_SECONDS
+    os.utime(dead, (past, past))
+    cache._remove_left_overs(folder)
+    assert alive.exists()
+    assert not dead.exists()
+
+
+def test_a_process_that_was_taken_for_dead_and_cleaned_up_behind_starts_again(
+    prepared, tmp_path, monkeypatch
+):
+    write, calls = cache.write, []
+
+    def cleaned_up(chunks, report, folder, about):
+        write(chunks, report, folder, about)
+        calls.append(folder)
+        if len(calls) == 1:
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(cache, "write", cleaned_up)
+    assert prepared().report.kept == 400
+    assert len(calls) == 2
+
+
+def test_the_tokenizers_other_templates_and_our_code_count(
+    prepared, sources, tokenizer, tmp_path, monkeypatch
+):
+    prepared()
+    copy = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, copy)
+    cache.prepare(sources, copy, Preparation(64), tmp_path / "cache")
+    assert len(folders(tmp_path)) == 1
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    cache.prepare(sources, copy, Preparation(64), tmp_path / "cache")
+    assert len(folders(tmp_path)) == 2
+    monkeypatch.setattr(cache, "_code", lambda: "another version")
+    prepared()
+    assert len(folders(tmp_path)) == 3
+
+
+def test_the_same_files_under_another_path_are_not_prepared_again(
+    prepared, sources, tmp_path, monkeypatch
+):
+    first = prepared()
+    (tmp_path / "mount").mkdir()
+    other = tmp_path / "mount" / "data.jsonl"
+    shutil.copy(sources[0].path, other)
+    moved = prepared([Source(str(other))])
+    assert len(folders(tmp_path)) == 1
+    (there,), (here,) = (list(found.report.skipped.values()) for found in (first, moved))
+    assert there.places == [f"{sources[0].path}, line 401"]
+    assert here.places == [f"{other}, line 401"]
+    monkeypatch.chdir(tmp_path)
+    relative = prepared([Source("data.jsonl")])
+    assert len(folders(tmp_path)) == 1
+    assert next(iter(relative.report.skipped.values())).places == ["data.jsonl, line 401"]
+
+
+def test_a_data_file_that_cannot_be_read_is_named(prepared, sources, monkeypatch):
+    opened = Path.open
+
+    def refusing(self, *args, **options):
+        if str(self) == sources[0].path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(DataError, match=r"data\.jsonl: cannot be read") as found:
+        prepared()
+    assert "--data-cache" not in str(found.value)
 
 
 def test_a_failure_leaves_nothing_behind(prepared, tmp_path, write_lines):

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepare_data import main
 
-from megatron_profit.data import BrokenRecord, ChatRenderer, PreparationReport, Training
+from megatron_profit.data import (
+    BrokenRecord,
+    ChatRenderer,
+    DataOptions,
+    Preparation,
+    PreparationReport,
+    Source,
+    Training,
+    prepare_sets,
+)
 from megatron_profit.data.prepare import TOO_LONG
 
 TALK = (
@@ -59,7 +68,11 @@ def test_messages_of_weight_0_are_context(trained):
     [
         ("<think>\nLet me think.\n</think>\n\nParis", "Paris<|im_end|>"),
         ("\n<think>\n</think>Paris", "Paris<|im_end|>"),
-        ("Let me think.</think>\n\nParis", "Paris<|im_end|>"),
+        (
+            "A thought ends in </think>, says Paris",
+            "A thought ends in </think>, says Paris<|im_end|>",
+        ),
+        ("</think> <think>a</think>Paris", "</think> <think>a</think>Paris<|im_end|>"),
         ("Paris", "Paris<|im_end|>"),
         ("Paris <think>no</think> it is", "Paris <think>no</think> it is<|im_end|>"),
         ("<think>endless", "<think>endless<|im_end|>"),
@@ -75,6 +88,14 @@ def test_thoughts_may_be_left_out(trained, answer, without):
 def test_thoughts_that_the_header_opens(trained, make_tokenizer, templates):
     turns = [("user", "q"), {"role": "assistant", "content": "Paris", "reasoning_content": "hm"}]
     tokenizer = make_tokenizer(templates.thinking)
+    assert trained(*turns, tokenizer=tokenizer, think=False) == ["Paris<|im_end|>"]
+    opening = templates.chatml.replace(
+        "+ message.content",
+        "+ ('<think>' if message.role == 'assistant' else '') + message.content",
+    ).replace("assistant\\n' }}", "assistant\\n<think>' }}")
+    turns = [("user", "q"), ("assistant", "Let me think.</think>\n\nParis")]
+    tokenizer = make_tokenizer(opening)
+    assert ChatRenderer(tokenizer).markers.header.endswith("<think>")
     assert trained(*turns, tokenizer=tokenizer, think=False) == ["Paris<|im_end|>"]
 
 
@@ -150,6 +171,61 @@ def test_long_records_may_be_dropped(tool, write_lines):
     assert "line 2" in skipped["places"][0]
     assert TOO_LONG in printed
     assert found["train"]["records"]["truncated"] == 0
+    _, _, found = tool("--data", file, seq_length=20)
+    places = [f"{file}, line {line}" for line in (2, 3, 5, 6)]
+    assert found["train"]["records"]["truncated_places"] == places
+    assert found["train"]["records"]["truncated"] == 4
+
+
+def test_all_places_are_in_the_json_and_five_in_the_text(tool, write_lines):
+    file = write_lines([*rows(1), *[{"messages": []}] * 30])
+    _, printed, found = tool("--data", file)
+    (skipped,) = found["train"]["records"]["skipped"].values()
+    assert skipped["places"] == [f"{file}, line {line}" for line in range(2, 32)]
+    assert "line 6, ...)" in printed
+    assert "line 7" not in printed
+
+
+def test_a_first_record_without_a_value_is_left_out(tool, write_lines):
+    records = [{"q": None, "a": "b"}, *[{"q": "c", "a": "d"}] * 2]
+    code, _, found = tool(
+        "--data", write_lines(records), "--data-columns", "prompt=q", "response=a"
+    )
+    assert code == 0
+    assert found["train"]["records"]["kept"] == 2
+
+
+def test_the_first_validation_rows_are_a_sample_of_all(small_tokenizer, tmp_path, write_lines):
+    small_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file = write_lines([{"instruction": "q", "output": "a" * (i % 60 + 1)} for i in range(600)])
+
+    def valid(seed):
+        options = DataOptions(
+            train=(Source(str(file)),),
+            valid=(Source(str(file)),),
+            valid_split=0.0,
+            preparation=Preparation(128),
+            packing=True,
+            seed=seed,
+            workers=1,
+            cache=tmp_path / "cache",
+        )
+        found = prepare_sets(options, tmp_path / "tokenizer")["valid"]
+        period = found.packing.rows + 3
+        return found.dataset.with_samples(2 * period, period), found.packing.rows
+
+    data, count = valid(seed=1)
+    members = [
+        sorted(set(data[row]["record_index"].tolist()) - {-1}) for row in range(data.num_samples)
+    ]
+    assert sorted(index for row in members[:count] for index in row) == list(range(600)), "each record once"
+    assert members[count : count + 3] == [[], [], []]
+    assert members[count + 3 :] == members[: count + 3], "every evaluation sees the same"
+    longest = [max(index % 60 for index in row) for row in members[:count]]
+    assert longest != sorted(longest, reverse=True)
+    assert abs(np.mean(longest[: count // 3]) - np.mean(longest)) < 10
+    other, _ = valid(seed=2)
+    assert all((data[row]["tokens"] == other[row]["tokens"]).all() for row in range(count))
 
 
 def test_weights_and_split_are_drawn(tool, write_lines):
@@ -160,6 +236,7 @@ def test_weights_and_split_are_drawn(tool, write_lines):
     assert found["train"]["rows"]["examples"] == 63
     assert found["valid"]["rows"]["examples"] == 7
     assert "valid data, set aside" in printed
+    assert "records" not in found["valid"]
     code, printed, _ = tool("--data", write_lines(rows(1), "single.jsonl"), "--valid-split", 0.5)
     assert code == 2
     assert "leaves none to train on" in printed
@@ -181,7 +258,7 @@ def test_the_split_keeps_equal_records_together_and_forgets_the_order(renderer, 
         (["--data", "none.jsonl"], r"none.jsonl: does not exist"),
         (
             ["--data", "{file}", "--data-columns", "prompt=question", "response=output"],
-            "no 'question'",
+            "no record has the column question",
         ),
         (
             [

@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from megatron_profit.data import DataError, build_examples, normalise, read_records, records
@@ -130,3 +131,17 @@ def test_a_broken_record_is_broken_when_it_is_normalised(tmp_path):
     *_, last = read_records(path)
     with pytest.raises(records.BrokenRecord, match="int 3"):
         normalise(last)
+
+
+def test_a_text_that_is_not_utf8_is_one_broken_record(tmp_path):
+    texts = pyarrow.array([b"q", b"\xff\xfe", b"r"]).view(pyarrow.string())
+    table = pyarrow.table({"instruction": texts, "output": ["a", "b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    data = datasets.Dataset(table)
+    data.save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    for path in (tmp_path / "a.parquet", tmp_path / "saved", arrow):
+        found = list(read_records(path))
+        assert [record.value.get("output") for record in found] == ["a", None, "c"]
+        assert [record.number for record in found] == [1, 2, 3]
+        assert found[1].broken.reason == records.ROW_NOT_UTF8

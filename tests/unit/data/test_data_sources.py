@@ -35,6 +35,7 @@ ENTRIES = {
             "system_tag": "system",
         },
     },
+    "s1k_openai": {"file_name": "s1k.json", "formatting": "openai"},
     "openorca": {
         "file_name": "orca.jsonl",
         "columns": {"prompt": "question", "response": "response", "system": "system_prompt"},
@@ -72,6 +73,7 @@ def info(tmp_path):
     [
         ("shadow_2k", ["user", "assistant"]),
         ("s1k_gptoss20b_low", ["user", "assistant"]),
+        ("s1k_openai", ["user", "assistant"]),
         ("openorca", ["system", "user", "assistant"]),
         ("alpaca_en_demo", ["user", "assistant"]),
     ],

@@ -155,6 +155,11 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--cross-entropy-loss-fusion",), 1, ("--cross-entropy-loss-fusion", "--objective")),
         (("--data-path", "x"), 1, ("--data-path", "--data")),
         (("--eval-iters", "3"), 1, ("--eval-iters", "--valid-data")),
+        (
+            ("--valid-split", "0.05", "--eval-iters", "0"),
+            1,
+            ("--valid-split 0.05", "--eval-iters 0"),
+        ),
         (("--token-report", "r"), 1, ("--token-report", "--valid-data")),
         (("--token-report-records", "3"), 1, ("--token-report, which is missing",)),
         (("--no-such-flag",), 1, ("--no-such-flag",)),
