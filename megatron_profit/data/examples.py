@@ -161,10 +161,10 @@ def write(
             file.close()
     sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
     text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1)
-    with (folder / ABOUT).open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    with (folder / ABOUT).open("w", encoding="utf-8") as about_file:
+        about_file.write(text + "\n")
+        about_file.flush()
+        os.fsync(about_file.fileno())
 
 
 def load(folder: Path) -> Prepared:

@@ -14,7 +14,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
 TEMPLATE_FAILED = "the chat template refuses the conversation"
 MARKER_IN_TEXT = "a text holds the chat template's own turn markers"
 TURNS_NOT_FOUND = "the rendered text does not show each assistant turn once"
-
-# Some templates write the date; ids must not depend on the day of the preparation. This day is what
-# Llama 3's template writes where it is told none.
-_DAY = datetime(2024, 7, 26)
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 
@@ -124,8 +119,7 @@ class ChatRenderer:
     def render(self, conversation: Conversation) -> RenderedConversation:
         """Token ids and supervised mask of a conversation.
 
-        The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`, except that a template that
-        asks for the date is told 26 July 2024 on every day. A token is supervised
+        The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`. A token is supervised
         if it begins inside an assistant turn; one that begins in the header and reaches into the
         turn is not, since at generation its beginning is already written.
 
@@ -288,9 +282,7 @@ class ChatRenderer:
         return first[: encoding.offsets[shared - 1][1]] if shared else ""
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, strftime_now=_DAY.strftime, **options
-        )
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         if not isinstance(text, str):
             raise TypeError(f"the chat template gave {type(text).__name__}, not text")
         return text

@@ -218,7 +218,9 @@ def test_the_first_validation_rows_are_a_sample_of_all(small_tokenizer, tmp_path
     members = [
         sorted(set(data[row]["record_index"].tolist()) - {-1}) for row in range(data.num_samples)
     ]
-    assert sorted(index for row in members[:count] for index in row) == list(range(600)), "each record once"
+    assert sorted(index for row in members[:count] for index in row) == list(range(600)), (
+        "each record once"
+    )
     assert members[count : count + 3] == [[], [], []]
     assert members[count + 3 :] == members[: count + 3], "every evaluation sees the same"
     longest = [max(index % 60 for index in row) for row in members[:count]]

@@ -226,11 +226,3 @@ def test_tokenizers_without_template_or_offsets_are_refused(make_tokenizer, temp
 
     with pytest.raises(DataError, match="slow tokenizer"):
         ChatRenderer(Slow())
-
-
-def test_a_template_that_asks_for_the_date_is_told_the_same_on_every_day(
-    make_tokenizer, templates, conversation
-):
-    template = "{{- '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}"
-    renderer = ChatRenderer(make_tokenizer(template + templates.chatml))
-    assert "26 Jul 2024" in renderer.text(conversation(QUESTION, ANSWER))
