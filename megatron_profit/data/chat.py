@@ -104,7 +104,8 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     else:
         raise UnknownFormat(
             f"{record.where}: the format is not known, found the keys {shown(list(record.value))}; "
-            f"known are {'; '.join(FORMATS)}. Rename the fields to one of these"
+            f"known are {'; '.join(FORMATS)}. Rename the fields to one of these, or name "
+            "the columns with --data-columns"
         )
     messages = _with_system(value, messages)
     untrained = frozenset(i for i, turn in enumerate(messages) if turn.pop("weight", 1) == 0)
