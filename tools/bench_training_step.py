@@ -100,7 +100,7 @@ def training_flags(folder: Path, options: argparse.Namespace) -> list[str]:
         "--device": options.device,
     }
     return [str(part) for pair in flags.items() for part in pair] + [
-        *("--random-init", "--bf16", "--log-interval", "1"),
+        *("--random-init", "--bf16", "--log-interval", "1", "--no-packing"),
         *options.megatron,
     ]
 

@@ -142,6 +142,7 @@ def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str,
         "date": date.today().isoformat(),
         "hardware": f"{gpus} x {torch.cuda.get_device_name(device)}" if gpus else cpu_name(),
         "cpu_cores": cores,
+        "load_average": round(os.getloadavg()[0], 1),  # the machine's, of the last minute
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "megatron-core", *packages)},
     }
