@@ -230,7 +230,10 @@ def test_options_of_the_objective_are_checked(parse, objective, named):
         (("--objective", "entropy", "--keep-share", "0"), ("keep_share", "(0, 1]")),
         (("--objective", "psft", "--clip-high", "-1"), ("clip_high", "-1")),
         (
-            ("--objective-implementation", "reference", "--objective-backward", "save"),
+            (
+                *("--objective", "sft", "--objective-implementation", "reference"),
+                *("--objective-backward", "save"),
+            ),
             ("--objective-backward save", "reference", "drop one"),
         ),
     ],
