@@ -225,7 +225,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# What these show, shorter layouts show as well.
+LONGER = ("dp2", "pp4", "tp2-sp-reference")
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONGER)) for n in LAYOUTS]
+)
 def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, layout):
     tokens = tied_reference
     tau = tokens.threshold(0.4)
@@ -243,7 +249,7 @@ def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, la
 
 slow = pytest.mark.slow
 PACKED_LAYOUTS = {
-    "micro-batch-4": (1, "--micro-batch-size 4", []),
+    "micro-batch-4": (1, "--micro-batch-size 4", slow),
     "tp2-sp-recompute": (
         2,
         "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel "

@@ -43,13 +43,15 @@ FAMILY_LAYOUTS = [
     pytest.param("qwen3-moe", 4, f"{TP_SP} {EXPERTS}", id="qwen3-moe-tp2-ep2-etp2", marks=slow),
     pytest.param("qwen3-moe-mixed", 2, EXPERTS, id="qwen3-moe-mixed-ep2", marks=slow),
     pytest.param("qwen2", 2, "--tensor-model-parallel-size 2", id="qwen2-tp2"),
-    pytest.param("llama", 2, "--tensor-model-parallel-size 2", id="llama-tp2", marks=slow),
-    pytest.param("llama", 2, "--pipeline-model-parallel-size 2", id="llama-pp2"),
+    pytest.param("llama", 2, "--tensor-model-parallel-size 2", id="llama-tp2"),
+    pytest.param("llama", 2, "--pipeline-model-parallel-size 2", id="llama-pp2", marks=slow),
 ]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=[slow] * (n in ("tp1", "tp2"))) for n in LAYOUTS]
+)
 def test_logits_are_those_of_huggingface(request, torchrun, tmp_path, layout, tied):
     model = request.getfixturevalue("tied_model" if tied else "untied_model")
     compare_logits(torchrun, tmp_path, model, *LAYOUTS[layout])

@@ -67,7 +67,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "iw-sft-tp2")) for n in RUNS]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n.startswith("iw-sft"))) for n in RUNS]
 )
 def test_the_reference_gives_its_numbers(sft, untied_model, reference, tmp_path, name):
     world_size, objective, flags = RUNS[name]
