@@ -49,8 +49,9 @@ RUNS = {
 }
 WRONG_SHARE = 1 / 3
 TRAIN = (
-    "--seq-length 40 --no-packing --micro-batch-size 32 --global-batch-size 32 --train-iters 150 --lr 5e-4 --min-lr 5e-5 "
-    "--lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0"
+    "--seq-length 40 --no-packing --micro-batch-size 32 --global-batch-size 32 --train-iters 150 "
+    "--lr 5e-4 --min-lr 5e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.95 "
+    "--weight-decay 0.1 --clip-grad 1.0"
 )
 
 
