@@ -10,8 +10,8 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def test_collectives_take_uneven_sizes(torchrun):
-    torchrun(2, HERE / "uneven_collectives.py")
+def test_collectives_take_uneven_sizes(ranks):
+    ranks(2, HERE / "uneven_collectives.py")
 
 
 # A small mixture-of-experts model in native Megatron flags, on Megatron's mock data.
@@ -43,12 +43,12 @@ def steps(output: str) -> list[tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def expert_checkpoint(torchrun, tmp_path_factory) -> tuple[Path, list[tuple[float, float]]]:
+def expert_checkpoint(ranks, tmp_path_factory) -> tuple[Path, list[tuple[float, float]]]:
     """A checkpoint on one process, and the steps that one process then makes from it."""
     folder = tmp_path_factory.mktemp("experts")
     flags = [*MODEL, *EXPERTS, *TRAINING]
-    torchrun(1, OWN_SCRIPT, *flags, "--save", folder)
-    result = torchrun(1, OWN_SCRIPT, *flags, "--load", folder, "--finetune", "--loss", "stock")
+    ranks(1, OWN_SCRIPT, *flags, "--save", folder)
+    result = ranks(1, OWN_SCRIPT, *flags, "--load", folder, "--finetune", "--loss", "stock")
     assert len(steps(result.stdout)) == 2
     return folder, steps(result.stdout)
 
@@ -74,26 +74,26 @@ def expert_checkpoint(torchrun, tmp_path_factory) -> tuple[Path, list[tuple[floa
         ),
     ],
 )
-def test_experts_train_alike_at_every_layout(torchrun, expert_checkpoint, world_size, layout):
+def test_experts_train_alike_at_every_layout(ranks, expert_checkpoint, world_size, layout):
     folder, expected = expert_checkpoint
     flags = [*MODEL, *EXPERTS, *TRAINING, "--load", folder, "--finetune", "--loss", "stock"]
-    result = torchrun(world_size, OWN_SCRIPT, *flags, *layout.split())
+    result = ranks(world_size, OWN_SCRIPT, *flags, *layout.split())
     assert steps(result.stdout) == [pytest.approx(step, rel=2e-4) for step in expected]
 
 
 @pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2 --sequence-parallel", ""])
-def test_an_objective_in_a_script_of_ones_own(torchrun, layout):
+def test_an_objective_in_a_script_of_ones_own(ranks, layout):
     """With the three lines, plain SFT trains exactly as the script does without them."""
     flags = [*MODEL, *TRAINING, *layout.split()]
     with_objective, stock = (
-        steps(torchrun(2, OWN_SCRIPT, *flags, "--loss", loss).stdout) for loss in ("sft", "stock")
+        steps(ranks(2, OWN_SCRIPT, *flags, "--loss", loss).stdout) for loss in ("sft", "stock")
     )
     assert len(stock) == 2
     assert with_objective == [pytest.approx(step, rel=1e-5) for step in stock]
 
 
-def test_an_objective_needs_the_loss_per_token(torchrun):
+def test_an_objective_needs_the_loss_per_token(ranks):
     flags = [flag for flag in [*MODEL, *TRAINING] if flag != "--calculate-per-token-loss"]
-    result = torchrun(1, OWN_SCRIPT, *flags, check=False)
+    result = ranks(1, OWN_SCRIPT, *flags, check=False)
     assert result.returncode != 0
     assert "the objective needs --calculate-per-token-loss" in result.stdout

@@ -52,21 +52,21 @@ FAMILY_LAYOUTS = [
 @pytest.mark.parametrize(
     "layout", [pytest.param(n, marks=[slow] * (n in ("tp1", "tp2"))) for n in LAYOUTS]
 )
-def test_logits_are_those_of_huggingface(request, torchrun, tmp_path, layout, tied):
+def test_logits_are_those_of_huggingface(request, ranks, tmp_path, layout, tied):
     model = request.getfixturevalue("tied_model" if tied else "untied_model")
-    compare_logits(torchrun, tmp_path, model, *LAYOUTS[layout])
+    compare_logits(ranks, tmp_path, model, *LAYOUTS[layout])
 
 
 @pytest.mark.parametrize(("family", "world_size", "flags"), FAMILY_LAYOUTS)
-def test_logits_of_every_family(torchrun, tmp_path, family, world_size, flags):
-    compare_logits(torchrun, tmp_path, make_family(tmp_path, family), world_size, flags)
+def test_logits_of_every_family(ranks, tmp_path, family, world_size, flags):
+    compare_logits(ranks, tmp_path, make_family(tmp_path, family), world_size, flags)
 
 
-def compare_logits(torchrun, tmp_path, model, world_size, flags):
+def compare_logits(ranks, tmp_path, model, world_size, flags):
     tokens = torch.randint(0, 508, (2, 48), generator=torch.Generator().manual_seed(0))
     torch.save(tokens, tmp_path / "tokens.pt")
     # Padding the vocabulary to a multiple of 16 per rank must not show either.
-    torchrun(
+    ranks(
         world_size,
         *(SCRIPT, tmp_path / "tokens.pt", tmp_path / "logits.pt", "--hf-model", model.hf),
         *("--load", model.megatron, "--make-vocab-size-divisible-by", 16, *flags.split()),

@@ -117,14 +117,15 @@ def test_bad_input_is_refused(tmp_path, tiny, case):
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
 
 
-def test_the_message_is_seen_under_torchrun(sft, tmp_path, tiny):
+def test_the_message_is_seen_under_torchrun(torchrun, tmp_path, tiny):
     """Also when another process meets the error first: all but the first of a machine wait for it."""
     slow_start = tmp_path / "sitecustomize.py"
     slow_start.write_text(
         "import os, time\nif os.environ.get('LOCAL_RANK') == '0': time.sleep(4)\n"
     )
-    result = sft(
+    result = torchrun(
         2,
+        *("-m", "megatron_profit.sft", "--device", "cpu"),
         *("--hf-model", tiny, "--random-init", "--data", tmp_path / "none.jsonl"),
         *("--objective", "sft", "--lr", "1e-3", "--train-iters", 2),
         *("--seq-length", 48, "--micro-batch-size", 2),
