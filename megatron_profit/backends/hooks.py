@@ -1,11 +1,13 @@
-"""What a run does beside Megatron's own loop, at the three places where Megatron offers no hook.
+"""What a run does beside Megatron's own loop, at the places where Megatron offers no hook.
 
 The patches `before-train-step`, `before-evaluation` and `with-checkpoint` call the one listener of the
-process.
+process, which prepares what a step needs. Those of `observation.py` call its one observer, which sees what a
+step yields, and whoever wants to know the metrics of evaluations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,3 +53,85 @@ def listen(listener: RunListener | None) -> None:
 def listener() -> RunListener | None:
     """Whom the patches call."""
     return _listener
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """What Megatron's loop knows of a step when it logs.
+
+    Attributes:
+        iteration: Steps that are done, this one included.
+        skipped: Whether the optimizer took no step.
+        values: What goes with the step itself: learning rate, loss scale, gradient norm (absent where the
+            loss scaler found none) and so on, by Megatron's names.
+        tokens: Of records, over all ranks.
+        floating_point_operations: Of the step over all ranks, by Megatron's count.
+        line: The values of Megatron's console line by name, where it is due; else None.
+    """
+
+    iteration: int
+    skipped: bool
+    values: Mapping[str, float]
+    tokens: float
+    floating_point_operations: float
+    line: Mapping[str, float] | None
+
+
+class RunObserver(Protocol):
+    """Sees what each training step yields. Called on every rank, so each method may run collectives."""
+
+    def reduce_losses(self, losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Behind the forward and backward passes of a step.
+
+        Args:
+            losses: What the loss function reported of each micro-batch; [] off the last pipeline stage.
+
+        Returns:
+            What Megatron sees in their place.
+        """
+
+    def rejected(self, message: str, fatal: bool) -> None:
+        """A check of Megatron (`validate_result`) rejected a loss or gradient of this rank."""
+
+    def allows_update(self, grad_norm: float) -> bool:
+        """Whether the optimizer may step, given the norm of the gradient; alike on all ranks."""
+
+    def exit_code(self, skipped: bool) -> int | None:
+        """Behind a step: with which code the run has to end now, or None; alike on all ranks."""
+
+    def scalars(self, iteration: int, skipped: bool) -> dict[str, Any]:
+        """Behind a step: the losses that Megatron writes to TensorBoard and W&B."""
+
+    def log(self, step: LoggedStep) -> None:
+        """Behind a step, when Megatron logs."""
+
+
+EvaluationListener = Callable[[int, Mapping[str, float]], None]
+
+_observer: RunObserver | None = None
+_evaluation_listeners: list[EvaluationListener] = []
+
+
+def observe(observer: RunObserver | None) -> None:
+    """Make `observer` the one that sees the steps; None for nobody."""
+    global _observer
+    _observer = observer
+
+
+def observer() -> RunObserver | None:
+    """Who sees the steps."""
+    return _observer
+
+
+def on_evaluation(listener: EvaluationListener) -> None:
+    """Call `listener(iteration, metrics)` behind each evaluation, on every rank.
+
+    `metrics` holds the value of each metric of the validation data by name, such as "lm loss", as a sum over
+    a count; it is the same on all ranks. `iteration` are the steps that the evaluated weights have had.
+    """
+    _evaluation_listeners.append(listener)
+
+
+def evaluation_listeners() -> tuple[EvaluationListener, ...]:
+    """Whom an evaluation is told."""
+    return tuple(_evaluation_listeners)

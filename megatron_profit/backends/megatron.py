@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_profit.backends.hooks import Trained, listener
+from megatron_profit.backends.observation import OBSERVATION_PATCHES
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
@@ -24,48 +25,6 @@ def _skip_compilation_of_shipped_helpers() -> None:
             original()
 
     utils.compile_helpers = compile_helpers
-
-
-def _begin_anew_after_the_first_line() -> None:
-    from megatron.training import training
-    from megatron.training.global_vars import get_args
-
-    original = training.training_log
-
-    @functools.wraps(original)
-    def training_log(loss_dict: Any, total_loss_dict: dict, *args: Any, **kwargs: Any) -> Any:
-        result = original(loss_dict, total_loss_dict, *args, **kwargs)
-        if kwargs.get("is_first_iteration") and get_args().log_interval == 1:
-            total_loss_dict.clear()
-        return result
-
-    training.training_log = training_log
-
-
-def _print_negative_averages() -> None:
-    from megatron.training import training
-
-    original_log, original_print = training.training_log, training.print_rank_last
-
-    @functools.wraps(original_log)
-    def training_log(loss_dict: Any, total_loss_dict: dict, *args: Any, **kwargs: Any) -> Any:
-        def total(name: str) -> Any:
-            return original_totals.get(name, 0) + (0 if skipped else loss_dict.get(name, 0))
-
-        def print_rank_last(message: str) -> None:
-            steps = max(1, original_totals.get("advanced iterations", 0) + (not skipped))
-            averages = {name: float(total(name)) / steps for name in loss_dict}
-            negative = (f" {name}: {x:.6E} |" for name, x in averages.items() if x < 0)
-            original_print(message + "".join(negative))
-
-        original_totals, skipped = dict(total_loss_dict), args[4]
-        training.print_rank_last = print_rank_last
-        try:
-            return original_log(loss_dict, total_loss_dict, *args, **kwargs)
-        finally:
-            training.print_rank_last = original_print
-
-    training.training_log = training_log
 
 
 def _load_into_plain_torch_adam() -> None:
@@ -218,22 +177,6 @@ MEGATRON_PATCHES = (
         apply=_skip_compilation_of_shipped_helpers,
     ),
     Patch(
-        name="first-log-line",
-        upstream=_MEGATRON,
-        file="megatron/training/training.py",
-        reason="After the first step of a process, training_log keeps its sums, so that with "
-        "--log-interval 1 the second line shows the mean of the first two steps.",
-        apply=_begin_anew_after_the_first_line,
-    ),
-    Patch(
-        name="negative-averages",
-        upstream=_MEGATRON,
-        file="megatron/training/training.py",
-        reason="training_log leaves out of the console line every average below 0, which the loss of "
-        "PSFT always is.",
-        apply=_print_negative_averages,
-    ),
-    Patch(
         name="distributed-optimizer-load",
         upstream=_MEGATRON,
         file="megatron/core/optimizer/distrib_optimizer.py",
@@ -276,4 +219,5 @@ MEGATRON_PATCHES = (
         "and padding is not spread evenly over the ranks. So what is given is their mean.",
         apply=_weigh_auxiliary_losses_alike_on_all_ranks,
     ),
+    *OBSERVATION_PATCHES,
 )
