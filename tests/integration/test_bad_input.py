@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -85,7 +84,7 @@ def broken_tokenizer(tmp_path: Path, tiny: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_refused(tmp_path, tiny, case):
+def test_bad_input_is_refused(ranks, tmp_path, tiny, case):
     flags, named = CASES[case](tmp_path, tiny)
     command = {
         "--hf-model": tiny,
@@ -98,22 +97,17 @@ def test_bad_input_is_refused(tmp_path, tiny, case):
         **flags,
     }
     before = sorted(tmp_path.rglob("*"))
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "megatron_profit.sft", "--device", "cpu", "--random-init"),
-            *("--objective", "sft", "--lr", "1e-3"),
-            *(str(part) for pair in command.items() for part in pair),
-        ],
-        text=True,
-        capture_output=True,
-        timeout=120,
+    result = ranks(
+        1,
+        *("-m", "megatron_profit.sft", "--device", "cpu", "--random-init"),
+        *("--objective", "sft", "--lr", "1e-3"),
+        *(part for pair in command.items() for part in pair),
         check=False,
     )
-    assert result.returncode == 2, result.stdout + result.stderr
-    message = result.stderr.strip().splitlines()
-    assert any("megatron-profit-sft: error:" in line for line in message), result.stderr
-    assert named in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 2, result.stdout
+    (message,) = re.findall(r"^megatron-profit-sft: error: (?:.|\n)*", result.stdout, re.MULTILINE)
+    assert named in message
+    assert "Traceback" not in result.stdout
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
 
 
@@ -133,5 +127,6 @@ def test_the_message_is_seen_under_torchrun(torchrun, tmp_path, tiny):
         PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])),
     )
     assert result.returncode != 0
+    assert result.stdout.count("megatron_profit: CPU backend") == 1
     assert result.stdout.count("megatron-profit-sft: error:") == 1
     assert "none.jsonl" in result.stdout
