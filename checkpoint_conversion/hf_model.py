@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_conversion.chunks import CHUNK_BYTES, Chunk
-from checkpoint_conversion.dtypes import DTYPES, DType, check_finite, converted
+from checkpoint_conversion.dtypes import DTYPES, DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, Family, TensorRule, family_for
 from checkpoint_conversion.hf_folder import HFTensor, list_tensors, read_hf_config
@@ -97,10 +97,10 @@ class HFModel:
                 part, into = into[:size], into[size:]
                 data = part if kind == dtype else memoryview(bytearray(rows * tensor.row_bytes))
                 tensor.read_rows_from(files, start, rows, data)
-                if finite:
-                    check_finite(data, kind, tensor.name)
-                if kind != dtype:
-                    part[:] = converted(data, kind, dtype, tensor.name)
+                if finite or kind != dtype:
+                    from checkpoint_conversion.values import deliver  # needs numpy
+
+                    deliver(data, kind, part, dtype, f"{tensor.file}: {tensor.name}", finite)
 
 
 def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:

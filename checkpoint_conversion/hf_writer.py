@@ -21,7 +21,7 @@ from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_folder import CONFIG, INDEX, WEIGHTS
 from checkpoint_conversion.output import sync_file, write_file
-from checkpoint_conversion.raw_files import write_at
+from checkpoint_conversion.raw_files import Writeback, write_at, writing
 
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -89,6 +89,15 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+@dataclass(frozen=True)
+class _NewFile:
+    """A file that is being written."""
+
+    path: Path
+    descriptor: int
+    writeback: Writeback
+
+
 class HFWriter:
     """Writes tensors into the safetensors files of a folder.
 
@@ -102,31 +111,42 @@ class HFWriter:
         self, folder: Path, tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]
     ) -> None:
         self._tensors = tensors
-        self._places: dict[str, tuple[int, int]] = {}
-        self._descriptors: list[int] = []
+        self._places: dict[str, tuple[_NewFile, int]] = {}
+        self._files: list[_NewFile] = []
         for shard in sorted(set(weight_map.values())):
             self._create(folder / shard, sorted(n for n in tensors if weight_map[n] == shard))
         if set(weight_map.values()) != {WEIGHTS}:
             write_file(folder / INDEX, _index(tensors, weight_map))
 
     def write_rows(self, name: str, start: int, data: memoryview) -> None:
-        """Write whole rows of a tensor, from row `start` on; several threads may do so."""
-        descriptor, offset = self._places[name]
+        """Write whole rows of a tensor, from row `start` on; several threads may do so.
+
+        Raises:
+            ConversionError: When the disk is full, for instance.
+        """
+        file, offset = self._places[name]
         tensor = self._tensors[name]
         offset += start * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        write_at(descriptor, offset, data)
+        with writing(file.path):
+            write_at(file.descriptor, offset, data)
+        file.writeback.wrote(len(data))
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
+        """Bring everything to the disk.
+
+        Raises:
+            ConversionError: When something did not get there.
+        """
+        for file in self._files:
+            with writing(file.path):
+                os.fsync(file.descriptor)
 
     def __enter__(self) -> HFWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+        for file in self._files:
+            os.close(file.descriptor)
 
     def _create(self, file: Path, names: list[str]) -> None:
         """Write the header of a file and note the place of each tensor."""
@@ -143,12 +163,13 @@ class HFWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        self._descriptors.append(descriptor)
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(descriptor, 8 + len(text) + end)
+        new = _NewFile(file, descriptor, Writeback(descriptor))
+        self._files.append(new)
+        with writing(file):
+            write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
+            os.ftruncate(descriptor, 8 + len(text) + end)
         for name in names:
-            place = 8 + len(text) + header[name]["data_offsets"][0]
-            self._places[name] = (descriptor, place)
+            self._places[name] = (new, 8 + len(text) + header[name]["data_offsets"][0])
 
 
 def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> None:
@@ -164,8 +185,9 @@ def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> N
     for file in artifacts(template):
         target = folder / file.relative_to(template)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
-        sync_file(target)
+        with writing(target):
+            shutil.copyfile(file, target)
+            sync_file(target)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     write_file(folder / CONFIG, f"{text}\n".encode())
 

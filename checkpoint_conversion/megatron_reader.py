@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from checkpoint_conversion.chunks import TRANSFER_BYTES, Chunk, chunks_of
-from checkpoint_conversion.dtypes import TORCH_DTYPES, DType, check_finite, converted
+from checkpoint_conversion.dtypes import TORCH_DTYPES, DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.families.family import Shape
@@ -143,16 +141,16 @@ class MegatronCheckpoint:
             data = memoryview(bytearray(chunk.elements * kind.itemsize))
         with contextlib.nullcontext(files) if files else OpenFiles() as files:
             self._assemble(chunk, kind, data, files)
-        if finite:
-            check_finite(data, kind, chunk.key)
-        if kind != dtype:
-            into[:] = converted(data, kind, dtype, chunk.key)
+        if finite or kind != dtype:
+            from checkpoint_conversion.values import deliver  # needs numpy
+
+            deliver(data, kind, into, dtype, f"{self.folder}: {chunk.key}", finite)
 
     def _assemble(self, chunk: Chunk, dtype: DType, data: memoryview, files: OpenFiles) -> None:
         """Put the overlapping parts of the saved chunks together; axis 0 is the rows, axis 1 (if
         any) the columns."""
         width = math.prod(chunk.rule.piece_shape[1:])
-        target = np.frombuffer(data, dtype.bits).reshape(chunk.rows, width)
+        row_bytes = width * dtype.itemsize
         stacked, missing = len(chunk.piece.index), chunk.elements
         for saved in self._saved[chunk.key].get(chunk.piece.index, ()):
             first, size = saved.offsets[stacked], saved.sizes[stacked]
@@ -161,43 +159,49 @@ class MegatronCheckpoint:
             if begin >= end:
                 continue
             columns = saved.sizes[stacked + 1] if len(saved.sizes) > stacked + 1 else 1
-            left = saved.offsets[stacked + 1] if len(saved.sizes) > stacked + 1 else 0
             index = [i - o for i, o in zip(chunk.piece.index, saved.offsets, strict=False)]
-            part = target[begin - chunk.start : end - chunk.start, left : left + columns]
-            self._read_part(chunk.key, saved, dtype, (*index, begin - first), part, files)
-            missing -= part.size
+            source = (chunk.key, saved, dtype, (*index, begin - first), end - begin)
+            rows = data[(begin - chunk.start) * row_bytes : (end - chunk.start) * row_bytes]
+            if columns == width:
+                self._read_rows(*source, rows, files)
+            else:
+                from checkpoint_conversion.values import put_columns  # needs numpy
+
+                part = memoryview(bytearray((end - begin) * columns * dtype.itemsize))
+                self._read_rows(*source, part, files)
+                put_columns(part, rows, end - begin, saved.offsets[stacked + 1], dtype)
+            missing -= (end - begin) * columns
         if missing:
             raise ConversionError(
                 f"{self.folder}: the saved chunks of {chunk.key} do not cover "
                 f"{list(chunk.sizes)} at {list(chunk.offsets)}"
             )
 
-    def _read_part(
+    def _read_rows(
         self,
         key: str,
         saved: _Saved,
         dtype: DType,
         index: tuple[int, ...],
-        part: np.ndarray,
+        rows: int,
+        into: memoryview,
         files: OpenFiles,
     ) -> None:
-        """Fill `part`, [rows, columns], with whole rows of a saved chunk from `index` on."""
+        """Read whole rows of a saved chunk from `index` on."""
         stored = self._locate(key, saved, dtype, files)
         place = saved.start + stored.offset
         steps = stored.strides[: len(index)]
         first = stored.first + sum(i * step for i, step in zip(index, steps, strict=True))
         if stored.strides == contiguous_strides(stored.shape):
-            rows = part if part.flags.c_contiguous else np.empty(part.shape, dtype.bits)
-            view = memoryview(rows).cast("B")
-            files.read(saved.file, place + first * dtype.itemsize, view, key)
-        else:  # a transposed tensor, say; never seen in a Megatron checkpoint
-            whole = np.empty(stored.nbytes // dtype.itemsize, dtype.bits)
-            files.read(saved.file, place, memoryview(whole).cast("B"), key)
-            column = stored.strides[len(index)] if len(stored.strides) > len(index) else 1
-            strides = (steps[-1] * dtype.itemsize, column * dtype.itemsize)
-            rows = np.lib.stride_tricks.as_strided(whole[first:], part.shape, strides)
-        if rows is not part:
-            part[...] = rows
+            files.read(saved.file, place + first * dtype.itemsize, into, key)
+            return
+        # A transposed tensor, say; never seen in a Megatron checkpoint.
+        from checkpoint_conversion.values import put_strided  # needs numpy
+
+        storage = memoryview(bytearray(stored.nbytes))
+        files.read(saved.file, place, storage, key)
+        column = stored.strides[len(index)] if len(stored.strides) > len(index) else 1
+        put_strided(storage, first, (steps[-1], column), into, rows, dtype)
 
     def _locate(self, key: str, saved: _Saved, dtype: DType, files: OpenFiles) -> StoredTensor:
         if saved in self._located:

@@ -11,12 +11,14 @@ entry with the arguments, and metadata.json (megatron/core/dist_checkpointing/se
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from checkpoint_conversion.chunks import Chunk
 from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.families.family import Shape
 from checkpoint_conversion.output import write_file
+from checkpoint_conversion.raw_files import Writeback, writing
 from checkpoint_conversion.torch_pickle import (
     Call,
     Instance,
@@ -90,11 +93,18 @@ def write_release(
 
     written: dict[int, list[_Place]] = {}
 
-    def write(number: int) -> None:
-        file = checkpoint / f"__0_{number + 1}.distcp"
-        written[number] = _write_chunks(file, groups[number], read, buffers)
+    with contextlib.ExitStack() as files:
+        streams = [
+            files.enter_context((checkpoint / f"__0_{number}.distcp").open("xb"))
+            for number in range(1, len(groups) + 1)
+        ]
 
-    run_all(write, range(len(groups)), workers)
+        def write(number: int) -> None:
+            written[number] = _write_chunks(streams[number], groups[number], read, buffers)
+
+        run_all(write, range(len(groups)), workers)
+        for stream in streams:
+            _sync(stream)
     for number in range(len(groups)):
         places += written[number]
     write_file(checkpoint / ".metadata", dumps(_metadata(objects, tensors, places)))
@@ -169,16 +179,20 @@ def _write_objects(file: Path, objects: Mapping[str, Any]) -> list[_Place]:
     return places
 
 
-def _write_chunks(file: Path, tensors: Tensors, read: Read, buffers: Buffers) -> list[_Place]:
+def _write_chunks(
+    stream: BufferedWriter, tensors: Tensors, read: Read, buffers: Buffers
+) -> list[_Place]:
+    """Write entries of tensors; what the disk has not got yet when this returns is left to `_sync`."""
+    file, writeback = Path(stream.name), Writeback(stream.fileno())
     places = []
-    with file.open("xb") as stream:
+    with writing(file):
         for chunk, dtype in tensors:
             start = stream.tell()
             data = _data(chunk, dtype, read, buffers)
             write_archive(stream, tensor_pickle(dtype, chunk.sizes), data)
             length = stream.tell() - start
+            writeback.wrote(length)
             places.append(_Place(chunk.key, chunk.offsets, file.name, start, length))
-        _sync(stream)
     return places
 
 
@@ -189,9 +203,10 @@ def _data(chunk: Chunk, dtype: DType, read: Read, buffers: Buffers) -> Iterator[
         yield data
 
 
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+def _sync(stream: BufferedWriter) -> None:
+    with writing(Path(stream.name)):
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
+from checkpoint_conversion.raw_files import writing
 
 _SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
 # Beside the output's files: which command wrote them, and their sizes.
@@ -88,9 +89,14 @@ def check_output(out: Path, sources: Iterable[Path], needed: int) -> None:
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write a small file and flush it to the disk."""
-    file.write_bytes(content)
-    sync_file(file)
+    """Write a small file and flush it to the disk.
+
+    Raises:
+        ConversionError: When that fails; names the file.
+    """
+    with writing(file):
+        file.write_bytes(content)
+        sync_file(file)
 
 
 def sync_file(file: Path) -> None:
