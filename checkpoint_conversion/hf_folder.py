@@ -22,6 +22,7 @@ from checkpoint_conversion.torch_pickle import contiguous_strides, locate_tensor
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FETCH_AGAIN = "download the folder again, the HuggingFace cache skips what it has"
 
 # Bytes of the dtypes that are not converted.
 _OTHER_SIZES = {
@@ -204,6 +205,9 @@ def read_weight_map(folder: Path, kind: _Kind = _SAFETENSORS) -> dict[str, str] 
 
 
 def _why_no_weights(folder: Path) -> str:
+    for file in (folder / WEIGHTS, folder / INDEX):
+        if file.is_symlink():
+            return f"{file.name} is a link to {file.resolve()}, which is missing; {FETCH_AGAIN}"
     if any(folder.glob("*.safetensors")):
         return f"there are safetensors files, but neither {WEIGHTS} nor {INDEX}"
     pickled = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt") for file in folder.glob(kind))
@@ -216,6 +220,11 @@ def _why_no_weights(folder: Path) -> str:
     return f"no weights: neither {WEIGHTS} nor {INDEX}"
 
 
+def _missing(file: Path) -> ConversionError:
+    where = f"a link to {file.resolve()}, which is missing" if file.is_symlink() else "missing"
+    return ConversionError(f"{file}: {where}; {FETCH_AGAIN}")
+
+
 def _read_tensors(file: Path) -> dict[str, HFTensor]:
     return _read_pickle(file) if file.suffix == ".bin" else _read_header(file)
 
@@ -226,7 +235,7 @@ def _read_pickle(file: Path) -> dict[str, HFTensor]:
         with file.open("rb") as stream:
             stored = locate_tensors(stream)
     except FileNotFoundError:
-        raise ConversionError(f"{file}: missing") from None
+        raise _missing(file) from None
     except Exception as error:  # a broken archive can raise almost anything
         raise ConversionError(f"{file}: no state dict that torch.save wrote: {error}") from error
     tensors = {}
@@ -258,7 +267,7 @@ def _read_header(file: Path) -> dict[str, HFTensor]:
                 raise ConversionError(f"{file}: truncated, or not a safetensors file")
             header = parse_json_object(stream.read(length), str(file))
     except FileNotFoundError:
-        raise ConversionError(f"{file}: missing") from None
+        raise _missing(file) from None
     except OSError as error:
         raise ConversionError(f"{file}: {error.strerror}") from error
     header.pop("__metadata__", None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,9 +18,9 @@ from typing import Any
 
 from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import CONFIG, INDEX, WEIGHTS
+from checkpoint_conversion.hf_folder import CONFIG, FETCH_AGAIN, INDEX, WEIGHTS
 from checkpoint_conversion.output import sync_file, write_file
-from checkpoint_conversion.raw_files import Writeback, write_at, writing
+from checkpoint_conversion.raw_files import NewFile, writing
 
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -57,7 +56,10 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(text).strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise ConversionError(f"size {text!r} is not a positive number with KB, MB, GB, MiB or GiB")
+        raise ConversionError(
+            f"shard size {text!r} is not a positive number with KB, MB, GB, MiB or GiB, such as "
+            f"--max-shard-size {DEFAULT_SHARD_SIZE}"
+        )
     return size
 
 
@@ -89,15 +91,6 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-@dataclass(frozen=True)
-class _NewFile:
-    """A file that is being written."""
-
-    path: Path
-    descriptor: int
-    writeback: Writeback
-
-
 class HFWriter:
     """Writes tensors into the safetensors files of a folder.
 
@@ -111,8 +104,8 @@ class HFWriter:
         self, folder: Path, tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]
     ) -> None:
         self._tensors = tensors
-        self._places: dict[str, tuple[_NewFile, int]] = {}
-        self._files: list[_NewFile] = []
+        self._places: dict[str, tuple[NewFile, int]] = {}
+        self._files: list[NewFile] = []
         for shard in sorted(set(weight_map.values())):
             self._create(folder / shard, sorted(n for n in tensors if weight_map[n] == shard))
         if set(weight_map.values()) != {WEIGHTS}:
@@ -127,9 +120,7 @@ class HFWriter:
         file, offset = self._places[name]
         tensor = self._tensors[name]
         offset += start * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        with writing(file.path):
-            write_at(file.descriptor, offset, data)
-        file.writeback.wrote(len(data))
+        file.write_at(offset, data)
 
     def flush(self) -> None:
         """Bring everything to the disk.
@@ -138,15 +129,14 @@ class HFWriter:
             ConversionError: When something did not get there.
         """
         for file in self._files:
-            with writing(file.path):
-                os.fsync(file.descriptor)
+            file.flush()
 
     def __enter__(self) -> HFWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         for file in self._files:
-            os.close(file.descriptor)
+            file.close()
 
     def _create(self, file: Path, names: list[str]) -> None:
         """Write the header of a file and note the place of each tensor."""
@@ -162,12 +152,10 @@ class HFWriter:
             end += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        new = _NewFile(file, descriptor, Writeback(descriptor))
+        new = NewFile(file)
         self._files.append(new)
-        with writing(file):
-            write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
-            os.ftruncate(descriptor, 8 + len(text) + end)
+        new.write_at(0, memoryview(len(text).to_bytes(8, "little") + text))
+        new.resize(8 + len(text) + end)
         for name in names:
             self._places[name] = (new, 8 + len(text) + header[name]["data_offsets"][0])
 
@@ -216,6 +204,8 @@ def _check_link(file: Path, template: Path) -> None:
     same repository, which is allowed.
     """
     target = file.resolve()
+    if not target.exists():
+        raise ConversionError(f"{file} is a link to {target}, which is missing; {FETCH_AGAIN}")
     home = template.resolve()
     roots = [home]
     if home.parent.name == "snapshots":

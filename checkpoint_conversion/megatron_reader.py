@@ -14,10 +14,11 @@ import math
 import pickle
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.checksums import PartialChecksums
 from checkpoint_conversion.chunks import TRANSFER_BYTES, Chunk, chunks_of
 from checkpoint_conversion.dtypes import TORCH_DTYPES, DType
 from checkpoint_conversion.errors import ConversionError
@@ -110,7 +111,8 @@ class MegatronCheckpoint:
     dtypes: Mapping[str, DType]
     padding: int
     _saved: Mapping[str, Mapping[Shape, list[_Saved]]]
-    _located: dict[_Saved, StoredTensor]
+    _located: dict[_Saved, StoredTensor] = field(default_factory=dict)
+    _checksums: PartialChecksums[tuple[str, _Saved]] = field(default_factory=PartialChecksums)
 
     def chunks(self, rule: TensorRule) -> Iterator[Chunk]:
         """The chunks to read a tensor in."""
@@ -145,6 +147,19 @@ class MegatronCheckpoint:
             from checkpoint_conversion.values import deliver  # needs numpy
 
             deliver(data, kind, into, dtype, f"{self.folder}: {chunk.key}", finite)
+
+    def check_rest(self, files: OpenFiles) -> None:
+        """Check the entries of which all but the rows that pad the vocabulary were read.
+
+        Raises:
+            ConversionError: When a checksum differs.
+        """
+        for key, saved in self._checksums.open_entries():
+            stored = self._located[saved]
+            for start, length in self._checksums.gaps((key, saved), stored.nbytes):
+                data = memoryview(bytearray(length))
+                files.read(saved.file, saved.start + stored.offset + start, data, key)
+                self._check(key, saved, stored, start, data)
 
     def _assemble(self, chunk: Chunk, dtype: DType, data: memoryview, files: OpenFiles) -> None:
         """Put the overlapping parts of the saved chunks together; axis 0 is the rows, axis 1 (if
@@ -194,14 +209,29 @@ class MegatronCheckpoint:
         first = stored.first + sum(i * step for i, step in zip(index, steps, strict=True))
         if stored.strides == contiguous_strides(stored.shape):
             files.read(saved.file, place + first * dtype.itemsize, into, key)
+            self._check(key, saved, stored, first * dtype.itemsize, into)
             return
         # A transposed tensor, say; never seen in a Megatron checkpoint.
         from checkpoint_conversion.values import put_strided  # needs numpy
 
         storage = memoryview(bytearray(stored.nbytes))
         files.read(saved.file, place, storage, key)
+        self._check(key, saved, stored, 0, storage)
         column = stored.strides[len(index)] if len(stored.strides) > len(index) else 1
         put_strided(storage, first, (steps[-1], column), into, rows, dtype)
+
+    def _check(
+        self, key: str, saved: _Saved, stored: StoredTensor, start: int, data: memoryview
+    ) -> None:
+        """Compare the checksum of an entry once all of its bytes were read."""
+        if stored.checksum is None:
+            return
+        found = self._checksums.add((key, saved), start, data, stored.nbytes)
+        if found not in (None, stored.checksum):
+            raise ConversionError(
+                f"{saved.file}: {key} is corrupt: the checksum of its bytes is {found:08x}, that in the "
+                f"file {stored.checksum:08x}; copy the checkpoint again, or take another one"
+            )
 
     def _locate(self, key: str, saved: _Saved, dtype: DType, files: OpenFiles) -> StoredTensor:
         if saved in self._located:
@@ -271,9 +301,12 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
     for key in dtypes:
         _check_files(((c.file, c.start + c.length) for c in saved[key].chunks), key)
     chunks = {rule.megatron: _by_piece(saved[rule.megatron], len(rule.stack)) for rule in named}
+    for rule in named:
+        for piece in chunks[rule.megatron].values():
+            _check_disjoint(folder, rule.megatron, piece, len(rule.stack))
     vocabularies = [rule for rule in named if rule.vocabulary]
     padding = max(saved[r.megatron].shape[0] - r.megatron_shape[0] for r in vocabularies)
-    return MegatronCheckpoint(folder, named, dtypes, padding, chunks, {})
+    return MegatronCheckpoint(folder, named, dtypes, padding, chunks)
 
 
 def read_object(folder: Path, key: str) -> bytes | None:
@@ -349,6 +382,23 @@ def _by_piece(tensor: _Tensor, stacked: int) -> dict[Shape, list[_Saved]]:
         for index in itertools.product(*(range(first, first + size) for first, size in spans)):
             found.setdefault(index, []).append(chunk)
     return found
+
+
+def _check_disjoint(folder: Path, key: str, chunks: Iterable[_Saved], stacked: int) -> None:
+    """Check that nothing of a piece is stored twice: something else would be missing then."""
+    spans = sorted(
+        [(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True)][stacked:]
+        for chunk in chunks
+    )
+    for number, one in enumerate(spans):
+        for other in spans[number + 1 :]:
+            if other[0][0] >= one[0][1]:
+                break  # nor do those that follow begin before this one ends
+            if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True)):
+                raise ConversionError(
+                    f"{folder}: two chunks of {key} hold the same rows, from {one[0][0]} and from "
+                    f"{other[0][0]} on"
+                )
 
 
 def _check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:

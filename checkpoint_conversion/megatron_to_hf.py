@@ -167,6 +167,7 @@ def megatron_to_hf(
                 counter.add(chunk.piece.hf[source], len(part))
 
         run_all(export, chunks, threads)
+        checkpoint.check_rest(files)
         writer.flush()
         copy_artifacts(plan.template, folder, plan.config)
         counter.finish()

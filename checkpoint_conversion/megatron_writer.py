@@ -14,11 +14,9 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from checkpoint_conversion.chunks import Chunk
 from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.families.family import Shape
 from checkpoint_conversion.output import write_file
-from checkpoint_conversion.raw_files import Writeback, writing
+from checkpoint_conversion.raw_files import NewFile
 from checkpoint_conversion.torch_pickle import (
     Call,
     Instance,
@@ -94,17 +92,17 @@ def write_release(
     written: dict[int, list[_Place]] = {}
 
     with contextlib.ExitStack() as files:
-        streams = [
-            files.enter_context((checkpoint / f"__0_{number}.distcp").open("xb"))
+        outputs = [
+            files.enter_context(NewFile(checkpoint / f"__0_{number}.distcp"))
             for number in range(1, len(groups) + 1)
         ]
 
         def write(number: int) -> None:
-            written[number] = _write_chunks(streams[number], groups[number], read, buffers)
+            written[number] = _write_chunks(outputs[number], groups[number], read, buffers)
 
         run_all(write, range(len(groups)), workers)
-        for stream in streams:
-            _sync(stream)
+        for output in outputs:
+            output.flush()
     for number in range(len(groups)):
         places += written[number]
     write_file(checkpoint / ".metadata", dumps(_metadata(objects, tensors, places)))
@@ -170,29 +168,24 @@ class _Place:
 def _write_objects(file: Path, objects: Mapping[str, Any]) -> list[_Place]:
     """Write entries that are not tensors; Megatron-Core stores a list with one element."""
     places = []
-    with file.open("xb") as stream:
+    with NewFile(file) as output:
         for key, value in objects.items():
-            start = stream.tell()
-            write_archive(stream, pickle.dumps([value], protocol=2))
-            places.append(_Place(key, None, file.name, start, stream.tell() - start))
-        _sync(stream)
+            start = output.end
+            write_archive(output.append, pickle.dumps([value], protocol=2))
+            places.append(_Place(key, None, file.name, start, output.end - start))
+        output.flush()
     return places
 
 
-def _write_chunks(
-    stream: BufferedWriter, tensors: Tensors, read: Read, buffers: Buffers
-) -> list[_Place]:
-    """Write entries of tensors; what the disk has not got yet when this returns is left to `_sync`."""
-    file, writeback = Path(stream.name), Writeback(stream.fileno())
+def _write_chunks(output: NewFile, tensors: Tensors, read: Read, buffers: Buffers) -> list[_Place]:
+    """Write entries of tensors; the flush is left to the end of all files."""
     places = []
-    with writing(file):
-        for chunk, dtype in tensors:
-            start = stream.tell()
-            data = _data(chunk, dtype, read, buffers)
-            write_archive(stream, tensor_pickle(dtype, chunk.sizes), data)
-            length = stream.tell() - start
-            writeback.wrote(length)
-            places.append(_Place(chunk.key, chunk.offsets, file.name, start, length))
+    for chunk, dtype in tensors:
+        start = output.end
+        data = _data(chunk, dtype, read, buffers)
+        write_archive(output.append, tensor_pickle(dtype, chunk.sizes), data)
+        length = output.end - start
+        places.append(_Place(chunk.key, chunk.offsets, output.path.name, start, length))
     return places
 
 
@@ -201,12 +194,6 @@ def _data(chunk: Chunk, dtype: DType, read: Read, buffers: Buffers) -> Iterator[
         data = buffers.first(part.elements * dtype.itemsize)
         read(part, dtype, data)
         yield data
-
-
-def _sync(stream: BufferedWriter) -> None:
-    with writing(Path(stream.name)):
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"

@@ -48,6 +48,7 @@ def whole_folder(
     """
     out = out.resolve()
     _check_sources(out, sources)
+    _check_place(out)
     _check_space(out, needed)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -58,6 +59,8 @@ def whole_folder(
         _check_replaceable(out, overwrite, command)
         yield partial
         _mark(partial, command)
+        for folder in (entry for entry in partial.rglob("*") if not _is_file(entry)):
+            sync_file(folder)
         os.fsync(descriptor)
         _replace(partial, out)
     except BaseException:
@@ -82,9 +85,7 @@ def check_output(out: Path, sources: Iterable[Path], needed: int) -> None:
     out = out.resolve()
     _check_sources(out, sources)
     _check_replaceable(out, False, "")
-    place = next(parent for parent in out.parents if parent.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConversionError(f"{out}: {place} is not writable; choose another folder")
+    _check_place(out)
     _check_space(out, needed)
 
 
@@ -111,6 +112,19 @@ def sync_file(file: Path) -> None:
 def _check_sources(out: Path, sources: Iterable[Path]) -> None:
     if any(source.resolve().is_relative_to(out) for source in sources):
         raise ConversionError(f"{out}: the output folder holds an input; choose another")
+
+
+def _check_place(out: Path) -> None:
+    """Check that a folder can be made beside `out` and take its name."""
+    place = next(parent for parent in out.parents if parent.exists())
+    if not place.is_dir():
+        raise ConversionError(f"{out}: {place} is a file; choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConversionError(f"{out}: {place} is not writable; choose another folder")
+    if os.path.ismount(out):
+        raise ConversionError(
+            f"{out} is a mount point, which cannot be replaced; give a folder in it"
+        )
 
 
 def _check_space(out: Path, needed: int) -> None:

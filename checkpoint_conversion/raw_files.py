@@ -18,6 +18,7 @@ from checkpoint_conversion.errors import ConversionError
 
 # What is written of a file before the disk is told to begin.
 _WRITEBACK_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 16  # what `append` gathers
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
 if _sync_file_range is not None:
@@ -63,21 +64,64 @@ class OpenFiles:
             return self._descriptors[file]
 
 
-class Writeback:
-    """Sends a file to the disk while it grows. May be shared by threads.
+class NewFile:
+    """A file to write, which goes to the disk while it grows. May be shared by threads, but for `append`.
 
     Otherwise the disk waits for the last byte, and then the threads wait for the disk: the flush at the end
-    took a third of a conversion's time. What is begun here is not waited for; errors of the disk come up
-    in the flush, which must follow on the same descriptor.
+    took a third of a conversion's time. The write that is begun early is not waited for; an error of the
+    disk comes up in `flush`. All errors name the file.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.end = 0  # of what was appended
+        self._small = bytearray()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._lock = threading.Lock()
         self._waiting = 0
 
-    def wrote(self, nbytes: int) -> None:
-        """Count bytes that were written, anywhere in the file."""
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of a buffer."""
+        with writing(self.path):
+            write_at(self._descriptor, offset, data)
+        self._begin(len(data))
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write at the end; small pieces may wait for the next large one."""
+        if len(self._small) + len(data) > _SMALL_BYTES:
+            self._append_small()
+        if len(data) > _SMALL_BYTES:
+            self.write_at(self.end, memoryview(data))
+        else:
+            self._small += data
+        self.end += len(data)
+
+    def resize(self, nbytes: int) -> None:
+        """Set the size; what is not written reads as 0."""
+        with writing(self.path):
+            os.ftruncate(self._descriptor, nbytes)
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        self._append_small()
+        with writing(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; what was not flushed is lost."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append_small(self) -> None:
+        data, self._small = self._small, bytearray()
+        self.write_at(self.end - len(data), memoryview(data))
+
+    def _begin(self, nbytes: int) -> None:
         with self._lock:
             self._waiting += nbytes
             begins = self._waiting >= _WRITEBACK_BYTES
@@ -105,4 +149,6 @@ def writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "; make room or choose another disk" if error.errno in _FULL else ""
+        if error.filename not in (None, str(file)):  # of a copy, the source
+            raise ConversionError(f"{error.filename}: {error.strerror}") from error
         raise ConversionError(f"{file}: {error.strerror} while writing{remedy}") from error

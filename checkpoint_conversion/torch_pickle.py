@@ -172,13 +172,18 @@ class Inert:
 
 
 def write_archive(
-    stream: IO[bytes], content: bytes, data: Iterable[memoryview] | None = None
+    append: Callable[[bytes], None], content: bytes, data: Iterable[memoryview] | None = None
 ) -> None:
     """Append what torch.save writes: an archive with a pickle, and the bytes of a tensor if any.
 
     Checksums are those of the content, for readers that compare them (torch does not).
+
+    Args:
+        append: Writes at the end of a file.
+        content: The pickle.
+        data: The bytes, part by part.
     """
-    with zipfile.ZipFile(_Appending(stream), "w") as archive:  # type: ignore[call-overload]
+    with zipfile.ZipFile(_Appending(append), "w") as archive:  # type: ignore[call-overload]
         for name, record in {
             "data.pkl": content,
             "byteorder": b"little",
@@ -195,8 +200,15 @@ class _Appending:
     """The end of a file, as a stream that cannot seek: an archive's offsets count from its own
     beginning, which is what torch expects of an entry."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.write, self.flush = stream.write, stream.flush
+    def __init__(self, append: Callable[[bytes], None]) -> None:
+        self._append = append
+
+    def write(self, data: bytes) -> int:
+        self._append(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
 
 
 def tensor_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
@@ -236,6 +248,7 @@ class StoredTensor:
         nbytes: Bytes of the storage.
         first: The tensor's first element in the storage.
         strides: In elements.
+        checksum: CRC-32 of the storage; None where torch was told to make none.
     """
 
     dtype: DType
@@ -244,6 +257,7 @@ class StoredTensor:
     first: int
     offset: int
     nbytes: int
+    checksum: int | None
 
 
 def read_pickle(stream: IO[bytes]) -> bytes:
@@ -277,8 +291,8 @@ def locate_tensors(stream: IO[bytes]) -> dict[str, StoredTensor]:
 
 
 def _content(archive: zipfile.ZipFile) -> Any:
-    order = [info for info in archive.infolist() if info.filename.endswith("/byteorder")]
-    if order and archive.read(order[0]) != b"little":
+    has_order = any(info.filename.endswith("/byteorder") for info in archive.infolist())
+    if has_order and archive.read(_record(archive, "byteorder")) != b"little":
         raise ValueError("its bytes are in big-endian order")
     return Unpickler(io.BytesIO(archive.read(_record(archive, "data.pkl"))), _tensor_part).load()
 
@@ -298,13 +312,17 @@ def _located(stream: IO[bytes], archive: zipfile.ZipFile, value: Any) -> StoredT
     stream.seek(info.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", stream.read(4))
     offset = info.header_offset + 30 + name_length + extra_length
-    return StoredTensor(dtype, tuple(shape), tuple(strides), first, offset, info.file_size)
+    return StoredTensor(
+        dtype, tuple(shape), tuple(strides), first, offset, info.file_size, info.CRC
+    )
 
 
 def _record(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     found = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == name]
     if len(found) != 1:
         raise KeyError(f"{len(found)} records {name}")
+    # torch.serialization.set_crc32_options(False) leaves 0; zipfile checks nothing where it is None.
+    found[0].CRC = found[0].CRC or None  # type: ignore[assignment]
     return found[0]
 
 

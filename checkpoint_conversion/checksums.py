@@ -1,0 +1,95 @@
+"""CRC-32 of entries that several threads read part by part, in any order.
+
+A thread has the bytes of its part in the core's cache anyway, so nothing is read twice; the checksums of
+parts are then put together as those of one run of bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import zlib
+from collections.abc import Hashable
+
+_POLYNOMIAL = 0xEDB88320  # of CRC-32; bit 31 is x^0
+
+
+class PartialChecksums[Entry: Hashable]:
+    """Checksums of the entries of which some parts were read. May be shared by threads."""
+
+    def __init__(self) -> None:
+        self._parts: dict[Entry, dict[int, tuple[int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, entry: Entry, start: int, data: memoryview, size: int) -> int | None:
+        """Count a part of an entry.
+
+        Args:
+            start: Its first byte in the entry.
+            data: Its bytes.
+            size: Bytes of the whole entry.
+
+        Returns:
+            The checksum of the entry once all of it was counted, and then the entry is forgotten;
+            None before, and when a part was counted twice or overlaps another.
+        """
+        found = (len(data), zlib.crc32(data))
+        with self._lock:
+            parts = self._parts.setdefault(entry, {})
+            parts[start] = found
+            if sum(length for length, _ in parts.values()) < size:
+                return None
+            del self._parts[entry]
+        return _joined(parts)
+
+    def gaps(self, entry: Entry, size: int) -> list[tuple[int, int]]:
+        """(start, length) of what was not counted yet."""
+        gaps, end = [], 0
+        for start, (length, _) in sorted(self._parts.get(entry, {}).items()):
+            if start > end:
+                gaps.append((end, start - end))
+            end = start + length
+        return gaps + [(end, size - end)] * (end < size)
+
+    def open_entries(self) -> list[Entry]:
+        """Entries of which a part is missing."""
+        return list(self._parts)
+
+
+def _joined(parts: dict[int, tuple[int, int]]) -> int | None:
+    checksum = end = 0
+    for start, (length, own) in sorted(parts.items()):
+        if start != end:
+            return None
+        checksum, end = joined(checksum, own, length), start + length
+    return checksum
+
+
+def joined(first: int, second: int, length: int) -> int:
+    """The checksum of two runs of bytes, one after the other, of which the second has `length`."""
+    for bit, image in enumerate(_shifted_bits(length)):
+        if first >> bit & 1:
+            second ^= image
+    return second
+
+
+@functools.lru_cache(maxsize=256)
+def _shifted_bits(nbytes: int) -> tuple[int, ...]:
+    """What each bit of a run's checksum becomes when so many bytes follow: its product with
+    x^(8 nbytes)."""
+    shift, power, bits = 1 << 31, 1 << 30, 8 * nbytes
+    while bits:
+        if bits & 1:
+            shift = _product(power, shift)
+        power, bits = _product(power, power), bits >> 1
+    return tuple(_product(shift, 1 << bit) for bit in range(32))
+
+
+def _product(one: int, other: int) -> int:
+    """Product of two polynomials over GF(2), modulo the polynomial; the lowest power is bit 31."""
+    result = 0
+    for bit in range(31, -1, -1):
+        if one >> bit & 1:
+            result ^= other
+        other = other >> 1 ^ (_POLYNOMIAL if other & 1 else 0)
+    return result
