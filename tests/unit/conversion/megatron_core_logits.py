@@ -1,5 +1,7 @@
 """Loads each checkpoint of a folder into Megatron-Core's GPTModel and saves the logits of given tokens.
 
+Models with experts are also loaded as grouped experts, and those saved as FOLDER/<name>-grouped.
+
 python megatron_core_logits.py FOLDER, with FOLDER/jobs.json: the Megatron arguments by name.
 """
 
@@ -15,6 +17,7 @@ from megatron_profit.backends import activate
 activate("cpu")
 
 import torch
+from grouped_experts import group_experts
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -76,6 +79,14 @@ def build(arguments: dict[str, Any]) -> GPTModel:
     ).eval()
 
 
+def load(model: GPTModel, checkpoint: Path) -> None:
+    """Load a checkpoint under Megatron-Core's default strictness; every parameter must be in it."""
+    request = model.sharded_state_dict()
+    loaded = dist_checkpointing.load(request, str(checkpoint))
+    own = model.state_dict().keys()  # grouped experts ask for a state of each, and keep one
+    model.load_state_dict({key: loaded[key] for key in request if key in own}, strict=True)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     store = torch.distributed.HashStore()
@@ -87,11 +98,15 @@ def main() -> None:
     causal = torch.ones(1, 1, tokens.size(1), tokens.size(1)).triu(1).bool()
     for name, arguments in json.loads((folder / "jobs.json").read_text()).items():
         model = build(arguments)
-        request = model.sharded_state_dict()
-        loaded = dist_checkpointing.load(request, str(folder / f"{name}-megatron" / "release"))
-        model.load_state_dict({key: loaded[key] for key in request}, strict=True)
+        load(model, folder / f"{name}-megatron" / "release")
         with torch.no_grad():
             torch.save(model(tokens, positions, causal), folder / f"{name}.pt")
+        if "num_experts" in arguments:
+            model = build(arguments)
+            group_experts(model)
+            load(model, folder / f"{name}-megatron" / "release")
+            (folder / f"{name}-grouped").mkdir()
+            dist_checkpointing.save(model.sharded_state_dict(), str(folder / f"{name}-grouped"))
 
 
 if __name__ == "__main__":

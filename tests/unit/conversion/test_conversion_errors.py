@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00009.safetensors", "model-00002-of-00009.safetensors"
@@ -80,6 +83,16 @@ def _duplicate(folder):
     save_file({**load_file(folder / other), Q_PROJ: copy}, folder / other)
 
 
+def _dangling(file):
+    """A download of which a blob is missing."""
+
+    def apply(folder):
+        (folder / file).unlink()
+        (folder / file).symlink_to("../../blobs/none")
+
+    return apply
+
+
 def _pickled(folder):
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
@@ -103,6 +116,10 @@ SINGLE = {
         "GPT2LMHeadModel",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+    "link to no weights": (
+        _dangling("model.safetensors"),
+        r"model\.safetensors is a link to .*blobs/none, which is missing; download",
+    ),
     "pickled weights": (_pickled, r"pytorch_model\.bin.*save_pretrained"),
     "missing tensor": (_tensors(lambda t: t.pop(Q_PROJ)), rf"no tensor {Q_PROJ}"),
     "extra tensor": (
@@ -159,6 +176,10 @@ SHARDED = {
         lambda f: (f / _shard_of(f, Q_PROJ)).unlink(),
         r"model-0000\d-of-0000\d.safetensors: missing",
     ),
+    "link to no shard": (
+        lambda f: _dangling(_shard_of(f, Q_PROJ))(f),
+        r"safetensors: a link to .*blobs/none, which is missing; download",
+    ),
     "truncated shard": (
         lambda f: _cut(_shard_of(f, Q_PROJ), -8)(f),
         r"model-0000\d-of-0000\d.safetensors: truncated",
@@ -212,7 +233,9 @@ def test_mixed_dtypes_are_accepted_with_a_choice(qwen3, tmp_path):
 def test_values_beyond_the_dtype_are_refused(qwen3):
     _tensors(lambda t: t[Q_PROJ][0].fill_(1e5))(qwen3)
     before = sorted(qwen3.parent.rglob("*"))
-    with pytest.raises(ConversionError, match=rf"{Q_PROJ} holds 100000, .*--dtype"):
+    with pytest.raises(
+        ConversionError, match=rf"model.safetensors: {Q_PROJ} holds 100000, .*--dtype"
+    ):
         hf_to_megatron(qwen3, qwen3.parent / "out", dtype="fp16")
     assert sorted(qwen3.parent.rglob("*")) == before
 
@@ -233,3 +256,69 @@ def test_an_output_that_is_a_file_is_refused(qwen3, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ConversionError, match="out is a file"):
         hf_to_megatron(qwen3, tmp_path / "out", overwrite=True)
+
+
+def _full_after(monkeypatch, calls):
+    """The disk is full at that write."""
+    write = os.pwrite
+
+    def pwrite(*arguments):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_disk_that_fills_up_is_named_and_nothing_is_left(qwen3, tmp_path, monkeypatch, calls):
+    hf_to_megatron(qwen3, tmp_path / "megatron")
+    before = sorted(tmp_path.rglob("*"))
+    full = "No space left on device while writing; make room"
+    with monkeypatch.context() as patch:
+        _full_after(patch, calls)
+        with pytest.raises(ConversionError, match=rf"release/__0_\d\.distcp: {full}"):
+            hf_to_megatron(qwen3, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        _full_after(patch, calls)
+        with pytest.raises(ConversionError, match=rf"model\.safetensors: {full}"):
+            megatron_to_hf(tmp_path / "megatron", qwen3, tmp_path / "back")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_error_of_the_disk_in_the_flush_is_named(qwen3, tmp_path, monkeypatch):
+    def fsync(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ConversionError, match=r"distcp: Input/output error while writing"):
+        hf_to_megatron(qwen3, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == [qwen3]
+
+
+def test_a_place_that_cannot_hold_the_output_is_named(qwen3, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConversionError, match="file is a file; choose another folder"):
+        hf_to_megatron(qwen3, tmp_path / "file" / "deep" / "out")
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: path.name == "out")
+        with pytest.raises(ConversionError, match=r"out is a mount point.*give a folder in it"):
+            hf_to_megatron(qwen3, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(ConversionError, match="is not writable; choose another folder"):
+            hf_to_megatron(qwen3, tmp_path / "out")
+
+
+def test_a_file_that_cannot_be_read_is_named(qwen3, tmp_path, monkeypatch):
+    def preadv(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(
+        ConversionError, match=r"model\.safetensors: Input/output error while reading"
+    ):
+        hf_to_megatron(qwen3, tmp_path / "out")

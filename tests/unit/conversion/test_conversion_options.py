@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_megatron_to_hf import assert_same_tensors, save_run, trained
 from tiny_families import make_family
 
-from checkpoint_conversion import dtypes, torch_pickle
+from checkpoint_conversion import dtypes, raw_files, torch_pickle
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf_folder import read_hf_config
@@ -63,7 +63,7 @@ def test_check_finite(make_qwen3, tmp_path, run_command, value, dtype):
     save_file(tensors, hf / "model.safetensors")
     refused = run_command("hf_to_megatron", "--hf", hf, "--out", out, "--check-finite")
     assert refused.code == 2
-    assert f"{Q_PROJ} holds NaN or infinity" in refused.err
+    assert f"{hf / 'model.safetensors'}: {Q_PROJ} holds NaN or infinity" in refused.err
     assert not out.exists()
     hf_to_megatron(hf, out)
     arguments = ("--megatron", out, "--hf-template", hf, "--out", tmp_path / "back")
@@ -91,6 +91,20 @@ def test_the_files_do_not_depend_on_the_workers(make_qwen3, tmp_path, monkeypatc
     assert_same_tensors(hf, tmp_path / "back")
     with pytest.raises(ConversionError, match="--workers is 0"):
         hf_to_megatron(hf, tmp_path / "none", workers=0)
+
+
+def test_the_disk_gets_a_file_while_it_grows(qwen3, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(raw_files, "_WRITEBACK_BYTES", 10_000)
+    monkeypatch.setattr(raw_files, "_sync_file_range", lambda *arguments: started.append(arguments))
+    hf_to_megatron(qwen3, tmp_path / "out")
+    imports = len(started)
+    assert imports > 10
+    megatron_to_hf(tmp_path / "out", qwen3, tmp_path / "back")
+    assert len(started) > imports + 10
+    monkeypatch.setattr(raw_files, "_sync_file_range", None)  # a system that cannot
+    hf_to_megatron(qwen3, tmp_path / "out", overwrite=True)
+    assert_equal(read_megatron(tmp_path / "out" / "release")[0], expected_megatron(read_hf(qwen3)))
 
 
 def test_the_first_error_ends_the_work():

@@ -272,7 +272,10 @@ def test_links_of_the_hub_cache_are_followed_and_others_refused(qwen3, tmp_path)
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (qwen3 / "notes.txt").symlink_to(secret)
-    with pytest.raises(ConversionError, match=r"notes\.txt is a link to .*secret"):
+    with pytest.raises(ConversionError, match=r"notes\.txt is a link to .*secret, outside"):
+        megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "other")
+    secret.unlink()
+    with pytest.raises(ConversionError, match=r"notes\.txt is a link to .*missing; download"):
         megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -330,6 +333,31 @@ def _corrupt(checkpoint):
     file.write_bytes(bytes(file.stat().st_size))
 
 
+def _flip(checkpoint):
+    """One bit in the middle of the largest tensor."""
+    file = _largest_file(checkpoint)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _flip_padding(checkpoint):
+    """One bit in the rows that pad the vocabulary, which are not converted."""
+    rows = torch.full((64,), 7.0).numpy().tobytes()
+    (file,) = [file for file in checkpoint.glob("*.distcp") if rows in file.read_bytes()]
+    data = bytearray(file.read_bytes())
+    data[data.index(rows) + 5] ^= 1
+    file.write_bytes(data)
+
+
+def _double(checkpoint):
+    """A chunk in the place of another one."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
+    chunks = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks
+    chunks[1] = chunks[0]
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 class _Evil:
     def __reduce__(self):
         return print, ("code of the checkpoint ran",)
@@ -356,17 +384,35 @@ BROKEN = {
     "missing file": (lambda c: _largest_file(c).unlink(), r"distcp: missing; .* is in it"),
     "truncated file": (_truncate, r"distcp: truncated"),
     "broken file": (_corrupt, "cannot read"),
+    "flipped bit": (
+        _flip,
+        r"distcp: embedding.word_embeddings.weight is corrupt: the checksum",
+    ),
+    "flipped bit in the padding": (_flip_padding, r"word_embeddings.weight is corrupt"),
+    "part stored twice": (_double, r"two chunks of .*linear_fc2.weight hold the same rows, from 0"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_checkpoint_is_refused(qwen3, tmp_path, capsys, case):
+def test_a_broken_checkpoint_is_refused(make_qwen3, tmp_path, capsys, case):
+    qwen3 = make_qwen3(tied=True)
     breaks, message = BROKEN[case]
-    breaks(save_run(tmp_path / "run", trained(qwen3)))
+    breaks(save_run(tmp_path / "run", trained(qwen3, tied=True), step=GRIDS["one layer"]))
     with pytest.raises(ConversionError, match=message):
         megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "back")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hf", "run"]
     assert "code of the checkpoint ran" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_checksums(qwen3, tmp_path):
+    """torch writes 0 in their place when it is told to make none."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_run(tmp_path / "run", trained(qwen3), step=GRIDS["columns"])
+    finally:
+        torch.serialization.set_crc32_options(True)
+    megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "back")
+    assert_same_tensors(qwen3, tmp_path / "back")
 
 
 def test_values_beyond_the_dtype_are_refused(qwen3, tmp_path):
