@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -54,12 +55,25 @@ def print_totals(count: str, nbytes: int, workers: int, parts: Sequence[tuple[in
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a command; print an error instead of a traceback and exit with code 2."""
+    """Run a command; print an error instead of a traceback and exit with code 2.
+
+    Ctrl-C and SIGTERM (a job's time limit, say) stop it like an error, so that it can clean up.
+    """
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(main())
     except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        _terminated(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, _: object = None) -> None:
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

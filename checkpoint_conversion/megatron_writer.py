@@ -89,7 +89,7 @@ def write_release(
     places = _write_objects(object_file, objects)
     groups = list(_files(tensors))
 
-    written: dict[int, list[_Place]] = {}
+    written: list[list[_Place]] = [[] for _ in groups]
 
     with contextlib.ExitStack() as files:
         outputs = [
@@ -97,14 +97,15 @@ def write_release(
             for number in range(1, len(groups) + 1)
         ]
 
-        def write(number: int) -> None:
-            written[number] = _write_chunks(outputs[number], groups[number], read, buffers)
+        def write(number: int) -> Iterator[None]:
+            for place in _write_chunks(outputs[number], groups[number], read, buffers):
+                written[number].append(place)
+                yield
 
         run_all(write, range(len(groups)), workers)
         for output in outputs:
             output.flush()
-    for number in range(len(groups)):
-        places += written[number]
+    places += itertools.chain.from_iterable(written)
     write_file(checkpoint / ".metadata", dumps(_metadata(objects, tensors, places)))
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_file(checkpoint / "metadata.json", json.dumps(backend).encode())
@@ -177,16 +178,15 @@ def _write_objects(file: Path, objects: Mapping[str, Any]) -> list[_Place]:
     return places
 
 
-def _write_chunks(output: NewFile, tensors: Tensors, read: Read, buffers: Buffers) -> list[_Place]:
+def _write_chunks(
+    output: NewFile, tensors: Tensors, read: Read, buffers: Buffers
+) -> Iterator[_Place]:
     """Write entries of tensors; the flush is left to the end of all files."""
-    places = []
     for chunk, dtype in tensors:
         start = output.end
         data = _data(chunk, dtype, read, buffers)
         write_archive(output.append, tensor_pickle(dtype, chunk.sizes), data)
-        length = output.end - start
-        places.append(_Place(chunk.key, chunk.offsets, output.path.name, start, length))
-    return places
+        yield _Place(chunk.key, chunk.offsets, output.path.name, start, output.end - start)
 
 
 def _data(chunk: Chunk, dtype: DType, read: Read, buffers: Buffers) -> Iterator[memoryview]:

@@ -29,10 +29,17 @@ def worker_count(workers: int | None) -> int:
     return workers
 
 
-def run_all[Item](function: Callable[[Item], object], items: Iterable[Item], workers: int) -> None:
+def run_all[Item](
+    function: Callable[[Item], Iterable[object] | None], items: Iterable[Item], workers: int
+) -> None:
     """Apply a function to all items, which are drawn one at a time.
 
     After the first error no further item begins, and that error is raised.
+
+    Args:
+        function: A generator where an item takes long: it is left at its next `yield` then.
+        items: The items; they may be without end.
+        workers: Number of threads.
     """
     source, lock, stopped = iter(items), threading.Lock(), threading.Event()
 
@@ -41,7 +48,9 @@ def run_all[Item](function: Callable[[Item], object], items: Iterable[Item], wor
             while not stopped.is_set():
                 with lock:
                     item = next(source)
-                function(item)
+                for _ in function(item) or ():
+                    if stopped.is_set():
+                        return
         except StopIteration:
             pass
         except BaseException:

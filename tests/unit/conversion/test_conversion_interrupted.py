@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def stalling(function):
 HFTensor.read_rows_from = stalling(HFTensor.read_rows_from)
 hf_writer.HFWriter.write_rows = stalling(hf_writer.HFWriter.write_rows)
 getattr(sys.modules["checkpoint_conversion." + sys.argv[1]], sys.argv[1])(*sys.argv[2:], overwrite=True)
+"""
+
+# Runs a command with a twentieth of a second of rest before every read.
+SLOW = """
+import sys, time
+from checkpoint_conversion import cli, hf_to_megatron
+from checkpoint_conversion.hf_folder import HFTensor
+
+def slow(self, *arguments):
+    print("in the middle", flush=True)
+    time.sleep(0.05)
+    return read(self, *arguments)
+
+read, HFTensor.read_rows_from = HFTensor.read_rows_from, slow
+sys.argv = sys.argv[1:]
+cli.run(hf_to_megatron.main)
 """
 
 
@@ -99,6 +116,19 @@ def test_killed_export(qwen3, tmp_path, stalled):
     megatron_to_hf(tmp_path / "megatron", qwen3, work / "out")
     assert_equal(read_hf(work / "out"), read_hf(qwen3))
     assert [entry.name for entry in work.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_cleans_up(qwen3, tmp_path, number):
+    arguments = ["hf_to_megatron", "--hf", str(qwen3), "--out", str(tmp_path / "work" / "out")]
+    command = [sys.executable, "-c", SLOW, *arguments]
+    process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True)
+    assert process.stdout.readline() == "in the middle\n"
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert errors == f"stopped by {number.name}\n"
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_two_conversions_to_one_output_are_refused(qwen3, tmp_path, stalled):
