@@ -91,11 +91,13 @@ class ReferenceModel:
         if self._values:
             return
         files = _from_first_rank(self._files)
-        missing = _from_first_rank(lambda: [n for n, file in files.items() if not file.is_file()])
+        # What --valid-split sets aside are examples of the training data: one file holds both.
+        makers = {file: name for name, file in reversed(files.items())}
+        missing = _from_first_rank(lambda: [file for file in makers if not file.is_file()])
         if missing:
             with _weights_of(self._model, trained):
-                for name in missing:
-                    self._compute(trained, name, files[name])
+                for file in missing:
+                    self._compute(trained, makers[file], file)
         for name, file in files.items():
             self._values[name] = np.memmap(file, dtype=np.float32, mode="r")
 
@@ -104,7 +106,7 @@ class ReferenceModel:
         args = get_args()
         about = [_VERSION, *_identity(self._model), str(args.params_dtype), str(args.vocab_size)]
         return {
-            name: self._folder / f"{name}-{_digest(about, dataset.examples)}.float32"
+            name: self._folder / f"{_digest(about, dataset.examples)}.float32"
             for name, dataset in self._datasets.items()
         }
 
