@@ -5,7 +5,10 @@
 Three runs of each file in turn, each a real run on the CPU in a process of its own: Megatron-LM's
 pretrain_gpt.py with --sft, which pads every record to a row; our entry with a record to a row; our entry
 with --packing. Between the first and the second lies what is saved by computing logits of supervised tokens
-only, between the second and the third what packing saves.
+only, between the second and the third what packing saves. The result is written anew after each round.
+
+Rows are as long as the longest record needs, rounded up to a power of two, so that none loses its end;
+longer ones (--seq-length) are in favour of packing, shorter ones cut records.
 
 Stock SFT needs Transformer Engine for its attention, which a CPU has not. It gets the same kernel as ours,
 one call for each of its sequences. A record counts as many supervised tokens there as here, those of the
@@ -26,7 +29,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
+from typing import Any
 
 from benchmarking import RESULTS, environment, markdown_table, write_results
 
@@ -73,8 +77,9 @@ class Run:
     """What was measured.
 
     Attributes:
-        seconds_per_step: Median over the rounds.
-        tokens_per_step: Supervised tokens, on average.
+        seconds_per_step: Mean of the counted steps of all rounds.
+        tokens_per_step: Supervised tokens: of the counted steps where rows are packed; else, where a step
+            holds a few records, those of the file's records on average.
     """
 
     seconds_per_step: float
@@ -85,77 +90,113 @@ class Run:
         return self.tokens_per_step / self.seconds_per_step
 
 
+@dataclass(frozen=True)
+class Job:
+    """A file to be measured.
+
+    Attributes:
+        commands: Name of a run -> its command, without the seed.
+        about: What is in the file, and how it is put into rows.
+        logs: Name of a run -> what it printed in each round.
+    """
+
+    commands: dict[str, list[object]]
+    about: dict[str, Any]
+    logs: dict[str, list[str]]
+
+
 def main() -> None:
     options = _parser().parse_args()
     shape = Shape(options.hidden_size, options.layers)
+    import torch
+
     record: dict = {
         "command": "python tools/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… "
-        f"--seq-length {options.seq_length} --rows {options.rows} --steps {options.steps} "
-        f"--rounds {options.rounds} "
+        + (f"--seq-length {options.seq_length} " if options.seq_length else "")
+        + f"--rows {options.rows} --steps {options.steps} --rounds {options.rounds} "
         f"--hidden-size {options.hidden_size} --layers {options.layers}",
-        "environment": {},
+        # The load of the machine before anything was measured.
+        "environment": environment(torch.device("cpu"), ("transformers",))
+        | {"Megatron-LM": _megatron_version(options.megatron_lm)},
         "shape": asdict(shape),
-        "files": {},
     }
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         shutil.copytree(options.tokenizer, model)
         (model / "config.json").write_text(json.dumps(shape.config()))
-        for data in options.data:
-            record["files"][data.name] = measure(options, shape, model, data, Path(folder))
-    import torch
-
-    record["environment"] = environment(torch.device("cpu"), ("transformers",))
-    page = write_results(options.out, "packing", record, _title(shape), _table(record["files"]))
+        jobs = {data.name: job(options, shape, model, data, Path(folder)) for data in options.data}
+        for seed in range(1, options.rounds + 1):
+            for name, each in jobs.items():
+                for run, command in each.commands.items():
+                    print(f"round {seed} of {options.rounds}: {name}, {run}", file=sys.stderr)
+                    each.logs[run].append(_run([*command, "--seed", seed]))
+            record["rounds"] = seed
+            record["files"] = {name: results(each, options) for name, each in jobs.items()}
+            page = write_results(
+                options.out, "packing", record, _title(shape), _table(record["files"])
+            )
     print(page.read_text())
 
 
-def measure(
-    options: argparse.Namespace, shape: Shape, model: Path, data: Path, folder: Path
-) -> dict:
+def job(options: argparse.Namespace, shape: Shape, model: Path, data: Path, folder: Path) -> Job:
     """The three runs of a file."""
     from transformers import AutoTokenizer
 
     from megatron_profit.data import ChatRenderer, build_examples, normalise, read_records
 
     renderer = ChatRenderer(AutoTokenizer.from_pretrained(model))
-    _, report = build_examples(data, renderer, options.seq_length)
-    supervised = report.supervised_tokens / report.kept
     messages = folder / f"{data.stem}.jsonl"
     with messages.open("w", encoding="utf-8") as lines:
         for raw in read_records(data):
             lines.write(json.dumps({"messages": list(normalise(raw).messages)}) + "\n")
-
-    steps = WARM_UP + options.steps
-    common = [
-        *("--seq-length", options.seq_length, "--micro-batch-size", 1),
-        *("--global-batch-size", options.rows, "--train-iters", steps, "--lr", 1e-5),
-        *("--eval-iters", 0, "--log-interval", 1, "--optimizer", "sgd"),
+    _, report = build_examples(data, renderer, shape.config()["max_position_embeddings"])
+    seq_length = options.seq_length or 1 << (report.longest - 2).bit_length()
+    _, report = build_examples(data, renderer, seq_length)
+    about = {
+        "records": report.kept,
+        "seq_length": seq_length,
+        "records that lost their end": report.truncated,
+        "tokens of a record": report.total_tokens / report.kept,
+        "supervised tokens of a record": report.supervised_tokens / report.kept,
+    }
+    common: list[object] = [
+        *("--seq-length", seq_length, "--micro-batch-size", 1),
+        *("--global-batch-size", options.rows, "--train-iters", WARM_UP + options.steps),
+        *("--lr", 1e-5, "--eval-iters", 0, "--log-interval", 1, "--optimizer", "sgd"),
         *("--calculate-per-token-loss",),
     ]
-    ours = ["-m", "megatron_profit.sft", "--device", "cpu", "--hf-model", model, "--random-init"]
-    ours += ["--data", data, "--objective", "sft", *common]
+    ours: list[object] = ["-m", "megatron_profit.sft", "--device", "cpu", "--hf-model", model]
+    ours += ["--random-init", "--data", data, "--data-cache", folder / "cache"]
+    ours += ["--objective", "sft", *common]
     stock = [__file__, "--stock", options.megatron_lm, *_stock_flags(shape, model), *common]
-    stock += ["--data-path", messages]
     commands = {
-        STOCK: stock,
+        STOCK: [*stock, "--data-path", messages],
         UNPACKED: [*ours, "--no-packing"],
         PACKED: [*ours, "--packing"],
     }
-    logs: dict[str, list[str]] = {name: [] for name in commands}
-    for seed in range(1, options.rounds + 1):
-        for name, command in commands.items():
-            logs[name].append(_run([*command, "--seed", seed]))
-    runs = {name: _read(texts, steps, supervised * options.rows) for name, texts in logs.items()}
+    return Job(commands, about, {name: [] for name in commands})
+
+
+def results(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """What the rounds so far have measured."""
+    average = job.about["supervised tokens of a record"] * options.rows
+    steps = WARM_UP + options.steps
+    runs = {
+        name: _read(logs, steps, None if name == PACKED else average)
+        for name, logs in job.logs.items()
+    }
     return {
-        "supervised tokens of a record": supervised,
-        "tokens of a record": report.total_tokens / report.kept,
-        "records": report.kept,
+        **job.about,
         "runs": {
             name: {**asdict(run), "tokens_per_second": run.tokens_per_second}
             for name, run in runs.items()
         },
     }
+
+
+def _megatron_version(checkout: Path) -> str:
+    text = (checkout / "megatron" / "core" / "package_info.py").read_text()
+    return ".".join(re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE))
 
 
 def _stock_flags(shape: Shape, model: Path) -> list:
@@ -194,9 +235,10 @@ def _run(command: Sequence[object]) -> str:
     return result.stdout
 
 
-def _read(logs: Sequence[str], steps: int, tokens_per_step: float) -> Run:
-    """The steps of all rounds by what they logged; stock SFT does not log its tokens."""
-    milliseconds, tokens = [], []
+def _read(logs: Sequence[str], steps: int, tokens_per_step: float | None) -> Run:
+    """The steps of all rounds by what they logged; their tokens too, unless they are given."""
+    milliseconds: list[float] = []
+    tokens: list[float] = []
     for log in logs:
         found = re.findall(r"elapsed time per iteration \(ms\): +(\S+) \|", log)
         if len(found) != steps:
@@ -204,7 +246,7 @@ def _read(logs: Sequence[str], steps: int, tokens_per_step: float) -> Run:
         milliseconds += [float(value) for value in found[WARM_UP:]]
         counts = re.findall(r"\| supervised tokens: +(\S+) \|", log)
         tokens += [float(count) for count in counts[WARM_UP:]]
-    return Run(median(milliseconds) / 1000, mean(tokens) if tokens else tokens_per_step)
+    return Run(mean(milliseconds) / 1000, tokens_per_step or mean(tokens))
 
 
 def _title(shape: Shape) -> str:
@@ -215,13 +257,13 @@ def _title(shape: Shape) -> str:
 
 
 def _table(files: dict) -> str:
-    header = ["file", "run", "s a step", "supervised tokens a step", "a second", "of stock"]
+    header = ["file and row", "run", "s a step", "supervised tokens a step", "a second", "of stock"]
     rows = []
     for name, file in files.items():
         stock = file["runs"][STOCK]["tokens_per_second"]
         rows += [
             [
-                f"{name} ({file['tokens of a record']:.0f} tokens a record)",
+                f"{name}, {file['tokens of a record']:.0f} tokens a record, rows of {file['seq_length']:,}",
                 run,
                 f"{values['seconds_per_step']:.2f}",
                 f"{values['tokens_per_step']:.0f}",
@@ -293,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--megatron-lm", type=Path, required=True, help="a Megatron-LM checkout")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a Qwen3 tokenizer's folder")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="chat files")
-    parser.add_argument("--seq-length", type=int, default=1024)
+    parser.add_argument("--seq-length", type=int, help="by default what the longest record needs")
     parser.add_argument("--rows", type=int, default=1, help="of a step")
     parser.add_argument("--steps", type=int, default=4, help="of a run that are counted")
     parser.add_argument("--rounds", type=int, default=3, help="of the three runs, in turn")
