@@ -54,7 +54,7 @@ def describe(name: str, sets: dict[str, PreparedSet]) -> str:
     found, report = sets[name], sets[name].prepared.report
     if name != "train" and found.prepared is sets["train"].prepared:
         return f"{name} data, set aside of the records above: {found.packing}"
-    return f"{name} data: {report}\n{report.histogram()}\n{found.packing}"
+    return f"{name} data: {report}\n{found.packing}"
 
 
 def _parser() -> argparse.ArgumentParser:

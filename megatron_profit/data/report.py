@@ -114,22 +114,23 @@ class PreparationReport:
             f"{self.truncated:,} truncated",
             f"{self.total_tokens:,} tokens, {self.supervised_tokens:,} of them supervised "
             f"({share:.1%}); the longest record has {self.longest:,}",
+            *self.histogram(),
         ]
         for reason, skipped in self.skipped.items():
             lines.append(f"skipped {skipped.count:,}: {reason} ({_first(skipped.places)})")
             lines.append(f"  the first: {skipped.detail}")
         return "\n".join(lines)
 
-    def histogram(self) -> str:
-        """The lengths as text, a bar for each power of two."""
+    def histogram(self) -> list[str]:
+        """The lengths as lines of text, a bar for each power of two."""
         first = next((k for k, count in enumerate(self.lengths) if count), 0)
         most = max(self.lengths, default=1)
-        return "\n".join(
+        return [
             f"{2**k:>9,} to {2 ** (k + 1) - 1:>9,} tokens {count:>10,} "
             f"{'#' * -(-count * _BAR // most)}".rstrip()
             for k, count in enumerate(self.lengths)
             if k >= first
-        )
+        ]
 
 
 def _first(places: Sequence[str]) -> str:
