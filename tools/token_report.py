@@ -38,6 +38,7 @@ from megatron_profit.data import (
 )
 from megatron_profit.data.options import add_rendering_flags
 from megatron_profit.data.records import data_files
+from megatron_profit.data.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
 from megatron_profit.report import page, score_records, terminal_text
 
@@ -257,7 +258,8 @@ def make_report(arguments: argparse.Namespace) -> None:
     sources = read_sources(
         arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info
     )
-    renderer = ChatRenderer(tokenizer, Training(arguments.train_on, arguments.train_think))
+    training = Training(arguments.train_on, arguments.train_think)
+    renderer = ChatRenderer(tokenizer, training, parse_day(arguments.template_date))
     records = chosen_records(sources, positions, renderer, arguments.max_tokens)
     dtype = DTYPES[arguments.dtype]
     source = (

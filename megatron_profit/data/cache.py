@@ -186,7 +186,7 @@ def _key(
         ],
         "preparation": asdict(preparation),
     }
-    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @functools.cache

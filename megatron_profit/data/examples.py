@@ -160,7 +160,7 @@ def write(
             os.fsync(file.fileno())
             file.close()
     sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
-    text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1)
+    text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1, default=str)
     with (folder / ABOUT).open("w", encoding="utf-8") as about_file:
         about_file.write(text + "\n")
         about_file.flush()

@@ -20,6 +20,7 @@ from megatron_profit.data.prepare import Preparation
 from megatron_profit.data.render import Training
 from megatron_profit.data.report import PackingReport
 from megatron_profit.data.sources import COLUMNS, Source, read_sources
+from megatron_profit.data.template_date import parse_day
 
 # Validation rows are shuffled, so that the first of them (--eval-iters) are a sample of all: packing puts
 # the longest records first. The order is the same in every run.
@@ -105,6 +106,11 @@ def add_rendering_flags(group: argparse._ActionsContainer) -> None:
         default=True,
         help="Train what stands in <think> blocks, too.",
     )
+    group.add_argument(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help="The day that a chat template writes which asks for today's.",
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,12 @@ class DataOptions:
             train=read_sources(flags["data"], weights=flags["data_weights"] or (), **naming),
             valid=read_sources(flags["valid_data"] or (), **naming),
             valid_split=share,
-            preparation=Preparation(flags["seq_length"], flags["too_long"], training),
+            preparation=Preparation(
+                flags["seq_length"],
+                flags["too_long"],
+                training,
+                parse_day(flags["template_date"]),
+            ),
             packing=flags["packing"],
             seed=flags["seed"],
             workers=workers,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from datetime import date
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -52,11 +53,13 @@ class Preparation:
             and label, so up to `seq_length` + 1 ids are kept.
         too_long: What happens to a record with more: it loses its end, or is left out and counted.
         training: Which parts of the assistant's turns are trained.
+        day: What a chat template that writes today's date writes, None for other templates.
     """
 
     seq_length: int
     too_long: Literal["truncate", "drop"] = "truncate"
     training: Training = field(default_factory=Training)
+    day: date | None = None
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -234,7 +237,8 @@ class _Worker:
 
     @classmethod
     def load(cls, tokenizer: Path, preparation: Preparation) -> _Worker:
-        return cls(ChatRenderer(load_tokenizer(tokenizer), preparation.training), preparation)
+        renderer = ChatRenderer(load_tokenizer(tokenizer), preparation.training, preparation.day)
+        return cls(renderer, preparation)
 
     def __call__(self, task: _Task) -> Chunk:
         outcomes: list[Conversation | BrokenRecord] = []

@@ -14,6 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from megatron_profit.data.chat import Conversation, Message, strings
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.template_date import check_day, with_day
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,17 +92,22 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", training: Training | None = None
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        training: Training | None = None,
+        day: date | None = None,
     ) -> None:
         """Learns the turn markers of the tokenizer's template.
 
         Args:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
             training: Which parts of the assistant's turns are trained; all of them by default.
+            day: What a template that writes today's date is to write; None for other templates.
 
         Raises:
-            DataError: The tokenizer is not fast, has no template, or its template writes no
-                assistant header or no end of turn, so that no one could tell what to train on.
+            DataError: The tokenizer is not fast, has no template, its template writes no
+                assistant header or no end of turn, so that no one could tell what to train on, or
+                it writes a date and `day` is None, or the other way round.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
@@ -112,14 +119,16 @@ class ChatRenderer:
                 f"{_name(tokenizer)} has no chat template; use an instruct model's tokenizer, "
                 "or add chat_template.jinja to the tokenizer's directory"
             )
-        self._tokenizer = tokenizer
+        check_day(tokenizer, day, _name(tokenizer))
+        self._tokenizer, self._day = tokenizer, day
         self.training = training or Training()
         self.markers = self._learn_markers()
 
     def render(self, conversation: Conversation) -> RenderedConversation:
         """Token ids and supervised mask of a conversation.
 
-        The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`. A token is supervised
+        The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`, on the day that was
+        given where the template writes one. A token is supervised
         if it begins inside an assistant turn; one that begins in the header and reaches into the
         turn is not, since at generation its beginning is already written.
 
@@ -282,6 +291,9 @@ class ChatRenderer:
         return first[: encoding.offsets[shared - 1][1]] if shared else ""
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
+        if self._day is not None:
+            template = self._tokenizer.get_chat_template(tools=options.get("tools"))
+            options["chat_template"] = with_day(template, self._day)
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         if not isinstance(text, str):
             raise TypeError(f"the chat template gave {type(text).__name__}, not text")

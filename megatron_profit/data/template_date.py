@@ -1,0 +1,71 @@
+"""The day that a chat template writes: one that was asked for, not that of the preparation.
+
+Templates such as those of Llama 3.2 and gpt-oss call `strftime_now`. Left to the clock, the ids of a
+record would depend on when they were made: prepared on two days, or on two machines around midnight, the
+same data would differ.
+"""
+
+import re
+from datetime import date, datetime, time
+from functools import cache
+from typing import TYPE_CHECKING
+
+from megatron_profit.data.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CLOCK = "strftime_now"
+# A call with its format written out, as all known templates have it: the quote and the format.
+_CALL = re.compile(rf"""{_CLOCK}\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
+
+
+def parse_day(text: str | None) -> date | None:
+    """The value of --template-date.
+
+    Raises:
+        DataError: It is no day.
+    """
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError as error:
+        raise DataError(f"--template-date {text} is no day ({error}); write YYYY-MM-DD") from error
+
+
+def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str) -> None:
+    """Asks for a day where a template of the tokenizer writes one, and only there.
+
+    Args:
+        tokenizer: One with chat templates.
+        day: The day that was asked for.
+        name: What the tokenizer is called in messages.
+
+    Raises:
+        DataError: The day is missing, would be ignored, or cannot be put into the template.
+    """
+    found = tokenizer.chat_template
+    templates = list(found.values()) if isinstance(found, dict) else [str(found)]
+    asks = any(_CLOCK in template for template in templates)
+    if asks and day is None:
+        raise DataError(
+            f"the chat template of {name} writes today's date, so the same record would be other tokens "
+            f"tomorrow; fix the day with --template-date, e.g. --template-date {date.today()}"
+        )
+    if day is not None and not asks:
+        raise DataError(
+            f"--template-date {day} is given, but the chat template of {name} writes no date; drop it"
+        )
+    if day is not None:
+        for template in templates:
+            if f"{_CLOCK}(" in with_day(template, day):
+                raise DataError(
+                    f"the chat template of {name} does not write out the format that it gives to "
+                    f"{_CLOCK}, so no day can be put into it; write it out, as in {_CLOCK}('%d %b %Y')"
+                )
+
+
+@cache
+def with_day(template: str, day: date) -> str:
+    """The template with the day in place of its calls of the clock."""
+    moment = datetime.combine(day, time())
+    return _CALL.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)
