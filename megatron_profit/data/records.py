@@ -21,6 +21,7 @@ NOT_JSON = "a line is not JSON"
 NOT_UTF8 = "a line is not UTF-8"
 ROW_NOT_UTF8 = "a text of the record is not UTF-8"
 NOT_AN_OBJECT = "a record is not an object with named fields"
+NAMED_TWICE = "a field is named twice"
 
 _ROWS = 1024
 
@@ -89,6 +90,10 @@ def data_files(path: Path) -> list[Path]:
                 "datasets' save_to_disk wrote; name another one"
             )
         return inner
+    if not path.is_dir() and not path.is_file():
+        raise DataError(
+            f"{path}: neither a file nor a folder; write the data to a file and name it"
+        )
     if path.is_file() and not _kind(path):
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
     return [path]
@@ -142,10 +147,12 @@ def _read_json(path: Path) -> Iterator[RawRecord]:
     with _open(path) as file:
         text = _decode(file.read(), str(path))
     if text.lstrip().startswith("["):
-        values = enumerate(_parse(text, str(path)), start=1)
-        yield from (_record(value, path, number, "record") for number, value in values)
+        values, objects = _parse(text, str(path))
+        for number, value in enumerate(values, start=1):
+            yield _record(value, path, number, "record", objects)
     elif _is_one_value(text):  # an object written over several lines
-        yield _record(json.loads(text), path, 1, "record")
+        value, objects = _parse(text, str(path))
+        yield _record(value, path, 1, "record", objects)
     else:
         yield from _read_jsonl(path)
 
@@ -161,14 +168,14 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
 def _line(line: bytes, path: Path, number: int) -> RawRecord:
     where = f"{path}, line {number}"
     try:
-        value = _parse(_decode(line.rstrip(b"\r\n"), where), str(path), number)
+        value, objects = _parse(_decode(line.rstrip(b"\r\n"), where), str(path), number)
     except DataError as error:
         # In the first line the whole file is in doubt, and a last line without an end was cut off.
         if number == 1 or not line.endswith(b"\n"):
             raise
         reason = NOT_UTF8 if isinstance(error.__cause__, UnicodeDecodeError) else NOT_JSON
         return RawRecord({}, str(path), number, "line", BrokenRecord(reason, str(error)))
-    return _record(value, path, number, "line")
+    return _record(value, path, number, "line", objects)
 
 
 def _read_parquet(path: Path) -> Iterator[RawRecord]:
@@ -254,7 +261,16 @@ _READERS = {
 _COMPRESSED = (".gz", ".zst")
 
 
-def _record(value: Any, path: Path, number: int, unit: Literal["line", "record"]) -> RawRecord:
+def _record(
+    value: Any,
+    path: Path,
+    number: int,
+    unit: Literal["line", "record"],
+    objects: "_Objects | None" = None,
+) -> RawRecord:
+    if name := objects.named_twice(value) if objects else None:
+        broken = BrokenRecord(NAMED_TWICE, f"{shown(name)}, as an object of the record has it")
+        return RawRecord({}, str(path), number, unit, broken)
     if isinstance(value, dict):
         return RawRecord(value, str(path), number, unit)
     if number == 1:
@@ -266,9 +282,41 @@ def _record(value: Any, path: Path, number: int, unit: Literal["line", "record"]
     return RawRecord({}, str(path), number, unit, found)
 
 
-def _parse(text: str, file: str, line: int = 1) -> Any:
+class _Objects:
+    """Makes the objects of a JSON text, and notes those that name a field twice: nobody can tell which value
+    is meant.
+
+    Attributes:
+        doubtful: Identity of such an object -> the name, and the object, so that no other gets its identity.
+    """
+
+    def __init__(self) -> None:
+        self.doubtful: dict[int, tuple[str, object]] = {}
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            self.doubtful[id(value)] = (twice, value)
+        return value
+
+    def named_twice(self, value: Any) -> str | None:
+        """A name that an object inside `value` has twice, None if there is none."""
+        stack = [value] if self.doubtful else []
+        while stack:
+            item = stack.pop()
+            if id(item) in self.doubtful:
+                return self.doubtful[id(item)][0]
+            stack.extend(item.values() if isinstance(item, dict) else ())
+            stack.extend(item if isinstance(item, list) else ())
+        return None
+
+
+def _parse(text: str, file: str, line: int = 1) -> tuple[Any, _Objects]:
+    objects = _Objects()
     try:
-        return json.loads(text)
+        return json.JSONDecoder(object_pairs_hook=objects).decode(text), objects
     except json.JSONDecodeError as error:
         place = f"{file}, line {line + error.lineno - 1}, column {error.colno}"
         found = shown(text[error.pos :]) if text[error.pos :].strip() else "the end of the text"

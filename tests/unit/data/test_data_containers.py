@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import datasets
 import pyarrow
@@ -87,6 +88,8 @@ BROKEN_LINES = [
     (b'["q", "a"]', records.NOT_AN_OBJECT),
     (b'"' + b"x" * 10_000_000 + b'"', records.NOT_AN_OBJECT),
     (b"[" * 100_000, records.NOT_JSON),
+    (b'{"instruction": "q", "output": "a", "output": "b"}', records.NAMED_TWICE),
+    (b'{"messages": [{"role": "user", "content": "q", "role": "x"}]}', records.NAMED_TWICE),
 ]
 
 
@@ -96,13 +99,13 @@ def test_broken_lines_are_counted_with_their_numbers(tmp_path, renderer):
     path.write_bytes(b"\n".join([good, *(line for line, _ in BROKEN_LINES), good, b""]))
     examples, report = build_examples(path, renderer, 64)
     assert (report.read, len(examples)) == (len(BROKEN_LINES) + 2, 2)
-    for reason in (records.NOT_JSON, records.NOT_UTF8, records.NOT_AN_OBJECT):
+    for reason in {reason for _, reason in BROKEN_LINES}:
         lines = [i for i, (_, found) in enumerate(BROKEN_LINES, 2) if found == reason]
         assert report.skipped[reason].places == [f"{path}, line {line}" for line in lines]
     assert len(str(report)) < 3000, "a long line is not shown whole"
 
 
-@pytest.mark.parametrize("line", [line for line, _ in BROKEN_LINES])
+@pytest.mark.parametrize("line", [line for line, why in BROKEN_LINES if why != records.NAMED_TWICE])
 def test_a_file_that_begins_or_ends_broken_is_refused(tmp_path, renderer, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(line + b"\n" + LINES)
@@ -112,6 +115,26 @@ def test_a_file_that_begins_or_ends_broken_is_refused(tmp_path, renderer, line):
     if line.startswith((b"[", b"{", b"\0")) and line != b'["q", "a"]':
         with pytest.raises(DataError, match=r"a\.jsonl, line 4"):
             build_examples(path, renderer, 64)
+
+
+def test_a_record_of_a_list_that_names_a_field_twice_is_left_out(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(
+        '[{"instruction": "q", "output": "a"}, {"instruction": "r", "x": [{"y": 1, "y": 2}]}]'
+    )
+    good, broken = read_records(path)
+    assert (good.broken, good.value) == (None, {"instruction": "q", "output": "a"})
+    assert (broken.broken.reason, broken.number) == (records.NAMED_TWICE, 2)
+    path.write_text('{"instruction": "q",\n"instruction": "r"}')
+    (broken,) = read_records(path)
+    assert "'instruction'" in broken.broken.detail
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/null"):
+        with pytest.raises(DataError, match="neither a file nor a folder"):
+            list(read_records(path))
 
 
 @pytest.mark.parametrize("copies", [10_000, pytest.param(800_000, marks=pytest.mark.slow)])

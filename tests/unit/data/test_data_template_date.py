@@ -47,7 +47,7 @@ def test_a_day_is_asked_for_where_one_is_written_and_only_there(
     with pytest.raises(DataError, match=r"writes today's date.*--template-date \d{4}-\d\d-\d\d"):
         ChatRenderer(dated)
     with pytest.raises(
-        DataError, match="--template-date 2026-02-03 is given, but .* writes no date"
+        DataError, match=r"--template-date 2026-02-03 is given, but .* writes no date"
     ):
         ChatRenderer(small_tokenizer, day=DAY)
     computed = make_tokenizer(dated.chat_template.replace('"%d %b %Y"', '"%d" + "%Y"'))
