@@ -269,7 +269,7 @@ def _record(
     objects: "_Objects | None" = None,
 ) -> RawRecord:
     if name := objects.named_twice(value) if objects else None:
-        broken = BrokenRecord(NAMED_TWICE, f"{shown(name)}, as an object of the record has it")
+        broken = BrokenRecord(NAMED_TWICE, f"{shown(name)} stands twice in one object")
         return RawRecord({}, str(path), number, unit, broken)
     if isinstance(value, dict):
         return RawRecord(value, str(path), number, unit)
