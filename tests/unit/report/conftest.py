@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
 import torch
+from chromium import Tab, find_chromium
 
 from megatron_profit.objectives import TokenStatistics, build_objective
 from megatron_profit.report import TokenRecord, evaluate_objectives
@@ -49,15 +49,32 @@ def records():
 
 
 @pytest.fixture
-def browse(tmp_path):
-    """Opens a page in headless Chromium, runs a script in it, and returns what `result` then holds."""
-    chromium = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if chromium is None:
+def chromium():
+    found = find_chromium()
+    if found is None:
         pytest.skip("no Chromium on this machine: the page's behaviour needs a browser")
+    return found
+
+
+@pytest.fixture
+def open_page(chromium, tmp_path):
+    """open_page(text): the page in a browser whose keys can be pressed."""
+    tabs = []
+
+    def open_page(text):
+        file = tmp_path / "page.html"
+        file.write_text(text, encoding="utf-8")
+        tabs.append(Tab(chromium, file, tmp_path / "profile"))
+        return tabs[-1]
+
+    yield open_page
+    for tab in tabs:
+        tab.close()
+
+
+@pytest.fixture
+def browse(chromium, tmp_path):
+    """Opens a page in headless Chromium, runs a script in it, and returns what `result` then holds."""
 
     def browse(page, script, *flags):
         harness = (

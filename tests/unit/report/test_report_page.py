@@ -68,6 +68,63 @@ def test_slider_moves_the_marks(records, browse):
     assert result["bars"] == 20
 
 
+def test_the_keyboard_alone_moves_slider_and_reader(records, open_page):
+    tab = open_page(page(records, title="t", threshold=(0.5,)))
+
+    def tab_to(selector, limit=20):
+        for _ in range(limit):
+            tab.press("Tab")
+            if tab.evaluate(f"document.activeElement.matches({json.dumps(selector)})"):
+                return
+        pytest.fail(f"no key leads to {selector}")
+
+    def marks():
+        return tab.evaluate("data.records.map(r => r.nodes.map(n => n.classList.item(1)))")
+
+    tab_to("input[type=range]")
+    assert marks()[0] == ["prompt", "prompt", "dropped", "kept", "kept"]
+    tab.press("ArrowRight")
+    assert tab.evaluate("$('tau').value") == "0.51"
+    assert marks()[0] == ["prompt", "prompt", "dropped", "dropped", "kept"]
+    tab.press("End")
+    assert marks() == [["prompt", "prompt", *["dropped"] * 3], ["prompt", *["dropped"] * 2]]
+    assert tab.evaluate("$('status').textContent").startswith("0.0 % of all supervised tokens kept")
+    tab.press("Home")
+    assert marks() == [["prompt", "prompt", *["kept"] * 3], ["prompt", *["kept"] * 2]]
+
+    tab_to(".tokens")
+    tab.press("ArrowRight", times=2)
+    assert tab.evaluate("$('token').textContent").startswith('token 3 of 5: "is", p 0.0500, kept')
+    tab.press("End")
+    assert tab.evaluate("document.querySelector('.current').textContent") == "en"
+
+
+def test_light_and_dark_as_the_system_has_it(records, open_page):
+    tab = open_page(page(records, title="t"))
+    seen = {}
+    for scheme in ("light", "dark"):
+        tab.prefer(scheme)
+        ink, paper = (
+            tab.evaluate(f"getComputedStyle(document.body).{name}")
+            for name in ("color", "backgroundColor")
+        )
+        seen[scheme] = (contrast(ink, paper), tab.screenshot())
+    assert min(seen["light"][0], seen["dark"][0]) > 12
+    assert seen["light"][1] != seen["dark"][1]
+
+
+def contrast(first, second):
+    """WCAG's ratio of two colours, given as rgb(r, g, b)."""
+
+    def luminance(colour):
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    light, dark = sorted([luminance(first), luminance(second)], reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
 def test_objectives_side_by_side(records, browse):
     result = browse(
         page(records, title="t", threshold=(0.5,)),
