@@ -60,7 +60,7 @@ def parse_objective(text: str) -> tuple[str, Objective]:
     Raises:
         ReportError: an unknown name or option, or a value that does not fit.
     """
-    name, *settings = text.split()
+    name, *settings = text.split() or [""]
     try:
         types = {
             option.name: option.metadata.get("type", str) for option in objective_options(name)
@@ -76,38 +76,41 @@ def parse_objective(text: str) -> tuple[str, Objective]:
         raise ReportError(f"--objective {text!r}: {error}") from error
 
 
-def parse_records(text: str) -> list[int]:
-    """Ascending positions from "0-9,250".
+def parse_records(text: str) -> list[range]:
+    """Positions from "0-9,250".
 
     Raises:
         ReportError: not of that form.
     """
-    chosen: set[int] = set()
+    chosen = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         try:
-            chosen.update(range(int(first), int(last if dash else first) + 1))
+            chosen.append(range(int(first), int(last if dash else first) + 1))
         except ValueError:
             raise ReportError(
                 f"--records {text!r}: {part!r} is neither a number nor a range"
             ) from None
-    if not chosen:
-        raise ReportError(f"--records {text!r} chooses no record; write the smaller number first")
-    return sorted(chosen)
+        if not chosen[-1]:
+            raise ReportError(
+                f"--records {text!r}: {part!r} chooses no record; write the smaller number first"
+            )
+    return chosen
 
 
 def chosen_records(
-    sources: Sequence[Source], positions: Sequence[int], renderer: ChatRenderer, max_tokens: int
+    sources: Sequence[Source], positions: Sequence[range], renderer: ChatRenderer, max_tokens: int
 ) -> list[tuple[str, RenderedConversation]]:
     """The records at the positions, counted over all sources, that can be rendered.
 
     Raises:
-        ReportError: a position behind the last record, or no usable record among them.
+        ReportError: a position or a range that begins behind the last record, or no usable record.
     """
-    found, wanted, read = [], set(positions), 0
+    found, read = [], 0
     everything = ((source, record) for source in sources for record in source_records(source))
-    for read, (source, record) in enumerate(islice(everything, positions[-1] + 1), 1):
-        if read - 1 not in wanted:
+    stop = max(part.stop for part in positions)
+    for read, (source, record) in enumerate(islice(everything, stop), 1):
+        if not any(read - 1 in part for part in positions):
             continue
         try:
             whole = renderer.render(normalise(record, source.layout))
@@ -120,23 +123,21 @@ def chosen_records(
             print(f"left out {where}", file=sys.stderr)
             continue
         found.append((f"{Path(record.file).name}, {record.unit} {record.number}", cut))
-    if positions[-1] >= read:
-        raise ReportError(
-            f"--records {positions[-1]}: there are only {read} records (0 to {read - 1})"
-        )
+    last = max(part.start for part in positions)
+    if last >= read:
+        raise ReportError(f"--records {last}: there are only {read} records (0 to {read - 1})")
     if not found:
         raise ReportError("none of the chosen records can be used; choose others with --records")
     return found
 
 
 def source_records(source: Source) -> Iterator[RawRecord]:
-    """The records of a source, as preparation for training reads them."""
-    records = (
+    """The records of a source in the order of its files."""
+    return (
         record
         for file in data_files(Path(source.path))
         for record in read_records(file, source.split)
     )
-    return islice(records, source.num_samples)
 
 
 @contextmanager
@@ -277,10 +278,6 @@ def make_report(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             progress=lambda line: print(line, file=sys.stderr),
         )
-    if arguments.terminal:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        for record in scored:
-            print(terminal_text(record, next(iter(objectives)), color=color), end="\n\n")
     if arguments.out is not None:
         title = (
             arguments.title or f"Token report: {Path(arguments.megatron or arguments.model).name}"
@@ -292,6 +289,12 @@ def make_report(arguments: argparse.Namespace) -> None:
             page(scored, title=title, subtitle=subtitle, **slider(list(objectives.values()))),
         )
         print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)", file=sys.stderr)
+    if arguments.terminal:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        for record in scored:
+            print(
+                terminal_text(record, next(iter(objectives)), color=color), end="\n\n", flush=True
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -302,6 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ReportError, DataError, ConversionError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the terminal form has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

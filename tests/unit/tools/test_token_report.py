@@ -1,8 +1,11 @@
 """The command: a page from a HuggingFace folder and from a Megatron checkpoint, and its errors."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import token_report
@@ -58,6 +61,8 @@ def test_both_kinds_of_checkpoint_give_the_same_page(folders, tmp_path, capsys):
         (["--terminal", "--records", "1"], "none of the chosen records can be used"),
         (["--terminal", "--records", "a"], "'a' is neither a number nor a range"),
         (["--terminal", "--records", "3-1"], "chooses no record"),
+        (["--terminal", "--records", "7-99999999999"], "there are only 3 records"),
+        (["--terminal", "--objective", ""], "unknown objective ''"),
         (["--terminal", "--objective", "best"], "unknown objective 'best'"),
         (["--terminal", "--objective", "profit tau"], "'tau' is not of the form option=value"),
         (["--terminal", "--objective", "sft clip=1"], "has no option clip"),
@@ -66,6 +71,25 @@ def test_both_kinds_of_checkpoint_give_the_same_page(folders, tmp_path, capsys):
 def test_errors_name_the_remedy(folders, capsys, flags, message):
     assert run(folders, "--model", folders / "hf", *flags) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_range_may_reach_beyond_the_last_record(folders, tmp_path):
+    out = tmp_path / "r.html"
+    assert run(folders, "--model", folders / "hf", "--records", "0-19", "--out", out) == 0
+    assert "chats.jsonl, line 3" in out.read_text()
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(folders, tmp_path):
+    out = tmp_path / "r.html"
+    tool = [sys.executable, token_report.__file__, "--model", folders / "hf", "--out", out]
+    tool += ["--data", folders / "chats.jsonl", "--terminal"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(tool, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert out.exists()
 
 
 def test_an_existing_page_is_kept(folders, tmp_path, capsys):
