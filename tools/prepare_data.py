@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     tokenizer = Path(arguments.hf_model)
     try:
+        if arguments.show < 0:
+            raise DataError(f"--show is {arguments.show}; it must not be negative")
+        if arguments.report and not arguments.report.parent.is_dir():
+            raise DataError(f"--report: the folder {arguments.report.parent} does not exist")
         if arguments.seq_length < 1:
             raise DataError(f"--seq-length is {arguments.seq_length}; it must be at least 1")
         if not 0 <= arguments.seed < 2**64:
@@ -40,12 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"prepare_data: error: {error}", file=sys.stderr)
         return 2
-    for name, found in sets.items():
-        print(describe(name, sets))
-        if arguments.show and name == "train":
-            _show(found, load_tokenizer(tokenizer), arguments.show)
     if arguments.report:
         arguments.report.write_text(json.dumps(_as_json(sets), indent=1) + "\n", encoding="utf-8")
+    try:
+        for name, found in sets.items():
+            print(describe(name, sets))
+            if arguments.show and name == "train":
+                _show(found, load_tokenizer(tokenizer), arguments.show)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -285,4 +285,8 @@ def _groups(
             first = np.argsort(prepared.digests[examples], kind="stable")[: source.num_samples]
             examples = np.sort(examples[first])
         groups.append(Group(examples, source.weight))
+    if sum(group.drawn(0)[1] for group in groups) < 1:
+        raise DataError(
+            "--data-weights are so small that an epoch would hold no example; give larger ones"
+        )
     return groups

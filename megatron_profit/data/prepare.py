@@ -322,6 +322,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; name one with a tokenizer and a chat template")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions

@@ -7,6 +7,7 @@ used as it is. What we cannot honour (pictures, preference pairs, hubs) is refus
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ _OUR_ROLES = {
 _FORMATTINGS = ("alpaca", "sharegpt", "openai")
 _UNSUPPORTED_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
 _ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "split", "num_samples", "ranking")
+# A note for people, which is not compared there either.
+_NOT_READ = ("file_sha1",)
 
 
 @dataclass(frozen=True)
@@ -183,11 +186,18 @@ def read_sources(
         elif dataset_info and not Path(name).exists():
             raise DataError(
                 f"{name} is neither a file nor an entry of {dataset_info}, which has "
-                f"{shown(sorted(entries))}"
+                f"{shown(_nearest_first(name, entries))}"
             )
         else:
             sources.append(Source(name, layout, weight))
     return tuple(sources)
+
+
+def _nearest_first(name: str, entries: Mapping[str, Any]) -> list[str]:
+    """The entries, led by those that are spelt nearly so, also in other letters."""
+    near = {entry.lower(): entry for entry in entries}
+    first = [near[key] for key in get_close_matches(name.lower(), near)]
+    return [*first, *sorted(set(entries) - set(first))]
 
 
 def _read_info(path: str) -> tuple[dict[str, Any], Path]:
@@ -218,7 +228,7 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float) -> Source:
     if entry.get("ranking"):
         raise DataError(f"{where} holds preference pairs (ranking), which are not for SFT")
     for key in entry:
-        if key not in _ENTRY_KEYS and not key.endswith("_hub_url"):
+        if key not in (*_ENTRY_KEYS, *_NOT_READ) and not key.endswith("_hub_url"):
             raise DataError(f"{where}: {key} is not supported; known are {', '.join(_ENTRY_KEYS)}")
     return Source(
         str(folder / entry["file_name"]),

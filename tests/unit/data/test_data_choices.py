@@ -274,6 +274,10 @@ def test_the_split_keeps_equal_records_together_and_forgets_the_order(renderer, 
         (["--data", "{file}", "--data-columns", "prompt=instruction"], "named for response"),
         (["--data", "{file}", "--seq-length", "0"], "--seq-length is 0"),
         (["--data", "{file}", "--seed", "-1"], "--seed is -1"),
+        (["--data", "{file}", "--show", "-1"], "--show is -1"),
+        (["--data", "{file}", "--report", "none/r.json"], "the folder none does not exist"),
+        (["--data", "{file}", "--data-weights", "1e-9"], "would hold no example"),
+        (["--data", "{file}", "--hf-model", "none"], "none: no such folder"),
     ],
 )
 def test_the_tool_names_what_is_wrong(tool, write_lines, flags, message):

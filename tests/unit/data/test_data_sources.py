@@ -40,7 +40,7 @@ ENTRIES = {
         "file_name": "orca.jsonl",
         "columns": {"prompt": "question", "response": "response", "system": "system_prompt"},
     },
-    "alpaca_en_demo": {"file_name": "alpaca.json"},
+    "alpaca_en_demo": {"file_name": "alpaca.json", "file_sha1": "not compared"},
     "alpaca_en": {"hf_hub_url": "llamafactory/alpaca_en"},
     "pairs": {"file_name": "a.json", "ranking": True},
     "pictures": {"file_name": "a.json", "columns": {"images": "images"}},
@@ -98,6 +98,7 @@ def test_entries_of_dataset_info(info, name, roles):
         ("odd_key", "folder is not supported"),
         ("odd_samples", "num_samples is 'all', not int"),
         ("nothing", "neither a file nor an entry"),
+        ("Shadow_2K", r"neither a file nor an entry.*which has \['shadow_2k', "),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(info, name, message):
