@@ -175,7 +175,7 @@ def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> N
         target.parent.mkdir(exist_ok=True)
         with writing(target):
             shutil.copyfile(file, target)
-            sync_file(target)
+        sync_file(target)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     write_file(folder / CONFIG, f"{text}\n".encode())
 

@@ -97,16 +97,21 @@ def write_file(file: Path, content: bytes) -> None:
     """
     with writing(file):
         file.write_bytes(content)
-        sync_file(file)
+    sync_file(file)
 
 
 def sync_file(file: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Flush a file or a folder to the disk.
+
+    Raises:
+        ConversionError: When that fails; names the file.
+    """
+    with writing(file):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _check_sources(out: Path, sources: Iterable[Path]) -> None:

@@ -20,7 +20,7 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families.family import Piece, Shape, TensorRule
 from checkpoint_conversion.hf_folder import HFTensor
 from checkpoint_conversion.hf_model import HFModel
-from checkpoint_conversion.raw_files import write_at
+from checkpoint_conversion.raw_files import write_at, writing
 from checkpoint_conversion.torch_tensors import TORCH, cast, read_chunk, tensor_bytes
 
 
@@ -143,8 +143,7 @@ def write_shard(tensors: Mapping[str, HFTensor], rules: Rules, shard: Shard) -> 
         The number of elements written; rows that pad the vocabulary are left out.
 
     Raises:
-        ConversionError: As `read_shard`.
-        OSError: When the disk is full, for instance.
+        ConversionError: As `read_shard`, and when the disk is full, for instance.
     """
     elements = 0
     for block in rules.blocks(shard):
@@ -170,13 +169,14 @@ def _write_rows(
     length = len(data) if whole else values.shape[1] * item
     # Not for reading too: a network file system could then write back whole pages of a file that
     # other nodes write to.
-    descriptor = os.open(tensor.file, os.O_WRONLY)
-    try:
-        for row, begin in enumerate(range(0, len(data), length)):
-            offset = tensor.offset + (start + row) * tensor.row_bytes + skip
-            write_at(descriptor, offset, data[begin : begin + length])
-    finally:
-        os.close(descriptor)
+    with writing(tensor.file):
+        descriptor = os.open(tensor.file, os.O_WRONLY)
+        try:
+            for row, begin in enumerate(range(0, len(data), length)):
+                offset = tensor.offset + (start + row) * tensor.row_bytes + skip
+                write_at(descriptor, offset, data[begin : begin + length])
+        finally:
+            os.close(descriptor)
 
 
 def _check_shape(rule: TensorRule, shard: Shard) -> None:

@@ -114,9 +114,8 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
         chunks: The rank's pipeline stages.
 
     Raises:
-        ConversionError: When the folder must not be written any more, there is too little space, a
+        ConversionError: When the folder must not be written any more, the disk is full or fails, a
             value is outside the range of the dtype, or the ranks do not hold the whole model.
-        OSError: When the disk is full, for instance.
     """
     start = time.monotonic()
     rules = Rules(output.rules)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 
 import pytest
 import torch
@@ -73,6 +75,25 @@ def test_an_interrupted_export_leaves_nothing(qwen3, tmp_path):
     output = plan_output(tmp_path / "out", qwen3, torch.float32)
     with pytest.raises(OSError, match="full"), output.create():
         raise OSError("full")
+    assert list(tmp_path.iterdir()) == [qwen3]
+
+
+def test_a_disk_that_fills_up_is_named(qwen3, tmp_path, monkeypatch):
+    model = open_hf_model(qwen3)
+    rules = Rules(model.rules)
+    output = plan_output(tmp_path / "out", qwen3, torch.float32)
+
+    def pwrite(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def export():
+        with output.create() as partial:
+            tensors = list_tensors(partial)
+            monkeypatch.setattr(os, "pwrite", pwrite)
+            write_shard(tensors, rules, shard_of("output_layer.weight", (VOCABULARY, 64)))
+
+    with pytest.raises(ConversionError, match=r"model\.safetensors: No space left on device while"):
+        export()
     assert list(tmp_path.iterdir()) == [qwen3]
 
 
