@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from checkpoint_conversion.errors import ConversionError
 
 _MOST = 8  # more than a disk needs, and what may be taken of a login node
-_BASE_BYTES = 40 << 20  # the interpreter and the modules of a conversion, measured
+# The interpreter with the modules of a conversion, and numpy, measured.
+_BASE_BYTES, _NUMPY_BYTES = 20 << 20, 12 << 20
 
 
 def worker_count(workers: int | None) -> int:
@@ -73,7 +74,9 @@ def peak_memory(workers: int, largest: int, converts: bool) -> int:
         largest: Bytes of the largest part that is moved at a time.
         converts: Whether the dtype changes, which takes intermediate values.
     """
-    return _BASE_BYTES + workers * largest * (12 if converts else 1)
+    if converts:
+        return _BASE_BYTES + _NUMPY_BYTES + 12 * workers * largest
+    return _BASE_BYTES + workers * largest
 
 
 class Buffers(threading.local):
