@@ -309,6 +309,28 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
     return MegatronCheckpoint(folder, named, dtypes, padding, chunks)
 
 
+def check_whole(folder: Path) -> None:
+    """Check that all that a checkpoint consists of, the optimizer included, is there in full.
+
+    The files are not read, except for `.metadata`.
+
+    Raises:
+        ConversionError: When it is not a torch_dist checkpoint, or a part of it is missing.
+    """
+    metadata = _read_metadata(folder)
+    if not metadata.tensors:
+        raise ConversionError(
+            f"{folder}: .metadata names no tensors; the checkpoint is not complete"
+        )
+    ends: dict[Path, int] = {}
+    for tensor in metadata.tensors.values():
+        for chunk in tensor.chunks:
+            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+    for file, start, length in metadata.objects.values():
+        ends[file] = max(ends.get(file, 0), start + length)
+    _check_files(ends.items(), "a part of the checkpoint")
+
+
 def read_object(folder: Path, key: str) -> bytes | None:
     """The bytes of an entry that is not a tensor: what torch.save wrote; None without the entry.
 

@@ -17,8 +17,10 @@ def main() -> None:
     """Run supervised fine-tuning with the flags of the command line."""
     device = start()
 
+    from megatron_profit.training.exit_signals import die_with_launcher
     from megatron_profit.training.main import run
 
+    die_with_launcher()
     run(device)
 
 

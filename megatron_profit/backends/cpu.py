@@ -8,6 +8,7 @@ calls such as `torch.zeros(..., device="cuda")`, which are written all over Mega
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -249,6 +250,21 @@ def _allow_uneven_sizes() -> None:
     torch.distributed.reduce_scatter = scatter
 
 
+def _build_data_iterators_without_drawing() -> None:
+    from megatron.training import training
+
+    original = training.build_train_valid_test_data_iterators
+
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        iterators = original(*args, **kwargs)
+        torch.set_rng_state(state)
+        return iterators
+
+    training.build_train_valid_test_data_iterators = build
+
+
 TORCH_PATCHES = (
     Patch(
         name="cpu-no-dynamo",
@@ -304,5 +320,13 @@ MEGATRON_PATCHES = (
         file="megatron/core/tensor_parallel/random.py",
         reason="The RNG tracker reads torch.cuda.default_generators, which is empty without a GPU.",
         apply=_use_cpu_generator,
+    ),
+    Patch(
+        name="cpu-data-iterators",
+        upstream=_MEGATRON,
+        file="megatron/training/training.py",
+        reason="A data loader draws a seed for its workers from the CPU's generator, which here is that of "
+        "dropout too: after the state of a checkpoint was restored, a resumed run would draw once more.",
+        apply=_build_data_iterators_without_drawing,
     ),
 )

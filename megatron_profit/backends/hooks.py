@@ -1,7 +1,7 @@
 """What a run does beside Megatron's own loop, at the places where Megatron offers no hook.
 
-The patches `before-train-step`, `before-evaluation` and `with-checkpoint` call the one listener of the
-process, which prepares what a step needs. Those of `observation.py` call its one observer, which sees what a
+The patches of `megatron.py` that announce something call the listeners of the process, which prepare what a
+step needs and look after checkpoints. Those of `observation.py` call its one observer, which sees what a
 step yields, and whoever wants to know the metrics of evaluations.
 """
 
@@ -29,7 +29,10 @@ class Trained:
 
 
 class RunListener(Protocol):
-    """Called on every rank, so each method may run collectives."""
+    """Called on every rank, so each method may run collectives. A subclass overrides what it needs."""
+
+    def before_training(self, iteration: int) -> None:
+        """Before the first step of this process, with the checkpoint of `iteration` loaded, if any."""
 
     def before_train_step(self, trained: Trained, iteration: int) -> None:
         """Before the optimizer step that turns `iteration` into `iteration + 1`."""
@@ -37,22 +40,28 @@ class RunListener(Protocol):
     def before_evaluation(self, trained: Trained) -> None:
         """Before the iterations of one evaluation."""
 
+    def before_checkpoint(self, folder: Path, iteration: int) -> None:
+        """Before anything is written to `folder`; all ranks wait until the last has returned."""
+
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
-        """While the checkpoint of `iteration` is written to `folder`, before Megatron calls it the latest."""
+        """Write beside the checkpoint of `iteration`, which is whole only after all ranks have returned."""
+
+    def after_checkpoint(self, iteration: int) -> None:
+        """After Megatron has called the checkpoint of `iteration` the latest."""
 
 
-_listener: RunListener | None = None
+_listeners: tuple[RunListener, ...] = ()
 
 
-def listen(listener: RunListener | None) -> None:
-    """Make `listener` the one that the patches call; None for nobody."""
-    global _listener
-    _listener = listener
+def listen(*listeners: RunListener) -> None:
+    """Make these the ones that the patches call, in this order."""
+    global _listeners
+    _listeners = listeners
 
 
-def listener() -> RunListener | None:
+def listeners() -> tuple[RunListener, ...]:
     """Whom the patches call."""
-    return _listener
+    return _listeners
 
 
 @dataclass(frozen=True)

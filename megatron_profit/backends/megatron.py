@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.backends.hooks import Trained, listener
+from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
 
@@ -88,8 +89,8 @@ def _announce_train_steps() -> None:
         iteration: int,
         **kwargs: Any,
     ) -> Any:
-        if (here := listener()) is not None:
-            here.before_train_step(Trained(model, config, optimizer), iteration)
+        for listener in listeners():
+            listener.before_train_step(Trained(model, config, optimizer), iteration)
         return original(
             forward_step_func,
             data_iterator,
@@ -120,8 +121,8 @@ def _announce_evaluations() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if (here := listener()) is not None:
-            here.before_evaluation(Trained(model, config))
+        for listener in listeners():
+            listener.before_evaluation(Trained(model, config))
         return original(
             forward_step_func,
             data_iterator,
@@ -135,21 +136,91 @@ def _announce_evaluations() -> None:
     training.evaluate = evaluate
 
 
+def _announce_training() -> None:
+    from megatron.training import training
+    from megatron.training.global_vars import get_args
+
+    original = training.train
+
+    @functools.wraps(original)
+    def train(*args: Any, **kwargs: Any) -> Any:
+        for listener in listeners():
+            listener.before_training(get_args().iteration)
+        return original(*args, **kwargs)
+
+    training.train = train
+
+
 def _announce_checkpoints() -> None:
+    import torch
     from megatron.core import dist_checkpointing
 
     original = dist_checkpointing.save
+    # Left-overs have been dealt with by then: what is in the folder has just been put there.
+    logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
+        lambda record: "Overwriting old incomplete" not in record.getMessage()
+    )
 
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        iteration = sharded_state_dict.get("iteration")
-        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        # The tracker file follows behind a barrier, or when an asynchronous save is finalized.
-        if (here := listener()) is not None and iteration is not None:
-            here.with_checkpoint(Path(checkpoint_dir), iteration)
-        return request
+        iteration, folder = sharded_state_dict.get("iteration"), Path(checkpoint_dir)
+        if iteration is not None:
+            for listener in listeners():
+                listener.before_checkpoint(folder, iteration)
+            torch.distributed.barrier()
+            folder.mkdir(parents=True, exist_ok=True)
+            for listener in listeners():
+                listener.with_checkpoint(folder, iteration)
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     dist_checkpointing.save = save
+
+
+def _announce_saved_checkpoints() -> None:
+    from megatron.training import checkpointing, training
+    from megatron.training.global_vars import get_args
+
+    original, schedule = training.save_checkpoint, checkpointing.schedule_async_save
+    saving = 0
+
+    def announce(iteration: int) -> None:
+        for listener in listeners():
+            listener.after_checkpoint(iteration)
+
+    @functools.wraps(original)
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal saving
+        saving = iteration
+        result = original(iteration, *args, **kwargs)
+        if not get_args().async_save:
+            announce(iteration)
+        return result
+
+    @functools.wraps(schedule)
+    def schedule_async_save(request: Any) -> Any:
+        # Behind the function that writes the tracker file.
+        request.add_finalize_fn(functools.partial(announce, saving))
+        return schedule(request)
+
+    training.save_checkpoint = save_checkpoint
+    checkpointing.schedule_async_save = schedule_async_save
+
+
+def _save_no_checkpoint_twice() -> None:
+    from megatron.training import checkpointing, training
+    from megatron.training.global_vars import get_args
+
+    original = training.save_checkpoint
+
+    @functools.wraps(original)
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        run = get_args()
+        was_loaded = checkpointing.get_loaded_iteration() == iteration and not run.finetune
+        if was_loaded and run.load == run.save and iteration >= run.train_iters:
+            return None
+        return original(iteration, *args, **kwargs)
+
+    training.save_checkpoint = save_checkpoint
 
 
 def _weigh_auxiliary_losses_alike_on_all_ranks() -> None:
@@ -202,12 +273,36 @@ MEGATRON_PATCHES = (
         apply=_announce_evaluations,
     ),
     Patch(
+        name="before-training",
+        upstream=_MEGATRON,
+        file="megatron/training/training.py",
+        reason="Nothing is called between the loading of a checkpoint and the first step, where a run "
+        "that has stopped early must be kept from going on.",
+        apply=_announce_training,
+    ),
+    Patch(
         name="with-checkpoint",
         upstream=_MEGATRON,
         file="megatron/core/dist_checkpointing/serialization.py",
         reason="save_checkpoint has no place for the state of a run that is not one of model, optimizer "
-        "or data loader, and nothing is called between the last write and the tracker file.",
+        "or data loader, and writes among whatever a save that died has left in the folder.",
         apply=_announce_checkpoints,
+    ),
+    Patch(
+        name="after-checkpoint",
+        upstream=_MEGATRON,
+        file="megatron/training/checkpointing.py",
+        reason="Nothing is called after the tracker file is written, which is the moment from which older "
+        "checkpoints are not needed.",
+        apply=_announce_saved_checkpoints,
+    ),
+    Patch(
+        name="no-checkpoint-twice",
+        upstream=_MEGATRON,
+        file="megatron/training/training.py",
+        reason="A finished run that is started again writes its last checkpoint again, over the one that it "
+        "has just loaded; killed meanwhile, it would leave none.",
+        apply=_save_no_checkpoint_twice,
     ),
     Patch(
         name="router-token-count",

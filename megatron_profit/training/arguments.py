@@ -31,6 +31,7 @@ from megatron_profit.objectives import ScheduledObjective
 from megatron_profit.training import experts
 from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.given_statistics import needed_statistics
+from megatron_profit.training.keeping import KeepOptions, add_keep_flags, keep_options
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
@@ -57,6 +58,7 @@ _DEFAULTS = {
     "log_interval": 1,
     "save_interval": 500,
     "eval_interval": 100,
+    "exit_signal_handler": True,
 }
 # Native flags that this entry would have to ignore, with what to do instead.
 _REFUSED = {
@@ -99,6 +101,11 @@ _REFUSED = {
     "overlap_moe_expert_parallel_comm": "the forward step has no schedule plan",
     "perform_rl_step": "this entry trains on data sets",
     "dataloader_type": "the order of the records is drawn from --seed",
+    **dict.fromkeys(
+        ("non_persistent_save_interval", "non_persistent_ckpt_type"),
+        "a shorter --save-interval with --keep-last N does the same, and its checkpoints are found again",
+    ),
+    "exit_signal_handler_for_training": "SIGTERM saves a checkpoint and ends the run",
     "hybrid_context_parallel": "--context-parallel-size splits every row alike",
     **dict.fromkeys(
         ("use_torch_fsdp2", "use_megatron_fsdp"),
@@ -167,6 +174,7 @@ class SFTArguments:
             checkpoint or from random weights.
         export: The HuggingFace folder to write at the end, if any.
         reference: The reference model and where its log-probabilities are kept, if it is needed.
+        keep: Which checkpoints stay, and when the run stops early.
     """
 
     hf_model: Path
@@ -179,6 +187,7 @@ class SFTArguments:
     hf_weights: HFModel | None
     export: HFOutput | None
     reference: tuple[HFModel, Path] | None
+    keep: KeepOptions
 
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Megatron's `extra_args_provider`."""
@@ -224,6 +233,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="HuggingFace folder to write after the last step; it must not exist yet.",
     )
+    add_keep_flags(group)
     add_data_flags(group)
     group.add_argument(
         "--epochs",
@@ -319,6 +329,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         hf_weights=hf_weights,
         export=_export(settings),
         reference=_reference(settings, explicit, config),
+        keep=_keep(settings),
     )
 
 
@@ -614,6 +625,13 @@ def _export(settings: Mapping[str, Any]) -> HFOutput | None:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((half[name] for name in half if settings[name]), torch.float32)
     return plan_output(settings["export_hf"], settings["hf_model"], dtype)
+
+
+def _keep(settings: Mapping[str, Any]) -> KeepOptions:
+    try:
+        return keep_options(settings)
+    except ValueError as error:
+        raise ArgumentsError(str(error)) from error
 
 
 def _reference(

@@ -35,7 +35,7 @@ class Source(RunListener, Protocol):
 
 
 @dataclass(frozen=True)
-class GivenStatistics:
+class GivenStatistics(RunListener):
     """Begins the micro-batches of a run.
 
     Attributes:

@@ -12,8 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
@@ -101,6 +103,24 @@ def _check_alias(model: HFModel) -> None:
     torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+@torch.no_grad()
+def load_checkpoint_into(chunks: Sequence[MegatronModule], folder: Path) -> None:
+    """Replace this rank's part of a model by that of a checkpoint that this run has written.
+
+    All ranks call this together.
+
+    Args:
+        chunks: The rank's pipeline stages.
+        folder: The checkpoint of an iteration, in the format torch_dist.
+    """
+    print_rank_0(f"> exporting the weights of {folder}")
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    sharded = {name: c.sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
+    content = dist_checkpointing.load(sharded, str(folder))
+    for name, chunk in zip(names, chunks, strict=True):
+        chunk.load_state_dict(content[name])
 
 
 @torch.no_grad()

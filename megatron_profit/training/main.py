@@ -22,18 +22,22 @@ from megatron_profit.backends.hooks import listen
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
+from megatron_profit.training.checkpoints import CheckpointError
 from megatron_profit.training.console import fail
 from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.evaluation_report import EvaluationReport, first_records
+from megatron_profit.training.exit_signals import ExitSignals
 from megatron_profit.training.experts import scale_balancing
 from megatron_profit.training.forward_step import make_forward_step
 from megatron_profit.training.given_statistics import GivenStatistics, Source
 from megatron_profit.training.global_ranking import GlobalRanking
-from megatron_profit.training.hf_weights import export, keep_in, load_hook
+from megatron_profit.training.hf_weights import export, keep_in, load_checkpoint_into, load_hook
+from megatron_profit.training.keeping import CheckpointKeeper
 from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.old_policy import OldPolicy
 from megatron_profit.training.reference_model import ReferenceModel
+from megatron_profit.training.resume import settle_checkpoints
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.token_metrics import ProbQuantiles
 
@@ -45,9 +49,10 @@ def run(device: str) -> None:
         device: What `megatron_profit.backends.activate` chose.
     """
     try:
+        settle_checkpoints(sys.argv[1:])
         arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
-    except (ArgumentsError, ConversionError, DataError) as error:
+    except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
     train(arguments.with_rows(data.train.labelled_rows, data.valid_rows), data)
 
@@ -71,23 +76,35 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     reference = _reference(arguments, loss, data)
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
-    listen(given)
+    keeper = CheckpointKeeper(arguments.keep)
+    listen(given, keeper)
     begin = given.begin
     if args.token_report is not None:
         begin = evaluation_report(args, arguments, data).watching(begin)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        score_pass.watching(data.provider(args)),
-        ModelType.encoder_or_decoder,
-        make_forward_step(begin),
-    )
+    signals = ExitSignals(args.exit_signal)
+    signals.forward()
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            score_pass.watching(data.provider(args)),
+            ModelType.encoder_or_decoder,
+            make_forward_step(begin),
+        )
+    except SystemExit as end:
+        signals.leave(end)
+    signals.release()
     if arguments.export is not None:
-        _export(arguments, chunks)
+        _export(arguments, chunks, keeper if args.export_best else None)
     torch.distributed.destroy_process_group()
 
 
-def _export(arguments: SFTArguments, chunks: list[MegatronModule]) -> None:
+def _export(
+    arguments: SFTArguments, chunks: list[MegatronModule], keeper: CheckpointKeeper | None
+) -> None:
+    """Write the model, of the best checkpoint where a keeper knows it."""
     try:
+        if keeper is not None and (best := keeper.best()) is not None:
+            load_checkpoint_into(chunks, best.folder)
         export(arguments.export, chunks)
     except (ConversionError, OSError) as error:
         fail(

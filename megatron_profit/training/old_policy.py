@@ -52,11 +52,6 @@ def check_old_policy(settings: Mapping[str, Any]) -> None:
                 f"--{name.replace('_', '-')} changes the global batch during the run, but an outer batch of "
                 "PSFT is --psft-steps-per-refresh equal ones; drop the flag"
             )
-    if settings.get("non_persistent_save_interval"):
-        raise ValueError(
-            "--non-persistent-save-interval cannot be used with PSFT: its checkpoints are not found again "
-            "together with the old policy; use --save-interval"
-        )
     if settings.get("ckpt_format") not in (None, "torch_dist"):
         raise ValueError(
             f"--ckpt-format {settings['ckpt_format']} has no place for the old policy; use torch_dist"

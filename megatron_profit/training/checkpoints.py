@@ -1,0 +1,283 @@
+"""The checkpoints of a save folder: which are whole, which one a run resumes from, which may go.
+
+Megatron's tracker file is taken at its word only when the checkpoint that it names is whole. Nothing here
+uses torch or a process group: the first rank of a run decides, see `training/resume.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.megatron_reader import check_whole
+from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
+
+# In each checkpoint that this project's entry wrote; only those are ever removed.
+MARKER = "megatron_profit.json"
+# The means of the evaluation at a checkpoint's iteration, beside the marker.
+VALIDATION = "validation.json"
+_NAME = re.compile(r"iter_(\d{7,})")
+# A whole checkpoint while another of the same iteration is written.
+_ASIDE = ".replaced"
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be used; the message says which was tried, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder in which the checkpoint of an iteration was written, or begun."""
+
+    iteration: int
+    folder: Path
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this project's entry wrote it, in this place."""
+        return not self.folder.is_symlink() and (self.folder / MARKER).is_file()
+
+    @property
+    def is_whole(self) -> bool:
+        return defect(self.folder) is None
+
+    def validation(self, metric: str) -> float:
+        """A mean of the evaluation at this iteration; NaN where there is none."""
+        value = read_json(self.folder / VALIDATION).get(metric)
+        return value if isinstance(value, float) else math.nan
+
+
+def folder_of(save: Path, iteration: int) -> Path:
+    """Where Megatron writes the checkpoint of an iteration."""
+    return save / f"iter_{iteration:07d}"
+
+
+def saved_in(save: Path) -> list[Saved]:
+    """What is in a save folder, newest first, whole or not."""
+    found = ((entry, _NAME.fullmatch(entry.name)) for entry in save.iterdir() if entry.is_dir())
+    saved = [Saved(int(match[1]), entry) for entry, match in found if match]
+    return sorted(saved, key=lambda entry: entry.iteration, reverse=True)
+
+
+def defect(folder: Path) -> str | None:
+    """Why a checkpoint cannot be loaded; None for a whole one.
+
+    Checkpoints of Megatron's older format (`mp_rank_…`) do not say how long their files are; they are
+    taken for whole.
+    """
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    if any(folder.glob("mp_rank_*")):
+        return None
+    try:
+        check_whole(folder)
+    except (ConversionError, OSError) as error:
+        return str(error)
+    return None
+
+
+def settle(load: Path, warn: Callable[[str], None]) -> str:
+    """Make the tracker file of a folder name a whole checkpoint: the one that it names, else the newest.
+
+    Half-written checkpoints are left where they are, with a warning.
+
+    Args:
+        load: The folder; it need not exist.
+        warn: Told each thing that was found amiss.
+
+    Returns:
+        What the tracker file holds now; "" where there is no checkpoint.
+
+    Raises:
+        CheckpointError: When there was a checkpoint and none is whole, or the file cannot be written.
+    """
+    if not load.is_dir():
+        return ""
+    _put_back(load)
+    tracker = load / TRACKER
+    named = read_tracker(load)
+    amiss = _amiss(load, named)
+    for saved in saved_in(load):
+        if amiss is None and saved.iteration <= _number(named):
+            break
+        found = defect(saved.folder)
+        if found is not None:
+            warn(f"{saved.folder} is skipped, its save was not completed: {found}")
+        elif amiss is not None:
+            warn(
+                f"{amiss}; {saved.folder} is the newest whole checkpoint, and {tracker.name} names it now"
+            )
+            _write_tracker(tracker, saved.iteration)
+            return str(saved.iteration)
+    if amiss is None:
+        return named
+    if named:
+        raise CheckpointError(
+            f"{amiss}, and no other checkpoint in {load} is whole; to begin anew, name another folder or "
+            f"remove {tracker}"
+        )
+    return ""
+
+
+def read_tracker(load: Path) -> str:
+    """What the tracker file holds; "" where there is none."""
+    try:
+        return (load / TRACKER).read_text(encoding="utf-8", errors="replace").strip() or "nothing"
+    except FileNotFoundError:
+        return ""
+
+
+def check_named(load: Path, iteration: int | None) -> None:
+    """Check a checkpoint that is asked for by name, or the latest of a folder that a run starts from.
+
+    Raises:
+        CheckpointError: It is not whole.
+    """
+    named = read_tracker(load) if iteration is None else str(iteration)
+    found = _amiss(load, named) if named else None
+    if found is not None:
+        whole = ", ".join(str(saved.iteration) for saved in saved_in(load) if saved.is_whole)
+        raise CheckpointError(
+            f"{found}; whole checkpoints in {load} are of iterations: {whole or 'none'}"
+        )
+
+
+def make_room(folder: Path) -> None:
+    """Empty the place of a checkpoint that is about to be written.
+
+    What a save that died has left is removed. A whole checkpoint is only set aside until the new one is
+    whole too.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    aside = folder.with_name(folder.name + _ASIDE)
+    if defect(folder) is None:
+        _remove(aside)
+        folder.rename(aside)
+    else:
+        _remove(folder)
+    folder.mkdir()
+
+
+def prune(
+    save: Path, latest: int, keep_last: int, metric: str | None, protected: Container[int]
+) -> Iterator[Path]:
+    """Remove the checkpoints that are not kept.
+
+    Args:
+        save: The save folder.
+        latest: The iteration that the tracker file names; it stays, and so does what is newer and not
+            whole, since that may be being written.
+        keep_last: How many of the newest stay.
+        metric: The best by this metric stays, if there is one.
+        protected: Iterations that stay.
+
+    Yields:
+        What was removed.
+    """
+    own = [saved for saved in saved_in(save) if saved.is_own]
+    whole = [saved for saved in own if saved.is_whole]
+    kept = {latest, *(saved.iteration for saved in whole[:keep_last])}
+    best_one = best(save, metric) if metric is not None else None
+    if best_one is not None:
+        kept.add(best_one.iteration)
+    for saved in own:
+        may_be_written = saved not in whole and saved.iteration > latest
+        if saved.iteration not in kept and saved.iteration not in protected and not may_be_written:
+            _remove(saved.folder)
+            yield saved.folder
+
+
+def drop_replaced(save: Path) -> None:
+    """Remove what `make_room` has set aside, once the new checkpoint is whole."""
+    for aside in save.glob(f"iter_*{_ASIDE}"):
+        _remove(aside)
+
+
+def best(save: Path, metric: str) -> Saved | None:
+    """The whole checkpoint with the best evaluation; of equals the earliest. None where there is none."""
+    sign = BETTER[metric]
+    candidates = [
+        saved
+        for saved in reversed(saved_in(save))
+        if saved.is_own and math.isfinite(saved.validation(metric)) and saved.is_whole
+    ]
+    return max(candidates, key=lambda saved: sign * saved.validation(metric), default=None)
+
+
+# Metrics of an evaluation that say how good a model is, and whether more is better (1) or less (-1).
+BETTER = {"lm loss": -1, "objective": -1, "mean p": 1}
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    _write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content; nothing where there is no such file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _amiss(load: Path, named: str) -> str | None:
+    """What is wrong with the checkpoint that a tracker file names."""
+    tracker = load / TRACKER
+    if not named:
+        return f"{tracker} is missing"
+    if named != RELEASE and not re.fullmatch(r"\d+", named):
+        return f"{tracker} holds {named[:40]!r}, which is no iteration"
+    return defect(load / RELEASE if named == RELEASE else folder_of(load, int(named)))
+
+
+def _number(named: str) -> int:
+    return -1 if named == RELEASE else int(named)
+
+
+def _put_back(load: Path) -> None:
+    """End what was under way when a save died that was to replace a whole checkpoint."""
+    for aside in load.glob(f"iter_*{_ASIDE}"):
+        folder = aside.with_name(aside.name.removesuffix(_ASIDE))
+        if defect(folder) is None:
+            _remove(aside)
+        else:
+            _remove(folder)
+            aside.rename(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that what is left of it, should this be interrupted, is not whole."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        (folder / ".metadata").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _write_tracker(tracker: Path, iteration: int) -> None:
+    try:
+        _write_text(tracker, str(iteration))
+    except OSError as error:
+        raise CheckpointError(
+            f"{tracker} cannot be written ({error}), and has to name iteration {iteration}, the newest whole "
+            "checkpoint; write that number into it"
+        ) from error
+
+
+def _write_text(file: Path, text: str) -> None:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)

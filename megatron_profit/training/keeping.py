@@ -1,0 +1,275 @@
+"""Which checkpoints a run keeps, and when it stops because an evaluation no longer improves.
+
+All that is needed for it lies in the checkpoints themselves: each has a marker with the state of the early
+stop, and the means of the evaluation at its iteration. So a resumed run decides like an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import get_args
+
+from megatron_profit.backends.hooks import RunListener
+from megatron_profit.training.checkpoints import (
+    BETTER,
+    MARKER,
+    VALIDATION,
+    Saved,
+    best,
+    drop_replaced,
+    folder_of,
+    make_room,
+    prune,
+    read_json,
+    write_json,
+)
+from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.objective_loss import current_step
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """What the flags ask for.
+
+    Attributes:
+        last: How many of the newest checkpoints stay; None for all.
+        metric: The validation metric whose best checkpoint stays, and that an early stop watches.
+        patience: Evaluations without a new best after which a run stops; None for never.
+    """
+
+    last: int | None = None
+    metric: str | None = None
+    patience: int | None = None
+
+
+def add_keep_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of this module."""
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="Remove checkpoints of --save but the N newest, the best one and the one resumed from.",
+    )
+    group.add_argument(
+        "--keep-best",
+        metavar="METRIC",
+        help=f"Validation metric whose best checkpoint is never removed: {', '.join(BETTER)}.",
+    )
+    group.add_argument(
+        "--early-stop",
+        type=int,
+        metavar="PATIENCE",
+        help="End the run after this many evaluations in a row without a new best of --keep-best.",
+    )
+    group.add_argument(
+        "--export-best",
+        action="store_true",
+        help="Let --export-hf write the best checkpoint by --keep-best, not the last weights.",
+    )
+
+
+def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
+    """What the flags ask for, checked.
+
+    Args:
+        settings: All arguments, by name.
+
+    Raises:
+        ValueError: Names the flag, its value and what to do.
+    """
+    last, metric, patience = (settings[n] for n in ("keep_last", "keep_best", "early_stop"))
+    for flag, value in (("--keep-last", last), ("--early-stop", patience)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} is {value}; it must be at least 1")
+    if last is not None and not settings["save"]:
+        raise ValueError(f"--keep-last {last} removes checkpoints of --save, which is missing")
+    if last is not None and settings["save_retain_interval"]:
+        raise ValueError(
+            f"--save-retain-interval {settings['save_retain_interval']} removes checkpoints by a rule of its "
+            f"own, those of --keep-last {last} among them; drop one of the two"
+        )
+    if metric is not None:
+        _check_metric(metric, settings)
+    elif patience is not None:
+        raise ValueError(
+            f"--early-stop {patience} needs the metric to watch; give --keep-best 'lm loss'"
+        )
+    elif settings["export_best"]:
+        raise ValueError("--export-best needs the metric to judge by; give --keep-best 'lm loss'")
+    if settings["export_best"] and not settings["export_hf"]:
+        raise ValueError("--export-best is about what --export-hf writes, which is missing")
+    return KeepOptions(last, metric, patience)
+
+
+def _check_metric(metric: str, settings: Mapping[str, Any]) -> None:
+    if metric not in BETTER:
+        raise ValueError(
+            f"--keep-best {metric!r} is not known to be better higher or lower; choose one of "
+            f"{', '.join(map(repr, BETTER))}"
+        )
+    if not any(settings[name] for name in ("keep_last", "early_stop", "export_best")):
+        raise ValueError(
+            f"--keep-best {metric!r} does nothing where all checkpoints are kept; give --keep-last, "
+            "--early-stop or --export-best as well"
+        )
+    if not settings["save"]:
+        raise ValueError(f"--keep-best {metric!r} needs checkpoints; give --save DIR")
+    if not (settings["valid_data"] or settings["valid_split"]) or settings["eval_iters"] == 0:
+        raise ValueError(
+            f"--keep-best {metric!r} is measured at evaluations, and there are none; give --valid-data or "
+            "--valid-split"
+        )
+    saves, evaluates = settings["save_interval"], settings["eval_interval"]
+    if saves % evaluates:
+        raise ValueError(
+            f"--keep-best {metric!r} compares checkpoints by the evaluation at the same iteration: "
+            f"--save-interval {saves} must be a multiple of --eval-interval {evaluates}"
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The evaluations so far, as far as an early stop needs them.
+
+    Attributes:
+        metric: What is watched.
+        best: Its best value; None before the first evaluation.
+        best_iteration: Where that was.
+        iteration: The last evaluation.
+        without_best: Evaluations since the best one.
+    """
+
+    metric: str
+    best: float | None = None
+    best_iteration: int = 0
+    iteration: int = 0
+    without_best: int = 0
+
+    def after(self, iteration: int, value: float) -> Progress:
+        """With one more evaluation; one that is made again, as at the end of a run, does not count."""
+        if iteration <= self.iteration:
+            return self
+        sign = BETTER[self.metric]
+        is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best)
+        if is_best:
+            return Progress(self.metric, value, iteration, iteration, 0)
+        return replace(self, iteration=iteration, without_best=self.without_best + 1)
+
+
+class CheckpointKeeper(RunListener):
+    """Marks the checkpoints of a run, removes those that are not kept, and ends the run early.
+
+    Args:
+        options: What the flags ask for.
+    """
+
+    def __init__(self, options: KeepOptions) -> None:
+        self._options = options
+        self._progress = None if options.metric is None else Progress(options.metric)
+        self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
+        self._resumed_from: frozenset[int] = frozenset()
+
+    def before_training(self, iteration: int) -> None:
+        """Continue where the loaded checkpoint was; a run that had stopped ends without a step."""
+        args = get_args()
+        if iteration == 0 or args.load is None:
+            return
+        load = Path(args.load)
+        if args.save is not None and Path(args.save).resolve() == load.resolve():
+            self._resumed_from = frozenset({iteration})
+        if self._progress is None:
+            return
+        marker = read_json(folder_of(load, iteration) / MARKER) if _is_first_rank() else {}
+        saved = _from_first_rank(marker).get("progress")
+        if saved is not None and saved["metric"] == self._progress.metric:
+            self._progress = Progress(**saved)
+            self._stop_if_patience_has_ended(iteration)
+
+    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Note the means, beside the checkpoint if there is one already, and stop the run in time."""
+        if self._progress is None:
+            return
+        metrics = _from_last_rank(metrics)
+        iteration = current_step() + 1
+        self._evaluated = (iteration, metrics)
+        here = Saved(iteration, folder_of(Path(get_args().save), iteration))
+        if _is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
+            write_json(here.folder / VALIDATION, metrics)
+        self._progress = self._progress.after(iteration, metrics[self._progress.metric])
+        self._stop_if_patience_has_ended(iteration)
+
+    def before_checkpoint(self, folder: Path, iteration: int) -> None:
+        if _is_first_rank():
+            make_room(folder)
+
+    def with_checkpoint(self, folder: Path, iteration: int) -> None:
+        if not _is_first_rank():
+            return
+        progress = None if self._progress is None else asdict(self._progress)
+        write_json(
+            folder / MARKER, {"format": _FORMAT, "iteration": iteration, "progress": progress}
+        )
+        at, metrics = self._evaluated
+        if at == iteration:
+            write_json(folder / VALIDATION, metrics)
+
+    def after_checkpoint(self, iteration: int) -> None:
+        if not _is_first_rank():
+            return
+        save, options = Path(get_args().save), self._options
+        try:
+            drop_replaced(save)
+            if options.last is not None:
+                removed = prune(save, iteration, options.last, options.metric, self._resumed_from)
+                for folder in removed:
+                    print_rank_0(f"> removed {folder} (--keep-last {options.last})")
+        except OSError as error:
+            # The run is worth more than the space.
+            print_rank_0(f"WARNING: a checkpoint that is not kept could not be removed: {error}")
+
+    def best(self) -> Saved | None:
+        """The best checkpoint in --save, the same on all ranks; None where none was evaluated."""
+        assert self._progress is not None
+        found = best(Path(get_args().save), self._progress.metric) if _is_first_rank() else None
+        return _from_first_rank(found)
+
+    def _stop_if_patience_has_ended(self, iteration: int) -> None:
+        args, progress, patience = get_args(), self._progress, self._options.patience
+        if patience is None or progress is None or progress.without_best < patience:
+            return
+        if iteration < args.train_iters:
+            print_rank_0(
+                f"> stopped after iteration {iteration} of {args.train_iters}: no better {progress.metric} "
+                f"in {progress.without_best} evaluations (--early-stop {patience}); the best was "
+                f"{progress.best} after iteration {progress.best_iteration}"
+            )
+            # Megatron's loop ends here as after its last step.
+            args.train_iters = iteration
+
+
+def _is_first_rank() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+def _from_first_rank(value: Any) -> Any:
+    return _broadcast(value, 0)
+
+
+def _from_last_rank(value: Any) -> Any:
+    """From a rank of the last pipeline stage, which knows the losses."""
+    return _broadcast(value, torch.distributed.get_world_size() - 1)
+
+
+def _broadcast(value: Any, source: int) -> Any:
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared, src=source)
+    return shared[0]

@@ -1,0 +1,81 @@
+"""Before a run begins: one decision for all its ranks on the checkpoint that it starts from.
+
+The first rank looks which checkpoint is whole and, if need be, mends Megatron's tracker file
+(`training/checkpoints.py`). The others wait until they see the same file, over a network file system as
+well; from then on Megatron reads what all agree on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed import PrefixStore, Store, rendezvous
+
+from megatron_profit.training.checkpoints import (
+    CheckpointError,
+    check_named,
+    read_tracker,
+    settle,
+)
+from megatron_profit.training.console import print_rank_0
+
+# How long a network file system may take to show a machine what another one has written.
+_PATIENCE_SECONDS = 90
+# The store that Megatron's process group will use too; where a rank hosts it, it ends with its last user.
+_store: Store | None = None
+
+
+def settle_checkpoints(argv: Sequence[str]) -> None:
+    """Let the tracker file in `--load` name a whole checkpoint, the newest if it does not, on all ranks.
+
+    Args:
+        argv: The flags of the run.
+
+    Raises:
+        CheckpointError: When a checkpoint that is asked for is not whole, or none is, or the ranks do not
+            see the same folder.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--load", "--pretrained-checkpoint"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--ckpt-step", type=int)
+    flags = parser.parse_known_args(argv)[0]
+    if os.environ.get("RANK", "0") == "0" and flags.pretrained_checkpoint is not None:
+        check_named(flags.pretrained_checkpoint, None)
+    if flags.load is None:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        decided = settle(flags.load, lambda message: print_rank_0(f"WARNING: {message}"))
+        if flags.ckpt_step:
+            check_named(flags.load, flags.ckpt_step)
+        _publish(decided)
+    else:
+        _wait_for(flags.load)
+
+
+def _publish(decided: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _shared().set("checkpoint", decided)
+
+
+def _wait_for(load: Path) -> None:
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while (decided := _shared().get("checkpoint").decode()) != read_tracker(load):
+        if time.monotonic() > end:
+            raise CheckpointError(
+                f"--load {load} holds checkpoint {read_tracker(load) or 'none'!r} here and "
+                f"{decided or 'none'!r} for the first rank; the folder must be on a file system that all "
+                "machines share"
+            )
+        time.sleep(0.2)
+
+
+def _shared() -> Store:
+    global _store
+    if _store is None:
+        _store = PrefixStore("megatron_profit", next(rendezvous("env://"))[0])
+    return _store
