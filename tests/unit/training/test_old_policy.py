@@ -20,7 +20,6 @@ from megatron_profit.training.token_table import TokenTable
         ({"psft_steps_per_refresh": 0}, "is 0; it must be at least 2"),
         ({"rampup_batch_size": [2, 2, 8]}, "--rampup-batch-size changes the global batch"),
         ({"decrease_batch_size_if_needed": True}, "--decrease-batch-size-if-needed changes"),
-        ({"non_persistent_save_interval": 5}, "use --save-interval"),
         ({"ckpt_format": "torch"}, "use torch_dist"),
     ],
 )

@@ -1,0 +1,225 @@
+"""Which checkpoint of a folder is resumed from, and which are removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from make_tiny_model import TinyShape, make_tiny_model
+
+from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from megatron_profit.training.checkpoints import (
+    MARKER,
+    VALIDATION,
+    CheckpointError,
+    best,
+    check_named,
+    defect,
+    drop_replaced,
+    make_room,
+    prune,
+    read_tracker,
+    settle,
+    write_json,
+)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+DATA = Path(__file__).resolve().parents[3] / "examples" / "data"
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """A small whole checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    shape = TinyShape(hidden_size=16, intermediate_size=16, head_dim=8)
+    model = make_tiny_model(folder / "hf", [DATA / "arithmetic_heldout.jsonl"], shape)
+    hf_to_megatron(model, folder / "megatron")
+    return folder / "megatron" / "release"
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    """A run with whole checkpoints of iterations 2, 4 and 6."""
+    for iteration in (2, 4, 6):
+        add(whole, tmp_path, iteration)
+    (tmp_path / TRACKER).write_text("6")
+    return tmp_path
+
+
+def add(whole: Path, save: Path, iteration: int, **metrics: float) -> Path:
+    folder = save / f"iter_{iteration:07d}"
+    shutil.copytree(whole, folder)
+    write_json(folder / MARKER, {"iteration": iteration})
+    if metrics:
+        write_json(folder / VALIDATION, {name.replace("_", " "): v for name, v in metrics.items()})
+    return folder
+
+
+def iterations(save: Path) -> list[int]:
+    return sorted(int(folder.name[5:]) for folder in save.glob("iter_*"))
+
+
+def _shorten(folder: Path) -> None:
+    file = max(folder.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1)
+
+
+DAMAGE = {
+    "missing": shutil.rmtree,
+    "without .metadata": lambda folder: (folder / ".metadata").unlink(),
+    "with half of .metadata": lambda folder: (folder / ".metadata").write_bytes(
+        (folder / ".metadata").read_bytes()[:100]
+    ),
+    "with an empty .metadata": lambda folder: (folder / ".metadata").write_bytes(b""),
+    "without metadata.json": lambda folder: (folder / "metadata.json").unlink(),
+    "with half of metadata.json": lambda folder: (folder / "metadata.json").write_text(
+        '{"sharded_'
+    ),
+    "without a file": lambda folder: next(iter(sorted(folder.glob("*.distcp")))).unlink(),
+    "with a file that is too short": _shorten,
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+def test_a_whole_checkpoint_that_the_tracker_names_is_taken_without_a_word(run):
+    said = []
+    assert settle(run, said.append) == "6"
+    assert said == []
+    (run / TRACKER).write_text("2\n")
+    assert settle(run, said.append) == "2", "somebody has chosen an older one"
+    assert said == []
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_half_written_checkpoint_is_never_named(run, damage):
+    DAMAGE[damage](run / "iter_0000006")
+    said = []
+    assert settle(run, said.append) == "4"
+    assert read_tracker(run) == "4"
+    assert any("iter_0000006" in message for message in said)
+    assert defect(run / "iter_0000006") is not None
+    assert settle(run, lambda _: None) == "4"
+
+
+@pytest.mark.parametrize("content", ["", "x", "-1", "6.0", "\x00\x00", None])
+def test_a_broken_tracker_file_is_mended(run, content):
+    if content is None:
+        (run / TRACKER).unlink()
+    else:
+        (run / TRACKER).write_text(content)
+    DAMAGE["without .metadata"](run / "iter_0000006")
+    said = []
+    assert settle(run, said.append) == "4"
+    assert (run / TRACKER).read_text() == "4"
+    assert len(said) == 2, "what is skipped, and what is taken"
+
+
+def test_what_a_dead_save_left_is_skipped_with_a_warning(run):
+    (run / "iter_0000008").mkdir()
+    (run / "iter_0000008" / "__0_0.distcp").write_bytes(b"half")
+    said = []
+    assert settle(run, said.append) == "6"
+    assert len(said) == 1
+    assert "iter_0000008 is skipped" in said[0]
+
+
+def test_a_run_that_died_in_its_first_save_begins_anew(tmp_path):
+    (tmp_path / "iter_0000002").mkdir()
+    said = []
+    assert settle(tmp_path, said.append) == ""
+    assert "iter_0000002 is skipped" in said[0]
+    assert settle(tmp_path / "nowhere", said.append) == ""
+
+
+def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(run):
+    for folder in run.glob("iter_*"):
+        DAMAGE["without .metadata"](folder)
+    with pytest.raises(CheckpointError, match=r"no other checkpoint in .* is whole; to begin anew"):
+        settle(run, lambda _: None)
+
+
+def test_a_tracker_that_cannot_be_mended_is_an_error(run, monkeypatch):
+    (run / TRACKER).write_text("x")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+    with pytest.raises(CheckpointError, match="write that number into it"):
+        settle(run, lambda _: None)
+
+
+def test_a_checkpoint_asked_for_by_number_must_be_whole(run):
+    check_named(run, 4)
+    DAMAGE["without .metadata"](run / "iter_0000004")
+    with pytest.raises(CheckpointError, match=r"whole checkpoints in .* are of iterations: 6, 2"):
+        check_named(run, 4)
+    check_named(run, None)
+
+
+def test_checkpoints_of_the_older_format_are_left_to_megatron(run):
+    shutil.rmtree(run / "iter_0000006")
+    (run / "iter_0000006" / "mp_rank_00").mkdir(parents=True)
+    assert settle(run, lambda _: None) == "6"
+
+
+def test_left_overs_make_room(run):
+    DAMAGE["without .metadata"](run / "iter_0000006")
+    make_room(run / "iter_0000006")
+    assert list((run / "iter_0000006").iterdir()) == []
+    make_room(run / "iter_0000008")
+    assert not (run / "iter_0000008").exists(), "nothing to do"
+
+
+def test_a_whole_checkpoint_is_replaced_only_by_a_whole_one(whole, run):
+    make_room(run / "iter_0000006")
+    (run / "iter_0000006" / "__0_0.distcp").write_bytes(b"half")
+    assert settle(run, lambda _: None) == "6"
+    assert defect(run / "iter_0000006") is None, "the old one is back"
+
+    make_room(run / "iter_0000006")
+    shutil.copytree(whole, run / "iter_0000006", dirs_exist_ok=True)
+    drop_replaced(run)
+    assert [folder.name for folder in sorted(run.glob("iter_*6*"))] == ["iter_0000006"]
+    assert defect(run / "iter_0000006") is None
+
+
+def test_the_newest_the_best_and_the_protected_stay(whole, tmp_path):
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: float("nan"), 12: 5.0}
+    for iteration, loss in losses.items():
+        add(whole, tmp_path, iteration, lm_loss=loss, mean_p=loss / 10)
+    assert best(tmp_path, "lm loss").iteration == 4, "the earlier of two equals"
+    assert best(tmp_path, "mean p").iteration == 12
+    removed = list(prune(tmp_path, 12, 2, "lm loss", {2}))
+    assert iterations(tmp_path) == [2, 4, 10, 12]
+    assert [folder.name for folder in removed] == ["iter_0000008", "iter_0000006"]
+
+
+def test_only_what_this_entry_wrote_is_removed(whole, run, tmp_path_factory):
+    (run / "iter_0000002" / MARKER).unlink()
+    elsewhere = add(whole, tmp_path_factory.mktemp("elsewhere"), 1)
+    (run / "iter_0000001").symlink_to(elsewhere)
+    list(prune(run, 6, 1, None, ()))
+    assert iterations(run) == [1, 2, 6]
+    assert elsewhere.is_dir()
+
+
+def test_what_may_be_being_written_stays_and_what_died_goes(run):
+    for iteration in (5, 8):
+        folder = run / f"iter_{iteration:07d}"
+        folder.mkdir()
+        write_json(folder / MARKER, {"iteration": iteration})
+    list(prune(run, 6, 1, None, ()))
+    assert iterations(run) == [6, 8]
+
+
+def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_whole(run, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        list(prune(run, 6, 1, None, ()))
+    assert defect(run / "iter_0000004") is not None
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    write_json(tmp_path / MARKER, {"iteration": 3})
+    assert json.loads((tmp_path / MARKER).read_text()) == {"iteration": 3}
+    assert [file.name for file in tmp_path.iterdir()] == [MARKER]
