@@ -35,6 +35,10 @@ from checkpoint_conversion.torch_pickle import (
     locate_tensor,
 )
 
+# Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
+# (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
+COMMON_ENTRY = "common_state/shard_0_1"
+COMMON_FILE = "common.pt"
 # Keys of tensors beside the model: optimizer state, also of chained optimizers.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)*optimizer\b")
 
@@ -318,10 +322,8 @@ def check_whole(folder: Path) -> None:
         ConversionError: When it is not a torch_dist checkpoint, or a part of it is missing.
     """
     metadata = _read_metadata(folder)
-    if not metadata.tensors:
-        raise ConversionError(
-            f"{folder}: .metadata names no tensors; the checkpoint is not complete"
-        )
+    if COMMON_ENTRY not in metadata.objects and not (folder / COMMON_FILE).is_file():
+        raise ConversionError(f"{folder}: neither {COMMON_ENTRY} nor {COMMON_FILE} is there")
     ends: dict[Path, int] = {}
     for tensor in metadata.tensors.values():
         for chunk in tensor.chunks:

@@ -13,13 +13,14 @@ from typing import IO, Any
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
-from checkpoint_conversion.megatron_reader import find_checkpoint, read_object
+from checkpoint_conversion.megatron_reader import (
+    COMMON_ENTRY,
+    COMMON_FILE,
+    find_checkpoint,
+    read_object,
+)
 from checkpoint_conversion.torch_pickle import Inert, Unpickler, read_pickle
 
-# Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
-# (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
-_ENTRY = "common_state/shard_0_1"
-_FILE = "common.pt"
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -102,15 +103,15 @@ def stock_flags(arguments: Mapping[str, Any]) -> str:
 
 
 def _arguments(checkpoint: Path) -> dict[str, Any]:
-    file = checkpoint / _FILE
+    file = checkpoint / COMMON_FILE
     if file.is_file():
         with file.open("rb") as stream:
             common = _unpickled(stream, str(file))
     else:
-        entry = read_object(checkpoint, _ENTRY)
+        entry = read_object(checkpoint, COMMON_ENTRY)
         if entry is None:
             return {}
-        common = _unpickled(io.BytesIO(entry), f"{checkpoint}: {_ENTRY}")
+        common = _unpickled(io.BytesIO(entry), f"{checkpoint}: {COMMON_ENTRY}")
     if isinstance(common, list) and len(common) == 1:  # an entry, but not the file, is a list
         common = common[0]
     arguments = common.get("args") if isinstance(common, dict) else None

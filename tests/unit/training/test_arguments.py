@@ -61,6 +61,10 @@ def parse(hf_folder, monkeypatch):
     return run
 
 
+def test_signals_save_a_checkpoint_unless_nothing_else_is_said(parse):
+    assert megatron_args(parse()).exit_signal_handler is True
+
+
 def megatron_args(arguments, *argv):
     parser = arguments.add_to_parser(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     return parser.parse_args(argv)
@@ -175,6 +179,14 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--dataloader-type", "external"), 1, ("--dataloader-type",)),
         (("--split", "1,0,0"), 1, ("--split", "--data")),
         (("--use-torch-fsdp2",), 1, ("--use-torch-fsdp2", "--use-distributed-optimizer")),
+        (
+            ("--non-persistent-save-interval", "5"),
+            1,
+            ("--non-persistent-save-interval", "--keep-last"),
+        ),
+        (("--exit-signal-handler-for-training",), 1, ("--exit-signal-handler-for-training",)),
+        (("--keep-last", "2"), 1, ("--keep-last 2", "--save")),
+        (("--keep-best", "loss", "--keep-last", "2", "--save", "x"), 1, ("'loss'", "'lm loss'")),
         (("--micro-batch-size", "0"), 1, ("--micro-batch-size", "0")),
         (("--global-batch-size", "0"), 1, ("--global-batch-size", "0")),
         (("--make-vocab-size-divisible-by", "0"), 1, ("--make-vocab-size-divisible-by", "0")),

@@ -80,6 +80,9 @@ DAMAGE = {
     ),
     "without a file": lambda folder: next(iter(sorted(folder.glob("*.distcp")))).unlink(),
     "with a file that is too short": _shorten,
+    "without the common state": lambda folder: (folder / ".metadata").write_bytes(
+        (folder / ".metadata").read_bytes().replace(b"common_state", b"common_stats")
+    ),
     "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
 
