@@ -31,7 +31,6 @@ from megatron_profit.training.checkpoints import (
     write_json,
 )
 from megatron_profit.training.console import print_rank_0
-from megatron_profit.training.objective_loss import current_step
 
 _FORMAT = 1
 
@@ -194,12 +193,10 @@ class CheckpointKeeper(RunListener):
             self._progress = Progress(**saved)
             self._stop_if_patience_has_ended(iteration)
 
-    def after_evaluation(self, metrics: Mapping[str, float]) -> None:
+    def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Note the means, beside the checkpoint if there is one already, and stop the run in time."""
         if self._progress is None:
             return
-        metrics = _from_last_rank(metrics)
-        iteration = current_step() + 1
         self._evaluated = (iteration, metrics)
         here = Saved(iteration, folder_of(Path(get_args().save), iteration))
         if _is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
@@ -261,15 +258,6 @@ def _is_first_rank() -> bool:
 
 
 def _from_first_rank(value: Any) -> Any:
-    return _broadcast(value, 0)
-
-
-def _from_last_rank(value: Any) -> Any:
-    """From a rank of the last pipeline stage, which knows the losses."""
-    return _broadcast(value, torch.distributed.get_world_size() - 1)
-
-
-def _broadcast(value: Any, source: int) -> Any:
     shared = [value]
-    torch.distributed.broadcast_object_list(shared, src=source)
+    torch.distributed.broadcast_object_list(shared, src=0)
     return shared[0]

@@ -18,7 +18,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 
 from checkpoint_conversion.errors import ConversionError
-from megatron_profit.backends.hooks import listen
+from megatron_profit.backends.hooks import listen, on_evaluation
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
@@ -78,6 +78,7 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
     keeper = CheckpointKeeper(arguments.keep)
     listen(given, keeper)
+    on_evaluation(keeper.after_evaluation)
     begin = given.begin
     if args.token_report is not None:
         begin = evaluation_report(args, arguments, data).watching(begin)

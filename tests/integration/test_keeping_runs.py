@@ -33,7 +33,7 @@ def command(tiny, tmp_path):
         return [
             *("--hf-model", tiny, "--random-init", "--data", DATA / "arithmetic_base.jsonl"),
             *("--objective", "sft", "--seq-length", 48, "--micro-batch-size", 4),
-            *("--global-batch-size", 8, "--lr", 3, "--lr-warmup-iters", 40, "--train-iters", 40),
+            *("--global-batch-size", 8, "--lr", 1, "--lr-warmup-iters", 39, "--train-iters", 40),
             *("--valid-data", DATA / "arithmetic_heldout.jsonl", "--eval-iters", 2),
             *("--eval-interval", 2, "--save-interval", 2, "--save", save, "--load", save),
             *("--keep-last", 1, "--keep-best", "lm loss", "--early-stop", PATIENCE, *flags),
