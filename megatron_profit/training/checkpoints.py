@@ -46,8 +46,9 @@ class Saved:
         return not self.folder.is_symlink() and (self.folder / MARKER).is_file()
 
     @property
-    def is_whole(self) -> bool:
-        return defect(self.folder) is None
+    def is_complete(self) -> bool:
+        """Whether its save came to its end. Unlike `defect`, this reads nothing of it."""
+        return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
 
     def validation(self, metric: str) -> float:
         """A mean of the evaluation at this iteration; NaN where there is none."""
@@ -84,7 +85,7 @@ def defect(folder: Path) -> str | None:
     return None
 
 
-def settle(load: Path, warn: Callable[[str], None]) -> str:
+def settle(load: Path, warn: Callable[[str], None], *, is_own: bool = True) -> str:
     """Make the tracker file of a folder name a whole checkpoint: the one that it names, else the newest.
 
     Half-written checkpoints are left where they are, with a warning.
@@ -92,6 +93,7 @@ def settle(load: Path, warn: Callable[[str], None]) -> str:
     Args:
         load: The folder; it need not exist.
         warn: Told each thing that was found amiss.
+        is_own: Whether the run saves there too, so that nobody else does.
 
     Returns:
         What the tracker file holds now; "" where there is no checkpoint.
@@ -101,7 +103,8 @@ def settle(load: Path, warn: Callable[[str], None]) -> str:
     """
     if not load.is_dir():
         return ""
-    _put_back(load)
+    if is_own:
+        _put_back(load)
     tracker = load / TRACKER
     named = read_tracker(load)
     amiss = _amiss(load, named)
@@ -144,7 +147,8 @@ def check_named(load: Path, iteration: int | None) -> None:
     named = read_tracker(load) if iteration is None else str(iteration)
     found = _amiss(load, named) if named else None
     if found is not None:
-        whole = ", ".join(str(saved.iteration) for saved in saved_in(load) if saved.is_whole)
+        found_whole = (saved for saved in saved_in(load) if defect(saved.folder) is None)
+        whole = ", ".join(str(saved.iteration) for saved in found_whole)
         raise CheckpointError(
             f"{found}; whole checkpoints in {load} are of iterations: {whole or 'none'}"
         )
@@ -175,7 +179,7 @@ def prune(
     Args:
         save: The save folder.
         latest: The iteration that the tracker file names; it stays, and so does what is newer and not
-            whole, since that may be being written.
+            complete, since that may be being written.
         keep_last: How many of the newest stay.
         metric: The best by this metric stays, if there is one.
         protected: Iterations that stay.
@@ -184,31 +188,30 @@ def prune(
         What was removed.
     """
     own = [saved for saved in saved_in(save) if saved.is_own]
-    whole = [saved for saved in own if saved.is_whole]
-    kept = {latest, *(saved.iteration for saved in whole[:keep_last])}
+    complete = [saved for saved in own if saved.is_complete]
+    kept = {latest, *(saved.iteration for saved in complete[:keep_last])}
     best_one = best(save, metric) if metric is not None else None
     if best_one is not None:
         kept.add(best_one.iteration)
     for saved in own:
-        may_be_written = saved not in whole and saved.iteration > latest
+        may_be_written = saved not in complete and saved.iteration > latest
         if saved.iteration not in kept and saved.iteration not in protected and not may_be_written:
             _remove(saved.folder)
             yield saved.folder
 
 
-def drop_replaced(save: Path) -> None:
+def drop_replaced(folder: Path) -> None:
     """Remove what `make_room` has set aside, once the new checkpoint is whole."""
-    for aside in save.glob(f"iter_*{_ASIDE}"):
-        _remove(aside)
+    _remove(folder.with_name(folder.name + _ASIDE))
 
 
 def best(save: Path, metric: str) -> Saved | None:
-    """The whole checkpoint with the best evaluation; of equals the earliest. None where there is none."""
+    """The complete checkpoint with the best evaluation, the earliest of equals; None where there is none."""
     sign = BETTER[metric]
     candidates = [
         saved
         for saved in reversed(saved_in(save))
-        if saved.is_own and math.isfinite(saved.validation(metric)) and saved.is_whole
+        if saved.is_own and saved.is_complete and math.isfinite(saved.validation(metric))
     ]
     return max(candidates, key=lambda saved: sign * saved.validation(metric), default=None)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.training import get_args
 
+from checkpoint_conversion.errors import ConversionError
 from megatron_profit.backends.hooks import RunListener
 from megatron_profit.training.checkpoints import (
     BETTER,
@@ -224,7 +225,7 @@ class CheckpointKeeper(RunListener):
             return
         save, options = Path(get_args().save), self._options
         try:
-            drop_replaced(save)
+            drop_replaced(folder_of(save, iteration))
             if options.last is not None:
                 removed = prune(save, iteration, options.last, options.metric, self._resumed_from)
                 for folder in removed:
@@ -233,11 +234,20 @@ class CheckpointKeeper(RunListener):
             # The run is worth more than the space.
             print_rank_0(f"WARNING: a checkpoint that is not kept could not be removed: {error}")
 
-    def best(self) -> Saved | None:
-        """The best checkpoint in --save, the same on all ranks; None where none was evaluated."""
+    def best(self) -> Saved:
+        """The best checkpoint in --save, the same on all ranks.
+
+        Raises:
+            ConversionError: When there is none.
+        """
         assert self._progress is not None
-        found = best(Path(get_args().save), self._progress.metric) if _is_first_rank() else None
-        return _from_first_rank(found)
+        save, metric = get_args().save, self._progress.metric
+        found = _from_first_rank(best(Path(save), metric) if _is_first_rank() else None)
+        if found is None:
+            raise ConversionError(
+                f"no checkpoint in {save} has an evaluation with a finite {metric}"
+            )
+        return found
 
     def _stop_if_patience_has_ended(self, iteration: int) -> None:
         args, progress, patience = get_args(), self._progress, self._options.patience

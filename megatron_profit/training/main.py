@@ -104,8 +104,8 @@ def _export(
 ) -> None:
     """Write the model, of the best checkpoint where a keeper knows it."""
     try:
-        if keeper is not None and (best := keeper.best()) is not None:
-            load_checkpoint_into(chunks, best.folder)
+        if keeper is not None:
+            load_checkpoint_into(chunks, keeper.best().folder)
         export(arguments.export, chunks)
     except (ConversionError, OSError) as error:
         fail(

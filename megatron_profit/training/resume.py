@@ -40,7 +40,7 @@ def settle_checkpoints(argv: Sequence[str]) -> None:
             see the same folder.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--load", "--pretrained-checkpoint"):
+    for name in ("--load", "--save", "--pretrained-checkpoint"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--ckpt-step", type=int)
     flags = parser.parse_known_args(argv)[0]
@@ -49,7 +49,8 @@ def settle_checkpoints(argv: Sequence[str]) -> None:
     if flags.load is None:
         return
     if os.environ.get("RANK", "0") == "0":
-        decided = settle(flags.load, lambda message: print_rank_0(f"WARNING: {message}"))
+        is_own = flags.save is not None and flags.save.resolve() == flags.load.resolve()
+        decided = settle(flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=is_own)
         if flags.ckpt_step:
             check_named(flags.load, flags.ckpt_step)
         _publish(decided)

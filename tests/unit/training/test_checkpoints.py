@@ -176,12 +176,17 @@ def test_left_overs_make_room(run):
 def test_a_whole_checkpoint_is_replaced_only_by_a_whole_one(whole, run):
     make_room(run / "iter_0000006")
     (run / "iter_0000006" / "__0_0.distcp").write_bytes(b"half")
+    (run / TRACKER).write_text("6")
+    shutil.copytree(run, run.with_name("elsewhere"))
+    assert settle(run.with_name("elsewhere"), lambda _: None, is_own=False) == "4"
     assert settle(run, lambda _: None) == "6"
     assert defect(run / "iter_0000006") is None, "the old one is back"
 
     make_room(run / "iter_0000006")
     shutil.copytree(whole, run / "iter_0000006", dirs_exist_ok=True)
-    drop_replaced(run)
+    drop_replaced(run / "iter_0000004")
+    assert len(list(run.glob("iter_*6*"))) == 2, "another one is being replaced"
+    drop_replaced(run / "iter_0000006")
     assert [folder.name for folder in sorted(run.glob("iter_*6*"))] == ["iter_0000006"]
     assert defect(run / "iter_0000006") is None
 
