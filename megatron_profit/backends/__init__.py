@@ -59,7 +59,7 @@ def activate(device: str = "auto") -> str:
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU; use 'cpu' or 'auto'")
     chosen = "cuda" if has_gpu and device != "cpu" else "cpu"
 
-    from megatron_profit.backends import megatron
+    from megatron_profit.backends import elastic, megatron
 
     if chosen == "cpu":
         if "megatron.core" in sys.modules:
@@ -72,6 +72,7 @@ def activate(device: str = "auto") -> str:
         _print_notice()
         apply_patches(cpu.TORCH_PATCHES)
         apply_patches(cpu.MEGATRON_PATCHES)
+    apply_patches(elastic.TORCH_PATCHES)
     apply_patches(megatron.MEGATRON_PATCHES)
     _active = chosen
     return chosen
@@ -79,9 +80,10 @@ def activate(device: str = "auto") -> str:
 
 def all_patches() -> tuple[Patch, ...]:
     """Every patch that the project has, for the documentation and for tests."""
-    from megatron_profit.backends import cpu, megatron
+    from megatron_profit.backends import cpu, elastic, megatron
 
-    return (*megatron.MEGATRON_PATCHES, *cpu.TORCH_PATCHES, *cpu.MEGATRON_PATCHES)
+    shared = (*elastic.TORCH_PATCHES, *megatron.MEGATRON_PATCHES)
+    return (*shared, *cpu.TORCH_PATCHES, *cpu.MEGATRON_PATCHES)
 
 
 def _print_notice() -> None:
