@@ -85,9 +85,13 @@ def data_files(path: Path) -> list[Path]:
     if path.is_dir() and not _is_dataset(path):
         inner = sorted(file for file in path.iterdir() if _kind(file) and file.is_file())
         if not inner:
+            folders = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+            remedy = (
+                f"one of its folders {shown(folders)}, or another" if folders else "another one"
+            )
             raise DataError(
                 f"{path}: the directory holds neither data files ({_known()}) nor a data set that "
-                "datasets' save_to_disk wrote; name another one"
+                f"datasets' save_to_disk wrote; name {remedy}"
             )
         return inner
     if not path.is_dir() and not path.is_file():

@@ -58,6 +58,9 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     for name, row in zip(("b.jsonl", "a.json", "README.md"), ROWS, strict=True):
         (tmp_path / name).write_text(json.dumps(row))
     assert [record.value for record in read_records(tmp_path)] == [ROWS[1], ROWS[0]]
+    (tmp_path / "repository" / "data").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"name one of its folders \['data'\]"):
+        list(read_records(tmp_path / "repository"))
 
 
 def test_folders_of_the_datasets_library(tmp_path):
