@@ -5,7 +5,8 @@
 Three runs of each file in turn, each a real run on the CPU in a process of its own: Megatron-LM's
 pretrain_gpt.py with --sft, which pads every record to a row; our entry with a record to a row; our entry
 with --packing. Between the first and the second lies what is saved by computing logits of supervised tokens
-only, between the second and the third what packing saves. The result is written anew after each round.
+only, between the second and the third what packing saves. The result is written anew after each round of a
+file, so that a run that is cut off has one.
 
 Rows are as long as the longest record needs, rounded up to a power of two, so that none loses its end;
 longer ones (--seq-length) are in favour of packing, shorter ones cut records.
@@ -77,13 +78,17 @@ class Run:
     """What was measured.
 
     Attributes:
-        seconds_per_step: Mean of the counted steps of all rounds.
+        seconds: Of each counted step of all rounds.
         tokens_per_step: Supervised tokens: of the counted steps where rows are packed; else, where a step
             holds a few records, those of the file's records on average.
     """
 
-    seconds_per_step: float
+    seconds: tuple[float, ...]
     tokens_per_step: float
+
+    @property
+    def seconds_per_step(self) -> float:
+        return mean(self.seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -125,16 +130,16 @@ def main() -> None:
         shutil.copytree(options.tokenizer, model)
         (model / "config.json").write_text(json.dumps(shape.config()))
         jobs = {data.name: job(options, shape, model, data, Path(folder)) for data in options.data}
+        record["files"] = {}
         for seed in range(1, options.rounds + 1):
             for name, each in jobs.items():
                 for run, command in each.commands.items():
                     print(f"round {seed} of {options.rounds}: {name}, {run}", file=sys.stderr)
                     each.logs[run].append(_run([*command, "--seed", seed]))
-            record["rounds"] = seed
-            record["files"] = {name: results(each, options) for name, each in jobs.items()}
-            page = write_results(
-                options.out, "packing", record, _title(shape), _table(record["files"])
-            )
+                record["files"][name] = results(each, options)
+                page = write_results(
+                    options.out, "packing", record, _title(shape), _table(record["files"])
+                )
     print(page.read_text())
 
 
@@ -187,8 +192,13 @@ def results(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         **job.about,
+        "rounds": len(job.logs[PACKED]),
         "runs": {
-            name: {**asdict(run), "tokens_per_second": run.tokens_per_second}
+            name: {
+                **asdict(run),
+                "seconds_per_step": run.seconds_per_step,
+                "tokens_per_second": run.tokens_per_second,
+            }
             for name, run in runs.items()
         },
     }
@@ -237,16 +247,16 @@ def _run(command: Sequence[object]) -> str:
 
 def _read(logs: Sequence[str], steps: int, tokens_per_step: float | None) -> Run:
     """The steps of all rounds by what they logged; their tokens too, unless they are given."""
-    milliseconds: list[float] = []
+    seconds: list[float] = []
     tokens: list[float] = []
     for log in logs:
         found = re.findall(r"elapsed time per iteration \(ms\): +(\S+) \|", log)
         if len(found) != steps:
             sys.exit(f"{len(found)} of {steps} steps were logged:\n{log[-6000:]}")
-        milliseconds += [float(value) for value in found[WARM_UP:]]
+        seconds += [float(value) / 1000 for value in found[WARM_UP:]]
         counts = re.findall(r"\| supervised tokens: +(\S+) \|", log)
         tokens += [float(count) for count in counts[WARM_UP:]]
-    return Run(mean(milliseconds) / 1000, tokens_per_step or mean(tokens))
+    return Run(tuple(seconds), tokens_per_step or mean(tokens))
 
 
 def _title(shape: Shape) -> str:

@@ -15,13 +15,13 @@ def log(*steps: tuple[float, float]) -> str:
 def test_the_rounds_are_read_without_their_warm_up():
     rounds = [log((9e3, 5), (2e3, 30)), log((8e3, 5), (4e3, 50))]
     run = _read(rounds, 2, None)
-    assert run == Run(3.0, 40.0)
+    assert run == Run((2.0, 4.0), 40.0)
     assert run.tokens_per_second == pytest.approx(40 / 3)
 
 
 def test_the_tokens_of_single_records_are_those_of_the_file():
     lines = "".join(f"| elapsed time per iteration (ms): {ms} |\n" for ms in (9.0, 2000.0))
-    assert _read([lines], 2, tokens_per_step=7) == Run(2.0, 7)
+    assert _read([lines], 2, tokens_per_step=7) == Run((2.0,), 7)
 
 
 def test_a_run_that_ended_early_is_no_result():
