@@ -144,10 +144,10 @@ def _temporary(folder: Path, token: str) -> Path:
 
 
 def _remove_left_overs(folder: Path) -> None:
-    """Removes what dead processes left; their holders touched these folders as they did their locks."""
+    """Removes what dead processes left of any data; they touched these folders as they did their locks."""
     # The own lock, touched a moment ago, tells the file system's time.
     now = folder.with_suffix(".lock").stat().st_mtime
-    for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):
+    for left_over in folder.parent.glob("*.tmp-*"):
         try:
             silent = now - left_over.stat().st_mtime
         except FileNotFoundError:
@@ -317,7 +317,12 @@ def _wait(path: Path, progress: Callable[[str], None] | None) -> None:
         state = (touched, holder.get("token"))
         if state != seen:  # clocks of machines differ: only change counts
             seen, since = state, time.monotonic()
-        if time.monotonic() - since > STALE_SECONDS or _died_here(holder):
+        died = _died_here(holder)
+        if died:
+            shutil.rmtree(
+                _temporary(path.with_suffix(""), holder.get("token", "")), ignore_errors=True
+            )
+        if died or time.monotonic() - since > STALE_SECONDS:
             _remove(path, holder.get("token"))
             return
         time.sleep(POLL_SECONDS)

@@ -151,8 +151,11 @@ def _lock_of_a_dead_process(path):
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch):
     path = tmp_path / "a.lock"
     _lock_of_a_dead_process(path)
+    unfinished = cache._temporary(tmp_path / "a", "dead")
+    unfinished.mkdir()
     with cache._lock(path, "b", None) as mine:
         assert not mine
+    assert not unfinished.exists()
     with cache._lock(path, "b", None) as mine:
         assert mine
         assert path.exists()
