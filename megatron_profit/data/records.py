@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,7 +273,8 @@ def _record(
     unit: Literal["line", "record"],
     objects: "_Objects | None" = None,
 ) -> RawRecord:
-    if name := objects.named_twice(value) if objects else None:
+    name = objects.named_twice(value) if objects else None
+    if name is not None:
         broken = BrokenRecord(NAMED_TWICE, f"{shown(name)} stands twice in one object")
         return RawRecord({}, str(path), number, unit, broken)
     if isinstance(value, dict):
@@ -300,9 +302,8 @@ class _Objects:
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            self.doubtful[id(value)] = (twice, value)
+            counts = Counter(name for name, _ in pairs)
+            self.doubtful[id(value)] = (counts.most_common(1)[0][0], value)
         return value
 
     def named_twice(self, value: Any) -> str | None:

@@ -93,6 +93,7 @@ BROKEN_LINES = [
     (b"[" * 100_000, records.NOT_JSON),
     (b'{"instruction": "q", "output": "a", "output": "b"}', records.NAMED_TWICE),
     (b'{"messages": [{"role": "user", "content": "q", "role": "x"}]}', records.NAMED_TWICE),
+    (b'{"instruction": "q", "output": "a", "": 1, "": 2}', records.NAMED_TWICE),
 ]
 
 
