@@ -11,12 +11,13 @@ exported model. An answer is right when the last match of the pattern is that of
 Finished runs are kept, so that an interrupted comparison continues. It writes results.json, results.md
 and figure.png.
 
-Without --base the quickstart's base is made first, and its settings are: `chatty`, the quickstart's data,
-whose answers are wrapped in phrases; `wrong`, the same with a third of the sums wrong; and `new`,
-differences, which the base has never seen.
+Without --base the quickstart's base is made first, and its settings are: `phrases`, the quickstart's data,
+whose answers are wrapped in chatty phrases; `errors`, the same with a third of the sums wrong; and `new
+skill`, differences, which the base has never seen, with the sums as what it should not forget.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,12 +43,16 @@ RUNS = {
     "profit 0.5": "--objective profit --prob-threshold 0.5 --threshold-direction higher",
     "profit < 0.5": "--objective profit --prob-threshold 0.5 --threshold-direction lower",
     "dft": "--objective dft",
+    "eaft": "--objective eaft",
     "entropy 20 %": "--objective entropy --keep-share 0.2",
     "sft, then profit 0.1": "--objective profit --prob-threshold 0.1 --threshold-direction higher "
     "--objective-warmup-steps 75",
     "psft": "--objective psft",
 }
+SETTING_FORM = "NAME=DATA,HELD_OUT[,KNOWN]"
 WRONG_SHARE = 1 / 3
+WORDINGS = 6  # of each held-out sum
+ANSWERS_AT_A_TIME = 64
 TRAIN = (
     "--seq-length 40 --no-packing --micro-batch-size 32 --global-batch-size 32 --train-iters 150 "
     "--lr 5e-4 --min-lr 5e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.95 "
@@ -64,20 +69,31 @@ class ComparisonError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Chat files: to train on, with questions like those, and with questions of what a base already knows."""
+
+    data: Path
+    held_out: Path
+    known: Path | None = None
+
+
+@dataclass(frozen=True)
 class Result:
     """What one run gave.
 
     Attributes:
         accuracy: share of the held-out questions that are answered right.
+        retained: share of the questions of what the base already knew; None where the setting has none.
         cross_entropy: of the held-out answers, in nats per token, by the training entry.
         kept: share of the supervised tokens that was trained in the last step.
-        length: mean characters of an answer.
+        length: mean characters of an answer to a held-out question.
     """
 
     setting: str
     run: str
     seed: int
     accuracy: float
+    retained: float | None
     cross_entropy: float
     kept: float
     length: float
@@ -89,7 +105,7 @@ class Plan:
 
     out: Path
     base: Path
-    settings: dict[str, tuple[Path, Path]]  # data to train on, held-out questions
+    settings: dict[str, Setting]
     runs: dict[str, str]
     seeds: tuple[int, ...]
     train: str
@@ -99,19 +115,28 @@ class Plan:
     jobs: int
 
     def folder(self, setting: str, run: str, seed: int) -> Path:
-        """Where a run writes; a name that holds all that the run depends on."""
-        name = "-".join(re.sub(r"\W+", "_", part) for part in (setting, run, str(seed)))
-        return self.out / "runs" / name
+        """Where a run writes; its name ends in a digest of all that the result follows from but the code."""
+        files, place = self.settings[setting], (setting, run, str(seed))
+        parts = [*place, self.runs[run], self.train, self.answer_pattern]
+        parts += [str(self.max_new_tokens), str(self.processes)]
+        for file in (files.data, files.held_out, files.known):
+            parts.append("" if file is None else hashlib.sha256(file.read_bytes()).hexdigest())
+        for file in sorted(self.base.iterdir()):  # weights may be large: size and time have to do
+            parts.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+        return self.out / "runs" / "-".join(re.sub(r"\W+", "_", part) for part in (*place, digest))
 
-    def command(self, setting: str, run: str, seed: int, folder: Path) -> list[str]:
+    def command(self, setting: str, run: str, seed: int, export: Path) -> list[str]:
         """The training of one run, which exports its last weights."""
-        data, held_out = self.settings[setting]
+        files = self.settings[setting]
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(self.processes), "-m", "megatron_profit.sft"),
-            *("--hf-model", str(self.base), "--data", str(data)),
-            *("--valid-data", str(held_out), "--eval-interval", "1000000"),
-            *("--seed", str(seed), "--export-hf", str(folder / "hf")),
+            sys.executable,
+            *((*torchrun, str(self.processes)) if self.processes > 1 else ()),
+            *("-m", "megatron_profit.sft"),
+            *("--hf-model", str(self.base), "--data", str(files.data)),
+            *("--valid-data", str(files.held_out), "--eval-interval", "1000000"),
+            *("--seed", str(seed), "--export-hf", str(export)),
             *shlex.split(self.train),
             *shlex.split(self.runs[run]),
         ]
@@ -128,7 +153,7 @@ def compare(plan: Plan) -> list[Result]:
         done += 1
         minutes = (time.monotonic() - start) / 60
         print(
-            f"{done:>3} of {len(wanted)}  {minutes:5.1f} min  {result.setting:<8} {result.run:<14} "
+            f"{done:>3} of {len(wanted)}  {minutes:5.1f} min  {result.setting:<9} {result.run:<20} "
             f"seed {result.seed}  accuracy {result.accuracy:.3f}",
             flush=True,
         )
@@ -139,34 +164,32 @@ def compare(plan: Plan) -> list[Result]:
 
 
 def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
-    """A run's result, which is there already when a run with the same command has finished.
+    """A run's result, which is there already when the same run has finished before.
 
     Raises:
         ComparisonError: a command failed.
     """
     folder = plan.folder(setting, run, seed)
-    command = plan.command(setting, run, seed, folder)
     finished = folder / "result.json"
     if finished.exists():
-        saved = json.loads(finished.read_text(encoding="utf-8"))
-        if saved["command"] == shlex.join(command):
-            return Result(**saved["result"])
+        return Result(**json.loads(finished.read_text(encoding="utf-8")))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    printed = execute(command, folder / "train.log")
+    printed = execute(plan.command(setting, run, seed, folder / "hf"), folder / "train.log")
     with _ONE_MODEL_AT_A_TIME:
-        accuracy, length = answer(plan, plan.settings[setting][1], folder / "hf")
+        accuracy, retained, length = examine(plan, setting, folder / "hf")
     result = Result(
         setting=setting,
         run=run,
         seed=seed,
         accuracy=accuracy,
+        retained=retained,
         cross_entropy=last_number(printed, r"validation loss.*?\| lm loss value: (\S+)"),
         kept=last_number(printed, r"\| kept fraction: (\S+)"),
         length=length,
     )
     shutil.rmtree(folder / "hf")
-    write_whole(finished, json.dumps({"command": shlex.join(command), "result": asdict(result)}))
+    write_whole(finished, json.dumps(asdict(result)))
     return result
 
 
@@ -194,19 +217,27 @@ def last_number(printed: str, pattern: str) -> float:
     return float(found[-1]) if found else float("nan")
 
 
-def answer(plan: Plan, held_out: Path, folder: Path) -> tuple[float, float]:
-    """A model's share of right answers to the held-out questions, and their mean length in characters."""
+def examine(plan: Plan, setting: str, folder: Path) -> tuple[float, float | None, float]:
+    """A model's accuracy on the held-out questions and on what the base knew, and its answers' length."""
+    files = plan.settings[setting]
+    accuracy, length = answer(plan, files.held_out, folder)
+    retained = None if files.known is None else answer(plan, files.known, folder)[0]
+    return accuracy, retained, length
+
+
+def answer(plan: Plan, questions: Path, folder: Path) -> tuple[float, float]:
+    """A model's share of right answers to the questions, and their mean length in characters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    conversations = held_out_conversations(held_out)
+    conversations = conversations_in(questions)
     texts: list[str] = []
-    for start in range(0, len(conversations), 64):
+    for start in range(0, len(conversations), ANSWERS_AT_A_TIME):
         inputs = tokenizer.apply_chat_template(
-            [messages[:-1] for messages in conversations[start : start + 64]],
+            [messages[:-1] for messages in conversations[start : start + ANSWERS_AT_A_TIME]],
             add_generation_prompt=True,
             padding=True,
             return_tensors="pt",
@@ -224,7 +255,7 @@ def answer(plan: Plan, held_out: Path, folder: Path) -> tuple[float, float]:
     return mean(right), mean(map(len, texts))
 
 
-def held_out_conversations(file: Path) -> list[list[dict[str, str]]]:
+def conversations_in(file: Path) -> list[list[dict[str, str]]]:
     """The messages of each record, of which the last is the reference answer."""
     from megatron_profit.data import normalise, read_records
 
@@ -251,91 +282,133 @@ def quickstart_base(out: Path) -> Path:
     return plan.base_hf
 
 
-def quickstart_settings(folder: Path) -> dict[str, tuple[Path, Path]]:
+def quickstart_settings(folder: Path) -> dict[str, Setting]:
     """The three settings of the quickstart's base, in files that are written here."""
     base, chatty, held_out = (
         make_arithmetic_data.generate()[f"arithmetic_{name}"]
         for name in ("base", "chatty", "heldout")
     )
+    sums = make_arithmetic_data.in_other_words(held_out, WORDINGS)
+    turned = make_arithmetic_data.as_differences
     contents = {
-        "chatty": (chatty, held_out),
-        "wrong": (make_arithmetic_data.with_wrong_sums(chatty, WRONG_SHARE), held_out),
-        "new": tuple(map(make_arithmetic_data.as_differences, (base + chatty, held_out))),
+        "phrases": (chatty, sums, None),
+        "errors": (make_arithmetic_data.with_wrong_sums(chatty, WRONG_SHARE), sums, None),
+        "new skill": (turned(base + chatty), distinct(turned(sums)), sums),
     }
     folder.mkdir(parents=True, exist_ok=True)
     settings = {}
-    for name, parts in contents.items():
-        files = (folder / f"{name}_train.jsonl", folder / f"{name}_heldout.jsonl")
-        for file, records in zip(files, parts, strict=True):
-            write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
-        settings[name] = files
+    for name, (data, questions, known) in contents.items():
+        stem = name.replace(" ", "_")
+        parts = {"train": data, "heldout": questions, "known": known}
+        files = {
+            part: folder / f"{stem}_{part}.jsonl" for part, records in parts.items() if records
+        }
+        for part, file in files.items():
+            write_whole(file, "".join(json.dumps(record) + "\n" for record in parts[part]))
+        settings[name] = Setting(files["train"], files["heldout"], files.get("known"))
     return settings
 
 
-def summarise(results: Sequence[Result]) -> list[dict[str, object]]:
-    """One row for each setting and objective: mean and standard deviation over the seeds."""
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault((result.setting, result.run), []).append(result)
-    return [
-        {
-            "setting": setting,
-            "run": run,
-            "seeds": len(group),
-            "accuracy": mean(r.accuracy for r in group),
-            "spread": stdev(r.accuracy for r in group) if len(group) > 1 else None,
-            "cross_entropy": mean(r.cross_entropy for r in group),
-            "kept": mean(r.kept for r in group),
-            "length": mean(r.length for r in group),
-        }
-        for (setting, run), group in groups.items()
-    ]
+def distinct(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without those that ask again what one before asks."""
+    return list({record["messages"][0]["content"]: record for record in records}.values())
 
 
-def table(results: Sequence[Result], base: dict[str, float]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "| data | objective | accuracy, mean ± sd | held-out cross-entropy | kept at the end | characters |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [f"| {name} | the base | {share:.1%} | | | |" for name, share in base.items()]
-    for row in summarise(results):
-        spread = "" if row["spread"] is None else f" ± {row['spread']:.1%}"
-        lines.append(
-            f"| {row['setting']} | {row['run']} | {row['accuracy']:.1%}{spread} "
-            f"| {row['cross_entropy']:.3f} | {row['kept']:.0%} | {row['length']:.0f} |"
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table and a panel of the figure: one share of right answers in one setting."""
+
+    setting: str
+    field: str  # of Result: accuracy or retained
+
+    def __str__(self) -> str:
+        return self.setting if self.field == "accuracy" else f"{self.setting}: what it knew"
+
+    def of(self, results: Sequence[Result], run: str) -> list[float]:
+        """One value for each seed."""
+        return [
+            getattr(r, self.field) for r in results if (r.setting, r.run) == (self.setting, run)
+        ]
+
+
+def measures_of(results: Sequence[Result]) -> list[Measure]:
+    """What the results hold, in their order."""
+    return list(
+        dict.fromkeys(
+            Measure(result.setting, name)
+            for result in results
+            for name in ("accuracy", "retained")
+            if getattr(result, name) is not None
         )
+    )
+
+
+def names_of_runs(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.run for result in results))
+
+
+def table(results: Sequence[Result], base: Mapping[Measure, float]) -> str:
+    """The results as Markdown: right answers of each objective in each setting, then what else was seen."""
+    measures = measures_of(results)
+    lines = [row("objective", *measures), "|---" * (1 + len(measures)) + "|"]
+    lines.append(row("the base", *(mean_and_spread([base[measure]]) for measure in measures)))
+    lines += [
+        row(run, *(mean_and_spread(measure.of(results, run)) for measure in measures))
+        for run in names_of_runs(results)
+    ]
+    lines += [
+        "",
+        row("data", "objective", "held-out cross-entropy", "kept at the end", "characters"),
+    ]
+    lines.append("|---" * 5 + "|")
+    for setting in dict.fromkeys(result.setting for result in results):
+        for run in names_of_runs(results):
+            group = [r for r in results if (r.setting, r.run) == (setting, run)]
+            cross_entropy = mean(r.cross_entropy for r in group)
+            kept, length = mean(r.kept for r in group), mean(r.length for r in group)
+            lines.append(
+                row(setting, run, f"{cross_entropy:.3f}", f"{100 * kept:.0f} %", f"{length:.0f}")
+            )
     return "\n".join(lines) + "\n"
 
 
-def draw_figure(results: Sequence[Result], base: dict[str, float], file: Path) -> None:
-    """A panel for each setting: a dot for each seed, a bar at the mean, a line at the base."""
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation of a sample where there are several."""
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread} %"
+
+
+def draw_figure(results: Sequence[Result], base: Mapping[Measure, float], file: Path) -> None:
+    """A panel for each measure: a dot for each seed, a bar at the mean, a line at the base."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings = list(dict.fromkeys(result.setting for result in results))
-    runs = list(dict.fromkeys(result.run for result in results))
-    height = 1.2 + 0.38 * len(runs)
+    measures, runs = measures_of(results), names_of_runs(results)
     figure, axes = plt.subplots(
         1,
-        len(settings),
-        figsize=(4.6 * len(settings), height),
+        len(measures),
+        figsize=(1.6 + 2.8 * len(measures), 1.2 + 0.36 * len(runs)),
         sharex=True,
         sharey=True,
         squeeze=False,
     )
-    for axis, setting in zip(axes[0], settings, strict=True):
+    for axis, measure in zip(axes[0], measures, strict=True):
         for y, run in enumerate(reversed(runs)):
-            values = [r.accuracy for r in results if (r.setting, r.run) == (setting, run)]
-            axis.scatter(values, [y] * len(values), s=22, color="#0550ae", alpha=0.65, zorder=3)
-            axis.plot([mean(values)] * 2, [y - 0.3, y + 0.3], color="#b3261e", lw=2, zorder=4)
-        axis.axvline(base[setting], color="#57606a", ls="--", lw=1)
+            values = [100 * value for value in measure.of(results, run)]
+            axis.plot([mean(values)] * 2, [y - 0.3, y + 0.3], color="#b3261e", lw=2, zorder=3)
+            axis.scatter(values, [y] * len(values), s=22, color="#0550ae", alpha=0.65, zorder=4)
+        axis.axvline(100 * base[measure], color="#57606a", ls="--", lw=1)
         axis.set_yticks(range(len(runs)), list(reversed(runs)))
-        axis.set_title(setting, fontsize=11)
-        axis.set_xlabel("held-out answers right (dashed: base)")
+        axis.set_xlim(-4, 104)
+        axis.set_title(str(measure), fontsize=10)
         axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("answers right, % (a dot a seed, bar: mean, dashed: the base)", fontsize=10)
     figure.tight_layout()
     beside = file.with_name(f".{file.name}")
     figure.savefig(beside, dpi=150, format="png")
@@ -368,12 +441,12 @@ def flags(text: str) -> str:
     return text
 
 
-def two_files(text: str) -> tuple[Path, Path]:
-    """An argparse type for two existing files."""
-    if text.count(",") != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} are not two files with a comma between them")
-    first, second = (existing(part).absolute() for part in text.split(","))
-    return first, second
+def chat_files(text: str) -> Setting:
+    """An argparse type for two or three existing files."""
+    files = [existing(part).absolute() for part in text.split(",")]
+    if len(files) not in (2, 3):
+        raise argparse.ArgumentTypeError(f"{text!r} are not two or three files with commas between")
+    return Setting(*files)
 
 
 def existing(text: str) -> Path:
@@ -400,16 +473,17 @@ def read_plan(argv: Sequence[str] | None) -> Plan:
     add(
         "--setting",
         action="append",
-        type=named("NAME=DATA,HELD_OUT", two_files),
-        metavar="NAME=DATA,HELD_OUT",
-        help="chat files to train on and to ask from, under a name; may be repeated",
+        type=named(SETTING_FORM, chat_files),
+        metavar=SETTING_FORM,
+        help="chat files to train on, to ask from, and to ask what the base knows already; may be repeated",
     )
     add(
         "--run",
         action="append",
         type=named("NAME=FLAGS", flags),
         metavar="NAME=FLAGS",
-        help="an objective as flags of the training entry; may be repeated (default: seven of them)",
+        help="an objective as flags of the training entry; may be repeated (default: "
+        f"{', '.join(RUNS)})".replace("%", "%%"),
     )
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     add(
@@ -455,18 +529,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several trainings share the cores
     os.chdir(REPOSITORY)
     plan = read_plan(argv)
+    base: dict[Measure, float] = {}
     try:
-        base = {
-            name: answer(plan, held_out, plan.base)[0]
-            for name, (_, held_out) in plan.settings.items()
-        }
+        for setting in plan.settings:
+            accuracy, retained, _ = examine(plan, setting, plan.base)
+            base[Measure(setting, "accuracy")] = accuracy
+            if retained is not None:
+                base[Measure(setting, "retained")] = retained
         results = compare(plan)
     except ComparisonError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text = table(results, base)
-    report = {"base_accuracy": base, "train": plan.train, "runs": plan.runs}
-    report |= {"summary": summarise(results), "results": [asdict(r) for r in results]}
+    report = {"base": {str(measure): share for measure, share in base.items()}}
+    report |= {"train": plan.train, "runs": plan.runs, "results": [asdict(r) for r in results]}
     write_whole(plan.out / "results.json", json.dumps(report, indent=1) + "\n")
     write_whole(plan.out / "results.md", text)
     draw_figure(results, base, plan.out / "figure.png")

@@ -139,6 +139,19 @@ def generate(seed: int = 0) -> dict[str, list[dict]]:
     return files
 
 
+def in_other_words(records: Sequence[dict], wordings: int, seed: int = 0) -> list[dict]:
+    """Each sum of the held-out file asked in so many drawn wordings and orders, without repetitions."""
+    rng = random.Random(seed)
+    split = SPLITS["arithmetic_heldout"]
+    made = {}
+    for record in records:
+        a, b = numbers_in(record["messages"][0]["content"])
+        for _ in range(wordings):
+            new = make_record(rng, (a, b), split)
+            made.setdefault(new["messages"][0]["content"], new)
+    return list(made.values())
+
+
 def with_wrong_sums(records: Sequence[dict], share: float, seed: int = 0) -> list[dict]:
     """Copies of which a share has a sum with another units word, for experiments on wrong labels."""
     rng = random.Random(seed)
@@ -155,7 +168,10 @@ def with_wrong_sums(records: Sequence[dict], share: float, seed: int = 0) -> lis
 
 
 def as_differences(records: Sequence[dict]) -> list[dict]:
-    """The sums a + b = c as questions for c - a, for experiments on what a model has not learnt."""
+    """The sums a + b = c as questions for c - a, for experiments on what a model has not learnt.
+
+    As many as records, although those that differ in wording only give the same difference.
+    """
     made = []
     for record in records:
         a, b = numbers_in(record["messages"][0]["content"])

@@ -75,7 +75,8 @@ class ScheduledObjective:
         warmup_steps: steps of plain SFT at the beginning; the schedules begin behind them.
 
     Raises:
-        ValueError: a schedule that does not fit the objective, or a negative warm-up.
+        ValueError: a schedule that does not fit the objective or changes nothing, or a negative
+            warm-up.
     """
 
     objective: Objective
@@ -110,6 +111,11 @@ class ScheduledObjective:
             raise ValueError(
                 f"the schedule of {schedule.option} starts at {len(schedule.start)} value(s), but the "
                 f"option has {count}."
+            )
+        if schedule.start == (end if isinstance(end, tuple) else (end,)):
+            raise ValueError(
+                f"the schedule of {schedule.option} starts where it ends, at {end!r}; it changes "
+                "nothing: remove it, or give another start."
             )
 
     @property

@@ -145,6 +145,33 @@ def objective_from_args(args: Namespace) -> Objective | ScheduledObjective:
     return _build(vars(args))
 
 
+def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
+    """Refuse a warm-up or a schedule that would leave nothing of an option that was given.
+
+    Args:
+        objective: What the flags ask for.
+        steps: Of the whole run.
+
+    Raises:
+        ValueError: The objective, or the final value of an option, would have no step.
+    """
+    if not isinstance(objective, ScheduledObjective):
+        return
+    left = steps - objective.warmup_steps
+    if left < 1:
+        raise ValueError(
+            f"--objective-warmup-steps {objective.warmup_steps} leaves no step of the run's {steps} for the "
+            f"objective; give fewer than {steps}, or --objective sft"
+        )
+    for schedule in objective.schedules:
+        if schedule.shape == "constant" and schedule.steps >= left:
+            raise ValueError(
+                f"--objective-schedule {schedule.option} constant keeps its start for {schedule.steps} "
+                f"steps, which are all {left} of the run, so {flag_of(schedule.option)} would be "
+                "ignored; give fewer than that, or drop the schedule"
+            )
+
+
 def _build(settings: Mapping[str, Any]) -> Objective | ScheduledObjective:
     objective = build_objective(settings["objective"], **settings["objective_options"])
     schedules = tuple(OptionSchedule(*given) for given in settings["objective_schedule"] or ())
@@ -164,12 +191,8 @@ def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledO
         )
     ProbQuantiles(tuple(settings["log_quantiles"] or ()))
     check_implementation(settings["objective_implementation"], settings["objective_backward"])
-    warmup, iters = settings["objective_warmup_steps"], settings["train_iters"]
-    if iters and warmup >= iters:
-        raise ValueError(
-            f"--objective-warmup-steps {warmup} leaves no step of --train-iters {iters} for it; give "
-            f"fewer than {iters}, or --objective sft"
-        )
+    if settings["train_iters"]:
+        check_steps(objective, settings["train_iters"])
 
 
 def _options_by_name() -> dict[str, dict[str, Field[Any]]]:

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_profit.objectives import TokenStatistics, build_objective
+from megatron_profit.objectives import TokenStatistics, build_objective, token_uniform
 
 COMMON_TAUS = [i / 20 for i in range(1, 20)] + [0.01, 0.001, 1 / 3, 1 / 7]
 
@@ -55,6 +55,26 @@ def test_a_softmax_equal_to_the_threshold_is_kept(vocab_size, dtype):
             "profit", threshold_direction=direction, prob_threshold=1 / vocab_size
         )
         assert objective(statistics).weight.item() == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(tau=st.floats(0, 1), double=st.booleans())
+@example(tau=0.0, double=False)
+@example(tau=1.0, double=False)
+@example(tau=5e-324, double=True)
+def test_any_probability_that_equals_its_threshold_is_kept(tau, double):
+    dtype = torch.float64 if double else torch.float32
+    for direction, threshold in (("higher", tau), ("lower", tau), ("middle", (tau, tau))):
+        assert kept(direction, threshold, [tau], dtype) == [True]
+
+
+@settings(max_examples=100, deadline=None)
+@given(tau=st.floats(0, 1), probs=st.lists(st.floats(0, 1), max_size=9))
+def test_an_interval_of_one_point_keeps_what_both_its_sides_keep(tau, probs):
+    above, below = kept("higher", tau, probs), kept("lower", tau, probs)
+    middle = [one and other for one, other in zip(above, below, strict=True)]
+    assert kept("middle", (tau, tau), probs) == middle
+    assert all(one or other for one, other in zip(above, below, strict=True)), "none is lost"
 
 
 @settings(max_examples=200, deadline=None)
@@ -122,6 +142,23 @@ def test_random_draws_for_itself_when_no_numbers_are_given():
     assert not torch.equal(weight, objective(statistics).weight)
     torch.manual_seed(1)
     assert torch.equal(weight, objective(statistics).weight)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31), ranks=st.integers(1, 7))
+def test_random_keeps_its_ratio_for_any_seed_and_the_same_tokens_for_any_layout(ratio, seed, ranks):
+    sample, position = (x.flatten() for x in torch.meshgrid(*[torch.arange(64)] * 2, indexing="ij"))
+    objective = build_objective("profit", threshold_direction="random", keep_ratio=ratio)
+
+    def weights(tokens):
+        uniform = token_uniform(seed, sample[tokens], position[tokens])
+        return objective(TokenStatistics(torch.zeros(len(tokens)), uniform=uniform)).weight
+
+    whole = weights(torch.arange(64 * 64))
+    assert abs(whole.mean().item() - ratio) < 5 * (ratio * (1 - ratio) / len(whole)) ** 0.5 + 1e-3
+    torch.manual_seed(seed)
+    parts = torch.randperm(len(whole)).tensor_split(ranks)
+    assert all(torch.equal(weights(part), whole[part]) for part in parts)
 
 
 @pytest.mark.parametrize(("ratio", "share"), [(0, 0.0), (1, 1.0)])

@@ -34,7 +34,7 @@ def test_shapes():
 
 @given(
     shape=st.sampled_from(["constant", "linear", "cosine"]),
-    start=st.floats(0, 1),
+    start=st.floats(0, 1).filter(lambda start: start != 0.5),
     steps=st.integers(1, 50),
 )
 def test_a_schedule_goes_from_its_start_to_the_option_and_no_further(shape, start, steps):
@@ -91,6 +91,10 @@ def test_any_fractional_option_can_have_a_schedule():
         ),
         (("tau", "linear", 0, 2), "tau cannot have a schedule here"),
         (("threshold_direction", "linear", 0, 2), "threshold_direction cannot have a schedule"),
+        (
+            ("prob_threshold", "linear", "0.5", 2),
+            r"prob_threshold starts where it ends, at \(0\.5,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

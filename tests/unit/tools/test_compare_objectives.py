@@ -1,17 +1,23 @@
-"""The comparison: what counts as an answer, what is summarised, what it refuses, and a small real one."""
+"""The comparison: what counts as an answer, its tables, what it refuses and keeps, and a small real one."""
 
 import json
+import shutil
 
 import compare_objectives
 import make_arithmetic_data
 import pytest
-from compare_objectives import Result, final_answer, read_plan, summarise, table
+from compare_objectives import Result, final_answer, measures_of, read_plan, table
 from make_tiny_model import main as make_tiny_model
 
 RESULTS = [
-    Result("clean", "sft", seed, accuracy, cross_entropy, kept=1.0, length=10.0)
-    for seed, accuracy, cross_entropy in ((1, 0.5, 1.0), (2, 0.75, 2.0))
-] + [Result("clean", "dft", 1, 0.25, 3.0, 1.0, 5.0)]
+    Result("clean", "sft", 1, accuracy=0.5, retained=None, cross_entropy=1.0, kept=1.0, length=10),
+    Result("clean", "sft", 2, accuracy=0.75, retained=None, cross_entropy=2.0, kept=0.5, length=20),
+    Result("clean", "dft", 1, accuracy=0.25, retained=None, cross_entropy=3.0, kept=1.0, length=5),
+    Result("new", "sft", 1, accuracy=0.5, retained=0.1, cross_entropy=1.0, kept=1.0, length=10),
+    Result("new", "dft", 1, accuracy=0.0, retained=0.9, cross_entropy=3.0, kept=1.0, length=5),
+]
+BASE = dict(zip(measures_of(RESULTS), (0.5, 0.0, 0.95), strict=True))
+TRAIN = "--seq-length 40 --micro-batch-size 8 --train-iters 2 --lr 1e-3"
 
 
 @pytest.mark.parametrize(
@@ -32,15 +38,20 @@ def test_the_last_match_is_the_answer(text, pattern, expected):
 
 
 def test_mean_and_spread_are_over_the_seeds():
-    sft, dft = summarise(RESULTS)
-    assert sft["accuracy"] == 0.625
-    assert sft["spread"] == pytest.approx(0.125 * 2**0.5)
-    assert sft["cross_entropy"] == 1.5
-    assert dft["spread"] is None
-    lines = table(RESULTS, {"clean": 0.5}).splitlines()
-    assert lines[2] == "| clean | the base | 50.0% | | | |"
-    assert lines[3] == "| clean | sft | 62.5% ± 17.7% | 1.500 | 100% | 10 |"
-    assert lines[4] == "| clean | dft | 25.0% | 3.000 | 100% | 5 |"
+    assert table(RESULTS, BASE).splitlines() == [
+        "| objective | clean | new | new: what it knew |",
+        "|---|---|---|---|",
+        "| the base | 50.0 % | 0.0 % | 95.0 % |",
+        "| sft | 62.5 ± 17.7 % | 50.0 % | 10.0 % |",
+        "| dft | 25.0 % | 0.0 % | 90.0 % |",
+        "",
+        "| data | objective | held-out cross-entropy | kept at the end | characters |",
+        "|---|---|---|---|---|",
+        "| clean | sft | 1.500 | 75 % | 15 |",
+        "| clean | dft | 3.000 | 100 % | 5 |",
+        "| new | sft | 1.000 | 100 % | 10 |",
+        "| new | dft | 3.000 | 100 % | 5 |",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +60,7 @@ def test_mean_and_spread_are_over_the_seeds():
         (["--base", "."], "--base and --setting go together"),
         (["--base", ".", "--setting", "a=setup.py,setup.py"], "--base needs --answer-pattern"),
         (["--base", "absent"], "absent does not exist"),
-        (["--setting", "a=setup.py"], "are not two files"),
+        (["--setting", "a=setup.py"], "are not two or three files"),
         (["--run", "sft"], "is not of the form NAME=FLAGS"),
     ],
 )
@@ -77,38 +88,75 @@ def test_wrong_sums_and_differences():
         assert numbers(answer) == [minuend - subtrahend]
 
 
-@pytest.mark.slow
-def test_a_comparison_runs_continues_and_reports_a_failure(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def flags(tmp_path):
+    """Of a comparison of two objectives and two seeds on a model that has learnt nothing."""
     data = tmp_path / "sums.jsonl"
     records = make_arithmetic_data.generate()["arithmetic_heldout"]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     make_tiny_model(["--out", str(tmp_path / "base"), "--data", str(data)])
-    flags = [
-        *(
-            "--out",
-            tmp_path / "out",
-            "--base",
-            tmp_path / "base",
-            "--setting",
-            f"sums={data},{data}",
-        ),
-        *("--answer-pattern", make_arithmetic_data.NUMBER.pattern, "--seeds", "1", "2"),
-        *("--train", "--seq-length 40 --micro-batch-size 8 --train-iters 2 --lr 1e-3"),
-        *("--run", "sft=--objective sft", "--run", "dft=--objective dft", "--max-new-tokens", "4"),
+    return [
+        *("--out", str(tmp_path / "out"), "--base", str(tmp_path / "base")),
+        *("--setting", f"sums={data},{data},{data}", "--seeds", "1", "2", "--train", TRAIN),
+        *("--answer-pattern", make_arithmetic_data.NUMBER.pattern, "--max-new-tokens", "4"),
+        *("--run", "profit 0.5=--objective sft", "--run", "profit < 0.5=--objective dft"),
     ]
-    assert compare_objectives.main(list(map(str, flags))) == 0
+
+
+@pytest.fixture
+def trainings(monkeypatch, tmp_path):
+    """The commands of the runs that are made, each of which leaves the base as it is."""
+    commands = []
+
+    def execute(command, log):
+        commands.append(command)
+        shutil.copytree(tmp_path / "base", command[command.index("--export-hf") + 1])
+        return "| kept fraction: 0.5 |\n validation loss at iteration 2 | lm loss value: 4.0 |"
+
+    monkeypatch.setattr(compare_objectives, "execute", execute)
+    return commands
+
+
+def test_runs_are_made_once_and_again_when_something_they_follow_from_has_changed(
+    flags, trainings, tmp_path
+):
+    assert compare_objectives.main(flags) == 0
+    assert len(trainings) == 4
+    report = json.loads((tmp_path / "out/results.json").read_text())
+    assert [(r["run"], r["seed"]) for r in report["results"]] == [
+        (name, seed) for seed in (1, 2) for name in ("profit 0.5", "profit < 0.5")
+    ]
+    assert all(r["kept"] == 0.5 and r["cross_entropy"] == 4.0 for r in report["results"])
+    assert report["base"] == {"sums": 0.0, "sums: what it knew": 0.0}
+    assert (tmp_path / "out/figure.png").stat().st_size > 10_000
+
+    assert compare_objectives.main([*flags, "--run", "third=--objective eaft"]) == 0
+    assert len(trainings) == 6, "only the third is new"
+    with (tmp_path / "sums.jsonl").open("a") as data:
+        data.write(json.dumps(make_arithmetic_data.generate()["arithmetic_base"][0]) + "\n")
+    assert compare_objectives.main(flags) == 0
+    assert len(trainings) == 10
+
+
+def test_held_out_sums_in_other_words():
+    records = make_arithmetic_data.generate()["arithmetic_heldout"]
+    asked = make_arithmetic_data.in_other_words(records, 6)
+    questions = [record["messages"][0]["content"] for record in asked]
+    assert len(set(questions)) == len(questions) > 4 * len(records)
+    pairs = [
+        {frozenset(make_arithmetic_data.numbers_in(r["messages"][0]["content"])) for r in some}
+        for some in (records, asked)
+    ]
+    assert pairs[0] == pairs[1]
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_and_reports_a_failure(flags, tmp_path, capsys):
+    assert compare_objectives.main(flags) == 0
     report = json.loads((tmp_path / "out/results.json").read_text())
     assert len(report["results"]) == 4
     assert all(result["cross_entropy"] > 0 for result in report["results"])
-    assert (tmp_path / "out/figure.png").stat().st_size > 10_000
-    first = (tmp_path / "out/results.md").read_text()
+    assert all(result["kept"] == 1 for result in report["results"])
 
-    monkeypatch.setattr(
-        compare_objectives, "execute", lambda *_: pytest.fail("a run was made twice")
-    )
-    assert compare_objectives.main(list(map(str, flags))) == 0
-    assert (tmp_path / "out/results.md").read_text() == first
-
-    monkeypatch.undo()
-    assert compare_objectives.main([*map(str, flags), "--run", "bad=--objective best"]) == 1
-    assert "invalid choice" in capsys.readouterr().err
+    assert compare_objectives.main([*flags, "--run", "bad=--objective best"]) == 1
+    assert "unknown objective 'best'" in capsys.readouterr().err

@@ -206,7 +206,12 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--objective", "no_such_module:X"), 1, ("no_such_module", "PYTHONPATH")),
         (("--keep-share", "0.5"), 1, ("--keep-share", "entropy and rho1", "profit")),
         (("--log-quantiles", "0.5", "2"), 1, ("2.0", "quantile")),
-        (("--objective-warmup-steps", "9"), 1, ("--objective-warmup-steps 9", "--train-iters 9")),
+        (("--objective-warmup-steps", "9"), 1, ("--objective-warmup-steps 9", "the run's 9")),
+        (
+            ("--objective-schedule", "prob_threshold", "constant", "0", "9"),
+            1,
+            ("prob_threshold constant", "all 9", "--prob-threshold would be ignored"),
+        ),
         (("--objective-schedule", "tau", "linear", "0", "5"), 1, ("tau", "prob_threshold")),
         (("--objective-schedule", "prob_threshold", "linear", "2", "5"), 1, ("2.0", "[0, 1]")),
     ],
