@@ -11,16 +11,17 @@ import socket
 
 from megatron_profit.backends import DEVICES, activate
 from megatron_profit.training.console import fail
+from megatron_profit.training.launcher import die_with_launcher
 
 
 def main() -> None:
     """Run supervised fine-tuning with the flags of the command line."""
+    # Before the imports, which take long.
+    die_with_launcher()
     device = start()
 
-    from megatron_profit.training.exit_signals import die_with_launcher
     from megatron_profit.training.main import run
 
-    die_with_launcher()
     run(device)
 
 

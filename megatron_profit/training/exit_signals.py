@@ -7,8 +7,6 @@ to Megatron's handler here. While the process has none yet, or no longer, they e
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 from types import FrameType
 from typing import NoReturn
@@ -19,7 +17,6 @@ from megatron.training.global_vars import get_args, get_signal_handler
 from megatron_profit.training.console import print_rank_0
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1
 
 
 class ExitSignals:
@@ -71,13 +68,6 @@ class ExitSignals:
         largest = torch.tensor(number, device=device)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
         return int(largest.item())
-
-
-def die_with_launcher() -> None:
-    """Let the kernel kill this rank when torchrun is killed, which otherwise leaves its ranks running: they
-    would write into the folder of the run that takes their place."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _last_words(received: signal.Signals) -> str:
