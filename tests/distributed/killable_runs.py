@@ -6,36 +6,40 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import forked_torchrun
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 METRICS = ("objective", "lm loss", "kept fraction", "grad norm", "learning rate")
 
 
 class Job:
-    """A run of the training entry under torchrun, in the background."""
+    """A run of the training entry under torchrun, in the background.
 
-    def __init__(self, world_size: int, flags: list[object], log: Path, *torchrun: str) -> None:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun]
-        entry = ["-m", "megatron_profit.sft", "--device", "cpu", *map(str, flags)]
+    Args:
+        world_size: Ranks.
+        flags: Of the entry.
+        log: Gets what it prints.
+        max_restarts: Of torchrun.
+    """
+
+    def __init__(
+        self, world_size: int, flags: list[object], log: Path, max_restarts: int = 0
+    ) -> None:
         self.log = log
-        with log.open("w") as stream:
-            self._torchrun = subprocess.Popen(
-                [*launcher, "--nproc-per-node", str(world_size), *entry],
-                cwd=REPOSITORY,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            )
+        log.touch()
+        entry = ["--device", "cpu", *map(str, flags)]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        self._torchrun = forked_torchrun.context().Process(
+            target=forked_torchrun.launch, args=(world_size, entry, log, max_restarts, env)
+        )
+        self._torchrun.start()
 
     @property
     def output(self) -> str:
@@ -45,20 +49,23 @@ class Job:
     def ranks(self) -> list[int]:
         """Process ids."""
         pid = self._torchrun.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [int(child) for child in children if b"megatron_profit.sft" in _command(int(child))]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
 
     def wait_for(self, condition: Callable[[str], object], timeout: float = 240) -> None:
         """Until the output fulfils a condition."""
         end = time.monotonic() + timeout
         while not condition(self.output):
-            assert self._torchrun.poll() is None, f"ended too soon:\n{self.output[-6000:]}"
+            assert self._torchrun.is_alive(), f"ended too soon:\n{self.output[-6000:]}"
             assert time.monotonic() < end, f"waited too long:\n{self.output[-6000:]}"
             time.sleep(0.005)
 
     def end(self, timeout: float = 600) -> int:
         """Wait for the end; the exit code."""
-        return self._torchrun.wait(timeout)
+        self._torchrun.join(timeout)
+        assert not self._torchrun.is_alive(), f"does not end:\n{self.output[-6000:]}"
+        return self._torchrun.exitcode
 
     def kill(self, what: str) -> None:
         """End it with no warning: "torchrun", a "rank", or the "machine" with all its processes."""

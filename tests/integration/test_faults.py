@@ -137,7 +137,7 @@ def test_torchrun_restarts_what_a_signal_or_a_kill_ended(command, tmp_path):
     whole = Job(2, command("whole", 40, *PSFT), tmp_path / "whole.log")
     assert whole.end() == 0
     expected = steps(whole.output)
-    job = Job(2, command("restarted", 40, *PSFT), tmp_path / "log", "--max-restarts=2")
+    job = Job(2, command("restarted", 40, *PSFT), tmp_path / "log", max_restarts=2)
     job.wait_for(lambda output: 5 in steps(output))
     job.kill_rank()
     job.wait_for(lambda output: "successfully loaded checkpoint" in output and 9 in steps(output))
