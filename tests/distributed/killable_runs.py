@@ -135,8 +135,8 @@ class Chain:
 
     Attributes:
         lost: Steps that each kill has lost, those after the checkpoint that was resumed from.
-        inside_saves: Kills that have left a checkpoint half-written.
-        seconds: From each start to the first step.
+        inside_saves: Kills between the beginning and the end of a save.
+        seconds: That each life has taken.
     """
 
     start: Callable[[Path], Job]
@@ -164,8 +164,13 @@ class Chain:
             self.seen |= trained
             self._last = max(trained)
         self.seconds.append(time.monotonic() - begun)
-        self.inside_saves += is_half_written(self.save)
+        self.inside_saves += ended_in_save(job.output)
         return job.output
+
+
+def ended_in_save(output: str) -> bool:
+    """Whether a save was begun and not completed."""
+    return output.rfind("saving checkpoint at") > output.rfind("successfully saved checkpoint")
 
 
 def is_half_written(save: Path) -> bool:
