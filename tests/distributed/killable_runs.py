@@ -53,7 +53,7 @@ class Job:
             int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         ]
 
-    def wait_for(self, condition: Callable[[str], object], timeout: float = 240) -> None:
+    def wait_for(self, condition: Callable[[str], object], timeout: float = 600) -> None:
         """Until the output fulfils a condition."""
         end = time.monotonic() + timeout
         while not condition(self.output):
