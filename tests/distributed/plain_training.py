@@ -1,0 +1,411 @@
+"""Training as one would write it: the HuggingFace model, one record at a time, fp64, one process.
+
+Runs of Megatron at any layout are compared with it step by step. It shares with them the order of the rows
+and nothing else: the objectives are written here as their sources write them, and autograd differentiates.
+
+Shape suffixes: L tokens of one record, M supervised tokens of a global batch, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_profit.data import ChatRenderer, Examples, SFTDataset, build_examples
+
+ADAM_EPSILON, WEIGHT_DECAY = 1e-3, 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained and how, for the plain loop and as flags of a run.
+
+    Attributes:
+        data, valid: Chat files; after the last step, one batch of `valid` is evaluated.
+        steps, batch: Optimizer steps, and rows of each.
+        seq_length, packing: Of the rows.
+        rate: Learning rate.
+        clip_grad: The norm that gradients are scaled down to, 0 for none.
+        seed: Of the order.
+        balancing: Coefficient of the loss that balances the router of a model with experts, of which every
+            row is a micro-batch.
+    """
+
+    data: Path
+    steps: int
+    batch: int
+    seq_length: int = 48
+    packing: bool = False
+    rate: float = 1e-3
+    clip_grad: float = 0.0
+    seed: int = 5
+    balancing: float = 0.0
+    valid: Path | None = None
+
+    @property
+    def flags(self) -> list[object]:
+        """Of `megatron_profit.sft`, without the model, the objective and the layout."""
+        evaluation = [] if self.valid is None else ["--valid-data", self.valid, "--eval-iters", 1]
+        return [
+            *("--data", self.data, "--packing" if self.packing else "--no-packing"),
+            *("--seq-length", self.seq_length, "--seed", self.seed),
+            *("--global-batch-size", self.batch, "--train-iters", self.steps),
+            *("--lr", self.rate, "--min-lr", self.rate, "--clip-grad", self.clip_grad),
+            *("--adam-eps", ADAM_EPSILON, "--weight-decay", WEIGHT_DECAY),
+            *evaluation,
+        ]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The supervised tokens of a global batch.
+
+    Attributes:
+        log_probs: [M, V], with their graph.
+        targets: [M].
+        old, ref: [M], log-probabilities of the targets under the old policy and the reference model.
+    """
+
+    log_probs: Tensor
+    targets: Tensor
+    old: Tensor | None = None
+    ref: Tensor | None = None
+
+    @property
+    def log_prob(self) -> Tensor:
+        return self.log_probs.gather(-1, self.targets[:, None])[:, 0]
+
+    @property
+    def prob(self) -> Tensor:
+        return self.log_prob.detach().exp()
+
+    @property
+    def all_probs(self) -> Tensor:
+        return self.log_probs.detach().exp()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An objective on M tokens.
+
+    Attributes:
+        loss: [M].
+        kept: [M] bool, what is trained.
+        divisor: Of the summed loss.
+        metrics: What the objective logs of its own.
+    """
+
+    loss: Tensor
+    kept: Tensor
+    divisor: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def _all(loss: Tensor) -> Outcome:
+    return Outcome(loss, torch.ones_like(loss, dtype=torch.bool), len(loss))
+
+
+def _of_kept(tokens: Tokens, kept: Tensor) -> Outcome:
+    """The cross-entropy of some tokens, over their number."""
+    return Outcome(-tokens.log_prob * kept, kept, int(kept.sum()))
+
+
+def _clear_of(values: Tensor, limit: float) -> Tensor:
+    """Which values reach a limit, none of them so near to it that fp32 could see it on the other side."""
+    assert ((values - limit).abs() > 1e-5 * abs(limit)).all(), f"a token lies at {limit}"
+    return values >= limit
+
+
+def _top(scores: Tensor, share: float) -> Tensor:
+    """Which are among the highest ceil(share * M)."""
+    ranked = scores.sort(descending=True).values
+    count = -int(-share * len(scores) // 1)
+    limit = (ranked[count - 1] + ranked[count]) / 2
+    return _clear_of(scores, float(limit))
+
+
+def _gce(t: Tokens, q: float) -> Outcome:
+    return _all((1 - t.log_prob.exp() ** q) / q)
+
+
+def _deft(t: Tokens) -> Outcome:
+    exponent = t.all_probs.square().sum(-1)
+    return _all((1 - t.log_prob.exp() ** exponent) / exponent)
+
+
+def _eaft(t: Tokens) -> Outcome:
+    top = t.all_probs.topk(20).values
+    top = top / top.sum(-1, keepdim=True)
+    return _all(-(-(top * top.log()).sum(-1) / 3) * t.log_prob)
+
+
+def _asft(t: Tokens, kl_weight: float) -> Outcome:
+    p, ref = t.log_prob.exp(), t.ref.exp()
+    kl = ref * (ref / p).log() + (1 - ref) * ((1 - ref) / (1 - p)).log()
+    kl_mean = float(kl.detach().mean())
+    outcome = _all(-t.prob * t.log_prob + kl_weight * kl)
+    return replace(outcome, metrics={"KL to reference": kl_mean})
+
+
+def _psft(t: Tokens, clip: float) -> Outcome:
+    ratio = (t.log_prob - t.old).exp()
+    clipped = ~_clear_of(-ratio.detach(), -(1 + clip))
+    metrics = {
+        "mean ratio": float(ratio.detach().mean()),
+        "clip fraction": float(clipped.double().mean()),
+    }
+    return Outcome(-ratio.clamp(max=1 + clip), ~clipped, len(ratio), metrics)
+
+
+def _entropy_of(t: Tokens) -> Tensor:
+    return -(t.all_probs * t.log_probs.detach()).sum(-1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective as flags and as its formula.
+
+    `steps_per_refresh` optimizer steps share an old policy.
+    """
+
+    flags: str
+    evaluate: Callable[[Tokens], Outcome]
+    steps_per_refresh: int = 1
+
+
+def profit(tau: float) -> Case:
+    """ProFit, which keeps p >= tau."""
+
+    def evaluate(t: Tokens) -> Outcome:
+        return replace(_of_kept(t, _clear_of(t.prob, tau)), divisor=len(t.prob))
+
+    flags = f"--objective profit --threshold-direction higher --prob-threshold {tau}"
+    return Case(flags, evaluate)
+
+
+def psft(steps_per_refresh: int, clip: float = 0.28) -> Case:
+    """PSFT, whose lower clip never binds."""
+    flags = f"--objective psft --psft-steps-per-refresh {steps_per_refresh} --clip-high {clip}"
+    return Case(flags, lambda t: _psft(t, clip), steps_per_refresh)
+
+
+CASES = {
+    "sft": Case("--objective sft", lambda t: _all(-t.log_prob)),
+    "profit": profit(0.02),
+    "dft": Case("--objective dft", lambda t: _all(-t.prob * t.log_prob)),
+    "gce": Case("--objective gce --prob-exponent 0.5", lambda t: _gce(t, 0.5)),
+    "deft": Case("--objective deft", _deft),
+    "eaft": Case("--objective eaft", _eaft),
+    "chord-phi": Case("--objective chord-phi", lambda t: _all(-t.prob * (1 - t.prob) * t.log_prob)),
+    "entropy": Case(
+        "--objective entropy --rank-scope global_batch --keep-share 0.3",
+        lambda t: _of_kept(t, _top(_entropy_of(t), 0.3)),
+    ),
+    "psft": psft(4),
+    "iw-sft": Case(
+        "--objective iw-sft",
+        lambda t: _all(-(t.prob / t.ref.exp()).clamp(0.2, 1.8) * t.log_prob),
+    ),
+    "asft": Case("--objective asft --kl-weight 0.5", lambda t: _asft(t, 0.5)),
+    "stm": Case(
+        "--objective stm --ref-prob-threshold 0.02",
+        lambda t: _of_kept(t, _clear_of(t.ref.exp(), 0.02)),
+    ),
+    "rho1": Case(
+        "--objective rho1 --rank-scope global_batch --keep-share 0.4",
+        lambda t: _of_kept(t, _top(t.ref - t.log_prob.detach(), 0.4)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves.
+
+    Attributes:
+        metrics: One line for each step, by the name that is logged.
+        valid: The objective on the validation batch; NaN where there is none.
+        weights: By HuggingFace name.
+    """
+
+    metrics: list[dict[str, float]]
+    valid: float
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a row: inputs and labels [L], -100 where unsupervised."""
+
+    tokens: Tensor
+    labels: Tensor
+
+
+Rows = list[list[Record]]
+
+
+def train(hf: Path, plan: Plan, case: Case, reference: Path | None = None) -> Trained:
+    """Train the HuggingFace folder `hf`; `reference` is the folder of a reference model."""
+    model = _model(hf)
+    ref = None if reference is None else _model(reference)
+    examples = _examples(hf, plan.data, plan)
+    steps = _batches(examples, plan, plan.steps)
+    balance = _Balancing(model, plan, examples) if plan.balancing else None
+    optimizer = _optimizer(model, plan.rate)
+    metrics = []
+    for number, rows in enumerate(steps):
+        place = number % case.steps_per_refresh
+        if place == 0:
+            outer = steps[number : number + case.steps_per_refresh]
+            old = [_log_prob(model, later) for later in outer]
+        outcome, tokens = _outcome(model, rows, case, old[place], ref)
+        loss = outcome.loss.sum() / outcome.divisor
+        optimizer.zero_grad()
+        extra = {} if balance is None else balance.loss_and_metrics(rows, len(tokens.targets))
+        (loss + extra.pop("loss", 0.0)).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        if plan.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), plan.clip_grad, norm)
+        optimizer.step()
+        metrics.append(
+            {
+                "objective": float(loss.detach()),
+                "lm loss": float(-tokens.log_prob.detach().mean()),
+                "kept fraction": float(outcome.kept.double().mean()),
+                "supervised tokens": len(tokens.targets),
+                "grad-norm": float(norm),
+                **outcome.metrics,
+                **extra,
+            }
+        )
+    names = load_file(hf / "model.safetensors").keys()
+    weights = {name: model.state_dict()[name] for name in names}
+    return Trained(metrics, _evaluated(model, hf, plan, case, ref), weights)
+
+
+def _evaluated(
+    model: torch.nn.Module, hf: Path, plan: Plan, case: Case, ref: torch.nn.Module | None
+) -> float:
+    if plan.valid is None:
+        return float("nan")
+    # The order of validation rows is the same whatever the run's seed.
+    (rows,) = _batches(_examples(hf, plan.valid, plan), replace(plan, seed=0), 1)
+    with torch.no_grad():
+        outcome, _ = _outcome(model, rows, case, None, ref)
+    return float(outcome.loss.sum() / outcome.divisor)
+
+
+def _model(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+
+
+def _examples(hf: Path, data: Path, plan: Plan) -> Examples:
+    renderer = ChatRenderer(AutoTokenizer.from_pretrained(hf))
+    return build_examples([data], renderer, plan.seq_length)[0]
+
+
+def _optimizer(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+    # Megatron decays matrices only.
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=ADAM_EPSILON)
+
+
+def _batches(examples: Examples, plan: Plan, count: int) -> list[Rows]:
+    dataset = SFTDataset(
+        examples, plan.seq_length, count * plan.batch, seed=plan.seed, packing=plan.packing
+    )
+    rows = [_records(dataset[i]) for i in range(count * plan.batch)]
+    return [rows[i : i + plan.batch] for i in range(0, len(rows), plan.batch)]
+
+
+def _records(row: Mapping[str, Tensor]) -> list[Record]:
+    own = [row["sample_index"] == sample for sample in row["sample_index"].unique() if sample >= 0]
+    return [Record(row["tokens"][part], row["labels"][part]) for part in own]
+
+
+def _outcome(
+    model: torch.nn.Module,
+    rows: Rows,
+    case: Case,
+    old: Tensor | None,
+    ref: torch.nn.Module | None,
+) -> tuple[Outcome, Tokens]:
+    log_probs, targets = _forward(model, rows)
+    tokens = Tokens(log_probs, targets, old, None if ref is None else _log_prob(ref, rows))
+    return case.evaluate(tokens), tokens
+
+
+def _forward(model: torch.nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
+    """[M, V] and [M], each record alone."""
+    records = [record for row in rows for record in row]
+    supervised = [record.labels != -100 for record in records]
+    log_probs = [
+        model(record.tokens[None]).logits[0, trained].log_softmax(-1)
+        for record, trained in zip(records, supervised, strict=True)
+    ]
+    targets = [record.labels[s] for record, s in zip(records, supervised, strict=True)]
+    return torch.cat(log_probs), torch.cat(targets)
+
+
+@torch.no_grad()
+def _log_prob(model: torch.nn.Module, rows: Rows) -> Tensor:
+    return Tokens(*_forward(model, rows)).log_prob
+
+
+class _Balancing:
+    """The loss that balances the routers (Switch Transformer, eq. 4) over the tokens of each row.
+
+    Its weight beside the objective is what the mean over rows would have, were all tokens supervised.
+    """
+
+    def __init__(self, model: torch.nn.Module, plan: Plan, examples: Examples) -> None:
+        self._coefficient, self._top_k = plan.balancing, model.config.num_experts_per_tok
+        predicted = len(examples.ids) - len(examples)
+        self._share = int(examples.supervised.sum()) / predicted
+        self._probs: list[list[Tensor]] = []
+        gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+        for gate in gates:
+            seen: list[Tensor] = []
+            self._probs.append(seen)
+            gate.register_forward_hook(
+                lambda gate, inputs, _, seen=seen: seen.append(
+                    torch.nn.functional.linear(inputs[0].flatten(0, -2), gate.weight).softmax(-1)
+                )
+            )
+
+    def loss_and_metrics(self, rows: Rows, supervised: int) -> dict[str, float | Tensor]:
+        records = sum(len(row) for row in rows)
+        losses, weighted = [], []
+        for seen in self._probs:
+            # Passes that looked ahead came before.
+            probs = iter(seen[-records:])
+            for row in rows:
+                probs_TE = torch.cat([next(probs) for _ in row])
+                chosen = torch.zeros_like(probs_TE).scatter(
+                    1, probs_TE.topk(self._top_k).indices, 1
+                )
+                experts = probs_TE.shape[1]
+                fraction = chosen.mean(0) / self._top_k
+                losses.append(experts * (fraction * probs_TE.mean(0)).sum())
+                weighted.append(losses[-1] * len(probs_TE))
+            seen.clear()
+        loss = self._coefficient * self._share * torch.stack(weighted).sum() / supervised
+        return {"loss": loss, "load_balancing_loss": float(torch.stack(losses).detach().mean())}
+
+
+def write_uneven_chats(source: Path, out: Path, turns: list[int]) -> Path:
+    """Chats of as many turns as `turns` says, made from those of one turn in `source`."""
+    lines = (json.loads(line) for line in source.read_text().splitlines())
+    chats = [{"messages": sum((next(lines)["messages"] for _ in range(n)), [])} for n in turns]
+    out.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return out
