@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from megatron.core.datasets.utils import Split
 
-from megatron_profit.data import DataError, Prepared, SFTDataset, load_tokenizer, prepare_sets
+from megatron_profit.data import (
+    DataError,
+    DataOptions,
+    Prepared,
+    SFTDataset,
+    load_tokenizer,
+    prepare_sets,
+)
 from megatron_profit.training.arguments import SFTArguments
 from megatron_profit.training.console import print_rank_0
 
@@ -18,14 +27,14 @@ from megatron_profit.training.console import print_rank_0
 class SFTData:
     """The rows of one run.
 
-    `digest` tells the training records from others.
-
     Every rank maps the same examples and draws the same order from (seed, row), so nothing is broadcast
     and a resumed run continues with the row at which it stopped.
 
     Attributes:
         train, valid: The rows.
         supervised_share: Supervised tokens over all that the model predicts, in the training data.
+        valid_prepared: The validation records, where there are some.
+        digest: Tells the training records, their order and their rows from others.
     """
 
     train: SFTDataset
@@ -84,7 +93,22 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         print_rank_0(f"> valid data: {valid.prepared.report}\n{valid.packing}")
     report = train.prepared.report
     share = report.supervised_tokens / (report.total_tokens - report.kept)
-    return SFTData(train.dataset, valid and valid.dataset, share, valid and valid.prepared)
+    return SFTData(
+        train.dataset,
+        valid and valid.dataset,
+        share,
+        valid and valid.prepared,
+        _digest(train.prepared, arguments.data),
+    )
+
+
+def _digest(prepared: Prepared, options: DataOptions) -> str:
+    """A hash of what decides which records a row of the training data holds, and what of them is trained."""
+    form = (options.seed, options.packing, options.preparation, options.valid_split)
+    weights = [(source.weight, source.num_samples) for source in options.train]
+    digest = hashlib.sha256(repr((form, weights, prepared.report.supervised_tokens)).encode())
+    digest.update(np.ascontiguousarray(prepared.digests).data)
+    return digest.hexdigest()[:24]
 
 
 def _check_tokenizer(arguments: SFTArguments) -> None:

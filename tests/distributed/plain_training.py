@@ -52,14 +52,16 @@ class Plan:
     @property
     def flags(self) -> list[object]:
         """Of `megatron_profit.sft`, without the model, the objective and the layout."""
-        evaluation = [] if self.valid is None else ["--valid-data", self.valid, "--eval-iters", 1]
+        more = [] if self.valid is None else ["--valid-data", self.valid, "--eval-iters", 1]
+        if self.balancing:
+            more += ["--moe-aux-loss-coeff", self.balancing]
         return [
             *("--data", self.data, "--packing" if self.packing else "--no-packing"),
             *("--seq-length", self.seq_length, "--seed", self.seed),
             *("--global-batch-size", self.batch, "--train-iters", self.steps),
             *("--lr", self.rate, "--min-lr", self.rate, "--clip-grad", self.clip_grad),
             *("--adam-eps", ADAM_EPSILON, "--weight-decay", WEIGHT_DECAY),
-            *evaluation,
+            *more,
         ]
 
 
@@ -175,9 +177,13 @@ class Case:
     `steps_per_refresh` optimizer steps share an old policy.
     """
 
-    flags: str
+    options: str
     evaluate: Callable[[Tokens], Outcome]
     steps_per_refresh: int = 1
+
+    @property
+    def flags(self) -> list[str]:
+        return f"{self.options}".split()
 
 
 def profit(tau: float) -> Case:
@@ -186,40 +192,40 @@ def profit(tau: float) -> Case:
     def evaluate(t: Tokens) -> Outcome:
         return replace(_of_kept(t, _clear_of(t.prob, tau)), divisor=len(t.prob))
 
-    flags = f"--objective profit --threshold-direction higher --prob-threshold {tau}"
-    return Case(flags, evaluate)
+    options = f"profit --threshold-direction higher --prob-threshold {tau}"
+    return Case(options, evaluate)
 
 
 def psft(steps_per_refresh: int, clip: float = 0.28) -> Case:
     """PSFT, whose lower clip never binds."""
-    flags = f"--objective psft --psft-steps-per-refresh {steps_per_refresh} --clip-high {clip}"
-    return Case(flags, lambda t: _psft(t, clip), steps_per_refresh)
+    options = f"psft --psft-steps-per-refresh {steps_per_refresh} --clip-high {clip}"
+    return Case(options, lambda t: _psft(t, clip), steps_per_refresh)
 
 
 CASES = {
-    "sft": Case("--objective sft", lambda t: _all(-t.log_prob)),
+    "sft": Case("sft", lambda t: _all(-t.log_prob)),
     "profit": profit(0.02),
-    "dft": Case("--objective dft", lambda t: _all(-t.prob * t.log_prob)),
-    "gce": Case("--objective gce --prob-exponent 0.5", lambda t: _gce(t, 0.5)),
-    "deft": Case("--objective deft", _deft),
-    "eaft": Case("--objective eaft", _eaft),
-    "chord-phi": Case("--objective chord-phi", lambda t: _all(-t.prob * (1 - t.prob) * t.log_prob)),
+    "dft": Case("dft", lambda t: _all(-t.prob * t.log_prob)),
+    "gce": Case("gce --prob-exponent 0.5", lambda t: _gce(t, 0.5)),
+    "deft": Case("deft", _deft),
+    "eaft": Case("eaft", _eaft),
+    "chord-phi": Case("chord-phi", lambda t: _all(-t.prob * (1 - t.prob) * t.log_prob)),
     "entropy": Case(
-        "--objective entropy --rank-scope global_batch --keep-share 0.3",
+        "entropy --rank-scope global_batch --keep-share 0.3",
         lambda t: _of_kept(t, _top(_entropy_of(t), 0.3)),
     ),
     "psft": psft(4),
     "iw-sft": Case(
-        "--objective iw-sft",
+        "iw-sft",
         lambda t: _all(-(t.prob / t.ref.exp()).clamp(0.2, 1.8) * t.log_prob),
     ),
-    "asft": Case("--objective asft --kl-weight 0.5", lambda t: _asft(t, 0.5)),
+    "asft": Case("asft --kl-weight 0.5", lambda t: _asft(t, 0.5)),
     "stm": Case(
-        "--objective stm --ref-prob-threshold 0.02",
+        "stm --ref-prob-threshold 0.02",
         lambda t: _of_kept(t, _clear_of(t.ref.exp(), 0.02)),
     ),
     "rho1": Case(
-        "--objective rho1 --rank-scope global_batch --keep-share 0.4",
+        "rho1 --rank-scope global_batch --keep-share 0.4",
         lambda t: _of_kept(t, _top(t.ref - t.log_prob.detach(), 0.4)),
     ),
 }
@@ -406,6 +412,9 @@ class _Balancing:
 def write_uneven_chats(source: Path, out: Path, turns: list[int]) -> Path:
     """Chats of as many turns as `turns` says, made from those of one turn in `source`."""
     lines = (json.loads(line) for line in source.read_text().splitlines())
-    chats = [{"messages": sum((next(lines)["messages"] for _ in range(n)), [])} for n in turns]
+    chats = [
+        {"messages": [message for _ in range(count) for message in next(lines)["messages"]]}
+        for count in turns
+    ]
     out.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return out

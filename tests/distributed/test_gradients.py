@@ -189,7 +189,6 @@ def test_every_selection_equals_the_reference(
 
 LAYOUTS = {
     "one-by-one": (1, "--micro-batch-size 1"),
-    "dp2": (2, "--micro-batch-size 2"),
     "dp2-distributed-optimizer": (
         2,
         "--micro-batch-size 1 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
@@ -199,7 +198,6 @@ LAYOUTS = {
         2,
         "--micro-batch-size 1 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
-    "pp4": (4, "--micro-batch-size 2 --pipeline-model-parallel-size 4"),
     "tp2-sp-recompute": (
         2,
         "--micro-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel "
@@ -225,12 +223,9 @@ LAYOUTS = {
 }
 
 
-# What these show, shorter layouts show as well.
-LONGER = ("dp2", "pp4", "tp2-sp-reference")
-
-
 @pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONGER)) for n in LAYOUTS]
+    "layout",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "tp2-sp-reference")) for n in LAYOUTS],
 )
 def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, layout):
     tokens = tied_reference
@@ -247,66 +242,27 @@ def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, la
     assert logged(output, "supervised tokens") == len(kept)
 
 
-slow = pytest.mark.slow
 PACKED_LAYOUTS = {
-    "micro-batch-4": (1, "--micro-batch-size 4", slow),
-    "tp2-sp-recompute": (
-        2,
-        "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        [],
-    ),
-    "pp2": (2, "--micro-batch-size 2 --pipeline-model-parallel-size 2", []),
-    "cp2": (2, "--micro-batch-size 2 --context-parallel-size 2", []),
-    "dp2": (2, "--micro-batch-size 1", slow),
-    "pp2-virtual": (
-        2,
-        "--micro-batch-size 1 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
-        slow,
-    ),
-    "pp4": (4, "--micro-batch-size 1 --pipeline-model-parallel-size 4", slow),
-    "tp2-pp2-sp": (
-        4,
-        "--micro-batch-size 2 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-        "--sequence-parallel",
-        slow,
-    ),
-    "cp2-tp2-sp": (
-        4,
-        "--micro-batch-size 2 --context-parallel-size 2 --tensor-model-parallel-size 2 "
-        "--sequence-parallel --recompute-granularity selective",
-        slow,
-    ),
-    "cp2-pp2": (
-        4,
-        "--micro-batch-size 1 --context-parallel-size 2 --pipeline-model-parallel-size 2",
-        slow,
-    ),
-    "cp2-dp2-distributed-optimizer": (
-        4,
-        "--micro-batch-size 2 --context-parallel-size 2 --use-distributed-optimizer",
-        slow,
-    ),
-    "cp4": (4, "--micro-batch-size 4 --context-parallel-size 4", slow),
+    "tp2-sp-recompute": "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel "
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "pp2": "--micro-batch-size 2 --pipeline-model-parallel-size 2",
+    "cp2": "--micro-batch-size 2 --context-parallel-size 2",
 }
 
 
-@pytest.mark.parametrize(
-    ("world_size", "flags"),
-    [pytest.param(n, flags, id=name, marks=m) for name, (n, flags, m) in PACKED_LAYOUTS.items()],
-)
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
 def test_packed_rows_give_the_gradient_of_their_records_alone(
-    step, tied_model, packed_reference, world_size, flags
+    step, tied_model, packed_reference, layout
 ):
     # A selection at random is keyed by the token, so that it is the same at every layout too.
     tokens = packed_reference
     kept = tokens.uniform < 0.6
     moved, output = step(
         tied_model,
-        world_size,
+        2,
         *("--packing", "--seq-length", PACKED_LENGTH, "--global-batch-size", PACKED_BATCH),
         *("--objective", "profit", "--threshold-direction", "random", "--keep-ratio", 0.6),
-        *flags.split(),
+        *PACKED_LAYOUTS[layout].split(),
     )
     assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
     assert logged(output, "supervised tokens") == len(kept)

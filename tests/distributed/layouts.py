@@ -1,0 +1,56 @@
+"""Parallel layouts in short, and the comparison of a run at one of them with a plain training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from plain_training import Trained
+from plot_run import read_curves
+
+# Relative, of everything that is logged, at every step: fp32 beside fp64.
+TOLERANCE = 1e-5
+_FLAGS = {
+    "tp2": "--tensor-model-parallel-size 2",
+    "sp": "--sequence-parallel",
+    "pp2": "--pipeline-model-parallel-size 2",
+    "pp4": "--pipeline-model-parallel-size 4",
+    "vpp2": "--num-layers-per-virtual-pipeline-stage 1",
+    "cp2": "--context-parallel-size 2",
+    "cp4": "--context-parallel-size 4",
+    "ep2": "--expert-model-parallel-size 2",
+    "ep4": "--expert-model-parallel-size 4",
+    "etp1": "--expert-tensor-parallel-size 1",
+    "mb1": "--micro-batch-size 1",
+    "mb2": "--micro-batch-size 2",
+    "mb4": "--micro-batch-size 4",
+    "mb8": "--micro-batch-size 8",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "selective": "--recompute-granularity selective",
+    "sharded": "--use-distributed-optimizer",
+    "overlap": "--overlap-grad-reduce --overlap-param-gather",
+    "reshardable": "--dist-ckpt-optim-fully-reshardable",
+}
+
+
+def parse(layout: str, **more: str) -> tuple[int, list[str]]:
+    """The number of ranks and the flags of a layout.
+
+    Args:
+        layout: The ranks, then what is not 1 and not off, "4 tp2 sp mb2". The ranks that are left are
+            data parallelism.
+        more: Further words and their flags.
+    """
+    ranks, *words = layout.split()
+    flags = {**_FLAGS, **more}
+    return int(ranks), [flag for word in words for flag in flags[word].split()]
+
+
+def assert_same_steps(tensorboard: Path, expected: Trained) -> None:
+    """What a run logged, in the full precision of fp32, against the metrics of a plain training."""
+    curves = read_curves(tensorboard)
+    for name in expected.metrics[0]:
+        steps, values = curves[name]
+        assert steps == [*range(1, len(expected.metrics) + 1)]
+        wanted = [line[name] for line in expected.metrics]
+        assert values == pytest.approx(wanted, rel=TOLERANCE), name

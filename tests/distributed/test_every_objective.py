@@ -1,0 +1,102 @@
+"""Every objective through the whole entry, against its formula in a plain training in fp64.
+
+The values of training and of an evaluation, gradient norms, the ranking of a global batch, and the
+numbers of a reference model, which come from another model, once, and serve later runs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import TOLERANCE, assert_same_steps, parse
+from objective_options import OPTIONS
+from plain_training import CASES, Plan, train
+from tiny_models import EXAMPLES
+from transformers import AutoModelForCausalLM
+
+PLAN = Plan(
+    EXAMPLES / "arithmetic_chatty.jsonl",
+    steps=2,
+    batch=8,
+    clip_grad=1.0,
+    valid=EXAMPLES / "arithmetic_heldout.jsonl",
+)
+WITH_REFERENCE = ("iw-sft", "asft", "stm", "rho1")
+RUNS = [
+    ("dft", "2 tp2 mb4"),
+    ("gce", "2 pp2 mb2"),
+    ("deft", "2 mb4 sharded"),
+    ("eaft", "2 tp2 sp mb2"),
+    ("chord-phi", "2 cp2 mb4"),
+    ("entropy", "1 mb1"),
+    ("entropy", "2 cp2 mb4"),
+    ("entropy", "4 tp2 pp2 mb4"),
+    ("entropy", "4 tp2 cp2 sp mb2 sharded"),
+    ("iw-sft", "2 tp2 mb8"),
+    ("iw-sft", "4 cp2 mb2"),
+    ("asft", "2 pp2 mb2"),
+    ("asft", "2 tp2 sp mb4"),
+    ("stm", "2 mb2 sharded"),
+    ("stm", "2 pp2 vpp2 mb2"),
+    ("rho1", "4 tp2 pp2 sp mb2"),
+    ("rho1", "4 pp2 cp2 mb2"),
+]
+DEFAULT = ("entropy", "2 cp2 mb4")
+
+
+@pytest.fixture(scope="module")
+def reference(untied_model, tmp_path_factory) -> Path:
+    """A model near the one that is trained."""
+    folder = tmp_path_factory.mktemp("reference")
+    model = AutoModelForCausalLM.from_pretrained(untied_model.hf, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(sft, untied_model, reference, tmp_path):
+    """Trains an objective at a layout, compares it with the plain training and gives what was printed."""
+
+    def run(objective: str, layout: str) -> str:
+        ranks, flags = parse(layout)
+        case, tensorboard = CASES[objective], tmp_path / layout.replace(" ", "-")
+        given = objective in WITH_REFERENCE
+        if given:
+            flags += ["--ref-hf-model", reference, "--ref-cache", tmp_path / "cache"]
+        printed = sft(
+            *(ranks, "--hf-model", untied_model.hf, *PLAN.flags, *case.flags, *flags),
+            *("--tensorboard-dir", tensorboard),
+        ).stdout
+        expected = train(untied_model.hf, PLAN, case, reference if given else None)
+        assert_same_steps(tensorboard, expected)
+        evaluated = float(re.search(r"objective value: (\S+)", printed).group(1))
+        assert evaluated == pytest.approx(expected.valid, rel=TOLERANCE)
+        return printed
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("objective", "layout"),
+    [pytest.param(*r, marks=[pytest.mark.slow] * (r != DEFAULT), id="-".join(r)) for r in RUNS],
+)
+def test_an_objective_trains_its_formula(run, objective, layout):
+    run(objective, layout)
+
+
+def test_a_reference_is_computed_once_and_found_at_another_layout(run, tmp_path):
+    assert "reference log-probabilities: train row 0" in run("rho1", "2 mb2")
+    assert "reference log-probabilities" not in run("rho1", "2 cp2 mb4")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_no_objective_is_missing():
+    assert set(CASES) == set(OPTIONS)
+    assert {name for name, _ in RUNS} | {"sft", "profit", "psft"} == set(CASES)

@@ -1,0 +1,64 @@
+"""A run that resumes at another layout takes the steps that it would have taken without interruption.
+
+Every step has records of its own, so that equal steps mean the same order of the data. Iteration 3, at which
+the runs stop, is inside an outer batch of PSFT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from layouts import assert_same_steps, parse
+from plain_training import Plan, Trained, psft, train
+from tiny_models import EXAMPLES, make_family
+
+CASE = psft(4)
+PLAN = Plan(EXAMPLES / "arithmetic_chatty.jsonl", steps=6, batch=8, clip_grad=1.0)
+PACKED = "--packing --seq-length 128"
+RESUMES = {
+    "dp2-to-tp2": ("2 mb2 sharded reshardable", "2 tp2 sp mb4 sharded"),
+    "tp2-to-pp2": ("2 tp2 mb4", "2 pp2 mb2"),
+    "pp2-vpp2-to-dp2": ("2 pp2 vpp2 mb2", "2 mb4"),
+    "tp2-pp2-to-1": ("4 tp2 pp2 sp mb2 sharded reshardable", "1 mb8 sharded"),
+    "cp2-to-dp4": ("2 cp2 mb4 sharded reshardable", "4 mb1 sharded"),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tied_model) -> Trained:
+    return train(tied_model.hf, PLAN, CASE)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "dp2-to-tp2")) for n in RESUMES]
+)
+def test_a_run_continues_at_another_layout(sft, tied_model, expected, tmp_path, name):
+    resume(sft, tied_model.hf, PLAN, RESUMES[name], tmp_path)
+    assert_same_steps(tmp_path / "tensorboard", expected)
+
+
+@pytest.mark.slow
+def test_packed_rows_continue_at_another_layout(sft, tied_model, tmp_path):
+    plan = replace(PLAN, packing=True, seq_length=128, batch=4)
+    resume(sft, tied_model.hf, plan, ("2 cp2 mb2", "4 tp2 pp2 sp mb2"), tmp_path)
+    assert_same_steps(tmp_path / "tensorboard", train(tied_model.hf, plan, CASE))
+
+
+@pytest.mark.slow
+def test_experts_continue_at_another_layout(sft, tmp_path):
+    hf, plan = make_family(tmp_path, "qwen3-moe").hf, replace(PLAN, balancing=1.0)
+    layouts = ("2 ep2 mb1 sharded reshardable", "4 tp2 pp2 sp mb1 sharded")
+    resume(sft, hf, plan, layouts, tmp_path)
+    assert_same_steps(tmp_path / "tensorboard", train(hf, plan, CASE))
+
+
+def resume(sft, hf, plan, layouts, folder) -> None:
+    """Train to iteration 3 at one layout, then to the end at another."""
+    interrupted = ("--save", folder / "save", "--save-interval", 3, "--exit-interval", 3)
+    for layout, more in zip(layouts, (interrupted, ("--load", folder / "save")), strict=True):
+        ranks, flags = parse(layout)
+        sft(
+            *(ranks, "--hf-model", hf, *plan.flags, *CASE.flags, *flags, *more),
+            *("--tensorboard-dir", folder / "tensorboard"),
+        )
