@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -108,21 +109,23 @@ def router_padding(record_index: torch.Tensor, model: GPTModel) -> torch.Tensor 
     """Megatron's `padding_mask`: what the router's auxiliary losses leave out.
 
     Args:
-        record_index: [B, S], negative in padding.
+        record_index: [B, L], negative in padding; with context parallelism the rank's part of the rows.
         model: The pipeline stage.
 
     Returns:
-        [B, S] bool, the part of the sequence-parallel rank behind the first stage, which splits it
+        [B, L] bool, the part of the sequence-parallel rank behind the first stage, which splits it
         itself; None for a model without experts.
     """
     if model.config.num_moe_experts is None:
         return None
-    padding_BS = record_index < 0
-    # Only a row without a record begins with padding. Megatron would divide by its 0 tokens.
-    padding_BS[:, 0] = False
+    padding_BL = record_index < 0
+    if mpu.get_context_parallel_rank() == 0:
+        # Only a row without a record begins with padding. Megatron would divide by its 0 tokens. The
+        # other ranks' parts may begin anywhere in the row.
+        padding_BL[:, 0] = False
     if model.config.sequence_parallel and not model.pre_process:
-        padding_BS = scatter_to_sequence_parallel_region(padding_BS.T.contiguous()).T
-    return padding_BS.contiguous()
+        padding_BL = scatter_to_sequence_parallel_region(padding_BL.T.contiguous()).T
+    return padding_BL.contiguous()
 
 
 def scale_balancing(config: TransformerConfig, supervised_share: float) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core import mpu
 
 from megatron_profit.training.arguments import ArgumentsError, read_arguments
 from megatron_profit.training.experts import router_padding, scale_balancing
@@ -115,12 +116,16 @@ def test_the_balancing_weighs_what_its_coefficient_says():
     assert config.moe_grad_scale_func().item() == 2.0
 
 
-def test_padding_is_kept_from_the_router():
+def test_padding_is_kept_from_the_router(monkeypatch):
     model = SimpleNamespace(
         config=SimpleNamespace(num_moe_experts=4, sequence_parallel=True), pre_process=True
     )
     record = torch.tensor([[3, 3, 5, -1], [-1, -1, -1, -1]])
     expected = [[False, False, False, True], [False, True, True, True]]
+    assert router_padding(record, model).tolist() == expected
+    # The part of another context-parallel rank may begin in the padding behind a record.
+    monkeypatch.setattr(mpu, "get_context_parallel_rank", lambda: 1)
+    expected[1] = [True] * 4
     assert router_padding(record, model).tolist() == expected
     model.config.num_moe_experts = None
     assert router_padding(record, model) is None
