@@ -20,6 +20,7 @@ _FLAGS = {
     "cp4": "--context-parallel-size 4",
     "ep2": "--expert-model-parallel-size 2",
     "ep4": "--expert-model-parallel-size 4",
+    "allgather": "--moe-token-dispatcher-type allgather",
     "etp1": "--expert-tensor-parallel-size 1",
     "mb1": "--micro-batch-size 1",
     "mb2": "--micro-batch-size 2",

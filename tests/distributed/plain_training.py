@@ -3,7 +3,8 @@
 Runs of Megatron at any layout are compared with it step by step. It shares with them the order of the rows
 and nothing else: the objectives are written here as their sources write them, and autograd differentiates.
 
-Shape suffixes: L tokens of one record, M supervised tokens of a global batch, V vocabulary, E experts.
+Shape suffixes: L tokens of one record, M supervised tokens of a global batch, V vocabulary, T tokens of a
+row, E experts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_profit.data import ChatRenderer, Examples, SFTDataset, build_examples
 
 ADAM_EPSILON, WEIGHT_DECAY = 1e-3, 0.1
+Z_LOSS = 0.01
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Plan:
         clip_grad: The norm that gradients are scaled down to, 0 for none.
         seed: Of the order.
         balancing: Coefficient of the loss that balances the router of a model with experts, of which every
-            row is a micro-batch.
+            row is a micro-batch; a z-loss is then added, too.
     """
 
     data: Path
@@ -54,7 +57,7 @@ class Plan:
         """Of `megatron_profit.sft`, without the model, the objective and the layout."""
         more = [] if self.valid is None else ["--valid-data", self.valid, "--eval-iters", 1]
         if self.balancing:
-            more += ["--moe-aux-loss-coeff", self.balancing]
+            more += ["--moe-aux-loss-coeff", self.balancing, "--moe-z-loss-coeff", Z_LOSS]
         return [
             *("--data", self.data, "--packing" if self.packing else "--no-packing"),
             *("--seq-length", self.seq_length, "--seed", self.seed),
@@ -369,44 +372,45 @@ def _log_prob(model: torch.nn.Module, rows: Rows) -> Tensor:
 
 
 class _Balancing:
-    """The loss that balances the routers (Switch Transformer, eq. 4) over the tokens of each row.
+    """The losses of the routers: Switch Transformer's (eq. 4) over each row's tokens, and ST-MoE's z-loss.
 
-    Its weight beside the objective is what the mean over rows would have, were all tokens supervised.
+    Their weight beside the objective is what the mean over rows would have, were all tokens supervised.
     """
 
     def __init__(self, model: torch.nn.Module, plan: Plan, examples: Examples) -> None:
         self._coefficient, self._top_k = plan.balancing, model.config.num_experts_per_tok
         predicted = len(examples.ids) - len(examples)
         self._share = int(examples.supervised.sum()) / predicted
-        self._probs: list[list[Tensor]] = []
+        self._logits: list[list[Tensor]] = []
         gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
         for gate in gates:
             seen: list[Tensor] = []
-            self._probs.append(seen)
+            self._logits.append(seen)
             gate.register_forward_hook(
                 lambda gate, inputs, _, seen=seen: seen.append(
-                    torch.nn.functional.linear(inputs[0].flatten(0, -2), gate.weight).softmax(-1)
+                    torch.nn.functional.linear(inputs[0].flatten(0, -2), gate.weight)
                 )
             )
 
-    def loss_and_metrics(self, rows: Rows, supervised: int) -> dict[str, float | Tensor]:
+    def loss_and_metrics(self, rows: Rows, supervised: int) -> dict[str, Any]:
         records = sum(len(row) for row in rows)
-        losses, weighted = [], []
-        for seen in self._probs:
+        losses, sums = [], []
+        for seen in self._logits:
             # Passes that looked ahead came before.
-            probs = iter(seen[-records:])
+            logits = iter(seen[-records:])
             for row in rows:
-                probs_TE = torch.cat([next(probs) for _ in row])
-                chosen = torch.zeros_like(probs_TE).scatter(
-                    1, probs_TE.topk(self._top_k).indices, 1
-                )
-                experts = probs_TE.shape[1]
-                fraction = chosen.mean(0) / self._top_k
-                losses.append(experts * (fraction * probs_TE.mean(0)).sum())
-                weighted.append(losses[-1] * len(probs_TE))
+                logits_TE = torch.cat([next(logits) for _ in row])
+                losses.append(self._imbalance(logits_TE.softmax(-1)))
+                sums.append(self._coefficient * losses[-1] * len(logits_TE))
+                sums.append(Z_LOSS * logits_TE.logsumexp(-1).square().sum())
             seen.clear()
-        loss = self._coefficient * self._share * torch.stack(weighted).sum() / supervised
+        loss = self._share * torch.stack(sums).sum() / supervised
         return {"loss": loss, "load_balancing_loss": float(torch.stack(losses).detach().mean())}
+
+    def _imbalance(self, probs_TE: Tensor) -> Tensor:
+        """1 where all experts get as much."""
+        chosen = torch.zeros_like(probs_TE).scatter(1, probs_TE.topk(self._top_k).indices, 1)
+        return probs_TE.shape[1] * (chosen.mean(0) / self._top_k * probs_TE.mean(0)).sum()
 
 
 def write_uneven_chats(source: Path, out: Path, turns: list[int]) -> Path:

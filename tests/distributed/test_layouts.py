@@ -53,7 +53,7 @@ EXPERTS = [
     "4 ep4 mb1 full",
     "4 ep2 tp2 sp mb1",
     "4 ep2 etp1 tp2 sp mb1 sharded",
-    "4 ep2 pp2 mb1",
+    "4 ep2 pp2 mb1 allgather",
     "4 ep2 pp2 vpp2 mb1 sharded full",
     "4 tp2 pp2 sp mb1",
     "4 ep2 cp2 mb1",
