@@ -186,7 +186,7 @@ class Case:
 
     @property
     def flags(self) -> list[str]:
-        return f"{self.options}".split()
+        return f"--objective {self.options}".split()
 
 
 def profit(tau: float) -> Case:
@@ -207,7 +207,7 @@ def psft(steps_per_refresh: int, clip: float = 0.28) -> Case:
 
 CASES = {
     "sft": Case("sft", lambda t: _all(-t.log_prob)),
-    "profit": profit(0.02),
+    "profit": profit(0.001),
     "dft": Case("dft", lambda t: _all(-t.prob * t.log_prob)),
     "gce": Case("gce --prob-exponent 0.5", lambda t: _gce(t, 0.5)),
     "deft": Case("deft", _deft),
@@ -224,8 +224,8 @@ CASES = {
     ),
     "asft": Case("asft --kl-weight 0.5", lambda t: _asft(t, 0.5)),
     "stm": Case(
-        "stm --ref-prob-threshold 0.02",
-        lambda t: _of_kept(t, _clear_of(t.ref.exp(), 0.02)),
+        "stm --ref-prob-threshold 0.001",
+        lambda t: _of_kept(t, _clear_of(t.ref.exp(), 0.001)),
     ),
     "rho1": Case(
         "rho1 --rank-scope global_batch --keep-share 0.4",

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from layouts import assert_same_steps, parse
-from plain_training import CASES, Plan, Trained, profit, psft, train, write_uneven_chats
+from plain_training import CASES, Plan, Trained, psft, train, write_uneven_chats
 from tiny_models import EXAMPLES, make_family
 
 TURNS = [2, 1, 3, 1, 3, 1, 2, 3, 1, 2, 1, 3, 1, 2, 3, 2]
 PACKED = "--packing --seq-length 128 --global-batch-size 8"
-OBJECTIVES = {"sft": CASES["sft"], "profit": profit(0.001), "psft": psft(2)}
+OBJECTIVES = {"sft": CASES["sft"], "profit": CASES["profit"], "psft": psft(2)}
 
 DENSE = [
     "1 mb1",
