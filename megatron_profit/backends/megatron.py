@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.backends.chained_optimizer import regrouped
 from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
@@ -70,6 +71,20 @@ def _load_into_plain_torch_adam() -> None:
     optimizer_class.state_dict = state_dict
     optimizer_class.load_state_dict = load_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
+def _load_with_another_number_of_optimizers() -> None:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    original = ChainedOptimizer.load_state_dict
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        if isinstance(state_dict, dict):
+            state_dict = regrouped(state_dict, len(self.chained_optimizers))
+        original(self, state_dict)
+
+    ChainedOptimizer.load_state_dict = load_state_dict
 
 
 def _announce_train_steps() -> None:
@@ -256,6 +271,14 @@ MEGATRON_PATCHES = (
         "overwritten by the one from before the load, and shared by all parameters; and fp32 "
         "parameters are written without no_grad.",
         apply=_load_into_plain_torch_adam,
+    ),
+    Patch(
+        name="chained-optimizer-load",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/optimizer.py",
+        reason="A checkpoint of a run with expert parallelism, which has an optimizer of its own for the "
+        "experts, is refused by a run without, and the other way round, although nothing is missing.",
+        apply=_load_with_another_number_of_optimizers,
     ),
     Patch(
         name="before-train-step",

@@ -7,6 +7,7 @@ the runs stop, is inside an outer batch of PSFT.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from layouts import assert_same_steps, parse
@@ -15,7 +16,6 @@ from tiny_models import EXAMPLES, make_family
 
 CASE = psft(4)
 PLAN = Plan(EXAMPLES / "arithmetic_chatty.jsonl", steps=6, batch=8, clip_grad=1.0)
-PACKED = "--packing --seq-length 128"
 RESUMES = {
     "dp2-to-tp2": ("2 mb2 sharded reshardable", "2 tp2 sp mb4 sharded"),
     "tp2-to-pp2": ("2 tp2 mb4", "2 pp2 mb2"),
@@ -45,12 +45,29 @@ def test_packed_rows_continue_at_another_layout(sft, tied_model, tmp_path):
     assert_same_steps(tmp_path / "tensorboard", train(tied_model.hf, plan, CASE))
 
 
+# With expert parallelism the experts have an optimizer of their own.
+EXPERTS = {
+    "ep2-to-tp2-pp2": ("2 ep2 mb1 sharded reshardable", "4 tp2 pp2 sp mb1 sharded"),
+    "pp2-to-ep2": ("2 pp2 mb1 sharded reshardable", "2 ep2 mb1 sharded"),
+    "ep2-to-ep4": ("2 ep2 mb1", "4 ep4 mb1"),
+    "ep2-to-pp2": ("2 ep2 mb1", "2 pp2 mb1"),
+    "tp2-to-ep2": ("2 tp2 sp mb1", "2 ep2 mb1"),
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> tuple[Path, Plan, Trained]:
+    hf = make_family(tmp_path_factory.mktemp("experts"), "qwen3-moe").hf
+    plan = replace(PLAN, balancing=1.0)
+    return hf, plan, train(hf, plan, CASE)
+
+
 @pytest.mark.slow
-def test_experts_continue_at_another_layout(sft, tmp_path):
-    hf, plan = make_family(tmp_path, "qwen3-moe").hf, replace(PLAN, balancing=1.0)
-    layouts = ("2 ep2 mb1 sharded reshardable", "4 tp2 pp2 sp mb1 sharded")
-    resume(sft, hf, plan, layouts, tmp_path)
-    assert_same_steps(tmp_path / "tensorboard", train(hf, plan, CASE))
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_continue_at_another_layout(sft, experts, tmp_path, name):
+    hf, plan, expected = experts
+    resume(sft, hf, plan, EXPERTS[name], tmp_path)
+    assert_same_steps(tmp_path / "tensorboard", expected)
 
 
 def resume(sft, hf, plan, layouts, folder) -> None:
