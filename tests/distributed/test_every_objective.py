@@ -13,7 +13,8 @@ import pytest
 import torch
 from layouts import TOLERANCE, assert_same_steps, parse
 from objective_options import OPTIONS
-from plain_training import CASES, Plan, train
+from plain_objectives import CASES
+from plain_training import Plan, train
 from tiny_models import EXAMPLES
 from transformers import AutoModelForCausalLM
 

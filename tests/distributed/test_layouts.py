@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from layouts import assert_same_steps, parse
-from plain_training import CASES, Plan, Trained, psft, train, write_uneven_chats
+from plain_objectives import CASES, psft
+from plain_training import Plan, Trained, train, write_uneven_chats
 from tiny_models import EXAMPLES, make_family
 
 TURNS = [2, 1, 3, 1, 3, 1, 2, 3, 1, 2, 1, 3, 1, 2, 3, 2]
@@ -98,6 +99,15 @@ def models(tied_model, tmp_path_factory) -> dict[str, Model]:
         "dense": Model(tied_model.hf, plan),
         "experts": Model(make_family(folder, "qwen3-moe").hf, replace(plan, balancing=1.0)),
     }
+
+
+def test_the_steps_are_worth_comparing(models):
+    profit, psft = (models["dense"].expected(name).metrics for name in ("profit", "psft"))
+    assert all(0.1 < step["kept fraction"] < 0.9 for step in profit)
+    assert psft[1]["mean ratio"] > 1.1
+    assert 0.1 < psft[1]["clip fraction"] < 0.9
+    clip = models["dense"].plan.clip_grad
+    assert profit[0]["grad-norm"] > clip
 
 
 @pytest.mark.parametrize(("model", "layout", "objective"), rows())

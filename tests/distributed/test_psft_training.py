@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import assert_same_steps, parse
-from plain_training import Plan, Trained, psft, train
+from plain_objectives import psft
+from plain_training import Plan, Trained, train
 from safetensors.torch import load_file
 from tiny_models import EXAMPLES
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from layouts import assert_same_steps, parse
-from plain_training import Plan, Trained, psft, train
+from plain_objectives import psft
+from plain_training import Plan, Trained, train
 from tiny_models import EXAMPLES, make_family
 
 CASE = psft(4)
