@@ -76,7 +76,7 @@ class Trained:
     Attributes:
         metrics: One line for each step, by the name that is logged.
         valid: The objective on the validation batch; NaN where there is none.
-        weights: By HuggingFace name.
+        weights: By HuggingFace name, without experts, which transformers joins.
     """
 
     metrics: list[dict[str, float]]
@@ -130,7 +130,7 @@ def train(hf: Path, plan: Plan, case: Case, reference: Path | None = None) -> Tr
             }
         )
     names = load_file(hf / "model.safetensors").keys()
-    weights = {name: model.state_dict()[name] for name in names}
+    weights = {name: value for name, value in model.state_dict().items() if name in names}
     return Trained(metrics, _evaluated(model, hf, plan, case, ref), weights)
 
 
@@ -147,7 +147,10 @@ def _evaluated(
 
 
 def _model(folder: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    # The other implementations of experts have no fp64.
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    )
 
 
 def _examples(hf: Path, data: Path, plan: Plan) -> Examples:
