@@ -17,12 +17,18 @@ from checkpoint_conversion.verify import verify
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 LAYOUTS = [
-    pytest.param(2, "--tensor-model-parallel-size 2", True, id="tp2"),
+    pytest.param(
+        2,
+        "--tensor-model-parallel-size 2 --use-distributed-optimizer",
+        True,
+        id="tp2-distributed-optimizer",
+    ),
     pytest.param(
         4,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --bf16",
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --bf16 "
+        "--use-distributed-optimizer",
         True,
-        id="tp2-pp2-sp-bf16",
+        id="tp2-pp2-sp-bf16-distributed-optimizer",
         marks=pytest.mark.slow,
     ),
     pytest.param(
