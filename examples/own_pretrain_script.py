@@ -18,6 +18,7 @@ labels of -100 are understood. `--calculate-per-token-loss` is needed.
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -39,13 +40,16 @@ from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.objectives import build_objective
 from megatron_profit.training.objective_loss import ObjectiveLoss
 
-OBJECTIVE_LOSSES = {
-    # 1: what to train.
-    "profit": ObjectiveLoss(
-        build_objective("profit", prob_threshold=[0.1], threshold_direction="higher")
-    ),
-    "sft": ObjectiveLoss(build_objective("sft")),
+OBJECTIVES = {
+    "profit": build_objective("profit", prob_threshold=[0.1], threshold_direction="higher"),
+    "sft": build_objective("sft"),
 }
+
+
+@functools.cache
+def objective_loss(name):
+    # 1: what to train. The rows that Megatron adds to the tokenizer's vocabulary stay out of the softmax.
+    return ObjectiveLoss(OBJECTIVES[name], vocab_size=get_tokenizer().vocab_size)
 
 
 def stock_loss(output_tensor, loss_mask):
@@ -59,7 +63,7 @@ def forward_step(data_iterator, model):
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
     if get_args().loss == "stock":
         return model(*inputs, **targets), lambda out: stock_loss(out, batch["loss_mask"])
-    loss = OBJECTIVE_LOSSES[get_args().loss].micro_batch()  # 2: in place of the loss function,
+    loss = objective_loss(get_args().loss).micro_batch()  # 2: in place of the loss function,
     return model(*inputs, **targets, **loss.model_kwargs), loss.loss_func  # 3: and of the output.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ MODEL = """
     --group-query-attention --num-query-groups 2 --qk-layernorm --position-embedding-type rope
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --attention-dropout 0 --hidden-dropout 0 --seq-length 64 --max-position-embeddings 64
-    --tokenizer-type NullTokenizer --vocab-size 511 --mock-data
+    --tokenizer-type NullTokenizer --vocab-size 512 --mock-data
 """.split()
 EXPERTS = """
     --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type none
@@ -90,6 +91,16 @@ def test_an_objective_in_a_script_of_ones_own(ranks, layout):
     )
     assert len(stock) == 2
     assert with_objective == [pytest.approx(step, rel=1e-5) for step in stock]
+
+
+@pytest.mark.slow
+def test_padding_of_the_vocabulary_stays_out_of_the_softmax_of_ones_own_script(ranks):
+    """Random weights give every entry nearly the same probability, so the loss tells how many there are."""
+    flags = [*MODEL, *TRAINING, "--vocab-size", 260, "--make-vocab-size-divisible-by", 512]
+    (objective, _), _ = steps(ranks(1, OWN_SCRIPT, *flags, "--loss", "sft").stdout)
+    (stock, _), _ = steps(ranks(1, OWN_SCRIPT, *flags, "--loss", "stock").stdout)
+    assert objective == pytest.approx(math.log(260), abs=0.05)
+    assert stock == pytest.approx(math.log(512), abs=0.05)
 
 
 def test_an_objective_needs_the_loss_per_token(ranks):
