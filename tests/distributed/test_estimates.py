@@ -1,0 +1,114 @@
+"""The estimates of tools/ against what the ranks of real runs hold and send, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from estimate_communication import Sent, sent_bytes
+from estimate_memory import (
+    chunks_under_way,
+    estimate,
+    kept_activations,
+    layer_activations,
+    output_bytes,
+)
+from make_tiny_model import TinyShape, make_tiny_model
+from run_shape import RunShape, read_run
+
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SPLIT = "--tensor-model-parallel-size 2 --sequence-parallel"
+# Small beside the least that a formula counts: norms' gradients and the counters of the step.
+SMALL = 2e-3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    shape = TinyShape(num_layers=4)
+    return {"dense": make_tiny_model(folder / "dense", sorted(DATA.glob("*.jsonl")), shape)}
+
+
+@pytest.fixture
+def measure(torchrun, models, tmp_path):
+    """Runs a layout; gives it as the estimates see it, the numbers of its ranks, the supervised share."""
+
+    def run(world_size: int, layout: str) -> tuple[RunShape, list[dict], float]:
+        flags = [
+            *("--hf-model", models["dense"], "--data", DATA / "arithmetic_base.jsonl"),
+            *("--objective", "sft", "--seq-length", 256, "--micro-batch-size", 1, "--no-packing"),
+            *("--global-batch-size", 8, "--lr", 1e-3, "--train-iters", 1, *layout.split()),
+        ]
+        script = Path(__file__).with_name("measure_run.py")
+        own = ["--device", "cpu", "--random-init", *flags]
+        log = torchrun(world_size, script, tmp_path, *own).stdout
+        supervised = float(re.search(r"\| supervised tokens: (\S+) \|", log)[1])
+        ranks = [tmp_path / f"rank_{rank}.json" for rank in range(world_size)]
+        shape = replace(read_run(list(map(str, flags)), world_size), fused=False)
+        return shape, [json.loads(path.read_text()) for path in ranks], supervised / (8 * 256)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, f"{SPLIT} --bf16"),
+        pytest.param(2, "--tensor-model-parallel-size 2", marks=pytest.mark.slow),
+        pytest.param(2, f"{SPLIT} {FULL}", marks=pytest.mark.slow),
+        pytest.param(2, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, "--context-parallel-size 2", marks=pytest.mark.slow),
+        pytest.param(2, "--use-distributed-optimizer --bf16", marks=pytest.mark.slow),
+        pytest.param(4, f"{SPLIT} --pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+        pytest.param(4, f"{SPLIT} --use-distributed-optimizer", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_hold_and_send_what_is_estimated(measure, world_size, layout):
+    run, ranks, supervised_share = measure(world_size, layout)
+    for rank, measured in enumerate(ranks):
+        stage = rank * run.pp // world_size
+        check_state(run, stage, measured)
+        check_activations(run, stage, measured)
+        check_sent(sent_bytes(run, stage, supervised_share), measured["sent"])
+
+
+def check_state(run: RunShape, stage: int, measured: dict) -> None:
+    """Weights are exact; buffers of the distributed optimizer are padded."""
+    memory = estimate(run)[stage]
+    assert measured["parameters"] == memory.parameters
+    assert measured["weights"] == memory.weights
+    padding = 1e-2 if run.args.use_distributed_optimizer else 0
+    assert measured["gradients"] == pytest.approx(memory.gradients, rel=padding)
+    assert measured["optimizer"] == pytest.approx(memory.optimizer, rel=padding)
+
+
+def check_activations(run: RunShape, stage: int, measured: dict) -> None:
+    """Of a micro-batch, and how many are held; the kernel keeps logits outside of autograd's sight."""
+    assert measured["under way"] == chunks_under_way(run, stage)
+    chunk = run.chunks_of(stage)[-1]
+    expected = sum(kept_activations(run, False, 1.0) for _ in chunk)
+    if run.args.recompute_granularity == "full":
+        expected = len(chunk) * layer_activations(run, False, 1.0).entry
+    if stage == run.pp - 1:
+        args = Namespace(**{**vars(run.args), "objective_backward": "recompute"})
+        expected += output_bytes(replace(run, args=args), 1.0)[0]
+    # Row statistics of norms, labels, masks and the kernel's vectors are not counted.
+    assert measured["saved"][-1] == pytest.approx(expected, rel=0.08)
+
+
+def check_sent(expected: Sent, sent: dict[str, float]) -> None:
+    for name in ("tensor", "context", "data"):
+        assert sent[name] == pytest.approx(getattr(expected, name), rel=SMALL, abs=1e3), name
+    assert sent["pipeline"] + sent["embedding"] == pytest.approx(
+        expected.pipeline, rel=SMALL, abs=1e3
+    )

@@ -1,0 +1,196 @@
+"""The memory estimate against counts of others: checkpoints, Megatron's schedule, Megatron's estimate."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from types import SimpleNamespace
+
+import estimate_memory
+import pytest
+from estimate_memory import GIB, chunks_under_way, estimate, layer_activations, stage_parameters
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+from run_shape import PUBLISHED, ShapeError, published_config, read_run
+
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf_model import expected_shapes
+from megatron_profit.training.arguments import ArgumentsError
+
+BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+DISTRIBUTED = "--use-distributed-optimizer"
+
+
+@functools.cache
+def run_of(model: str, gpus: int, *flags: str):
+    return read_run([*BASE, *" ".join(flags).split()], gpus, model)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_parameters_are_those_of_the_checkpoint(model):
+    config = published_config(model)
+    shapes = expected_shapes(family_for(config).tensor_rules(config)).values()
+    tensors = sum(math.prod(shape) for shape in shapes)
+    assert stage_parameters(run_of(model, 1), 0).total == tensors
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("Qwen3-14B", "--pipeline-model-parallel-size 4"),
+        (
+            "Qwen3-235B-A22B",
+            "--pipeline-model-parallel-size 8 --account-for-embedding-in-pipeline-split "
+            "--account-for-loss-in-pipeline-split",
+        ),
+    ],
+)
+def test_pipeline_ranks_make_the_whole_model(model, layout):
+    run = run_of(model, 8, layout)
+    layers = [layer for stage in range(run.pp) for layer in run.layers_of(stage)]
+    assert sorted(layers) == list(range(run.args.num_layers))
+    whole = stage_parameters(run_of(model, 1), 0).total
+    assert sum(stage_parameters(run, stage).total for stage in range(run.pp)) == whole
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("batch", [4, 32])
+def test_micro_batches_under_way_are_those_of_the_schedule(pp, chunks, batch):
+    virtual = f"--num-virtual-stages-per-pipeline-rank {chunks}" if chunks > 1 else ""
+    layout = f"--pipeline-model-parallel-size {pp} {virtual} --global-batch-size {batch}"
+    run = run_of("Qwen3-14B", pp, layout)
+    for stage in range(pp):
+        schedule = SimpleNamespace(
+            pp_group=SimpleNamespace(size=lambda: pp, rank=lambda stage=stage: stage),
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        )
+        _, _, warmup, remaining = get_pp_rank_microbatches(
+            batch, chunks, pp, p2p_communicator=schedule
+        )
+        assert chunks_under_way(run, stage) == warmup + (remaining > 0)
+
+
+def test_state_is_what_megatron_estimates_where_it_knows_the_case():
+    """It leaves out the norms of queries and keys, and counts the same bytes in bf16."""
+    for layout in ("", DISTRIBUTED, f"{DISTRIBUTED} --tensor-model-parallel-size 2"):
+        run = run_of("Qwen3-8B", 8, layout)
+        (memory,) = estimate(run)
+        ours = memory.weights + memory.gradients + memory.optimizer
+        assert ours == pytest.approx(estimate_memory.megatron_estimate(run)["state"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "gradient", "optimizer"),
+    [
+        ("", 4, 12),
+        ("--grad-reduce-in-bf16", 2, 16),
+        (f"--use-precision-aware-optimizer {DISTRIBUTED}", 4, 10),
+        (
+            f"--use-precision-aware-optimizer {DISTRIBUTED} --main-grads-dtype bf16 "
+            "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+            2,
+            6,
+        ),
+    ],
+)
+def test_bytes_of_a_parameter(flags, gradient, optimizer):
+    args = run_of("Qwen3-0.6B", 1, flags).args
+    assert estimate_memory.gradient_bytes(args) == gradient
+    assert estimate_memory.optimizer_bytes(args) == optimizer
+
+
+def test_the_distributed_optimizer_splits_dense_and_expert_state_over_their_own_groups():
+    layout = "--expert-model-parallel-size 8"
+    whole, split = (
+        estimate(run_of("Qwen3-30B-A3B", 16, layout, extra))[0] for extra in ("", DISTRIBUTED)
+    )
+    parameters = stage_parameters(run_of("Qwen3-30B-A3B", 16, layout), 0)
+    assert whole.optimizer == 12 * parameters.total
+    assert split.optimizer == 12 * (parameters.dense / 16 + parameters.experts / 2)
+
+
+def test_tensor_and_sequence_parallelism_split_all_that_a_layer_keeps():
+    sizes = [
+        layer_activations(run_of("Qwen3-32B", 8, layout), False, 1.0).total
+        for layout in ("", "--tensor-model-parallel-size 8 --sequence-parallel")
+    ]
+    assert sizes[0] == 8 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("smaller", "larger"),
+    [
+        (" ".join(FULL), ""),
+        ("--recompute-granularity selective --recompute-modules core_attn layernorm", ""),
+        ("--recompute-granularity selective --recompute-modules mlp", ""),
+        (
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 20",
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 5",
+        ),
+        (
+            "--tensor-model-parallel-size 4 --sequence-parallel",
+            "--tensor-model-parallel-size 4",
+        ),
+        ("--context-parallel-size 4", "--context-parallel-size 2"),
+    ],
+)
+def test_what_saves_activations(smaller, larger):
+    less, more = (estimate(run_of("Qwen3-14B", 8, flags))[0] for flags in (smaller, larger))
+    assert less.activations < more.activations
+
+
+def test_the_output_layer_follows_the_strategy_of_the_kernel_and_the_prompts():
+    def kept(share, strategy):
+        run = run_of("Qwen3-14B", 1, f"--objective-backward {strategy}")
+        return estimate_memory.output_bytes(run, share)[0]
+
+    assert kept(1.0, "recompute") == kept(0.1, "recompute") < kept(0.1, "auto") < kept(1.0, "save")
+    # 4,096 supervised rows are fewer than the hidden size: their logits are kept, in two bytes.
+    assert kept(1.0, "auto") - kept(1.0, "recompute") == 4096 * 151936 * 2
+
+
+def test_a_command_line_is_estimated_as_it_is(capsys, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(published_config("Qwen3-14B")))
+    paths = ["--hf-model", str(folder), "--save", "runs/x", "--load", "runs/x", "--export-hf", "y"]
+    layout = "--tensor-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer"
+    flags = [*BASE, *layout.split(), *paths, "--data", "a.jsonl", "--lr", "1e-5", "--epochs", "1"]
+    tool = ["--gpus", "8", "--gpu-memory", "80"]
+    assert estimate_memory.main([*tool, *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "fits a GPU of 80 GiB" in shown
+    assert "Megatron's own estimate" in shown
+    assert estimate_memory.main([*tool[:3], "40", "--json", *flags]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["fits"] is False
+    assert 40 * GIB < result["largest"] == result["ranks"][0]["total"] < 80 * GIB
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (("--model", "Qwen9"), ("Qwen9", "Qwen3-14B")),
+        (("--model", "Qwen3-14B", "--hf-model", "x"), ("--model", "--hf-model")),
+        (("--model", "Qwen3-14B", "--tensor-model-parallel-size", "3"), ("3", "40")),
+        (("--model", "Qwen3-14B", "--fp8-format", "hybrid"), ("--fp8", "leave it out")),
+        (("--model", "Qwen3-14B", "--optimizer", "sgd"), ("sgd", "adam")),
+        (("--hf-model", "nowhere"), ("nowhere",)),
+    ],
+)
+def test_bad_input_is_named(capsys, argv, named):
+    assert estimate_memory.main(["--gpus", "8", *BASE, *argv]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in named), message
+
+
+def test_what_the_training_refuses_is_refused():
+    with pytest.raises(ArgumentsError, match="number of processes"):
+        run_of("Qwen3-14B", 3, "--tensor-model-parallel-size 2")
+    with pytest.raises(ShapeError, match="--decoder-first-pipeline-num-layers"):
+        run_of(
+            "Qwen3-14B", 2, "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 9"
+        )

@@ -1,0 +1,286 @@
+"""What a training command means in numbers: model, layout, batch, precision; read by its own parser.
+
+The estimates of memory and of communication start from it, so that they refuse what the training refuses and
+follow its defaults, and take either a command line or a published model with a layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+# Published Qwen3: hidden size, MLP size, layers, attention heads, key/value heads, tied, size of an expert.
+PUBLISHED = {
+    "Qwen3-0.6B": (1024, 3072, 28, 16, 8, True, None),
+    "Qwen3-1.7B": (2048, 6144, 28, 16, 8, True, None),
+    "Qwen3-4B": (2560, 9728, 36, 32, 8, True, None),
+    "Qwen3-8B": (4096, 12288, 36, 32, 8, False, None),
+    "Qwen3-14B": (5120, 17408, 40, 40, 8, False, None),
+    "Qwen3-32B": (5120, 25600, 64, 64, 8, False, None),
+    "Qwen3-30B-A3B": (2048, 6144, 48, 32, 4, False, 768),
+    "Qwen3-235B-A22B": (4096, 12288, 94, 64, 4, False, 1536),
+}
+# Needed by the parser, and without meaning for an estimate.
+_UNIMPORTANT = {"--data": "none.jsonl", "--lr": "1e-5", "--train-iters": "1", "--objective": "sft"}
+# Flags that look at the disk or write to it.
+_WITH_FILES = ("--export-hf", "--load", "--save", "--pretrained-checkpoint", "--tensorboard-dir")
+_UNEVEN = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
+_UNKNOWN = (
+    "fp8",
+    "fp4",
+    "optimizer_cpu_offload",
+    "cpu_offloading",
+    "fine_grained_activation_offloading",
+)
+
+
+class ShapeError(ValueError):
+    """The estimates do not know this; the message names what and what to do."""
+
+
+def published_config(name: str) -> dict:
+    """config.json of a published Qwen3 model, the keys that matter."""
+    if name not in PUBLISHED:
+        raise ShapeError(f"--model {name} is unknown; it can be {', '.join(PUBLISHED)}")
+    hidden, mlp, layers, heads, kv_heads, tied, expert_mlp = PUBLISHED[name]
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": tied,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    if expert_mlp is not None:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": expert_mlp,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "router_aux_loss_coef": 0.001,
+        }
+    return config
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """A training run as the estimates see it.
+
+    Attributes:
+        args: All arguments by name, as Megatron gets them.
+        gpus: Number of processes.
+        fused: Whether norms and gated products are single kernels, as on a GPU; on a CPU they are not.
+    """
+
+    args: Namespace
+    gpus: int
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (*_UNEVEN, *_UNKNOWN):
+            if getattr(self.args, name, None):
+                flag = "--" + name.replace("_", "-")
+                raise ShapeError(
+                    f"{flag} is not known to the estimate; leave it out for an upper bound"
+                )
+        if self.args.optimizer != "adam":
+            raise ShapeError(
+                f"--optimizer {self.args.optimizer} is not known to the estimate, only adam"
+            )
+
+    # The layout.
+    @property
+    def tp(self) -> int:
+        return self.args.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.args.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        return self.args.context_parallel_size
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas, context parallelism aside."""
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def ep(self) -> int:
+        return self.args.expert_model_parallel_size
+
+    @property
+    def etp(self) -> int:
+        """Ranks that share an expert."""
+        return self.args.expert_tensor_parallel_size or self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks with the same experts."""
+        return self.gpus // (self.pp * self.ep * self.etp)
+
+    @property
+    def sequence_split(self) -> int:
+        """Over how many ranks of the tensor-parallel group the residual stream is split."""
+        return self.tp if self.args.sequence_parallel else 1
+
+    @cached_property
+    def virtual_stages(self) -> int:
+        """Model chunks of a pipeline rank."""
+        args = self.args
+        counted = (
+            args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        )
+        layers = (args.num_layers + counted) // self.pp
+        if self.args.num_virtual_stages_per_pipeline_rank:
+            return self.args.num_virtual_stages_per_pipeline_rank
+        return layers // (self.args.num_layers_per_virtual_pipeline_stage or layers)
+
+    # The batch.
+    @property
+    def micro_batches(self) -> int:
+        """Of one data-parallel rank in a step."""
+        global_batch = self.args.global_batch_size or self.args.micro_batch_size * self.dp
+        return global_batch // (self.args.micro_batch_size * self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch on one context-parallel rank, padding included."""
+        return self.args.seq_length * self.args.micro_batch_size // self.cp
+
+    # The model.
+    @property
+    def bytes_per_number(self) -> int:
+        """Of parameters and activations."""
+        return 2 if self.args.bf16 or self.args.fp16 else 4
+
+    @property
+    def query_size(self) -> int:
+        return self.args.num_attention_heads * self.args.kv_channels
+
+    @property
+    def key_value_size(self) -> int:
+        """Of all keys, or of all values, of a position."""
+        groups = self.args.num_query_groups if self.args.group_query_attention else None
+        return (groups or self.args.num_attention_heads) * self.args.kv_channels
+
+    @cached_property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Which layers have experts."""
+        args = self.args
+        if args.num_experts is None:
+            return (False,) * args.num_layers
+        if isinstance(args.moe_layer_freq, int):
+            return tuple(i % args.moe_layer_freq == 0 for i in range(args.num_layers))
+        return tuple(bool(has) for has in args.moe_layer_freq)
+
+    def layers_of(self, stage: int) -> list[int]:
+        """The layers of a pipeline rank, chunk after chunk."""
+        return [layer for chunk in self.chunks_of(stage) for layer in chunk]
+
+    def chunks_of(self, stage: int) -> list[list[int]]:
+        """The layers of each model chunk of a pipeline rank.
+
+        Embedding and output layer may count as layers, so that the first and the last chunk have one less.
+        """
+        args, chunks = self.args, self.pp * self.virtual_stages
+        before = int(args.account_for_embedding_in_pipeline_split)
+        behind = int(args.account_for_loss_in_pipeline_split)
+        size = (before + args.num_layers + behind) // chunks
+        found = []
+        for number in range(stage, chunks, self.pp):
+            begin, end = number * size - before, (number + 1) * size - before
+            found.append(list(range(max(0, begin), min(end, args.num_layers))))
+        return found
+
+
+def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunShape:
+    """Read a command line as the training would on machines with GPUs.
+
+    Args:
+        argv: The training's flags. What it needs and an estimate does not may be left out.
+        gpus: Number of processes.
+        model: A published model, in place of --hf-model.
+
+    Raises:
+        ShapeError: For what the estimates do not know.
+        ArgumentsError: For what the training refuses.
+        ConversionError: For a folder without a config.json that can be used.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_profit.training.arguments import read_arguments
+
+    if model is not None and "--hf-model" in argv:
+        raise ShapeError("--model and --hf-model contradict each other; give one of them")
+    argv = _without_files(argv)
+    spans = ("--epochs", "--train-samples") if "--train-iters" not in argv else ()
+    for flag, value in _UNIMPORTANT.items():
+        if flag not in argv and not (flag == "--train-iters" and any(s in argv for s in spans)):
+            argv += [flag, value]
+    argv.append("--random-init")
+    with _config_folder(model) as folder, _world_size(gpus):
+        if folder is not None:
+            argv += ["--hf-model", str(folder)]
+        arguments = read_arguments(argv, "cuda")
+        parser = ArgumentParser(allow_abbrev=False)
+        args = arguments.add_to_parser(add_megatron_arguments(parser)).parse_args(argv)
+    return RunShape(args, gpus)
+
+
+def _without_files(argv: Sequence[str]) -> list[str]:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in _WITH_FILES:
+        parser.add_argument(flag)
+    return parser.parse_known_args(list(argv))[1]
+
+
+@contextmanager
+def _config_folder(model: str | None) -> Iterator[Path | None]:
+    if model is None:
+        yield None
+        return
+    config = published_config(model)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        yield Path(folder)
+
+
+@contextmanager
+def _world_size(gpus: int) -> Iterator[None]:
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(gpus)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
