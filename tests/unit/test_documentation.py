@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from run_shape import published_config
+from training_commands import read_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
-# config.json of Qwen/Qwen3-14B-Base, the keys that matter.
-QWEN3_14B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 5120,
-    "intermediate_size": 17408,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 40,
-    "num_hidden_layers": 40,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -44,25 +25,17 @@ def commands() -> list[list[str]]:
 
 
 def test_training_commands_are_accepted(tmp_path, monkeypatch):
-    from megatron_profit.training import arguments as training_arguments
-
-    read_arguments = training_arguments.read_arguments
-    monkeypatch.setattr(training_arguments, "check_checkpoint_matches", lambda *_: None)
-    monkeypatch.setattr(training_arguments, "_hf_weights", lambda *_: None)
-    monkeypatch.setattr(training_arguments, "_export", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     found = [command for command in commands() if "megatron_profit.sft" in command]
     assert found
     for command in found:
-        folder = Path(command[command.index("--hf-model") + 1])
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(QWEN3_14B))
         if "--pretrained-checkpoint" in command:
             start = Path(command[command.index("--pretrained-checkpoint") + 1])
             start.mkdir(exist_ok=True)
             (start / "latest_checkpointed_iteration.txt").write_text("release")
-        monkeypatch.setenv("WORLD_SIZE", command[command.index("--nproc-per-node") + 1])
-        arguments = read_arguments(command[command.index("megatron_profit.sft") + 1 :], "cuda")
+        world_size = int(command[command.index("--nproc-per-node") + 1])
+        flags = command[command.index("megatron_profit.sft") + 1 :]
+        arguments = read_command(flags, world_size, published_config("Qwen3-14B"), monkeypatch)
         assert arguments.defaults["padded_vocab_size"] == 151936, "no padding is needed"
 
 
