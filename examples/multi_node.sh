@@ -25,6 +25,9 @@ case $(basename "$MODEL") in
     ;;
 esac
 
+# Without this, torch 2.15 does not tell a node that joins later where rank 0 is, and a lost node cannot return.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 launch --nnodes "${NNODES:-2}" --nproc-per-node "${GPUS_PER_NODE:-8}" --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-profit}" \
     -m megatron_profit.sft --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import math
 import sys
@@ -251,6 +252,7 @@ RECOMMENDED = (
 )
 
 
+@functools.cache
 def recommended_run(model: str, gpus: int, batch: int, layout: str) -> RunShape:
     """A row of the table, with rows of 8,192 tokens."""
     flags = "--seq-length 8192 --no-packing --micro-batch-size 1 --bf16 --use-distributed-optimizer"

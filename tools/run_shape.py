@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 # Published Qwen3: hidden size, MLP size, layers, attention heads, key/value heads, tied, size of an expert.
@@ -234,8 +234,6 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
         ArgumentsError: For what the training refuses.
         ConversionError: For a folder without a config.json that can be used.
     """
-    from megatron.training.arguments import add_megatron_arguments
-
     from megatron_profit.training.arguments import read_arguments
 
     if model is not None and "--hf-model" in argv:
@@ -250,9 +248,19 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
         if folder is not None:
             argv += ["--hf-model", str(folder)]
         arguments = read_arguments(argv, "cuda")
-        parser = ArgumentParser(allow_abbrev=False)
-        args = arguments.add_to_parser(add_megatron_arguments(parser)).parse_args(argv)
+        # What is in the namespace comes before the parser's defaults, as in `SFTArguments.add_to_parser`.
+        args = _parser().parse_args(argv, Namespace(**arguments.defaults))
     return RunShape(args, gpus)
+
+
+@cache
+def _parser() -> ArgumentParser:
+    """Of all flags of the training; it takes long to make."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_profit.training.arguments import add_arguments
+
+    return add_megatron_arguments(add_arguments(ArgumentParser(allow_abbrev=False)))
 
 
 def _without_files(argv: Sequence[str]) -> list[str]:

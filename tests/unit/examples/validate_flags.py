@@ -35,9 +35,9 @@ def complaint(flags: list[str], processes: int) -> str | None:
 
 
 if __name__ == "__main__":
-    start()
     results = []
     with contextlib.redirect_stdout(sys.stderr):
+        start()
         for flags, processes in json.load(sys.stdin):
             results.append(complaint(flags, processes))
     for result in results:
