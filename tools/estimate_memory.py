@@ -317,7 +317,7 @@ def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
     vocab, hidden, number = args.padded_vocab_size // run.tp, args.hidden_size, run.bytes_per_number
     weight = torch.empty(vocab, hidden, dtype=dtype, device="meta")
     tiling = Tiling.of(weight, rows, None, args.objective_backward)
-    norm = 2 * tokens * hidden * number // run.sequence_split
+    norm = (2 if run.fused else 3) * tokens * hidden * number // run.sequence_split
     gathered = tokens * hidden * number if run.sequence_split > 1 else 0
     kept = norm + gathered + tiling.kept_rows * vocab * number
     block = rows * min(tiling.columns, vocab) * number

@@ -36,7 +36,7 @@ class Collectives:
         self._inside = False  # one collective may be made of another
         for name in _RING:
             self._replace(name, self._counting(name, getattr(dist, name)))
-        self._replace("batch_isend_irecv", self._counting_sends(dist.batch_isend_irecv))
+        self._replace("isend", self._counting_sends(dist.isend))
 
     @staticmethod
     def _replace(name, function) -> None:
@@ -63,11 +63,9 @@ class Collectives:
 
     def _counting_sends(self, function):
         @functools.wraps(function)
-        def call(ops):
-            for op in ops:
-                if op.op.__name__ == "isend":
-                    self.sent[id(op.group)] += op.tensor.nbytes
-            return function(ops)
+        def call(tensor, *args, group=None, **kwargs):
+            self.sent[id(group)] += tensor.nbytes
+            return function(tensor, *args, group=group, **kwargs)
 
         return call
 

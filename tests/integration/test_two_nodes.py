@@ -50,18 +50,11 @@ def environment(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def uninterrupted(environment, tmp_path_factory) -> dict[int, str]:
     """The objective of each step, as one agent with two processes logs it."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    one = {"NNODES": "1", "GPUS_PER_NODE": "2", "RDZV_ENDPOINT": "127.0.0.1:0", "RUN": str(folder)}
-    result = subprocess.run(
-        ["examples/multi_node.sh", "--device", "cpu"],
-        cwd=REPOSITORY,
-        env={**os.environ, **environment, **one},
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-8000:]
-    return dict(steps(result.stdout))
+    with pretend_nodes.pretend_nodes() as (node, _):
+        one = {**environment, "NNODES": "1", "GPUS_PER_NODE": "2"}
+        agents = Agents(one, tmp_path_factory.mktemp("uninterrupted"))
+        assert agents.start(node).wait(timeout=600) == 0, agents.log()[-8000:]
+    return dict(steps(agents.log()))
 
 
 def steps(log: str) -> list[tuple[int, str]]:
