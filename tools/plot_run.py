@@ -1,9 +1,9 @@
-"""Draw the curves of one or more training runs from their TensorBoard folders.
+"""Draw the curves of one or more training runs, from their metrics files or TensorBoard folders.
 
-    python tools/plot_run.py --out curves.png base=runs/quickstart/base/tensorboard …
+    python tools/plot_run.py --out curves.png base=runs/base/metrics.jsonl ProFit=runs/profit/tensorboard …
 
-The panels are the losses (objective and plain cross-entropy), the kept fraction, and the mean probability
-of kept and dropped tokens. The figure is written beside its place and renamed.
+There is a panel for each group of metrics that any of the runs has: losses, kept fraction, probabilities,
+gradient norm, learning rate, throughput. The figure is written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,55 +20,107 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_profit.training.metrics_file import read_metrics
+
 Curve = tuple[list[int], list[float]]
 
 PANELS = (
-    ("Loss per token (nats)", {"lm loss": "cross-entropy", "objective": "objective"}),
+    (
+        "Loss per token (nats)",
+        {
+            "lm loss": "cross-entropy",
+            "objective": "objective",
+            "lm loss validation": "cross-entropy, validation",
+        },
+    ),
     ("Kept fraction", {"kept fraction": "kept"}),
     ("Mean probability of the target", {"mean p kept": "kept", "mean p dropped": "dropped"}),
+    ("Gradient norm", {"grad norm": "gradient norm"}),
+    ("Learning rate", {"learning rate": "learning rate"}),
+    ("Supervised tokens per second", {"supervised tokens per second": "supervised"}),
 )
+_COLUMNS = 3
+# What Megatron calls in TensorBoard what it calls otherwise in its lines and in the metrics file.
+_RENAMED = {"grad-norm": "grad norm", "learning-rate": "learning rate", "loss-scale": "loss scale"}
 # Colour-blind safe, from Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-STYLES = ("-", "--")
+STYLES = ("-", "--", ":")
 
 
-def read_curves(folder: Path) -> dict[str, Curve]:
-    """Scalars by name, each as steps and values; a step that was logged twice keeps the last value.
+def read_curves(run: Path) -> dict[str, Curve]:
+    """Metrics by name, each as steps and values; a step that was logged twice keeps the last value.
+
+    Metrics of an evaluation have " validation" behind their name.
+
+    Args:
+        run: A metrics file of JSON lines, or a folder with TensorBoard events.
 
     Raises:
-        FileNotFoundError: The folder holds no TensorBoard event file.
+        FileNotFoundError: It is neither.
+        ValueError: A line of a metrics file is broken.
     """
+    values: dict[str, dict[int, float]] = {}
+    for name, step, value in _points_of_file(run) if run.is_file() else _points_of_events(run):
+        values.setdefault(name, {})[step] = value
+    return {
+        name: (sorted(points), [points[step] for step in sorted(points)])
+        for name, points in values.items()
+    }
+
+
+def _points_of_events(folder: Path) -> Iterator[tuple[str, int, float]]:
     if not any(folder.glob("events.out.tfevents.*")):
-        raise FileNotFoundError(f"{folder} holds no TensorBoard event file")
+        raise FileNotFoundError(
+            f"{folder} holds no TensorBoard event file, and is no metrics file either"
+        )
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    curves = {}
     for name in events.Tags()["scalars"]:
-        values = {event.step: event.value for event in events.Scalars(name)}
-        curves[name] = (sorted(values), [values[step] for step in sorted(values)])
-    return curves
+        for event in events.Scalars(name):
+            yield _RENAMED.get(name, name), event.step, event.value
+
+
+def _points_of_file(file: Path) -> Iterator[tuple[str, int, float]]:
+    endings = {"train": "", "evaluation": " validation"}
+    for record in read_metrics(file):
+        if record["kind"] in endings:
+            for name in record.keys() - {"kind", "step"}:
+                if isinstance(record[name], int | float):
+                    yield name + endings[record["kind"]], record["step"], record[name]
 
 
 def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     """Draw the runs into one PNG.
 
     Args:
-        runs: Label -> TensorBoard folder.
+        runs: Label -> metrics file or TensorBoard folder.
         out: The file to write.
+
+    Raises:
+        FileNotFoundError, ValueError: See `read_curves`; and when a run holds none of the metrics.
     """
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 3.8), layout="constrained")
-    for (label, folder), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
-        curves = _telling(read_curves(folder))
-        for axis, (title, names) in zip(axes, PANELS, strict=True):
+    curves = {label: _telling(read_curves(run)) for label, run in runs.items()}
+    panels = [
+        (title, names)
+        for title, names in PANELS
+        if any(name in found for found in curves.values() for name in names)
+    ]
+    if not panels:
+        raise ValueError(f"{', '.join(map(str, runs.values()))}: none of the metrics to draw")
+    columns, rows = min(len(panels), _COLUMNS), -(-len(panels) // _COLUMNS)
+    size = (13 * columns / _COLUMNS, 3.8 * rows)
+    figure, _ = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    for axis, (title, names) in zip(figure.axes, panels, strict=False):
+        for (label, found), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
             for (name, short), style in zip(names.items(), STYLES, strict=False):
-                if name in curves:
+                if name in found:
                     text = f"{label}: {short}" if len(names) > 1 else label
-                    axis.plot(*curves[name], style, color=colour, label=text, linewidth=1.4)
-            axis.set(title=title, xlabel="step")
-    for axis in axes:
+                    axis.plot(*found[name], style, color=colour, label=text, linewidth=1.4)
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
-        if axis.lines:
-            axis.legend(fontsize=8)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.legend(fontsize=8)
+    for axis in figure.axes[len(panels) :]:
+        axis.remove()
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.partial")
     figure.savefig(beside, format="png", dpi=130)
@@ -86,20 +138,22 @@ def _telling(curves: Mapping[str, Curve]) -> dict[str, Curve]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="LABEL=FOLDER", help="TensorBoard folders")
+    parser.add_argument(
+        "runs", nargs="+", metavar="LABEL=RUN", help="a metrics file or a TensorBoard folder"
+    )
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args(argv)
     runs = {}
     for run in arguments.runs:
-        label, _, folder = run.partition("=")
-        if not (label and folder):
-            parser.error(f"{run!r} is not of the form LABEL=FOLDER")
+        label, _, path = run.partition("=")
+        if not (label and path):
+            parser.error(f"{run!r} is not of the form LABEL=RUN")
         if label in runs:
             parser.error(f"the label {label!r} is given twice; each run needs its own")
-        runs[label] = Path(folder)
+        runs[label] = Path(path)
     try:
         print(f"wrote {plot_runs(runs, arguments.out)}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

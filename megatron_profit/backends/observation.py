@@ -238,6 +238,7 @@ def _skip_batches_on_every_rank() -> None:
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         machine = training.get_rerun_state_machine()
         while machine.should_run_forward_backward(data_iterator):
+            training.print_rank_0(f"passing over iteration {machine.current_iteration + 1}")
             for iterator in filter(None, iterators):
                 for _ in range(get_num_microbatches()):
                     next(iterator)

@@ -31,6 +31,7 @@ from megatron_profit.objectives import ScheduledObjective
 from megatron_profit.training import experts
 from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.given_statistics import needed_statistics
+from megatron_profit.training.guards import GuardOptions, add_guard_flags
 from megatron_profit.training.keeping import KeepOptions, add_keep_flags, keep_options
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
@@ -59,6 +60,9 @@ _DEFAULTS = {
     "save_interval": 500,
     "eval_interval": 100,
     "exit_signal_handler": True,
+    # Megatron's reruns find broken hardware: they leave out the first step and end a run with a checkpoint
+    # that another GPU has to go on from. What is wrong with data or model is a matter of our guards.
+    "rerun_mode": "disabled",
 }
 # Native flags that this entry would have to ignore, with what to do instead.
 _REFUSED = {
@@ -99,6 +103,7 @@ _REFUSED = {
     ),
     "defer_embedding_wgrad_compute": "the objective computes the output layer's gradient itself",
     "overlap_moe_expert_parallel_comm": "the forward step has no schedule plan",
+    "optimizer_cuda_graph": "a guard decides between the gradient and the optimizer's update",
     "perform_rl_step": "this entry trains on data sets",
     "dataloader_type": "the order of the records is drawn from --seed",
     **dict.fromkeys(
@@ -175,6 +180,7 @@ class SFTArguments:
         export: The HuggingFace folder to write at the end, if any.
         reference: The reference model and where its log-probabilities are kept, if it is needed.
         keep: Which checkpoints stay, and when the run stops early.
+        metrics_file: Where the metrics are written as JSON lines, if anywhere.
     """
 
     hf_model: Path
@@ -188,6 +194,7 @@ class SFTArguments:
     export: HFOutput | None
     reference: tuple[HFModel, Path] | None
     keep: KeepOptions
+    metrics_file: Path | None
 
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Megatron's `extra_args_provider`."""
@@ -242,6 +249,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Train every record this often, in place of --train-iters or --train-samples.",
     )
     add_objective_flags(group)
+    add_guard_flags(group)
+    group.add_argument(
+        "--metrics-file",
+        metavar="FILE",
+        help="JSON lines with the metrics of each logged step and each evaluation; by default "
+        "metrics.jsonl in --save.",
+    )
     group.add_argument(
         "--token-report",
         metavar="DIR",
@@ -303,6 +317,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     soft |= experts.expert_defaults(settings)
     settings = {**settings, **soft, **fixed, **explicit}
     _check_numbers(settings, flags)
+    _check_guards(settings)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     hf_weights = _hf_weights(settings, config)
     multiple = settings["tensor_model_parallel_size"] * settings["make_vocab_size_divisible_by"]
@@ -330,6 +345,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         export=_export(settings),
         reference=_reference(settings, explicit, config),
         keep=_keep(settings),
+        metrics_file=_metrics_file(settings),
     )
 
 
@@ -616,6 +632,23 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
             f"cannot be used: {error}"
         ) from error
     return model
+
+
+def _check_guards(settings: Mapping[str, Any]) -> None:
+    try:
+        GuardOptions.from_settings(settings)
+    except ValueError as error:
+        raise ArgumentsError(str(error)) from error
+
+
+def _metrics_file(settings: Mapping[str, Any]) -> Path | None:
+    """Where the metrics go: a file that can be written, if any was asked for or there is a --save."""
+    if settings["metrics_file"] is None:
+        return Path(settings["save"]) / "metrics.jsonl" if settings["save"] else None
+    path = Path(settings["metrics_file"])
+    if path.is_dir():
+        raise ArgumentsError(f"--metrics-file {path} is a folder; name a file")
+    return path
 
 
 def _export(settings: Mapping[str, Any]) -> HFOutput | None:

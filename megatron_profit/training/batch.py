@@ -24,6 +24,8 @@ class Batch:
         record_index: The example that a token belongs to, -1 in padding.
         sample_index: Distinct for each time that an example is drawn, -1 in padding.
         spans: Where the records of the whole rows lie; None where attention need not know it.
+        records: [records] int64 on the CPU, the example of each record of the whole rows, in order.
+        cu_seqlens: [records + 1] int64 on the CPU, tokens of the records so far.
     """
 
     tokens: torch.Tensor
@@ -32,6 +34,8 @@ class Batch:
     record_index: torch.Tensor
     sample_index: torch.Tensor
     spans: RecordSpans | None
+    records: torch.Tensor
+    cu_seqlens: torch.Tensor
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool) -> Batch:
@@ -55,4 +59,16 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool
     if isolate:
         # Found on the CPU, where the data are: a GPU would have to be waited for.
         spans = RecordSpans.from_positions(whole["position_ids"], part["tokens"].device, *cp)
-    return Batch(**part, spans=spans)
+    records, cu_seqlens = _records(whole["position_ids"], whole["record_index"])
+    return Batch(**part, spans=spans, records=records, cu_seqlens=cu_seqlens)
+
+
+def _records(
+    position_ids: torch.Tensor, record_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Batch.records` and `Batch.cu_seqlens` of rows [B, S], without the padding."""
+    begins = (position_ids.flatten() == 0).nonzero()[:, 0]
+    ends = torch.cat([begins[1:], begins.new_tensor([position_ids.numel()])])
+    records = record_index.flatten()[begins]
+    lengths = (ends - begins)[records >= 0]
+    return records[records >= 0], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -1,11 +1,15 @@
-"""What a run says before Megatron has set up its process group."""
+"""What a run says before Megatron has set up its process group, and the line of its steps."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import NoReturn
+
+from megatron_profit.backends.hooks import LoggedStep
 
 # By then torchrun has ended this process, where the first one of the machine met the same error.
 _PATIENCE_SECONDS = 30
@@ -27,3 +31,41 @@ def fail(message: object) -> NoReturn:
         time.sleep(_PATIENCE_SECONDS)
     print(f"megatron-profit-sft: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def step_line(
+    step: LoggedStep,
+    train_iters: int,
+    metrics: Mapping[str, float],
+    speed: Mapping[str, float],
+    seconds: float,
+) -> str:
+    """The line of an interval of steps: what is learnt, then how, then how fast.
+
+    It begins like Megatron's and has its form, `| name: value |`, so that what reads one reads both.
+
+    Args:
+        step: The last step of the interval.
+        train_iters: Steps of the run.
+        metrics: Of the interval.
+        speed: `run_monitor.throughput`, and the peak memory in GiB.
+        seconds: Of a step.
+    """
+    values = {**metrics, **step.values}
+    if values.get("loss scale") == 1:
+        del values["loss scale"]
+    left = datetime.timedelta(seconds=round(seconds * (train_iters - step.iteration)))
+    return " | ".join(
+        (
+            f" iteration {step.iteration:8}/{train_iters:8}",
+            *(f"{name}: {value:.7G}" for name, value in values.items()),
+            *(["no optimizer step"] if step.skipped else []),
+            f"tokens/s: {speed['tokens per second']:,.0f} "
+            f"({speed['supervised tokens per second']:,.0f} supervised, "
+            f"{speed['kept tokens per second']:,.0f} kept)",
+            f"TFLOP/s/GPU: {speed['model TFLOP/s per GPU']:.4G}",
+            f"peak memory: {speed['peak memory GiB']:.1f} GiB",
+            f"elapsed time per iteration (ms): {1000 * seconds:.1f}",
+            f"left: {left} |",
+        )
+    )

@@ -33,13 +33,14 @@ class SFTData:
     Attributes:
         train, valid: The rows.
         supervised_share: Supervised tokens over all that the model predicts, in the training data.
-        valid_prepared: The validation records, where there are some.
+        train_prepared, valid_prepared: Where the records of the rows come from.
         digest: Tells the training records, their order and their rows from others.
     """
 
     train: SFTDataset
     valid: SFTDataset | None
     supervised_share: float
+    train_prepared: Prepared
     valid_prepared: Prepared | None = None
     digest: str = ""
 
@@ -97,6 +98,7 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         train.dataset,
         valid and valid.dataset,
         share,
+        train.prepared,
         valid and valid.prepared,
         _digest(train.prepared, arguments.data),
     )

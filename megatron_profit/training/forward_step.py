@@ -42,9 +42,8 @@ def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
         timers("batch-generator").stop()
         if batch.spans is not None:
             batch.spans.rotary = rotary_angles(gpt, batch.position_ids, args.seq_length)
-            if torch.is_grad_enabled() and not gpt.vp_stage:
-                # For Megatron's count of FLOP/s; attention works on records, not on rows.
-                update_seqlen_stats_from_cu_seqlens(batch.spans.cu_seqlens_q)
+        if torch.is_grad_enabled() and not gpt.vp_stage:
+            _count_tokens(batch)
         loss = begin(batch)
         output = model(
             batch.tokens,
@@ -58,6 +57,15 @@ def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
         return output, loss.loss_func
 
     return forward_step
+
+
+def _count_tokens(batch: Batch) -> None:
+    """Tell Megatron's count of floating-point operations of records, not of rows and their padding."""
+    cu_seqlens = batch.cu_seqlens
+    if cu_seqlens.numel() < 2:
+        # Rows of padding only: Megatron sums over the ranks where there is a count on each of them.
+        cu_seqlens = cu_seqlens.new_zeros(2)
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)
 
 
 def needs_record_spans(args: Namespace) -> bool:

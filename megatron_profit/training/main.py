@@ -18,7 +18,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 
 from checkpoint_conversion.errors import ConversionError
-from megatron_profit.backends.hooks import listen, on_evaluation
+from megatron_profit.backends.hooks import listen, observe, on_evaluation
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
@@ -31,6 +31,8 @@ from megatron_profit.training.experts import scale_balancing
 from megatron_profit.training.forward_step import make_forward_step
 from megatron_profit.training.given_statistics import GivenStatistics, Source
 from megatron_profit.training.global_ranking import GlobalRanking
+from megatron_profit.training.guard_report import RecordNames
+from megatron_profit.training.guards import GuardOptions, Guards
 from megatron_profit.training.hf_weights import export, keep_in, load_checkpoint_into, load_hook
 from megatron_profit.training.keeping import CheckpointKeeper
 from megatron_profit.training.objective_flags import objective_from_args
@@ -38,6 +40,7 @@ from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.old_policy import OldPolicy
 from megatron_profit.training.reference_model import ReferenceModel
 from megatron_profit.training.resume import settle_checkpoints
+from megatron_profit.training.run_monitor import RunMonitor
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.token_metrics import ProbQuantiles
 
@@ -82,6 +85,9 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     begin = given.begin
     if args.token_report is not None:
         begin = evaluation_report(args, arguments, data).watching(begin)
+    monitor = run_monitor(args, arguments, data)
+    observe(monitor)
+    on_evaluation(monitor.evaluated)
     signals = ExitSignals(args.exit_signal)
     signals.forward()
     try:
@@ -89,7 +95,7 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
             pretrain_cfg_container_from_args(args, model_config),
             score_pass.watching(data.provider(args)),
             ModelType.encoder_or_decoder,
-            make_forward_step(begin),
+            make_forward_step(monitor.watching(begin)),
         )
     except SystemExit as end:
         signals.leave(end)
@@ -140,6 +146,16 @@ def evaluation_report(args: Namespace, arguments: SFTArguments, data: SFTData) -
         tokenizer=load_tokenizer(Path(args.hf_model)),
         # An evaluation of PSFT is plain SFT: the old policy is the current one.
         objective="sft" if args.objective == "psft" else args.objective,
+    )
+
+
+def run_monitor(args: Namespace, arguments: SFTArguments, data: SFTData) -> RunMonitor:
+    """What guards and logs the run as the flags ask."""
+    files = [Path(source.path).name for source in arguments.data.train]
+    return RunMonitor(
+        Guards(GuardOptions.from_settings(vars(args))),
+        RecordNames(data.train_prepared, files),
+        arguments.metrics_file,
     )
 
 

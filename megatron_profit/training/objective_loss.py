@@ -9,6 +9,7 @@ Shape suffixes: B micro-batch, S sequence, H hidden, N = S * B tokens in sequenc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ IMPLEMENTATIONS = ("auto", "fused", "reference")
 # Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
 # vanishes in fp32 beside any real count.
 _NO_TOKEN = 1e-20
+# That of pretrain_gpt.py: how many times the largest of the first losses is a spike.
+_SPIKY_LOSS_FACTOR = 10
 
 
 @dataclass(frozen=True)
@@ -210,13 +213,13 @@ class MicroBatchLoss:
         """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
         statistics = self.statistics
         loss = output_tensor.float().sum()
-        _validate(loss)
         sums = token_sums(statistics, self._objective)
         num_kept, num_supervised = sums["kept fraction"]
         if torch.is_grad_enabled() and mpu.get_tensor_model_parallel_rank() == 0:
             self._loss.monitor.add(num_kept, num_supervised)
         normalization = self._loss.normalization or self._objective.normalization
         num_tokens = num_supervised if normalization == "valid" else num_kept
+        _validate(loss, num_tokens)
         share_of_step = torch.tensor(_share_of_step(), device=loss.device)
         metrics = {
             "objective": (loss, num_tokens),
@@ -275,15 +278,26 @@ def micro_batches_of_window() -> int:
     return _micro_batches_of_step() * (1 if torch.is_grad_enabled() else get_args().eval_iters)
 
 
-def _validate(loss: torch.Tensor) -> None:
-    """Hand NaN and infinite losses to Megatron's rerun state machine, as pretrain_gpt.py does."""
-    if not get_args().check_for_nan_in_loss_and_grad:
-        return
-    for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-        get_rerun_state_machine().validate_result(
-            result=loss,
-            rejection_func=is_bad,
-            message=f"found {name} in local forward loss calculation",
+def _validate(loss: torch.Tensor, num_tokens: torch.Tensor) -> None:
+    """Show the loss to Megatron's checks, as pretrain_gpt.py does."""
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=is_bad,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss and torch.is_grad_enabled():
+        machine.validate_result(
+            # Of a token: micro-batches differ in how many they train.
+            result=loss.detach() / num_tokens.clamp(min=1),
+            rejection_func=functools.partial(
+                machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
             tolerance=0.0,
-            fatal=True,
+            fatal=False,
         )

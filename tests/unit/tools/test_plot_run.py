@@ -1,5 +1,7 @@
 """The figure of a run: drawn from TensorBoard events, and clear errors where there are none."""
 
+import json
+
 import matplotlib.image
 import plot_run
 import pytest
@@ -59,7 +61,7 @@ def test_the_curves_are_the_logged_values(write, tmp_path, figure):
         for axis in figure[0].axes
         for line in axis.lines
     }
-    loss, kept, probability = (title for title, _ in plot_run.PANELS)
+    loss, kept, probability, *_ = (title for title, _ in plot_run.PANELS)
     assert drawn == {
         (loss, "ProFit: cross-entropy"): ((1, 2), PROFIT["lm loss"]),
         (loss, "ProFit: objective"): ((1, 2), PROFIT["objective"]),
@@ -81,6 +83,53 @@ def test_a_resumed_run_is_one_curve_and_its_later_values_count(write):
     assert plot_run.read_curves(folder) == {"lm loss": ([1, 2, 3, 4], [4.0, 3.0, 2.0, 1.0])}
 
 
+def test_a_metrics_file_gives_the_same_curves_and_those_of_evaluations(tmp_path, figure):
+    file = tmp_path / "metrics.jsonl"
+    records = [
+        {"kind": "start", "step": 0, "objective": "profit"},
+        *(
+            {"kind": "train", "step": step, "lm loss": loss, "grad norm": 0.5, "mean p": None}
+            for step, loss in ((2, 3.0), (4, 2.0))
+        ),
+        {"kind": "evaluation", "step": 4, "lm loss": 2.5},
+        {"kind": "guard", "step": 4, "event": "spike", "suspects": []},
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    file.write_text(text + '{"kind": "tra')
+    assert plot_run.read_curves(file) == {
+        "lm loss": ([2, 4], [3.0, 2.0]),
+        "grad norm": ([2, 4], [0.5, 0.5]),
+        "lm loss validation": ([4], [2.5]),
+    }
+    plot_run.plot_runs({"run": file}, tmp_path / "curves.png")
+    assert [axis.get_title() for axis in figure[0].axes] == [
+        "Loss per token (nats)",
+        "Gradient norm",
+    ]
+
+
+def test_more_panels_than_fit_a_row_and_names_of_tensorboard(write, tmp_path, figure):
+    scalars = {**PROFIT, "grad-norm": (1.0, 2.0), "learning-rate": (1e-5, 1e-5)}
+    plot_run.plot_runs({"run": write("run", scalars)}, tmp_path / "curves.png")
+    titles = [axis.get_title() for axis in figure[0].axes]
+    assert titles == [title for title, _ in plot_run.PANELS[:5]], "and no empty panel"
+
+
+@pytest.mark.parametrize("line", ["nonsense\n", "[1]\n", '{"kind": "train"}\n'])
+def test_a_broken_line_is_named(tmp_path, capsys, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"kind": "train", "step": 1, "lm loss": 1.0}\n' + line)
+    assert plot_run.main(["--out", str(tmp_path / "curves.png"), f"run={file}"]) == 2
+    assert f"{file}, line 2: not an object with a kind and a step" in capsys.readouterr().err
+
+
+def test_a_run_without_any_of_the_metrics_is_named(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"kind": "start", "step": 0}\n')
+    assert plot_run.main(["--out", str(tmp_path / "curves.png"), f"run={file}"]) == 2
+    assert f"{file}: none of the metrics to draw" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("made", [False, True], ids=["missing", "empty"])
 def test_a_folder_without_events_is_named(tmp_path, capsys, made):
     folder, out = tmp_path / "nothing", tmp_path / "curves.png"
@@ -94,9 +143,9 @@ def test_a_folder_without_events_is_named(tmp_path, capsys, made):
 @pytest.mark.parametrize(
     ("runs", "problem"),
     [
-        (["folder"], "'folder' is not of the form LABEL=FOLDER"),
-        (["=folder"], "'=folder' is not of the form LABEL=FOLDER"),
-        (["label="], "'label=' is not of the form LABEL=FOLDER"),
+        (["folder"], "'folder' is not of the form LABEL=RUN"),
+        (["=folder"], "'=folder' is not of the form LABEL=RUN"),
+        (["label="], "'label=' is not of the form LABEL=RUN"),
         (["a=one", "a=two"], "the label 'a' is given twice"),
     ],
 )

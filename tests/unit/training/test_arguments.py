@@ -485,3 +485,34 @@ def test_help_shows_our_flags_before_megatrons(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert text.index("--hf-model") < text.index("--prob-threshold") < text.index("--num-layers")
+
+
+def test_metrics_go_beside_the_checkpoints_or_where_a_flag_says(parse, tmp_path):
+    assert parse().metrics_file is None
+    assert parse("--save", str(tmp_path)).metrics_file == tmp_path / "metrics.jsonl"
+    file = tmp_path / "other.jsonl"
+    flags = ("--save", str(tmp_path), "--metrics-file", str(file))
+    assert parse(*flags).metrics_file == file
+    with pytest.raises(ArgumentsError, match=r"--metrics-file .* is a folder; name a file"):
+        parse("--metrics-file", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--spike-loss 0.5", "--spike-loss is 0.5"),
+        ("--stall-steps 0", "--stall-steps is 0"),
+        ("--on-nonfinite warn", "--on-nonfinite: invalid choice: 'warn'"),
+        ("--optimizer-cuda-graph", "--optimizer-cuda-graph cannot be used here: a guard decides"),
+    ],
+)
+def test_guards_that_cannot_work_are_refused(parse, flags, named):
+    with pytest.raises(ArgumentsError, match=named):
+        parse(*flags.split())
+
+
+def test_megatrons_reruns_are_off_unless_asked_for(parse):
+    arguments = parse()
+    assert megatron_args(arguments).rerun_mode == "disabled"
+    asked = megatron_args(arguments, "--rerun-mode", "validate_results")
+    assert asked.rerun_mode == "validate_results"

@@ -1,0 +1,103 @@
+"""Sums and counts of what the loss function reports: over micro-batches and ranks, then over steps.
+
+They are divided only when a value is shown, so that what an interval of steps reports is that of all its
+tokens together, whatever the steps had, and also for metrics that only some of its steps report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SumAndCount = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step reports.
+
+    Attributes:
+        names: Of the metrics.
+        local: [micro-batches, metrics, 2] float64, sum and count on this rank.
+        total: [metrics, 2] float64, over the micro-batches of all ranks.
+    """
+
+    names: tuple[str, ...]
+    local: Tensor
+    total: Tensor
+
+    @classmethod
+    def reduce(
+        cls, losses: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup | None
+    ) -> StepMetrics:
+        """Add up [sum, count] pairs with one collective.
+
+        Args:
+            losses: Of each micro-batch, by name; the same names in all.
+            group: Ranks that share the step's tokens.
+
+        Raises:
+            ValueError: A value is no pair.
+        """
+        names = tuple(losses[0])
+        for name in names:
+            if losses[0][name].numel() != 2:
+                raise ValueError(f"metric {name!r} is {losses[0][name]}, not a sum with a count")
+        local = torch.stack([torch.stack([x[name].view(2) for name in names]) for x in losses])
+        local = local.double()
+        total = local.sum(0)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return cls(names, local, total)
+
+    def means(self) -> dict[str, Tensor]:
+        """Each metric as a scalar in fp32."""
+        return dict(zip(self.names, (self.total[:, 0] / self.total[:, 1]).float(), strict=True))
+
+    def pairs(self) -> dict[str, SumAndCount]:
+        """Each metric over all ranks, read back from the device."""
+        return {n: (s, c) for n, (s, c) in zip(self.names, self.total.tolist(), strict=True)}
+
+    def local_values(self, name: str) -> list[float]:
+        """The mean of a metric in each micro-batch of this rank."""
+        pairs = self.local[:, self.names.index(name)]
+        return (pairs[:, 0] / pairs[:, 1]).tolist()
+
+
+@dataclass
+class Interval:
+    """Steps since something was logged last.
+
+    Attributes:
+        steps, skipped: All, and those among them in which the optimizer took no step.
+        tokens: Of records.
+        floating_point_operations: By Megatron's count.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    tokens: float = 0.0
+    floating_point_operations: float = 0.0
+    _pairs: dict[str, SumAndCount] = field(default_factory=dict)
+
+    def add(self, pairs: Mapping[str, SumAndCount], *, skipped: bool) -> None:
+        """Count a step; of a skipped one nothing goes into the metrics, for it trained nothing."""
+        self.steps += 1
+        self.skipped += skipped
+        if skipped:
+            return
+        for name, (total, count) in pairs.items():
+            before = self._pairs.get(name, (0.0, 0.0))
+            self._pairs[name] = (before[0] + total, before[1] + count)
+
+    def means(self) -> dict[str, float]:
+        """Each metric of the interval, in the order in which they appeared."""
+        return {name: total / count for name, (total, count) in self._pairs.items()}
+
+    def total(self, name: str) -> SumAndCount:
+        """Sum and count of a metric; zeros where no step reported it."""
+        return self._pairs.get(name, (0.0, 0.0))
