@@ -238,7 +238,8 @@ def _skip_batches_on_every_rank() -> None:
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         machine = training.get_rerun_state_machine()
         while machine.should_run_forward_backward(data_iterator):
-            training.print_rank_0(f"passing over iteration {machine.current_iteration + 1}")
+            samples = training.get_args().consumed_train_samples
+            training.print_rank_0(f"passing over the global batch behind {samples} samples")
             for iterator in filter(None, iterators):
                 for _ in range(get_num_microbatches()):
                     next(iterator)

@@ -160,7 +160,7 @@ class RunMonitor:
 
     def _suspects(self) -> list[Suspect]:
         """The micro-batches of this rank; those of a tensor-parallel group are its first rank's."""
-        messages = tuple(message for message, _ in self._rejections)
+        messages = tuple(dict.fromkeys(message for message, _ in self._rejections))
         if self._step is None or mpu.get_tensor_model_parallel_rank() != 0:
             return [Suspect(dist.get_rank(), 0, 0.0, True, (), messages)] if messages else []
         losses = self._step.local_values("lm loss")

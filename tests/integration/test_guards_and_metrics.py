@@ -151,7 +151,7 @@ def test_a_stopped_run_goes_on_behind_the_step(faulty, tmp_path):
 
     at_another_layout = ("--iterations-to-skip", 5, "--tensor-model-parallel-size", 2)
     resumed = faulty(*command, *at_another_layout).stdout
-    assert "passing over iteration 5" in resumed
+    assert f"passing over the global batch behind {4 * BATCH} samples" in resumed
     file = save / "metrics.jsonl"
     train = {r["step"]: r["lm loss"] for r in read_metrics(file) if r["kind"] == "train"}
     assert list(train) == [1, 2, 3, 4, 6]
