@@ -117,8 +117,10 @@ def test_bad_steps_are_skipped_and_everything_is_logged(
         (8, "stall", "warn"),
     ]
     for guard in guards[:2]:
-        assert {suspect["rank"] for suspect in guard["suspects"]} == {1}
-        named = [suspect["records"] for suspect in guard["suspects"]]
+        # A NaN gradient reaches the earlier pipeline stages too, which know no micro-batches.
+        suspects = [suspect for suspect in guard["suspects"] if suspect["micro_batch"]]
+        assert {suspect["rank"] for suspect in suspects} == {1}
+        named = [suspect["records"] for suspect in suspects]
         assert named == records(tiny, guard["step"], data_parallel)
     first = guards[0]["suspects"][0]["records"][0]
     assert re.search(
@@ -170,7 +172,7 @@ def test_an_overflow_of_fp16_loss_scaling_is_left_to_megatron(faulty, tmp_path):
     """Also beside a loss that is NaN, which is an event and no overflow."""
     file = tmp_path / "metrics.jsonl"
     printed = faulty(
-        *("--train-iters", 12, "--fp16", "--initial-loss-scale", 2**19, "--metrics-file", file),
+        *("--train-iters", 12, "--fp16", "--initial-loss-scale", 2**14, "--metrics-file", file),
         *("--nan-loss", 9, "--on-nonfinite", "skip"),
     ).stdout
     logged = list(read_metrics(file))
