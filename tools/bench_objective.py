@@ -2,7 +2,7 @@
 
     python tools/bench_objective.py --quick
     python tools/bench_objective.py --full --verl ~/verl      # on GPUs
-    python tools/bench_objective.py --hidden 1024 --tokens 1024 --prompt 0.5 --dropped 0.2 --only ours matmuls
+    python tools/bench_objective.py --hidden 2560 --masks 0/0 0.5/0.2 --only ours matmuls
 
 All computations of a configuration get the same tensors and take turns. Those that know no objective
 compute a cross-entropy per token and are masked afterwards, as users of them do. Whatever cannot run here
@@ -39,6 +39,29 @@ from megatron_profit.ops import linear_objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QWEN3_VOCAB = 151936
+# What is measured where the flags do not say: two sizes for 2 CPU cores, and the whole grid.
+DEFAULTS: dict[str, Any] = {
+    "vocab": [QWEN3_VOCAB],
+    "hidden": [1024],
+    "tokens": [1024],
+    "masks": [(0.5, 0.2)],
+    "dtype": ["bf16"],
+    "tp": [1],
+    "ours": [],
+    "rounds": 5,
+}
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "quick": {"masks": [(0.5, 0.2), (0.0, 0.0)], "ours": ["backward=recompute"], "rounds": 3},
+    "full": {
+        "hidden": [1024, 2560, 5120],
+        "tokens": [1024, 8192],
+        "masks": list(itertools.product((0.0, 0.5, 0.8), (0.0, 0.2, 0.5))),
+        "dtype": ["fp32", "bf16"],
+        "tp": [1, 2],
+        "ours": ["backward=recompute"],
+    },
+}
 PEER_PACKAGES = ("liger-kernel", "cut-cross-entropy")
 NAMES = (
     *("ours", "matmuls", "official", "official-compiled", "megatron", "megatron-native"),
@@ -469,13 +492,18 @@ MEMORY = {
 
 
 def configurations(options: argparse.Namespace) -> Iterator[Configuration]:
-    if options.quick:
-        for prompt, dropped in ((0.5, 0.2), (0.0, 0.0)):
-            yield Configuration(QWEN3_VOCAB, 1024, 1024, prompt, dropped, "bf16", 1)
-        return
-    sizes = [getattr(options, name) for name in Configuration.__dataclass_fields__]
-    for values in itertools.product(*sizes):
-        yield Configuration(*values)
+    for vocab, hidden, tokens, (prompt, dropped), dtype, tp in itertools.product(
+        *(getattr(options, name) for name in ("vocab", "hidden", "tokens", "masks", "dtype", "tp"))
+    ):
+        yield Configuration(vocab, hidden, tokens, prompt, dropped, dtype, tp)
+
+
+def shares(text: str) -> tuple[float, float]:
+    """PROMPT/DROPPED of the command line."""
+    prompt, dropped = (float(share) for share in text.split("/"))
+    if not (0 <= prompt < 1 and 0 <= dropped < 1):
+        raise argparse.ArgumentTypeError(f"{text} has a share that is not in [0, 1)")
+    return prompt, dropped
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -483,38 +511,44 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     selection = parser.add_mutually_exclusive_group()
-    selection.add_argument("--quick", action="store_true", help="two sizes for 2 CPU cores")
-    selection.add_argument("--full", action="store_true", help="the whole grid, for GPUs")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[QWEN3_VOCAB])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[1024])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
-    parser.add_argument("--prompt", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--dropped", type=float, nargs="+", default=[0.2])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--tp", type=int, nargs="+", default=[1])
-    parser.add_argument("--ours", action="append", default=[], metavar="NAME=VALUE,…")
+    for preset, text in (
+        ("quick", "two sizes for 2 CPU cores"),
+        ("full", "the whole grid, for GPUs"),
+    ):
+        help = f"{text}; other flags replace its parts"
+        selection.add_argument(
+            f"--{preset}", dest="preset", action="store_const", const=preset, help=help
+        )
+    grid = parser.add_argument_group(
+        "what is measured: all combinations", argument_default=argparse.SUPPRESS
+    )
+    for name in ("vocab", "hidden", "tokens", "tp"):
+        grid.add_argument(f"--{name}", type=int, nargs="+")
+    grid.add_argument(
+        "--masks",
+        type=shares,
+        nargs="+",
+        metavar="PROMPT/DROPPED",
+        help="share of the tokens without a label, and of the others that ProFit drops: 0.5/0.2",
+    )
+    grid.add_argument("--dtype", nargs="+", choices=DTYPES)
+    grid.add_argument("--ours", action="append", metavar="NAME=VALUE,…", help="a variant of ours")
+    grid.add_argument("--rounds", type=int)
     parser.add_argument("--only", nargs="+", choices=NAMES, help="beside the --ours variants")
-    parser.add_argument("--rounds", type=int, default=None, help="3 for --quick, else 5")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--verl", type=Path, metavar="DIR", help="a checkout of verl")
     parser.add_argument("--out", type=Path, default=benchmarking.RESULTS)
     parser.add_argument("--name", default="objective", help="of the results files")
-    options = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv))
+    options = argparse.Namespace(**DEFAULTS | PRESETS[given["preset"]] | given)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.rounds = options.rounds or (3 if options.quick else 5)
-    if not options.ours and (options.quick or options.full):
-        options.ours = ["backward=recompute"]
-    if options.full:
-        options.hidden, options.tokens = [1024, 2560, 5120], [1024, 8192]
-        options.prompt, options.dropped = [0.0, 0.5, 0.8], [0.0, 0.2, 0.5]
-        options.dtype, options.tp = ["fp32", "bf16"], [1, 2]
     ours_variants(options.ours)
-    _check(parser, options)
+    _check_tp(parser, options)
     return options
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check_tp(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     gpus = torch.cuda.device_count() if options.device == "cuda" else None
     for tp in options.tp:
         if tp < 1 or (gpus is not None and tp > gpus):
@@ -524,10 +558,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         for vocab in options.vocab:
             if vocab % tp:
                 parser.error(f"--vocab {vocab} cannot be split evenly over --tp {tp}")
-    for name in ("prompt", "dropped"):
-        for share in getattr(options, name):
-            if not 0 <= share < 1:
-                parser.error(f"--{name} {share} is not a share in [0, 1)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,16 @@ def test_a_run_writes_what_was_measured_and_what_was_not(tmp_path):
     assert "| verl | absent: needs a GPU |" in text
 
 
+def test_flags_replace_parts_of_a_preset():
+    options = bench_objective.parse_arguments(
+        ["--full", "--device", "cpu", "--hidden", "64", "--masks", "0/0", "0.5/0.2", "--tp", "1"]
+    )
+    sizes = {(c.hidden, c.prompt, c.dropped, c.tp) for c in bench_objective.configurations(options)}
+    assert sizes == {(64, 0.0, 0.0, 1), (64, 0.5, 0.2, 1)}
+    assert options.tokens == [1024, 8192]
+    assert options.ours == ["backward=recompute"]
+
+
 @pytest.mark.slow
 def test_a_vocabulary_over_two_ranks(tmp_path):
     results, _ = run(tmp_path, "--tp", "2", "--only", "ours", "official", "megatron")
@@ -45,7 +55,8 @@ def test_a_vocabulary_over_two_ranks(tmp_path):
     ("flags", "message"),
     [
         (["--vocab", "507", "--tp", "2"], "--vocab 507 cannot be split evenly over --tp 2"),
-        (["--prompt", "1"], "--prompt 1.0 is not a share"),
+        (["--masks", "1/0"], "1/0 has a share that is not in [0, 1)"),
+        (["--masks", "0.5"], "invalid shares value: '0.5'"),
         (["--ours", "speed=9"], "linear_objective takes no 'speed'"),
     ],
 )

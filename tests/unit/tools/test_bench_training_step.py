@@ -8,9 +8,9 @@ import pytest
 
 def test_what_follows_the_dashes_goes_to_megatron():
     options = bench_training_step.parse_arguments(
-        ["--layers", "3", "--", "--tensor-model-parallel-size", "2"]
+        ["--quick", "--layers", "3", "--steps", "9", "--", "--tensor-model-parallel-size", "2"]
     )
-    assert options.layers == 3
+    assert (options.layers, options.steps, options.rounds) == (3, 9, 2)
     assert options.megatron == ["--tensor-model-parallel-size", "2"]
 
 
