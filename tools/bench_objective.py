@@ -281,7 +281,12 @@ def verl(repository: Path | None) -> Callable[[Problem], Tensor]:
 
     def token_loss(problem: Problem) -> Tensor:
         log_prob, _ = kernel.linear_cross_entropy(
-            replicated(problem), problem.weight, problem.targets, 1.0, "none", problem.group
+            replicated(problem),
+            problem.weight,
+            problem.targets,
+            1.0,
+            "none",
+            problem.parallel_group,
         )
         return -log_prob
 

@@ -23,7 +23,7 @@ from megatron_profit.ops.collectives import VocabShard
 from megatron_profit.ops.kernels import BlockKernels
 from megatron_profit.ops.rows import SupervisedRows, input_precision, statistics_dtype
 from megatron_profit.ops.statistics import SoftmaxNormalizer
-from megatron_profit.ops.tiling import Tiling, Workspace
+from megatron_profit.ops.tiling import Source, Tiling, Workspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,21 +112,20 @@ def _input_gradients(
     None in place of what is not wanted or went into ``main_grad``."""
     active = coefficient.nonzero().squeeze(1)
     hidden_rows = hidden[work.rows.index[active]]
-    targets, coefficient = work.rows.targets[active], coefficient[active]
-    max_logit, sum_exp = (vector[active] for vector in normalizer)
+    targets = work.rows.targets[active]
     workspace = Workspace(hidden.device)
-    logits = _Logits(hidden_rows, active, work, workspace)
+    vectors = (coefficient[active], *(vector[active] for vector in normalizer))
+    logits_grad = _LogitsGradient(hidden_rows, active, vectors, work, workspace)
     hidden_grad = _HiddenGradient(hidden_rows, workspace) if want_hidden else None
     weight_grad = None
     if want_weight:
         written = work.shard.size if len(active) else 0
         weight_grad = _WeightGradient(weight, work.main_grad, written, workspace)
     for block in work.tiling.blocks(work.shard.size) if len(active) else ():
-        grad_logits = logits.next_block(weight[block])
-        target = work.shard.locate(targets, block)
-        work.kernels.gradient_(grad_logits, *target, coefficient, max_logit, sum_exp, workspace)
+        column = work.shard.columns(targets, block)
+        grad_logits = logits_grad.next_block(weight[block], column)
         if hidden_grad is not None:
-            hidden_grad.add(grad_logits, weight[block], *target)
+            hidden_grad.add(grad_logits, weight[block], column)
         if weight_grad is not None:
             weight_grad.add(grad_logits, hidden_rows, block)
     grad_hidden = None
@@ -136,38 +135,55 @@ def _input_gradients(
     return grad_hidden, None if weight_grad is None else weight_grad.result()
 
 
-class _Logits:
-    """The logits of the active rows, block after block: kept ones, then recomputed ones.
+class _LogitsGradient:
+    """The gradient of the active rows' logits, block after block: from kept logits, then from
+    recomputed ones. Where all logits are kept and active, each block is overwritten by its gradient.
 
     Args:
         hidden_rows: [A, H].
         active: [A] ascending positions among the M rows.
+        vectors: coefficient, max_logit and sum_exp, each [A].
         work: has the kept logits, which are used up.
         workspace: has the buffer of the result.
     """
 
     def __init__(
-        self, hidden_rows: Tensor, active: Tensor, work: Work, workspace: Workspace
+        self,
+        hidden_rows: Tensor,
+        active: Tensor,
+        vectors: tuple[Tensor, ...],
+        work: Work,
+        workspace: Workspace,
     ) -> None:
-        self._kept, self._workspace = work.kept, workspace
-        kept_rows = active[active < work.tiling.kept_rows] if self._kept else active[:0]
-        self._kept_active = kept_rows
-        self._all_kept = len(kept_rows) == len(active) == work.tiling.kept_rows
+        self._kept, self._vectors = work.kept, vectors
+        self._gradient_, self._workspace = work.kernels.gradient_, workspace
+        self._kept_active = active[active < work.tiling.kept_rows] if self._kept else active[:0]
+        self._all_kept = len(self._kept_active) == len(active) == work.tiling.kept_rows
         self._size = len(active)
-        self._recomputed = hidden_rows[len(kept_rows) :]
+        self._recomputed = hidden_rows[len(self._kept_active) :]
 
-    def next_block(self, weight: Tensor) -> Tensor:
-        """Logits [A, v] on the next block of the weight, [v, H]; free to overwrite."""
-        if self._all_kept:
-            return self._kept.pop(0)
-        shape = (self._size, weight.size(0))
-        logits = self._workspace.buffer("logits", shape, weight.dtype)
+    def next_block(self, weight: Tensor, column: Tensor) -> Tensor:
+        """The gradient [A, v] on the next block of the weight, [v, H], with targets in ``column``
+        [A]; free to overwrite."""
+        kept = self._kept.pop(0) if self._kept else None
+        if kept is not None and self._all_kept:
+            self._fill(kept, None, column, slice(None))
+            return kept
+        grad = self._workspace.buffer("logits", (self._size, weight.size(0)), weight.dtype)
         from_kept = len(self._kept_active)
-        if self._kept:
-            torch.index_select(self._kept.pop(0), 0, self._kept_active, out=logits[:from_kept])
+        if kept is not None and from_kept:
+            self._fill(grad, (kept, self._kept_active), column, slice(0, from_kept))
         if from_kept < self._size:
-            torch.mm(self._recomputed, weight.t(), out=logits[from_kept:])
-        return logits
+            torch.mm(self._recomputed, weight.t(), out=grad[from_kept:])
+            self._fill(grad, None, column, slice(from_kept, None))
+        return grad
+
+    def _fill(self, grad: Tensor, source: Source, column: Tensor, part: slice) -> None:
+        """Fills a part of the rows of ``grad``."""
+        coefficient, max_logit, sum_exp = (vector[part] for vector in self._vectors)
+        self._gradient_(
+            grad[part], source, column[part], coefficient, max_logit, sum_exp, self._workspace
+        )
 
 
 class _HiddenGradient:
@@ -182,12 +198,12 @@ class _HiddenGradient:
         self._workspace = workspace
         self._rounds = _rounds_products(self.sum, hidden_rows)
 
-    def add(self, grad_logits: Tensor, weight: Tensor, column: Tensor, here: Tensor) -> None:
-        """Adds grad_logits [A, v] @ weight [v, H]; column and here [A] locate the targets."""
+    def add(self, grad_logits: Tensor, weight: Tensor, column: Tensor) -> None:
+        """Adds grad_logits [A, v] @ weight [v, H]; the targets are in ``column`` [A]."""
         if not self._rounds:
             _add_product_(self.sum, grad_logits, weight, self._workspace)
             return
-        rows = here.nonzero().squeeze(1)
+        rows = ((column >= 0) & (column < weight.size(0))).nonzero().squeeze(1)
         place = (rows, column[rows])
         at_target = grad_logits[place]
         grad_logits[place] = 0.0
@@ -201,7 +217,8 @@ class _WeightGradient:
     """The gradient of the weight, block after block.
 
     Megatron's fused accumulation: the gradient is added to ``main_grad`` and the parameter is told
-    so; what autograd gets is a stand-in, which makes the hooks of its data parallelism run.
+    so; what autograd gets is a stand-in, which makes the hooks of its data parallelism run. Its
+    values are not read, so nothing is written there.
     """
 
     def __init__(
@@ -227,9 +244,10 @@ class _WeightGradient:
         if not hasattr(self._weight, "grad_added_to_main_grad"):
             return None
         self._weight.grad_added_to_main_grad = True
-        # Whoever sets zero_out_wgrad adds this to main_grad as well, as with tied embeddings.
+        # Set for a weight that is the embedding as well: what the embedding returns makes the hooks
+        # run, which add it to main_grad. Zeros beside it would be one more tensor of this size.
         if getattr(self._weight, "zero_out_wgrad", False):
-            return torch.zeros_like(self._weight)
+            return None
         return torch.empty_like(self._weight)
 
 

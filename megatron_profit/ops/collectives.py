@@ -47,12 +47,10 @@ class VocabShard:
             )
         return cls(rank * rows, min(max(total - rank * rows, 0), rows), total, group)
 
-    def locate(self, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-        """Finds global ids [n] in a block of this rank's rows: column [n] int64 (0 if elsewhere)
-        and here [n] bool."""
-        column = targets - (self.start + block.start)
-        here = (column >= 0) & (column < block.stop - block.start)
-        return column.masked_fill(~here, 0), here
+    def columns(self, targets: Tensor, block: slice) -> Tensor:
+        """Where global ids [n] are in a block of v of this rank's rows: [n] int64, which is outside
+        0 .. v - 1 for an id that is elsewhere."""
+        return targets - (self.start + block.start)
 
     @property
     def is_split(self) -> bool:

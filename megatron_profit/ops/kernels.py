@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_profit.ops import torch_kernels
 from megatron_profit.ops.fields import Fields
-from megatron_profit.ops.tiling import Workspace
+from megatron_profit.ops.tiling import Source, Workspace
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "torch", "triton", "reference")
@@ -29,17 +29,19 @@ logger = logging.getLogger(__name__)
 class BlockKernels(NamedTuple):
     """The two functions on logits [n, v] of a block of the vocabulary.
 
-    Each takes the target's column in the block, ``column`` [n], and whether it has one, ``here`` [n].
+    Each takes ``column`` [n] int64, the target's column in the block, which is outside 0 .. v - 1 for
+    a target that is in another block.
 
     Attributes:
-        statistics: (logits, column, here, fields, workspace) to partial statistics [parts, fields,
-            n] (see ``Fields``); leaves the logits as they are.
-        gradient_: (logits, column, here, coefficient [n], max_logit [n], sum_exp [n], workspace);
-            replaces the logits by coefficient * (softmax - onehot) in their dtype.
+        statistics: (logits, column, fields, workspace) to partial statistics [parts, fields, n]
+            (see ``Fields``); leaves the logits as they are.
+        gradient_: (grad, source, column, coefficient, max_logit, sum_exp, workspace) fills ``grad`` [n,
+            v] with coefficient * (softmax - onehot) in its dtype. The logits are what is in ``grad``,
+            or with a ``source``, which is (logits [m, v], rows [n] int64), ``logits[rows]``.
     """
 
-    statistics: Callable[[Tensor, Tensor, Tensor, Fields, Workspace], Tensor]
-    gradient_: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Workspace], None]
+    statistics: Callable[[Tensor, Tensor, Fields, Workspace], Tensor]
+    gradient_: Callable[[Tensor, Source, Tensor, Tensor, Tensor, Tensor, Workspace], None]
 
 
 TORCH = BlockKernels(torch_kernels.block_statistics, torch_kernels.block_gradient_)

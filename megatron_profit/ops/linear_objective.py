@@ -102,7 +102,7 @@ def linear_objective(
             256 MB may keep as much as that. Kept are logits and not gradients, so every strategy
             honours every upstream gradient and every loss scale. Without gradients nothing is kept.
         chunk_vocab: vocabulary entries of a block, whose logits exist at one time for all
-            supervised rows; by default 1024, and more where all of them are below 8 MB on a CPU,
+            supervised rows; by default 1024, and more where all of them are below 32 MB on a CPU,
             256 MB on a GPU, in float32.
 
     Returns:

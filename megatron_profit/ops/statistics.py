@@ -20,6 +20,10 @@ from megatron_profit.ops.kernels import BlockKernels
 from megatron_profit.ops.rows import SupervisedRows, statistics_dtype
 from megatron_profit.ops.tiling import Tiling, Workspace
 
+# Combining takes a dozen small operations, which a GPU launches more slowly than it computes them;
+# the statistics of so many blocks are small beside the logits of one.
+_PARTS_AT_ONCE = 32
+
 
 class SoftmaxNormalizer(NamedTuple):
     """All that is kept of every row's logits: softmax = exp(logit - max_logit) / sum_exp.
@@ -57,7 +61,8 @@ def linear_token_statistics(
     """
     fields, workspace = Fields.of(wanted), Workspace(hidden.device)
     hidden_rows = hidden[rows.index]
-    local = fields.nothing(len(rows), hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype)))
+    nothing = fields.nothing(len(rows), hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype)))
+    parts = [nothing[None]]
     kept = []
     for block in tiling.blocks(shard.size) if len(rows) else ():
         out = None  # fresh memory where it is kept as it is
@@ -67,8 +72,10 @@ def linear_token_statistics(
         logits = torch.mm(hidden_rows, weight[block].t(), out=out)
         if tiling.kept_rows:
             kept.append(logits if out is None else logits[: tiling.kept_rows].clone())
-        part = kernels.statistics(logits, *shard.locate(rows.targets, block), fields, workspace)
-        local = fields.combined(torch.cat([local[None], part]))
-    total = fields.combined(shard.all_gather(local))
+        column = shard.columns(rows.targets, block)
+        parts.append(kernels.statistics(logits, column, fields, workspace))
+        if len(parts) == _PARTS_AT_ONCE:
+            parts = [fields.combined(torch.cat(parts))[None]]
+    total = fields.combined(shard.all_gather(fields.combined(torch.cat(parts))))
     normalizer = SoftmaxNormalizer(finite_max(total[MAX_LOGIT]), total[SUM_EXP])
     return normalizer, fields.statistics(total), kept

@@ -7,7 +7,7 @@ a block of the weight one product, rounded once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,10 @@ from megatron_profit.ops.rows import statistics_dtype
 
 # Fewer vocabulary entries make slow products, and more blocks to add up.
 _MIN_COLUMNS, _COLUMN_MULTIPLE = 1024, 256
+# A block's logits, upcast. On a CPU larger blocks are no faster; on a GPU smaller ones do not keep it busy.
+_BLOCK_BYTES = {"cpu": 32 << 20, "gpu": 256 << 20}
+# What a pass over a block works on at one time: it stays in the cache of a CPU.
+_PASS_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
 
 Backward = Literal["auto", "save", "recompute"]
 # What the forward pass may keep of the logits, in sizes of this rank's weight.
@@ -25,6 +29,9 @@ _KEPT_WEIGHTS: dict[Backward, int] = {"auto": 1, "save": 4, "recompute": 0}
 BACKWARDS = tuple(_KEPT_WEIGHTS)
 # What a small weight may keep nevertheless.
 _KEPT_BYTES = 256 << 20
+
+# Logits [m, v] and the rows [n] of them that are meant; None where they are in place.
+Source = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Tiling:
     ) -> Tiling:
         """The cut for ``num_rows`` rows and a weight [V, H] on its device."""
         vocab, hidden = weight.shape
-        fitting = tile_entries(weight) // max(1, num_rows)
+        fitting = _entries(_BLOCK_BYTES, weight) // max(1, num_rows)
         fitting = max(_MIN_COLUMNS, fitting - fitting % _COLUMN_MULTIPLE)
         weights = _KEPT_WEIGHTS[backward]
         kept_rows = max(weights * hidden, _KEPT_BYTES // (weight.itemsize * max(1, vocab)))
@@ -57,11 +64,15 @@ class Tiling:
             yield slice(start, min(start + self.columns, vocab))
 
 
-def tile_entries(tensor: Tensor) -> int:
-    """Logits that a pass should work on at one time: 8 MB, upcast, which stay in the cache of a CPU,
-    and 256 MB on a GPU, which keep it busy and are little beside a model."""
-    tile_bytes = 8 << 20 if tensor.device.type == "cpu" else 256 << 20
-    return tile_bytes // statistics_dtype(tensor.dtype).itemsize
+def pass_entries(logits: Tensor) -> int:
+    """Logits that a pass should work on at one time."""
+    return _entries(_PASS_BYTES, logits)
+
+
+def _entries(size: Mapping[str, int], tensor: Tensor) -> int:
+    """How many numbers are so many bytes on the tensor's device in the precision of its statistics."""
+    device = "cpu" if tensor.device.type == "cpu" else "gpu"
+    return size[device] // statistics_dtype(tensor.dtype).itemsize
 
 
 class Workspace:

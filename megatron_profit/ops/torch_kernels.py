@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_profit.ops.fields import MAX_LOGIT, SUM_EXP, TARGET, TOP, Fields, finite_max
 from megatron_profit.ops.rows import statistics_dtype
-from megatron_profit.ops.tiling import Workspace, tile_entries
+from megatron_profit.ops.tiling import Source, Workspace, pass_entries
 
 # exp(x) = exp2(x * log2(e)): torch's exp takes 2.7 times as long on a CPU (AVX-512, torch 2.15), and a
 # GPU computes it so. The product rounds x, which matters nowhere: what is nearly 1 has x near 0.
@@ -25,25 +25,21 @@ _GROUP = 32
 
 
 def block_statistics(
-    logits: Tensor, column: Tensor, here: Tensor, fields: Fields, workspace: Workspace
+    logits: Tensor, column: Tensor, fields: Fields, workspace: Workspace
 ) -> Tensor:
     """Partial statistics [1, fields, n] of logits [n, v]; see ``BlockKernels``."""
     part = logits.new_empty(fields.size, len(logits), dtype=statistics_dtype(logits.dtype))
     for some in _passes(logits):
-        _row_statistics(logits[some], column[some], here[some], fields, part[:, some], workspace)
+        _row_statistics(logits[some], column[some], fields, part[:, some], workspace)
     return part[None]
 
 
 def _row_statistics(
-    logits: Tensor,
-    column: Tensor,
-    here: Tensor,
-    fields: Fields,
-    part: Tensor,
-    workspace: Workspace,
+    logits: Tensor, column: Tensor, fields: Fields, part: Tensor, workspace: Workspace
 ) -> None:
     """Fills ``part`` [fields, n]."""
     shifted = _upcast(logits, workspace)
+    column, here = _within(column, logits.size(1))
     part[TARGET] = shifted.gather(1, column[:, None])[:, 0].masked_fill_(~here, -torch.inf)
     part[MAX_LOGIT] = shifted.amax(1)
     if fields.top is not None:
@@ -63,31 +59,41 @@ def _row_statistics(
 
 
 def block_gradient_(
-    logits: Tensor,
+    grad: Tensor,
+    source: Source,
     column: Tensor,
-    here: Tensor,
     coefficient: Tensor,
     max_logit: Tensor,
     sum_exp: Tensor,
     workspace: Workspace,
 ) -> None:
-    """Replaces logits [n, v] by coefficient * (softmax - onehot); see ``BlockKernels``."""
+    """Fills ``grad`` [n, v] with coefficient * (softmax - onehot); see ``BlockKernels``."""
+    column, here = _within(column, grad.size(1))
     factor = (coefficient / sum_exp)[:, None]
     onehot = -coefficient.masked_fill(~here, 0.0)[:, None]
-    for some in _passes(logits):
-        upcast = statistics_dtype(logits.dtype) != logits.dtype
-        grad = _upcast(logits[some], workspace) if upcast else logits[some]
-        grad.sub_(max_logit[some, None]).mul_(_LOG2_E).exp2_().mul_(factor[some])
-        grad.scatter_add_(1, column[some, None], onehot[some])
+    upcast = statistics_dtype(grad.dtype) != grad.dtype
+    for some in _passes(grad):
+        if source is not None:
+            logits, rows = source
+            torch.index_select(logits, 0, rows[some], out=grad[some])
+        result = _upcast(grad[some], workspace) if upcast else grad[some]
+        result.sub_(max_logit[some, None]).mul_(_LOG2_E).exp2_().mul_(factor[some])
+        result.scatter_add_(1, column[some, None], onehot[some])
         if upcast:
-            logits[some] = grad
+            grad[some] = result
 
 
 def _passes(logits: Tensor) -> Iterator[slice]:
     """The rows of each pass."""
-    rows = max(1, tile_entries(logits) // logits.size(1))
+    rows = max(1, pass_entries(logits) // logits.size(1))
     for start in range(0, logits.size(0), rows):
         yield slice(start, start + rows)
+
+
+def _within(column: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[n] columns, 0 in place of those outside 0 .. ``width`` - 1, and which are inside."""
+    here = (column >= 0) & (column < width)
+    return column.masked_fill(~here, 0), here
 
 
 def _upcast(logits: Tensor, workspace: Workspace) -> Tensor:

@@ -1,15 +1,20 @@
 """A small model trained for 100 steps with the fused operation and with the dense reference ends up the same.
 
-All of it: every loss on the way and the final weights, on one process and with the vocabulary over two.
+All of it: every loss on the way and the final weights, on one process and with the vocabulary over two, in a
+loop of a few lines and in Megatron.
 """
 
 from __future__ import annotations
 
 import os
+import re
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from tiny_models import EXAMPLES
 from torch.nn import functional
 
 from megatron_profit.objectives import build_objective
@@ -80,3 +85,33 @@ def test_fused_and_reference_train_alike_on_a_split_vocabulary(tmp_path, monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     mp.spawn(on_a_rank, args=(tmp_path / "rendezvous",), nprocs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2], ids=["tp1", "tp2"])
+def test_fused_and_reference_train_alike_in_megatron(sft, tied_model, tmp_path, world_size):
+    """A tied Qwen3 through the whole entry, from the same weights on the same rows."""
+    flags = [
+        *("--hf-model", tied_model.hf, "--data", EXAMPLES / "arithmetic_chatty.jsonl"),
+        *("--objective", "profit", "--prob-threshold", 0.01, "--threshold-direction", "higher"),
+        *("--seq-length", 48, "--micro-batch-size", 2, "--global-batch-size", 4),
+        *("--train-iters", STEPS, "--lr", 1e-3, "--adam-eps", 1e-6),
+        *("--tensor-model-parallel-size", world_size, *["--sequence-parallel"] * (world_size - 1)),
+    ]
+    runs = []
+    for implementation in ("reference", "fused"):
+        exported = tmp_path / implementation
+        more = ("--objective-implementation", implementation, "--export-hf", exported)
+        output = sft(world_size, *flags, *more).stdout
+        metrics = [
+            torch.tensor([float(value) for value in re.findall(rf"\| {name}: (\S+) \|", output)])
+            for name in ("lm loss", "objective", "kept fraction", "grad norm")
+        ]
+        runs.append((metrics, load_file(exported / "model.safetensors")))
+    (dense, dense_weights), (fused, fused_weights) = runs
+    loss, _, kept, _ = dense
+    assert len(loss) == STEPS
+    assert loss[-10:].mean() < loss[:10].mean() - 1, "it has learnt something"
+    assert 0.1 < kept[:10].mean() < 0.9, "the mask has work to do"
+    torch.testing.assert_close(fused, dense, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(fused_weights, dense_weights, rtol=2e-3, atol=2e-3)

@@ -49,6 +49,29 @@ def test_error_is_bounded_by_the_dense_loss_of_the_same_precision(implementation
         assert (ours - truth).norm() <= 1.05 * (usual - truth).norm() + 1e-12 * truth.norm()
 
 
+@pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_weight_is_added_to_main_grad(main_dtype):
+    """In float32 without a rounding of the products, which no CPU can show."""
+    *_, exact = run(reference_linear_objective, torch.float64)
+    *_, dense = run(reference_linear_objective, torch.bfloat16)
+    buffers = []
+
+    def accumulating(hidden, weight, *inputs, **options):
+        if not buffers:
+            buffers.append(torch.zeros_like(weight, dtype=main_dtype))
+        weight.main_grad = buffers[0]
+        weight.grad = torch.zeros_like(weight)  # nothing arrives here
+        return linear_objective(
+            hidden, weight, *inputs, gradient_accumulation_fusion=True, **options
+        )
+
+    for _ in range(2):
+        *_, through_autograd = run(accumulating, torch.bfloat16, chunk_vocab=999)
+    assert not through_autograd.any()
+    error = (buffers[0].double() / 2 - exact).norm()
+    assert error <= (1.05 if main_dtype == torch.float32 else 2) * (dense - exact).norm()
+
+
 def test_peak_memory_is_chunks_and_not_tokens_times_vocabulary():
     num_rows, num_hidden, vocabulary = 16_384, 64, 32_768
     hidden = torch.randn(num_rows, num_hidden, device="cuda").bfloat16().requires_grad_()

@@ -24,7 +24,7 @@ _PART_COLUMNS = 16 * _STEP
 
 
 def block_statistics(
-    logits: Tensor, column: Tensor, here: Tensor, fields: Fields, workspace: Workspace
+    logits: Tensor, column: Tensor, fields: Fields, workspace: Workspace
 ) -> Tensor:
     """Partial statistics [P, fields, n] of logits [n, v]; see ``BlockKernels``."""
     num_rows, width = logits.shape
@@ -32,7 +32,7 @@ def block_statistics(
     parts = logits.new_empty(num_parts, fields.size, num_rows, dtype=torch.float32)
     _statistics_kernel[(num_rows, num_parts)](
         logits,
-        column.masked_fill(~here, -1),
+        column,
         parts,
         num_rows,
         width,
@@ -54,7 +54,7 @@ def block_statistics(
 @triton.jit
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [n, v] float16, bfloat16 or float32, rows `row_stride` apart
-    column_ptr,  # [n] int64, the target's column; -1 where it is not in this block
+    column_ptr,  # [n] int64, the target's column; outside 0 .. v - 1 where it is not in this block
     parts_ptr,  # [P, NUM_FIELDS, n] float32, written
     num_rows,
     width,  # v

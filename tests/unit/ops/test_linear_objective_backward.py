@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_options import every_objective
@@ -133,6 +134,19 @@ def test_accumulation_into_main_grad_as_megatron_does(problem, strategy, dtype, 
     assert (parameter.main_grad - expected).norm() < tolerance * expected.norm()
 
 
+def test_accumulation_into_a_buffer_of_half_precision(problem):
+    """What Megatron makes without --accumulate-allreduce-grads-in-fp32."""
+    hidden, weight, labels, upstream = problem
+    weight = weight.bfloat16().requires_grad_()
+    weight.main_grad = torch.zeros_like(weight)
+    options = {"gradient_accumulation_fusion": True, "chunk_vocab": 70}
+    for _ in range(2):
+        output = linear_objective(hidden.bfloat16(), weight, labels, SFT, **options)
+        output.loss.backward(upstream.float())
+    expected = 2 * gradients(problem)[1]
+    assert (weight.main_grad - expected).norm() < 1e-2 * expected.norm()
+
+
 def test_main_grad_alone_is_enough(problem):
     """Without Megatron's flag there are no hooks to satisfy, and autograd gets nothing."""
     hidden, weight, labels, upstream = problem
@@ -170,6 +184,31 @@ def test_the_dense_implementation_is_the_reference(problem):
         output.loss.backward(upstream)
         results.append((output.loss, h.grad, w.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, indirect=True)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_inside_a_checkpoint_that_is_recomputed(problem, strategy, use_reentrant):
+    """Activation checkpointing runs the forward pass twice."""
+    hidden, weight, labels, upstream = problem
+    objective = build_objective("profit", threshold_direction="random", keep_ratio=0.5)
+
+    def loss(hidden, weight):
+        return linear_objective(
+            hidden.tanh(), weight, labels, objective, backward=strategy, chunk_vocab=70
+        ).loss
+
+    def checkpointed(*inputs):
+        return torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=use_reentrant)
+
+    results = []
+    for function in (loss, checkpointed):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        torch.manual_seed(3)  # of the random selection
+        output = function(h, w)
+        output.backward(upstream)
+        results.append((output.detach(), h.grad, w.grad))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

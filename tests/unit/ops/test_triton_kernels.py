@@ -45,19 +45,27 @@ def test_statistics_kernel_compiles_for_an_h100(dtype, every_statistic, tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_gradient_kernel_compiles_for_an_h100(dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize("some_rows", [False, True])
+def test_gradient_kernel_compiles_for_an_h100(dtype, some_rows, tmp_path, monkeypatch):
     from megatron_profit.ops.triton import gradient
 
     signature = {
         "logits_ptr": f"*{dtype}",
+        "rows_ptr": "*i64",
+        "grad_ptr": f"*{dtype}",
         "column_ptr": "*i64",
         "coefficient_ptr": "*fp32",
-        "factor_ptr": "*fp32",
         "max_ptr": "*fp32",
+        "sum_ptr": "*fp32",
         "width": "i32",
-        "row_stride": "i32",
+        "logits_stride": "i32",
+        "grad_stride": "i32",
     }
-    assert_compiles(gradient._gradient_kernel, signature, {"STEP": 4096}, tmp_path, monkeypatch)
+    constants = {"STEP": 4096}
+    if not some_rows:
+        del signature["rows_ptr"]
+        constants["rows_ptr"] = None
+    assert_compiles(gradient._gradient_kernel, signature, constants, tmp_path, monkeypatch)
 
 
 def assert_compiles(kernel, signature, constants, tmp_path, monkeypatch):

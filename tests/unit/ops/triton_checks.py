@@ -3,6 +3,7 @@
 Run as a script: the interpreter is chosen when triton is imported, so it needs a process of its own.
 """
 
+import mmap
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -29,9 +30,8 @@ def random_block(num_rows, width, dtype, seed):
     if num_rows > 2:
         logits[1, :] = -torch.inf
         logits[2, 0] = 6e4
-    column = torch.randint(width, (num_rows,), generator=generator)
-    here = torch.rand(num_rows, generator=generator) < 0.7
-    return logits.to(dtype), column.masked_fill(~here, 0), here
+    column = torch.randint(-width // 2, width + width // 2, (num_rows,), generator=generator)
+    return logits.to(dtype), column
 
 
 def check_functions_on_a_block(triton):
@@ -39,43 +39,75 @@ def check_functions_on_a_block(triton):
     statistics._STEP = 128
     for seed, (num_rows, width) in enumerate(((1, 1), (3, 17), (5, 256), (4, 507), (7, 1023))):
         for dtype in DTYPES:
-            logits, column, here = random_block(num_rows, width, dtype, seed)
+            logits, column = random_block(num_rows, width, dtype, seed)
             padded = torch.full((num_rows, width + 3), torch.nan, dtype=dtype)
             padded[:, :width] = logits  # what is behind the block must not be read
             for wanted in WANTED:
                 fields = Fields.of(set(wanted))
-                inputs = (padded[:, :width], column, here, fields, Workspace(logits.device))
+                inputs = (padded[:, :width], column, fields, Workspace(logits.device))
                 ours = fields.combined(triton.statistics(*inputs))
                 expected = fields.combined(TORCH.statistics(*inputs))
                 if fields.top is not None:
                     for total in (ours, expected):
                         total[fields.top] = total[fields.top].sort(0).values
                 torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-            check_gradient(triton, logits, column, here, padded)
+            check_gradient(triton, logits, column, padded)
 
 
-def check_gradient(triton, logits, column, here, padded):
-    coefficient = torch.randn(len(logits))
-    fields = Fields.of(set())
-    total = fields.combined(TORCH.statistics(logits, column, here, fields, Workspace("cpu")))
+def check_gradient(triton, logits, column, padded):
+    """Of some rows, into another tensor, and of all rows in place."""
+    fields, workspace, width = Fields.of(set()), Workspace("cpu"), logits.size(1)
+    total = fields.combined(TORCH.statistics(logits, column, fields, workspace))
     max_logit = total[0].masked_fill(total[0] == -torch.inf, 0)
     sum_exp = total[1] + 0.5  # as if another block had more
-    expected = logits.clone()
-    vectors = (column, here, coefficient, max_logit, sum_exp, Workspace("cpu"))
-    TORCH.gradient_(expected, *vectors)
-    width = logits.size(1)
-    triton.gradient_(padded[:, :width], *vectors)
-    torch.testing.assert_close(padded[:, :width], expected, rtol=1e-2, atol=1e-6)
-    assert padded[:, width:].isnan().all(), "what is behind the block must not be written"
+    vectors = (column, torch.randn(len(logits)), max_logit, sum_exp)
+    expected = logits.double() - max_logit[:, None]
+    expected = expected.exp() * (vectors[1] / sum_exp)[:, None]
+    for row, target in enumerate(column.tolist()):
+        if 0 <= target < width:
+            expected[row, target] -= vectors[1][row]
+    rows = torch.arange(0, len(logits), 2)
+    for kernels in (TORCH, triton):
+        block, out = padded.clone(), torch.full_like(padded[rows], torch.nan)
+        source = block[:, :width]
+        some = [vector[rows] for vector in vectors]
+        kernels.gradient_(out[:, :width], (source, rows), *some, workspace)
+        assert source.equal(logits), "the source must not be written"
+        kernels.gradient_(source, None, *vectors, workspace)
+        for result, truth in ((out, expected[rows]), (block, expected)):
+            torch.testing.assert_close(result[:, :width].double(), truth, rtol=1e-2, atol=1e-6)
+            assert result[:, width:].isnan().all(), "what is behind the block must not be written"
 
 
 def check_nan_shows(triton):
     logits = torch.zeros(2, 300)
     logits[1, 299] = torch.nan
-    column, here = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
     fields = Fields.of(set())
-    total = fields.combined(triton.statistics(logits, column, here, fields, Workspace("cpu")))
+    column = torch.zeros(2, dtype=torch.int64)
+    total = fields.combined(triton.statistics(logits, column, fields, Workspace("cpu")))
     assert total[1].isnan().tolist() == [False, True]
+
+
+def check_offsets_beyond_2_to_the_31(triton):
+    """The last of three rows that are 2**30 entries apart, in memory that is mapped but not used."""
+    apart, width, no_reserve = 2**30, 300, 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, 2 * (2 * apart + width), flags=flags)
+    logits = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((3, width), (apart, 1))
+    values = torch.randn(3, width, generator=torch.Generator().manual_seed(5)).bfloat16()
+    logits.copy_(values)
+    column, fields, workspace = torch.tensor([7, 0, 299]), Fields.of(set()), Workspace("cpu")
+    total = fields.combined(triton.statistics(logits, column, fields, workspace))
+    torch.testing.assert_close(
+        total, fields.combined(TORCH.statistics(values, column, fields, workspace))
+    )
+    vectors = (column, torch.ones(3), total[0], total[1])
+    rows, last = torch.tensor([2]), torch.empty(1, width, dtype=torch.bfloat16)
+    triton.gradient_(last, (logits, rows), *(v[rows] for v in vectors), workspace)
+    triton.gradient_(logits, None, *vectors, workspace)
+    TORCH.gradient_(values, None, *vectors, workspace)
+    for result in (last, logits[2:]):
+        torch.testing.assert_close(result, values[2:], rtol=1e-2, atol=1e-6)
 
 
 def check_the_whole_operation():
@@ -108,6 +140,7 @@ def main():
     triton = choose_kernels("triton", torch.zeros(1))
     check_functions_on_a_block(triton)
     check_nan_shows(triton)
+    check_offsets_beyond_2_to_the_31(triton)
     check_the_whole_operation()
 
 
