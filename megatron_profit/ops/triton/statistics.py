@@ -51,7 +51,8 @@ def block_statistics(
     return parts
 
 
-@triton.jit
+# The number of rows is another in every micro-batch: no version of its own for each kind of number.
+@triton.jit(do_not_specialize=["num_rows"])
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [n, v] float16, bfloat16 or float32, rows `row_stride` apart
     column_ptr,  # [n] int64, the target's column; outside 0 .. v - 1 where it is not in this block
