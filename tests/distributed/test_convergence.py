@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from tiny_models import EXAMPLES
 from torch.nn import functional
 
 from megatron_profit.objectives import build_objective
 from megatron_profit.ops import linear_objective
 
+DATA = Path(__file__).resolve().parents[2] / "examples" / "data" / "arithmetic_chatty.jsonl"
 VOCAB, PADDED, H, TOKENS, STEPS = 251, 256, 24, 48, 100
 # With what the backward pass of the fused path keeps.
 OBJECTIVES = [
@@ -92,7 +93,7 @@ def test_fused_and_reference_train_alike_on_a_split_vocabulary(tmp_path, monkeyp
 def test_fused_and_reference_train_alike_in_megatron(sft, tied_model, tmp_path, world_size):
     """A tied Qwen3 through the whole entry, from the same weights on the same rows."""
     flags = [
-        *("--hf-model", tied_model.hf, "--data", EXAMPLES / "arithmetic_chatty.jsonl"),
+        *("--hf-model", tied_model.hf, "--data", DATA),
         *("--objective", "profit", "--prob-threshold", 0.01, "--threshold-direction", "higher"),
         *("--seq-length", 48, "--micro-batch-size", 2, "--global-batch-size", 4),
         *("--train-iters", STEPS, "--lr", 1e-3, "--adam-eps", 1e-6),
