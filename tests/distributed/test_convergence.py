@@ -95,6 +95,7 @@ def test_fused_and_reference_train_alike_in_megatron(sft, tied_model, tmp_path, 
     flags = [
         *("--hf-model", tied_model.hf, "--data", DATA),
         *("--objective", "profit", "--prob-threshold", 0.01, "--threshold-direction", "higher"),
+        *("--objective-warmup-steps", STEPS // 2),
         *("--seq-length", 48, "--micro-batch-size", 2, "--global-batch-size", 4),
         *("--train-iters", STEPS, "--lr", 1e-3, "--adam-eps", 1e-6),
         *("--tensor-model-parallel-size", world_size, *["--sequence-parallel"] * (world_size - 1)),
@@ -112,7 +113,7 @@ def test_fused_and_reference_train_alike_in_megatron(sft, tied_model, tmp_path, 
     (dense, dense_weights), (fused, fused_weights) = runs
     loss, _, kept, _ = dense
     assert len(loss) == STEPS
-    assert loss[-10:].mean() < loss[:10].mean() - 1, "it has learnt something"
-    assert 0.1 < kept[:10].mean() < 0.9, "the mask has work to do"
+    assert loss[STEPS // 2 - 10 :].mean() < loss[:10].mean() - 1, "it has learnt something"
+    assert 0.1 < kept[STEPS // 2 :].mean() < 0.95, "the mask has work to do"
     torch.testing.assert_close(fused, dense, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(fused_weights, dense_weights, rtol=2e-3, atol=2e-3)
