@@ -33,7 +33,7 @@ class Collectives:
 
     def __init__(self) -> None:
         self.sent: dict[int, float] = defaultdict(float)
-        self._inside = False  # one collective may be made of another
+        self._inside = False  # of a call, which may call itself again
         for name in _RING:
             self._replace(name, self._counting(name, getattr(dist, name)))
         self._replace("isend", self._counting_sends(dist.isend))
@@ -53,19 +53,23 @@ class Collectives:
             if name == "all_to_all_single":  # the input is what is sent
                 size = (kwargs.get("input") if "input" in kwargs else args[1]).nbytes
             self.sent[id(group)] += _RING[name](size, dist.get_world_size(group))
-            self._inside = True
-            try:
-                return function(*args, group=group, **kwargs)
-            finally:
-                self._inside = False
+            return self._call_inside(function, *args, group=group, **kwargs)
 
         return call
+
+    def _call_inside(self, function, *args, **kwargs):
+        before, self._inside = self._inside, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._inside = before
 
     def _counting_sends(self, function):
         @functools.wraps(function)
         def call(tensor, *args, group=None, **kwargs):
-            self.sent[id(group)] += tensor.nbytes
-            return function(tensor, *args, group=group, **kwargs)
+            if not self._inside:
+                self.sent[id(group)] += tensor.nbytes
+            return self._call_inside(function, tensor, *args, group=group, **kwargs)
 
         return call
 

@@ -102,7 +102,8 @@ def check_activations(run: RunShape, stage: int, measured: dict) -> None:
     if stage == run.pp - 1:
         args = Namespace(**{**vars(run.args), "objective_backward": "recompute"})
         expected += output_bytes(replace(run, args=args), 1.0)[0]
-    if run.args.bf16:  # which a norm on the CPU computes in copies of fp32
+    # On a CPU, norms in bf16 keep copies in fp32, and queries behind another chunk their masks.
+    if run.args.bf16 or run.cp > 1:
         return
     # Row statistics of norms, labels, masks and the kernel's vectors are not counted.
     assert 0 <= measured["saved"][-1] - expected < 0.02 * expected + 600 * run.tokens
