@@ -35,20 +35,20 @@ PANELS = (
     ),
     ("Kept fraction", {"kept fraction": "kept"}),
     ("Mean probability of the target", {"mean p kept": "kept", "mean p dropped": "dropped"}),
-    ("Gradient norm", {"grad norm": "gradient norm"}),
-    ("Learning rate", {"learning rate": "learning rate"}),
+    ("Gradient norm", {"grad-norm": "gradient norm"}),
+    ("Learning rate", {"learning-rate": "learning rate"}),
     ("Supervised tokens per second", {"supervised tokens per second": "supervised"}),
 )
 _COLUMNS = 3
-# What Megatron calls in TensorBoard what it calls otherwise in its lines and in the metrics file.
-_RENAMED = {"grad-norm": "grad norm", "learning-rate": "learning rate", "loss-scale": "loss scale"}
+# What the metrics file calls otherwise than Megatron does in TensorBoard.
+_RENAMED = {"grad norm": "grad-norm", "learning rate": "learning-rate", "loss scale": "loss-scale"}
 # Colour-blind safe, from Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 STYLES = ("-", "--", ":")
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Metrics by name, each as steps and values; a step that was logged twice keeps the last value.
+    """Metrics by their TensorBoard names, each as steps and values; a step logged twice keeps the last.
 
     Metrics of an evaluation have " validation" behind their name.
 
@@ -76,7 +76,7 @@ def _points_of_events(folder: Path) -> Iterator[tuple[str, int, float]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
-            yield _RENAMED.get(name, name), event.step, event.value
+            yield name, event.step, event.value
 
 
 def _points_of_file(file: Path) -> Iterator[tuple[str, int, float]]:
@@ -85,7 +85,8 @@ def _points_of_file(file: Path) -> Iterator[tuple[str, int, float]]:
         if record["kind"] in endings:
             for name in record.keys() - {"kind", "step"}:
                 if isinstance(record[name], int | float):
-                    yield name + endings[record["kind"]], record["step"], record[name]
+                    tag = _RENAMED.get(name, name) + endings[record["kind"]]
+                    yield tag, record["step"], record[name]
 
 
 def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:

@@ -98,7 +98,7 @@ def test_a_metrics_file_gives_the_same_curves_and_those_of_evaluations(tmp_path,
     file.write_text(text + '{"kind": "tra')
     assert plot_run.read_curves(file) == {
         "lm loss": ([2, 4], [3.0, 2.0]),
-        "grad norm": ([2, 4], [0.5, 0.5]),
+        "grad-norm": ([2, 4], [0.5, 0.5]),
         "lm loss validation": ([4], [2.5]),
     }
     plot_run.plot_runs({"run": file}, tmp_path / "curves.png")
