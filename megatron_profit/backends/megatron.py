@@ -10,6 +10,7 @@ from typing import Any
 from megatron_profit.backends.chained_optimizer import regrouped
 from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
+from megatron_profit.backends.parent_death import die_with_parent
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
@@ -27,6 +28,25 @@ def _skip_compilation_of_shipped_helpers() -> None:
             original()
 
     utils.compile_helpers = compile_helpers
+
+
+def _end_queue_with_rank() -> None:
+    import multiprocessing
+    from multiprocessing.managers import SyncManager
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original = filesystem_async.get_write_results_queue
+
+    @functools.wraps(original)
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(initializer=die_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return original(mp_mode)
+
+    filesystem_async.get_write_results_queue = get_write_results_queue
 
 
 def _load_into_plain_torch_adam() -> None:
@@ -336,6 +356,14 @@ MEGATRON_PATCHES = (
         "wrong as well: each rank has a part of the loss, which has to be weighed with the tokens of all, "
         "and padding is not spread evenly over the ranks. So what is given is their mean.",
         apply=_weigh_auxiliary_losses_alike_on_all_ranks,
+    ),
+    Patch(
+        name="queue-ends-with-rank",
+        upstream=_MEGATRON,
+        file="megatron/core/dist_checkpointing/strategies/filesystem_async.py",
+        reason="The first save starts a process for a queue, of 0.35 GB, which a rank that is killed leaves "
+        "behind for good; restarts would fill the memory of the machine.",
+        apply=_end_queue_with_rank,
     ),
     *OBSERVATION_PATCHES,
 )

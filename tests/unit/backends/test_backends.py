@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,3 +95,24 @@ def test_on_a_gpu_no_cpu_patch_is_active():
         "assert not any(name.startswith('cpu-') for name in applied_patches())\n"
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_queue_of_a_save_ends_with_a_killed_rank():
+    code = (
+        "from megatron_profit.backends import activate\n"
+        "activate('cpu')\n"
+        "import os, signal\n"
+        "from megatron.core.dist_checkpointing.strategies import filesystem_async\n"
+        "queue = filesystem_async.get_write_results_queue()\n"
+        "queue.put(1)\n"
+        "print(queue._manager._process.pid, queue.get(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = run_python(code)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    process, received = result.stdout.splitlines()[-1].split()
+    assert received == "1"
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{process}").exists(), "the queue's process outlives its rank"
