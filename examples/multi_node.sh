@@ -4,8 +4,8 @@
 #   MODEL=Qwen3-32B-Base DATA=chats.jsonl RUN=/shared/run NNODES=2 RDZV_ENDPOINT=node0:29400 examples/multi_node.sh
 #
 # RDZV_ENDPOINT is the address of one of the nodes and a free port on it. MODEL, DATA and RUN are in folders that all
-# nodes see. When a process or a node is lost, the others wait for its return and all continue from the newest
-# checkpoint, at most MAX_RESTARTS times. NNODES=1:2 would go on with fewer nodes at once (docs/scaling.md).
+# nodes see. When a process or a node is lost, torchrun waits for its return and starts all again from the newest
+# checkpoint, at most MAX_RESTARTS times; what of this has been seen is in docs/scaling.md.
 #
 # GPU: 80 GiB. On more nodes the data-parallel size grows; it has to divide GLOBAL_BATCH.
 set -euo pipefail
