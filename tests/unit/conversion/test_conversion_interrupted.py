@@ -122,7 +122,14 @@ def test_killed_export(qwen3, tmp_path, stalled):
 def test_a_stopped_command_cleans_up(qwen3, tmp_path, number):
     arguments = ["hf_to_megatron", "--hf", str(qwen3), "--out", str(tmp_path / "work" / "out")]
     command = [sys.executable, "-c", SLOW, *arguments]
-    process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True)
+    # What a shell starts in the background ignores SIGINT, and so do its children.
+    process = subprocess.Popen(
+        command,
+        stdout=PIPE,
+        stderr=PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
     assert process.stdout.readline() == "in the middle\n"
     process.send_signal(number)
     _, errors = process.communicate()
