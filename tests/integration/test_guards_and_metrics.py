@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from make_tiny_model import TinyShape, make_tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
@@ -18,13 +17,6 @@ BASE = DATA / "arithmetic_base.jsonl"
 ENTRY = Path(__file__).with_name("faulty_run.py")
 SEQ_LENGTH, MICRO_BATCH, BATCH, SEED = 48, 2, 8, 3
 EXIT_CODE = 17
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    shape = TinyShape(hidden_size=32, intermediate_size=64, head_dim=16)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    return make_tiny_model(folder, sorted(DATA.glob("*.jsonl")), shape)
 
 
 @pytest.fixture

@@ -8,20 +8,12 @@ from pathlib import Path
 
 import pytest
 from killable_runs import Job, assert_same_tensors, steps
-from make_tiny_model import TinyShape, make_tiny_model
 from safetensors.numpy import load_file
 
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 PATIENCE = 2
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    shape = TinyShape(hidden_size=32, intermediate_size=64, head_dim=16)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    return make_tiny_model(folder, sorted(DATA.glob("*.jsonl")), shape)
 
 
 @pytest.fixture
