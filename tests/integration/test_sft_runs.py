@@ -25,14 +25,6 @@ METRICS = (
 )
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    shape = TinyShape(hidden_size=32, intermediate_size=64, head_dim=16)
-    return make_tiny_model(
-        tmp_path_factory.mktemp("model") / "tiny", sorted(DATA.glob("*.jsonl")), shape
-    )
-
-
 @pytest.fixture
 def flags(tiny) -> list[object]:
     return [
