@@ -253,7 +253,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--prompt", type=float, default=0.5, help="share of a row")
     parser.add_argument(
-        "--tau", type=float, default=3e-6, help="drops about a fifth under random weights"
+        "--tau", type=float, default=3e-6, help="drops about half with random weights"
     )
     parser.add_argument("--steps", type=int, help="counted steps of a run: 5, with --quick 3")
     parser.add_argument("--rounds", type=int, help="runs of each loss: 3, with --quick 2")

@@ -11,8 +11,9 @@ import argparse
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from checkpoint_conversion.hf_output import HFOutput, plan_output
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
 from megatron_profit.data import DataOptions, add_data_flags
-from megatron_profit.objectives import ScheduledObjective
+from megatron_profit.objectives import Objective, ScheduledObjective
 from megatron_profit.training import experts
 from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.given_statistics import needed_statistics
@@ -36,6 +37,7 @@ from megatron_profit.training.keeping import KeepOptions, add_keep_flags, keep_o
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
+    check_steps,
     flag_of,
     load_outside_objective,
 )
@@ -171,6 +173,7 @@ class SFTArguments:
     Attributes:
         hf_model: HuggingFace folder that gives the architecture and the tokenizer.
         data: What the data flags ask for.
+        check_steps: Refuses a number of steps in which warm-ups or schedules would not end.
         epochs: Epochs to train, where the flags give no iterations or samples.
         defaults: Values that replace the defaults of Megatron's parser.
         batch_size, eval_batch_size: Rows of one iteration over all ranks.
@@ -185,6 +188,7 @@ class SFTArguments:
 
     hf_model: Path
     data: DataOptions
+    check_steps: Callable[[int], None]
     epochs: int | None
     defaults: Mapping[str, Any]
     batch_size: int
@@ -204,13 +208,18 @@ class SFTArguments:
 
     def with_rows(self, epochs_rows: int | None, valid_rows: int) -> SFTArguments:
         """These arguments with as many iterations as the rows of all epochs need, where epochs were asked
-        for, and evaluations that see each validation row once, unless --eval-iters says otherwise."""
+        for, and evaluations that see each validation row once, unless --eval-iters says otherwise.
+
+        Raises:
+            ArgumentsError: The iterations leave none for what comes after a warm-up.
+        """
         iters = self.eval_iters
         if iters is None:
             iters = math.ceil(valid_rows / self.eval_batch_size)
         defaults = {**self.defaults, "eval_iters": iters}
         if epochs_rows is not None:
-            defaults["train_iters"] = math.ceil(epochs_rows / self.batch_size)
+            steps = defaults["train_iters"] = math.ceil(epochs_rows / self.batch_size)
+            self.check_steps(steps)
         return replace(self, defaults=defaults)
 
 
@@ -321,21 +330,26 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     hf_weights = _hf_weights(settings, config)
     multiple = settings["tensor_model_parallel_size"] * settings["make_vocab_size_divisible_by"]
+    options, objective = _objective(settings, explicit)
+    batch_size = settings["global_batch_size"] or settings["micro_batch_size"] * data_parallel
+    check_steps = partial(_check_steps, settings, objective)
+    if steps := _steps_of_flags(settings, batch_size):
+        check_steps(steps)
     derived = {
         "padded_vocab_size": math.ceil(settings["vocab_size"] / multiple) * multiple,
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": str(hf_model),
         "dataloader_type": "single",
         "calculate_per_token_loss": True,
-        "objective_options": _objective_options(settings, explicit),
+        "objective_options": options,
     }
     eval_iters = explicit.get("eval_iters")
-    batch_size = settings["global_batch_size"] or settings["micro_batch_size"] * data_parallel
     return SFTArguments(
         hf_model=hf_model,
         data=DataOptions.from_flags(
             {**settings, "valid_data": None} if eval_iters == 0 else settings
         ),
+        check_steps=check_steps,
         epochs=settings["epochs"],
         defaults={**model, **soft, **fixed, **derived},
         batch_size=batch_size,
@@ -517,17 +531,7 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
     )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         _check_divides("--tensor-model-parallel-size", tp, f"the model's {name}", settings[name])
-    uneven = (
-        "pipeline_model_parallel_layout",
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-    )
-    if not any(settings[name] for name in uneven):
-        _check_divides(
-            "--pipeline-model-parallel-size", pp, "the model's num_layers", settings["num_layers"]
-        )
+    _check_pipeline(settings, pp)
     _check_divides(
         "tensor x pipeline x context parallel size"
         if cp > 1
@@ -550,7 +554,6 @@ def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
                 settings[batch],
             )
     _check_split_of_rows(settings, tp, cp)
-    _check_virtual_pipeline(settings, pp)
     limit = settings["max_position_embeddings"]
     if not 0 < settings["seq_length"] <= limit:
         raise ArgumentsError(
@@ -584,11 +587,25 @@ def _check_split_of_rows(settings: Mapping[str, Any], tp: int, cp: int) -> None:
         )
 
 
-def _check_virtual_pipeline(settings: Mapping[str, Any], pp: int) -> None:
+def _check_pipeline(settings: Mapping[str, Any], pp: int) -> None:
+    """Refuse layers that do not split evenly, where the flags do not say how they split."""
+    given = (
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+    )
+    if any(settings[name] for name in given):
+        return
+    ends = [
+        end for end in ("embedding", "loss") if settings[f"account_for_{end}_in_pipeline_split"]
+    ]
+    layers = settings["num_layers"] + len(ends)
+    what = " and ".join(["the model's num_layers", *ends])
+    _check_divides("--pipeline-model-parallel-size", pp, what, layers)
     for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
         if settings[name]:
-            layers = settings["num_layers"] // pp
-            _check_divides(flag_of(name), settings[name], "the layers of a pipeline rank", layers)
+            of = "the layers of a pipeline rank"
+            _check_divides(flag_of(name), settings[name], of, layers // pp)
 
 
 def _check_divides(what: str, size: int, of: str, total: int) -> None:
@@ -714,8 +731,10 @@ def _reference(
     return model, Path(settings["ref_cache"] or Path(settings["save"]) / "ref_log_prob")
 
 
-def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the objective, checked together with the experts that it must leave alone."""
+def _objective(
+    settings: Mapping[str, Any], explicit: Mapping[str, Any]
+) -> tuple[dict[str, Any], Objective | ScheduledObjective]:
+    """The options of the objective and itself, checked with the experts that it must leave alone."""
     try:
         options, objective = check_objective(settings, explicit)
         if "old_log_prob" in objective.required_statistics:
@@ -730,4 +749,29 @@ def _objective_options(settings: Mapping[str, Any], explicit: Mapping[str, Any])
         experts.check_experts(settings, normalization, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         raise ArgumentsError(str(error)) from error
-    return options
+    return options, objective
+
+
+def _steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
+    """Steps of the run where flags alone say it: not with epochs, nor where the batch size changes."""
+    if settings["train_samples"] is None:
+        return settings["train_iters"]
+    changes = settings["rampup_batch_size"] or settings["step_batch_size_schedule"]
+    return None if changes else settings["train_samples"] // batch_size
+
+
+def _check_steps(
+    settings: Mapping[str, Any], objective: Objective | ScheduledObjective, steps: int
+) -> None:
+    unit = "iters" if settings["train_samples"] is None else "samples"
+    length = settings["train_samples"] or steps
+    warmup, decay = settings[f"lr_warmup_{unit}"], settings[f"lr_decay_{unit}"] or length
+    if warmup >= decay:
+        raise ArgumentsError(
+            f"--lr-warmup-{unit} {warmup} leaves none of the {decay} {unit} for the decay of the learning "
+            f"rate; give fewer than {decay}"
+        )
+    try:
+        check_steps(objective, steps)
+    except ValueError as error:
+        raise ArgumentsError(str(error)) from error

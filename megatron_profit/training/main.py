@@ -55,9 +55,10 @@ def run(device: str) -> None:
         settle_checkpoints(sys.argv[1:])
         arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
+        arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
-    train(arguments.with_rows(data.train.labelled_rows, data.valid_rows), data)
+    train(arguments, data)
 
 
 def train(arguments: SFTArguments, data: SFTData) -> None:

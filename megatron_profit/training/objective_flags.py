@@ -191,8 +191,6 @@ def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledO
         )
     ProbQuantiles(tuple(settings["log_quantiles"] or ()))
     check_implementation(settings["objective_implementation"], settings["objective_backward"])
-    if settings["train_iters"]:
-        check_steps(objective, settings["train_iters"])
 
 
 def _options_by_name() -> dict[str, dict[str, Field[Any]]]:

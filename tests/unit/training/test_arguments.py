@@ -335,6 +335,14 @@ def test_a_missing_flag_is_named(hf_folder, name):
         read_arguments([part for pair in flags.items() for part in pair], "cpu")
 
 
+def test_embedding_and_loss_may_count_as_layers_of_the_pipeline(parse):
+    ends = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
+    virtual = ("--num-layers-per-virtual-pipeline-stage", "3")
+    parse("--pipeline-model-parallel-size", "2", *ends, *virtual, world_size=2)
+    with pytest.raises(ArgumentsError, match="num_layers and embedding and loss 6; it can be 1, 2, 3"):
+        parse("--pipeline-model-parallel-size", "4", *ends, world_size=4)
+
+
 def test_epochs_become_iterations(parse, hf_folder):
     with pytest.raises(ArgumentsError, match="--train-iters and --epochs contradict"):
         parse("--epochs", "2")
@@ -345,6 +353,30 @@ def test_epochs_become_iterations(parse, hf_folder):
     assert arguments.with_rows(24, 0).defaults["train_iters"] == 3
     assert arguments.with_rows(25, 0).defaults["train_iters"] == 4
     assert "train_iters" not in parse().with_rows(None, 0).defaults
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--objective-warmup-steps", "3"), ("--objective-warmup-steps 3", "the run's 3", "fewer")),
+        (
+            ("--objective-schedule", "prob_threshold", "constant", "0", "3"),
+            ("prob_threshold constant", "all 3"),
+        ),
+        (("--lr-warmup-iters", "3"), ("--lr-warmup-iters 3", "the 3 iters", "fewer than 3")),
+    ],
+)
+@pytest.mark.parametrize("span", ["--epochs", "--train-samples", "--train-iters"])
+def test_a_warm_up_as_long_as_the_run_is_refused(hf_folder, flags, named, span):
+    if "--lr-warmup-iters" in flags and span == "--train-samples":
+        flags, named = ("--lr-warmup-samples", "24"), ("--lr-warmup-samples 24", "the 24 samples")
+    lengths = {"--epochs": 3, "--train-samples": 24, "--train-iters": 3}
+    command = ["--hf-model", hf_folder, "--data", "a.jsonl", "--seq-length", "64", span, lengths[span]]
+    command += ["--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-5"]
+    command += [*PROFIT, "--random-init", *flags]
+    with pytest.raises(ArgumentsError) as error:
+        read_arguments([*map(str, command)], "cpu").with_rows(24, 0)
+    assert all(part in str(error.value) for part in named), error.value
 
 
 @pytest.mark.parametrize(
