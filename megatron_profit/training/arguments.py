@@ -182,6 +182,7 @@ class SFTArguments:
             checkpoint or from random weights.
         export: The HuggingFace folder to write at the end, if any.
         reference: The reference model and where its log-probabilities are kept, if it is needed.
+        save: The folder of checkpoints, if any.
         keep: Which checkpoints stay, and when the run stops early.
         metrics_file: Where the metrics are written as JSON lines, if anywhere.
     """
@@ -197,6 +198,7 @@ class SFTArguments:
     hf_weights: HFModel | None
     export: HFOutput | None
     reference: tuple[HFModel, Path] | None
+    save: Path | None
     keep: KeepOptions
     metrics_file: Path | None
 
@@ -358,6 +360,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         hf_weights=hf_weights,
         export=_export(settings),
         reference=_reference(settings, explicit, config),
+        save=Path(settings["save"]) if settings["save"] else None,
         keep=_keep(settings),
         metrics_file=_metrics_file(settings),
     )

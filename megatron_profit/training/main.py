@@ -41,6 +41,7 @@ from megatron_profit.training.old_policy import OldPolicy
 from megatron_profit.training.reference_model import ReferenceModel
 from megatron_profit.training.resume import settle_checkpoints
 from megatron_profit.training.run_monitor import RunMonitor
+from megatron_profit.training.save_lock import hold
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.token_metrics import ProbQuantiles
 
@@ -56,6 +57,8 @@ def run(device: str) -> None:
         arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
         arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows)
+        if arguments.save is not None:
+            hold(arguments.save)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
     train(arguments, data)

@@ -22,6 +22,7 @@ from megatron_profit.training.checkpoints import (
     settle,
 )
 from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.save_lock import hold
 
 # How long a network file system may take to show a machine what another one has written.
 _PATIENCE_SECONDS = 90
@@ -32,12 +33,14 @@ _store: Store | None = None
 def settle_checkpoints(argv: Sequence[str]) -> None:
     """Let the tracker file in `--load` name a whole checkpoint, the newest if it does not, on all ranks.
 
+    The first rank holds `--save` from then on, if there is such a folder.
+
     Args:
         argv: The flags of the run.
 
     Raises:
         CheckpointError: When a checkpoint that is asked for is not whole, or none is, or the ranks do not
-            see the same folder.
+            see the same folder, or another run saves there.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--load", "--save", "--pretrained-checkpoint"):
@@ -46,6 +49,8 @@ def settle_checkpoints(argv: Sequence[str]) -> None:
     flags = parser.parse_known_args(argv)[0]
     if os.environ.get("RANK", "0") == "0" and flags.pretrained_checkpoint is not None:
         check_named(flags.pretrained_checkpoint, None)
+    if flags.save is not None and flags.save.is_dir():
+        hold(flags.save)
     if flags.load is None:
         return
     if os.environ.get("RANK", "0") == "0":

@@ -20,6 +20,7 @@ def complaint(flags: list[str], processes: int) -> str | None:
         pretrain_cfg_container_from_args,
     )
     from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.global_vars import unset_global_variables
 
     from megatron_profit.training.arguments import read_arguments
 
@@ -31,6 +32,8 @@ def complaint(flags: list[str], processes: int) -> str | None:
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     except (AssertionError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        unset_global_variables()
     return None
 
 

@@ -339,7 +339,9 @@ def test_embedding_and_loss_may_count_as_layers_of_the_pipeline(parse):
     ends = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
     virtual = ("--num-layers-per-virtual-pipeline-stage", "3")
     parse("--pipeline-model-parallel-size", "2", *ends, *virtual, world_size=2)
-    with pytest.raises(ArgumentsError, match="num_layers and embedding and loss 6; it can be 1, 2, 3"):
+    with pytest.raises(
+        ArgumentsError, match="num_layers and embedding and loss 6; it can be 1, 2, 3"
+    ):
         parse("--pipeline-model-parallel-size", "4", *ends, world_size=4)
 
 
@@ -371,7 +373,16 @@ def test_a_warm_up_as_long_as_the_run_is_refused(hf_folder, flags, named, span):
     if "--lr-warmup-iters" in flags and span == "--train-samples":
         flags, named = ("--lr-warmup-samples", "24"), ("--lr-warmup-samples 24", "the 24 samples")
     lengths = {"--epochs": 3, "--train-samples": 24, "--train-iters": 3}
-    command = ["--hf-model", hf_folder, "--data", "a.jsonl", "--seq-length", "64", span, lengths[span]]
+    command = [
+        "--hf-model",
+        hf_folder,
+        "--data",
+        "a.jsonl",
+        "--seq-length",
+        "64",
+        span,
+        lengths[span],
+    ]
     command += ["--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-5"]
     command += [*PROFIT, "--random-init", *flags]
     with pytest.raises(ArgumentsError) as error:

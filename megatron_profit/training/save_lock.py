@@ -1,0 +1,85 @@
+"""One run at a time in a folder of checkpoints: two would write over and remove one another's."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from io import TextIOWrapper
+from pathlib import Path
+
+from megatron_profit.training.checkpoints import CheckpointError
+from megatron_profit.training.console import print_rank_0
+
+NAME = ".in_use"
+# How long a run that is being stopped may take to leave; a network file system finds out later that one died.
+_PATIENCE_SECONDS = 60
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# Closing any descriptor of the file would give the lock up.
+_held: dict[Path, TextIOWrapper] = {}
+
+
+def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> None:
+    """Keep other runs out of a folder until the first rank, which calls this, ends, however it ends.
+
+    The kernel holds the lock (POSIX, which NFS knows too), on a file `.in_use` that says who has it. A file
+    that is left behind means nothing. On other ranks, and when called again, it does nothing.
+
+    Args:
+        save: The folder; made if it does not exist.
+        patience: Seconds to wait for a run that has it.
+
+    Raises:
+        CheckpointError: Another run has the folder, or it cannot be written.
+    """
+    save = save.resolve()
+    if save in _held or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        file = (save / NAME).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"--save {save} cannot be written: {error.strerror}; name another folder"
+        ) from error
+    try:
+        _wait_for(file, save, patience)
+    except BaseException:
+        file.close()
+        raise
+    _held[save] = file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+    file.flush()
+
+
+def _wait_for(file: TextIOWrapper, save: Path, patience: float) -> None:
+    end, told = time.monotonic() + patience, False
+    while not _locked(file, save):
+        file.seek(0)
+        holder = file.read() or "another process"
+        if time.monotonic() >= end:
+            raise CheckpointError(
+                f"--save {save} is in use by another run ({holder}); end that one, or name another folder"
+            )
+        if not told:
+            print_rank_0(f"> waiting for the run that uses --save {save} to end ({holder})")
+            told = True
+        time.sleep(0.2)
+
+
+def _locked(file: TextIOWrapper, save: Path) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            print_rank_0(
+                f"WARNING: {save} is on a file system without locks; nothing keeps a second run out of it"
+            )
+            return True
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True

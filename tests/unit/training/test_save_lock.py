@@ -1,0 +1,80 @@
+"""A folder of checkpoints belongs to one run, until its process ends."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from megatron_profit.training import save_lock
+from megatron_profit.training.checkpoints import CheckpointError
+from megatron_profit.training.save_lock import hold
+
+HOLDER = """
+import sys
+from pathlib import Path
+from megatron_profit.training.save_lock import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def first_rank(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    yield
+    for file in save_lock._held.values():
+        file.close()
+    save_lock._held.clear()
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process that has the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "run"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(other_run, tmp_path, capsys):
+    save = tmp_path / "run"
+    with pytest.raises(
+        CheckpointError, match=rf"in use by another run \(process {other_run.pid} on"
+    ):
+        hold(save, patience=0.3)
+    assert "waiting for the run" in capsys.readouterr().out
+    other_run.kill()
+    hold(save)
+    hold(save)
+
+
+def test_only_the_first_rank_holds(other_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    hold(tmp_path / "run", patience=0)
+
+
+def test_a_folder_is_made_or_refused(tmp_path):
+    hold(tmp_path / "deep" / "run")
+    assert (tmp_path / "deep" / "run").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
+        hold(tmp_path / "file" / "run")
+
+
+def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(save_lock.fcntl, "lockf", lockf)
+    hold(tmp_path / "run")
+    assert "without locks" in capsys.readouterr().out
