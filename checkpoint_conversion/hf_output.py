@@ -29,6 +29,7 @@ class HFOutput:
         rules: The name table.
         tensors: The tensors by name.
         weight_map: The file of each tensor.
+        overwrite: Whether an earlier output in its place is replaced.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class HFOutput:
     rules: tuple[TensorRule, ...]
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
+    overwrite: bool = False
 
     @property
     def elements(self) -> int:
@@ -58,7 +60,7 @@ class HFOutput:
         Raises:
             ConversionError: When the folder must not be written, or there is too little space.
         """
-        place = whole_folder(self.folder, [self.template], False, COMMAND, self.nbytes)
+        place = whole_folder(self.folder, [self.template], self.overwrite, COMMAND, self.nbytes)
         with place as partial:
             with HFWriter(partial, self.tensors, self.weight_map) as writer:
                 writer.flush()
@@ -66,13 +68,16 @@ class HFOutput:
             copy_artifacts(self.template, partial, self.config)
 
 
-def plan_output(folder: str | Path, template: str | Path, dtype: torch.dtype) -> HFOutput:
+def plan_output(
+    folder: str | Path, template: str | Path, dtype: torch.dtype, overwrite: bool = False
+) -> HFOutput:
     """Check that a folder can be written in the likeness of a template; nothing is written yet.
 
     Args:
         folder: What to write.
         template: HuggingFace folder of the same architecture.
         dtype: The dtype of all tensors.
+        overwrite: Whether what was written here before, and was not changed since, may be replaced.
 
     Raises:
         ConversionError: When the folder holds something, its place is not writable, there is too
@@ -85,6 +90,7 @@ def plan_output(folder: str | Path, template: str | Path, dtype: torch.dtype) ->
     tensors = {name: TensorSpec(shape, kind) for name, shape in expected_shapes(rules).items()}
     weight_map = files_of(template, tensors)
     artifacts(template)
-    output = HFOutput(folder, template, with_dtype(config, tensors), rules, tensors, weight_map)
-    check_output(folder, [template], output.nbytes)
+    written = with_dtype(config, tensors)
+    output = HFOutput(folder, template, written, rules, tensors, weight_map, overwrite)
+    check_output(folder, [template], output.nbytes, COMMAND if overwrite else None)
     return output

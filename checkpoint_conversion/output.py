@@ -70,13 +70,16 @@ def whole_folder(
         os.close(descriptor)
 
 
-def check_output(out: Path, sources: Iterable[Path], needed: int) -> None:
+def check_output(
+    out: Path, sources: Iterable[Path], needed: int, replaces: str | None = None
+) -> None:
     """Check now whether a folder can be written later, when the work for it is done.
 
     Args:
-        out: The folder to make; missing or empty.
+        out: The folder to make; missing or empty, or to be replaced.
         sources: Folders that will be read.
         needed: Bytes that will be written.
+        replaces: The command whose earlier output may be replaced, if any.
 
     Raises:
         ConversionError: When it holds something or an input, its place is not writable, or there is
@@ -84,7 +87,7 @@ def check_output(out: Path, sources: Iterable[Path], needed: int) -> None:
     """
     out = out.resolve()
     _check_sources(out, sources)
-    _check_replaceable(out, False, "")
+    _check_replaceable(out, replaces is not None, replaces or "")
     _check_place(out)
     _check_space(out, needed)
 
@@ -149,7 +152,9 @@ def _check_replaceable(out: Path, overwrite: bool, command: str) -> None:
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise ConversionError(f"{out} is not empty; choose another folder or give --overwrite")
+        raise ConversionError(
+            f"{out} is not empty; choose another folder, or give a conversion --overwrite"
+        )
     if reason := _foreign(out, command):
         raise ConversionError(
             f"{out} is no earlier output of this command ({reason}), and --overwrite replaces only "

@@ -251,7 +251,8 @@ def _save_no_checkpoint_twice() -> None:
     def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
         run = get_args()
         was_loaded = checkpointing.get_loaded_iteration() == iteration and not run.finetune
-        if was_loaded and run.load == run.save and iteration >= run.train_iters:
+        is_own = run.load and run.save and Path(run.load).resolve() == Path(run.save).resolve()
+        if was_loaded and is_own and iteration >= run.train_iters:
             return None
         return original(iteration, *args, **kwargs)
 

@@ -25,6 +25,7 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.hf_output import HFOutput, plan_output
+from checkpoint_conversion.megatron_writer import TRACKER
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
 from megatron_profit.backends import DEVICES
 from megatron_profit.data import DataOptions, add_data_flags
@@ -335,7 +336,8 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     options, objective = _objective(settings, explicit)
     batch_size = settings["global_batch_size"] or settings["micro_batch_size"] * data_parallel
     check_steps = partial(_check_steps, settings, objective)
-    if steps := _steps_of_flags(settings, batch_size):
+    steps = _steps_of_flags(settings, batch_size)
+    if steps is not None:
         check_steps(steps)
     derived = {
         "padded_vocab_size": math.ceil(settings["vocab_size"] / multiple) * multiple,
@@ -632,14 +634,14 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
     """
     for name in ("load", "pretrained_checkpoint"):
         folder = settings[name]
-        if folder and (Path(folder) / "latest_checkpointed_iteration.txt").is_file():
+        if folder and (Path(folder) / TRACKER).is_file():
             check_checkpoint_matches(Path(folder), config, Path(settings["hf_model"]))
             return None
     if settings["random_init"]:
         return None
-    load, save, pretrained = (settings[n] for n in ("load", "save", "pretrained_checkpoint"))
-    for name, folder in (("load", load), ("pretrained_checkpoint", pretrained)):
-        if folder and not (name == "load" and save and Path(save) == Path(load)):
+    for name in ("load", "pretrained_checkpoint"):
+        folder = settings[name]
+        if folder and not (name == "load" and _loads_its_own(settings)):
             raise ArgumentsError(
                 f"no checkpoint in {flag_of(name)} {folder}; without the flag, the run starts from the "
                 f"weights of --hf-model {settings['hf_model']}, with --random-init from random ones"
@@ -677,7 +679,20 @@ def _export(settings: Mapping[str, Any]) -> HFOutput | None:
         return None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((half[name] for name in half if settings[name]), torch.float32)
-    return plan_output(settings["export_hf"], settings["hf_model"], dtype)
+    return plan_output(
+        settings["export_hf"], settings["hf_model"], dtype, overwrite=_goes_on(settings)
+    )
+
+
+def _goes_on(settings: Mapping[str, Any]) -> bool:
+    """Whether the run has a checkpoint of its own: what it exported before is an earlier state of it."""
+    return _loads_its_own(settings) and (Path(settings["load"]) / TRACKER).is_file()
+
+
+def _loads_its_own(settings: Mapping[str, Any]) -> bool:
+    """Whether --load is the folder of --save."""
+    load, save = settings["load"], settings["save"]
+    return bool(load and save) and Path(load).resolve() == Path(save).resolve()
 
 
 def _keep(settings: Mapping[str, Any]) -> KeepOptions:
@@ -766,6 +781,13 @@ def _steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
 def _check_steps(
     settings: Mapping[str, Any], objective: Objective | ScheduledObjective, steps: int
 ) -> None:
+    if steps < 1:
+        raise ArgumentsError(
+            f"--train-samples {settings['train_samples']} is less than a global batch; there is no step"
+        )
+    fraction = settings["lr_warmup_fraction"]
+    if fraction is not None and not 0 <= fraction < 1:
+        raise ArgumentsError(f"--lr-warmup-fraction is {fraction}; it must be in [0, 1)")
     unit = "iters" if settings["train_samples"] is None else "samples"
     length = settings["train_samples"] or steps
     warmup, decay = settings[f"lr_warmup_{unit}"], settings[f"lr_decay_{unit}"] or length

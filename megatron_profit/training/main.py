@@ -41,7 +41,7 @@ from megatron_profit.training.old_policy import OldPolicy
 from megatron_profit.training.reference_model import ReferenceModel
 from megatron_profit.training.resume import settle_checkpoints
 from megatron_profit.training.run_monitor import RunMonitor
-from megatron_profit.training.save_lock import hold
+from megatron_profit.training.save_lock import hold_new
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.token_metrics import ProbQuantiles
 
@@ -58,7 +58,7 @@ def run(device: str) -> None:
         data = prepare_data(arguments)
         arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows)
         if arguments.save is not None:
-            hold(arguments.save)
+            hold_new(arguments.save)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
     train(arguments, data)

@@ -69,8 +69,9 @@ def _publish(decided: str) -> None:
 
 
 def _wait_for(load: Path) -> None:
+    decided = _shared().get("checkpoint").decode()  # waits for the first rank
     end = time.monotonic() + _PATIENCE_SECONDS
-    while (decided := _shared().get("checkpoint").decode()) != read_tracker(load):
+    while read_tracker(load) != decided:
         if time.monotonic() > end:
             raise CheckpointError(
                 f"--load {load} holds checkpoint {read_tracker(load) or 'none'!r} here and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,13 +16,26 @@ from megatron_profit.training.console import print_rank_0
 
 NAME = ".in_use"
 # How long a run that is being stopped may take to leave; a network file system finds out later that one died.
-_PATIENCE_SECONDS = 60
+_PATIENCE_SECONDS = 180
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Closing any descriptor of the file would give the lock up.
 _held: dict[Path, TextIOWrapper] = {}
 
 
-def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> None:
+def hold_new(save: Path) -> None:
+    """Hold a folder that was not there when the run looked for checkpoints.
+
+    Raises:
+        CheckpointError: As `hold`, or another run has been there meanwhile.
+    """
+    if hold(save) and any(save.glob("iter_*")):
+        raise CheckpointError(
+            f"--save {save}: another run has written checkpoints since this one was started; give the same "
+            "command again to go on from them"
+        )
+
+
+def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
     """Keep other runs out of a folder until the first rank, which calls this, ends, however it ends.
 
     The kernel holds the lock (POSIX, which NFS knows too), on a file `.in_use` that says who has it. A file
@@ -31,12 +45,15 @@ def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> None:
         save: The folder; made if it does not exist.
         patience: Seconds to wait for a run that has it.
 
+    Returns:
+        Whether the folder is held since this call.
+
     Raises:
         CheckpointError: Another run has the folder, or it cannot be written.
     """
     save = save.resolve()
     if save in _held or os.environ.get("RANK", "0") != "0":
-        return
+        return False
     try:
         save.mkdir(parents=True, exist_ok=True)
         file = (save / NAME).open("a+", encoding="utf-8")
@@ -50,9 +67,12 @@ def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> None:
         file.close()
         raise
     _held[save] = file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+        file.flush()
+        os.fsync(file.fileno())
+    return True
 
 
 def _wait_for(file: TextIOWrapper, save: Path, patience: float) -> None:
@@ -62,7 +82,8 @@ def _wait_for(file: TextIOWrapper, save: Path, patience: float) -> None:
         holder = file.read() or "another process"
         if time.monotonic() >= end:
             raise CheckpointError(
-                f"--save {save} is in use by another run ({holder}); end that one, or name another folder"
+                f"--save {save} is in use by another run ({holder}); end that one, or name another folder. "
+                f"If its machine is gone and the lock is still there, remove {save / NAME}"
             )
         if not told:
             print_rank_0(f"> waiting for the run that uses --save {save} to end ({holder})")
@@ -80,6 +101,6 @@ def _locked(file: TextIOWrapper, save: Path) -> bool:
             )
             return True
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
+            raise CheckpointError(f"--save {save} cannot be locked: {error.strerror}") from error
         return False
     return True

@@ -67,6 +67,12 @@ def test_a_run_stops_early_and_exports_its_best_checkpoint(command, tiny, tmp_pa
     )
     assert all((exported[name] == weight).all() for name, weight in expected.items())
 
+    again = Job(1, command("run", *flags), tmp_path / "again.log")
+    assert again.end() == 0, again.output[-6000:]
+    assert steps(again.output) == {}
+    repeated = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all((repeated[name] == weight).all() for name, weight in expected.items())
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--async-save",)], ids=["sync", "async"])

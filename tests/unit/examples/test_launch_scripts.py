@@ -243,11 +243,13 @@ def test_the_slurm_job_starts_what_the_script_starts(launch, container, tmp_path
     assert seconds_before_the_limit >= int(value(arguments, "--shutdown-timeout"))
 
 
-def test_out_of_time_the_slurm_job_saves_and_queues_again(commands, tmp_path):
-    """The signal reaches the step; the job queues again only after the step has ended."""
+@pytest.mark.parametrize(("code", "queued"), [(1, ["scontrol requeue 41"]), (0, [])])
+def test_out_of_time_the_slurm_job_saves_and_queues_again(commands, tmp_path, code, queued):
+    """The signal reaches the step; the job queues again only after the step has ended, unless by then it had
+    taken its last step."""
     (commands / "torchrun").write_text(
         f"#!/bin/bash\necho $$ >{tmp_path}/step\n"
-        f"trap 'sleep 1; echo saved >>{tmp_path}/calls; exit 1' USR1\n"
+        f"trap 'sleep 1; echo saved >>{tmp_path}/calls; exit {code}' USR1\n"
         "while :; do sleep 0.1; done\n"
     )
     path = f"{commands}:{os.environ['PATH']}"
@@ -262,7 +264,7 @@ def test_out_of_time_the_slurm_job_saves_and_queues_again(commands, tmp_path):
     job.send_signal(signal.SIGUSR1)
     job.wait(timeout=30)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[1:] == ["scancel --signal=USR1 41", "saved", "scontrol requeue 41"]
+    assert calls[1:] == ["scancel --signal=USR1 41", "saved", *queued]
 
 
 def test_scripts_are_shellchecked():

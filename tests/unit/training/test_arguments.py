@@ -335,6 +335,21 @@ def test_a_missing_flag_is_named(hf_folder, name):
         read_arguments([part for pair in flags.items() for part in pair], "cpu")
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--lr-warmup-fraction", "1.0"), "--lr-warmup-fraction is 1.0"),
+        (("--train-samples", "7", "--global-batch-size", "8"), "--train-samples 7 is less"),
+    ],
+)
+def test_a_run_without_a_step_of_full_learning_rate_is_refused(hf_folder, flags, named):
+    length = () if "--train-samples" in flags else ("--train-iters", "9")
+    command = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64", *length]
+    command += ["--micro-batch-size", "2", "--lr", "1e-5", *PROFIT, "--random-init", *flags]
+    with pytest.raises(ArgumentsError, match=named):
+        read_arguments(command, "cpu")
+
+
 def test_embedding_and_loss_may_count_as_layers_of_the_pipeline(parse):
     ends = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
     virtual = ("--num-layers-per-virtual-pipeline-stage", "3")

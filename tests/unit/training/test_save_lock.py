@@ -10,7 +10,7 @@ import pytest
 
 from megatron_profit.training import save_lock
 from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.save_lock import hold
+from megatron_profit.training.save_lock import NAME, hold, hold_new
 
 HOLDER = """
 import sys
@@ -69,6 +69,33 @@ def test_a_folder_is_made_or_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
         hold(tmp_path / "file" / "run")
+
+
+def test_a_run_that_came_in_between_is_not_passed_over(tmp_path):
+    hold_new(tmp_path / "empty")
+    (tmp_path / "used" / "iter_0000003").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="another run has written checkpoints"):
+        hold_new(tmp_path / "used")
+    assert not hold(tmp_path / "empty")
+    hold_new(tmp_path / "empty")
+
+
+def test_the_folder_is_held_although_nothing_can_be_written(tmp_path, monkeypatch):
+    def fsync(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(save_lock.os, "fsync", fsync)
+    assert hold(tmp_path / "run")
+    assert (tmp_path / "run" / NAME).exists()
+
+
+def test_another_error_of_the_lock_is_named(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(save_lock.fcntl, "lockf", lockf)
+    with pytest.raises(CheckpointError, match="cannot be locked: Input/output error"):
+        hold(tmp_path / "run")
 
 
 def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, capsys):
