@@ -6,7 +6,8 @@
 
 All computations of a configuration get the same tensors and take turns. Those that know no objective
 compute a cross-entropy per token and are masked afterwards, as users of them do. Whatever cannot run here
-is listed with the reason. The results go to benchmarks/results as a dated JSON and Markdown file.
+is listed with the reason. The results go to benchmarks/results as a dated JSON and Markdown file, which is
+written anew after each configuration, so that a run that is cut off has one.
 
 Shape suffixes: N tokens, M supervised tokens, H hidden, V vocabulary rows of this rank.
 """
@@ -431,9 +432,9 @@ def _difference(gradients: tuple[Tensor, Tensor], reference: tuple[Tensor, Tenso
 
 
 def run_rank(
-    rank: int, world: int, options: argparse.Namespace, configs: Sequence[Configuration], out: str
+    rank: int, world: int, options: argparse.Namespace, config: Configuration, out: str
 ) -> None:
-    """All configurations of one tensor-parallel size on one of its ranks."""
+    """A configuration on one of its tensor-parallel ranks."""
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -445,14 +446,10 @@ def run_rank(
         rank=rank,
         world_size=world,
     )
-    records = []
-    for config in configs:
-        record = run_configuration(options, config, device)
-        records.append(record)
-        if rank == 0:
-            print(f"\n{config}\n{table(record)}", flush=True)
+    record = run_configuration(options, config, device)
     if rank == 0:
-        torch.save((benchmarking.environment(device, PEER_PACKAGES), records), out)
+        print(f"\n{config}\n{table(record)}", flush=True)
+        torch.save((benchmarking.environment(device, PEER_PACKAGES), record), out)
     dist.destroy_process_group()
 
 
@@ -568,29 +565,28 @@ def _check_tp(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(argv)
-    configs = list(configurations(options))
-    environment: dict[str, Any] = {}
+    command = shlex.join(["python", "tools/bench_objective.py", *argv])
     records: list[dict[str, Any]] = []
-    for tp in dict.fromkeys(config.tp for config in configs):
-        chosen = [config for config in configs if config.tp == tp]
+    body = EXPLANATION.format(rounds=options.rounds, memory=MEMORY[options.device])
+    for config in configurations(options):
         with tempfile.TemporaryDirectory() as folder:
-            out = os.path.join(folder, "records")
-            mp.spawn(run_rank, args=(tp, options, chosen, out), nprocs=tp)
+            out = os.path.join(folder, "record")
+            mp.spawn(run_rank, args=(config.tp, options, config, out), nprocs=config.tp)
             environment, measured = torch.load(out)
-        records += measured
-    environment["threads"] = options.threads
-    record = {
-        "environment": environment,
-        "command": shlex.join(["python", "tools/bench_objective.py", *argv]),
-        "configurations": records,
-    }
-    body = EXPLANATION.format(rounds=options.rounds, memory=MEMORY[options.device]) + "".join(
-        f"\n## {config}\n\n{table(measured)}"
-        for config, measured in zip(configs, records, strict=True)
-    )
-    page = benchmarking.write_results(
-        options.out, f"{options.name}-{options.device}", record, "Output layer with ProFit", body
-    )
+        records.append(measured)
+        body += f"\n## {config}\n\n{table(measured)}"
+        record = {
+            "environment": environment | {"threads": options.threads},
+            "command": command,
+            "configurations": records,
+        }
+        page = benchmarking.write_results(
+            options.out,
+            f"{options.name}-{options.device}",
+            record,
+            "Output layer with ProFit",
+            body,
+        )
     print(f"results: {page}")
     return 0
 
