@@ -134,13 +134,13 @@ class _Watched:
         return result
 
 
-def first_records(dataset: SFTDataset, count: int) -> tuple[int, ...]:
-    """The records that an evaluation meets first, at most `count`."""
+def first_records(dataset: SFTDataset, count: int, evaluated_rows: int) -> tuple[int, ...]:
+    """The records that an evaluation of so many rows meets first, at most `count`."""
     found: dict[int, None] = {}
-    rows = dataset.order.rows_until(1)
+    rows = min(dataset.order.rows_until(1), evaluated_rows)
     dataset = dataset.with_samples(rows)
     for row in range(rows):
         found |= dict.fromkeys(i for i in dataset[row]["record_index"].tolist() if i >= 0)
         if len(found) >= count:
             break
-    return tuple(sorted(found)[:count])
+    return tuple(sorted(list(found)[:count]))

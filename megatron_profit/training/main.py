@@ -142,9 +142,10 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
 def evaluation_report(args: Namespace, arguments: SFTArguments, data: SFTData) -> EvaluationReport:
     """What writes the token report that the flags ask for."""
     sources = arguments.data.valid or arguments.data.train
+    rows = args.eval_iters * args.eval_global_batch_size
     return EvaluationReport(
         folder=Path(args.token_report),
-        records=first_records(data.valid, args.token_report_records),
+        records=first_records(data.valid, args.token_report_records, rows),
         prepared=data.valid_prepared,
         files=[Path(source.path).name for source in sources],
         tokenizer=load_tokenizer(Path(args.hf_model)),
