@@ -214,12 +214,13 @@ def prepare_sets(
         )
 
     train = prepared_of(options.train)
-    aside = _set_aside(train.digests, options.valid_split)
-    groups = _groups(train, options.train, aside)
+    chosen = _chosen(train, options.train)
+    aside = _set_aside(train.digests, np.concatenate(chosen), options.valid_split)
+    groups = _groups(options.train, [examples[~aside[examples]] for examples in chosen])
     sets = {"train": _rows(train, options, groups, seed=options.seed, epochs=epochs)}
     if options.valid:
         valid = prepared_of(options.valid)
-        groups = _groups(valid, options.valid)
+        groups = _groups(options.valid, _chosen(valid, options.valid))
         sets["valid"] = _rows(valid, options, groups, seed=_VALID_SEED)
     elif options.valid_split:
         held_out = [Group(np.flatnonzero(aside))]
@@ -249,33 +250,11 @@ def _rows(
     return PreparedSet(prepared, dataset, PackingReport.of(dataset.order, lengths, seq_length))
 
 
-def _set_aside(digests: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
-    """[N]: the examples to evaluate on. Chosen by their content, so that equal ones stay together, and the
-    choice depends neither on the seed nor on the order of the files."""
-    if not share:
-        return np.zeros(len(digests), dtype=np.bool_)
-    count = max(round(share * len(digests)), 1)
-    chosen = digests <= np.partition(digests, count - 1)[count - 1]
-    if chosen.all():
-        raise DataError(
-            f"--valid-split {share} of {len(digests)} examples leaves none to train on; give a smaller "
-            "share or more data"
-        )
-    return chosen
-
-
-def _groups(
-    prepared: Prepared,
-    sources: tuple[Source, ...],
-    aside: npt.NDArray[np.bool_] | None = None,
-) -> list[Group]:
-    """What is drawn from each source."""
-    groups = []
+def _chosen(prepared: Prepared, sources: tuple[Source, ...]) -> list[npt.NDArray[np.intp]]:
+    """The examples of each source: all, or as many as its `num_samples` says."""
+    chosen = []
     for number, source in enumerate(sources):
-        members = prepared.sources == number
-        if aside is not None:
-            members &= ~aside
-        examples = np.flatnonzero(members)
+        examples = np.flatnonzero(prepared.sources == number)
         if source.num_samples is not None:
             if not 0 < source.num_samples <= len(examples):
                 raise DataError(
@@ -284,7 +263,33 @@ def _groups(
                 )
             first = np.argsort(prepared.digests[examples], kind="stable")[: source.num_samples]
             examples = np.sort(examples[first])
-        groups.append(Group(examples, source.weight))
+        chosen.append(examples)
+    return chosen
+
+
+def _set_aside(
+    digests: npt.NDArray[np.uint64], examples: npt.NDArray[np.intp], share: float
+) -> npt.NDArray[np.bool_]:
+    """[N]: those of the chosen examples to evaluate on. By their content, so that equal ones stay together,
+    and the choice depends neither on the seed nor on the order of the files."""
+    aside = np.zeros(len(digests), dtype=np.bool_)
+    if share:
+        chosen = digests[examples]
+        count = max(round(share * len(examples)), 1)
+        aside[examples] = chosen <= np.partition(chosen, count - 1)[count - 1]
+        if aside[examples].all():
+            raise DataError(
+                f"--valid-split {share} of {len(examples)} examples leaves none to train on; give a smaller "
+                "share or more data"
+            )
+    return aside
+
+
+def _groups(sources: tuple[Source, ...], chosen: list[npt.NDArray[np.intp]]) -> list[Group]:
+    """What is drawn from each source."""
+    groups = [
+        Group(examples, source.weight) for source, examples in zip(sources, chosen, strict=True)
+    ]
     if sum(group.drawn(0)[1] for group in groups) < 1:
         raise DataError(
             "--data-weights are so small that an epoch would hold no example; give larger ones"

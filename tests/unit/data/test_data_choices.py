@@ -249,9 +249,36 @@ def test_the_split_keeps_equal_records_together_and_forgets_the_order(renderer, 
 
     digests = np.random.default_rng(0).integers(0, 2**63, 60).astype(np.uint64)
     twice = np.concatenate([digests, digests[::-1]])
-    aside = _set_aside(twice, 0.2)
+    aside = _set_aside(twice, np.arange(120), 0.2)
     assert (aside[:60] == aside[60:][::-1]).all()
     assert aside.sum() == 24
+    only = _set_aside(twice, np.arange(60), 0.2)
+    assert (only[:60] == aside[:60]).all()
+    assert not only[60:].any()
+
+
+def test_a_split_is_of_the_samples_that_were_asked_for(small_tokenizer, tmp_path, write_lines):
+    small_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = DataOptions(
+        train=(Source(str(write_lines(rows(50))), num_samples=20),),
+        valid=(),
+        valid_split=0.25,
+        preparation=Preparation(128),
+        packing=False,
+        seed=1,
+        workers=1,
+        cache=tmp_path / "cache",
+    )
+    sets = prepare_sets(options, tmp_path / "tokenizer", epochs=1)
+    shown = {
+        name: {
+            int(part.dataset.with_samples(count)[row]["record_index"][0]) for row in range(count)
+        }
+        for (name, part), count in zip(sets.items(), (15, 5), strict=True)
+    }
+    assert (len(shown["train"]), len(shown["valid"])) == (15, 5)
+    assert not shown["train"] & shown["valid"]
+    assert {part.packing.rows for part in sets.values()} == {15, 5}
 
 
 @pytest.mark.parametrize(
