@@ -37,7 +37,6 @@ from megatron_profit.data import (
     read_sources,
 )
 from megatron_profit.data.options import add_rendering_flags
-from megatron_profit.data.records import data_files
 from megatron_profit.data.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
 from megatron_profit.report import page, score_records, terminal_text
@@ -133,11 +132,7 @@ def chosen_records(
 
 def source_records(source: Source) -> Iterator[RawRecord]:
     """The records of a source in the order of its files."""
-    return (
-        record
-        for file in data_files(Path(source.path))
-        for record in read_records(file, source.split)
-    )
+    return (record for file in source.files() for record in read_records(file, source.split))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ shorter data set.
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,18 @@ NOT_AN_OBJECT = "a record is not an object with named fields"
 NAMED_TWICE = "a field is named twice"
 
 _ROWS = 1024
+
+# How the name of a file begins that holds one split -> the split, as on the Hub.
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "eval": "test",
+}
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})[-_.]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +83,23 @@ def read_records(
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not paths:
         raise DataError("no data file was given; name at least one .json, .jsonl or .parquet file")
-    inner = [file for path in paths for file in data_files(path)]
+    inner = [file for path in paths for file in data_files(path, split)]
     for path in inner:
         yield from _read_file(path, split)
 
 
-def data_files(path: Path) -> list[Path]:
+def data_files(path: Path, split: str = "train") -> list[Path]:
     """The data files of a folder, sorted by name; a data set of the `datasets` library or a file is itself.
 
+    Where names begin with a split (train-00000-of-00001.parquet, test.jsonl), only the files of `split`.
+
     Raises:
-        DataError: It does not exist, or is nothing that can be read.
+        DataError: It does not exist, is nothing that can be read, or does not show which files are `split`.
     """
     if not path.exists():
         raise DataError(f"{path}: does not exist (data files are looked for from {Path.cwd()})")
     if path.is_dir() and not _is_dataset(path):
-        inner = sorted(file for file in path.iterdir() if _kind(file) and file.is_file())
+        inner = _files_inside(path)
         if not inner:
             folders = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
             remedy = (
@@ -94,14 +109,57 @@ def data_files(path: Path) -> list[Path]:
                 f"{path}: the directory holds neither data files ({_known()}) nor a data set that "
                 f"datasets' save_to_disk wrote; name {remedy}"
             )
-        return inner
+        return _of_split(inner, path, split)
     if not path.is_dir() and not path.is_file():
         raise DataError(
             f"{path}: neither a file nor a folder; write the data to a file and name it"
         )
     if path.is_file() and not _kind(path):
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
+    if path.is_file() and _split_name(split) not in ("train", _split_of(path)):
+        raise DataError(f"{path}: one file has no split {split!r}; leave out the split")
     return [path]
+
+
+def left_out(path: Path, split: str) -> list[str]:
+    """Names of the data files of a folder that belong to another split than `split`."""
+    if not path.is_dir() or _is_dataset(path):
+        return []
+    taken = data_files(path, split)
+    return [file.name for file in _files_inside(path) if file not in taken]
+
+
+def _files_inside(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if _kind(file) and file.is_file())
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Those of the split, or all of them where no name begins with one."""
+    splits = {file: _split_of(file) for file in files}
+    if not any(splits.values()):
+        return files
+    if unclear := [file.name for file, found in splits.items() if not found]:
+        raise DataError(
+            f"{folder}: {shown(unclear)} lie beside files named after a split "
+            f"({', '.join(sorted(filter(None, set(splits.values()))))}); name the files to read"
+        )
+    wanted = [file for file, found in splits.items() if found == _split_name(split)]
+    if not wanted:
+        raise DataError(
+            f"{folder}: no file is named after the split {split!r}, only after "
+            f"{', '.join(sorted(set(splits.values())))}; name the files to read"
+        )
+    return wanted
+
+
+def _split_of(file: Path) -> str:
+    """The split that the file's name begins with, "" if there is none."""
+    found = _SPLIT_NAME.match(file.name)
+    return _split_name(found[1]) if found else ""
+
+
+def _split_name(split: str) -> str:
+    return _SPLITS.get(split.lower(), split)
 
 
 def _is_dataset(path: Path) -> bool:

@@ -64,6 +64,18 @@ def test_data_are_prepared_once_and_mapped(prepared, monkeypatch):
     assert second.report == first.report
 
 
+def test_a_folder_of_which_one_split_is_read_is_told_each_time(prepared, write_lines, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_lines(ROWS[:2], "data/train.jsonl")
+    write_lines(ROWS, "data/test.jsonl")
+    for _ in range(2):
+        told = []
+        found = prepared([Source(str(folder))], progress=told.append)
+        assert found.report.read == 2
+        assert told[0] == f"{folder}: only the split train is read, not ['test.jsonl']"
+
+
 def test_whatever_changes_the_result_is_prepared_anew(prepared, sources, tokenizer, tmp_path):
     prepared()
     file = Path(sources[0].path)

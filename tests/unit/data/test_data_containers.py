@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_profit.data import DataError, build_examples, normalise, read_records, records
+from megatron_profit.data import DataError, Source, build_examples, normalise, read_records, records
 
 ROWS = [{"instruction": f"question {i}", "output": "a"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -61,6 +61,38 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "repository" / "data").mkdir(parents=True)
     with pytest.raises(DataError, match=r"name one of its folders \['data'\]"):
         list(read_records(tmp_path / "repository"))
+
+
+def test_of_a_folder_with_splits_one_is_read(tmp_path):
+    names = (
+        "Test.jsonl",
+        "train-00000-of-00002.jsonl",
+        "train_1.json",
+        "valid.jsonl",
+        "dev-0.json",
+    )
+    for number, name in enumerate(names):
+        (tmp_path / name).write_text(json.dumps({"prompt": "q", "completion": str(number)}))
+
+    def answers(path, split="train"):
+        return [record.value["completion"] for record in read_records(path, split)]
+
+    assert answers(tmp_path) == ["1", "2"]
+    assert answers(tmp_path, "validation") == answers(tmp_path, "dev") == ["4", "3"]
+    assert answers(tmp_path, "test") == answers(tmp_path / "Test.jsonl") == ["0"]
+    assert Source(str(tmp_path), split="test").left_out.endswith(
+        "only the split test is read, not ['dev-0.json', 'train-00000-of-00002.jsonl', "
+        "'train_1.json', 'valid.jsonl']"
+    )
+    with pytest.raises(DataError, match="split 'other', only after test, train, validation"):
+        answers(tmp_path, "other")
+    with pytest.raises(DataError, match=r"train_1\.json: one file has no split 'test'"):
+        answers(tmp_path / "train_1.json", "test")
+    (tmp_path / "trained.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(
+        DataError, match=r"\['trained.jsonl'\] lie beside files named after a split"
+    ):
+        answers(tmp_path)
 
 
 def test_folders_of_the_datasets_library(tmp_path):
