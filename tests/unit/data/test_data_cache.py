@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_profit.data import DataError, Preparation, Source, Training, cache, prepare
+from megatron_profit.data import DataError, Preparation, Source, Training, cache, prepare, records
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(400)]
 
@@ -105,6 +105,17 @@ def test_several_processes_give_the_same_examples(prepared, tmp_path, monkeypatc
     monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 50)
     alone = prepared()
     assert same(alone, prepared(folder=tmp_path / "other", workers=2))
+
+
+def test_a_broken_line_goes_to_another_process(prepared, sources, tmp_path):
+    with Path(sources[0].path).open("a") as file:
+        file.write("not JSON\n")
+    skipped = [
+        prepared(folder=tmp_path / str(workers), workers=workers).report.skipped
+        for workers in (1, 2)
+    ]
+    assert skipped[0] == skipped[1]
+    assert records.NOT_JSON in skipped[0]
 
 
 def _prepare_and_count(log, arguments, barrier):
