@@ -24,7 +24,10 @@ NOT_UTF8 = "a line is not UTF-8"
 ROW_NOT_UTF8 = "a text of the record is not UTF-8"
 NOT_AN_OBJECT = "a record is not an object with named fields"
 NAMED_TWICE = "a field is named twice"
+TOO_DEEP = "a record is nested too deeply"
 
+# Levels of a record, which the workers' processes could not be handed if they were without end.
+_DEEPEST = 200
 _ROWS = 1024
 
 # How the name of a file begins that holds one split -> the split, as on the Hub.
@@ -335,6 +338,11 @@ def _record(
     if name is not None:
         broken = BrokenRecord(NAMED_TWICE, f"{shown(name)} stands twice in one object")
         return RawRecord({}, str(path), number, unit, broken)
+    if _nests_deeper(value, _DEEPEST):
+        broken = BrokenRecord(
+            TOO_DEEP, f"lists and objects stand in each other over {_DEEPEST} deep"
+        )
+        return RawRecord({}, str(path), number, unit, broken)
     if isinstance(value, dict):
         return RawRecord(value, str(path), number, unit)
     if number == 1:
@@ -344,6 +352,17 @@ def _record(
         )
     found = BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
     return RawRecord({}, str(path), number, unit, found)
+
+
+def _nests_deeper(value: Any, limit: int) -> bool:
+    """Whether more than `limit` lists and objects stand one in another."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return False
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
+    return True
 
 
 class _Objects:

@@ -1,5 +1,6 @@
 """The cache: prepared once, found again by content, whole or not there, shared by processes."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -116,6 +117,17 @@ def test_a_broken_line_goes_to_another_process(prepared, sources, tmp_path):
     ]
     assert skipped[0] == skipped[1]
     assert records.NOT_JSON in skipped[0]
+
+
+def test_deep_records_are_left_out_however_many_processes_there_are(
+    prepared, write_lines, tmp_path
+):
+    deep = [functools.reduce(lambda inner, _: {"x": inner}, range(n), ROWS[0]) for n in (198, 900)]
+    sources = [Source(str(write_lines([ROWS[0], *({**ROWS[1], "x": x} for x in deep)])))]
+    for workers in (1, 2):
+        report = prepared(sources, folder=tmp_path / str(workers), workers=workers).report
+        assert report.kept == 2
+        assert list(report.skipped) == [records.TOO_DEEP]
 
 
 def _prepare_and_count(log, arguments, barrier):

@@ -123,6 +123,10 @@ BROKEN_LINES = [
     (b'["q", "a"]', records.NOT_AN_OBJECT),
     (b'"' + b"x" * 10_000_000 + b'"', records.NOT_AN_OBJECT),
     (b"[" * 100_000, records.NOT_JSON),
+    (
+        b'{"instruction": "q", "output": "a", "x": ' + b"[" * 200 + b"]" * 200 + b"}",
+        records.TOO_DEEP,
+    ),
     (b'{"instruction": "q", "output": "a", "output": "b"}', records.NAMED_TWICE),
     (b'{"messages": [{"role": "user", "content": "q", "role": "x"}]}', records.NAMED_TWICE),
     (b'{"instruction": "q", "output": "a", "": 1, "": 2}', records.NAMED_TWICE),
@@ -141,7 +145,10 @@ def test_broken_lines_are_counted_with_their_numbers(tmp_path, renderer):
     assert len(str(report)) < 3000, "a long line is not shown whole"
 
 
-@pytest.mark.parametrize("line", [line for line, why in BROKEN_LINES if why != records.NAMED_TWICE])
+@pytest.mark.parametrize(
+    "line",
+    [line for line, why in BROKEN_LINES if why not in (records.NAMED_TWICE, records.TOO_DEEP)],
+)
 def test_a_file_that_begins_or_ends_broken_is_refused(tmp_path, renderer, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(line + b"\n" + LINES)
