@@ -119,9 +119,15 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
         )
     if path.is_file() and not _kind(path):
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
-    if path.is_file() and _split_name(split) not in ("train", _split_of(path)):
-        raise DataError(f"{path}: one file has no split {split!r}; leave out the split")
+    if path.is_file() and _split_of(path) != _split_name(split):
+        _check_whole(path, split)
     return [path]
+
+
+def _check_whole(path: Path, split: str) -> None:
+    """Refuses a split other than the default of what holds none."""
+    if split != "train":
+        raise DataError(f"{path}: holds no splits, so that {split!r} is none; leave out the split")
 
 
 def left_out(path: Path, split: str) -> list[str]:
@@ -140,6 +146,7 @@ def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     """Those of the split, or all of them where no name begins with one."""
     splits = {file: _split_of(file) for file in files}
     if not any(splits.values()):
+        _check_whole(folder, split)
         return files
     if unclear := [file.name for file, found in splits.items() if not found]:
         raise DataError(
@@ -278,6 +285,8 @@ def _read_dataset(path: Path, split: str) -> Iterator[RawRecord]:
         data = datasets.load_from_disk(str(path))
         if isinstance(data, datasets.DatasetDict):
             data = _split(data, path, split)
+        elif str(data.split) != split:
+            _check_whole(path, split)
         yield from _rows(path, data.with_format("arrow").iter(_ROWS))
     except DataError:
         raise

@@ -86,13 +86,25 @@ def test_of_a_folder_with_splits_one_is_read(tmp_path):
     )
     with pytest.raises(DataError, match="split 'other', only after test, train, validation"):
         answers(tmp_path, "other")
-    with pytest.raises(DataError, match=r"train_1\.json: one file has no split 'test'"):
+    with pytest.raises(DataError, match=r"train_1\.json: holds no splits, so that 'test'"):
         answers(tmp_path / "train_1.json", "test")
     (tmp_path / "trained.jsonl").write_text(json.dumps(ROWS[0]))
     with pytest.raises(
         DataError, match=r"\['trained.jsonl'\] lie beside files named after a split"
     ):
         answers(tmp_path)
+
+
+def test_a_split_of_what_holds_none_is_refused(tmp_path, write_lines):
+    (tmp_path / "files").mkdir()
+    write_lines(ROWS, "files/a.jsonl")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(ROWS, split="test").save_to_disk(tmp_path / "tested")
+    for path in ("files", "files/a.jsonl", "saved"):
+        assert len(list(read_records(tmp_path / path))) == 3
+        with pytest.raises(DataError, match="holds no splits, so that 'test' is none"):
+            list(read_records(tmp_path / path, "test"))
+    assert len(list(read_records(tmp_path / "tested", "test"))) == 3
 
 
 def test_folders_of_the_datasets_library(tmp_path):
