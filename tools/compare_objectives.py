@@ -2,7 +2,8 @@
 
     python tools/compare_objectives.py --out runs/comparison          # the quickstart's model and data
     python tools/compare_objectives.py --out runs/gsm8k --base Qwen3-0.6B-Base --seeds 1 2 3 \
-        --setting gsm8k=train.jsonl,test.jsonl --answer-pattern '-?[0-9][0-9,.]*' \
+        --setting gsm8k=train.jsonl,test.jsonl --data-columns prompt=question response=answer \
+        --answer-pattern '-?[0-9][0-9,.]*' \
         --run "sft=--objective sft" --run "dft=--objective dft" \
         --train "--seq-length 1024 --micro-batch-size 4 --global-batch-size 32 --train-iters 200 --lr 1e-5"
 
@@ -109,6 +110,7 @@ class Plan:
     runs: dict[str, str]
     seeds: tuple[int, ...]
     train: str
+    columns: tuple[str, ...]
     answer_pattern: str
     max_new_tokens: int
     processes: int
@@ -117,7 +119,7 @@ class Plan:
     def folder(self, setting: str, run: str, seed: int) -> Path:
         """Where a run writes; its name ends in a digest of all that the result follows from but the code."""
         files, place = self.settings[setting], (setting, run, str(seed))
-        parts = [*place, self.runs[run], self.train, self.answer_pattern]
+        parts = [*place, self.runs[run], self.train, *self.columns, self.answer_pattern]
         parts += [str(self.max_new_tokens), str(self.processes)]
         for file in (files.data, files.held_out, files.known):
             parts.append("" if file is None else hashlib.sha256(file.read_bytes()).hexdigest())
@@ -136,6 +138,7 @@ class Plan:
             *("-m", "megatron_profit.sft"),
             *("--hf-model", str(self.base), "--data", str(files.data)),
             *("--valid-data", str(files.held_out), "--eval-interval", "1000000"),
+            *(("--data-columns", *self.columns) if self.columns else ()),
             *("--seed", str(seed), "--export-hf", str(export)),
             *shlex.split(self.train),
             *shlex.split(self.runs[run]),
@@ -225,7 +228,7 @@ def examine(plan: Plan, setting: str, folder: Path) -> tuple[float, float | None
     return accuracy, retained, length
 
 
-def answer(plan: Plan, questions: Path, folder: Path) -> tuple[float, float]:
+def answer(plan: Plan, file: Path, folder: Path) -> tuple[float, float]:
     """A model's share of right answers to the questions, and their mean length in characters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -233,11 +236,11 @@ def answer(plan: Plan, questions: Path, folder: Path) -> tuple[float, float]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    conversations = conversations_in(questions)
+    questions, _ = questions_in(file, plan.columns, plan.answer_pattern)
     texts: list[str] = []
-    for start in range(0, len(conversations), ANSWERS_AT_A_TIME):
+    for start in range(0, len(questions), ANSWERS_AT_A_TIME):
         inputs = tokenizer.apply_chat_template(
-            [messages[:-1] for messages in conversations[start : start + ANSWERS_AT_A_TIME]],
+            [question.messages for question in questions[start : start + ANSWERS_AT_A_TIME]],
             add_generation_prompt=True,
             padding=True,
             return_tensors="pt",
@@ -248,18 +251,61 @@ def answer(plan: Plan, questions: Path, folder: Path) -> tuple[float, float]:
         new = output[:, inputs.input_ids.size(1) :]
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     right = [
-        final_answer(text, plan.answer_pattern)
-        == final_answer(messages[-1]["content"], plan.answer_pattern)
-        for text, messages in zip(texts, conversations, strict=True)
+        final_answer(text, plan.answer_pattern) == question.expected
+        for text, question in zip(texts, questions, strict=True)
     ]
     return mean(right), mean(map(len, texts))
 
 
-def conversations_in(file: Path) -> list[list[dict[str, str]]]:
-    """The messages of each record, of which the last is the reference answer."""
-    from megatron_profit.data import normalise, read_records
+@dataclass(frozen=True)
+class Question:
+    """Messages that ask, and the final answer of the reference."""
 
-    return [normalise(record).messages for record in read_records(file)]
+    messages: list[dict[str, Any]]
+    expected: str
+
+
+def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list[Question], int]:
+    """The records as questions, and how many are broken or end without an answer.
+
+    Raises:
+        ComparisonError: a reference answer has no match of the pattern, or no record can be used.
+        DataError: the file cannot be read, or its first record is in no known format.
+    """
+    from megatron_profit.data import BrokenRecord, Layout, UnknownFormat, normalise, read_records
+
+    layout, questions, unusable = Layout.of_columns(columns), [], 0
+    for record in read_records(file):
+        try:
+            *asked, reference = normalise(record, layout).messages
+        except (BrokenRecord, UnknownFormat) as error:
+            if isinstance(error, UnknownFormat) and record.number == 1:
+                raise
+            unusable += 1
+            continue
+        if reference["role"] != "assistant":
+            unusable += 1
+            continue
+        expected = final_answer(reference["content"], pattern)
+        if expected is None:
+            raise ComparisonError(
+                f"{record.where}: --answer-pattern {pattern!r} matches nothing in the reference answer "
+                f"{reference['content'][-100:]!r}; correct the pattern or remove the record"
+            )
+        questions.append(Question(asked, expected))
+    if not questions:
+        raise ComparisonError(f"{file}: none of {unusable} records can be used as a question")
+    return questions, unusable
+
+
+def check_questions(plan: Plan) -> None:
+    """Reads all questions before the first model is loaded, and tells which records are not asked."""
+    for setting in plan.settings.values():
+        for file in filter(None, (setting.held_out, setting.known)):
+            questions, unusable = questions_in(file, plan.columns, plan.answer_pattern)
+            if unusable:
+                total = len(questions) + unusable
+                print(f"{file}: {unusable} of {total} records cannot be used", file=sys.stderr)
 
 
 def final_answer(text: str, pattern: str) -> str | None:
@@ -493,6 +539,13 @@ def read_plan(argv: Sequence[str] | None) -> Plan:
         help="flags that all runs share (default: the quickstart's)",
     )
     add(
+        "--data-columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="which column of the files is which, as in training, e.g. prompt=question response=answer",
+    )
+    add(
         "--answer-pattern",
         metavar="REGEX",
         help="its last match is the answer (default: a number in words)",
@@ -515,6 +568,7 @@ def read_plan(argv: Sequence[str] | None) -> Plan:
         runs=dict(arguments.run or RUNS.items()),
         seeds=tuple(arguments.seeds),
         train=arguments.train,
+        columns=tuple(arguments.data_columns),
         answer_pattern=arguments.answer_pattern or make_arithmetic_data.NUMBER.pattern,
         max_new_tokens=arguments.max_new_tokens,
         processes=arguments.processes,
@@ -525,19 +579,22 @@ def read_plan(argv: Sequence[str] | None) -> Plan:
 def main(argv: Sequence[str] | None = None) -> int:
     from transformers.utils.logging import disable_progress_bar
 
+    from megatron_profit.data import DataError
+
     disable_progress_bar()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # several trainings share the cores
     os.chdir(REPOSITORY)
     plan = read_plan(argv)
     base: dict[Measure, float] = {}
     try:
+        check_questions(plan)
         for setting in plan.settings:
             accuracy, retained, _ = examine(plan, setting, plan.base)
             base[Measure(setting, "accuracy")] = accuracy
             if retained is not None:
                 base[Measure(setting, "retained")] = retained
         results = compare(plan)
-    except ComparisonError as error:
+    except (ComparisonError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text = table(results, base)

@@ -32,12 +32,13 @@ from megatron_profit.data import (
     RenderedConversation,
     Source,
     Training,
+    UnknownFormat,
     normalise,
     read_records,
     read_sources,
 )
 from megatron_profit.data.options import add_rendering_flags
-from megatron_profit.data.records import data_files
+from megatron_profit.data.prepare import UNKNOWN_FORMAT
 from megatron_profit.data.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
 from megatron_profit.report import page, score_records, terminal_text
@@ -105,6 +106,7 @@ def chosen_records(
 
     Raises:
         ReportError: a position or a range that begins behind the last record, or no usable record.
+        DataError: a file cannot be read, or its first record is in no known format.
     """
     found, read = [], 0
     everything = ((source, record) for source in sources for record in source_records(source))
@@ -116,6 +118,11 @@ def chosen_records(
             whole = renderer.render(normalise(record, source.layout))
         except BrokenRecord as error:
             print(f"left out {record.where}: {error.reason}", file=sys.stderr)
+            continue
+        except UnknownFormat:
+            if record.number == 1:  # as in training, the whole file is in doubt
+                raise
+            print(f"left out {record.where}: {UNKNOWN_FORMAT}", file=sys.stderr)
             continue
         cut = RenderedConversation(whole.ids[:max_tokens], whole.supervised[:max_tokens])
         if not cut.supervised[1:].any():
@@ -133,11 +140,7 @@ def chosen_records(
 
 def source_records(source: Source) -> Iterator[RawRecord]:
     """The records of a source in the order of its files."""
-    return (
-        record
-        for file in data_files(Path(source.path))
-        for record in read_records(file, source.split)
-    )
+    return (record for file in source.files() for record in read_records(file, source.split))
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from typing import Any
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.examples import ABOUT, Prepared, load, write
 from megatron_profit.data.prepare import Preparation, default_workers, prepared_chunks
-from megatron_profit.data.records import data_files
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sources import Source
 
@@ -81,6 +80,9 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
         key = _key(sources, tokenizer, preparation, cache, leader)
         folder = cache / key[:32]
+        for note in filter(None, (source.left_out for source in sources)):
+            if progress:
+                progress(note)
         while not (folder / ABOUT).is_file():
             if not leader:
                 time.sleep(POLL_SECONDS)
@@ -164,7 +166,7 @@ def _key(
     import transformers
 
     with _reading("the data"):
-        inner = [data_files(Path(source.path)) for source in sources]
+        inner = [source.files() for source in sources]
     # A name says how a file is read, and where a record stands; the folder does not matter.
     files = [[(path.name, _digest(path, cache, leader)) for path in paths] for paths in inner]
     names = {

@@ -37,6 +37,8 @@ ROLES = {
 }
 # Roles whose text is the JSON of one tool call or of several.
 CALL_ROLES = ("function_call", "tool_call")
+# Names that a message's reasoning goes by; the first that says anything counts.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 
 FORMATS = (
     "alpaca (instruction, input, output; optional system, history, tools)",
@@ -186,7 +188,8 @@ def _assistant_fields(entry: dict[str, Any]) -> Message:
         fields["tool_calls"] = _tool_calls(entry["tool_calls"])
     # A template tells "no reasoning field" from an empty one: only the former lets it find <think>
     # in the content.
-    if reasoning := _typed(entry, "reasoning_content", str, default=""):
+    given = (_typed(entry, name, str, default="") for name in REASONING)
+    if reasoning := next(filter(None, given), None):
         fields["reasoning_content"] = reasoning
     has_content = "content" in entry or "value" in entry or "tool_calls" not in fields
     return {"content": _text(_either(entry, "content", "value")) if has_content else "", **fields}

@@ -25,7 +25,7 @@ import numpy as np
 from megatron_profit.data.chat import Conversation, UnknownFormat, normalise
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.examples import Chunk, Examples, collect
-from megatron_profit.data.records import RawRecord, data_files, read_records
+from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sources import Layout, Source
@@ -135,7 +135,7 @@ def prepared_chunks(
 
 def default_workers(sources: Sequence[Source]) -> int:
     """As many processes as the data are worth, and not more than there are cores."""
-    files = [file for source in sources for file in data_files(Path(source.path))]
+    files = [file for source in sources for file in source.files()]
     size = sum(
         inner.stat().st_size
         for file in files
@@ -156,7 +156,7 @@ class _Task:
 
 def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
     # Every path is looked at before the first file is read.
-    files = [data_files(Path(source.path)) for source in sources]
+    files = [source.files() for source in sources]
     for number, source in enumerate(sources):
         missing = set(source.layout.columns.values())
         for file in files[number]:

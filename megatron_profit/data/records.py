@@ -9,6 +9,7 @@ shorter data set.
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,8 +24,23 @@ NOT_UTF8 = "a line is not UTF-8"
 ROW_NOT_UTF8 = "a text of the record is not UTF-8"
 NOT_AN_OBJECT = "a record is not an object with named fields"
 NAMED_TWICE = "a field is named twice"
+TOO_DEEP = "a record is nested too deeply"
 
+# Levels of a record, which the workers' processes could not be handed if they were without end.
+_DEEPEST = 200
 _ROWS = 1024
+
+# How the name of a file begins that holds one split -> the split, as on the Hub.
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "eval": "test",
+}
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})[-_.]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +86,23 @@ def read_records(
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not paths:
         raise DataError("no data file was given; name at least one .json, .jsonl or .parquet file")
-    inner = [file for path in paths for file in data_files(path)]
+    inner = [file for path in paths for file in data_files(path, split)]
     for path in inner:
         yield from _read_file(path, split)
 
 
-def data_files(path: Path) -> list[Path]:
+def data_files(path: Path, split: str = "train") -> list[Path]:
     """The data files of a folder, sorted by name; a data set of the `datasets` library or a file is itself.
 
+    Where names begin with a split (train-00000-of-00001.parquet, test.jsonl), only the files of `split`.
+
     Raises:
-        DataError: It does not exist, or is nothing that can be read.
+        DataError: It does not exist, is nothing that can be read, or does not show which files are `split`.
     """
     if not path.exists():
         raise DataError(f"{path}: does not exist (data files are looked for from {Path.cwd()})")
     if path.is_dir() and not _is_dataset(path):
-        inner = sorted(file for file in path.iterdir() if _kind(file) and file.is_file())
+        inner = _files_inside(path)
         if not inner:
             folders = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
             remedy = (
@@ -94,14 +112,64 @@ def data_files(path: Path) -> list[Path]:
                 f"{path}: the directory holds neither data files ({_known()}) nor a data set that "
                 f"datasets' save_to_disk wrote; name {remedy}"
             )
-        return inner
+        return _of_split(inner, path, split)
     if not path.is_dir() and not path.is_file():
         raise DataError(
             f"{path}: neither a file nor a folder; write the data to a file and name it"
         )
     if path.is_file() and not _kind(path):
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
+    if path.is_file() and _split_of(path) != _split_name(split):
+        _check_whole(path, split)
     return [path]
+
+
+def _check_whole(path: Path, split: str) -> None:
+    """Refuses a split other than the default of what holds none."""
+    if split != "train":
+        raise DataError(f"{path}: holds no splits, so that {split!r} is none; leave out the split")
+
+
+def left_out(path: Path, split: str) -> list[str]:
+    """Names of the data files of a folder that belong to another split than `split`."""
+    if not path.is_dir() or _is_dataset(path):
+        return []
+    taken = data_files(path, split)
+    return [file.name for file in _files_inside(path) if file not in taken]
+
+
+def _files_inside(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if _kind(file) and file.is_file())
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Those of the split, or all of them where no name begins with one."""
+    splits = {file: _split_of(file) for file in files}
+    if not any(splits.values()):
+        _check_whole(folder, split)
+        return files
+    if unclear := [file.name for file, found in splits.items() if not found]:
+        raise DataError(
+            f"{folder}: {shown(unclear)} lie beside files named after a split "
+            f"({', '.join(sorted(filter(None, set(splits.values()))))}); name the files to read"
+        )
+    wanted = [file for file, found in splits.items() if found == _split_name(split)]
+    if not wanted:
+        raise DataError(
+            f"{folder}: no file is named after the split {split!r}, only after "
+            f"{', '.join(sorted(set(splits.values())))}; name the files to read"
+        )
+    return wanted
+
+
+def _split_of(file: Path) -> str:
+    """The split that the file's name begins with, "" if there is none."""
+    found = _SPLIT_NAME.match(file.name)
+    return _split_name(found[1]) if found else ""
+
+
+def _split_name(split: str) -> str:
+    return _SPLITS.get(split.lower(), split)
 
 
 def _is_dataset(path: Path) -> bool:
@@ -217,6 +285,8 @@ def _read_dataset(path: Path, split: str) -> Iterator[RawRecord]:
         data = datasets.load_from_disk(str(path))
         if isinstance(data, datasets.DatasetDict):
             data = _split(data, path, split)
+        elif str(data.split) != split:
+            _check_whole(path, split)
         yield from _rows(path, data.with_format("arrow").iter(_ROWS))
     except DataError:
         raise
@@ -277,6 +347,11 @@ def _record(
     if name is not None:
         broken = BrokenRecord(NAMED_TWICE, f"{shown(name)} stands twice in one object")
         return RawRecord({}, str(path), number, unit, broken)
+    if _nests_deeper(value, _DEEPEST):
+        broken = BrokenRecord(
+            TOO_DEEP, f"lists and objects stand in each other over {_DEEPEST} deep"
+        )
+        return RawRecord({}, str(path), number, unit, broken)
     if isinstance(value, dict):
         return RawRecord(value, str(path), number, unit)
     if number == 1:
@@ -286,6 +361,17 @@ def _record(
         )
     found = BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
     return RawRecord({}, str(path), number, unit, found)
+
+
+def _nests_deeper(value: Any, limit: int) -> bool:
+    """Whether more than `limit` lists and objects stand one in another."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return False
+        level = [x for item in level for x in (item.values() if isinstance(item, dict) else item)]
+    return True
 
 
 class _Objects:

@@ -123,6 +123,11 @@ class ChatRenderer:
         self._tokenizer, self._day = tokenizer, day
         self.training = training or Training()
         self.markers = self._learn_markers()
+        # Ordinary text that ends a turn may well stand in a question; a token would end it there.
+        brackets = _tokens(tokenizer, self.markers.opening, self.markers.end)
+        ends = _tokens(tokenizer, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+        self._never_inside = (self.markers.header, *brackets)
+        self._never_said = (self.markers.end, *ends)
 
     def render(self, conversation: Conversation) -> RenderedConversation:
         """Token ids and supervised mask of a conversation.
@@ -223,11 +228,9 @@ class ChatRenderer:
         return begin, end + len(self.markers.end)
 
     def _refuse_markers_inside(self, conversation: Conversation) -> None:
-        header, end = self.markers.header, self.markers.end
-        if any(header in text for text in strings([conversation.messages, conversation.tools])):
-            raise BrokenRecord(MARKER_IN_TEXT, f"{header!r} in a message or tool")
-        if any(end in text for text in strings(conversation.assistant_messages)):
-            raise BrokenRecord(MARKER_IN_TEXT, f"{end!r} in an assistant message")
+        everything = [conversation.messages, conversation.tools]
+        _refuse(self._never_inside, everything, "a message or tool")
+        _refuse(self._never_said, conversation.assistant_messages, "an assistant message")
 
     def _learn_markers(self) -> TurnMarkers:
         probe = self._probe()
@@ -242,7 +245,7 @@ class ChatRenderer:
         header = self._header(probe)
         opening = self._common_tokens(probe.after_earlier.removeprefix(common), header)
         # Ordinary text, such as "###", may well stand in an answer; it would not tell turns apart.
-        is_token = opening in self._tokenizer.get_added_vocab()
+        is_token = _tokens(self._tokenizer, opening)
         return TurnMarkers(header, common.rstrip(), opening if is_token else "")
 
     def _header(self, probe: "_Probe") -> str:
@@ -360,6 +363,19 @@ def _marked(encoding: Any, spans: list[tuple[int, int]]) -> RenderedConversation
             first += 1
         supervised_T[first : bisect_left(tokens, end, key=first_char)] = True
     return RenderedConversation(ids_T, supervised_T)
+
+
+def _refuse(markers: Sequence[str], value: object, place: str) -> None:
+    for text in strings(value):
+        for marker in markers:
+            if marker in text:
+                raise BrokenRecord(MARKER_IN_TEXT, f"{marker!r} in {place}")
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", *texts: str | None) -> list[str]:
+    """Those of the texts that the tokenizer takes for one token wherever they stand."""
+    added = tokenizer.get_added_vocab()
+    return [text for text in texts if text and text in added]
 
 
 def _said(role: str, content: str) -> Message:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.records import data_files, left_out
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
 ALPACA_COLUMNS = {
@@ -142,7 +143,7 @@ class Source:
         path: File or folder.
         layout: Names of its fields.
         weight: How often an epoch holds each record, on average.
-        split: Split of a folder of the `datasets` library.
+        split: Split of a folder that holds several.
         num_samples: Records to use, None for all.
     """
 
@@ -151,6 +152,18 @@ class Source:
     weight: float = 1.0
     split: str = "train"
     num_samples: int | None = None
+
+    def files(self) -> list[Path]:
+        """What is read of it, in order: see `data_files`."""
+        return data_files(Path(self.path), self.split)
+
+    @property
+    def left_out(self) -> str:
+        """Says which files of the folder are not read, "" if all are."""
+        names = left_out(Path(self.path), self.split)
+        return (
+            f"{self.path}: only the split {self.split} is read, not {shown(names)}" if names else ""
+        )
 
 
 def read_sources(

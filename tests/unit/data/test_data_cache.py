@@ -1,5 +1,6 @@
 """The cache: prepared once, found again by content, whole or not there, shared by processes."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_profit.data import DataError, Preparation, Source, Training, cache, prepare
+from megatron_profit.data import DataError, Preparation, Source, Training, cache, prepare, records
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(400)]
 
@@ -64,6 +65,18 @@ def test_data_are_prepared_once_and_mapped(prepared, monkeypatch):
     assert second.report == first.report
 
 
+def test_a_folder_of_which_one_split_is_read_is_told_each_time(prepared, write_lines, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_lines(ROWS[:2], "data/train.jsonl")
+    write_lines(ROWS, "data/test.jsonl")
+    for _ in range(2):
+        told = []
+        found = prepared([Source(str(folder))], progress=told.append)
+        assert found.report.read == 2
+        assert told[0] == f"{folder}: only the split train is read, not ['test.jsonl']"
+
+
 def test_whatever_changes_the_result_is_prepared_anew(prepared, sources, tokenizer, tmp_path):
     prepared()
     file = Path(sources[0].path)
@@ -93,6 +106,28 @@ def test_several_processes_give_the_same_examples(prepared, tmp_path, monkeypatc
     monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 50)
     alone = prepared()
     assert same(alone, prepared(folder=tmp_path / "other", workers=2))
+
+
+def test_a_broken_line_goes_to_another_process(prepared, sources, tmp_path):
+    with Path(sources[0].path).open("a") as file:
+        file.write("not JSON\n")
+    skipped = [
+        prepared(folder=tmp_path / str(workers), workers=workers).report.skipped
+        for workers in (1, 2)
+    ]
+    assert skipped[0] == skipped[1]
+    assert records.NOT_JSON in skipped[0]
+
+
+def test_deep_records_are_left_out_however_many_processes_there_are(
+    prepared, write_lines, tmp_path
+):
+    deep = [functools.reduce(lambda inner, _: {"x": inner}, range(n), ROWS[0]) for n in (198, 900)]
+    sources = [Source(str(write_lines([ROWS[0], *({**ROWS[1], "x": x} for x in deep)])))]
+    for workers in (1, 2):
+        report = prepared(sources, folder=tmp_path / str(workers), workers=workers).report
+        assert report.kept == 2
+        assert list(report.skipped) == [records.TOO_DEEP]
 
 
 def _prepare_and_count(log, arguments, barrier):

@@ -98,6 +98,20 @@ def test_reasoning_is_kept_unless_it_is_empty(given, kept):
     assert ("reasoning_content" in message) == kept
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning": "why"},
+        {"thinking": "why"},
+        {"reasoning_content": "why", "reasoning": "other", "thinking": 3},
+        {"reasoning_content": "", "thinking": "why"},
+    ],
+)
+def test_reasoning_under_other_names(fields):
+    (message,) = conversation_of({"messages": [{**ANSWER, **fields}]}).messages
+    assert message == {**ANSWER, "reasoning_content": "why"}
+
+
 @pytest.mark.parametrize("record", [{}, {"question": "q", "answer": "a"}, {"messages": None}])
 def test_unknown_format_names_place_keys_and_known_formats(record):
     with pytest.raises(UnknownFormat) as error:
@@ -107,6 +121,7 @@ def test_unknown_format_names_place_keys_and_known_formats(record):
 
 
 BROKEN_MESSAGES = [
+    ([{**ANSWER, "thinking": 3}], chat.WRONG_TYPE),
     ("text", chat.WRONG_TYPE),
     ([1], chat.WRONG_TYPE),
     ([{"role": "assistant", "content": 3}], chat.WRONG_TYPE),

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_profit.data import DataError, build_examples, normalise, read_records, records
+from megatron_profit.data import DataError, Source, build_examples, normalise, read_records, records
 
 ROWS = [{"instruction": f"question {i}", "output": "a"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -63,6 +63,50 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
         list(read_records(tmp_path / "repository"))
 
 
+def test_of_a_folder_with_splits_one_is_read(tmp_path):
+    names = (
+        "Test.jsonl",
+        "train-00000-of-00002.jsonl",
+        "train_1.json",
+        "valid.jsonl",
+        "dev-0.json",
+    )
+    for number, name in enumerate(names):
+        (tmp_path / name).write_text(json.dumps({"prompt": "q", "completion": str(number)}))
+
+    def answers(path, split="train"):
+        return [record.value["completion"] for record in read_records(path, split)]
+
+    assert answers(tmp_path) == ["1", "2"]
+    assert answers(tmp_path, "validation") == answers(tmp_path, "dev") == ["4", "3"]
+    assert answers(tmp_path, "test") == answers(tmp_path / "Test.jsonl") == ["0"]
+    assert Source(str(tmp_path), split="test").left_out.endswith(
+        "only the split test is read, not ['dev-0.json', 'train-00000-of-00002.jsonl', "
+        "'train_1.json', 'valid.jsonl']"
+    )
+    with pytest.raises(DataError, match="split 'other', only after test, train, validation"):
+        answers(tmp_path, "other")
+    with pytest.raises(DataError, match=r"train_1\.json: holds no splits, so that 'test'"):
+        answers(tmp_path / "train_1.json", "test")
+    (tmp_path / "trained.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(
+        DataError, match=r"\['trained.jsonl'\] lie beside files named after a split"
+    ):
+        answers(tmp_path)
+
+
+def test_a_split_of_what_holds_none_is_refused(tmp_path, write_lines):
+    (tmp_path / "files").mkdir()
+    write_lines(ROWS, "files/a.jsonl")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_list(ROWS, split="test").save_to_disk(tmp_path / "tested")
+    for path in ("files", "files/a.jsonl", "saved"):
+        assert len(list(read_records(tmp_path / path))) == 3
+        with pytest.raises(DataError, match="holds no splits, so that 'test' is none"):
+            list(read_records(tmp_path / path, "test"))
+    assert len(list(read_records(tmp_path / "tested", "test"))) == 3
+
+
 def test_folders_of_the_datasets_library(tmp_path):
     data = datasets.Dataset.from_list([{**row, "system": None} for row in ROWS])
     data.save_to_disk(tmp_path / "one")
@@ -91,6 +135,10 @@ BROKEN_LINES = [
     (b'["q", "a"]', records.NOT_AN_OBJECT),
     (b'"' + b"x" * 10_000_000 + b'"', records.NOT_AN_OBJECT),
     (b"[" * 100_000, records.NOT_JSON),
+    (
+        b'{"instruction": "q", "output": "a", "x": ' + b"[" * 200 + b"]" * 200 + b"}",
+        records.TOO_DEEP,
+    ),
     (b'{"instruction": "q", "output": "a", "output": "b"}', records.NAMED_TWICE),
     (b'{"messages": [{"role": "user", "content": "q", "role": "x"}]}', records.NAMED_TWICE),
     (b'{"instruction": "q", "output": "a", "": 1, "": 2}', records.NAMED_TWICE),
@@ -109,7 +157,10 @@ def test_broken_lines_are_counted_with_their_numbers(tmp_path, renderer):
     assert len(str(report)) < 3000, "a long line is not shown whole"
 
 
-@pytest.mark.parametrize("line", [line for line, why in BROKEN_LINES if why != records.NAMED_TWICE])
+@pytest.mark.parametrize(
+    "line",
+    [line for line, why in BROKEN_LINES if why not in (records.NAMED_TWICE, records.TOO_DEEP)],
+)
 def test_a_file_that_begins_or_ends_broken_is_refused(tmp_path, renderer, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(line + b"\n" + LINES)

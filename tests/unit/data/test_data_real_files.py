@@ -9,6 +9,7 @@ from megatron_profit.data import (
     ChatRenderer,
     Layout,
     SFTDataset,
+    Training,
     build_examples,
     normalise,
     read_records,
@@ -112,3 +113,18 @@ def test_real_rows_are_packed_nearly_full(shared, qwen3_renderer):
     assert sum(int((row["labels"] != -100).sum()) for row in rows) == report.supervised_tokens
     filled = sum(int((row["record_index"] >= 0).sum()) for row in rows) / (8192 * count)
     assert filled > 0.97
+
+
+def test_qwen3_drops_earlier_reasoning_and_adds_an_empty_block(
+    qwen3, supervised_texts, conversation
+):
+    thought = {"role": "assistant", "content": "One.", "reasoning_content": "Hm."}
+    talk = conversation(("user", "q"), thought, ("user", "q"), ("assistant", "Two."))
+
+    def trained(**choice):
+        rendered = ChatRenderer(qwen3, Training(**choice)).render(talk)
+        return supervised_texts(qwen3, rendered)
+
+    assert trained() == ["One." + END, THINK + "Two." + END]
+    assert trained(turns="last") == [THINK + "Two." + END]
+    assert trained(think=False) == ["One." + END, "Two." + END]

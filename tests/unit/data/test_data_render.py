@@ -154,6 +154,12 @@ def test_end_is_trained_where_pad_and_end_are_one_token(make_tokenizer, template
         [("system", "<|im_start|>assistant\n"), QUESTION, ANSWER],
         [QUESTION, ("assistant", "Say <|im_end|> to end.")],
         [QUESTION, {"role": "assistant", "content": "a", "reasoning_content": "<|im_end|>"}],
+        [("user", "hello<|im_end|>\n<|im_start|>assistant"), ANSWER],
+        [("user", "What is <|im_end|>?"), ANSWER],
+        [("system", "<|im_start|>"), QUESTION, ANSWER],
+        [QUESTION, ("assistant", "<|im_start|>user\nhi")],
+        [QUESTION, ("tool", "<|im_end|>"), ANSWER],
+        [QUESTION, ("assistant", "The end.<|endoftext|>")],
     ],
 )
 def test_markers_in_a_text_skip_the_record(renderer, conversation, turns):
@@ -162,19 +168,13 @@ def test_markers_in_a_text_skip_the_record(renderer, conversation, turns):
     assert error.value.reason == render.MARKER_IN_TEXT
 
 
-def test_an_opening_in_an_answer_skips_the_record(renderer, conversation):
-    with pytest.raises(BrokenRecord) as error:
-        renderer.render(conversation(QUESTION, ("assistant", "<|im_start|>user\nhi")))
-    assert error.value.reason == render.TURNS_NOT_FOUND
-
-
-def test_an_end_in_a_question_is_harmless(
+def test_an_end_of_plain_text_is_harmless_in_a_question(
     make_tokenizer, templates, conversation, supervised_texts
 ):
-    tokenizer = make_tokenizer(templates.chatml)
-    talk = conversation(("user", "What is <|im_end|>?"), ANSWER)
+    tokenizer = make_tokenizer(templates.chatml.replace("<|im_end|>", "###"))
+    talk = conversation(("user", "What is ###, what <|endoftext|>?"), ANSWER)
     texts = supervised_texts(tokenizer, ChatRenderer(tokenizer).render(talk))
-    assert texts == ["It is é 😀 forty-two.<|im_end|>"]
+    assert texts == ["It is é 😀 forty-two.###"]
 
 
 def test_a_template_that_drops_a_turn_skips_the_record(make_tokenizer, templates, conversation):

@@ -6,7 +6,16 @@ import shutil
 import compare_objectives
 import make_arithmetic_data
 import pytest
-from compare_objectives import Result, final_answer, measures_of, read_plan, table
+from compare_objectives import (
+    ComparisonError,
+    Question,
+    Result,
+    final_answer,
+    measures_of,
+    questions_in,
+    read_plan,
+    table,
+)
 from make_tiny_model import main as make_tiny_model
 
 RESULTS = [
@@ -35,6 +44,37 @@ TRAIN = "--seq-length 40 --micro-batch-size 8 --train-iters 2 --lr 1e-3"
 )
 def test_the_last_match_is_the_answer(text, pattern, expected):
     assert final_answer(text, pattern) == expected
+
+
+ASKED = {"question": "What is six times seven?", "answer": "It is #### 42"}
+COLUMNS = ("prompt=question", "response=answer")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """questions(*records): those of a file with these lines."""
+
+    def read(*records, columns=COLUMNS):
+        file = tmp_path / "questions.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return questions_in(file, columns, r"#### (\S+)")
+
+    return read
+
+
+def test_questions_are_read_by_their_columns_and_broken_records_counted(questions):
+    user = {"role": "user", "content": ASKED["question"]}
+    assert questions(ASKED, {"question": "?"}, ASKED) == ([Question([user], "42")] * 2, 1)
+    chat = {"messages": [user, {"role": "assistant", "content": ASKED["answer"]}]}
+    broken = ({"messages": []}, {"x": 1}, {"messages": [*chat["messages"], user]})
+    assert questions(chat, *broken, columns=()) == ([Question([user], "42")], 3)
+
+
+def test_a_reference_without_an_answer_is_an_error(questions):
+    with pytest.raises(ComparisonError, match=r"line 2: --answer-pattern '#### .*'It is 42'"):
+        questions(ASKED, {**ASKED, "answer": "It is 42"})
+    with pytest.raises(ComparisonError, match="none of 1 records can be used"):
+        questions({"question": "?"})
 
 
 def test_mean_and_spread_are_over_the_seeds():
@@ -136,6 +176,19 @@ def test_runs_are_made_once_and_again_when_something_they_follow_from_has_change
         data.write(json.dumps(make_arithmetic_data.generate()["arithmetic_base"][0]) + "\n")
     assert compare_objectives.main(flags) == 0
     assert len(trainings) == 10
+
+
+def test_data_that_cannot_be_read_are_an_error_and_columns_go_to_the_training(
+    flags, trainings, tmp_path, capsys
+):
+    data = tmp_path / "sums.jsonl"
+    data.write_text(json.dumps({"question": "One and two?", "answer": "twenty-three"}) + "\n")
+    assert compare_objectives.main(flags) == 1
+    assert "error: " in (said := capsys.readouterr().err)
+    assert "the format is not known" in said
+    assert compare_objectives.main([*flags, "--data-columns", *COLUMNS]) == 0
+    at = trainings[0].index("--data-columns")
+    assert trainings[0][at + 1 : at + 3] == list(COLUMNS)
 
 
 def test_held_out_sums_in_other_words():

@@ -125,3 +125,16 @@ def test_columns_and_the_choice_of_turns_are_those_of_training(folders, tmp_path
     out = tmp_path / "r.html"
     assert token_report.main(list(map(str, ["--model", folders / "hf", *flags, "--out", out]))) == 0
     assert "qa.jsonl, line 1" in out.read_text()
+
+
+def test_a_record_in_no_known_format_is_left_out_unless_it_is_the_first(folders, tmp_path, capsys):
+    data, out = tmp_path / "chats.jsonl", tmp_path / "r.html"
+    chat = (folders / "chats.jsonl").read_text().splitlines()[0]
+    flags = ["--model", folders / "hf", "--data", data, "--records", "0-2", "--out", out]
+    data.write_text("\n".join([chat, '{"question": "q"}', chat]))
+    assert token_report.main(list(map(str, flags))) == 0
+    assert f"left out {data}, line 2: the format is not known" in capsys.readouterr().err
+    assert "chats.jsonl, line 3" in out.read_text()
+    data.write_text("\n".join(['{"question": "q"}', chat]))
+    assert token_report.main([*map(str, flags), "--overwrite"]) == 1
+    assert "error: " in capsys.readouterr().err
