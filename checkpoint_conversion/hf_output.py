@@ -92,5 +92,5 @@ def plan_output(
     artifacts(template)
     written = with_dtype(config, tensors)
     output = HFOutput(folder, template, written, rules, tensors, weight_map, overwrite)
-    check_output(folder, [template], output.nbytes, COMMAND if overwrite else None)
+    check_output(folder, [template], overwrite, COMMAND, output.nbytes)
     return output

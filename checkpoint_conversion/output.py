@@ -71,15 +71,12 @@ def whole_folder(
 
 
 def check_output(
-    out: Path, sources: Iterable[Path], needed: int, replaces: str | None = None
+    out: Path, sources: Iterable[Path], overwrite: bool, command: str, needed: int
 ) -> None:
     """Check now whether a folder can be written later, when the work for it is done.
 
     Args:
-        out: The folder to make; missing or empty, or to be replaced.
-        sources: Folders that will be read.
-        needed: Bytes that will be written.
-        replaces: The command whose earlier output may be replaced, if any.
+        out, sources, overwrite, command, needed: As `whole_folder` will be given them.
 
     Raises:
         ConversionError: When it holds something or an input, its place is not writable, or there is
@@ -87,7 +84,7 @@ def check_output(
     """
     out = out.resolve()
     _check_sources(out, sources)
-    _check_replaceable(out, replaces is not None, replaces or "")
+    _check_replaceable(out, overwrite, command)
     _check_place(out)
     _check_space(out, needed)
 

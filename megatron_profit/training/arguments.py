@@ -31,6 +31,7 @@ from megatron_profit.backends import DEVICES
 from megatron_profit.data import DataOptions, add_data_flags
 from megatron_profit.objectives import Objective, ScheduledObjective
 from megatron_profit.training import experts
+from megatron_profit.training.checkpoints import same_folder
 from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.given_statistics import needed_statistics
 from megatron_profit.training.guards import GuardOptions, add_guard_flags
@@ -250,7 +251,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--export-hf",
         metavar="DIR",
-        help="HuggingFace folder to write after the last step; it must not exist yet.",
+        help="HuggingFace folder to write after the last step; it must not exist yet, unless a run with a "
+        "checkpoint in --save goes on and an export was all that wrote there.",
     )
     add_keep_flags(group)
     add_data_flags(group)
@@ -361,7 +363,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         eval_iters=eval_iters,
         hf_weights=hf_weights,
         export=_export(settings),
-        reference=_reference(settings, explicit, config),
+        reference=_reference(settings, objective, config),
         save=Path(settings["save"]) if settings["save"] else None,
         keep=_keep(settings),
         metrics_file=_metrics_file(settings),
@@ -641,7 +643,7 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
         return None
     for name in ("load", "pretrained_checkpoint"):
         folder = settings[name]
-        if folder and not (name == "load" and _loads_its_own(settings)):
+        if folder and not (name == "load" and same_folder(folder, settings["save"])):
             raise ArgumentsError(
                 f"no checkpoint in {flag_of(name)} {folder}; without the flag, the run starts from the "
                 f"weights of --hf-model {settings['hf_model']}, with --random-init from random ones"
@@ -686,13 +688,8 @@ def _export(settings: Mapping[str, Any]) -> HFOutput | None:
 
 def _goes_on(settings: Mapping[str, Any]) -> bool:
     """Whether the run has a checkpoint of its own: what it exported before is an earlier state of it."""
-    return _loads_its_own(settings) and (Path(settings["load"]) / TRACKER).is_file()
-
-
-def _loads_its_own(settings: Mapping[str, Any]) -> bool:
-    """Whether --load is the folder of --save."""
-    load, save = settings["load"], settings["save"]
-    return bool(load and save) and Path(load).resolve() == Path(save).resolve()
+    load = settings["load"]
+    return same_folder(load, settings["save"]) and (Path(load) / TRACKER).is_file()
 
 
 def _keep(settings: Mapping[str, Any]) -> KeepOptions:
@@ -703,10 +700,12 @@ def _keep(settings: Mapping[str, Any]) -> KeepOptions:
 
 
 def _reference(
-    settings: Mapping[str, Any], explicit: Mapping[str, Any], config: Mapping[str, Any]
+    settings: Mapping[str, Any],
+    objective: Objective | ScheduledObjective,
+    config: Mapping[str, Any],
 ) -> tuple[HFModel, Path] | None:
     """The reference model and the folder of its log-probabilities, where the objective needs them."""
-    if "ref_log_prob" not in needed_statistics(check_objective(settings, explicit)[1]):
+    if "ref_log_prob" not in needed_statistics(objective):
         for name in ("ref_hf_model", "ref_cache"):
             if settings[name]:
                 raise ArgumentsError(

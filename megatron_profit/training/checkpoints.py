@@ -61,6 +61,11 @@ def folder_of(save: Path, iteration: int) -> Path:
     return save / f"iter_{iteration:07d}"
 
 
+def same_folder(load: str | Path | None, save: str | Path | None) -> bool:
+    """Whether a run loads from the folder that it saves in, so that nobody else saves there."""
+    return bool(load and save) and Path(load).resolve() == Path(save).resolve()
+
+
 def saved_in(save: Path) -> list[Saved]:
     """What is in a save folder, newest first, whole or not."""
     found = ((entry, _NAME.fullmatch(entry.name)) for entry in save.iterdir() if entry.is_dir())

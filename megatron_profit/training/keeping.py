@@ -29,6 +29,7 @@ from megatron_profit.training.checkpoints import (
     make_room,
     prune,
     read_json,
+    same_folder,
     write_json,
 )
 from megatron_profit.training.console import print_rank_0
@@ -184,7 +185,7 @@ class CheckpointKeeper(RunListener):
         if iteration == 0 or args.load is None:
             return
         load = Path(args.load)
-        if args.save is not None and Path(args.save).resolve() == load.resolve():
+        if same_folder(load, args.save):
             self._resumed_from = frozenset({iteration})
         if self._progress is None:
             return

@@ -19,6 +19,7 @@ from megatron_profit.training.checkpoints import (
     CheckpointError,
     check_named,
     read_tracker,
+    same_folder,
     settle,
 )
 from megatron_profit.training.console import print_rank_0
@@ -54,8 +55,8 @@ def settle_checkpoints(argv: Sequence[str]) -> None:
     if flags.load is None:
         return
     if os.environ.get("RANK", "0") == "0":
-        is_own = flags.save is not None and flags.save.resolve() == flags.load.resolve()
-        decided = settle(flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=is_own)
+        own = same_folder(flags.load, flags.save)
+        decided = settle(flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=own)
         if flags.ckpt_step:
             check_named(flags.load, flags.ckpt_step)
         _publish(decided)
