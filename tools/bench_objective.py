@@ -37,6 +37,7 @@ from torch.nn import functional
 
 from megatron_profit.objectives import build_objective
 from megatron_profit.ops import linear_objective
+from megatron_profit.training.shutdown import end_communication
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QWEN3_VOCAB = 151936
@@ -450,7 +451,7 @@ def run_rank(
     if rank == 0:
         print(f"\n{config}\n{table(record)}", flush=True)
         torch.save((benchmarking.environment(device, PEER_PACKAGES), record), out)
-    dist.destroy_process_group()
+    end_communication()
 
 
 def table(record: dict[str, Any]) -> str:

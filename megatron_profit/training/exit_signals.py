@@ -15,6 +15,7 @@ import torch
 from megatron.training.global_vars import get_args, get_signal_handler
 
 from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.shutdown import end_communication
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -51,7 +52,7 @@ class ExitSignals:
         number = self._of_all_ranks() if end.code == 0 else 0
         if number:
             print_rank_0(_last_words(signal.Signals(number)))
-            torch.distributed.destroy_process_group()
+            end_communication()
             raise SystemExit(128 + number) from None
         raise end
 

@@ -26,6 +26,7 @@ from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, read_arguments
 from megatron_profit.training.console import fail
 from megatron_profit.training.hf_weights import load_hook
+from megatron_profit.training.shutdown import end_communication
 
 # A training run of no steps: no optimizer is built, and none is loaded.
 _NO_TRAINING = (
@@ -53,7 +54,7 @@ def run(device: str) -> None:
     ):
         torch.save(result, own.logits)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_communication()
 
 
 def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:

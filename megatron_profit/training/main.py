@@ -10,7 +10,6 @@ import traceback
 from argparse import Namespace
 from pathlib import Path
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.training import pretrain
@@ -43,6 +42,7 @@ from megatron_profit.training.resume import settle_checkpoints
 from megatron_profit.training.run_monitor import RunMonitor
 from megatron_profit.training.save_lock import hold_new
 from megatron_profit.training.score_pass import ScorePass
+from megatron_profit.training.shutdown import end_communication
 from megatron_profit.training.token_metrics import ProbQuantiles
 
 
@@ -106,7 +106,7 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     signals.release()
     if arguments.export is not None:
         _export(arguments, chunks, keeper if args.export_best else None)
-    torch.distributed.destroy_process_group()
+    end_communication()
 
 
 def _export(

@@ -6,15 +6,13 @@ loop of a few lines, and on one process in Megatron.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from spawned_ranks import spawn_ranks
 from torch.nn import functional
 
 from megatron_profit.objectives import build_objective
@@ -71,21 +69,12 @@ def assert_same_training(group=None):
         torch.testing.assert_close(fused, dense, rtol=1e-3, atol=1e-3)
 
 
-def on_a_rank(rank, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    assert_same_training(dist.group.WORLD)
-    dist.destroy_process_group()
-
-
 def test_fused_and_reference_train_alike_on_one_process():
     assert_same_training()
 
 
-def test_fused_and_reference_train_alike_on_a_split_vocabulary(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(on_a_rank, args=(tmp_path / "rendezvous",), nprocs=2)
+def test_fused_and_reference_train_alike_on_a_split_vocabulary(tmp_path):
+    spawn_ranks(assert_same_training, 2, tmp_path)
 
 
 @pytest.mark.slow

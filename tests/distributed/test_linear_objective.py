@@ -3,14 +3,13 @@
 All checks of a world run inside one spawn, since starting processes takes longer than checking.
 """
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from objective_options import every_objective
+from spawned_ranks import spawn_ranks
 
 from megatron_profit.objectives import (
     Objective,
@@ -233,22 +232,15 @@ CHECKS = [
 ]
 
 
-def run_checks(rank, world_size, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
-    )
+def run_checks(world):
     for check in CHECKS:
-        check(dist.group.WORLD)
-    if world_size == 4:  # a rank's number in the group is not its number in the world
+        check(world)
+    if world.size() == 4:  # a rank's number in the group is not its number in the world
         pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        check_lower_precision(pairs[rank % 2])
-        check_partial_hidden_gradient(pairs[rank % 2])
-    dist.destroy_process_group()
+        check_lower_precision(pairs[world.rank() % 2])
+        check_partial_hidden_gradient(pairs[world.rank() % 2])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_split_vocabulary_equals_one_process(world_size, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
-    mp.spawn(run_checks, args=(world_size, tmp_path / "rendezvous"), nprocs=world_size)
+def test_a_split_vocabulary_equals_one_process(world_size, tmp_path):
+    spawn_ranks(run_checks, world_size, tmp_path)
