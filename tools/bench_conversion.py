@@ -3,14 +3,15 @@
     python tools/bench_conversion.py --sizes 0.6B 4B --scratch FOLDER
 
 Makes models of published Qwen3 shapes with random weights. Before each command, which runs in a process of
-its own, what it reads is brought into the page cache and everything else out of it: a copy of 4B fits into
-24 GB of memory beside its source, but not beside more. Writes benchmarks/results/<date>-conversion.json and
-.md.
+its own, outputs of earlier ones are removed, and what it reads is brought into the page cache as far as it
+fits. Each way is compared with `cp` of the folder that it reads. The disk needs twice the size of the model.
+Writes benchmarks/results/<date>-conversion.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -145,54 +146,33 @@ def warm(folder: Path) -> None:
                     pass
 
 
-def forget(folder: Path) -> None:
-    """Take the files of a folder out of the page cache; what is not on the disk yet stays."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def bench(scratch: Path, size: str, repeats: int) -> dict:
-    """All measurements of one size; each round runs every command once."""
-    hf, megatron, back, copy = (scratch / name for name in ("hf", "megatron", "back", "copy"))
+    """All measurements of one size, each way beside `cp` of what it reads.
+
+    The disk holds two copies of the model at a time: its weights are deleted before the way back.
+    """
+    hf, megatron, back = (scratch / name for name in ("hf", "megatron", "back"))
     shutil.rmtree(scratch, ignore_errors=True)
     nbytes = make_model(hf, size)
+    weights = digests(hf)
     python = [sys.executable, "-m"]
-    commands = {
-        "cp": ["cp", "-r", str(hf), str(copy)],
-        "cp and sync": [
-            *("sh", "-c", f"cp -r {hf} {copy} && find {copy} -type f -exec sync {{}} +"),
-        ],
-        "hf_to_megatron": [
-            *(*python, "checkpoint_conversion.hf_to_megatron"),
-            *("--hf", str(hf), "--out", str(megatron)),
-        ],
-        "megatron_to_hf": [
-            *(*python, "checkpoint_conversion.megatron_to_hf", "--megatron", str(megatron)),
-            *("--hf-template", str(hf), "--out", str(back)),
-        ],
-    }
-    runs: dict[str, list[Run]] = {name: [] for name in commands}
-    for number in range(repeats):
-        for name, command in commands.items():
-            if name == "hf_to_megatron":
-                shutil.rmtree(megatron, ignore_errors=True)
-            os.sync()
-            source, other = (megatron, hf) if name == "megatron_to_hf" else (hf, megatron)
-            forget(other)
-            warm(source)
-            runs[name].append(measured(command))
-            shutil.rmtree(copy, ignore_errors=True)
-            if number + 1 < repeats or name != "megatron_to_hf":
-                shutil.rmtree(back, ignore_errors=True)
-            print(f"{size} {name}: {runs[name][-1].seconds:.2f} s", file=sys.stderr)
-    equal = all(
-        file.read_bytes() == (back / file.name).read_bytes() for file in hf.glob("*.safetensors")
+    there = [*python, "checkpoint_conversion.hf_to_megatron"]
+    runs = measured_beside_cp(
+        "hf_to_megatron", [*there, "--hf", str(hf), "--out", str(megatron)], hf, megatron, repeats
     )
-    if not equal:
-        raise SystemExit(f"{size}: the round trip changed the weights")
     assert (megatron / RELEASE / ".metadata").exists()
+    for name in weights:
+        (hf / name).unlink()
+    return_trip = [*python, "checkpoint_conversion.megatron_to_hf", "--megatron", str(megatron)]
+    runs |= measured_beside_cp(
+        "megatron_to_hf",
+        [*return_trip, "--hf-template", str(hf), "--out", str(back)],
+        megatron,
+        back,
+        repeats,
+    )
+    if digests(back) != weights:
+        raise SystemExit(f"{size}: the round trip changed the weights")
     shutil.rmtree(scratch)
     return {
         "size": size,
@@ -200,6 +180,41 @@ def bench(scratch: Path, size: str, repeats: int) -> dict:
         "repeats": repeats,
         "runs": {name: [asdict(run) for run in done] for name, done in runs.items()},
     }
+
+
+def measured_beside_cp(
+    name: str, command: list[str], source: Path, out: Path, repeats: int
+) -> dict[str, list[Run]]:
+    """A conversion from one folder to another, `cp` of the same folder, and `cp` with sync, in turn."""
+    copy = out.with_name("copy")
+    commands = {
+        f"cp before {name}": (["cp", "-r", str(source), str(copy)], copy),
+        f"cp and sync before {name}": (
+            ["sh", "-c", f"cp -r {source} {copy} && find {copy} -type f -exec sync {{}} +"],
+            copy,
+        ),
+        name: (command, out),
+    }
+    runs: dict[str, list[Run]] = {each: [] for each in commands}
+    for _ in range(repeats):
+        for each, (arguments, written) in commands.items():
+            for other in (out, copy):
+                shutil.rmtree(other, ignore_errors=True)
+            os.sync()
+            warm(source)
+            runs[each].append(measured(arguments))
+            print(f"{source.parent.name} {each}: {runs[each][-1].seconds:.2f} s", file=sys.stderr)
+            assert written.is_dir()
+    return runs
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """A digest of each file of weights."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "blake2b").hexdigest()
+    return found
 
 
 def start_time() -> float:
@@ -214,24 +229,27 @@ def rows(results: list[dict], start: float) -> list[list[str]]:
     Args:
         start: Seconds until the interpreter has imported a converter.
     """
-    lines = []
-    for result in results:
-        base = statistics.median(run["seconds"] for run in result["runs"]["cp"])
-        size = result["bytes"] / 1e9
-        for name, runs in result["runs"].items():
-            own_start = 0 if name.startswith("cp") else start
-            seconds, cpu, peak = (
-                statistics.median(run[key] for run in runs) for key in ("seconds", "cpu", "peak")
-            )
-            lines.append(
-                [
-                    *(f"{result['size']}, {size:.2f} GB: {name}", str(len(runs)), f"{seconds:.2f}"),
-                    *(f"{size / seconds:.2f}", f"{seconds / base:.2f}"),
-                    *(f"{(seconds - own_start) / base:.2f}", f"{cpu:.2f}"),
-                    f"{peak / 1e6:.0f}",
-                ]
-            )
-    return lines
+    return [
+        _row(f"{result['size']}, {result['bytes'] / 1e9:.2f} GB: {name}", name, result, start)
+        for result in results
+        for name in result["runs"]
+    ]
+
+
+def _row(title: str, name: str, result: dict, start: float) -> list[str]:
+    runs = result["runs"]
+    conversion = name.rpartition(" ")[2]
+    base = statistics.median(run["seconds"] for run in runs[f"cp before {conversion}"])
+    own_start = start if name == conversion else 0
+    seconds, cpu, peak = (
+        statistics.median(run[key] for run in runs[name]) for key in ("seconds", "cpu", "peak")
+    )
+    fastest, slowest = (f([run["seconds"] for run in runs[name]]) for f in (min, max))
+    return [
+        *(title, str(len(runs[name])), f"{seconds:.2f} ({fastest:.2f}-{slowest:.2f})"),
+        *(f"{result['bytes'] / 1e9 / seconds:.2f}", f"{seconds / base:.2f}"),
+        *(f"{(seconds - own_start) / base:.2f}", f"{cpu:.2f}", f"{peak / 1e6:.0f}"),
+    ]
 
 
 def main() -> None:

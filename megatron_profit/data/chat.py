@@ -241,13 +241,12 @@ def _check(conversation: Conversation) -> None:
     for answer in answers:
         if not answer["content"].strip() and not answer.get("tool_calls"):
             raise BrokenRecord(EMPTY_ASSISTANT, f"content is {shown(answer['content'])}")
-    for text in strings([conversation.messages, conversation.tools]):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BrokenRecord(
-                NOT_ENCODABLE, f"{error.object[error.start]!r}, a lone surrogate"
-            ) from error
+    try:
+        "".join(strings([conversation.messages, conversation.tools])).encode()
+    except UnicodeEncodeError as error:
+        raise BrokenRecord(
+            NOT_ENCODABLE, f"{error.object[error.start]!r}, a lone surrogate"
+        ) from error
 
 
 def _text(content: Any) -> str:

@@ -366,10 +366,10 @@ def _marked(encoding: Any, spans: list[tuple[int, int]]) -> RenderedConversation
 
 
 def _refuse(markers: Sequence[str], value: object, place: str) -> None:
-    for text in strings(value):
-        for marker in markers:
-            if marker in text:
-                raise BrokenRecord(MARKER_IN_TEXT, f"{marker!r} in {place}")
+    everything = "\0".join(strings(value))  # no marker holds what is between two texts
+    for marker in markers:
+        if marker in everything:
+            raise BrokenRecord(MARKER_IN_TEXT, f"{marker!r} in {place}")
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", *texts: str | None) -> list[str]:

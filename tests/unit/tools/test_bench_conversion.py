@@ -16,8 +16,10 @@ def test_a_tiny_size(tmp_path, monkeypatch):
     (file,) = (tmp_path / "results").glob("*-conversion.json")
     (result,) = json.loads(file.read_text())["results"]
     assert result["size"] == "tiny"
-    assert list(result["runs"]) == ["cp", "cp and sync", "hf_to_megatron", "megatron_to_hf"]
+    ways = ("hf_to_megatron", "megatron_to_hf")
+    expected = [(f"cp before {way}", f"cp and sync before {way}", way) for way in ways]
+    assert list(result["runs"]) == [*expected[0], *expected[1]]
     assert all(run["seconds"] > 0 for runs in result["runs"].values() for run in runs)
     page = file.with_suffix(".md").read_text()
-    assert page.count("| tiny, 0.02 GB: ") == 4
+    assert page.count("| tiny, 0.02 GB: ") == 6
     assert not (tmp_path / "scratch" / "tiny").exists()
