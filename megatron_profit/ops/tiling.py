@@ -27,8 +27,9 @@ Backward = Literal["auto", "save", "recompute"]
 # What the forward pass may keep of the logits, in sizes of this rank's weight.
 _KEPT_WEIGHTS: dict[Backward, int] = {"auto": 1, "save": 4, "recompute": 0}
 BACKWARDS = tuple(_KEPT_WEIGHTS)
-# What a small weight may keep nevertheless.
-_KEPT_BYTES = 256 << 20
+# What a small weight may keep nevertheless. On a GPU computing logits again shows where products are short:
+# enough for half of 8,192 tokens and Qwen3's vocabulary.
+_KEPT_BYTES = {"cpu": 256 << 20, "gpu": 1280 << 20}
 
 # Logits [m, v] and the rows [n] of them that are meant; None where they are in place.
 Source = tuple[Tensor, Tensor] | None
@@ -55,7 +56,8 @@ class Tiling:
         fitting = _entries(_BLOCK_BYTES, weight) // max(1, num_rows)
         fitting = max(_MIN_COLUMNS, fitting - fitting % _COLUMN_MULTIPLE)
         weights = _KEPT_WEIGHTS[backward]
-        kept_rows = max(weights * hidden, _KEPT_BYTES // (weight.itemsize * max(1, vocab)))
+        kept_bytes = _KEPT_BYTES[_kind(weight)]
+        kept_rows = max(weights * hidden, kept_bytes // (weight.itemsize * max(1, vocab)))
         return cls(chunk_vocab or fitting, min(kept_rows, num_rows) if weights else 0)
 
     def blocks(self, vocab: int) -> Iterator[slice]:
@@ -71,8 +73,11 @@ def pass_entries(logits: Tensor) -> int:
 
 def _entries(size: Mapping[str, int], tensor: Tensor) -> int:
     """How many numbers are so many bytes on the tensor's device in the precision of its statistics."""
-    device = "cpu" if tensor.device.type == "cpu" else "gpu"
-    return size[device] // statistics_dtype(tensor.dtype).itemsize
+    return size[_kind(tensor)] // statistics_dtype(tensor.dtype).itemsize
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "gpu"
 
 
 class Workspace:

@@ -521,12 +521,20 @@ def test_default_block_is_32_megabytes_on_a_cpu(num_rows, columns):
 
 
 @pytest.mark.parametrize(
-    ("backward", "hidden", "kept"),
-    [("recompute", 1024, 0), ("auto", 1024, 1024), ("save", 1024, 4096), ("auto", 64, 883)],
+    ("device", "backward", "hidden", "kept"),
+    [
+        ("cpu", "recompute", 1024, 0),
+        ("cpu", "auto", 1024, 1024),
+        ("cpu", "save", 1024, 4096),
+        ("cpu", "auto", 64, 883),
+        ("meta", "recompute", 1024, 0),
+        ("meta", "auto", 1024, 4416),
+        ("meta", "auto", 5120, 5120),
+    ],
 )
-def test_memory_of_kept_logits(backward, hidden, kept):
-    """A multiple of the weight's, or 256 MB for a small one."""
-    weight = torch.empty(1, dtype=torch.bfloat16).expand(151_936, hidden)
+def test_memory_of_kept_logits(device, backward, hidden, kept):
+    """A multiple of the weight's, or for a small one 256 MB on a CPU and 1.25 GiB elsewhere."""
+    weight = torch.empty(1, dtype=torch.bfloat16, device=device).expand(151_936, hidden)
     assert Tiling.of(weight, 10_000, None, backward).kept_rows == kept
     assert Tiling.of(weight, 100, None, backward).kept_rows == min(kept, 100)
 
