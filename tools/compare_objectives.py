@@ -272,15 +272,13 @@ def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list
         ComparisonError: a reference answer has no match of the pattern, or no record can be used.
         DataError: the file cannot be read, or its first record is in no known format.
     """
-    from megatron_profit.data import BrokenRecord, Layout, UnknownFormat, normalise, read_records
+    from megatron_profit.data import BrokenRecord, Layout, normalise, read_records
 
     layout, questions, unusable = Layout.of_columns(columns), [], 0
     for record in read_records(file):
         try:
             *asked, reference = normalise(record, layout).messages
-        except (BrokenRecord, UnknownFormat) as error:
-            if isinstance(error, UnknownFormat) and record.number == 1:
-                raise
+        except BrokenRecord:
             unusable += 1
             continue
         if reference["role"] != "assistant":

@@ -32,13 +32,11 @@ from megatron_profit.data import (
     RenderedConversation,
     Source,
     Training,
-    UnknownFormat,
     normalise,
     read_records,
     read_sources,
 )
 from megatron_profit.data.options import add_rendering_flags
-from megatron_profit.data.prepare import UNKNOWN_FORMAT
 from megatron_profit.data.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
 from megatron_profit.report import page, score_records, terminal_text
@@ -118,11 +116,6 @@ def chosen_records(
             whole = renderer.render(normalise(record, source.layout))
         except BrokenRecord as error:
             print(f"left out {record.where}: {error.reason}", file=sys.stderr)
-            continue
-        except UnknownFormat:
-            if record.number == 1:  # as in training, the whole file is in doubt
-                raise
-            print(f"left out {record.where}: {UNKNOWN_FORMAT}", file=sys.stderr)
             continue
         cut = RenderedConversation(whole.ids[:max_tokens], whole.supervised[:max_tokens])
         if not cut.supervised[1:].any():

@@ -7,7 +7,7 @@ dataset = SFTDataset(examples, 4096, num_samples=train_iters * global_batch_size
 ```
 """
 
-from megatron_profit.data.chat import Conversation, UnknownFormat, normalise
+from megatron_profit.data.chat import Conversation, normalise
 from megatron_profit.data.dataset import IGNORED_LABEL, SFTDataset
 from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.examples import Examples, Prepared
@@ -40,7 +40,6 @@ __all__ = [
     "Source",
     "Training",
     "TurnMarkers",
-    "UnknownFormat",
     "add_data_flags",
     "build_examples",
     "load_tokenizer",

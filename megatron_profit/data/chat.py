@@ -1,7 +1,7 @@
 """Turns raw records of the common chat formats into the messages that chat templates take.
 
-A record that is broken in itself raises `BrokenRecord` with a reason from a fixed list, so that
-preparation can go on and count; a file in a format that is not known raises `UnknownFormat`.
+A record that cannot be used raises `BrokenRecord` with a reason from a fixed list, so that preparation can go
+on and count. Where the first record of a file is in a format that is not known, the file is refused.
 """
 
 import json
@@ -20,6 +20,7 @@ EMPTY_ASSISTANT = "an assistant turn is empty"
 NO_ASSISTANT = "there is no assistant turn"
 NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
 WEIGHTED = "a message has a weight other than 0 or 1"
+UNKNOWN_FORMAT = "the format is not known, unlike the file's first record"
 
 ROLES = {
     "system": "system",
@@ -76,10 +77,6 @@ class Conversation:
         return [i not in self.untrained for i, turn in turns if turn["role"] == "assistant"]
 
 
-class UnknownFormat(DataError):
-    """A record has the keys of no known format."""
-
-
 def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     """The conversation that a raw record holds, whichever known format it is in.
 
@@ -88,8 +85,8 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     either of the first two.
 
     Raises:
-        UnknownFormat: The record has none of these keys.
-        BrokenRecord: The record is of a known format but cannot be used.
+        DataError: The first record of its file has none of these keys.
+        BrokenRecord: A later one has none of them, or the record cannot be used.
     """
     if record.broken:
         raise record.broken
@@ -104,10 +101,12 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     elif "prompt" in value and "completion" in value:
         messages = _completed(value["prompt"], value["completion"])
     else:
-        raise UnknownFormat(
-            f"{record.where}: the format is not known, found the keys {shown(list(record.value))}; "
-            f"known are {'; '.join(FORMATS)}. Rename the fields to one of these, or name "
-            "the columns with --data-columns"
+        found = f"found the keys {shown(list(record.value))}"
+        if not record.first:
+            raise BrokenRecord(UNKNOWN_FORMAT, found)
+        raise DataError(
+            f"{record.where}: the format is not known, {found}; known are {'; '.join(FORMATS)}. Rename "
+            "the fields to one of these, or name the columns with --data-columns"
         )
     messages = _with_system(value, messages)
     untrained = frozenset(i for i, turn in enumerate(messages) if turn.pop("weight", 1) == 0)

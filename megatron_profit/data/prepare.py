@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from megatron_profit.data.chat import Conversation, UnknownFormat, normalise
-from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.chat import Conversation, normalise
+from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.examples import Chunk, Examples, collect
 from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
@@ -33,7 +33,6 @@ from megatron_profit.data.sources import Layout, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNKNOWN_FORMAT = "the format is not known, unlike the file's first record"
 NOTHING_SUPERVISED = "no supervised token is left within the sequence length"
 TOO_LONG = "the record is longer than the sequence length"
 
@@ -146,11 +145,10 @@ def default_workers(sources: Sequence[Source]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Records of one file for a worker; `opens`: the file's first ones."""
+    """Records of one file for a worker."""
 
     source: int
     layout: Layout
-    opens: bool
     records: list[RawRecord]
 
 
@@ -161,10 +159,8 @@ def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
         missing = set(source.layout.columns.values())
         for file in files[number]:
             records = _noting_keys(read_records(file, source.split), missing)
-            opens = True
             while batch := list(islice(records, _CHUNK_RECORDS)):
-                yield _Task(number, source.layout, opens, batch)
-                opens = False
+                yield _Task(number, source.layout, batch)
         if missing and not source.layout.optional >= missing:
             raise DataError(
                 f"{source.path}: no record has the column {', '.join(sorted(missing))}; correct the "
@@ -245,11 +241,8 @@ class _Worker:
         for record in task.records:
             try:
                 outcomes.append(normalise(record, task.layout))
-            except UnknownFormat as error:
-                if task.opens and not outcomes:
-                    return self._chunk(task, [], refused=str(error))
-                found = f"found the keys {shown(list(record.value))}"
-                outcomes.append(BrokenRecord(UNKNOWN_FORMAT, found))
+            except DataError as error:
+                return self._chunk(task, [], refused=str(error))
             except BrokenRecord as error:
                 outcomes.append(error)
         return self._chunk(task, self._rendered(outcomes))

@@ -13,7 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -53,6 +53,7 @@ class RawRecord:
         number: 1-based line (JSON lines) or position (JSON list, parquet, data set).
         unit: What `number` counts.
         broken: Why nothing can be made of it, None in the usual case.
+        first: Whether it is the first of its file, which shows what the file holds.
     """
 
     value: dict[str, Any]
@@ -60,6 +61,7 @@ class RawRecord:
     number: int
     unit: Literal["line", "record"]
     broken: BrokenRecord | None = field(default=None, compare=False)
+    first: bool = False
 
     @property
     def where(self) -> str:
@@ -193,8 +195,8 @@ def _read_file(path: Path, split: str) -> Iterator[RawRecord]:
     empty = True
     try:
         for record in records:
+            yield replace(record, first=True) if empty else record
             empty = False
-            yield record
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); check the file and its permissions"

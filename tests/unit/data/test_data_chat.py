@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_profit.data import BrokenRecord, RawRecord, UnknownFormat, chat, normalise
+from megatron_profit.data import BrokenRecord, DataError, RawRecord, chat, normalise
 
 
 def conversation_of(value):
@@ -114,10 +114,13 @@ def test_reasoning_under_other_names(fields):
 
 @pytest.mark.parametrize("record", [{}, {"question": "q", "answer": "a"}, {"messages": None}])
 def test_unknown_format_names_place_keys_and_known_formats(record):
-    with pytest.raises(UnknownFormat) as error:
-        conversation_of(record)
+    with pytest.raises(DataError) as error:
+        normalise(RawRecord(record, "data.jsonl", 7, "line", first=True))
     for part in ["data.jsonl, line 7", *record, "alpaca", "sharegpt", "OpenAI"]:
         assert part in str(error.value)
+    with pytest.raises(BrokenRecord) as later:
+        conversation_of(record)
+    assert later.value.reason == chat.UNKNOWN_FORMAT
 
 
 BROKEN_MESSAGES = [

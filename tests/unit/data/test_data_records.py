@@ -92,3 +92,11 @@ def test_paths_are_checked_before_anything_is_read(tmp_path, write_lines):
         next(read_records([good, tmp_path / "folder.json"]))
     with pytest.raises(DataError, match="no data file"):
         next(read_records([]))
+
+
+def test_the_first_record_of_each_file_is_marked(tmp_path):
+    """Also behind empty lines."""
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text('\n\n{"a": 1}\n{"a": 2}\n')
+    records = read_records([tmp_path / "one.jsonl", tmp_path / "two.jsonl"])
+    assert [(record.number, record.first) for record in records] == [(3, True), (4, False)] * 2
