@@ -18,7 +18,8 @@ from checkpoint_conversion.raw_files import writing
 _SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
 # Beside the output's files: which command wrote them, and their sizes.
 MARKER = ".checkpoint_conversion.json"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# Errors of file systems that have no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -223,7 +224,7 @@ def _lock(descriptor: int) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
 
 

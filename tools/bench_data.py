@@ -41,7 +41,7 @@ from megatron_profit.data import (
 )
 from megatron_profit.data.examples import collect
 from megatron_profit.data.packing import pack
-from megatron_profit.data.prepare import prepared_chunks
+from megatron_profit.data.prepare import file_names, prepared_chunks
 
 SYNTHETIC = 1_000_000
 
@@ -114,7 +114,8 @@ def _measure_file(
 
     def ours() -> Any:
         report = PreparationReport()
-        return collect(prepared_chunks([source], renderer, preparation, report), report)
+        chunks = prepared_chunks([source], renderer, preparation, report)
+        return collect(chunks, file_names([source]), report)
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     seconds = _fastest(

@@ -27,7 +27,7 @@ from typing import Any
 
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.examples import ABOUT, Prepared, load, write
-from megatron_profit.data.prepare import Preparation, default_workers, prepared_chunks
+from megatron_profit.data.prepare import Preparation, default_workers, file_names, prepared_chunks
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sources import Source
 
@@ -129,7 +129,7 @@ def _fill(
         "preparation": asdict(preparation),
     }
     try:
-        write(chunks, report, temporary, about)
+        write(chunks, file_names(sources), report, temporary, about)
         if not (folder / ABOUT).is_file():  # made by a process that was taken for dead, meanwhile
             temporary.rename(folder)
     except FileNotFoundError:

@@ -6,7 +6,7 @@ their own and are shared by all processes of a machine.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,32 @@ class Prepared:
     Attributes:
         examples: The tokenised records.
         sources: [N] int32, the number of the source.
-        numbers: [N] int64, line or position in the source (see `RawRecord.number`).
+        files: [N] int32, the number of the file among those of all sources.
+        file_names: Of these files, without their folders.
+        numbers: [N] int64, line or position in the file (see `RawRecord.number`).
         digests: [N] uint64, a hash of the ids; equal for equal examples.
         report: What became of the records.
     """
 
     examples: Examples
     sources: npt.NDArray[np.int32]
+    files: npt.NDArray[np.int32]
+    file_names: Sequence[str]
     numbers: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
     report: PreparationReport
 
+    def name(self, index: int) -> str:
+        """The record of an example as FILE:LINE, or FILE:POSITION where the file is no JSON lines."""
+        return f"{self.file_names[self.files[index]]}:{self.numbers[index]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some examples of one source, and what was left out between them.
+    """Some examples of one file, and what was left out between them.
 
     Attributes:
-        source: Number of the source.
+        source, file: As in `Prepared`.
         read: Records that went in.
         ids, supervised: As in `Examples`.
         lengths: Ids of each example.
@@ -81,6 +89,7 @@ class Chunk:
     """
 
     source: int
+    file: int
     read: int
     ids: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.uint8]
@@ -99,6 +108,7 @@ _ARRAYS = {
     "supervised": np.uint8,
     "offsets": np.int64,
     "sources": np.int32,
+    "files": np.int32,
     "numbers": np.int64,
     "digests": np.uint64,
 }
@@ -110,15 +120,20 @@ def _arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
         "supervised": chunk.supervised,
         "offsets": np.asarray(chunk.lengths, dtype=np.int64),  # summed up at the end
         "sources": np.full(len(chunk.lengths), chunk.source, dtype=np.int32),
+        "files": np.full(len(chunk.lengths), chunk.file, dtype=np.int32),
         "numbers": np.asarray(chunk.numbers, dtype=np.int64),
         "digests": np.asarray(chunk.digests, dtype=np.uint64),
     }
 
 
-def _prepared(arrays: Mapping[str, npt.NDArray[Any]], report: PreparationReport) -> Prepared:
+def _prepared(
+    arrays: Mapping[str, npt.NDArray[Any]], file_names: Sequence[str], report: PreparationReport
+) -> Prepared:
     return Prepared(
         Examples(arrays["ids"], arrays["supervised"], arrays["offsets"]),
         sources=arrays["sources"],
+        files=arrays["files"],
+        file_names=file_names,
         numbers=arrays["numbers"],
         digests=arrays["digests"],
         report=report,
@@ -129,15 +144,21 @@ def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def collect(chunks: Iterable[Chunk], report: PreparationReport) -> Prepared:
+def collect(
+    chunks: Iterable[Chunk], file_names: Sequence[str], report: PreparationReport
+) -> Prepared:
     """The examples of all chunks, in memory. `report` is complete when the chunks end."""
     parts = [_arrays(chunk) for chunk in chunks]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in _ARRAYS}
-    return _prepared({**arrays, "offsets": _offsets(arrays["offsets"])}, report)
+    return _prepared({**arrays, "offsets": _offsets(arrays["offsets"])}, file_names, report)
 
 
 def write(
-    chunks: Iterable[Chunk], report: PreparationReport, folder: Path, about: dict[str, Any]
+    chunks: Iterable[Chunk],
+    file_names: Sequence[str],
+    report: PreparationReport,
+    folder: Path,
+    about: dict[str, Any],
 ) -> None:
     """Writes the examples of all chunks as they come; the memory needed is that of one chunk.
 
@@ -160,7 +181,8 @@ def write(
             os.fsync(file.fileno())
             file.close()
     sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
-    text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1, default=str)
+    content = {**about, "files": file_names, "report": report.as_json(), "bytes": sizes}
+    text = json.dumps(content, indent=1, default=str)
     with (folder / ABOUT).open("w", encoding="utf-8") as about_file:
         about_file.write(text + "\n")
         about_file.flush()
@@ -181,7 +203,7 @@ def load(folder: Path) -> Prepared:
             if found != expected:
                 raise ValueError(f"{name} has {found} bytes instead of {expected}")
             arrays[name] = np.memmap(folder / name, dtype=kind, mode="r")
-        return _prepared(arrays, PreparationReport.from_json(about["report"]))
+        return _prepared(arrays, about["files"], PreparationReport.from_json(about["report"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: the prepared data are damaged ({error}); delete this folder and start again"

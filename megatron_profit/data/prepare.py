@@ -6,6 +6,7 @@ back in order, so that the result does not depend on their number.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -16,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -91,8 +91,7 @@ def build_examples(
     preparation = Preparation(seq_length, training=renderer.training)
     report = PreparationReport()
     chunks = prepared_chunks(sources, renderer, preparation, report, progress=progress)
-    prepared = collect(chunks, report)
-    return prepared.examples, report
+    return collect(chunks, file_names(sources), report).examples, report
 
 
 def prepared_chunks(
@@ -132,6 +131,11 @@ def prepared_chunks(
         raise DataError(f"no record can be used for training:\n{report}")
 
 
+def file_names(sources: Sequence[Source]) -> list[str]:
+    """What `Prepared.file_names` holds."""
+    return [file.absolute().name for source in sources for file in source.files()]
+
+
 def default_workers(sources: Sequence[Source]) -> int:
     """As many processes as the data are worth, and not more than there are cores."""
     files = [file for source in sources for file in source.files()]
@@ -148,6 +152,7 @@ class _Task:
     """Records of one file for a worker."""
 
     source: int
+    file: int
     layout: Layout
     records: list[RawRecord]
 
@@ -155,12 +160,13 @@ class _Task:
 def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
     # Every path is looked at before the first file is read.
     files = [source.files() for source in sources]
-    for number, source in enumerate(sources):
+    numbers = itertools.count()
+    for source_number, source in enumerate(sources):
         missing = set(source.layout.columns.values())
-        for file in files[number]:
+        for file, number in zip(files[source_number], numbers, strict=False):
             records = _noting_keys(read_records(file, source.split), missing)
-            while batch := list(islice(records, _CHUNK_RECORDS)):
-                yield _Task(number, source.layout, batch)
+            while batch := list(itertools.islice(records, _CHUNK_RECORDS)):
+                yield _Task(source_number, number, source.layout, batch)
         if missing and not source.layout.optional >= missing:
             raise DataError(
                 f"{source.path}: no record has the column {', '.join(sorted(missing))}; correct the "
@@ -274,6 +280,7 @@ class _Worker:
         examples = [example for example, _, _ in kept]
         return Chunk(
             source=task.source,
+            file=task.file,
             read=len(task.records),
             ids=np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]),
             supervised=np.concatenate(

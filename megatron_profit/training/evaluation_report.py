@@ -39,7 +39,6 @@ class EvaluationReport:
         folder: Gets a page `step_0000100.html` for each evaluation.
         records: Index in the prepared data of each record to show.
         prepared: The validation data.
-        files: What each of its sources is called.
         tokenizer: Of the model.
         objective: What the run's objective is called.
     """
@@ -47,7 +46,6 @@ class EvaluationReport:
     folder: Path
     records: Sequence[int]
     prepared: Prepared
-    files: Sequence[str]
     tokenizer: PreTrainedTokenizerBase
     objective: str
     _collected: list[torch.Tensor] = field(default_factory=list, repr=False)
@@ -108,7 +106,7 @@ class EvaluationReport:
         prob = nothing.index_copy(0, place, tokens[:, _PROB].float())
         weight = torch.zeros(len(ids)).index_copy(0, place, tokens[:, _WEIGHT].float())
         return TokenRecord(
-            name=f"{self.files[self.prepared.sources[index]]}, {self.prepared.numbers[index]}",
+            name=self.prepared.name(index),
             pieces=token_texts(self.tokenizer, ids),
             supervised=~prob.isnan(),
             statistics=TokenStatistics(log_prob, softmax_prob=prob),

@@ -5,28 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_profit.data import Prepared
 from megatron_profit.training.guards import EXIT_CODE, Event
 
 # Records and micro-batches that an event names; the first ones say where to look.
 _RECORDS, _MICRO_BATCHES = 8, 4
-
-
-@dataclass(frozen=True)
-class RecordNames:
-    """What the records of the training data are called.
-
-    Attributes:
-        prepared: The data.
-        files: What each of its sources is called.
-    """
-
-    prepared: Prepared
-    files: Sequence[str]
-
-    def __call__(self, record: int) -> str:
-        """FILE:LINE, or FILE:POSITION where the file is no JSON lines."""
-        return f"{self.files[self.prepared.sources[record]]}:{self.prepared.numbers[record]}"
 
 
 @dataclass(frozen=True)

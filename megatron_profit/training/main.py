@@ -30,7 +30,6 @@ from megatron_profit.training.experts import scale_balancing
 from megatron_profit.training.forward_step import make_forward_step
 from megatron_profit.training.given_statistics import GivenStatistics, Source
 from megatron_profit.training.global_ranking import GlobalRanking
-from megatron_profit.training.guard_report import RecordNames
 from megatron_profit.training.guards import GuardOptions, Guards
 from megatron_profit.training.hf_weights import export, keep_in, load_checkpoint_into, load_hook
 from megatron_profit.training.keeping import CheckpointKeeper
@@ -88,7 +87,7 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     on_evaluation(keeper.after_evaluation)
     begin = given.begin
     if args.token_report is not None:
-        begin = evaluation_report(args, arguments, data).watching(begin)
+        begin = evaluation_report(args, data).watching(begin)
     monitor = run_monitor(args, arguments, data)
     observe(monitor)
     on_evaluation(monitor.evaluated)
@@ -139,15 +138,13 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
     )
 
 
-def evaluation_report(args: Namespace, arguments: SFTArguments, data: SFTData) -> EvaluationReport:
+def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
     """What writes the token report that the flags ask for."""
-    sources = arguments.data.valid or arguments.data.train
     rows = args.eval_iters * args.eval_global_batch_size
     return EvaluationReport(
         folder=Path(args.token_report),
         records=first_records(data.valid, args.token_report_records, rows),
         prepared=data.valid_prepared,
-        files=[Path(source.path).name for source in sources],
         tokenizer=load_tokenizer(Path(args.hf_model)),
         # An evaluation of PSFT is plain SFT: the old policy is the current one.
         objective="sft" if args.objective == "psft" else args.objective,
@@ -156,10 +153,9 @@ def evaluation_report(args: Namespace, arguments: SFTArguments, data: SFTData) -
 
 def run_monitor(args: Namespace, arguments: SFTArguments, data: SFTData) -> RunMonitor:
     """What guards and logs the run as the flags ask."""
-    files = [Path(source.path).name for source in arguments.data.train]
     return RunMonitor(
         Guards(GuardOptions.from_settings(vars(args))),
-        RecordNames(data.train_prepared, files),
+        data.train_prepared.name,
         arguments.metrics_file,
     )
 

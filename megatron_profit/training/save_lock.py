@@ -11,13 +11,13 @@ import time
 from io import TextIOWrapper
 from pathlib import Path
 
+from checkpoint_conversion.output import NO_LOCKS
 from megatron_profit.training.checkpoints import CheckpointError
 from megatron_profit.training.console import print_rank_0
 
 NAME = ".in_use"
 # How long a run that is being stopped may take to leave; a network file system finds out later that one died.
 _PATIENCE_SECONDS = 180
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Closing any descriptor of the file would give the lock up.
 _held: dict[Path, TextIOWrapper] = {}
 
@@ -95,7 +95,7 @@ def _locked(file: TextIOWrapper, save: Path) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             print_rank_0(
                 f"WARNING: {save} is on a file system without locks; nothing keeps a second run out of it"
             )

@@ -50,7 +50,7 @@ def same(left, right):
         for name in names
     ) and all(
         np.array_equal(getattr(left, name), getattr(right, name))
-        for name in ("sources", "numbers", "digests")
+        for name in ("sources", "files", "numbers", "digests")
     )
 
 
@@ -63,6 +63,21 @@ def test_data_are_prepared_once_and_mapped(prepared, monkeypatch):
     second = prepared()
     assert same(first, second)
     assert second.report == first.report
+
+
+def test_records_are_named_by_the_file_of_a_folder_and_the_line(prepared, write_lines, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_lines([{"messages": []}, *ROWS[:2]], "data/a.jsonl")
+    write_lines(ROWS[:1], "data/b.jsonl")
+    alone = write_lines(ROWS[:1], "alone.jsonl")
+    found = prepared([Source(str(tmp_path / "data")), Source(str(alone))])
+    assert [found.name(i) for i in range(4)] == [
+        "a.jsonl:2",
+        "a.jsonl:3",
+        "b.jsonl:1",
+        "alone.jsonl:1",
+    ]
+    assert found.sources.tolist() == [0, 0, 0, 1]
 
 
 def test_a_folder_of_which_one_split_is_read_is_told_each_time(prepared, write_lines, tmp_path):
@@ -260,8 +275,8 @@ def test_a_process_that_was_taken_for_dead_and_cleaned_up_behind_starts_again(
 ):
     write, calls = cache.write, []
 
-    def cleaned_up(chunks, report, folder, about):
-        write(chunks, report, folder, about)
+    def cleaned_up(chunks, file_names, report, folder, about):
+        write(chunks, file_names, report, folder, about)
         calls.append(folder)
         if len(calls) == 1:
             shutil.rmtree(folder)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from megatron_profit.backends.hooks import LoggedStep
 from megatron_profit.training.console import step_line
 from megatron_profit.training.guard_report import (
-    RecordNames,
     Suspect,
     chosen_suspects,
     event_text,
@@ -27,12 +24,6 @@ SEEN = Suspect(3, 1, 3.0, True, (), rejections=("found NaN in local grad norm",)
 
 def name(record: int) -> str:
     return f"a.jsonl:{record + 1}"
-
-
-def test_records_are_named_by_file_and_line():
-    prepared = SimpleNamespace(sources=np.array([0, 1]), numbers=np.array([7, 9]))
-    names = RecordNames(prepared, ["a.jsonl", "b.parquet"])
-    assert [names(0), names(1)] == ["a.jsonl:7", "b.parquet:9"]
 
 
 @pytest.mark.parametrize(
