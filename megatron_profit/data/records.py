@@ -30,7 +30,7 @@ TOO_DEEP = "a record is nested too deeply"
 _DEEPEST = 200
 _ROWS = 1024
 
-# How the name of a file begins that holds one split -> the split, as on the Hub.
+# A word in the name of a file that holds one split -> the split, as on the Hub.
 _SPLITS = {
     "train": "train",
     "validation": "validation",
@@ -40,7 +40,7 @@ _SPLITS = {
     "test": "test",
     "eval": "test",
 }
-_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})[-_.]", re.IGNORECASE)
+_SPLIT_NAME = re.compile(rf"(?:^|[-_. ])({'|'.join(_SPLITS)})[-_. ]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def read_records(
 def data_files(path: Path, split: str = "train") -> list[Path]:
     """The data files of a folder, sorted by name; a data set of the `datasets` library or a file is itself.
 
-    Where names begin with a split (train-00000-of-00001.parquet, test.jsonl), only the files of `split`.
+    Where names hold one (train-00000-of-00001.parquet, gsm8k_test.jsonl), only the files of `split`.
 
     Raises:
         DataError: It does not exist, is nothing that can be read, or does not show which files are `split`.
@@ -145,7 +145,7 @@ def _files_inside(folder: Path) -> list[Path]:
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
-    """Those of the split, or all of them where no name begins with one."""
+    """Those of the split, or all of them where no name holds one."""
     splits = {file: _split_of(file) for file in files}
     if not any(splits.values()):
         _check_whole(folder, split)
@@ -165,8 +165,8 @@ def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
 
 
 def _split_of(file: Path) -> str:
-    """The split that the file's name begins with, "" if there is none."""
-    found = _SPLIT_NAME.match(file.name)
+    """The first split in the file's name, "" if there is none."""
+    found = _SPLIT_NAME.search(file.name)
     return _split_name(found[1]) if found else ""
 
 

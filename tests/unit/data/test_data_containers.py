@@ -66,7 +66,7 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
 def test_of_a_folder_with_splits_one_is_read(tmp_path):
     names = (
         "Test.jsonl",
-        "train-00000-of-00002.jsonl",
+        "gsm8k_train-test.jsonl",
         "train_1.json",
         "valid.jsonl",
         "dev-0.json",
@@ -81,7 +81,7 @@ def test_of_a_folder_with_splits_one_is_read(tmp_path):
     assert answers(tmp_path, "validation") == answers(tmp_path, "dev") == ["4", "3"]
     assert answers(tmp_path, "test") == answers(tmp_path / "Test.jsonl") == ["0"]
     assert Source(str(tmp_path), split="test").left_out.endswith(
-        "only the split test is read, not ['dev-0.json', 'train-00000-of-00002.jsonl', "
+        "only the split test is read, not ['dev-0.json', 'gsm8k_train-test.jsonl', "
         "'train_1.json', 'valid.jsonl']"
     )
     with pytest.raises(DataError, match="split 'other', only after test, train, validation"):
