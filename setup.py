@@ -30,6 +30,7 @@ setup(
         "transformers>=4.57,<6",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<0.3",
+        "isal>=1.6,<2",
         "datasets>=4,<6",
         "pyarrow>=17",
         "numpy>=2,<3",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from checkpoint_conversion.dtypes import DTYPES, DType
+from checkpoint_conversion.stored_archive import StoredArchive
 
 _STORAGES = {"FloatStorage": "F32", "BFloat16Storage": "BF16", "HalfStorage": "F16"}
 _STORAGE_OF = {dtype: storage for storage, dtype in _STORAGES.items()}
@@ -172,7 +173,9 @@ class Inert:
 
 
 def write_archive(
-    append: Callable[[bytes], None], content: bytes, data: Iterable[memoryview] | None = None
+    append: Callable[[bytes | memoryview], None],
+    content: bytes,
+    data: Iterable[memoryview] | None = None,
 ) -> None:
     """Append what torch.save writes: an archive with a pickle, and the bytes of a tensor if any.
 
@@ -183,32 +186,13 @@ def write_archive(
         content: The pickle.
         data: The bytes, part by part.
     """
-    with zipfile.ZipFile(_Appending(append), "w") as archive:  # type: ignore[call-overload]
-        for name, record in {
-            "data.pkl": content,
-            "byteorder": b"little",
-            "version": b"3\n",
-        }.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), record)
-        if data is not None:
-            with archive.open(zipfile.ZipInfo("archive/data/0"), "w") as record:
-                for part in data:
-                    record.write(part)
-
-
-class _Appending:
-    """The end of a file, as a stream that cannot seek: an archive's offsets count from its own
-    beginning, which is what torch expects of an entry."""
-
-    def __init__(self, append: Callable[[bytes], None]) -> None:
-        self._append = append
-
-    def write(self, data: bytes) -> int:
-        self._append(data)
-        return len(data)
-
-    def flush(self) -> None:
-        pass
+    archive = StoredArchive(append)
+    archive.add("archive/data.pkl", [content])
+    archive.add("archive/byteorder", [b"little"])
+    archive.add("archive/version", [b"3\n"])
+    if data is not None:
+        archive.add("archive/data/0", data)
+    archive.close()
 
 
 def tensor_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
