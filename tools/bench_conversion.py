@@ -270,8 +270,8 @@ def main() -> None:
     header = ("command", "runs", "seconds", "GB/s", "x cp", "x cp after start", "CPU s", "peak MB")
     body = (
         "bf16, random weights, what is read in the page cache as far as it fits, medians. Conversions end "
-        f"with fsync, `cp` alone does not. The interpreter's start and the imports ({start:.2f} s) are part of a "
-        "conversion's seconds, and left out under `x cp after start`.\n\n"
+        f"with fsync, `cp` alone does not. The interpreter's start and the imports ({start:.2f} s) are part "
+        "of a conversion's seconds, and left out under `x cp after start`.\n\n"
         f"{markdown_table(header, rows(results, start))}"
     )
     record = {
