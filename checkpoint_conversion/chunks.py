@@ -1,6 +1,6 @@
 """The unit of work: a run of rows of one Megatron tensor, small enough to be held in memory.
 
-A chunk never spans layers, so memory depends neither on the depth nor on the width of the model. What a
+A chunk never spans layers, so memory depends on the size of the model only through their list. What a
 checkpoint stores as one chunk has at most CHUNK_BYTES; it is moved in parts of TRANSFER_BYTES, which stay
 in a core's cache between reading, the checksum and writing (8 MB at a time took twice the CPU time).
 """

@@ -19,7 +19,7 @@ _OWNER_READS_AND_WRITES = 0o600 << 16
 
 
 class StoredArchive:
-    """An archive whose records are shorter than 4 GiB, at the end of a file.
+    """An archive of less than 4 GiB, at the end of a file.
 
     Args:
         append: Writes at the end of the file. Offsets in the archive count from its own beginning.
@@ -31,7 +31,7 @@ class StoredArchive:
         self._directory: list[bytes] = []
 
     def add(self, name: str, data: Iterable[bytes | memoryview]) -> None:
-        """Write a record, part by part."""
+        """Write a record of bytes, part by part."""
         start, encoded = self._end, name.encode()
         common = (_VERSION, _SIZES_FOLLOW, _STORED, _TIME, _DATE)
         self._write(struct.pack("<4s5H3I2H", b"PK\3\4", *common, 0, 0, 0, len(encoded), 0))

@@ -88,7 +88,7 @@ def _tell(line: str) -> None:
 def _show(found: PreparedSet, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     for index in range(min(count, len(found.prepared.examples))):
         ids, supervised = found.prepared.examples[index]
-        print(f"--- example {index}, record {found.prepared.numbers[index]} of its file")
+        print(f"--- example {index}, {found.prepared.name(index)}")
         begin = 0
         for end in range(1, len(ids) + 1):
             if end == len(ids) or supervised[end] != supervised[begin]:

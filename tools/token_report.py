@@ -110,12 +110,17 @@ def chosen_records(
     everything = ((source, record) for source in sources for record in source_records(source))
     stop = max(part.stop for part in positions)
     for read, (source, record) in enumerate(islice(everything, stop), 1):
-        if not any(read - 1 in part for part in positions):
+        chosen = any(read - 1 in part for part in positions)
+        if not chosen and not record.first:  # the first one shows whether the format is known
             continue
         try:
-            whole = renderer.render(normalise(record, source.layout))
+            talk = normalise(record, source.layout)
+            if not chosen:
+                continue
+            whole = renderer.render(talk)
         except BrokenRecord as error:
-            print(f"left out {record.where}: {error.reason}", file=sys.stderr)
+            if chosen:
+                print(f"left out {record.where}: {error}", file=sys.stderr)
             continue
         cut = RenderedConversation(whole.ids[:max_tokens], whole.supervised[:max_tokens])
         if not cut.supervised[1:].any():

@@ -93,7 +93,9 @@ def prepare(
                     with _reading("the data"):
                         count = workers or default_workers(sources)
                     _fill(folder, token, sources, tokenizer, preparation, count, progress)
-        return _under_these_paths(load(folder), folder, sources)
+        with _reading("the data"):
+            names = file_names(sources)
+        return _under_these_paths(load(folder, names), folder, sources)
     except OSError as error:
         raise DataError(
             f"{cache}: the prepared data cannot be written or read there ({error}); give another "
@@ -129,7 +131,7 @@ def _fill(
         "preparation": asdict(preparation),
     }
     try:
-        write(chunks, file_names(sources), report, temporary, about)
+        write(chunks, report, temporary, about)
         if not (folder / ABOUT).is_file():  # made by a process that was taken for dead, meanwhile
             temporary.rename(folder)
     except FileNotFoundError:

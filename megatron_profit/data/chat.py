@@ -20,7 +20,7 @@ EMPTY_ASSISTANT = "an assistant turn is empty"
 NO_ASSISTANT = "there is no assistant turn"
 NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
 WEIGHTED = "a message has a weight other than 0 or 1"
-UNKNOWN_FORMAT = "the format is not known, unlike the file's first record"
+UNKNOWN_FORMAT = "the format is not known"
 
 ROLES = {
     "system": "system",

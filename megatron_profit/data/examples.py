@@ -53,7 +53,7 @@ class Prepared:
         examples: The tokenised records.
         sources: [N] int32, the number of the source.
         files: [N] int32, the number of the file among those of all sources.
-        file_names: Of these files, without their folders.
+        file_names: Of these files, with as many of their folders as tell them apart.
         numbers: [N] int64, line or position in the file (see `RawRecord.number`).
         digests: [N] uint64, a hash of the ids; equal for equal examples.
         report: What became of the records.
@@ -154,11 +154,7 @@ def collect(
 
 
 def write(
-    chunks: Iterable[Chunk],
-    file_names: Sequence[str],
-    report: PreparationReport,
-    folder: Path,
-    about: dict[str, Any],
+    chunks: Iterable[Chunk], report: PreparationReport, folder: Path, about: dict[str, Any]
 ) -> None:
     """Writes the examples of all chunks as they come; the memory needed is that of one chunk.
 
@@ -181,15 +177,14 @@ def write(
             os.fsync(file.fileno())
             file.close()
     sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
-    content = {**about, "files": file_names, "report": report.as_json(), "bytes": sizes}
-    text = json.dumps(content, indent=1, default=str)
+    text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1, default=str)
     with (folder / ABOUT).open("w", encoding="utf-8") as about_file:
         about_file.write(text + "\n")
         about_file.flush()
         os.fsync(about_file.fileno())
 
 
-def load(folder: Path) -> Prepared:
+def load(folder: Path, file_names: Sequence[str]) -> Prepared:
     """The examples that `write` put into a folder, mapped into memory.
 
     Raises:
@@ -203,7 +198,7 @@ def load(folder: Path) -> Prepared:
             if found != expected:
                 raise ValueError(f"{name} has {found} bytes instead of {expected}")
             arrays[name] = np.memmap(folder / name, dtype=kind, mode="r")
-        return _prepared(arrays, about["files"], PreparationReport.from_json(about["report"]))
+        return _prepared(arrays, file_names, PreparationReport.from_json(about["report"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder}: the prepared data are damaged ({error}); delete this folder and start again"

@@ -132,8 +132,13 @@ def prepared_chunks(
 
 
 def file_names(sources: Sequence[Source]) -> list[str]:
-    """What `Prepared.file_names` holds."""
-    return [file.absolute().name for source in sources for file in source.files()]
+    """What `Prepared.file_names` holds: as much of each path's end as tells all files apart."""
+    files = [file.absolute() for source in sources for file in source.files()]
+    for parts in itertools.count(1):
+        names = [str(Path(*file.parts[-parts:])) for file in files]
+        if len(set(names)) == len(set(files)):
+            break
+    return names
 
 
 def default_workers(sources: Sequence[Source]) -> int:

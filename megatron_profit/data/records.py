@@ -195,7 +195,7 @@ def _read_file(path: Path, split: str) -> Iterator[RawRecord]:
     empty = True
     try:
         for record in records:
-            yield replace(record, first=True) if empty else record
+            yield _first(record) if empty else record
             empty = False
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
@@ -205,6 +205,16 @@ def _read_file(path: Path, split: str) -> Iterator[RawRecord]:
         raise DataError(
             f"{path}: holds no record; remove it from the list of files or write it anew"
         )
+
+
+def _first(record: RawRecord) -> RawRecord:
+    """The record, marked as the first of its file; in one that is no object the whole file is in doubt."""
+    if record.broken is not None and record.broken.reason == NOT_AN_OBJECT:
+        raise DataError(
+            f"{record.where}: a record must be an object with named fields, found {record.broken.detail}; "
+            "wrap it in one or remove it"
+        )
+    return replace(record, first=True)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -235,18 +245,20 @@ def _read_json(path: Path) -> Iterator[RawRecord]:
 def _read_jsonl(path: Path) -> Iterator[RawRecord]:
     # Bytes, because text mode would also end lines at characters that JSON strings may hold.
     with _open(path) as lines:
+        first = True
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _line(line, path, number)
+                yield _line(line, path, number, first)
+                first = False
 
 
-def _line(line: bytes, path: Path, number: int) -> RawRecord:
+def _line(line: bytes, path: Path, number: int, first: bool) -> RawRecord:
     where = f"{path}, line {number}"
     try:
         value, objects = _parse(_decode(line.rstrip(b"\r\n"), where), str(path), number)
     except DataError as error:
-        # In the first line the whole file is in doubt, and a last line without an end was cut off.
-        if number == 1 or not line.endswith(b"\n"):
+        # In the first one the whole file is in doubt, and a last line without an end was cut off.
+        if first or not line.endswith(b"\n"):
             raise
         reason = NOT_UTF8 if isinstance(error.__cause__, UnicodeDecodeError) else NOT_JSON
         return RawRecord({}, str(path), number, "line", BrokenRecord(reason, str(error)))
@@ -356,11 +368,6 @@ def _record(
         return RawRecord({}, str(path), number, unit, broken)
     if isinstance(value, dict):
         return RawRecord(value, str(path), number, unit)
-    if number == 1:
-        raise DataError(
-            f"{path}, {unit} {number}: a record must be an object with named fields, "
-            f"found {type(value).__name__} {shown(value)}; wrap it in one or remove it"
-        )
     found = BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
     return RawRecord({}, str(path), number, unit, found)
 

@@ -98,10 +98,10 @@ def linear_objective(
             products for a kept token, 1 for a dropped one, and no memory beside a block.
             ``save`` keeps logits from the forward pass, in the input dtype: 3 products, and memory
             of supervised rows * V, at most 4 times that of weight; rows beyond are recomputed.
-            ``auto`` is the same with at most the memory of weight (H rows). A weight of less than
-            256 MB on a CPU, 1.25 GiB on a GPU, may keep as much as that. Kept are logits and not
-            gradients, so every strategy honours every upstream gradient and every loss scale.
-            Without gradients nothing is kept.
+            ``auto`` is the same with at most the memory of weight (H rows). Both may keep 256 MB on
+            a CPU and 1.25 GiB on a GPU where that is more. Kept are logits and not gradients, so
+            every strategy honours every upstream gradient and every loss scale. Without gradients
+            nothing is kept.
         chunk_vocab: vocabulary entries of a block, whose logits exist at one time for all
             supervised rows; by default 1024, and more where all of them are below 32 MB on a CPU,
             256 MB on a GPU, in float32.

@@ -52,7 +52,9 @@ class ExitSignals:
         number = self._of_all_ranks() if end.code == 0 else 0
         if number:
             print_rank_0(_last_words(signal.Signals(number)))
+        if end.code == 0:
             end_communication()
+        if number:
             raise SystemExit(128 + number) from None
         raise end
 

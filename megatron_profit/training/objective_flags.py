@@ -97,7 +97,7 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="What the kernel keeps of the logits for its backward pass: save keeps them, which takes the "
         "fewest operations; recompute keeps none, which takes the least memory; auto keeps at most as "
-        "much as the output layer's weight.",
+        "much as the output layer's weight, or 256 MB on a CPU and 1.25 GiB on a GPU where that is more.",
     )
     for name, owners in _options_by_name().items():
         group.add_argument(flag_of(name), **_flag_keywords(owners))

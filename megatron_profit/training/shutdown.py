@@ -17,5 +17,7 @@ def end_communication() -> None:
     If one of them is still about to free a Python object of its last collective when the interpreter ends,
     it takes the process with it: "terminate called without an active exception", signal 6.
     """
-    torch.distributed.destroy_process_group()
-    time.sleep(_LAST_TURN)
+    try:
+        torch.distributed.destroy_process_group()
+    finally:
+        time.sleep(_LAST_TURN)

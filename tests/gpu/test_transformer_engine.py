@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_local_layers(torchrun, tmp_path, packing):
         *("--hf-model", model, "--random-init", "--data", DATA / "arithmetic_base.jsonl", "--bf16"),
         *("--objective", "profit", "--prob-threshold", "0.001", "--threshold-direction", "higher"),
         *("--seq-length", 128, "--micro-batch-size", 2, "--global-batch-size", 4, "--lr", 1e-3),
-        *(["--packing"] if packing else []),
+        "--packing" if packing else "--no-packing",
     ]
     entry = ["-m", "megatron_profit.sft", "--device", "cuda", *flags]
     torchrun(1, *entry, "--save", tmp_path / "start", "--train-iters", 1, CUDA_VISIBLE_DEVICES="0")

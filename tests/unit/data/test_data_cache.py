@@ -78,6 +78,12 @@ def test_records_are_named_by_the_file_of_a_folder_and_the_line(prepared, write_
         "alone.jsonl:1",
     ]
     assert found.sources.tolist() == [0, 0, 0, 1]
+    (tmp_path / "data").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "b.jsonl").rename(tmp_path / "b.jsonl")
+    write_lines(ROWS[:1], "moved/b.jsonl")
+    twice = prepared([Source(str(tmp_path / "moved")), Source(str(tmp_path / "b.jsonl"))])
+    same_name = [twice.name(i) for i in (2, 3)]
+    assert same_name == ["moved/b.jsonl:1", f"{tmp_path.name}/b.jsonl:1"]
 
 
 def test_a_folder_of_which_one_split_is_read_is_told_each_time(prepared, write_lines, tmp_path):
@@ -275,8 +281,8 @@ def test_a_process_that_was_taken_for_dead_and_cleaned_up_behind_starts_again(
 ):
     write, calls = cache.write, []
 
-    def cleaned_up(chunks, file_names, report, folder, about):
-        write(chunks, file_names, report, folder, about)
+    def cleaned_up(chunks, report, folder, about):
+        write(chunks, report, folder, about)
         calls.append(folder)
         if len(calls) == 1:
             shutil.rmtree(folder)

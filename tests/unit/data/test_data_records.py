@@ -94,6 +94,17 @@ def test_paths_are_checked_before_anything_is_read(tmp_path, write_lines):
         next(read_records([]))
 
 
+@pytest.mark.parametrize(("line", "said"), [("[1]", "must be an object"), ("x", "not valid JSON")])
+def test_a_first_record_that_is_none_puts_the_file_in_doubt(tmp_path, line, said):
+    """Also behind empty lines."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'\n\n{line}\n{{"a": 1}}\n')
+    with pytest.raises(DataError, match=f"line 3.*{said}"):
+        list(read_records(file))
+    file.write_text(f'\n{{"a": 1}}\n{line}\n')
+    assert [record.broken is None for record in read_records(file)] == [True, False]
+
+
 def test_the_first_record_of_each_file_is_marked(tmp_path):
     """Also behind empty lines."""
     for name in ("one.jsonl", "two.jsonl"):
