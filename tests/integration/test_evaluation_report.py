@@ -40,7 +40,7 @@ def test_each_evaluation_writes_a_page(sft, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
     renderer = ChatRenderer(tokenizer)
-    lines = [int(record["name"].removeprefix("arithmetic_heldout.jsonl, ")) for record in shown]
+    lines = [int(record["name"].removeprefix("arithmetic_heldout.jsonl:")) for record in shown]
     chosen = [record for record in read_records(HELD_OUT) if record.number in lines]
     objective = build_objective("profit", prob_threshold=0.002, threshold_direction="higher")
     expected = score_records(
