@@ -42,14 +42,9 @@ class StoredArchive:
             self._write(part)
         found = (checksum, size, size)
         self._write(struct.pack("<4s3I", b"PK\7\x08", *found))
-        lengths = (
-            len(encoded),
-            0,
-            0,
-            0,
-            0,
-        )  # no extra field, comment, other disk, attributes of its content
-        fields = (*common, *found, *lengths, _OWNER_READS_AND_WRITES, start)
+        # Of the extra field and the comment; the disk; attributes of what is inside.
+        nothing = (0, 0, 0, 0)
+        fields = (*common, *found, len(encoded), *nothing, _OWNER_READS_AND_WRITES, start)
         self._directory.append(
             struct.pack("<4s6H3I5H2I", b"PK\1\2", _UNIX | _VERSION, *fields) + encoded
         )

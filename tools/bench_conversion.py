@@ -188,23 +188,21 @@ def measured_beside_cp(
     """A conversion from one folder to another, `cp` of the same folder, and `cp` with sync, in turn."""
     copy = out.with_name("copy")
     commands = {
-        f"cp before {name}": (["cp", "-r", str(source), str(copy)], copy),
-        f"cp and sync before {name}": (
-            ["sh", "-c", f"cp -r {source} {copy} && find {copy} -type f -exec sync {{}} +"],
-            copy,
-        ),
-        name: (command, out),
+        f"cp before {name}": ["cp", "-r", str(source), str(copy)],
+        f"cp and sync before {name}": [
+            *("sh", "-c", f"cp -r {source} {copy} && find {copy} -type f -exec sync {{}} +"),
+        ],
+        name: command,
     }
     runs: dict[str, list[Run]] = {each: [] for each in commands}
     for _ in range(repeats):
-        for each, (arguments, written) in commands.items():
+        for each, arguments in commands.items():
             for other in (out, copy):
                 shutil.rmtree(other, ignore_errors=True)
             os.sync()
             warm(source)
             runs[each].append(measured(arguments))
             print(f"{source.parent.name} {each}: {runs[each][-1].seconds:.2f} s", file=sys.stderr)
-            assert written.is_dir()
     return runs
 
 
@@ -229,15 +227,11 @@ def rows(results: list[dict], start: float) -> list[list[str]]:
     Args:
         start: Seconds until the interpreter has imported a converter.
     """
-    return [
-        _row(f"{result['size']}, {result['bytes'] / 1e9:.2f} GB: {name}", name, result, start)
-        for result in results
-        for name in result["runs"]
-    ]
+    return [_row(name, result, start) for result in results for name in result["runs"]]
 
 
-def _row(title: str, name: str, result: dict, start: float) -> list[str]:
-    runs = result["runs"]
+def _row(name: str, result: dict, start: float) -> list[str]:
+    runs, size = result["runs"], result["bytes"] / 1e9
     conversion = name.rpartition(" ")[2]
     base = statistics.median(run["seconds"] for run in runs[f"cp before {conversion}"])
     own_start = start if name == conversion else 0
@@ -246,8 +240,9 @@ def _row(title: str, name: str, result: dict, start: float) -> list[str]:
     )
     fastest, slowest = (f([run["seconds"] for run in runs[name]]) for f in (min, max))
     return [
-        *(title, str(len(runs[name])), f"{seconds:.2f} ({fastest:.2f}-{slowest:.2f})"),
-        *(f"{result['bytes'] / 1e9 / seconds:.2f}", f"{seconds / base:.2f}"),
+        *(f"{result['size']}, {size:.2f} GB: {name}", str(len(runs[name]))),
+        *(f"{seconds:.2f} ({fastest:.2f}-{slowest:.2f})", f"{size / seconds:.2f}"),
+        f"{seconds / base:.2f}",
         *(f"{(seconds - own_start) / base:.2f}", f"{cpu:.2f}", f"{peak / 1e6:.0f}"),
     ]
 

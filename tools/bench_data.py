@@ -115,7 +115,7 @@ def _measure_file(
     def ours() -> Any:
         report = PreparationReport()
         chunks = prepared_chunks([source], renderer, preparation, report)
-        return collect(chunks, file_names([source]), report)
+        return collect(chunks, file_names([source.files()]), report)
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     seconds = _fastest(

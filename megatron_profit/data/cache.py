@@ -78,7 +78,9 @@ def prepare(
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        key = _key(sources, tokenizer, preparation, cache, leader)
+        with _reading("the data"):
+            files = [source.files() for source in sources]
+        key = _key(sources, files, tokenizer, preparation, cache, leader)
         folder = cache / key[:32]
         for note in filter(None, (source.left_out for source in sources)):
             if progress:
@@ -93,9 +95,7 @@ def prepare(
                     with _reading("the data"):
                         count = workers or default_workers(sources)
                     _fill(folder, token, sources, tokenizer, preparation, count, progress)
-        with _reading("the data"):
-            names = file_names(sources)
-        return _under_these_paths(load(folder, names), folder, sources)
+        return _under_these_paths(load(folder, file_names(files)), folder, sources)
     except OSError as error:
         raise DataError(
             f"{cache}: the prepared data cannot be written or read there ({error}); give another "
@@ -161,16 +161,19 @@ def _remove_left_overs(folder: Path) -> None:
 
 
 def _key(
-    sources: Sequence[Source], tokenizer: Path, preparation: Preparation, cache: Path, leader: bool
+    sources: Sequence[Source],
+    files: Sequence[Sequence[Path]],
+    tokenizer: Path,
+    preparation: Preparation,
+    cache: Path,
+    leader: bool,
 ) -> str:
-    """A hash of everything that the prepared examples depend on."""
+    """A hash of everything that the prepared examples depend on; `files` are those of each source."""
     import tokenizers
     import transformers
 
-    with _reading("the data"):
-        inner = [source.files() for source in sources]
     # A name says how a file is read, and where a record stands; the folder does not matter.
-    files = [[(path.name, _digest(path, cache, leader)) for path in paths] for paths in inner]
+    contents = [[(path.name, _digest(path, cache, leader)) for path in paths] for paths in files]
     names = {
         path
         for pattern in _TOKENIZER_FILES
@@ -180,7 +183,7 @@ def _key(
     parts = {
         "code": _code(),
         "versions": [transformers.__version__, tokenizers.__version__],
-        "files": files,
+        "files": contents,
         "layouts": [
             [dict(s.layout.columns), dict(s.layout.tags), s.layout.sharegpt, s.split]
             for s in sources

@@ -91,7 +91,8 @@ def build_examples(
     preparation = Preparation(seq_length, training=renderer.training)
     report = PreparationReport()
     chunks = prepared_chunks(sources, renderer, preparation, report, progress=progress)
-    return collect(chunks, file_names(sources), report).examples, report
+    names = file_names([source.files() for source in sources])
+    return collect(chunks, names, report).examples, report
 
 
 def prepared_chunks(
@@ -131,12 +132,13 @@ def prepared_chunks(
         raise DataError(f"no record can be used for training:\n{report}")
 
 
-def file_names(sources: Sequence[Source]) -> list[str]:
-    """What `Prepared.file_names` holds: as much of each path's end as tells all files apart."""
-    files = [file.absolute() for source in sources for file in source.files()]
+def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
+    """What `Prepared.file_names` holds, of the files of each source: as much of each path's end as tells all
+    apart."""
+    paths = [file.absolute() for inner in files for file in inner]
     for parts in itertools.count(1):
-        names = [str(Path(*file.parts[-parts:])) for file in files]
-        if len(set(names)) == len(set(files)):
+        names = [str(Path(*path.parts[-parts:])) for path in paths]
+        if len(set(names)) == len(set(paths)):
             break
     return names
 

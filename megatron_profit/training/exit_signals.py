@@ -49,14 +49,13 @@ class ExitSignals:
         Raises:
             SystemExit: With 128 and the number of the signal, if there was one, as a shell would say.
         """
-        number = self._of_all_ranks() if end.code == 0 else 0
+        if end.code != 0:
+            raise end
+        number = self._of_all_ranks()
         if number:
             print_rank_0(_last_words(signal.Signals(number)))
-        if end.code == 0:
-            end_communication()
-        if number:
-            raise SystemExit(128 + number) from None
-        raise end
+        end_communication()
+        raise SystemExit(128 + number if number else 0) from None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number
