@@ -27,11 +27,20 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_profit.models.record_spans import Piece, RecordSpans
 
 # Queries that attend at once where a mask is needed, which has this many rows.
 _QUERY_BLOCK = 1024
+# Records give each micro-batch shapes of its own, and cuDNN, which torch prefers on some GPUs, builds a plan
+# for each: 50 ms and more.
+_FOR_NEW_SHAPES = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class PackedSelfAttention(SelfAttention):
@@ -124,7 +133,8 @@ class ScaledDotProductAttention(MegatronModule):
             )
         if self.cp_group is not None:
             key, value = gather_keys_values(key, value, packed_seq_params, self.cp_group)
-        return self._attend_in_records(query, key, value, packed_seq_params)
+        with sdpa_kernel(_FOR_NEW_SHAPES, set_priority=True):
+            return self._attend_in_records(query, key, value, packed_seq_params)
 
     def _attend_in_records(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RecordSpans
