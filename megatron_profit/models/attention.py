@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import enum
 import functools
+import os
+import sys
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -257,7 +260,26 @@ class _VariableLengths:
         if lengths.key_index is not None:
             key, value = (t.index_select(0, lengths.key_index) for t in (key, value))
         context = attend(query, key, value, None, attn_mask_type, packed_seq_params=thd)
+        _warn_where_unfused()
         return context.flatten(1).unflatten(0, shape[::-1]).transpose(0, 1).contiguous()
+
+
+def computes_unfused() -> bool:
+    """Whether Transformer Engine, which chose how to attend in the last call, had no kernel for records."""
+    engine = sys.modules.get("transformer_engine.pytorch.attention.dot_product_attention")
+    return bool(getattr(engine, "_attention_backends", {}).get("use_unfused_attention"))
+
+
+@functools.cache
+def _warn_where_unfused() -> None:
+    """Once, on the first rank: the attention that is left then works, but writes out all scores."""
+    if os.environ.get("RANK", "0") == "0" and computes_unfused():
+        warnings.warn(
+            "Transformer Engine has no variable-length attention kernel here and computes all scores of "
+            "a row, which is slow and takes memory by its square. Install flash-attn or a newer cuDNN "
+            "(NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 prints why), or pass --transformer-impl local",
+            stacklevel=2,
+        )
 
 
 @functools.cache

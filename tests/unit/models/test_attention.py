@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -180,6 +184,20 @@ def test_transformer_engine_is_left_alone_where_nothing_is_packed():
     core = with_variable_lengths(VariableLengthKernel)()
     tensors = inputs(4, 1)
     assert core(*tensors, None, AttnMaskType.causal) == "Megatron's own"
+
+
+def test_attention_without_a_kernel_for_records_is_told_once(monkeypatch):
+    name = "transformer_engine.pytorch.attention.dot_product_attention"
+    chosen = {"use_unfused_attention": True}
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(_attention_backends=chosen))
+    module._warn_where_unfused.cache_clear()
+    core, tensors = with_variable_lengths(VariableLengthKernel)(), inputs(24, len(RECORDS))
+    rows = RecordSpans.from_positions(positions(RECORDS), CPU)
+    with pytest.warns(UserWarning, match="flash-attn .* --transformer-impl local"):
+        core(*tensors, None, AttnMaskType.causal, packed_seq_params=rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        core(*tensors, None, AttnMaskType.causal, packed_seq_params=rows)
 
 
 @pytest.mark.parametrize(("length", "size"), [(8, 2), (24, 3), (40, 4), (7, 1)])
