@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -72,6 +73,8 @@ def activate(device: str = "auto") -> str:
         _print_notice()
         apply_patches(cpu.TORCH_PATCHES)
         apply_patches(cpu.MEGATRON_PATCHES)
+    else:
+        _keep_to_the_cudnn_of_torch()
     apply_patches(elastic.TORCH_PATCHES)
     apply_patches(megatron.MEGATRON_PATCHES)
     _active = chosen
@@ -84,6 +87,19 @@ def all_patches() -> tuple[Patch, ...]:
 
     shared = (*elastic.TORCH_PATCHES, *megatron.MEGATRON_PATCHES)
     return (*shared, *cpu.TORCH_PATCHES, *cpu.MEGATRON_PATCHES)
+
+
+def _keep_to_the_cudnn_of_torch() -> None:
+    """Name the cuDNN that torch was installed with: Transformer Engine takes one of the system before it, and
+    with both in a process it has no attention kernel (transformer_engine/common/__init__.py)."""
+    if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
+        return
+    try:
+        package = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        return
+    if package is not None and package.submodule_search_locations:
+        os.environ["CUDNN_HOME"] = package.submodule_search_locations[0]
 
 
 def _print_notice() -> None:

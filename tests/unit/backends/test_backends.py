@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -116,3 +117,20 @@ def test_the_queue_of_a_save_ends_with_a_killed_rank():
     while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{process}").exists(), "the queue's process outlives its rank"
+
+
+def test_transformer_engine_is_to_find_the_cudnn_that_torch_was_installed_with(
+    monkeypatch, tmp_path
+):
+    for name in ("CUDNN_HOME", "CUDNN_PATH"):  # set first, so that the end of the test takes them away
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    (tmp_path / "nvidia" / "cudnn").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CUDNN_PATH", "one of the user's")
+    backends._keep_to_the_cudnn_of_torch()
+    assert "CUDNN_HOME" not in os.environ
+    monkeypatch.delenv("CUDNN_PATH")
+    backends._keep_to_the_cudnn_of_torch()
+    assert os.environ["CUDNN_HOME"] == str(tmp_path / "nvidia" / "cudnn")
