@@ -40,6 +40,16 @@ ROLES = {
 CALL_ROLES = ("function_call", "tool_call")
 # Names that a message's reasoning goes by; the first that says anything counts.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# What is read of a record in each format, and of a message.
+_RECORD_FIELDS = {
+    "messages": frozenset({"messages", "system", "tools"}),
+    "conversations": frozenset({"conversations", "system", "tools"}),
+    "alpaca": frozenset({"instruction", "input", "output", "history", "system", "tools"}),
+    "completion": frozenset({"prompt", "completion", "system", "tools"}),
+}
+_EVERY_MESSAGE = frozenset({"role", "from", "content", "value", "weight"})
+_ASSISTANT_MESSAGE = _EVERY_MESSAGE | {"tool_calls", *REASONING}
+_OTHER_MESSAGE = _EVERY_MESSAGE | {"name", "tool_call_id"}
 
 FORMATS = (
     "alpaca (instruction, input, output; optional system, history, tools)",
@@ -60,11 +70,14 @@ class Conversation:
             the record has them `reasoning_content`, `tool_calls`, `tool_call_id` and `name`.
         tools: JSON schemas of the tools offered to the model, None without any.
         untrained: Positions of the messages that the record gives the weight 0: context only.
+        unread: Fields of the record that hold something and that nothing reads; those of its messages as
+            "messages.NAME".
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     untrained: frozenset[int] = frozenset()
+    unread: frozenset[str] = frozenset()
 
     @property
     def assistant_messages(self) -> list[Message]:
@@ -93,13 +106,13 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     value = layout.renamed(record.value) if layout else record.value
     value = {key: item for key, item in value.items() if item is not None}
     if "messages" in value:
-        messages = _messages(value["messages"])
+        kind, messages = "messages", _messages(value["messages"])
     elif "conversations" in value:
-        messages = _messages(value["conversations"])
+        kind, messages = "conversations", _messages(value["conversations"])
     elif "instruction" in value or "output" in value:
-        messages = _alpaca_messages(value)
+        kind, messages = "alpaca", _alpaca_messages(value)
     elif "prompt" in value and "completion" in value:
-        messages = _completed(value["prompt"], value["completion"])
+        kind, messages = "completion", _completed(value["prompt"], value["completion"])
     else:
         found = f"found the keys {shown(list(record.value))}"
         if not record.first:
@@ -108,9 +121,14 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
             f"{record.where}: the format is not known, {found}; known are {'; '.join(FORMATS)}. Rename "
             "the fields to one of these, or name the columns with --data-columns"
         )
+    unread = value.keys() - _RECORD_FIELDS[kind]
+    unread |= {f"messages.{name}" for turn in messages for name in turn.pop("unread", ())}
+    if value.get("system") and messages and messages[0]["role"] == "system":
+        unread.add("system")
     messages = _with_system(value, messages)
     untrained = frozenset(i for i, turn in enumerate(messages) if turn.pop("weight", 1) == 0)
-    conversation = Conversation(messages, _tools(value.get("tools")), untrained)
+    tools = _tools(value.get("tools"))
+    conversation = Conversation(messages, tools, untrained, frozenset(unread))
     _check(conversation)
     return conversation
 
@@ -167,12 +185,18 @@ def _message(entry: Any) -> Message:
     name = _either(entry, "role", "from")
     if not isinstance(name, str) or name not in ROLES:
         raise BrokenRecord(UNKNOWN_ROLE, f"{shown(name)}; known are {', '.join(ROLES)}")
-    if name in CALL_ROLES:
-        calls = _tool_calls(_parsed(_either(entry, "content", "value")))
-        return {"role": "assistant", "content": "", "tool_calls": calls, **weight}
     role = ROLES[name]
-    fields = _assistant_fields(entry) if role == "assistant" else _fields(entry)
-    return {"role": role, **fields, **weight}
+    if name in CALL_ROLES:
+        known = _EVERY_MESSAGE
+        calls = _tool_calls(_parsed(_either(entry, "content", "value")))
+        fields: Message = {"content": "", "tool_calls": calls}
+    elif role == "assistant":
+        known, fields = _ASSISTANT_MESSAGE, _assistant_fields(entry)
+    else:
+        known, fields = _OTHER_MESSAGE, _fields(entry)
+    others = entry.keys() - known
+    unread = {"unread": others} if others else {}
+    return {"role": role, **fields, **weight, **unread}
 
 
 def _fields(entry: dict[str, Any]) -> Message:

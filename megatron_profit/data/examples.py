@@ -85,6 +85,7 @@ class Chunk:
         numbers, digests: As in `Prepared`.
         skipped: (place, reason, detail) of each record that was left out.
         truncated: Places of the records that lost their end.
+        unread: Field that nothing reads -> usable records that have it.
         refused: Why the file that begins with this chunk cannot be used at all, "" if it can.
     """
 
@@ -99,6 +100,7 @@ class Chunk:
     digests: list[int]
     skipped: list[tuple[str, str, str]]
     truncated: list[str]
+    unread: dict[str, int]
     refused: str = ""
 
 

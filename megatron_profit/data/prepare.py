@@ -10,7 +10,7 @@ import itertools
 import multiprocessing
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -124,6 +124,7 @@ def prepared_chunks(
         report.read += chunk.read
         for skipped in chunk.skipped:
             report.skip(*skipped)
+        report.leave_unread(chunk.unread)
         if chunk.lengths:
             report.keep(chunk.lengths, chunk.whole, _labels(chunk), chunk.truncated)
             yield chunk
@@ -255,22 +256,27 @@ class _Worker:
             try:
                 outcomes.append(normalise(record, task.layout))
             except DataError as error:
-                return self._chunk(task, [], refused=str(error))
+                return self._chunk(task, [], {}, refused=str(error))
             except BrokenRecord as error:
                 outcomes.append(error)
-        return self._chunk(task, self._rendered(outcomes))
+        talks = [outcome for outcome in outcomes if isinstance(outcome, Conversation)]
+        unread = Counter(name for talk in talks for name in talk.unread)
+        return self._chunk(task, self._rendered(outcomes, talks), unread)
 
     def _rendered(
-        self, outcomes: list[Conversation | BrokenRecord]
+        self, outcomes: list[Conversation | BrokenRecord], talks: list[Conversation]
     ) -> list[RenderedConversation | BrokenRecord]:
-        talks = [outcome for outcome in outcomes if isinstance(outcome, Conversation)]
         rendered = iter(self.renderer.render_all(talks))
         return [
             outcome if isinstance(outcome, BrokenRecord) else next(rendered) for outcome in outcomes
         ]
 
     def _chunk(
-        self, task: _Task, outcomes: list[RenderedConversation | BrokenRecord], refused: str = ""
+        self,
+        task: _Task,
+        outcomes: list[RenderedConversation | BrokenRecord],
+        unread: dict[str, int],
+        refused: str = "",
     ) -> Chunk:
         kept: list[tuple[RenderedConversation, int, int]] = []
         skipped, truncated = [], []
@@ -299,6 +305,7 @@ class _Worker:
             digests=[_digest(e) for e in examples],
             skipped=skipped,
             truncated=truncated,
+            unread=unread,
             refused=refused,
         )
 

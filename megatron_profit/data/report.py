@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_profit.data.errors import shown
 from megatron_profit.data.order import RowOrder
 
 # In the JSON, of each kind; and in the text.
 _PLACES_KEPT = 10_000
 _PLACES_SHOWN = 5
+# Names of fields: some files have a key of its own in every record.
+_FIELDS_KEPT = 1_000
+_FIELDS_SHOWN = 12
 _BAR = 40
 
 
@@ -37,6 +41,8 @@ class PreparationReport:
         truncated_places: Where the first 10,000 of them are.
         supervised_tokens: Labels that are trained in one epoch.
         total_tokens: Ids of the kept examples, after truncation.
+        unread: Field that nothing reads -> usable records that have it, of the first 1,000 such fields; those
+            of messages as "messages.NAME".
         longest: Ids of the longest usable record, before truncation.
         lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
     """
@@ -50,6 +56,7 @@ class PreparationReport:
     total_tokens: int = 0
     longest: int = 0
     lengths: list[int] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)
 
     def skip(self, place: str, reason: str, detail: str) -> None:
         """Counts a record that is left out."""
@@ -57,6 +64,12 @@ class PreparationReport:
         skipped.count += 1
         if len(skipped.places) < _PLACES_KEPT:
             skipped.places.append(place)
+
+    def leave_unread(self, counts: Mapping[str, int]) -> None:
+        """Counts the records that have each field that nothing reads."""
+        for name, count in counts.items():
+            if name in self.unread or len(self.unread) < _FIELDS_KEPT:
+                self.unread[name] = self.unread.get(name, 0) + count
 
     def keep(
         self,
@@ -119,7 +132,14 @@ class PreparationReport:
         for reason, skipped in self.skipped.items():
             lines.append(f"skipped {skipped.count:,}: {reason} ({_first(skipped.places)})")
             lines.append(f"  the first: {skipped.detail}")
+        if self.unread:
+            lines.append(f"fields that nothing reads, and records with them: {self._unread()}")
         return "\n".join(lines)
+
+    def _unread(self) -> str:
+        most = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))
+        named = [f"{shown(name)} {count:,}" for name, count in most[:_FIELDS_SHOWN]]
+        return ", ".join(named + [f"{len(most) - len(named):,} more"] * (len(most) > len(named)))
 
     def histogram(self) -> list[str]:
         """The lengths as lines of text, a bar for each power of two."""

@@ -122,7 +122,10 @@ def test_the_queue_of_a_save_ends_with_a_killed_rank():
 def test_transformer_engine_is_to_find_the_cudnn_that_torch_was_installed_with(
     monkeypatch, tmp_path
 ):
-    for name in ("CUDNN_HOME", "CUDNN_PATH"):  # set first, so that the end of the test takes them away
+    for name in (
+        "CUDNN_HOME",
+        "CUDNN_PATH",
+    ):  # set first, so that the end of the test takes them away
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)

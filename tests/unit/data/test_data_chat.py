@@ -169,3 +169,31 @@ def test_broken_records_have_a_reason(record, reason):
         conversation_of(record)
     assert error.value.reason == reason
     assert error.value.detail.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("record", "unread"),
+    [
+        ({"messages": [ANSWER], "id": 3, "empty": None}, {"id"}),
+        ({"messages": [{**ANSWER, "stamp": 1, "empty": None}]}, {"messages.stamp"}),
+        ({"messages": [{**ANSWER, "reasoning": "r", "weight": 1}], "tools": [TOOL]}, set()),
+        ({"messages": [{**ANSWER, "name": "n"}]}, {"messages.name"}),
+        (
+            {"messages": [{"role": "user", "content": "q", "name": "n", "thinking": "t"}, ANSWER]},
+            {"messages.thinking"},
+        ),
+        (
+            {"system": "s", "messages": [{"role": "system", "content": "t"}, ANSWER]},
+            {"system"},
+        ),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "output": "o"}, {"output"}),
+        ({"instruction": "i", "output": "o", "history": [], "text": "t"}, {"text"}),
+        ({"prompt": "p", "completion": "c", "system": "s", "source": "x"}, {"source"}),
+        (
+            {"prompt": [{"role": "user", "content": "q", "x": 1}], "completion": [ANSWER]},
+            {"messages.x"},
+        ),
+    ],
+)
+def test_fields_that_nothing_reads_are_named(record, unread):
+    assert conversation_of(record).unread == unread

@@ -8,6 +8,7 @@ from megatron_profit.data import (
     ChatRenderer,
     DataError,
     Examples,
+    PreparationReport,
     SFTDataset,
     build_examples,
     chat,
@@ -98,6 +99,17 @@ def test_pad_that_equals_the_end_leaves_the_end_trained(make_tokenizer, template
     end = tokenizer.eos_token_id
     assert (row["labels"] == end).sum() == 1
     assert row["labels"][row["tokens"] == end].eq(-100).all()
+
+
+def test_fields_that_nothing_reads_are_counted(renderer, write_lines):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "stamp": 1}]
+    records = [{"messages": turns, "id": n, f"own {n}": n} for n in range(30)]
+    file = write_lines([*records, {"messages": turns[:1], "id": 30}])
+    _, report = build_examples(file, renderer, 64)
+    assert report.unread["id"] == report.unread["messages.stamp"] == 30
+    assert PreparationReport.from_json(report.as_json()) == report
+    assert "records with them: 'id' 30, 'messages.stamp' 30, 'own 0' 1, " in str(report)
+    assert str(report).endswith(", 20 more")
 
 
 def test_records_without_room_for_the_answer_are_skipped(renderer, write_lines):
