@@ -5,7 +5,7 @@ on and count. Where the first record of a file is in a format that is not known,
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ ROLES = {
 CALL_ROLES = ("function_call", "tool_call")
 # Names that a message's reasoning goes by; the first that says anything counts.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# And the arguments of a call; Llama 3's templates write the latter.
+_ARGUMENTS = ("arguments", "parameters")
 # What is read of a record in each format, and of a message.
 _RECORD_FIELDS = {
     "messages": frozenset({"messages", "system", "tools"}),
@@ -103,25 +105,14 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     """
     if record.broken:
         raise record.broken
-    value = layout.renamed(record.value) if layout else record.value
-    value = {key: item for key, item in value.items() if item is not None}
-    if "messages" in value:
-        kind, messages = "messages", _messages(value["messages"])
-    elif "conversations" in value:
-        kind, messages = "conversations", _messages(value["conversations"])
-    elif "instruction" in value or "output" in value:
-        kind, messages = "alpaca", _alpaca_messages(value)
-    elif "prompt" in value and "completion" in value:
-        kind, messages = "completion", _completed(value["prompt"], value["completion"])
-    else:
-        found = f"found the keys {shown(list(record.value))}"
-        if not record.first:
-            raise BrokenRecord(UNKNOWN_FORMAT, found)
-        raise DataError(
-            f"{record.where}: the format is not known, {found}; known are {'; '.join(FORMATS)}. Rename "
-            "the fields to one of these, or name the columns with --data-columns"
-        )
-    unread = value.keys() - _RECORD_FIELDS[kind]
+    layout = layout or Layout()
+    renamed = layout.renamed(record.value)
+    value = {key: item for key, item in renamed.items() if item is not None}
+    kind = _format(value)
+    if kind is None:
+        raise _unknown_format(record, empty=_format(renamed) is not None)
+    messages = _READERS[kind](value)
+    unread = value.keys() - _RECORD_FIELDS[kind] | layout.unnamed(record.value)
     unread |= {f"messages.{name}" for turn in messages for name in turn.pop("unread", ())}
     if value.get("system") and messages and messages[0]["role"] == "system":
         unread.add("system")
@@ -131,6 +122,28 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     conversation = Conversation(messages, tools, untrained, frozenset(unread))
     _check(conversation)
     return conversation
+
+
+def _format(value: dict[str, Any]) -> str | None:
+    """The format that the keys tell."""
+    for kind in ("messages", "conversations"):
+        if kind in value:
+            return kind
+    if "instruction" in value or "output" in value:
+        return "alpaca"
+    return "completion" if "prompt" in value and "completion" in value else None
+
+
+def _unknown_format(record: RawRecord, *, empty: bool) -> Exception:
+    found = f"found the keys {shown(list(record.value))}"
+    if empty:
+        return BrokenRecord(MISSING_FIELD, f"{found}, of which one that is needed holds null")
+    if not record.first:
+        return BrokenRecord(UNKNOWN_FORMAT, found)
+    return DataError(
+        f"{record.where}: the format is not known, {found}; known are {'; '.join(FORMATS)}. Rename "
+        "the fields to one of these, or name the columns with --data-columns"
+    )
 
 
 def strings(value: object) -> Iterator[str]:
@@ -218,6 +231,14 @@ def _assistant_fields(entry: dict[str, Any]) -> Message:
     return {"content": _text(_either(entry, "content", "value")) if has_content else "", **fields}
 
 
+_READERS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
+    "messages": lambda value: _messages(value["messages"]),
+    "conversations": lambda value: _messages(value["conversations"]),
+    "alpaca": _alpaca_messages,
+    "completion": lambda value: _completed(value["prompt"], value["completion"]),
+}
+
+
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         calls = [calls]
@@ -229,12 +250,23 @@ def _tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise BrokenRecord(WRONG_TYPE, f"a tool call is {shown(call)}, not an object")
-    arguments = _parsed(function.get("arguments") or {})
-    if not isinstance(arguments, dict):
-        raise BrokenRecord(WRONG_TYPE, f"the arguments of a tool call are {shown(arguments)}")
+    arguments = _arguments(function)
     identifier = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     name = _typed(function, "name", str)
     return {**identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _arguments(function: dict[str, Any]) -> dict[str, Any]:
+    """What a function is called with; a call that names nothing but the function takes nothing."""
+    given = next((function[name] for name in _ARGUMENTS if name in function), None)
+    if given is None and (others := function.keys() - {*_ARGUMENTS, "name", "id", "type", "index"}):
+        raise BrokenRecord(
+            MISSING_FIELD, f"a tool call has {shown(sorted(others))} and no arguments"
+        )
+    arguments = {} if given is None or given == "" else _parsed(given)
+    if not isinstance(arguments, dict):
+        raise BrokenRecord(WRONG_TYPE, f"the arguments of a tool call are {shown(arguments)}")
+    return arguments
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -261,8 +293,8 @@ def _check(conversation: Conversation) -> None:
         raise BrokenRecord(
             NO_ASSISTANT, f"roles {shown([m['role'] for m in conversation.messages])}"
         )
-    for answer in answers:
-        if not answer["content"].strip() and not answer.get("tool_calls"):
+    for answer, trained in zip(answers, conversation.trained, strict=True):
+        if trained and not answer["content"].strip() and not answer.get("tool_calls"):
             raise BrokenRecord(EMPTY_ASSISTANT, f"content is {shown(answer['content'])}")
     try:
         "".join(strings([conversation.messages, conversation.tools])).encode()

@@ -44,6 +44,17 @@ class Examples:
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[part], self.supervised[part]
 
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """[N], what each example takes of a row: its last id is a label only."""
+        return np.diff(self.offsets) - 1
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """[N], how many labels of each example are trained; its first id is none."""
+        begins = self.offsets[:-1]
+        return np.add.reduceat(self.supervised, begins, dtype=np.int64) - self.supervised[begins]
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +215,16 @@ def prepare_sets(
         )
 
     train = prepared_of(options.train)
-    chosen = _chosen(train, options.train)
-    aside = _set_aside(train.digests, np.concatenate(chosen), options.valid_split)
-    groups = _groups(options.train, [examples[~aside[examples]] for examples in chosen])
+    groups = _groups(train, options.train)
+    chosen = np.concatenate([group.examples for group in groups])
+    aside = _set_aside(train.digests, chosen, options.valid_split)
+    groups = [replace(group, examples=group.examples[~aside[group.examples]]) for group in groups]
+    _check_drawn(groups)
     sets = {"train": _rows(train, options, groups, seed=options.seed, epochs=epochs)}
     if options.valid:
         valid = prepared_of(options.valid)
-        groups = _groups(options.valid, _chosen(valid, options.valid))
+        groups = _groups(valid, options.valid)
+        _check_drawn(groups)
         sets["valid"] = _rows(valid, options, groups, seed=_VALID_SEED)
     elif options.valid_split:
         held_out = [Group(np.flatnonzero(aside))]
@@ -246,25 +250,25 @@ def _rows(
         groups=groups,
         epochs=epochs,
     )
-    lengths = np.diff(prepared.examples.offsets) - 1
-    return PreparedSet(prepared, dataset, PackingReport.of(dataset.order, lengths, seq_length))
+    examples = prepared.examples
+    packing = PackingReport.of(dataset.order, examples.positions, examples.labels, seq_length)
+    return PreparedSet(prepared, dataset, packing)
 
 
-def _chosen(prepared: Prepared, sources: tuple[Source, ...]) -> list[npt.NDArray[np.intp]]:
-    """The examples of each source: all, or as many as its `num_samples` says."""
-    chosen = []
+def _groups(prepared: Prepared, sources: tuple[Source, ...]) -> list[Group]:
+    """What is drawn from each source: all examples, or as many as its `num_samples` says, some of them
+    more than once where there are fewer."""
+    groups = []
     for number, source in enumerate(sources):
-        examples = np.flatnonzero(prepared.sources == number)
-        if source.num_samples is not None:
-            if not 0 < source.num_samples <= len(examples):
-                raise DataError(
-                    f"{source.path}: num_samples is {source.num_samples}, but {len(examples)} examples "
-                    "can be used; to repeat them, give --data-weights"
-                )
-            first = np.argsort(prepared.digests[examples], kind="stable")[: source.num_samples]
+        examples, weight = np.flatnonzero(prepared.sources == number), Fraction(str(source.weight))
+        wanted = source.num_samples
+        if wanted is not None and wanted < len(examples):
+            first = np.argsort(prepared.digests[examples], kind="stable")[:wanted]
             examples = np.sort(examples[first])
-        chosen.append(examples)
-    return chosen
+        elif wanted is not None and len(examples):
+            weight *= Fraction(wanted, len(examples))
+        groups.append(Group(examples, weight))
+    return groups
 
 
 def _set_aside(
@@ -274,9 +278,13 @@ def _set_aside(
     and the choice depends neither on the seed nor on the order of the files."""
     aside = np.zeros(len(digests), dtype=np.bool_)
     if share:
-        chosen = digests[examples]
         count = max(round(share * len(examples)), 1)
-        aside[examples] = chosen <= np.partition(chosen, count - 1)[count - 1]
+        values, copies = np.unique(digests[examples], return_counts=True)
+        # A text that is there more often than all that is wanted is none of them, if there are others.
+        few = copies <= max(count, copies.min())
+        values, copies = values[few], copies[few]
+        taken = max(int(np.searchsorted(np.cumsum(copies), count, side="right")), 1)
+        aside[examples] = np.isin(digests[examples], values[:taken])
         if aside[examples].all():
             raise DataError(
                 f"--valid-split {share} of {len(examples)} examples leaves none to train on; give a smaller "
@@ -285,13 +293,8 @@ def _set_aside(
     return aside
 
 
-def _groups(sources: tuple[Source, ...], chosen: list[npt.NDArray[np.intp]]) -> list[Group]:
-    """What is drawn from each source."""
-    groups = [
-        Group(examples, source.weight) for source, examples in zip(sources, chosen, strict=True)
-    ]
+def _check_drawn(groups: Sequence[Group]) -> None:
     if sum(group.drawn(0)[1] for group in groups) < 1:
         raise DataError(
             "--data-weights are so small that an epoch would hold no example; give larger ones"
         )
-    return groups

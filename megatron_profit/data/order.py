@@ -30,7 +30,7 @@ class Group:
     """
 
     examples: npt.NDArray[np.int64]
-    weight: float = 1.0
+    weight: float | Fraction = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):

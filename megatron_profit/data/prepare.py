@@ -27,12 +27,13 @@ from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.examples import Chunk, Examples, collect
 from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
-from megatron_profit.data.report import PreparationReport
+from megatron_profit.data.report import PreparationReport, SourceCounts
 from megatron_profit.data.sources import Layout, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOTHING_TRAINED = "no part of the record is to be trained"
 NOTHING_SUPERVISED = "no supervised token is left within the sequence length"
 TOO_LONG = "the record is longer than the sequence length"
 
@@ -118,15 +119,19 @@ def prepared_chunks(
         DataError: A file cannot be read, its first record is in no known format, or no record is usable.
     """
     tell = _Ticker(progress, report)
+    report.sources = [SourceCounts(source.path) for source in sources]
     for chunk in _chunks(_tasks(sources), renderer, preparation, workers):
         if chunk.refused:
             raise DataError(chunk.refused)
         report.read += chunk.read
+        report.sources[chunk.source].read += chunk.read
         for skipped in chunk.skipped:
             report.skip(*skipped)
         report.leave_unread(chunk.unread)
         if chunk.lengths:
-            report.keep(chunk.lengths, chunk.whole, _labels(chunk), chunk.truncated)
+            supervised = _labels(chunk)
+            report.keep(chunk.lengths, chunk.whole, supervised, chunk.truncated)
+            report.sources[chunk.source].keep(chunk.lengths, supervised)
             yield chunk
         tell()
     if not report.kept:
@@ -320,6 +325,10 @@ class _Worker:
             raise BrokenRecord(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
         kept = slice(seq_length + 1)
         example = RenderedConversation(whole.ids[kept], whole.supervised[kept])
+        if not whole.supervised[1:].any():
+            raise BrokenRecord(
+                NOTHING_TRAINED, "the weight of its turns is 0, or they are not chosen"
+            )
         if not example.supervised[1:].any():
             raise BrokenRecord(
                 NOTHING_SUPERVISED,

@@ -334,13 +334,14 @@ def _common_prefix(texts: list[str]) -> str:
 def _behind_thoughts(text: str, begin: int, end: int, *, opened: bool) -> int:
     """Where the turn [begin, end) goes on behind its think block; `begin` if it has none.
 
-    The block begins the turn, or the header has `opened` it already; an answer may mention the tags.
+    The block begins the turn, or the header has `opened` it already; an answer may mention the tags, and
+    may begin with spaces, which are its own.
     """
     close = text.find(_THINK_CLOSE, begin, end)
     if close < 0 or not (opened or text[begin:end].lstrip().startswith(_THINK_OPEN)):
         return begin
     rest = text[close + len(_THINK_CLOSE) : end]
-    return end - len(rest.lstrip())
+    return end - len(rest.lstrip("\r\n"))
 
 
 def _marked(encoding: Any, spans: list[tuple[int, int]]) -> RenderedConversation:

@@ -30,6 +30,34 @@ class Skipped:
 
 
 @dataclass(slots=True)
+class SourceCounts:
+    """What became of the records of one source.
+
+    Attributes:
+        path: File or folder.
+        read, kept, total_tokens, supervised_tokens: As in `PreparationReport`.
+    """
+
+    path: str
+    read: int = 0
+    kept: int = 0
+    total_tokens: int = 0
+    supervised_tokens: int = 0
+
+    def keep(self, lengths: Sequence[int], supervised: int) -> None:
+        """Counts examples of these lengths."""
+        self.kept += len(lengths)
+        self.total_tokens += sum(lengths)
+        self.supervised_tokens += supervised
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.read:,} read, {self.kept:,} kept, {self.total_tokens:,} tokens, "
+            f"{self.supervised_tokens:,} supervised"
+        )
+
+
+@dataclass(slots=True)
 class PreparationReport:
     """What became of the records.
 
@@ -39,8 +67,9 @@ class PreparationReport:
         skipped: Reason -> the records left out for it; read = kept + the sum of their counts.
         truncated: Kept examples of which the end was cut off.
         truncated_places: Where the first 10,000 of them are.
-        supervised_tokens: Labels that are trained in one epoch.
+        supervised_tokens: Labels that are trained where every example comes once.
         total_tokens: Ids of the kept examples, after truncation.
+        sources: The same counts for each source.
         unread: Field that nothing reads -> usable records that have it, of the first 1,000 such fields; those
             of messages as "messages.NAME".
         longest: Ids of the longest usable record, before truncation.
@@ -56,6 +85,7 @@ class PreparationReport:
     total_tokens: int = 0
     longest: int = 0
     lengths: list[int] = field(default_factory=list)
+    sources: list[SourceCounts] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
 
     def skip(self, place: str, reason: str, detail: str) -> None:
@@ -109,7 +139,8 @@ class PreparationReport:
             for reason, found in self.skipped.items()
         }
         truncated = [moved(place) for place in self.truncated_places]
-        return replace(self, skipped=skipped, truncated_places=truncated)
+        sources = [replace(source, path=moved(source.path)) for source in self.sources]
+        return replace(self, skipped=skipped, truncated_places=truncated, sources=sources)
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values; `from_json` reads them."""
@@ -118,7 +149,8 @@ class PreparationReport:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PreparationReport":
         skipped = {reason: Skipped(**found) for reason, found in value["skipped"].items()}
-        return cls(**{**value, "skipped": skipped})
+        sources = [SourceCounts(**counts) for counts in value["sources"]]
+        return cls(**{**value, "skipped": skipped, "sources": sources})
 
     def __str__(self) -> str:
         share = self.supervised_tokens / max(self.total_tokens, 1)
@@ -128,6 +160,7 @@ class PreparationReport:
             f"{self.total_tokens:,} tokens, {self.supervised_tokens:,} of them supervised "
             f"({share:.1%}); the longest record has {self.longest:,}",
             *self.histogram(),
+            *(map(str, self.sources) if len(self.sources) > 1 else ()),
         ]
         for reason, skipped in self.skipped.items():
             lines.append(f"skipped {skipped.count:,}: {reason} ({_first(skipped.places)})")
@@ -167,31 +200,45 @@ class PackingReport:
         rows: Rows of `seq_length` positions.
         seq_length: Positions of a row.
         tokens: Positions that hold an example.
+        supervised: Those among them whose label is trained.
     """
 
     examples: int
     rows: int
     seq_length: int
     tokens: int
+    supervised: int
 
     @classmethod
     def of(
-        cls, order: RowOrder, lengths: npt.NDArray[np.integer], seq_length: int
+        cls,
+        order: RowOrder,
+        positions: npt.NDArray[np.integer],
+        labels: npt.NDArray[np.integer],
+        seq_length: int,
     ) -> "PackingReport":
-        """Counts the first epoch; `lengths` [N] are the positions of each example without padding."""
-        examples, rows = order.first_epoch()
-        return cls(len(examples), rows, seq_length, int(lengths[examples].sum()))
+        """Counts the first epoch; `positions` and `labels` [N] are those of `Examples`."""
+        drawn, rows = order.first_epoch()
+        tokens, supervised = (int(counts[drawn].sum()) for counts in (positions, labels))
+        return cls(len(drawn), rows, seq_length, tokens, supervised)
 
     @property
     def efficiency(self) -> float:
         """The share of all positions that holds an example."""
         return self.tokens / max(self.rows * self.seq_length, 1)
 
+    @property
+    def supervised_share(self) -> float:
+        """The share of the filled positions that is trained."""
+        return self.supervised / max(self.tokens, 1)
+
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "efficiency": self.efficiency}
+        shares = {"efficiency": self.efficiency, "supervised_share": self.supervised_share}
+        return {**asdict(self), **shares}
 
     def __str__(self) -> str:
         return (
             f"an epoch is {self.examples:,} examples in {self.rows:,} rows of {self.seq_length:,} "
-            f"positions, {self.efficiency:.1%} of them filled"
+            f"positions, {self.efficiency:.1%} of them filled and {self.supervised_share:.1%} of these "
+            "supervised"
         )

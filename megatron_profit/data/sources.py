@@ -120,6 +120,13 @@ class Layout:
             record["messages"] = [self._message(entry) for entry in record["messages"]]
         return record
 
+    def unnamed(self, value: Mapping[str, Any]) -> set[str]:
+        """Columns of a record that hold something, where others are named."""
+        if not self.columns:
+            return set()
+        named = self.columns.values()
+        return {key for key, item in value.items() if item is not None and key not in named}
+
     def _message(self, entry: Any) -> Any:
         if not isinstance(entry, dict):
             return entry
@@ -144,7 +151,7 @@ class Source:
         layout: Names of its fields.
         weight: How often an epoch holds each record, on average.
         split: Split of a folder that holds several.
-        num_samples: Records to use, None for all.
+        num_samples: Examples of an epoch at weight 1, None for all; where there are fewer, some come again.
     """
 
     path: str
@@ -228,6 +235,7 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float) -> Source:
     where = f"the entry {name} of dataset_info.json"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {shown(entry)}, not an object")
+    entry = {key: value for key, value in entry.items() if value not in (None, "")}
     if not isinstance(entry.get("file_name"), str):
         raise DataError(
             f"{where} names no file_name (found {shown(sorted(entry))}); nothing is downloaded here: "
@@ -243,19 +251,21 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float) -> Source:
     for key in entry:
         if key not in (*_ENTRY_KEYS, *_NOT_READ) and not key.endswith("_hub_url"):
             raise DataError(f"{where}: {key} is not supported; known are {', '.join(_ENTRY_KEYS)}")
+    num_samples = _entry_value(where, entry, "num_samples", int, None)
+    if num_samples is not None and num_samples < 1:
+        raise DataError(f"{where}: num_samples is {num_samples}; it must be at least 1")
     return Source(
         str(folder / entry["file_name"]),
         _entry_layout(where, entry, formatting),
         weight,
         split=_entry_value(where, entry, "split", str, "train"),
-        num_samples=_entry_value(where, entry, "num_samples", int, None),
+        num_samples=num_samples,
     )
 
 
 def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
     sharegpt = formatting != "alpaca"
-    columns = _entry_value(where, entry, "columns", dict, {})
-    tags = _entry_value(where, entry, "tags", dict, {})
+    columns, tags = (_entry_names(where, entry, key) for key in ("columns", "tags"))
     for column in columns:
         if column in _UNSUPPORTED_COLUMNS:
             raise DataError(f"{where}: {column} is not supported; text is all that is trained here")
@@ -275,8 +285,18 @@ def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
         raise DataError(f"{where}: {error}") from error
 
 
+def _entry_names(where: str, entry: dict[str, Any], key: str) -> dict[str, str]:
+    """Names by name; one that is null or empty is not given, as there."""
+    names = _entry_value(where, entry, key, dict, {})
+    names = {name: value for name, value in names.items() if value not in (None, "")}
+    for name, value in names.items():
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {name} in {key} is {shown(value)}, not str")
+    return names
+
+
 def _entry_value(where: str, entry: dict[str, Any], key: str, kind: type, default: Any) -> Any:
     value = entry.get(key, default)
-    if value is not default and not isinstance(value, kind):
+    if value is not default and (not isinstance(value, kind) or isinstance(value, bool)):
         raise DataError(f"{where}: {key} is {shown(value)}, not {kind.__name__}")
     return value

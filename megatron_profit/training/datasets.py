@@ -32,7 +32,7 @@ class SFTData:
 
     Attributes:
         train, valid: The rows.
-        supervised_share: Supervised tokens over all that the model predicts, in the training data.
+        supervised_share: Supervised tokens over all that the model predicts, in an epoch.
         train_prepared, valid_prepared: Where the records of the rows come from.
         digest: Tells the training records, their order and their rows from others.
     """
@@ -92,12 +92,10 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         print_rank_0(f"> valid data, set aside of the records above: {valid.packing}")
     elif valid:
         print_rank_0(f"> valid data: {valid.prepared.report}\n{valid.packing}")
-    report = train.prepared.report
-    share = report.supervised_tokens / (report.total_tokens - report.kept)
     return SFTData(
         train.dataset,
         valid and valid.dataset,
-        share,
+        train.packing.supervised_share,
         train.prepared,
         valid and valid.prepared,
         _digest(train.prepared, arguments.data),

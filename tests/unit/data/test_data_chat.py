@@ -112,7 +112,7 @@ def test_reasoning_under_other_names(fields):
     assert message == {**ANSWER, "reasoning_content": "why"}
 
 
-@pytest.mark.parametrize("record", [{}, {"question": "q", "answer": "a"}, {"messages": None}])
+@pytest.mark.parametrize("record", [{}, {"question": "q", "answer": "a"}, {"prompt": "p"}])
 def test_unknown_format_names_place_keys_and_known_formats(record):
     with pytest.raises(DataError) as error:
         normalise(RawRecord(record, "data.jsonl", 7, "line", first=True))
@@ -123,7 +123,42 @@ def test_unknown_format_names_place_keys_and_known_formats(record):
     assert later.value.reason == chat.UNKNOWN_FORMAT
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("record", [{"messages": None}, {"prompt": "p", "completion": None}])
+def test_a_known_format_that_holds_null_is_a_broken_record(record, first):
+    with pytest.raises(BrokenRecord, match="holds null") as error:
+        normalise(RawRecord(record, "data.jsonl", 1, "line", first=first))
+    assert error.value.reason == chat.MISSING_FIELD
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ({"parameters": {"x": 1}}, {"x": 1}),
+        ({"arguments": '{"x": 1}', "parameters": {"y": 1}}, {"x": 1}),
+        ({"arguments": ""}, {}),
+        ({"arguments": None}, {}),
+        ({}, {}),
+    ],
+)
+def test_arguments_of_a_tool_call(given, arguments):
+    call = {"name": "f", **given}
+    written = {"role": "function_call", "content": json.dumps(call)}
+    for message in (written, {"role": "assistant", "tool_calls": [{"function": call}]}):
+        (turn,) = conversation_of({"messages": [message]}).messages
+        assert turn["tool_calls"][0]["function"] == {"name": "f", "arguments": arguments}
+
+
+def test_an_answer_that_is_context_only_may_be_empty():
+    empty = {"role": "assistant", "content": "", "weight": 0}
+    assert len(conversation_of({"messages": [empty, ANSWER]}).messages) == 2
+    with pytest.raises(BrokenRecord):
+        conversation_of({"messages": [{**empty, "weight": 1}, ANSWER]})
+
+
 BROKEN_MESSAGES = [
+    ([{**ANSWER, "tool_calls": [{"name": "f", "input": {"x": 1}}]}], chat.MISSING_FIELD),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": []}]}], chat.WRONG_TYPE),
     ([{**ANSWER, "thinking": 3}], chat.WRONG_TYPE),
     ("text", chat.WRONG_TYPE),
     ([1], chat.WRONG_TYPE),

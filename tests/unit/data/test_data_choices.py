@@ -77,6 +77,7 @@ def test_messages_of_weight_0_are_context(trained):
         ("Paris <think>no</think> it is", "Paris <think>no</think> it is<|im_end|>"),
         ("<think>endless", "<think>endless<|im_end|>"),
         ("<think>only</think>", "<|im_end|>"),
+        ("<think>\nhm\n</think>\n\n  Paris", "  Paris<|im_end|>"),
     ],
 )
 def test_thoughts_may_be_left_out(trained, answer, without):
@@ -255,6 +256,53 @@ def test_the_split_keeps_equal_records_together_and_forgets_the_order(renderer, 
     only = _set_aside(twice, np.arange(60), 0.2)
     assert (only[:60] == aside[:60]).all()
     assert not only[60:].any()
+
+
+def test_a_text_that_is_there_too_often_is_not_set_aside(tool, write_lines):
+    often = [{"instruction": "often", "output": "It."}] * 40
+    for name in ("a", "b", "c"):  # other hashes
+        file = write_lines([*rows(160, name), *often])
+        _, _, found = tool("--data", file, "--valid-split", 0.05)
+        assert found["valid"]["rows"]["examples"] == 10
+        assert found["train"]["rows"]["examples"] == 190
+    file = write_lines(often + [{"instruction": "rare", "output": "It."}] * 20)
+    assert tool("--data", file, "--valid-split", 0.05)[2]["valid"]["rows"]["examples"] == 20
+
+
+def test_more_samples_than_there_are_come_again(small_tokenizer, tmp_path, write_lines):
+    small_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = DataOptions(
+        train=(Source(str(write_lines(rows(7))), num_samples=11),),
+        valid=(),
+        valid_split=0.0,
+        preparation=Preparation(64),
+        packing=False,
+        seed=0,
+        workers=1,
+        cache=tmp_path / "cache",
+    )
+    order = prepare_sets(options, tmp_path / "tokenizer")["train"].dataset.order
+    times = np.bincount(order.first_epoch()[0], minlength=7)
+    assert sorted(times) == [1, 1, 1, 2, 2, 2, 2]
+
+
+def test_what_is_supervised_is_counted_as_it_is_drawn(tool, write_lines):
+    asks = [{"instruction": "sunny " * 30 + str(i), "output": "It."} for i in range(20)]
+    answers = [{"instruction": "q", "output": "It is sunny." * 9 + str(i)} for i in range(20)]
+    files = [write_lines(records, f"{i}.jsonl") for i, records in enumerate((asks, answers))]
+    _, printed, alike = tool("--data", *files, seq_length=256)
+    _, _, weighted = tool("--data", *files, "--data-weights", 0.05, 1, seq_length=256)
+    assert weighted["train"]["records"] == alike["train"]["records"]
+    (few, many) = alike["train"]["records"]["sources"]
+    assert (few["read"], few["kept"], many["read"], many["kept"]) == (20, 20, 20, 20)
+    total = alike["train"]["records"]["supervised_tokens"]
+    assert few["supervised_tokens"] + many["supervised_tokens"] == total
+    rows_of = {name: found["train"]["rows"] for name, found in (("all", alike), ("few", weighted))}
+    assert rows_of["all"]["supervised"] == total
+    drawn = few["supervised_tokens"] / 20 + many["supervised_tokens"]
+    assert rows_of["few"]["supervised"] == pytest.approx(drawn)
+    assert rows_of["few"]["supervised_share"] > 1.5 * rows_of["all"]["supervised_share"]
+    assert f"{files[1]}: 20 read, 20 kept, {many['total_tokens']:,} tokens" in printed
 
 
 def test_a_split_is_of_the_samples_that_were_asked_for(small_tokenizer, tmp_path, write_lines):

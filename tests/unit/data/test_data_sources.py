@@ -48,6 +48,22 @@ ENTRIES = {
     "odd_format": {"file_name": "a.json", "formatting": "chatml"},
     "odd_key": {"file_name": "a.json", "folder": "x"},
     "odd_samples": {"file_name": "a.json", "num_samples": "all"},
+    "yes_samples": {"file_name": "a.json", "num_samples": True},
+    "no_samples": {"file_name": "a.json", "num_samples": 0},
+    "odd_column": {"file_name": "a.json", "columns": {"prompt": ["q"], "response": "a"}},
+    "odd_tags": {"file_name": "a.json", "formatting": "sharegpt", "tags": {"user_tag": ["u"]}},
+    "no_file": {"file_name": ""},
+    "nothing_given": {
+        "file_name": "orca.jsonl",
+        "folder": None,
+        "subset": None,
+        "split": "",
+        "ranking": None,
+        "columns": {"prompt": "question", "query": None, "response": "response", "history": ""},
+        "formatting": None,
+        "tags": None,
+        "num_samples": None,
+    },
 }
 
 
@@ -76,6 +92,7 @@ def info(tmp_path):
         ("s1k_openai", ["user", "assistant"]),
         ("openorca", ["system", "user", "assistant"]),
         ("alpaca_en_demo", ["user", "assistant"]),
+        ("nothing_given", ["user", "assistant"]),
     ],
 )
 def test_entries_of_dataset_info(info, name, roles):
@@ -97,6 +114,11 @@ def test_entries_of_dataset_info(info, name, roles):
         ("odd_format", "'chatml' is not one of"),
         ("odd_key", "folder is not supported"),
         ("odd_samples", "num_samples is 'all', not int"),
+        ("yes_samples", "num_samples is True, not int"),
+        ("no_samples", "num_samples is 0; it must be at least 1"),
+        ("odd_column", r"prompt in columns is \['q'\], not str"),
+        ("odd_tags", r"user_tag in tags is \['u'\], not str"),
+        ("no_file", "names no file_name"),
         ("nothing", "neither a file nor an entry"),
         ("Shadow_2K", r"neither a file nor an entry.*which has \['shadow_2k', "),
     ],
@@ -131,6 +153,7 @@ def test_columns_name_question_and_answer():
         {"role": "user", "content": "q\nc"},
         {"role": "assistant", "content": "a"},
     ]
+    assert talk.unread == {"messages"}
     assert normalise(record(question="q", answer="a"), layout).messages[0]["content"] == "q"
     with pytest.raises(BrokenRecord, match="no 'answer'"):
         normalise(record(question="q", context="c"), layout)
@@ -142,7 +165,9 @@ def test_tags_rename_fields_and_roles():
         sharegpt=True,
         tags={"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "it"},
     )
-    talk = normalise(record(talk=[{"who": "me", "what": "q"}, {"who": "it", "what": "a"}]), layout)
+    turns = [{"who": "me", "what": "q"}, {"who": "it", "what": "a", "when": 1}]
+    talk = normalise(record(talk=turns, tools=[]), layout)
+    assert talk.unread == {"tools", "messages.when"}
     assert talk.messages == [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "a"},
