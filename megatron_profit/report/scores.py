@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise, takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +30,11 @@ from megatron_profit.ops import linear_objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What a decoder writes for bytes that are no whole character.
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+# A group of tokens without an end in sight may be cut, from here on, between whole sequences of bytes.
+_LONG_GROUP = 8
+
 
 @dataclass(frozen=True, eq=False)
 class TokenRecord:
@@ -34,7 +42,7 @@ class TokenRecord:
 
     Attributes:
         name: where it comes from, e.g. "chats.jsonl:17".
-        pieces: [T] text of each token.
+        pieces: [T] text of each token, joined the record's text (see ``token_texts``).
         supervised: [T] bool, tokens that the model is trained to produce.
         statistics: [T] vectors, of each token given those before it. The first token has none: its
             log-probability is NaN.
@@ -176,8 +184,65 @@ def token_statistics(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token; a token that is a part of a character shows as U+FFFD."""
-    return tuple(tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False))
+    """The text of each token, such that the texts joined are the text of all.
+
+    A character that several tokens form stands with the first of them; a token that only continues
+    it has an empty text. What never becomes a character, as where a record was cut, is U+FFFD.
+
+    Args:
+        tokenizer: of any kind: its decoder alone tells where a character ends.
+        ids: [T] ids of one record.
+    """
+    if not ids:
+        return ()
+    decode = partial(tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+    texts = _texts_alone(decode, ids)
+    start = 0
+    while start < len(ids):
+        prefixes = _group_prefixes(decode, ids, texts, start)
+        texts[start : start + len(prefixes)] = _texts_of_group(prefixes)
+        start += len(prefixes)
+    return tuple(texts)
+
+
+def _texts_alone(decode: Callable[..., list[str]], ids: Sequence[int]) -> list[str]:
+    """[T] what each token says alone, with the space before it that some decoders drop at the start."""
+    distinct = list(dict.fromkeys(ids))
+    alone = dict(zip(distinct, decode([[i] for i in distinct]), strict=True))
+    first = alone[ids[0]]
+    if not first.endswith(_UNFINISHED):
+        behind = zip(distinct, decode([[ids[0], i] for i in distinct]), strict=True)
+        alone |= {i: text[len(first) :] for i, text in behind if text.startswith(first)}
+    return [first, *(alone[i] for i in ids[1:])]
+
+
+def _group_prefixes(
+    decode: Callable[..., list[str]], ids: Sequence[int], texts: Sequence[str], start: int
+) -> list[str]:
+    """The texts of the first, first two, ... tokens of the group that begins at ``start``.
+
+    A group is the fewest tokens that end with a whole character: for most, one.
+    """
+    prefixes = [texts[start]]
+    for end in range(start + 1, len(ids)):
+        # What continues a character is none by itself.
+        if not (prefixes[-1].endswith(_UNFINISHED) and texts[end].startswith(_UNFINISHED)):
+            break
+        text = decode([ids[start : end + 1]])[0]
+        # A U+FFFD of the record itself never ends: a long row of them must not be one group.
+        if len(prefixes) >= _LONG_GROUP and text == prefixes[-1] + texts[end]:
+            break
+        prefixes.append(text)
+    return prefixes
+
+
+def _texts_of_group(prefixes: Sequence[str]) -> list[str]:
+    """The text of each token of a group: the characters that begin in it."""
+    begun = [0]
+    for prefix in prefixes:
+        settled = sum(takewhile(bool, map(eq, prefix, prefixes[-1])))
+        begun.append(settled + (settled < len(prefix)))
+    return [prefixes[-1][a:b] for a, b in pairwise(accumulate(begun, max))]
 
 
 def _check_reference(objectives: Mapping[str, Objective], has_reference: bool) -> None:

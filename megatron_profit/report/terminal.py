@@ -8,6 +8,10 @@ from megatron_profit.report.scores import TokenRecord
 
 # xterm's 256-colour palette from unlikely to likely, dark enough for white text.
 _SCALE = (88, 94, 100, 58, 64, 28, 29, 30, 24, 25)
+# Layout, and the joiners within an emoji or a word.
+_HARMLESS = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+# Stands for a token that continues the character before it, as in page.html.
+_CONTINUES = "◂"
 _RESET, _DIM, _STRUCK = "\x1b[0m", "\x1b[2m", "\x1b[9m"
 
 
@@ -24,7 +28,7 @@ def terminal_text(record: TokenRecord, objective: str, *, color: bool) -> str:
     supervised = record.supervised.tolist()
     tell = _coloured if color else _plain
     pieces = zip(record.pieces, prob, supervised, weights, strict=True)
-    text = "".join(tell(_printable(p), *rest) for p, *rest in pieces)
+    text = "".join(tell(_printable(p) or _CONTINUES, *rest) for p, *rest in pieces)
     kept = sum(w != 0 for w in weights)
     total = sum(supervised)
     share = f"{kept / total:.1%}" if total else "none"
@@ -49,5 +53,5 @@ def _plain(piece: str, prob: float, supervised: bool, weight: float) -> str:
 def _printable(piece: str) -> str:
     """A record's own control characters must not steer the terminal."""
     return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in piece
+        c if c.isprintable() or c in _HARMLESS else "\N{REPLACEMENT CHARACTER}" for c in piece
     )

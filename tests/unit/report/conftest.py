@@ -49,6 +49,22 @@ def records():
 
 
 @pytest.fixture
+def split_character():
+    """A record with two characters that two tokens form."""
+    return evaluate_objectives(
+        [
+            record(
+                "a.jsonl, line 1",
+                ["<s>", " 汉", "", "字", "🎉", ""],
+                [0, 0, 1, 1, 1, 1],
+                [0.3, 0.05, 0.6, 0.95, 0.1],
+            )
+        ],
+        OBJECTIVES,
+    )[0]
+
+
+@pytest.fixture
 def chromium():
     found = find_chromium()
     if found is None:

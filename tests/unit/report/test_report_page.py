@@ -184,6 +184,40 @@ def test_search_filter_and_keyboard(records, browse):
     assert result["dark"] == "rgb(13, 17, 23)"
 
 
+def test_a_character_of_several_tokens_is_found_and_its_parts_are_seen(split_character, browse):
+    result = browse(
+        page([split_character], title="t", threshold=(0.5,)),
+        """
+        const nodes = data.records[0].nodes;
+        const found = () => nodes.map(n => n.classList.contains("found"));
+        result.text = data.records[0].node.querySelector(".tokens").textContent;
+        result.widths = nodes.map(n => n.getBoundingClientRect().width > 0);
+        result.glyphs = nodes.map(n => getComputedStyle(n, "::before").content);
+        result.marks = marks(0);
+        set("search", "汉字");
+        result.both = found();
+        set("search", "字");
+        result.second = found();
+        set("search", "🎉");
+        result.status = $("status").textContent;
+        show(data.records[0], 2);
+        result.announced = $("token").textContent;
+        const details = data.records[0].details;
+        tabulate(data.records[0], details);
+        result.row = [...details.querySelectorAll("tbody tr")[2].cells].map(c => c.textContent);
+        """,
+    )
+    assert result["text"] == "<s> 汉字🎉"
+    assert result["widths"] == [True] * 6
+    assert result["glyphs"] == ["none", "none", '"◂"', "none", "none", '"◂"']
+    assert result["marks"] == ["prompt", "prompt", "dropped", "kept", "kept", "dropped"]
+    assert result["both"] == [False, True, True, True, False, False]
+    assert result["second"] == [False, False, False, True, False, False]
+    assert result["status"] == "1 of 1 records shown, 2 tokens match"
+    assert result["announced"] == "token 3 of 6: (part of the character before), p 0.0500, dropped"
+    assert result["row"] == ["(part of the character before)", "dropped", "0.05000", "0.00"]
+
+
 def test_terminal_form(records):
     plain = terminal_text(records[0], "profit", color=False)
     assert (
@@ -193,6 +227,15 @@ def test_terminal_form(records):
     coloured = terminal_text(records[0], "profit", color=True)
     assert "\x1b[9mis\x1b[0m" in coloured
     assert "\x1b[2mtwo \x1b[0m" in coloured
+
+
+def test_terminal_shows_the_parts_of_a_character(split_character):
+    plain = terminal_text(split_character, "profit", color=False)
+    assert plain.endswith("\n<s> 汉[-◂-]字🎉[-◂-]")
+    coloured = terminal_text(split_character, "profit", color=True)
+    assert coloured.count("\x1b[9m◂\x1b[0m") == 2
+    object.__setattr__(split_character, "pieces", ("👩\u200d👧", *split_character.pieces[1:]))
+    assert "\n👩\u200d👧 汉" in terminal_text(split_character, "profit", color=False)
 
 
 def test_terminal_is_not_steered_by_a_record(records):

@@ -14,7 +14,7 @@ VOCAB = 61
 
 class Tokenizer:
     def batch_decode(self, ids, **_):
-        return [f"<{i}>" for (i,) in ids]
+        return ["".join(f"<{i}>" for i in row) for row in ids]
 
 
 def model(seed):
