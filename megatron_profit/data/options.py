@@ -18,6 +18,7 @@ from megatron_profit.data.errors import DataError
 from megatron_profit.data.examples import Prepared
 from megatron_profit.data.order import Group
 from megatron_profit.data.prepare import Preparation
+from megatron_profit.data.records import VALID_SPLITS
 from megatron_profit.data.render import Training
 from megatron_profit.data.report import PackingReport
 from megatron_profit.data.sources import COLUMNS, Source, read_sources
@@ -155,7 +156,7 @@ class DataOptions:
         training = Training(flags["train_on"], flags["train_think"])
         return cls(
             train=read_sources(flags["data"], weights=flags["data_weights"] or (), **naming),
-            valid=read_sources(flags["valid_data"] or (), **naming),
+            valid=read_sources(flags["valid_data"] or (), split=VALID_SPLITS, **naming),
             valid_split=share,
             preparation=Preparation(
                 flags["seq_length"],

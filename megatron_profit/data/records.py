@@ -6,14 +6,16 @@ broken, to be counted. A damaged container stops the reading: a file that ends i
 shorter data set.
 """
 
+import codecs
 import gzip
 import io
 import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -30,6 +32,10 @@ TOO_DEEP = "a record is nested too deeply"
 _DEEPEST = 200
 _ROWS = 1024
 
+# A split by name; or what will do where none was asked for, the best first.
+type Split = str | tuple[str, ...]
+VALID_SPLITS = ("validation", "test")
+
 # A word in the name of a file that holds one split -> the split, as on the Hub.
 _SPLITS = {
     "train": "train",
@@ -41,6 +47,12 @@ _SPLITS = {
     "eval": "test",
 }
 _SPLIT_NAME = re.compile(rf"(?:^|[-_. ])({'|'.join(_SPLITS)})[-_. ]", re.IGNORECASE)
+# A piece of a split as the Hub has it, whatever the split is called: train_sft-00000-of-00003.parquet.
+_PIECE = re.compile(r"(.+)-\d{5,}-of-\d{5,}[-.]")
+
+# JSON files that are no data, and what else lies beside data.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
+_BESIDE_DATA = (".*", "readme*", "*.md", "license*", "licence*", "notice*", "citation*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +82,15 @@ class RawRecord:
 
 
 def read_records(
-    files: str | Path | Sequence[str | Path], split: str = "train"
+    files: str | Path | Sequence[str | Path], split: Split = "train"
 ) -> Iterator[RawRecord]:
     """Yields the records of all files, in the order of the files and of the records in them.
 
     Args:
-        files: One path or several: files that end in .json (a list, or JSON lines), .jsonl, one of these
-            followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
+        files: One path or several: files that end in .json (a list, or JSON lines), .jsonl or .ndjson, one of
+            these followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
             `datasets.Dataset.save_to_disk` wrote.
-        split: The split to read of a folder that holds several.
+        split: The split to read of a folder that holds several; of several splits the first that it has.
 
     Raises:
         DataError: No file, a file that is missing, unreadable, cut off, empty or of unknown suffix, or a
@@ -93,13 +105,13 @@ def read_records(
         yield from _read_file(path, split)
 
 
-def data_files(path: Path, split: str = "train") -> list[Path]:
+def data_files(path: Path, split: Split = "train") -> list[Path]:
     """The data files of a folder, sorted by name; a data set of the `datasets` library or a file is itself.
 
     Where names hold one (train-00000-of-00001.parquet, gsm8k_test.jsonl), only the files of `split`.
 
     Raises:
-        DataError: It does not exist, is nothing that can be read, or does not show which files are `split`.
+        DataError: It does not exist, is nothing that can be read, or does not show what is `split`.
     """
     if not path.exists():
         raise DataError(f"{path}: does not exist (data files are looked for from {Path.cwd()})")
@@ -121,56 +133,143 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
         )
     if path.is_file() and not _kind(path):
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
-    if path.is_file() and _split_of(path) != _split_name(split):
+    if path.is_file() and not _is_named_after(path.name, split):
         _check_whole(path, split)
+    if splits := _splits_inside(path, split):
+        _choose(splits.values(), path, split)
     return [path]
 
 
-def _check_whole(path: Path, split: str) -> None:
+def _check_whole(path: Path, split: Split) -> None:
     """Refuses a split other than the default of what holds none."""
-    if split != "train":
+    if isinstance(split, str) and split != "train":
         raise DataError(f"{path}: holds no splits, so that {split!r} is none; leave out the split")
 
 
-def left_out(path: Path, split: str) -> list[str]:
-    """Names of the data files of a folder that belong to another split than `split`."""
+def left_out(path: Path, split: Split) -> tuple[str, list[str]]:
+    """The split of a folder that is read, and what belongs to others: files, or splits of a saved data set.
+
+    "" and none where it holds no splits.
+    """
+    splits = _splits_inside(path, split)
+    chosen = _choose(splits.values(), path, split) if splits else ""
+    return chosen, [name for name, found in splits.items() if found != chosen]
+
+
+def not_data(path: Path) -> list[str]:
+    """Names of the files and folders in a folder of files that are not read, whatever the split.
+
+    Not of those that data sets have beside their data.
+    """
     if not path.is_dir() or _is_dataset(path):
         return []
-    taken = data_files(path, split)
-    return [file.name for file in _files_inside(path) if file not in taken]
+    data = _files_inside(path)
+    others = sorted(file.name for file in path.iterdir() if file not in data)
+    return [
+        name
+        for name in others
+        if name not in _DESCRIPTIONS
+        and not any(fnmatch(name.lower(), pattern) for pattern in _BESIDE_DATA)
+    ]
 
 
 def _files_inside(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if _kind(file) and file.is_file())
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if _kind(file) and file.is_file() and file.name not in _DESCRIPTIONS
+    )
 
 
-def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+def _of_split(files: list[Path], folder: Path, split: Split) -> list[Path]:
     """Those of the split, or all of them where no name holds one."""
-    splits = {file: _split_of(file) for file in files}
-    if not any(splits.values()):
-        _check_whole(folder, split)
+    splits = _splits_inside(folder, split)
+    if not splits:
+        if not _is_named_after(files[0].name, split):
+            _check_whole(folder, split)
         return files
-    if unclear := [file.name for file, found in splits.items() if not found]:
+    if unclear := [name for name, found in splits.items() if not found]:
         raise DataError(
             f"{folder}: {shown(unclear)} lie beside files named after a split "
             f"({', '.join(sorted(filter(None, set(splits.values()))))}); name the files to read"
         )
-    wanted = [file for file, found in splits.items() if found == _split_name(split)]
-    if not wanted:
-        raise DataError(
-            f"{folder}: no file is named after the split {split!r}, only after "
-            f"{', '.join(sorted(set(splits.values())))}; name the files to read"
-        )
-    return wanted
+    chosen = _choose(splits.values(), folder, split)
+    return [file for file in files if splits[file.name] == chosen]
 
 
-def _split_of(file: Path) -> str:
-    """The first split in the file's name, "" if there is none."""
-    found = _SPLIT_NAME.search(file.name)
-    return _split_name(found[1]) if found else ""
+def _splits_inside(path: Path, split: Split) -> dict[str, str]:
+    """File of a folder -> its split, "" if it shows none; of a saved `DatasetDict` split -> the same.
+
+    Empty where there are no splits: names of pieces are none if no word in them says so, unless `split`
+    is one of them.
+    """
+    if _is_dataset(path):
+        return {name: name for name in _saved_splits(path)}
+    if not path.is_dir():
+        return {}
+    splits = {file.name: _split_of(file.name) for file in _files_inside(path)}
+    names = set(splits.values())
+    return splits if split in names or any(map(_word_of, names)) else {}
 
 
-def _split_name(split: str) -> str:
+def _saved_splits(folder: Path) -> list[str]:
+    if (folder / "state.json").is_file():  # one data set
+        return []
+    try:
+        splits = list(json.loads((folder / "dataset_dict.json").read_bytes())["splits"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+    if not splits:
+        raise DataError(f"{folder}: the data set has no split; write it anew with save_to_disk")
+    return splits
+
+
+def _choose(names: Iterable[str], path: Path, split: Split) -> str:
+    """The split that is meant: the one of that very name, else the only one with a word for it."""
+    known = sorted(set(names))
+    for wanted in (split,) if isinstance(split, str) else split:
+        if wanted in known:
+            return wanted
+        alike = [name for name in known if wanted and _word_of(name) == _as_word(wanted)]
+        if len(alike) > 1:
+            raise DataError(
+                f"{path}: {wanted!r} may be any of the splits {', '.join(alike)} (of "
+                f"{', '.join(known)}); {_how_to_choose(path, alike[0])}"
+            )
+        if alike:
+            return alike[0]
+    if isinstance(split, str):
+        wanted, remedy = repr(split), _how_to_choose(path, known[0])
+    else:
+        wanted = " or ".join(map(repr, split))
+        remedy = "name the file or folder to evaluate on, or set records aside with --valid-split"
+    raise DataError(f"{path}: has no split {wanted} but {', '.join(known)}; {remedy}")
+
+
+def _how_to_choose(path: Path, name: str) -> str:
+    place = f"the folder of one, e.g. {path / name}" if _is_dataset(path) else "the files to read"
+    return f'name {place}, or an entry of a dataset_info.json with "split": "{name}"'
+
+
+def _split_of(file: str) -> str:
+    """The split that a file is named after, as it is called if it is a piece; "" if there is none."""
+    piece = _PIECE.match(file)
+    return piece[1] if piece else _word_of(file)
+
+
+def _word_of(name: str) -> str:
+    """The split that the first word for one means in the name of a file or split, "" if there is none."""
+    found = _SPLIT_NAME.search(f"{name}.")
+    return _as_word(found[1]) if found else ""
+
+
+def _is_named_after(file: str, split: Split) -> bool:
+    return isinstance(split, str) and (
+        split == _split_of(file) or _as_word(split) == _word_of(file)
+    )
+
+
+def _as_word(split: str) -> str:
     return _SPLITS.get(split.lower(), split)
 
 
@@ -179,18 +278,18 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _known() -> str:
-    return f"{', '.join(_READERS)}, and .json or .jsonl followed by {' or '.join(_COMPRESSED)}"
+    return f"{', '.join(_READERS)}, and {', '.join(_JSON)} followed by {' or '.join(_COMPRESSED)}"
 
 
 def _kind(path: Path) -> str:
     """The suffix that chooses the reader, "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
-        return suffixes[-2] if suffixes[-2:-1] in ([".json"], [".jsonl"]) else ""
+        return suffixes[-2] if suffixes[:-1] and suffixes[-2] in _JSON else ""
     return suffixes[-1] if suffixes and suffixes[-1] in _READERS else ""
 
 
-def _read_file(path: Path, split: str) -> Iterator[RawRecord]:
+def _read_file(path: Path, split: Split) -> Iterator[RawRecord]:
     records = _read_dataset(path, split) if path.is_dir() else _READERS[_kind(path)](path)
     empty = True
     try:
@@ -248,8 +347,20 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
         first = True
         for number, line in enumerate(lines, start=1):
             if line.strip():
+                if first:
+                    _check_lines(line, path, number)
                 yield _line(line, path, number, first)
                 first = False
+
+
+def _check_lines(line: bytes, path: Path, number: int) -> None:
+    """Refuses a file of which the first line, this one, begins a list."""
+    if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        kind = _kind(path)
+        raise DataError(
+            f"{path}, line {number}: begins with '[', but in {kind} a line must be an object with named "
+            f"fields; if the file is one JSON list, end its name in .json in place of {kind}"
+        )
 
 
 def _line(line: bytes, path: Path, number: int, first: bool) -> RawRecord:
@@ -291,33 +402,28 @@ def _read_arrow(path: Path) -> Iterator[RawRecord]:
         ) from error
 
 
-def _read_dataset(path: Path, split: str) -> Iterator[RawRecord]:
+def _read_dataset(path: Path, split: Split) -> Iterator[RawRecord]:
     import datasets
     import pyarrow
 
     try:
         data = datasets.load_from_disk(str(path))
         if isinstance(data, datasets.DatasetDict):
-            data = _split(data, path, split)
+            data = data[_choose(data, path, split)]
         elif str(data.split) != split:
             _check_whole(path, split)
         yield from _rows(path, data.with_format("arrow").iter(_ROWS))
     except DataError:
         raise
     except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a readable data set of the datasets library ({error}); write it anew with "
-            "save_to_disk"
-        ) from error
+        raise _unreadable(path, error) from error
 
 
-def _split(data: Mapping[str, Any], path: Path, split: str) -> Any:
-    if split not in data:
-        raise DataError(
-            f"{path}: has no split {split!r} but {', '.join(data)}; name the folder of one of them, "
-            f"e.g. {path / next(iter(data))}"
-        )
-    return data[split]
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: not a readable data set of the datasets library ({error}); write it anew with "
+        "save_to_disk"
+    )
 
 
 def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
@@ -344,9 +450,11 @@ def _values(table: Any) -> list[Any]:
 _READERS = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
+_JSON = (".json", ".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".zst")
 
 

@@ -6,13 +6,13 @@ used as it is. What we cannot honour (pictures, preference pairs, hubs) is refus
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
-from megatron_profit.data.records import data_files, left_out
+from megatron_profit.data.records import Split, data_files, left_out, not_data
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
 ALPACA_COLUMNS = {
@@ -51,6 +51,8 @@ _UNSUPPORTED_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto
 _ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "split", "num_samples", "ranking")
 # A note for people, which is not compared there either.
 _NOT_READ = ("file_sha1",)
+# As many names of what is not read are told.
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -150,14 +152,14 @@ class Source:
         path: File or folder.
         layout: Names of its fields.
         weight: How often an epoch holds each record, on average.
-        split: Split of a folder that holds several.
+        split: Split of a folder that holds several; of several splits the first that it has.
         num_samples: Examples of an epoch at weight 1, None for all; where there are fewer, some come again.
     """
 
     path: str
     layout: Layout = field(default_factory=Layout)
     weight: float = 1.0
-    split: str = "train"
+    split: Split = "train"
     num_samples: int | None = None
 
     def files(self) -> list[Path]:
@@ -166,11 +168,20 @@ class Source:
 
     @property
     def left_out(self) -> str:
-        """Says which files of the folder are not read, "" if all are."""
-        names = left_out(Path(self.path), self.split)
-        return (
-            f"{self.path}: only the split {self.split} is read, not {shown(names)}" if names else ""
-        )
+        """Says which split of a folder is read, and what of it is not; "" if all is."""
+        split, others = left_out(Path(self.path), self.split)
+        notes = []
+        if others:
+            notes.append(f"only the split {split} is read, not {shown(others)}")
+        elif split != self.split and split:
+            notes.append(f"the split {split} is read")
+        if names := not_data(Path(self.path)):
+            more = ", ..." if len(names) > _NAMED else ""
+            notes.append(
+                "folders and files of unknown suffix are not read: "
+                f"{len(names)} ({', '.join(map(shown, names[:_NAMED]))}{more})"
+            )
+        return f"{self.path}: {'; '.join(notes)}" if notes else ""
 
 
 def read_sources(
@@ -179,6 +190,7 @@ def read_sources(
     weights: Sequence[float] = (),
     columns: Sequence[str] = (),
     dataset_info: str | None = None,
+    split: Split = "train",
 ) -> tuple[Source, ...]:
     """The sources that the flags of the command line describe.
 
@@ -187,6 +199,7 @@ def read_sources(
         weights: One for each name; none for 1 each.
         columns: "name=column" pairs, for the files that `dataset_info` does not describe.
         dataset_info: Path of a dataset_info.json, or of the folder that holds it.
+        split: What is read of folders with splits, where an entry names none.
 
     Raises:
         DataError: Something is not known, contradicts itself or cannot be honoured.
@@ -202,14 +215,16 @@ def read_sources(
         if not 0 < weight < float("inf"):
             raise DataError(f"--data-weights gives {name} the weight {weight}; it must be above 0")
         if name in entries:
-            sources.append(_from_entry(name, entries[name], folder, weight))
+            source = _from_entry(name, entries[name], folder, weight)
+            asked = entries[name].get("split") is not None
+            sources.append(source if asked else replace(source, split=split))
         elif dataset_info and not Path(name).exists():
             raise DataError(
                 f"{name} is neither a file nor an entry of {dataset_info}, which has "
                 f"{shown(_nearest_first(name, entries))}"
             )
         else:
-            sources.append(Source(name, layout, weight))
+            sources.append(Source(name, layout, weight, split))
     return tuple(sources)
 
 

@@ -196,6 +196,22 @@ def test_a_first_record_without_a_value_is_left_out(tool, write_lines):
     assert found["train"]["records"]["kept"] == 2
 
 
+def test_validation_on_a_folder_with_splits_does_not_read_the_training_records(
+    tool, write_lines, tmp_path
+):
+    (tmp_path / "data").mkdir()
+    write_lines(rows(5), "data/train.jsonl")
+    flags = ("--data", tmp_path / "data", "--valid-data", tmp_path / "data")
+    code, printed, _ = tool(*flags)
+    assert code == 2
+    assert "has no split 'validation' or 'test' but train; name the file" in printed
+    write_lines(rows(3), "data/test.jsonl")
+    code, printed, found = tool(*flags)
+    assert code == 0
+    assert [found[name]["records"]["read"] for name in ("train", "valid")] == [5, 3]
+    assert "only the split test is read, not ['train.jsonl']" in printed
+
+
 def test_the_first_validation_rows_are_a_sample_of_all(small_tokenizer, tmp_path, write_lines):
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
     file = write_lines([{"instruction": "q", "output": "a" * (i % 60 + 1)} for i in range(600)])

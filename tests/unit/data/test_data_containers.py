@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_profit.data import DataError, Source, build_examples, normalise, read_records, records
+from megatron_profit.data.records import VALID_SPLITS
 
 ROWS = [{"instruction": f"question {i}", "output": "a"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -26,6 +27,9 @@ def zstd(data):
         ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
         ("a.jsonl.zst", zstd(LINES)),
         ("a.JSONL.GZ", gzip.compress(LINES)),
+        ("a.ndjson", LINES),
+        ("a.ndjson.gz", gzip.compress(LINES)),
+        ("a.ndjson.zst", zstd(LINES)),
     ],
 )
 def test_compressed_files(tmp_path, name, data):
@@ -84,7 +88,9 @@ def test_of_a_folder_with_splits_one_is_read(tmp_path):
         "only the split test is read, not ['dev-0.json', 'gsm8k_train-test.jsonl', "
         "'train_1.json', 'valid.jsonl']"
     )
-    with pytest.raises(DataError, match="split 'other', only after test, train, validation"):
+    with pytest.raises(
+        DataError, match="no split 'other' but test, train, validation; name the files"
+    ):
         answers(tmp_path, "other")
     with pytest.raises(DataError, match=r"train_1\.json: holds no splits, so that 'test'"):
         answers(tmp_path / "train_1.json", "test")
@@ -93,6 +99,157 @@ def test_of_a_folder_with_splits_one_is_read(tmp_path):
         DataError, match=r"\['trained.jsonl'\] lie beside files named after a split"
     ):
         answers(tmp_path)
+
+
+ULTRACHAT = ("train_sft", "test_sft", "train_gen", "test_gen")
+
+
+def folder_of_splits(folder, names, saved):
+    """Records that name their split, in files as the Hub has them, two a split, or in a `DatasetDict`."""
+    if saved:
+        splits = {name: datasets.Dataset.from_list([{"split": name}] * 2) for name in names}
+        datasets.DatasetDict(splits).save_to_disk(folder)
+        return folder
+    folder.mkdir()
+    for name in names:
+        for piece in ("00000-of-00002", "00001-of-00002-a09b74b3ef9c3b56"):
+            (folder / f"{name}-{piece}.jsonl").write_text(json.dumps({"split": name}))
+    return folder
+
+
+def split_read(source):
+    """The split whose records a source has, by `data_files` and file by file, as the preparation does."""
+    found = [record for file in source.files() for record in read_records(file, source.split)]
+    assert len(found) == 2
+    (name,) = {record.value["split"] for record in found}
+    return name
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_split_is_found_by_its_very_name(tmp_path, saved):
+    folder = folder_of_splits(tmp_path / "chat", ULTRACHAT, saved)
+    for name in ULTRACHAT:
+        source = Source(str(folder), split=name)
+        assert split_read(source) == name
+        assert f"only the split {name} is read, not [" in source.left_out
+    for asked in ("train", VALID_SPLITS):
+        word = "train" if asked == "train" else "test"
+        with pytest.raises(
+            DataError,
+            match=f"'{word}' may be any of the splits {word}_gen, {word}_sft .*"
+            f'dataset_info.json with "split": "{word}_gen"',
+        ):
+            Source(str(folder), split=asked).files()
+    with pytest.raises(DataError, match="no split 'train_rl' but test_gen, test_sft, train_gen"):
+        Source(str(folder), split="train_rl").files()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not a readable data set"),
+        ("[]", "not a readable"),
+        ('{"splits": []}', "has no split"),
+    ],
+)
+def test_a_damaged_list_of_splits_is_named(tmp_path, text, said):
+    (tmp_path / "dataset_dict.json").write_text(text)
+    with pytest.raises(DataError, match=said):
+        list(read_records(tmp_path))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_very_name_goes_before_a_word_in_it(tmp_path, saved):
+    folder = folder_of_splits(tmp_path / "a", ("train", "train_extra", "other"), saved)
+    assert split_read(Source(str(folder))) == "train"
+    folder = folder_of_splits(tmp_path / "b", ("small_train", "test_sft"), saved)
+    assert split_read(Source(str(folder))) == "small_train", "nothing else can be meant"
+    folder = folder_of_splits(tmp_path / "c", ("en", "de"), saved)
+    assert split_read(Source(str(folder), split="de")) == "de"
+    if saved:
+        with pytest.raises(DataError, match="no split 'train' but de, en"):
+            split_read(Source(str(folder)))
+    else:
+        found = {record.value["split"] for record in read_records(folder)}
+        assert found == {"de", "en"}, "no word tells that these are splits"
+
+
+def test_pieces_of_one_name_without_a_word_are_no_splits(tmp_path):
+    folder = folder_of_splits(tmp_path / "a", ("data",), saved=False)
+    for split in ("train", VALID_SPLITS, "data"):
+        assert split_read(Source(str(folder), split=split)) == "data"
+    with pytest.raises(DataError, match="holds no splits, so that 'test' is none"):
+        Source(str(folder), split="test").files()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("train", "validation", "test"), "validation"),
+        (("train", "dev", "test"), "dev"),
+        (("train", "valid_sft"), "valid_sft"),
+        (("validation", "validation_mismatched"), "validation"),
+        (("train", "test"), "test"),
+        (("train", "eval"), "eval"),
+    ],
+)
+def test_validation_reads_what_is_for_it(tmp_path, names, expected, saved):
+    source = Source(str(folder_of_splits(tmp_path / "a", names, saved)), split=VALID_SPLITS)
+    assert split_read(source) == expected
+    assert f"only the split {expected} is read, not [" in source.left_out
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_validation_never_reads_what_is_for_training(tmp_path, saved):
+    folder = folder_of_splits(tmp_path / "a", ("train", "other"), saved)
+    with pytest.raises(
+        DataError,
+        match=r"no split 'validation' or 'test' but other, train; name the file .* --valid-split",
+    ):
+        Source(str(folder), split=VALID_SPLITS).files()
+    only = folder_of_splits(tmp_path / "b", ("test",), saved)
+    assert Source(str(only), split=VALID_SPLITS).left_out == f"{only}: the split test is read"
+
+
+def test_validation_reads_what_shows_no_splits_whole(tmp_path, write_lines):
+    (tmp_path / "files").mkdir()
+    write_lines(ROWS, "files/a.jsonl")
+    write_lines(ROWS, "train.jsonl")
+    datasets.Dataset.from_list(ROWS, split="train").save_to_disk(tmp_path / "saved")
+    for name in ("files", "train.jsonl", "saved"):
+        source = Source(str(tmp_path / name), split=VALID_SPLITS)
+        (file,) = source.files()
+        assert len(list(read_records(file, source.split))) == 3
+        assert source.left_out == ""
+
+
+def test_what_of_a_folder_is_no_data_is_told(tmp_path, write_lines):
+    write_lines(ROWS)
+    (file,) = tmp_path.glob("*.jsonl")
+    for name in (".gitattributes", "README.txt", "card.md", "LICENSE", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    source = Source(str(tmp_path))
+    assert (source.files(), source.left_out) == ([file], "")
+    for number in range(5):
+        (tmp_path / f"{number}.csv").write_text("q,a")
+    (tmp_path / "3.parquet").mkdir()
+    assert source.left_out == (
+        f"{tmp_path}: folders and files of unknown suffix are not read: "
+        "6 ('0.csv', '1.csv', '2.csv', '3.csv', '3.parquet', ...)"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(ROWS), json.dumps(ROWS, indent=2), "\ufeff[\n{}]", "\n[]"]
+)
+def test_a_list_that_is_called_lines_is_told(tmp_path, text):
+    for name, data in (("a.jsonl", text.encode()), ("a.ndjson.gz", gzip.compress(text.encode()))):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(
+            DataError, match=r"line \d: begins with '\['.*one JSON list, end its name in \.json in"
+        ):
+            list(read_records(tmp_path / name))
 
 
 def test_a_split_of_what_holds_none_is_refused(tmp_path, write_lines):
@@ -116,7 +273,7 @@ def test_folders_of_the_datasets_library(tmp_path):
     assert len(list(read_records(tmp_path / "splits"))) == 3
     (record,) = read_records(tmp_path / "splits", "test")
     assert (record.value, record.number, record.unit) == (ROWS[2], 1, "record")
-    with pytest.raises(DataError, match="no split 'dev' but train, test"):
+    with pytest.raises(DataError, match="no split 'dev' but test, train; name the folder of one"):
         list(read_records(tmp_path / "splits", "dev"))
     (arrow,) = (tmp_path / "one").glob("*.arrow")
     assert [record.value for record in read_records(arrow)] == ROWS

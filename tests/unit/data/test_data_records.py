@@ -63,7 +63,7 @@ def test_parquet_drops_the_fields_that_a_row_does_not_have(tmp_path):
         ("data.json", b" \n", ["holds no record"]),
         ("data.jsonl", b'{"a": \n{"a": 1}\n', ["line 1", "not valid JSON", "end of the text"]),
         ("data.jsonl", b'{"a": 1}\n{"a": ', ["line 2", "not valid JSON", "end of the text"]),
-        ("data.jsonl", b"[1]\n", ["line 1", "list [1]"]),
+        ("data.jsonl", b"[1]\n", ["line 1", "begins with '['", "must be an object"]),
         ("data.json", b'[{"a": 1},\n{"a" 2}]', ["line 2, column 6", "found '2}]'"]),
         ("data.json", b'{"a": 1}\n{"a" 2}', ["line 2, column 6"]),
         ("data.json", b"3", ["record 1", "int 3"]),

@@ -15,6 +15,7 @@ from megatron_profit.data import (
     read_records,
     read_sources,
 )
+from megatron_profit.data.records import VALID_SPLITS
 
 # As the official ProFit repository and LLaMA-Factory have them.
 ENTRIES = {
@@ -140,6 +141,15 @@ def test_files_and_entries_have_weights(info):
     sources = read_sources([file, "shadow_2k"], weights=[1, 0.5], dataset_info=str(info))
     assert [source.weight for source in sources] == [1, 0.5]
     assert [source.layout.sharegpt for source in sources] == [False, True]
+
+
+def test_the_split_of_an_entry_goes_before_that_of_the_flag(info):
+    entries = {"asked": {"file_name": "x", "split": "train"}, "open": {"file_name": "x"}}
+    (info / "dataset_info.json").write_text(json.dumps(entries))
+    names = ["asked", "open", str(info / "alpaca.json")]
+    sources = read_sources(names, dataset_info=str(info), split=VALID_SPLITS)
+    assert [source.split for source in sources] == ["train", VALID_SPLITS, VALID_SPLITS]
+    assert [source.split for source in read_sources(names, dataset_info=str(info))] == ["train"] * 3
 
 
 def record(**value):
