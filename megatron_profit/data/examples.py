@@ -53,7 +53,8 @@ class Examples:
     def labels(self) -> npt.NDArray[np.int64]:
         """[N], how many labels of each example are trained; its first id is none."""
         begins = self.offsets[:-1]
-        return np.add.reduceat(self.supervised, begins, dtype=np.int64) - self.supervised[begins]
+        all_of_them = np.add.reduceat(self.supervised, begins, dtype=np.int64)
+        return np.asarray(all_of_them - self.supervised[begins], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,7 +282,7 @@ def _set_aside(
         count = max(round(share * len(examples)), 1)
         values, copies = np.unique(digests[examples], return_counts=True)
         # A text that is there more often than all that is wanted is none of them, if there are others.
-        few = copies <= max(count, copies.min())
+        few = copies <= max(count, int(copies.min()))
         values, copies = values[few], copies[few]
         taken = max(int(np.searchsorted(np.cumsum(copies), count, side="right")), 1)
         aside[examples] = np.isin(digests[examples], values[:taken])
