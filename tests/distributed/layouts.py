@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from plain_training import Trained
+from plain_objectives import CASES, psft
+from plain_training import Plan, Trained, train, write_uneven_chats
 from plot_run import read_curves
+from tiny_models import EXAMPLES, make_family
 
 # Relative, of everything that is logged, at every step: fp32 beside fp64.
 TOLERANCE = 1e-5
+OBJECTIVES = {"sft": CASES["sft"], "profit": CASES["profit"], "psft": psft(2)}
+# The same 16 records of so many turns, which are 16 rows alone and 8 packed.
+TURNS = [2, 1, 3, 1, 3, 1, 2, 3, 1, 2, 1, 3, 1, 2, 3, 2]
+PACKED = "--packing --seq-length 128 --global-batch-size 8"
 _FLAGS = {
     "tp2": "--tensor-model-parallel-size 2",
     "sp": "--sequence-parallel",
@@ -47,6 +54,30 @@ def parse(layout: str, **more: str) -> tuple[int, list[str]]:
     ranks, *words = layout.split()
     flags = {**_FLAGS, **more}
     return int(ranks), [flag for word in words for flag in flags[word].split()]
+
+
+@dataclass
+class Model:
+    """A HuggingFace folder, what it is trained with, and what the plain loop makes of it."""
+
+    hf: Path
+    plan: Plan
+    trained: dict[str, Trained] = field(default_factory=dict)
+
+    def expected(self, objective: str) -> Trained:
+        if objective not in self.trained:
+            self.trained[objective] = train(self.hf, self.plan, OBJECTIVES[objective])
+        return self.trained[objective]
+
+
+def trained_models(dense: Path, folder: Path) -> dict[str, Model]:
+    """The "dense" model of a HuggingFace folder and one with "experts", which is written into `folder`."""
+    data = write_uneven_chats(EXAMPLES / "arithmetic_chatty.jsonl", folder / "chats.jsonl", TURNS)
+    plan = Plan(data, steps=3, batch=16, seq_length=96, clip_grad=1.0)
+    return {
+        "dense": Model(dense, plan),
+        "experts": Model(make_family(folder, "qwen3-moe").hf, replace(plan, balancing=1.0)),
+    }
 
 
 def assert_same_steps(tensorboard: Path, expected: Trained) -> None:

@@ -8,18 +8,8 @@ gradients, and are where PSFT's ratio differs from 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-
 import pytest
-from layouts import assert_same_steps, parse
-from plain_objectives import CASES, psft
-from plain_training import Plan, Trained, train, write_uneven_chats
-from tiny_models import EXAMPLES, make_family
-
-TURNS = [2, 1, 3, 1, 3, 1, 2, 3, 1, 2, 1, 3, 1, 2, 3, 2]
-PACKED = "--packing --seq-length 128 --global-batch-size 8"
-OBJECTIVES = {"sft": CASES["sft"], "profit": CASES["profit"], "psft": psft(2)}
+from layouts import OBJECTIVES, PACKED, Model, assert_same_steps, parse, trained_models
 
 DENSE = [
     "1 mb1",
@@ -76,29 +66,9 @@ def rows() -> list:
     ]
 
 
-@dataclass
-class Model:
-    """A HuggingFace folder, what it is trained with, and what the plain loop makes of it."""
-
-    hf: Path
-    plan: Plan
-    trained: dict[str, Trained] = field(default_factory=dict)
-
-    def expected(self, objective: str) -> Trained:
-        if objective not in self.trained:
-            self.trained[objective] = train(self.hf, self.plan, OBJECTIVES[objective])
-        return self.trained[objective]
-
-
 @pytest.fixture(scope="session")
 def models(tied_model, tmp_path_factory) -> dict[str, Model]:
-    folder = tmp_path_factory.mktemp("layouts")
-    data = write_uneven_chats(EXAMPLES / "arithmetic_chatty.jsonl", folder / "chats.jsonl", TURNS)
-    plan = Plan(data, steps=3, batch=16, seq_length=96, clip_grad=1.0)
-    return {
-        "dense": Model(tied_model.hf, plan),
-        "experts": Model(make_family(folder, "qwen3-moe").hf, replace(plan, balancing=1.0)),
-    }
+    return trained_models(tied_model.hf, tmp_path_factory.mktemp("layouts"))
 
 
 def test_the_steps_are_worth_comparing(models):

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from layouts import parse
-from plain_objectives import CASES, psft
-from plain_training import Plan, Trained, train, write_uneven_chats
+from layouts import OBJECTIVES, PACKED, Model, parse, trained_models
 from plot_run import read_curves
-from tiny_models import EXAMPLES, make_family, make_model
+from tiny_models import make_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,12 +23,7 @@ pytestmark = [
     ),
 ]
 
-TURNS = [2, 1, 3, 1, 3, 1, 2, 3, 1, 2, 1, 3, 1, 2, 3, 2]
-WORDS = {
-    "packed": "--packing --seq-length 128 --global-batch-size 8",
-    "gathered": "--cp-comm-type all_gather",
-}
-OBJECTIVES = {"sft": CASES["sft"], "profit": CASES["profit"], "psft": psft(2)}
+WORDS = {"packed": PACKED, "gathered": "--cp-comm-type all_gather"}
 LAYOUTS = [
     ("dense", "1 mb1"),
     ("dense", "1 mb8 packed"),
@@ -55,35 +45,16 @@ TOLERANCE = {"lm loss": 5e-3, "objective": 4e-2, "kept fraction": 4e-2, "grad-no
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Callable[[str, str], tuple[Path, Plan, Trained]]:
-    """A HuggingFace folder, what it is trained with, and what the plain loop makes of it."""
+def models(tmp_path_factory) -> dict[str, Model]:
     folder = tmp_path_factory.mktemp("engine")
-    data = write_uneven_chats(EXAMPLES / "arithmetic_chatty.jsonl", folder / "chats.jsonl", TURNS)
-    plan = Plan(data, steps=3, batch=16, seq_length=96, clip_grad=1.0)
-    models = {
-        "dense": lambda: (make_model(folder / "dense", tied=True).hf, plan),
-        "experts": lambda: (
-            make_family(folder / "experts", "qwen3-moe").hf,
-            replace(plan, balancing=1.0),
-        ),
-    }
-    made, results = {}, {}
-
-    def get(model: str, objective: str) -> tuple[Path, Plan, Trained]:
-        if model not in made:
-            made[model] = models[model]()
-        hf, own_plan = made[model]
-        if (model, objective) not in results:
-            results[model, objective] = train(hf, own_plan, OBJECTIVES[objective])
-        return hf, own_plan, results[model, objective]
-
-    return get
+    return trained_models(make_model(folder / "dense", tied=True).hf, folder)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("model", "layout"), LAYOUTS)
-def test_any_layout_takes_the_same_steps(torchrun, trained, tmp_path, model, layout, objective):
-    hf, plan, expected = trained(model, objective)
+def test_any_layout_takes_the_same_steps(torchrun, models, tmp_path, model, layout, objective):
+    hf, plan = models[model].hf, models[model].plan
+    expected = models[model].expected(objective)
     ranks, flags = parse(layout, **WORDS)
     case = OBJECTIVES[objective]
     torchrun(
