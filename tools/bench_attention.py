@@ -42,12 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     whole = torch.arange(options.seq_length)[None]
     results: dict[str, dict[str, list[float]]] = {}
     for name, core in cores(options).items():
-        seconds = [[timed(core, row, options) for _ in range(2)] for row in rows][1:]
+        times = [[timed(core, row, options) for _ in range(2)] for row in rows][1:]
         if name == ENGINE and computes_unfused():
             name = f"{ENGINE}, which has no kernel for records here"
         results[name] = {
-            "new": [first for first, _ in seconds],
-            "again": [again for _, again in seconds],
+            "new": [first for first, _ in times],
+            "again": [again for _, again in times],
             "one record": [timed(core, whole, options) for _ in range(options.rows + 1)][1:],
         }
     record = {

@@ -76,7 +76,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             )
         if groups is None:
             groups = [Group(np.arange(len(examples)))]
-        lengths = -(-(np.diff(examples.offsets) - 1) // pad_multiple) * pad_multiple
+        lengths = -(-examples.positions // pad_multiple) * pad_multiple
         self.order = RowOrder(
             lengths, groups, capacity=seq_length, packing=packing, seed=seed, shuffle=shuffle
         )

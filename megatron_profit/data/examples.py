@@ -49,13 +49,6 @@ class Examples:
         """[N], what each example takes of a row: its last id is a label only."""
         return np.diff(self.offsets) - 1
 
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """[N], how many labels of each example are trained; its first id is none."""
-        begins = self.offsets[:-1]
-        all_of_them = np.add.reduceat(self.supervised, begins, dtype=np.int64)
-        return np.asarray(all_of_them - self.supervised[begins], dtype=np.int64)
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -68,6 +61,7 @@ class Prepared:
         file_names: Of these files, with as many of their folders as tell them apart.
         numbers: [N] int64, line or position in the file (see `RawRecord.number`).
         digests: [N] uint64, a hash of the ids; equal for equal examples.
+        labels: [N] int32, how many labels are trained: its first id is none.
         report: What became of the records.
     """
 
@@ -77,6 +71,7 @@ class Prepared:
     file_names: Sequence[str]
     numbers: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
+    labels: npt.NDArray[np.int32]
     report: PreparationReport
 
     def name(self, index: int) -> str:
@@ -94,7 +89,7 @@ class Chunk:
         ids, supervised: As in `Examples`.
         lengths: Ids of each example.
         whole: The same before truncation.
-        numbers, digests: As in `Prepared`.
+        numbers, digests, labels: As in `Prepared`.
         skipped: (place, reason, detail) of each record that was left out.
         truncated: Places of the records that lost their end.
         unread: Field that nothing reads -> usable records that have it.
@@ -110,6 +105,7 @@ class Chunk:
     whole: list[int]
     numbers: list[int]
     digests: list[int]
+    labels: list[int]
     skipped: list[tuple[str, str, str]]
     truncated: list[str]
     unread: dict[str, int]
@@ -125,6 +121,7 @@ _ARRAYS = {
     "files": np.int32,
     "numbers": np.int64,
     "digests": np.uint64,
+    "labels": np.int32,
 }
 
 
@@ -137,6 +134,7 @@ def _arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
         "files": np.full(len(chunk.lengths), chunk.file, dtype=np.int32),
         "numbers": np.asarray(chunk.numbers, dtype=np.int64),
         "digests": np.asarray(chunk.digests, dtype=np.uint64),
+        "labels": np.asarray(chunk.labels, dtype=np.int32),
     }
 
 
@@ -150,6 +148,7 @@ def _prepared(
         file_names=file_names,
         numbers=arrays["numbers"],
         digests=arrays["digests"],
+        labels=arrays["labels"],
         report=report,
     )
 

@@ -251,8 +251,8 @@ def _rows(
         groups=groups,
         epochs=epochs,
     )
-    examples = prepared.examples
-    packing = PackingReport.of(dataset.order, examples.positions, examples.labels, seq_length)
+    positions, labels = prepared.examples.positions, prepared.labels
+    packing = PackingReport.of(dataset.order, positions, labels, seq_length)
     return PreparedSet(prepared, dataset, packing)
 
 

@@ -123,15 +123,12 @@ def prepared_chunks(
     for chunk in _chunks(_tasks(sources), renderer, preparation, workers):
         if chunk.refused:
             raise DataError(chunk.refused)
-        report.read += chunk.read
-        report.sources[chunk.source].read += chunk.read
+        report.sources[chunk.source].add(chunk.read, chunk.lengths, chunk.labels)
         for skipped in chunk.skipped:
             report.skip(*skipped)
         report.leave_unread(chunk.unread)
         if chunk.lengths:
-            supervised = _labels(chunk)
-            report.keep(chunk.lengths, chunk.whole, supervised, chunk.truncated)
-            report.sources[chunk.source].keep(chunk.lengths, supervised)
+            report.keep(chunk.lengths, chunk.whole, chunk.truncated)
             yield chunk
         tell()
     if not report.kept:
@@ -308,6 +305,7 @@ class _Worker:
             whole=[whole for _, whole, _ in kept],
             numbers=[number for _, _, number in kept],
             digests=[_digest(e) for e in examples],
+            labels=[int(e.supervised[1:].sum()) for e in examples],
             skipped=skipped,
             truncated=truncated,
             unread=unread,
@@ -355,12 +353,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _digest(example: RenderedConversation) -> int:
     return int.from_bytes(blake2b(example.ids.tobytes(), digest_size=8).digest(), "little")
-
-
-def _labels(chunk: Chunk) -> int:
-    """Supervised labels: the first id of an example is never one."""
-    first = np.cumsum([0, *chunk.lengths[:-1]])
-    return int(chunk.supervised.sum()) - int(chunk.supervised[first].sum())
 
 
 class _Ticker:

@@ -17,6 +17,8 @@ _PLACES_SHOWN = 5
 _FIELDS_KEPT = 1_000
 _FIELDS_SHOWN = 12
 _BAR = 40
+# Beside the attributes of a report in its JSON.
+_SUMS = ("read", "kept", "total_tokens", "supervised_tokens")
 
 
 @dataclass(slots=True)
@@ -35,7 +37,10 @@ class SourceCounts:
 
     Attributes:
         path: File or folder.
-        read, kept, total_tokens, supervised_tokens: As in `PreparationReport`.
+        read: Records in the files.
+        kept: Examples made of them.
+        total_tokens: Ids of the kept examples, after truncation.
+        supervised_tokens: Labels that are trained where every example comes once.
     """
 
     path: str
@@ -44,11 +49,12 @@ class SourceCounts:
     total_tokens: int = 0
     supervised_tokens: int = 0
 
-    def keep(self, lengths: Sequence[int], supervised: int) -> None:
-        """Counts examples of these lengths."""
+    def add(self, read: int, lengths: Sequence[int], labels: Sequence[int]) -> None:
+        """Counts `read` records, and the examples made of them by their ids and their trained labels."""
+        self.read += read
         self.kept += len(lengths)
         self.total_tokens += sum(lengths)
-        self.supervised_tokens += supervised
+        self.supervised_tokens += sum(labels)
 
     def __str__(self) -> str:
         return (
@@ -62,31 +68,40 @@ class PreparationReport:
     """What became of the records.
 
     Attributes:
-        read: Records in the files.
-        kept: Examples made of them.
+        sources: What became of the records of each source; `read`, `kept`, `total_tokens` and
+            `supervised_tokens` are sums over them.
         skipped: Reason -> the records left out for it; read = kept + the sum of their counts.
         truncated: Kept examples of which the end was cut off.
         truncated_places: Where the first 10,000 of them are.
-        supervised_tokens: Labels that are trained where every example comes once.
-        total_tokens: Ids of the kept examples, after truncation.
-        sources: The same counts for each source.
         unread: Field that nothing reads -> usable records that have it, of the first 1,000 such fields; those
             of messages as "messages.NAME".
         longest: Ids of the longest usable record, before truncation.
         lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
     """
 
-    read: int = 0
-    kept: int = 0
+    sources: list[SourceCounts] = field(default_factory=list)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     truncated: int = 0
     truncated_places: list[str] = field(default_factory=list)
-    supervised_tokens: int = 0
-    total_tokens: int = 0
     longest: int = 0
     lengths: list[int] = field(default_factory=list)
-    sources: list[SourceCounts] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def read(self) -> int:
+        return sum(source.read for source in self.sources)
+
+    @property
+    def kept(self) -> int:
+        return sum(source.kept for source in self.sources)
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(source.total_tokens for source in self.sources)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(source.supervised_tokens for source in self.sources)
 
     def skip(self, place: str, reason: str, detail: str) -> None:
         """Counts a record that is left out."""
@@ -101,22 +116,13 @@ class PreparationReport:
             if name in self.unread or len(self.unread) < _FIELDS_KEPT:
                 self.unread[name] = self.unread.get(name, 0) + count
 
-    def keep(
-        self,
-        lengths: Sequence[int],
-        whole: Sequence[int],
-        supervised: int,
-        truncated: Sequence[str],
-    ) -> None:
-        """Counts examples of these lengths, which had `whole` ids before truncation.
+    def keep(self, lengths: Sequence[int], whole: Sequence[int], truncated: Sequence[str]) -> None:
+        """Notes the lengths of examples, which had `whole` ids before truncation.
 
         `truncated` are the places of those that lost some.
         """
-        self.kept += len(lengths)
         self.truncated += len(truncated)
         self.truncated_places += truncated[: _PLACES_KEPT - len(self.truncated_places)]
-        self.total_tokens += sum(lengths)
-        self.supervised_tokens += supervised
         self.longest = max(self.longest, *whole)
         for length in lengths:
             bucket = length.bit_length() - 1
@@ -144,13 +150,14 @@ class PreparationReport:
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values; `from_json` reads them."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in _SUMS} | asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PreparationReport":
         skipped = {reason: Skipped(**found) for reason, found in value["skipped"].items()}
         sources = [SourceCounts(**counts) for counts in value["sources"]]
-        return cls(**{**value, "skipped": skipped, "sources": sources})
+        own = {name: item for name, item in value.items() if name not in _SUMS}
+        return cls(**{**own, "skipped": skipped, "sources": sources})
 
     def __str__(self) -> str:
         share = self.supervised_tokens / max(self.total_tokens, 1)

@@ -6,7 +6,7 @@ used as it is. What we cannot honour (pictures, preference pairs, hubs) is refus
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,7 @@ def read_sources(
         if not 0 < weight < float("inf"):
             raise DataError(f"--data-weights gives {name} the weight {weight}; it must be above 0")
         if name in entries:
-            source = _from_entry(name, entries[name], folder, weight)
-            asked = entries[name].get("split") is not None
-            sources.append(source if asked else replace(source, split=split))
+            sources.append(_from_entry(name, entries[name], folder, weight, split))
         elif dataset_info and not Path(name).exists():
             raise DataError(
                 f"{name} is neither a file nor an entry of {dataset_info}, which has "
@@ -246,7 +244,7 @@ def _read_info(path: str) -> tuple[dict[str, Any], Path]:
     return entries, file.parent
 
 
-def _from_entry(name: str, entry: Any, folder: Path, weight: float) -> Source:
+def _from_entry(name: str, entry: Any, folder: Path, weight: float, split: Split) -> Source:
     where = f"the entry {name} of dataset_info.json"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {shown(entry)}, not an object")
@@ -273,7 +271,7 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float) -> Source:
         str(folder / entry["file_name"]),
         _entry_layout(where, entry, formatting),
         weight,
-        split=_entry_value(where, entry, "split", str, "train"),
+        split=_entry_value(where, entry, "split", str, split),
         num_samples=num_samples,
     )
 

@@ -285,18 +285,23 @@ def test_a_text_that_is_there_too_often_is_not_set_aside(tool, write_lines):
     assert tool("--data", file, "--valid-split", 0.05)[2]["valid"]["rows"]["examples"] == 20
 
 
+def unpacked(source, cache, valid_split=0.0):
+    """Options of one source, a record to a row."""
+    return DataOptions(
+        train=(source,),
+        valid=(),
+        valid_split=valid_split,
+        preparation=Preparation(128),
+        packing=False,
+        seed=1,
+        workers=1,
+        cache=cache,
+    )
+
+
 def test_more_samples_than_there_are_come_again(small_tokenizer, tmp_path, write_lines):
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    options = DataOptions(
-        train=(Source(str(write_lines(rows(7))), num_samples=11),),
-        valid=(),
-        valid_split=0.0,
-        preparation=Preparation(64),
-        packing=False,
-        seed=0,
-        workers=1,
-        cache=tmp_path / "cache",
-    )
+    options = unpacked(Source(str(write_lines(rows(7))), num_samples=11), tmp_path / "cache")
     order = prepare_sets(options, tmp_path / "tokenizer")["train"].dataset.order
     times = np.bincount(order.first_epoch()[0], minlength=7)
     assert sorted(times) == [1, 1, 1, 2, 2, 2, 2]
@@ -323,16 +328,8 @@ def test_what_is_supervised_is_counted_as_it_is_drawn(tool, write_lines):
 
 def test_a_split_is_of_the_samples_that_were_asked_for(small_tokenizer, tmp_path, write_lines):
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    options = DataOptions(
-        train=(Source(str(write_lines(rows(50))), num_samples=20),),
-        valid=(),
-        valid_split=0.25,
-        preparation=Preparation(128),
-        packing=False,
-        seed=1,
-        workers=1,
-        cache=tmp_path / "cache",
-    )
+    source = Source(str(write_lines(rows(50))), num_samples=20)
+    options = unpacked(source, tmp_path / "cache", valid_split=0.25)
     sets = prepare_sets(options, tmp_path / "tokenizer", epochs=1)
     shown = {
         name: {

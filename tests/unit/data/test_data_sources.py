@@ -85,6 +85,12 @@ def info(tmp_path):
     return tmp_path
 
 
+def test_an_entry_without_a_split_has_the_usual_one(info):
+    for split in ("train", ("validation", "test")):
+        (source,) = read_sources(["nothing_given"], dataset_info=str(info), split=split)
+        assert source.split == split
+
+
 @pytest.mark.parametrize(
     ("name", "roles"),
     [
