@@ -116,11 +116,20 @@ def prepared_chunks(
         progress: Called with a line of text about every two seconds.
 
     Raises:
-        DataError: A file cannot be read, its first record is in no known format, or no record is usable.
+        DataError: A file cannot be read, its first record is in no known format, no record is usable, or the
+            tokenizer cannot be used.
     """
     tell = _Ticker(progress, report)
     report.sources = [SourceCounts(source.path) for source in sources]
-    for chunk in _chunks(_tasks(sources), renderer, preparation, workers):
+    # Loaded here first, so that a tokenizer that cannot be used is reported once and by its reason.
+    loaded = _load_renderer(renderer, preparation) if isinstance(renderer, Path) else renderer
+    report.turn_end_id = loaded.markers.end_id
+    tasks = _tasks(sources)
+    if isinstance(renderer, Path) and workers > 1:
+        chunks = _parallel(tasks, renderer, preparation, workers)
+    else:
+        chunks = map(_Worker(loaded, preparation), tasks)
+    for chunk in chunks:
         if chunk.refused:
             raise DataError(chunk.refused)
         report.sources[chunk.source].add(chunk.read, chunk.lengths, chunk.labels)
@@ -191,17 +200,6 @@ def _noting_keys(records: Iterator[RawRecord], missing: set[str]) -> Iterator[Ra
         yield record
 
 
-def _chunks(
-    tasks: Iterable[_Task], renderer: ChatRenderer | Path, preparation: Preparation, workers: int
-) -> Iterator[Chunk]:
-    if isinstance(renderer, ChatRenderer):
-        yield from map(_Worker(renderer, preparation), tasks)
-    elif workers == 1:
-        yield from map(_Worker.load(renderer, preparation), tasks)
-    else:
-        yield from _parallel(tasks, renderer, preparation, workers)
-
-
 def _parallel(
     tasks: Iterable[_Task], tokenizer: Path, preparation: Preparation, workers: int
 ) -> Iterator[Chunk]:
@@ -232,7 +230,7 @@ _worker: _Worker | None = None
 def _start_worker(tokenizer: Path, preparation: Preparation) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker.load(tokenizer, preparation)
+    _worker = _Worker(_load_renderer(tokenizer, preparation), preparation)
 
 
 def _run_in_worker(task: _Task) -> Chunk:
@@ -246,11 +244,6 @@ class _Worker:
 
     renderer: ChatRenderer
     preparation: Preparation
-
-    @classmethod
-    def load(cls, tokenizer: Path, preparation: Preparation) -> _Worker:
-        renderer = ChatRenderer(load_tokenizer(tokenizer), preparation.training, preparation.day)
-        return cls(renderer, preparation)
 
     def __call__(self, task: _Task) -> Chunk:
         outcomes: list[Conversation | BrokenRecord] = []
@@ -333,6 +326,10 @@ class _Worker:
                 f"the record has {length} tokens, the sequence length is {seq_length}",
             )
         return example
+
+
+def _load_renderer(tokenizer: Path, preparation: Preparation) -> ChatRenderer:
+    return ChatRenderer(load_tokenizer(tokenizer), preparation.training, preparation.day)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

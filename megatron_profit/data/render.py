@@ -46,11 +46,14 @@ class TurnMarkers:
         header: Text right before every assistant turn, e.g. "<|im_start|>assistant\\n".
         end: Text that ends the turn, e.g. "<|im_end|>"; the model must produce it.
         opening: Token that begins a turn of any role, e.g. "<|im_start|>"; "" if there is none.
+        end_id: Id of the first added token in `end`, at which generation has to stop; None where `end` is
+            ordinary text only.
     """
 
     header: str
     end: str
     opening: str
+    end_id: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +249,22 @@ class ChatRenderer:
         opening = self._common_tokens(probe.after_earlier.removeprefix(common), header)
         # Ordinary text, such as "###", may well stand in an answer; it would not tell turns apart.
         is_token = _tokens(self._tokenizer, opening)
-        return TurnMarkers(header, common.rstrip(), opening if is_token else "")
+        end = common.rstrip()
+        end_id = self._added_id_after(probe.talk, _ANSWERED_AGAIN, end)
+        return TurnMarkers(header, end, opening if is_token else "", end_id)
+
+    def _added_id_after(self, text: str, sentinel: str, end: str) -> int | None:
+        """Id of the first added token in the `end` that follows the sentinel, None if there is none."""
+        begin = text.index(sentinel) + len(sentinel)
+        limit = begin + text[begin:].index(end) + len(end)
+        encoding = self._encode(text).encodings[0]
+        added = set(self._tokenizer.get_added_vocab().values())
+        inside = (
+            token
+            for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
+            if begin <= first and last <= limit and token in added
+        )
+        return next(inside, None)
 
     def _header(self, probe: "_Probe") -> str:
         """What the generation prompt, an earlier answer's beginning and the last one's share.
@@ -279,6 +297,7 @@ class ChatRenderer:
                 before_last=_between(talk, _ASKED_AGAIN, _ANSWERED_AGAIN),
                 after_earlier=_between(talk, _ANSWERED, _ASKED_AGAIN),
                 after_last=_after(talk, _ANSWERED_AGAIN),
+                talk=talk,
             )
         except Exception as error:  # a template is a program: it may fail in any way
             raise DataError(
@@ -314,7 +333,8 @@ class _Probe:
 
     Two questions and answers are rendered, and the first question alone without and with the
     generation prompt. `after_question` is what ends the lone question, `prompt` that and the
-    generation prompt; the rest surrounds the first answer (`earlier`) and the second (`last`).
+    generation prompt; the rest surrounds the first answer (`earlier`) and the second (`last`) in the
+    whole `talk`.
     """
 
     after_question: str
@@ -323,6 +343,7 @@ class _Probe:
     before_last: str
     after_earlier: str
     after_last: str
+    talk: str
 
 
 def _common_prefix(texts: list[str]) -> str:

@@ -77,6 +77,8 @@ class PreparationReport:
             of messages as "messages.NAME".
         longest: Ids of the longest usable record, before truncation.
         lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
+        turn_end_id: Id of the token that ends the assistant's turns, as training teaches it; None where the
+            chat template ends them in ordinary text.
     """
 
     sources: list[SourceCounts] = field(default_factory=list)
@@ -86,6 +88,7 @@ class PreparationReport:
     longest: int = 0
     lengths: list[int] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
+    turn_end_id: int | None = None
 
     @property
     def read(self) -> int:

@@ -54,7 +54,7 @@ def same(left, right):
     )
 
 
-def test_data_are_prepared_once_and_mapped(prepared, monkeypatch):
+def test_data_are_prepared_once_and_mapped(prepared, small_tokenizer, monkeypatch):
     first = prepared()
     assert isinstance(first.examples.ids, np.memmap)
     assert first.report.kept == 400
@@ -63,6 +63,7 @@ def test_data_are_prepared_once_and_mapped(prepared, monkeypatch):
     second = prepared()
     assert same(first, second)
     assert second.report == first.report
+    assert second.report.turn_end_id == small_tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_records_are_named_by_the_file_of_a_folder_and_the_line(prepared, write_lines, tmp_path):
@@ -126,7 +127,9 @@ def test_whatever_changes_the_result_is_prepared_anew(prepared, sources, tokeniz
 def test_several_processes_give_the_same_examples(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 50)
     alone = prepared()
-    assert same(alone, prepared(folder=tmp_path / "other", workers=2))
+    together = prepared(folder=tmp_path / "other", workers=2)
+    assert same(alone, together)
+    assert alone.report == together.report
 
 
 def test_a_broken_line_goes_to_another_process(prepared, sources, tmp_path):

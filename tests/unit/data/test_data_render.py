@@ -31,6 +31,23 @@ def test_markers_are_learnt(make_tokenizer, templates, name, header, end, openin
     assert (markers.header, markers.end, markers.opening) == (header, end, opening)
 
 
+@pytest.mark.parametrize(
+    ("end", "token"),
+    [
+        ("<|im_end|>", "<|im_end|>"),
+        ("\\n<|im_end|>\\n<|endoftext|>", "<|im_end|>"),
+        ("</s>", "</s>"),
+        ("### End", None),
+    ],
+)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_the_token_that_ends_a_turn_is_known(make_tokenizer, templates, end, token, trim_offsets):
+    template = templates.chatml.replace("<|im_end|>", end)
+    tokenizer = make_tokenizer(template, trim_offsets=trim_offsets)
+    expected = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    assert ChatRenderer(tokenizer).markers.end_id == expected
+
+
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
 @pytest.mark.parametrize("trim_offsets", [False, True])
 def test_ids_equal_those_of_the_tokenizer(
