@@ -23,12 +23,12 @@ def zstd(data):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("a.jsonl.zst", zstd(LINES)),
-        ("a.JSONL.GZ", gzip.compress(LINES)),
+        ("a.JSONL.GZ", gzip.compress(LINES, mtime=0)),
         ("a.ndjson", LINES),
-        ("a.ndjson.gz", gzip.compress(LINES)),
+        ("a.ndjson.gz", gzip.compress(LINES, mtime=0)),
         ("a.ndjson.zst", zstd(LINES)),
     ],
 )
@@ -42,13 +42,13 @@ def test_compressed_files(tmp_path, name, data):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES * 999)[:-40]),
+        ("a.jsonl.gz", gzip.compress(LINES * 999, mtime=0)[:-40]),
         ("a.jsonl.gz", b"not gzip at all"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:20] + b"xxxxxxxxxxxxxxxx"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:20] + b"xxxxxxxxxxxxxxxx"),
         ("a.jsonl.zst", zstd(LINES * 999)[:-9]),
         ("a.jsonl.zst", b"not zstd at all"),
-        ("a.parquet.gz", gzip.compress(LINES)),
-        ("a.gz", gzip.compress(LINES)),
+        ("a.parquet.gz", gzip.compress(LINES, mtime=0)),
+        ("a.gz", gzip.compress(LINES, mtime=0)),
         ("a.arrow", b"not arrow at all"),
     ],
 )
