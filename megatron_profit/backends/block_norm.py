@@ -1,7 +1,7 @@
 """The Euclidean norm of large tensors, in blocks that fp32 can add up.
 
 On a CPU, torch's norm adds all squares of a tensor to a few fp32 accumulators. Beyond some million elements
-the next square is lost in the sum: the norm is 0.2 % too small at 28 million elements, and 2 % at 156 million.
+the next square is lost in the sum: the norm is 0.2 % too small at 28 million elements, 2 % at 156 million.
 """
 
 from __future__ import annotations
