@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034 # the arrays are for the scripts that source this
-# What the launch scripts here share; they source this file. Objective and optimizer are those of the ProFit paper
+# What the launch scripts here share; they source this file. Objective and optimizer follow the ProFit paper
 # (docs/objectives.md); a script adds model, layout and machines. By environment variables:
 #
 #   MODEL           HuggingFace folder to start from         DATA   chat files, separated by spaces

@@ -235,7 +235,7 @@ _TP4, _TP8 = (f"--tensor-model-parallel-size {n} --sequence-parallel" for n in (
 _EVEN = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
 _EXPERTS = f"{_EVEN} --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 {_FULL}"
 _PP4, _PP8 = (f"{_TP4} --pipeline-model-parallel-size {n} {_EXPERTS}" for n in (4, 8))
-# Model, GPUs, rows of a step, layout: those of docs/scaling.md.
+# Model, GPUs, rows of a step, layout; docs/scaling.md shows them.
 RECOMMENDED = (
     ("Qwen3-14B", 8, 4, f"{_TP4} {_FULL}"),
     ("Qwen3-14B", 16, 4, _TP4),

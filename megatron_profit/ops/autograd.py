@@ -53,8 +53,8 @@ class Work:
 class LinearObjectiveFunction(torch.autograd.Function):
     """Attaches a known per-token loss to the graph of hidden states and output layer.
 
-    Inputs: hidden [N, H], weight [V, H], loss [M], coefficient [M] = -dloss/dlog p, what is known of
-    the softmax, and the work. Output: loss [N], 0 in the rows that are not supervised.
+    Inputs: hidden [N, H], weight [V, H], loss [M], coefficient [M] = -dloss/dlog p, the
+    ``SoftmaxNormalizer``, and the work. Output: loss [N], 0 in the rows that are not supervised.
     """
 
     @staticmethod

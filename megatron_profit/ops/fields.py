@@ -33,8 +33,8 @@ class Fields:
     top (20 rows)           the 20 largest logits in any order, -inf where there are fewer
     ======================= ===========================================================
 
-    Where m is -inf, 0 takes its place in the exponents. The target joins the sums at the end: what the
-    other entries leave of a probability near 1 would be lost beside it.
+    Where m is -inf, 0 takes its place in the exponents. The target joins the sums at the end: added to its
+    exponential, small ones would be rounded away. For example, 1 + 1e-9 is 1 in float32.
 
     Attributes:
         entropy: index of the field; None when it is not wanted.
@@ -98,12 +98,12 @@ class Fields:
         shift = total[TARGET] - finite_max(total[MAX_LOGIT])
         target, rest = shift.exp(), total[REST]
         sum_exp = target + rest
-        # A target above the rest is the largest logit, whose exponential is 1. Beside it, the rest would be
-        # rounded away as p comes near to 1.
+        # A target above the rest is the largest logit, and its exponential 1. log1p keeps the digits of a rest
+        # that 1 + rest would lose.
         log_sum = torch.where(target > rest, rest.log1p(), sum_exp.log())
         statistics = {"log_prob": shift - log_sum, "softmax_prob": target / sum_exp}
         if self.entropy is not None:
-            # A target of probability 0 adds nothing; 0 * -inf would be NaN.
+            # For a target of probability 0, 0 * -inf would be NaN.
             of_target = target * shift.clamp(min=torch.finfo(shift.dtype).min)
             statistics["entropy"] = log_sum - (total[self.entropy] + of_target) / sum_exp
         if self.sum_squared_prob is not None:

@@ -36,8 +36,8 @@ class BlockKernels(NamedTuple):
         statistics: (logits, column, fields, workspace) to partial statistics [parts, fields, n]
             (see ``Fields``); leaves the logits as they are.
         gradient_: (grad, source, column, coefficient, at_target, max_logit, sum_exp, workspace) fills
-            ``grad`` [n, v] with coefficient * (softmax - onehot) in its dtype; ``at_target`` is what
-            belongs in the target's column. The logits are what is in ``grad``, or with a
+            ``grad`` [n, v] with coefficient * (softmax - onehot) in its dtype; ``at_target`` is the
+            value for the target's column. The logits are what is in ``grad``, or with a
             ``source``, which is (logits [m, v], rows [n] int64), ``logits[rows]``.
     """
 

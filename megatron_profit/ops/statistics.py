@@ -28,8 +28,8 @@ _PARTS_AT_ONCE = 32
 class SoftmaxNormalizer(NamedTuple):
     """All that is kept of every row's logits: softmax = exp(logit - max_logit) / sum_exp.
 
-    Two numbers and not the one log-sum-exp, whose rounding would be large beside large logits. The
-    target's own softmax is that of ``log_prob``, which tells it from 1 to the last digit.
+    Two numbers and not the one log-sum-exp, whose rounding would be large beside large logits. ``log_prob``
+    of the target tells its softmax from 1 where that is 1 in float32.
     """
 
     max_logit: Tensor  # [M]

@@ -375,7 +375,7 @@ def of_one_token(objective, gap, dtype, **options):
 
 
 def softmax_minus_onehot(gap):
-    """[V] of that token in float64: at the target minus the sum of the others, which loses nothing."""
+    """[V] of that token in float64: at the target minus the sum of the others, without cancellation."""
     gradient = LOGITS.nan_to_num(gap).softmax(-1)
     gradient[2] = 0
     gradient[2] = -gradient.sum()

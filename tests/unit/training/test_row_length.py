@@ -1,4 +1,4 @@
-"""Rows of one record each are cut where the layout allows it, and nothing that counts is lost."""
+"""Rows of one record each are cut where the layout allows it, and keep every label."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_packed_rows_stay_whole(parse):
 
 def test_experts_take_rows_of_any_length_from_each_rank(parse):
     assert row_multiple(parse("--expert-model-parallel-size 4", **EXPERTS)) == 64
-    # The dispatcher's default is allgather, and says nothing about a model without experts.
+    # allgather is the dispatcher's default, also for models without experts.
     assert row_multiple(parse("")) == 64
 
 
