@@ -183,8 +183,12 @@ class _LogitsGradient:
 
     def _fill(self, grad: Tensor, source: Source, column: Tensor, part: slice) -> None:
         """Fills a part of the rows of ``grad``."""
-        vectors = [vector[part] for vector in self._vectors]
-        self._gradient_(grad[part], source, column[part], *vectors, self._workspace)
+        coefficient, at_target, max_logit, sum_exp = (vector[part] for vector in self._vectors)
+        self._gradient_(
+            *(grad[part], source, column[part]),
+            *(coefficient, at_target, max_logit, sum_exp),
+            self._workspace,
+        )
 
 
 class _HiddenGradient:

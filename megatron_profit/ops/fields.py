@@ -98,8 +98,8 @@ class Fields:
         shift = total[TARGET] - finite_max(total[MAX_LOGIT])
         target, rest = shift.exp(), total[REST]
         sum_exp = target + rest
-        # A target above the rest is the largest logit, and its exponential 1. log1p keeps the digits of a rest
-        # that 1 + rest would lose.
+        # A target above the rest is the largest logit: its exponential is 1. log1p keeps digits of the rest
+        # that 1 + rest loses.
         log_sum = torch.where(target > rest, rest.log1p(), sum_exp.log())
         statistics = {"log_prob": shift - log_sum, "softmax_prob": target / sum_exp}
         if self.entropy is not None:
