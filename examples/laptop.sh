@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 source examples/common.sh
 
 DATA=${DATA:-examples/data/arithmetic_chatty.jsonl}
-SEQ_LENGTH=${SEQ_LENGTH:-64}
+SEQ_LENGTH=${SEQ_LENGTH:-256}
 TAU=${TAU:-0.001}
 RUN=${RUN:-runs/laptop}
 OMP_NUM_THREADS=${LAPTOP_THREADS:-1}

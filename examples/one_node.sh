@@ -8,9 +8,11 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 MODEL=${MODEL:-Qwen3-14B-Base}
-recipe
 case $(basename "$MODEL") in
-*-4B*) layout --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 ;;
+*-4B*)
+    GLOBAL_BATCH=${GLOBAL_BATCH:-8} # a row for each replica
+    layout --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+    ;;
 *-14B*)
     layout --tensor-model-parallel-size 4 --sequence-parallel \
         --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
@@ -20,6 +22,7 @@ case $(basename "$MODEL") in
     layout
     ;;
 esac
+recipe
 
 launch --standalone --nproc-per-node "${GPUS_PER_NODE:-8}" \
     -m megatron_profit.sft --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather \

@@ -5,7 +5,7 @@
         --setting gsm8k=train.jsonl,test.jsonl --data-columns prompt=question response=answer \
         --answer-pattern '-?[0-9][0-9,.]*' \
         --run "sft=--objective sft" --run "dft=--objective dft" \
-        --train "--seq-length 1024 --micro-batch-size 4 --global-batch-size 32 --train-iters 200 --lr 1e-5"
+        --train "--seq-length 1024 --micro-batch-size 2 --global-batch-size 8 --train-iters 200 --lr 1e-5"
 
 A run is one (setting, objective, seed): a training with the real entry, an export, and greedy answers of the
 exported model. An answer is right when the last match of the pattern is that of the reference answer.

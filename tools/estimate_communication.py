@@ -235,12 +235,15 @@ _TP4, _TP8 = (f"--tensor-model-parallel-size {n} --sequence-parallel" for n in (
 _EVEN = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
 _EXPERTS = f"{_EVEN} --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 {_FULL}"
 _PP4, _PP8 = (f"{_TP4} --pipeline-model-parallel-size {n} {_EXPERTS}" for n in (4, 8))
-# Model, GPUs, global batch, layout: those of docs/scaling.md.
+# Model, GPUs, rows of a step, layout; docs/scaling.md shows them.
 RECOMMENDED = (
+    ("Qwen3-14B", 8, 4, f"{_TP4} {_FULL}"),
+    ("Qwen3-14B", 16, 4, _TP4),
     ("Qwen3-14B", 8, 32, f"{_TP4} {_FULL}"),
     ("Qwen3-14B", 16, 32, _TP4),
     ("Qwen3-14B", 64, 32, _TP4),
     ("Qwen3-14B", 1024, 1024, _TP4),
+    ("Qwen3-32B", 16, 4, f"{_TP8} {_FULL}"),
     ("Qwen3-32B", 16, 32, f"{_TP8} {_FULL}"),
     ("Qwen3-32B", 32, 32, _TP8),
     ("Qwen3-32B", 128, 32, _TP8),
@@ -255,7 +258,7 @@ RECOMMENDED = (
 @functools.cache
 def recommended_run(model: str, gpus: int, batch: int, layout: str) -> RunShape:
     """A row of the table, with rows of 8,192 tokens."""
-    flags = "--seq-length 8192 --no-packing --micro-batch-size 1 --bf16 --use-distributed-optimizer"
+    flags = "--seq-length 8192 --micro-batch-size 1 --bf16 --use-distributed-optimizer"
     return read_run(
         [*flags.split(), "--global-batch-size", str(batch), *layout.split()], gpus, model
     )
@@ -265,7 +268,7 @@ def table(machine: Machine) -> str:
     """The layouts of docs/scaling.md in Markdown."""
     names = ("tensor", "pipeline", "context", "expert", "data")
     lines = [
-        "| model | GPUs | batch | TP x PP x EP, DP | recompute | GiB a GPU | "
+        "| model | GPUs | rows | TP x PP x EP, DP | recompute | GiB a GPU | "
         + "GiB sent a step: "
         + " / ".join(names)
         + " | compute | bubble | sending |",

@@ -9,6 +9,7 @@ command line can be pasted as it is. For each pipeline rank it shows weights, gr
 activations and the output layer, and whether the largest fits; beside them Megatron's own estimate
 (megatron/training/theoretical_memory_usage.py) and why the two differ.
 
+Rows count as full, which packed rows are; with --no-packing the numbers are an upper bound.
 Weights, gradients and optimizer state are counted; activations are what the layers of Transformer Engine, or
 Megatron's local ones on a GPU, keep for the backward pass, tensor by tensor (docs/scaling.md says what was
 compared with real runs). Not known: fp8, offloading, a free pipeline layout, a reference model.

@@ -63,7 +63,8 @@ def describe(name: str, sets: dict[str, PreparedSet]) -> str:
     found, report = sets[name], sets[name].prepared.report
     if name != "train" and found.prepared is sets["train"].prepared:
         return f"{name} data, set aside of the records above: {found.packing}"
-    return f"{name} data: {report}\n{found.packing}"
+    warning = found.packing.warning if name == "train" else None
+    return f"{name} data: {report}\n{found.packing}" + (f"\nwarning: {warning}" if warning else "")
 
 
 def _parser() -> argparse.ArgumentParser:

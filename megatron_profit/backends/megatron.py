@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.backends.block_norm import block_norm
 from megatron_profit.backends.chained_optimizer import regrouped
 from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
@@ -105,6 +106,27 @@ def _load_with_another_number_of_optimizers() -> None:
         original(self, state_dict)
 
     ChainedOptimizer.load_state_dict = load_state_dict
+
+
+def _add_up_norms_in_blocks() -> None:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.training.utils import common_utils
+
+    def l2_norm(
+        chunk_size: int, noop_flag: Any, tensor_lists: Any, per_tensor: bool, *args: Any
+    ) -> tuple[Any, None]:
+        return block_norm([tensor for tensors in tensor_lists for tensor in tensors]), None
+
+    original = utils.local_multi_tensor_l2_norm
+    for module, name in (
+        (utils, "local_multi_tensor_l2_norm"),
+        (clip_grads, "l2_norm_impl"),
+        (common_utils, "multi_tensor_l2norm"),
+    ):
+        # Elsewhere the two stand for a kernel of Transformer Engine or Apex.
+        if getattr(module, name) is original:
+            setattr(module, name, l2_norm)
 
 
 def _announce_train_steps() -> None:
@@ -300,6 +322,15 @@ MEGATRON_PATCHES = (
         reason="A checkpoint of a run with expert parallelism, which has an optimizer of its own for the "
         "experts, is refused by a run without, and the other way round, although nothing is missing.",
         apply=_load_with_another_number_of_optimizers,
+    ),
+    Patch(
+        name="norm-in-blocks",
+        upstream=_MEGATRON,
+        file="megatron/core/utils.py",
+        reason="Without Apex and Transformer Engine, the norms of gradients and parameters are torch.norm in "
+        "fp32, which on a CPU is too small for large tensors: by 0.2 % at 28 million elements, and less "
+        "where a layout splits them, so that clipping depends on the layout.",
+        apply=_add_up_norms_in_blocks,
     ),
     Patch(
         name="before-train-step",

@@ -36,8 +36,8 @@ from megatron_profit.models.record_spans import Piece, RecordSpans
 
 # Queries that attend at once where a mask is needed, which has this many rows.
 _QUERY_BLOCK = 1024
-# Records give each micro-batch shapes of its own, and cuDNN, which torch prefers on some GPUs, builds a plan
-# for each: 50 ms and more.
+# Each micro-batch has shapes of its own, by its records or by the length of its rows, and cuDNN, which torch
+# prefers on some GPUs, builds a plan for each: 50 ms and more.
 _FOR_NEW_SHAPES = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -128,7 +128,9 @@ class ScaledDotProductAttention(MegatronModule):
             raise ValueError("an attention bias needs Transformer Engine")
         if packed_seq_params is None and self.cp_group is None:
             heads_first = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-            return self._attend(*heads_first, attention_mask).permute(2, 0, 1, 3).flatten(2)
+            with sdpa_kernel(_FOR_NEW_SHAPES, set_priority=True):
+                context = self._attend(*heads_first, attention_mask)
+            return context.permute(2, 0, 1, 3).flatten(2)
         if not isinstance(packed_seq_params, RecordSpans) or attention_mask is not None:
             raise ValueError(
                 "without Transformer Engine, packed rows and context parallelism go by RecordSpans "

@@ -20,6 +20,9 @@ from megatron_profit.objectives.checks import number_in
 from megatron_profit.objectives.numerics import log1mexp, log_ratio
 from megatron_profit.objectives.registry import register_objective
 
+# The least 1 - p, for weights that fit float32 also times the loss scale of float16.
+_LEAST = 1e-20
+
 
 @register_objective("asft")
 @dataclass(frozen=True)
@@ -36,7 +39,10 @@ class ASFT(Objective):
     of the full KL; on the others it acts in proportion to their p_v, where the full KL pulls each to
     its own reference. The weight is negative where the model has moved far above the reference.
 
-    Within one rounding of p = 1 the quotient has no meaning; 1 - p counts as that rounding there.
+    The weight grows like 1 / (1 - p) towards p = 1. Its product with softmax - onehot stays finite, as
+    every entry holds a factor of at most 1 - p: the target is pulled down by lambda (p - p_ref) however
+    certain it is. 1 - p counts as 1e-20 where it is less, so that the weight fits float32; the pull fades
+    there, and it is 0 at p = 1.
 
     Attributes:
         kl_weight: lambda, 0 or more; 0 is DFT.
@@ -80,8 +86,8 @@ def two_outcome_kl(ref_log_prob: Tensor, log_prob: Tensor) -> Tensor:
 
 
 def _log_complement(log_prob: Tensor) -> Tensor:
-    """log(1 - p), with 1 - p at least the rounding of numbers near 1."""
-    return log1mexp(log_prob.clamp(max=-torch.finfo(log_prob.dtype).eps))
+    """log(1 - p), with 1 - p at least ``_LEAST``."""
+    return log1mexp(log_prob.clamp(max=-_LEAST))
 
 
 def _ref(statistics: TokenStatistics) -> Tensor:

@@ -53,8 +53,8 @@ class Work:
 class LinearObjectiveFunction(torch.autograd.Function):
     """Attaches a known per-token loss to the graph of hidden states and output layer.
 
-    Inputs: hidden [N, H], weight [V, H], loss [M], coefficient [M] = -dloss/dlog p, the normalizer
-    of the softmax, and the work. Output: loss [N], 0 in the rows that are not supervised.
+    Inputs: hidden [N, H], weight [V, H], loss [M], coefficient [M] = -dloss/dlog p, the
+    ``SoftmaxNormalizer``, and the work. Output: loss [N], 0 in the rows that are not supervised.
     """
 
     @staticmethod
@@ -74,14 +74,14 @@ class LinearObjectiveFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, coefficient, max_logit, sum_exp = ctx.saved_tensors
+        hidden, weight, coefficient, *normalizer = ctx.saved_tensors
         work: Work = ctx.work
         with input_precision(hidden):
             grad_hidden, grad_weight = _input_gradients(
                 hidden,
                 weight,
                 coefficient * grad_loss[work.rows.index],
-                SoftmaxNormalizer(max_logit, sum_exp),
+                SoftmaxNormalizer(*normalizer),
                 work,
                 *ctx.needs_input_grad[:2],
             )
@@ -114,7 +114,10 @@ def _input_gradients(
     hidden_rows = hidden[work.rows.index[active]]
     targets = work.rows.targets[active]
     workspace = Workspace(hidden.device)
-    vectors = (coefficient[active], *(vector[active] for vector in normalizer))
+    max_logit, sum_exp, log_prob = (vector[active] for vector in normalizer)
+    # p - 1 from log p: a softmax near 1 has lost it.
+    at_target = coefficient[active] * torch.expm1(log_prob)
+    vectors = (coefficient[active], at_target, max_logit, sum_exp)
     logits_grad = _LogitsGradient(hidden_rows, active, vectors, work, workspace)
     hidden_grad = _HiddenGradient(hidden_rows, workspace) if want_hidden else None
     weight_grad = None
@@ -142,7 +145,7 @@ class _LogitsGradient:
     Args:
         hidden_rows: [A, H].
         active: [A] ascending positions among the M rows.
-        vectors: coefficient, max_logit and sum_exp, each [A].
+        vectors: coefficient, at_target, max_logit and sum_exp, each [A]; see ``BlockKernels``.
         work: has the kept logits, which are used up.
         workspace: has the buffer of the result.
     """
@@ -180,9 +183,11 @@ class _LogitsGradient:
 
     def _fill(self, grad: Tensor, source: Source, column: Tensor, part: slice) -> None:
         """Fills a part of the rows of ``grad``."""
-        coefficient, max_logit, sum_exp = (vector[part] for vector in self._vectors)
+        coefficient, at_target, max_logit, sum_exp = (vector[part] for vector in self._vectors)
         self._gradient_(
-            grad[part], source, column[part], coefficient, max_logit, sum_exp, self._workspace
+            *(grad[part], source, column[part]),
+            *(coefficient, at_target, max_logit, sum_exp),
+            self._workspace,
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 TOP = 20  # candidates that a part contributes to the top-20 entropy
 
-MAX_LOGIT, SUM_EXP, TARGET = range(3)
+MAX_LOGIT, REST, TARGET = range(3)
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class Fields:
 
     ======================= ===========================================================
     MAX_LOGIT               m, the largest logit of the part; -inf for an empty part
-    SUM_EXP                 sum of exp(logit - m)
+    REST                    sum of exp(logit - m) over all entries but the target
     TARGET                  the target's logit, -inf where it is in another part
-    entropy                 sum of exp(logit - m) * (logit - m)
-    sum_squared_prob        sum of exp(logit - m) ** 2
+    entropy                 sum of exp(logit - m) * (logit - m), likewise
+    sum_squared_prob        sum of exp(logit - m) ** 2, likewise
     top (20 rows)           the 20 largest logits in any order, -inf where there are fewer
     ======================= ===========================================================
 
-    Where m is -inf, 0 takes its place in the exponents.
+    Where m is -inf, 0 takes its place in the exponents. The target joins the sums at the end: added to its
+    exponential, small ones would be rounded away. For example, 1 + 1e-9 is 1 in float32.
 
     Attributes:
         entropy: index of the field; None when it is not wanted.
@@ -77,14 +78,12 @@ class Fields:
         factor = shift.exp()
         total = torch.empty_like(parts[0])
         total[MAX_LOGIT] = max_logit
-        total[SUM_EXP] = (factor * parts[:, SUM_EXP]).sum(0)
+        total[REST] = (factor * parts[:, REST]).sum(0)
         total[TARGET] = parts[:, TARGET].amax(0)
         if self.entropy is not None:
             # An empty part has factor 0; 0 * -inf would be NaN.
             shift.clamp_(min=torch.finfo(shift.dtype).min).mul_(factor)
-            total[self.entropy] = (factor * parts[:, self.entropy] + shift * parts[:, SUM_EXP]).sum(
-                0
-            )
+            total[self.entropy] = (factor * parts[:, self.entropy] + shift * parts[:, REST]).sum(0)
         if self.sum_squared_prob is not None:
             total[self.sum_squared_prob] = (factor.square() * parts[:, self.sum_squared_prob]).sum(
                 0
@@ -96,17 +95,37 @@ class Fields:
 
     def statistics(self, total: Tensor) -> dict[str, Tensor]:
         """Statistics [n] by their names in ``TokenStatistics``, from [size, n] of all logits."""
-        sum_exp, target = total[SUM_EXP], total[TARGET] - finite_max(total[MAX_LOGIT])
-        log_sum = sum_exp.log()
-        statistics = {"log_prob": target - log_sum, "softmax_prob": target.exp() / sum_exp}
+        shift = total[TARGET] - finite_max(total[MAX_LOGIT])
+        target, rest = shift.exp(), total[REST]
+        sum_exp = target + rest
+        # A target above the rest is the largest logit: its exponential is 1. log1p keeps digits of the rest
+        # that 1 + rest loses.
+        log_sum = torch.where(target > rest, rest.log1p(), sum_exp.log())
+        statistics = {"log_prob": shift - log_sum, "softmax_prob": target / sum_exp}
         if self.entropy is not None:
-            statistics["entropy"] = log_sum - total[self.entropy] / sum_exp
+            # For a target of probability 0, 0 * -inf would be NaN.
+            of_target = target * shift.clamp(min=torch.finfo(shift.dtype).min)
+            statistics["entropy"] = log_sum - (total[self.entropy] + of_target) / sum_exp
         if self.sum_squared_prob is not None:
-            statistics["sum_squared_prob"] = total[self.sum_squared_prob] / sum_exp.square()
+            squares = total[self.sum_squared_prob] + target.square()
+            statistics["sum_squared_prob"] = squares / sum_exp.square()
         if self.top is not None:
-            probs = total[self.top].softmax(0)
-            statistics["top20_entropy"] = torch.special.entr(probs).sum(0)
+            statistics["top20_entropy"] = _entropy(total[self.top])
         return statistics
+
+
+def sum_of_exp(total: Tensor) -> Tensor:
+    """[n] sum of exp(logit - m) over all logits, from their partial statistics [size, n]."""
+    return total[REST] + (total[TARGET] - finite_max(total[MAX_LOGIT])).exp()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """[n] entropy in nats of the softmax of [20, n], also where one of them has nearly all of it."""
+    largest, place = logits.max(0, keepdim=True)
+    shift = (logits - finite_max(largest)).clamp(min=torch.finfo(logits.dtype).min)
+    others = shift.exp().scatter(0, place, 0.0)
+    rest = others.sum(0)
+    return rest.log1p() - (others * shift).sum(0) / (1 + rest)
 
 
 def finite_max(max_logit: Tensor) -> Tensor:

@@ -35,13 +35,14 @@ class BlockKernels(NamedTuple):
     Attributes:
         statistics: (logits, column, fields, workspace) to partial statistics [parts, fields, n]
             (see ``Fields``); leaves the logits as they are.
-        gradient_: (grad, source, column, coefficient, max_logit, sum_exp, workspace) fills ``grad`` [n,
-            v] with coefficient * (softmax - onehot) in its dtype. The logits are what is in ``grad``,
-            or with a ``source``, which is (logits [m, v], rows [n] int64), ``logits[rows]``.
+        gradient_: (grad, source, column, coefficient, at_target, max_logit, sum_exp, workspace) fills
+            ``grad`` [n, v] with coefficient * (softmax - onehot) in its dtype; ``at_target`` is the
+            value for the target's column. The logits are what is in ``grad``, or with a
+            ``source``, which is (logits [m, v], rows [n] int64), ``logits[rows]``.
     """
 
     statistics: Callable[[Tensor, Tensor, Fields, Workspace], Tensor]
-    gradient_: Callable[[Tensor, Source, Tensor, Tensor, Tensor, Tensor, Workspace], None]
+    gradient_: Callable[[Tensor, Source, Tensor, Tensor, Tensor, Tensor, Tensor, Workspace], None]
 
 
 TORCH = BlockKernels(torch_kernels.block_statistics, torch_kernels.block_gradient_)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_profit.ops.collectives import VocabShard
-from megatron_profit.ops.fields import MAX_LOGIT, SUM_EXP, Fields, finite_max
+from megatron_profit.ops.fields import MAX_LOGIT, Fields, finite_max, sum_of_exp
 from megatron_profit.ops.kernels import BlockKernels
 from megatron_profit.ops.rows import SupervisedRows, statistics_dtype
 from megatron_profit.ops.tiling import Tiling, Workspace
@@ -28,11 +28,13 @@ _PARTS_AT_ONCE = 32
 class SoftmaxNormalizer(NamedTuple):
     """All that is kept of every row's logits: softmax = exp(logit - max_logit) / sum_exp.
 
-    Two numbers and not the one log-sum-exp, whose rounding would be large beside large logits.
+    Two numbers and not the one log-sum-exp, whose rounding would be large beside large logits. ``log_prob``
+    of the target tells its softmax from 1 where that is 1 in float32.
     """
 
     max_logit: Tensor  # [M]
     sum_exp: Tensor  # [M]
+    log_prob: Tensor  # [M]
 
 
 def linear_token_statistics(
@@ -77,5 +79,7 @@ def linear_token_statistics(
         if len(parts) == _PARTS_AT_ONCE:
             parts = [fields.combined(torch.cat(parts))[None]]
     total = fields.combined(shard.all_gather(fields.combined(torch.cat(parts))))
-    normalizer = SoftmaxNormalizer(finite_max(total[MAX_LOGIT]), total[SUM_EXP])
-    return normalizer, fields.statistics(total), kept
+    statistics = fields.statistics(total)
+    max_logit = finite_max(total[MAX_LOGIT])
+    normalizer = SoftmaxNormalizer(max_logit, sum_of_exp(total), statistics["log_prob"])
+    return normalizer, statistics, kept

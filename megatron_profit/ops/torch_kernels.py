@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_profit.ops.fields import MAX_LOGIT, SUM_EXP, TARGET, TOP, Fields, finite_max
+from megatron_profit.ops.fields import MAX_LOGIT, REST, TARGET, TOP, Fields, finite_max
 from megatron_profit.ops.rows import statistics_dtype
 from megatron_profit.ops.tiling import Source, Workspace, pass_entries
 
@@ -40,10 +40,13 @@ def _row_statistics(
     """Fills ``part`` [fields, n]."""
     shifted = _upcast(logits, workspace)
     column, here = _within(column, logits.size(1))
-    part[TARGET] = shifted.gather(1, column[:, None])[:, 0].masked_fill_(~here, -torch.inf)
+    target = shifted.gather(1, column[:, None])[:, 0]
+    part[TARGET] = target.masked_fill(~here, -torch.inf)
     part[MAX_LOGIT] = shifted.amax(1)
     if fields.top is not None:
         part[fields.top] = _largest(shifted)
+    # The sums leave the target out.
+    shifted.scatter_(1, column[:, None], target.masked_fill(here, -torch.inf)[:, None])
     shifted.sub_(finite_max(part[MAX_LOGIT])[:, None])
     shifted.mul_(_LOG2_E)
     if fields.entropy is None:
@@ -53,7 +56,7 @@ def _row_statistics(
         # A logit of -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
         shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(exp)
         part[fields.entropy] = shifted.sum(1) / _LOG2_E
-    part[SUM_EXP] = exp.sum(1)
+    part[REST] = exp.sum(1)
     if fields.sum_squared_prob is not None:
         part[fields.sum_squared_prob] = exp.square_().sum(1)
 
@@ -63,14 +66,15 @@ def block_gradient_(
     source: Source,
     column: Tensor,
     coefficient: Tensor,
+    at_target: Tensor,
     max_logit: Tensor,
     sum_exp: Tensor,
     workspace: Workspace,
 ) -> None:
     """Fills ``grad`` [n, v] with coefficient * (softmax - onehot); see ``BlockKernels``."""
     column, here = _within(column, grad.size(1))
+    column, here, at_target = column[:, None], here[:, None], at_target[:, None]
     factor = (coefficient / sum_exp)[:, None]
-    onehot = -coefficient.masked_fill(~here, 0.0)[:, None]
     upcast = statistics_dtype(grad.dtype) != grad.dtype
     for some in _passes(grad):
         if source is not None:
@@ -78,7 +82,8 @@ def block_gradient_(
             torch.index_select(logits, 0, rows[some], out=grad[some])
         result = _upcast(grad[some], workspace) if upcast else grad[some]
         result.sub_(max_logit[some, None]).mul_(_LOG2_E).exp2_().mul_(factor[some])
-        result.scatter_add_(1, column[some, None], onehot[some])
+        found = result.gather(1, column[some])
+        result.scatter_(1, column[some], torch.where(here[some], at_target[some], found))
         if upcast:
             grad[some] = result
 

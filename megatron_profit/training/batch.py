@@ -9,13 +9,15 @@ import torch
 from megatron.core import mpu
 
 from megatron_profit.models.record_spans import RecordSpans, context_parallel_index
+from megatron_profit.training.row_length import cut_rows
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch on the training device: tensors [B, L] int64.
 
-    L are the positions of a row that this rank holds, all of them without context parallelism.
+    L are the positions of a row that this rank holds, all of them without context parallelism. Micro-batches
+    differ in it where rows are cut (row_length.py).
 
     Attributes:
         tokens: Token ids.
@@ -38,7 +40,9 @@ class Batch:
     cu_seqlens: torch.Tensor
 
 
-def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool) -> Batch:
+def get_batch(
+    data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool, multiple: int | None = None
+) -> Batch:
     """Take the next micro-batch.
 
     Every rank reads its own copy of the whole rows, so nothing is broadcast, and middle pipeline stages know
@@ -47,8 +51,11 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, isolate: bool
     Args:
         data_iterator: Gives tensors [B, S] on the CPU.
         isolate: Whether attention is told where records lie.
+        multiple: Rows are cut after the longest record, to a multiple of this; None leaves them whole.
     """
     whole = next(data_iterator)
+    if multiple is not None:
+        whole = cut_rows(whole, multiple)
     cp = (mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank())
     own = context_parallel_index(whole["tokens"].size(1), *cp)
     part = {

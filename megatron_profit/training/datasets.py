@@ -14,6 +14,7 @@ from megatron.core.datasets.utils import Split
 from megatron_profit.data import (
     DataError,
     DataOptions,
+    PackingReport,
     Prepared,
     SFTDataset,
     load_tokenizer,
@@ -88,6 +89,7 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
     )
     train, valid = sets["train"], sets.get("valid")
     print_rank_0(f"> train data: {train.prepared.report}\n{train.packing}")
+    _tell_of_steps(train.packing, arguments.batch_size)
     if valid and valid.prepared is train.prepared:
         print_rank_0(f"> valid data, set aside of the records above: {valid.packing}")
     elif valid:
@@ -100,6 +102,19 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         valid and valid.prepared,
         _digest(train.prepared, arguments.data),
     )
+
+
+def _tell_of_steps(rows: PackingReport, batch_size: int) -> None:
+    """Say what a step of `batch_size` rows trains, and where the size of rows or steps is a mistake."""
+    print_rank_0(rows.of_step(batch_size))
+    if rows.warning is not None:
+        print_rank_0(f"> warning: {rows.warning}")
+    if rows.rows < batch_size:
+        shorter = " or a shorter --seq-length" if rows.rows < rows.examples else ""
+        print_rank_0(
+            f"> warning: an epoch has {rows.rows:,} rows, fewer than the {batch_size:,} of a step: give a "
+            f"smaller --global-batch-size{shorter}"
+        )
 
 
 def _digest(prepared: Prepared, options: DataOptions) -> str:

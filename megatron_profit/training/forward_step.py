@@ -15,6 +15,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron_profit.models.record_spans import rotary_angles
 from megatron_profit.training.batch import Batch, get_batch
 from megatron_profit.training.experts import router_padding
+from megatron_profit.training.row_length import row_multiple
 
 
 class BatchLoss(Protocol):
@@ -38,7 +39,9 @@ def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
         args, timers = get_args(), get_timers()
         gpt: GPTModel = unwrap_model(model)
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator, isolate=needs_record_spans(args))
+        batch = get_batch(
+            data_iterator, isolate=needs_record_spans(args), multiple=row_multiple(args)
+        )
         timers("batch-generator").stop()
         if batch.spans is not None:
             batch.spans.rotary = rotary_angles(gpt, batch.position_ids, args.seq_length)

@@ -22,7 +22,7 @@ from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
 from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.console import fail
+from megatron_profit.training.console import fail, print_rank_0
 from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.evaluation_report import EvaluationReport, first_records
 from megatron_profit.training.exit_signals import ExitSignals
@@ -38,6 +38,7 @@ from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.old_policy import OldPolicy
 from megatron_profit.training.reference_model import ReferenceModel
 from megatron_profit.training.resume import settle_checkpoints
+from megatron_profit.training.row_length import length_of_rows, stages_exchange_lengths
 from megatron_profit.training.run_monitor import RunMonitor
 from megatron_profit.training.save_lock import hold_new
 from megatron_profit.training.score_pass import ScorePass
@@ -70,6 +71,9 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     except AssertionError as error:
         fail(f"Megatron refuses the flags: {error or traceback.format_exc()}")
     model_config = gpt_config_from_args(args)
+    model_config.transformer.variable_seq_lengths = stages_exchange_lengths(args)
+    if not args.packing:
+        print_rank_0(f"> {length_of_rows(args)}")
     if args.spec is None:
         model_config.transformer_layer_spec = layer_spec
     if args.num_experts is not None:

@@ -73,7 +73,7 @@ class Model:
 def trained_models(dense: Path, folder: Path) -> dict[str, Model]:
     """The "dense" model of a HuggingFace folder and one with "experts", which is written into `folder`."""
     data = write_uneven_chats(EXAMPLES / "arithmetic_chatty.jsonl", folder / "chats.jsonl", TURNS)
-    plan = Plan(data, steps=3, batch=16, seq_length=96, clip_grad=1.0)
+    plan = Plan(data, steps=3, batch=16, seq_length=160, clip_grad=1.0)
     return {
         "dense": Model(dense, plan),
         "experts": Model(make_family(folder, "qwen3-moe").hf, replace(plan, balancing=1.0)),

@@ -45,7 +45,7 @@ class Plan:
     data: Path
     steps: int
     batch: int
-    seq_length: int = 48
+    seq_length: int = 96
     packing: bool = False
     rate: float = 1e-3
     clip_grad: float = 0.0

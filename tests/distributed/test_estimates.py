@@ -18,6 +18,7 @@ from estimate_memory import (
     output_bytes,
 )
 from make_tiny_model import TinyShape, make_tiny_model
+from plain_training import write_uneven_chats
 from run_shape import RunShape, read_run
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
@@ -34,13 +35,20 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {"dense": make_tiny_model(folder / "dense", sorted(DATA.glob("*.jsonl")), shape)}
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Records longer than a row: rows that are not full would be cut, and the estimates are of full rows."""
+    file = tmp_path_factory.mktemp("data") / "long.jsonl"
+    return write_uneven_chats(DATA / "arithmetic_base.jsonl", file, [12] * 16)
+
+
 @pytest.fixture
-def measure(torchrun, models, tmp_path):
+def measure(torchrun, models, data, tmp_path):
     """Runs a layout; gives it as the estimates see it, the numbers of its ranks, the supervised share."""
 
     def run(world_size: int, layout: str) -> tuple[RunShape, list[dict], float]:
         flags = [
-            *("--hf-model", models["dense"], "--data", DATA / "arithmetic_base.jsonl"),
+            *("--hf-model", models["dense"], "--data", data),
             *("--objective", "sft", "--seq-length", 256, "--micro-batch-size", 1, "--no-packing"),
             *("--global-batch-size", 8, "--lr", 1e-3, "--train-iters", 1, *layout.split()),
         ]

@@ -22,7 +22,7 @@ from megatron_profit.data import ChatRenderer, SFTDataset, build_examples
 from megatron_profit.objectives import token_uniform
 
 DATA = EXAMPLES / "arithmetic_chatty.jsonl"
-SEQ_LENGTH, BATCH, SEED = 48, 8, 5
+SEQ_LENGTH, BATCH, SEED = 100, 8, 5
 PACKED_LENGTH, PACKED_BATCH = 120, 4
 EPSILON, RATE = 1e4, 100.0
 
@@ -240,6 +240,7 @@ def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, la
     )
     assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
     assert logged(output, "supervised tokens") == len(kept)
+    assert "rows are cut after the longest record of their micro-batch" in output
 
 
 PACKED_LAYOUTS = {

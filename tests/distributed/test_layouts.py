@@ -19,6 +19,7 @@ DENSE = [
     "2 tp2 mb4 padded",
     "2 tp2 sp mb2 packed full",
     "2 pp2 mb4 uneven",
+    "2 pp2 vpp2 mb2",
     "2 pp2 vpp2 mb2 packed selective",
     "2 cp2 mb4",
     "2 cp2 mb2 packed",

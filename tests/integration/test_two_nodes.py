@@ -37,6 +37,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
         "DATA": str(folder / "chats.jsonl"),
         "SEQ_LENGTH": "48",
         "GLOBAL_BATCH": str(BATCH),
+        "TRAIN_ITERS": str(STEPS),
         "SAVE_INTERVAL": str(INTERVAL),
         "TAU": "0.001",
         "GPUS_PER_NODE": "1",

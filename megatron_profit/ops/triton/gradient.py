@@ -2,9 +2,9 @@
 
 One program works on one row and STEP columns, and finds its row of logits through an index, so that
 rows of no gradient are left out without a copy of the others. The softmax is exp(logit - max) / sum
-with the maximum and the sum over the whole vocabulary, which are known by then. Arithmetic is
-float32; the result is rounded once, to the dtype of the logits. Offsets are int64: rows x columns may
-exceed 2**31.
+with the maximum and the sum over the whole vocabulary, which are known by then; the target's own entry
+comes from the caller, who knows its p - 1 to the last digit. Arithmetic is float32; the result is
+rounded once, to the dtype of the logits. Offsets are int64: rows x columns may exceed 2**31.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def block_gradient_(
     source: Source,
     column: Tensor,
     coefficient: Tensor,
+    at_target: Tensor,
     max_logit: Tensor,
     sum_exp: Tensor,
     workspace: Workspace,
@@ -37,6 +38,7 @@ def block_gradient_(
         grad,
         column,
         coefficient,
+        at_target,
         max_logit,
         sum_exp,
         width,
@@ -53,6 +55,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,  # [n, v] of the same dtype, rows `grad_stride` apart; the logits themselves without rows
     column_ptr,  # [n] int64, the target's column; outside 0 .. v - 1 where it is not in this block
     coefficient_ptr,  # [n] float32
+    at_target_ptr,  # [n] float32, coefficient * (p - 1)
     max_ptr,  # [n] float32, largest logit over the vocabulary
     sum_ptr,  # [n] float32, sum of exp(logit - max) over the vocabulary
     width,  # v
@@ -65,10 +68,9 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1).to(tl.int64) * STEP + tl.arange(0, STEP)
     inside = columns < width
     logits = tl.load(logits_ptr + source * logits_stride + columns, mask=inside, other=0.0)
-    coefficient = tl.load(coefficient_ptr + row)
-    factor = coefficient / tl.load(sum_ptr + row)
+    factor = tl.load(coefficient_ptr + row) / tl.load(sum_ptr + row)
     gradient = tl.exp(logits.to(tl.float32) - tl.load(max_ptr + row)) * factor
-    at_target = columns == tl.load(column_ptr + row)
-    gradient = tl.where(at_target, gradient - coefficient, gradient)
+    is_target = columns == tl.load(column_ptr + row)
+    gradient = tl.where(is_target, tl.load(at_target_ptr + row), gradient)
     pointers = grad_ptr + row * grad_stride + columns
     tl.store(pointers, gradient.to(grad_ptr.dtype.element_ty), mask=inside)

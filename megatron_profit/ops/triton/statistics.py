@@ -72,9 +72,10 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     first = part * PART_COLUMNS
     last = tl.minimum(first + PART_COLUMNS, width)
 
+    column = tl.load(column_ptr + row)
     minus_infinity = float("-inf")
     max_logit = tl.full((), minus_infinity, tl.float32)
-    sum_exp = tl.full((), 0.0, tl.float32)
+    rest = tl.full((), 0.0, tl.float32)
     entropy = tl.full((), 0.0, tl.float32)
     squares = tl.full((), 0.0, tl.float32)
     for start in range(first, last, STEP):
@@ -86,23 +87,22 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         old_shift = max_logit - base
         scale = tl.exp(old_shift)
         shifted = logits - base
-        exp = tl.exp(shifted)
+        exp = tl.where(columns == column, 0.0, tl.exp(shifted))
         if ENTROPY >= 0:
             # 0 * -inf is NaN; a logit of -inf adds nothing.
             term = tl.where(shifted == minus_infinity, 0.0, exp * shifted)
             moved = tl.where(old_shift == minus_infinity, 0.0, scale * old_shift)
-            entropy = entropy * scale + moved * sum_exp + tl.sum(term, axis=0)
+            entropy = entropy * scale + moved * rest + tl.sum(term, axis=0)
         if SQUARES >= 0:
             squares = squares * scale * scale + tl.sum(exp * exp, axis=0)
-        sum_exp = sum_exp * scale + tl.sum(exp, axis=0)
+        rest = rest * scale + tl.sum(exp, axis=0)
         max_logit = new_max
 
-    column = tl.load(column_ptr + row)
     is_here = (column >= first) & (column < last)
     target = tl.load(row_ptr + column, mask=is_here, other=minus_infinity).to(tl.float32)
     out_ptr = parts_ptr + part * NUM_FIELDS * num_rows + row
     tl.store(out_ptr, max_logit)
-    tl.store(out_ptr + num_rows, sum_exp)
+    tl.store(out_ptr + num_rows, rest)
     tl.store(out_ptr + 2 * num_rows, target)
     if ENTROPY >= 0:
         tl.store(out_ptr + ENTROPY * num_rows, entropy)

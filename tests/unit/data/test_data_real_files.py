@@ -2,12 +2,15 @@
 
 import json
 import unicodedata
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_profit.data import (
     ChatRenderer,
     Layout,
+    PackingReport,
     SFTDataset,
     Training,
     build_examples,
@@ -15,6 +18,7 @@ from megatron_profit.data import (
     read_records,
 )
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 THINK, END = "<think>\n\n</think>\n\n", "<|im_end|>"
 
 
@@ -113,6 +117,10 @@ def test_real_rows_are_packed_nearly_full(shared, qwen3_renderer):
     assert sum(int((row["labels"] != -100).sum()) for row in rows) == report.supervised_tokens
     filled = sum(int((row["record_index"] >= 0).sum()) for row in rows) / (8192 * count)
     assert filled > 0.97
+    labels = np.add.reduceat(examples.supervised, examples.offsets[:-1], dtype=np.int64)
+    rows = PackingReport.of(data.order, examples.positions, labels, 8192)
+    page = (REPOSITORY / "docs" / "training.md").read_text()
+    assert f"{rows}\n{rows.of_step(4)}\n" in page
 
 
 def test_qwen3_drops_earlier_reasoning_and_adds_an_empty_block(

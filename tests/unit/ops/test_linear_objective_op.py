@@ -361,6 +361,67 @@ def test_large_logits_lose_no_precision_in_the_backward_pass():
         assert (ours - truth).norm() <= 1.05 * (usual - truth).norm()
 
 
+LOGITS = torch.tensor([0.0, -0.5, torch.nan, 0.25, -1.0], dtype=torch.float64)
+
+
+def of_one_token(objective, gap, dtype, **options):
+    """A token whose target, the third entry, has the logit `gap`: its output and gradient by logit [V]."""
+    weight = LOGITS.nan_to_num(gap).to(dtype)[:, None].requires_grad_()
+    options = {n: v.to(dtype) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    hidden = torch.ones(1, 1, dtype=dtype)
+    output = linear_objective(hidden, weight, torch.tensor([2]), objective, **options)
+    output.loss.sum().backward()
+    return output, weight.grad[:, 0].double()
+
+
+def softmax_minus_onehot(gap):
+    """[V] of that token in float64: at the target minus the sum of the others, without cancellation."""
+    gradient = LOGITS.nan_to_num(gap).softmax(-1)
+    gradient[2] = 0
+    gradient[2] = -gradient.sum()
+    return gradient
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [o for o in every_objective() if "selected" not in o.required_statistics],
+    ids=repr,
+)
+@pytest.mark.parametrize("chunk_vocab", [None, 2])
+def test_no_digit_is_lost_where_the_model_is_nearly_certain(objective, chunk_vocab):
+    """In float32 a softmax within 6e-8 of 1 is 1; loss, weight and gradient go on to tell it from 1."""
+    given = {"ref_log_prob": torch.tensor([-1.2]), "uniform": torch.tensor([0.1])}
+    for gap in (-60.0, -20.0, -3.0, 0.0, 3.0, 8.0, 12.0, 15.0, 16.0, 17.0, 18.0, 20.0, 30.0):
+        given["old_log_prob"] = torch.tensor([min(-0.1, gap)])
+        exact, _ = of_one_token(objective, gap, torch.float64, **given)
+        output, gradient = of_one_token(
+            objective, gap, torch.float32, chunk_vocab=chunk_vocab, **given
+        )
+        for ours, truth in (
+            (output.loss, exact.loss),
+            (output.statistics.weight, exact.statistics.weight),
+            (gradient, exact.statistics.weight * softmax_minus_onehot(gap)),
+        ):
+            torch.testing.assert_close(ours.double(), truth, rtol=2e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("gap", [5.0, 17.0, 25.0, 40.0])
+@pytest.mark.parametrize("ref", [0.3, 1e-6])
+def test_the_anchor_of_asft_pulls_at_a_certain_target(gap, ref):
+    """Down by lambda (p - p_ref) at the target, up by as much at all others together, by their p_v."""
+    strength = 0.5
+    objective = build_objective("asft", kl_weight=strength)
+    given = {"ref_log_prob": torch.tensor([ref]).log()}
+    _, gradient = of_one_token(objective, gap, torch.float32, **given)
+    rest = -softmax_minus_onehot(gap)[2]
+    pull = strength * (1 - rest - ref) - rest * (1 - rest)
+    assert gradient[2] == pytest.approx(float(pull), rel=1e-5)
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(
+        gradient[others], -pull * LOGITS[others].softmax(-1), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("chunk_vocab", [None, 1, 2])
 def test_minus_infinite_logits(chunk_vocab):
     """A float16 logit below -65504 is -inf: probability 0, no part in the entropy."""

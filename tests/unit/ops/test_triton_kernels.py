@@ -55,6 +55,7 @@ def test_gradient_kernel_compiles_for_an_h100(dtype, some_rows, tmp_path, monkey
         "grad_ptr": f"*{dtype}",
         "column_ptr": "*i64",
         "coefficient_ptr": "*fp32",
+        "at_target_ptr": "*fp32",
         "max_ptr": "*fp32",
         "sum_ptr": "*fp32",
         "width": "i32",

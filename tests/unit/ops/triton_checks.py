@@ -13,7 +13,7 @@ import torch
 from megatron_profit.objectives import build_objective
 from megatron_profit.objectives.base import COMPUTED_STATISTICS
 from megatron_profit.ops import linear_objective, reference_linear_objective
-from megatron_profit.ops.fields import Fields
+from megatron_profit.ops.fields import Fields, sum_of_exp
 from megatron_profit.ops.kernels import TORCH, choose_kernels
 from megatron_profit.ops.tiling import Workspace
 from megatron_profit.ops.triton import statistics
@@ -59,13 +59,14 @@ def check_gradient(triton, logits, column, padded):
     fields, workspace, width = Fields.of(set()), Workspace("cpu"), logits.size(1)
     total = fields.combined(TORCH.statistics(logits, column, fields, workspace))
     max_logit = total[0].masked_fill(total[0] == -torch.inf, 0)
-    sum_exp = total[1] + 0.5  # as if another block had more
-    vectors = (column, torch.randn(len(logits)), max_logit, sum_exp)
+    sum_exp = sum_of_exp(total) + 0.5  # as if another block had more
+    coefficient, at_target = torch.randn(2, len(logits))
+    vectors = (column, coefficient, at_target, max_logit, sum_exp)
     expected = logits.double() - max_logit[:, None]
-    expected = expected.exp() * (vectors[1] / sum_exp)[:, None]
+    expected = expected.exp() * (coefficient / sum_exp)[:, None]
     for row, target in enumerate(column.tolist()):
         if 0 <= target < width:
-            expected[row, target] -= vectors[1][row]
+            expected[row, target] = at_target[row]
     rows = torch.arange(0, len(logits), 2)
     for kernels in (TORCH, triton):
         block, out = padded.clone(), torch.full_like(padded[rows], torch.nan)
@@ -101,7 +102,7 @@ def check_offsets_beyond_2_to_the_31(triton):
     torch.testing.assert_close(
         total, fields.combined(TORCH.statistics(values, column, fields, workspace))
     )
-    vectors = (column, torch.ones(3), total[0], total[1])
+    vectors = (column, torch.ones(3), -torch.ones(3), total[0], sum_of_exp(total))
     rows, last = torch.tensor([2]), torch.empty(1, width, dtype=torch.bfloat16)
     triton.gradient_(last, (logits, rows), *(v[rows] for v in vectors), workspace)
     triton.gradient_(logits, None, *vectors, workspace)

@@ -1,0 +1,49 @@
+"""What a run says of its steps before the first, on the first process."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_profit.data import PackingReport
+from megatron_profit.training.datasets import _tell_of_steps
+
+
+@pytest.fixture
+def told(capsys, monkeypatch):
+    """told(examples, rows, batch_size): the lines, of rows of 100 positions and records of 20."""
+    monkeypatch.setenv("RANK", "0")
+
+    def tell(examples: int, rows: int, batch_size: int) -> list[str]:
+        packed = -(-examples // 5)
+        report = PackingReport(examples, rows, 100, 20 * examples, 10 * examples, 20, packed)
+        _tell_of_steps(report, batch_size)
+        return capsys.readouterr().out.splitlines()
+
+    return tell
+
+
+def test_a_run_of_full_rows_says_what_a_step_holds(told):
+    (line,) = told(examples=50, rows=10, batch_size=4)
+    assert line.startswith(
+        "a step of 4 rows holds 20.0 records on average, 400 tokens, 200 of them"
+    )
+
+
+def test_padding_is_a_warning(told):
+    _, line = told(examples=50, rows=50, batch_size=4)
+    assert line.startswith("> warning: records fill 20.0% of the positions of rows")
+
+
+def test_a_step_of_more_rows_than_an_epoch_has_is_a_warning(told):
+    packed = told(examples=10, rows=2, batch_size=8)[-1]
+    assert packed == (
+        "> warning: an epoch has 2 rows, fewer than the 8 of a step: give a smaller --global-batch-size or a "
+        "shorter --seq-length"
+    )
+    alone = told(examples=4, rows=4, batch_size=8)[-1]
+    assert alone.endswith("give a smaller --global-batch-size")
+
+
+def test_other_processes_are_silent(told, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert told(examples=4, rows=4, batch_size=8) == []
