@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.errors import shown
+from megatron_profit.data.errors import printable, shown
 from megatron_profit.data.order import RowOrder
 
 # In the JSON, of each kind; and in the text.
@@ -18,7 +18,7 @@ _FIELDS_KEPT = 1_000
 _FIELDS_SHOWN = 12
 _BAR = 40
 # Beside the attributes of a report in its JSON.
-_SUMS = ("read", "kept", "total_tokens", "supervised_tokens")
+_SUMS = ("read", "kept", "examples", "total_tokens", "supervised_tokens")
 
 
 @dataclass(slots=True)
@@ -31,6 +31,51 @@ class Skipped:
     places: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is counted of an example, and does not keep it from being trained.
+
+    Attributes:
+        count: How often it was found, 0 for not at all.
+        of: How often it could have been.
+        unit: What is counted.
+        detail: What was found.
+    """
+
+    count: int
+    of: int = 1
+    unit: str = "examples"
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Found:
+    """A finding summed over examples.
+
+    Attributes:
+        count, of, unit: As in `Finding`.
+        detail: What was found first, and `places` where the first 10,000 are.
+    """
+
+    unit: str
+    count: int = 0
+    of: int = 0
+    detail: str = ""
+    places: list[str] = field(default_factory=list)
+
+    def add(self, finding: Finding, place: str) -> None:
+        """Count a finding of the record at this place."""
+        self.merge(Found(self.unit, finding.count, finding.of, finding.detail, [place]))
+
+    def merge(self, other: "Found") -> None:
+        """Count what was found in later records."""
+        self.of += other.of
+        if other.count:
+            self.detail = self.detail if self.count else other.detail
+            self.count += other.count
+            self.places += other.places[: _PLACES_KEPT - len(self.places)]
+
+
 @dataclass(slots=True)
 class SourceCounts:
     """What became of the records of one source.
@@ -38,7 +83,8 @@ class SourceCounts:
     Attributes:
         path: File or folder.
         read: Records in the files.
-        kept: Examples made of them.
+        kept: Records of which examples were made.
+        examples: These examples; one for each record, unless each turn is trained in one of its own.
         total_tokens: Ids of the kept examples, after truncation.
         supervised_tokens: Labels that are trained where every example comes once.
     """
@@ -46,13 +92,15 @@ class SourceCounts:
     path: str
     read: int = 0
     kept: int = 0
+    examples: int = 0
     total_tokens: int = 0
     supervised_tokens: int = 0
 
-    def add(self, read: int, lengths: Sequence[int], labels: Sequence[int]) -> None:
-        """Counts `read` records, and the examples made of them by their ids and their trained labels."""
+    def add(self, read: int, kept: int, lengths: Sequence[int], labels: Sequence[int]) -> None:
+        """Counts `read` records, and the examples made of `kept` ones by their ids and trained labels."""
         self.read += read
-        self.kept += len(lengths)
+        self.kept += kept
+        self.examples += len(lengths)
         self.total_tokens += sum(lengths)
         self.supervised_tokens += sum(labels)
 
@@ -68,13 +116,14 @@ class PreparationReport:
     """What became of the records.
 
     Attributes:
-        sources: What became of the records of each source; `read`, `kept`, `total_tokens` and
+        sources: What became of the records of each source; `read`, `kept`, `examples`, `total_tokens` and
             `supervised_tokens` are sums over them.
         skipped: Reason -> the records left out for it; read = kept + the sum of their counts.
         truncated: Kept examples of which the end was cut off.
         truncated_places: Where the first 10,000 of them are.
         unread: Field that nothing reads -> usable records that have it, of the first 1,000 such fields; those
             of messages as "messages.NAME".
+        found: What was found in examples that are trained -> how often.
         longest: Ids of the longest usable record, before truncation.
         lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
         turn_end_id: Id of the token that ends the assistant's turns, as training teaches it; None where the
@@ -88,6 +137,7 @@ class PreparationReport:
     longest: int = 0
     lengths: list[int] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Found] = field(default_factory=dict)
     turn_end_id: int | None = None
 
     @property
@@ -97,6 +147,10 @@ class PreparationReport:
     @property
     def kept(self) -> int:
         return sum(source.kept for source in self.sources)
+
+    @property
+    def examples(self) -> int:
+        return sum(source.examples for source in self.sources)
 
     @property
     def total_tokens(self) -> int:
@@ -118,6 +172,11 @@ class PreparationReport:
         for name, count in counts.items():
             if name in self.unread or len(self.unread) < _FIELDS_KEPT:
                 self.unread[name] = self.unread.get(name, 0) + count
+
+    def find(self, found: Mapping[str, Found]) -> None:
+        """Counts what was found in examples."""
+        for name, more in found.items():
+            self.found.setdefault(name, Found(more.unit)).merge(more)
 
     def keep(self, lengths: Sequence[int], whole: Sequence[int], truncated: Sequence[str]) -> None:
         """Notes the lengths of examples, which had `whole` ids before truncation.
@@ -147,9 +206,15 @@ class PreparationReport:
             reason: Skipped(moved(found.detail), found.count, [moved(p) for p in found.places])
             for reason, found in self.skipped.items()
         }
+        found = {
+            name: replace(more, places=[moved(place) for place in more.places])
+            for name, more in self.found.items()
+        }
         truncated = [moved(place) for place in self.truncated_places]
         sources = [replace(source, path=moved(source.path)) for source in self.sources]
-        return replace(self, skipped=skipped, truncated_places=truncated, sources=sources)
+        return replace(
+            self, skipped=skipped, found=found, truncated_places=truncated, sources=sources
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values; `from_json` reads them."""
@@ -158,14 +223,16 @@ class PreparationReport:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PreparationReport":
         skipped = {reason: Skipped(**found) for reason, found in value["skipped"].items()}
+        found = {name: Found(**counts) for name, counts in value["found"].items()}
         sources = [SourceCounts(**counts) for counts in value["sources"]]
         own = {name: item for name, item in value.items() if name not in _SUMS}
-        return cls(**{**own, "skipped": skipped, "sources": sources})
+        return cls(**{**own, "skipped": skipped, "found": found, "sources": sources})
 
     def __str__(self) -> str:
         share = self.supervised_tokens / max(self.total_tokens, 1)
+        examples = f" as {self.examples:,} examples" if self.examples != self.kept else ""
         lines = [
-            f"{self.read:,} records read, {self.kept:,} kept, {self.read - self.kept:,} skipped, "
+            f"{self.read:,} records read, {self.kept:,} kept{examples}, {self.read - self.kept:,} skipped, "
             f"{self.truncated:,} truncated",
             f"{self.total_tokens:,} tokens, {self.supervised_tokens:,} of them supervised "
             f"({share:.1%}); the longest record has {self.longest:,}",
@@ -175,9 +242,15 @@ class PreparationReport:
         for reason, skipped in self.skipped.items():
             lines.append(f"skipped {skipped.count:,}: {reason} ({_first(skipped.places)})")
             lines.append(f"  the first: {skipped.detail}")
+        for name, found in self.found.items():
+            if found.count:
+                share_of = f"{found.count:,} of {found.of:,} {found.unit}"
+                lines.append(f"{name}: {share_of} ({_first(found.places)})")
+            if found.count and found.detail:
+                lines.append(f"  the first: {found.detail}")
         if self.unread:
             lines.append(f"fields that nothing reads, and records with them: {self._unread()}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _unread(self) -> str:
         most = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.errors import BrokenRecord, DataError, printable, shown
 from megatron_profit.data.records import Split, data_files, left_out, not_data
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
@@ -181,7 +181,7 @@ class Source:
                 "folders and files of unknown suffix are not read: "
                 f"{len(names)} ({', '.join(map(shown, names[:_NAMED]))}{more})"
             )
-        return f"{self.path}: {'; '.join(notes)}" if notes else ""
+        return printable(f"{self.path}: {'; '.join(notes)}") if notes else ""
 
 
 def read_sources(
