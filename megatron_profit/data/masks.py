@@ -28,11 +28,13 @@ FIELDS = (
 )
 # torchtune's, where true means that a message is not trained.
 _MASKED = "masked"
-# A mask of one trainer keeps what another's leaves out; and axolotl's lists of characters.
-_UNREADABLE = ("mask", "train_detail", "training_detail")
-MESSAGE_FIELDS = (*FIELDS, _MASKED, *_UNREADABLE)
+# What one trainer keeps by a mask another leaves out.
+_MASK = "mask"
+# axolotl's, of characters.
+_DETAILS = ("train_detail", "training_detail")
+MESSAGE_FIELDS = (*FIELDS, _MASKED, _MASK, *_DETAILS)
 
-_VALUES = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 def trained(answer: Mapping[str, Any]) -> bool:
@@ -41,8 +43,8 @@ def trained(answer: Mapping[str, Any]) -> bool:
     Raises:
         BrokenRecord: A field has another value than 0 or 1, true or false, or two contradict each other.
     """
-    for name in _UNREADABLE:
-        if answer.get(name):
+    for name in (_MASK, *_DETAILS):
+        if answer.get(name) or (name == _MASK and name in answer):
             raise BrokenRecord(
                 UNCLEAR,
                 f"{name} is {shown(answer[name])}; write weight 1 for an answer that is trained, else 0",
@@ -80,6 +82,8 @@ def check_record(fields: Mapping[str, Any]) -> None:
             raise BrokenRecord(
                 UNCLEAR, f"the record's {name} is {shown(fields[name])}; give each message its own"
             )
+    if fields.get(_MASK) is not None and not isinstance(fields[_MASK], str):  # NeMo's is a role
+        raise BrokenRecord(UNCLEAR, f"the record's mask is {shown(fields[_MASK])}; write weight")
 
 
 def _said(name: str, value: Any) -> bool:
@@ -93,4 +97,6 @@ def _said(name: str, value: Any) -> bool:
 
 def _value(value: Any) -> bool | None:
     """What a field says, None where it is neither yes nor no."""
-    return _VALUES.get(str(value).strip().lower()) if isinstance(value, int | float | str) else None
+    if isinstance(value, str):
+        return _WORDS.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None

@@ -116,19 +116,31 @@ def _turn(entry: Any) -> Turn:
 
 def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
     """The turn of an assistant's message, which may have its calls where others have their text."""
-    known = _CALLING_MESSAGE if calls_as_text else _ASSISTANT_MESSAGE
-    calls, nulls = read_calls(either(entry, "content", "value") if calls_as_text else _calls(entry))
-    message: Message = {"role": "assistant", "content": ""}
-    if not calls_as_text and ("content" in entry or "value" in entry or not calls):
-        message["content"] = text(either(entry, "content", "value"))
+    if calls_as_text:
+        known = _CALLING_MESSAGE
+        content, given = _thoughts_and_rest(either(entry, "content", "value"))
+    else:
+        known, given = _ASSISTANT_MESSAGE, _calls(entry)
+        has_content = "content" in entry or "value" in entry or given is None
+        content = either(entry, "content", "value") if has_content else ""
+    calls, nulls = read_calls(given)
+    message: Message = {"role": "assistant", "content": text(content)}
     if calls:
         message["tool_calls"] = calls
     # A template tells "no reasoning field" from an empty one: only the former lets it find <think>
     # in the content.
-    given = (typed(entry, name, str, default="") for name in REASONING)
-    if reasoning := next(filter(None, given), None):
+    reasons = (typed(entry, name, str, default="") for name in REASONING)
+    if reasoning := next(filter(None, reasons), None):
         message["reasoning_content"] = reasoning
     return Turn(message, masks.trained(entry), frozenset(entry.keys() - known), nulls)
+
+
+def _thoughts_and_rest(value: Any) -> tuple[str, Any]:
+    """The think block of a text with its tags, "" without one, and what follows it."""
+    rest = thoughts.split(value)[1] if isinstance(value, str) else value
+    if rest == value:
+        return "", value
+    return value.removesuffix(rest.lstrip()), rest
 
 
 def _calls(entry: dict[str, Any]) -> Any:

@@ -50,10 +50,6 @@ NEVER_AS_PROMPTED = (
 CONTEXT_LEFT_OUT = "messages or tools before the answer that the chat template leaves out"
 TEXT_DROPPED = "text that the tokenizer drops or has no token for"
 
-_GIVE_REASONING = (
-    "give the answers what the prompt begins (as reasoning_content, where it opens a think block), or use a "
-    "chat template whose prompt ends with the assistant's header"
-)
 # Turns of one conversation whose generation prompts are rendered: each is as long as what is before it.
 _PROMPTS = 64
 
@@ -347,7 +343,7 @@ class ChatRenderer:
         detail = f"the prompt ends in {shown(astray[0])}" if astray else ""
         findings = {
             NOT_AS_PROMPTED: Finding(len(astray), len(draft.turns), "trained turns", detail),
-            NEVER_AS_PROMPTED: Finding(int(never), detail=f"{detail}; {_GIVE_REASONING}"),
+            NEVER_AS_PROMPTED: Finding(int(never), detail=f"{detail}; {_remedy(astray)}"),
             TEXT_DROPPED: self._dropped(draft.text, tokens, supervised_T),
         }
         return RenderedConversation(tokens.ids, supervised_T, draft.findings | findings)
@@ -431,6 +427,15 @@ def _after_thoughts(text: str, begin: int, end: int, opening: str) -> int:
         return begin
     rest = text[close + len(thoughts.CLOSE) : end]
     return end - len(rest.lstrip("\r\n"))
+
+
+def _remedy(prompts: Sequence[str]) -> str:
+    """What to do about answers that do not begin as these prompts end."""
+    if any(thoughts.OPEN in prompt for prompt in prompts):
+        return "give the answers reasoning_content, or use a chat template whose prompt opens no think block"
+    return (
+        "a token of the answer begins in the prompt: end the template's prompt where a token ends"
+    )
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, DataError, printable, shown
+from megatron_profit.data.fields import read
 from megatron_profit.data.records import Split, data_files, left_out, not_data
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
@@ -118,8 +119,9 @@ class Layout:
                 raise BrokenRecord(
                     MISSING_COLUMN, f"no {column!r} (for {name}) among {shown(list(value))}"
                 )
-        if self.tags and isinstance(record.get("messages"), list):
-            record["messages"] = [self._message(entry) for entry in record["messages"]]
+        messages = read(record["messages"]) if self.tags and "messages" in record else None
+        if isinstance(messages, list):
+            record["messages"] = [self._message(read(entry)) for entry in messages]
         return record
 
     def unnamed(self, value: Mapping[str, Any]) -> set[str]:

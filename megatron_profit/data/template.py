@@ -29,7 +29,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         found = sorted(path.name for path in folder.iterdir())
         raise DataError(
             f"{folder}: has no tokenizer.json, so that text has no tokens (it holds "
-            f"{shown(found) if found else 'nothing'}); copy the file from the model's repository"
+            f"{shown(found) if found else 'nothing'}); copy the file from the model's repository, or "
+            "make it from the model's other tokenizer files with save_pretrained of its fast tokenizer"
         )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -1,6 +1,7 @@
 """What is trained of a conversation, and what is drawn of the data: the options, end to end."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_messages_of_weight_0_are_context(trained):
     assert trained(*weighted(1, 0)) == ["Paris<|im_end|>"]
     assert trained(*weighted(1, 0), turns="last") == []
     assert trained(*weighted(0, 0)) == []
-    for weight in (0.5, -1, "1", [1]):
+    for weight in (0.5, -1, "yes", [1]):
         with pytest.raises(BrokenRecord):
             trained(*weighted(weight, 1))
 
@@ -76,7 +77,6 @@ def test_messages_of_weight_0_are_context(trained):
         ("Paris", "Paris<|im_end|>"),
         ("Paris <think>no</think> it is", "Paris <think>no</think> it is<|im_end|>"),
         ("<think>endless", "<think>endless<|im_end|>"),
-        ("<think>only</think>", "<|im_end|>"),
         ("<think>\nhm\n</think>\n\n  Paris", "  Paris<|im_end|>"),
     ],
 )
@@ -116,7 +116,19 @@ def test_the_mask_agrees_with_the_offsets_of_every_token(
     renderer = ChatRenderer(small_tokenizer, Training(turns, think))
     rendered, text = renderer.render(talk), renderer.text(talk)
     offsets = small_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = renderer.trained_spans(text, talk)
+    spans = [
+        found.span(1)
+        for found in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+    ]
+    if turns == "last":
+        del spans[0]
+    if not think:
+        block = re.compile(r"\s*<think>.*?</think>[\r\n]*", re.DOTALL)
+        blocks = [block.match(text, *span) for span in spans]
+        spans = [
+            (found.end() if found else begin, end)
+            for found, (begin, end) in zip(blocks, spans, strict=True)
+        ]
     expected = [
         any(begin <= first < end and last > begin for begin, end in spans)
         for first, last in offsets["offset_mapping"]
