@@ -356,15 +356,15 @@ class ChatRenderer:
         Raises:
             BrokenRecord: The token for unknown text would be trained.
         """
-        dropped = [uncovered(text, tokens.offsets)]
+        missing = [uncovered(text, tokens.offsets)]
         for i in np.flatnonzero(tokens.ids == self._unknown):
             piece = text[slice(*tokens.offsets[i])].strip()
             if piece == self._unknown_token:  # the template writes it
                 continue
             if supervised_T[i]:
                 raise BrokenRecord(UNKNOWN_TRAINED, shown(piece))
-            dropped.append(piece)
-        return Finding(int(any(dropped)), detail=shown("".join(dropped)))
+            missing.append(piece)
+        return Finding(int(any(missing)), detail=shown("".join(missing)))
 
 
 class _Tokens:

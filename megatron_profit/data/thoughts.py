@@ -15,4 +15,12 @@ def split(content: str) -> tuple[str, str]:
         thoughts, close, answer = begin.removeprefix(OPEN).partition(CLOSE)
         return (thoughts, answer) if close else ("", content)
     closing = _CLOSING_LINE.search(content)
-    return (content[: closing.start()], content[closing.end() :]) if closing else ("", content)
+    if closing is None or OPEN in content[: closing.start()]:
+        return "", content
+    return content[: closing.start()], content[closing.end() :]
+
+
+def without_tags(header: str) -> str:
+    """Return what is before the first tag; all of it where only spaces are."""
+    before = re.split(f"{OPEN}|{CLOSE}", header, maxsplit=1)[0]
+    return before if before.strip() else header

@@ -21,11 +21,11 @@ def check_tokens(template: ChatTemplate, text: str) -> None:
     """
     (encoding,) = template.encode([text])
     known = set(encoding.ids) - set(template.tokenizer.get_added_vocab().values())
-    dropped = uncovered(text, encoding.offsets)
-    if dropped or not known - {unknown_id(template)}:
+    missing = uncovered(text, encoding.offsets)
+    if missing or not known - {unknown_id(template)}:
         raise DataError(
             f"{template.name} drops text: of {shown(text)} it knows "
-            f"{f'no token for {shown(dropped)}' if dropped else 'no token'}; its vocabulary has "
+            f"{f'no token for {shown(missing)}' if missing else 'no token'}; its vocabulary has "
             f"{template.tokenizer.vocab_size:,} tokens, so its files may be incomplete. Copy tokenizer.json "
             "from the model's folder anew"
         )
@@ -39,7 +39,9 @@ def uncovered(text: str, offsets: Sequence[tuple[int, int]]) -> str:
 
     Args:
         text: What was tokenised.
-        offsets: Of each token, in order, the characters [begin, end).
+        offsets: Of each token, in order, the characters [begin, end). Where a model without a token for
+            unknown text drops a character, its offsets go on as if it had not been there: as many are
+            missing, but the last ones of the text between two spaces or added tokens.
     """
     begins = [begin for begin, _ in offsets] + [len(text)]
     ends = [0] + [end for _, end in offsets]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import takewhile
 
+from megatron_profit.data import thoughts
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.messages import Message
 from megatron_profit.data.template import ChatTemplate
@@ -108,11 +109,11 @@ def _probe(template: ChatTemplate) -> _Probe:
 def _header(template: ChatTemplate, probe: _Probe) -> str:
     """What the generation prompt, an earlier answer's beginning and the last one's share.
 
-    A think block that only some of them open thus belongs to the turn, not to the header.
+    A think block belongs to the turn, not to the header: other answers may be written with another one.
     """
     beginnings = [probe.prompt, probe.before_earlier, probe.before_last]
     bracket = _common_prefix(beginnings)
-    header = bracket.removeprefix(probe.after_question)
+    header = thoughts.without_tags(bracket.removeprefix(probe.after_question))
     if not header.strip() or not bracket.startswith(probe.after_question):
         raise DataError(
             f"the chat template of {template.name} writes no header before what the "

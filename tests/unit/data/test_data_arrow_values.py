@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Json, List, Value
 
-from megatron_profit.data import ChatRenderer, build_examples, fields, read_records
+from megatron_profit.data import ChatRenderer, build_examples, fields, prepare, read_records
 from megatron_profit.data.arrow_values import converted
 
 PAIRS = pyarrow.map_(pyarrow.string(), pyarrow.string())
@@ -92,12 +92,13 @@ def talk(level):
     tool = {"name": "volume", "parameters": {"level": {"enum": [level, 7]}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call(level=level)]}
     return {
-        "messages": [{"role": "user", "content": f"To {level}"}, calling],
+        "messages": [{"role": "user", "content": "Volume?"}, calling],
         "tools": [{"type": "function", "function": tool}],
     }
 
 
-TALKS = [talk(3), talk("high"), talk("3"), talk(None), talk(2.5)]
+LEVELS = [3, "high", "3", None, 2.5]
+TALKS = [talk(level) for level in LEVELS]
 
 
 @pytest.fixture
@@ -126,20 +127,13 @@ def test_the_same_data_give_the_same_ids_in_every_container(
     renderer = ChatRenderer(make_tokenizer(template))
     if whole:
         features = datasets.Features({"messages": List(Json()), "tools": Json()})
-    # datasets stores a text that is JSON as that JSON, so texts are quoted first.
-    quoted = (
-        [json.loads(json.dumps(t).replace('"3"', '"\\"3\\""')) for t in TALKS]
-        if not whole
-        else TALKS
-    )
-    data = datasets.Dataset.from_list(quoted, features=features)
+    # datasets stores a text that is JSON as that JSON, so the text "3" has to be quoted first.
+    quoted = [talk('"3"' if level == "3" else level) for level in LEVELS]
+    data = datasets.Dataset.from_list(TALKS if whole else quoted, features=features)
     data.to_parquet(tmp_path / "data.parquet")
     data.save_to_disk(tmp_path / "saved")
     expected, report = build_examples(write_lines(TALKS), renderer, 512)
-    assert (
-        report.kept,
-        report.found["null fields of tool calls and tools that are left out"].count,
-    ) == (5, 1)
+    assert (report.kept, report.found[prepare.NULLS_LEFT_OUT].count) == (5, 1)
     for name in ("data.parquet", "saved", "saved/data-00000-of-00001.arrow"):
         found, _ = build_examples(tmp_path / name, renderer, 512)
         assert found.ids.tolist() == expected.ids.tolist()
