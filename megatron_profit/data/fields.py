@@ -7,7 +7,7 @@ raises `BrokenRecord`.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, shown
@@ -88,14 +88,14 @@ def check_finite(value: Any) -> None:
             raise BrokenRecord(NOT_FINITE, f"{item} in {shown(value)}")
 
 
-def strings(value: object) -> Iterator[str]:
-    """Yield every string inside lists and dicts, keys included."""
-    return (item for item in _leaves(value) if isinstance(item, str))
+def strings(value: object) -> list[str]:
+    """Return every string inside lists and dicts, keys included."""
+    return [item for item in _leaves(value) if isinstance(item, str)]
 
 
-def _leaves(value: object) -> Iterator[Any]:
+def _leaves(value: object) -> list[Any]:
     """All that is neither list nor dict (no recursion: data may nest deeply)."""
-    stack = [value]
+    stack, leaves = [value], []
     while stack:
         item = stack.pop()
         if isinstance(item, dict):
@@ -104,7 +104,8 @@ def _leaves(value: object) -> Iterator[Any]:
         elif isinstance(item, list | tuple):
             stack.extend(item)
         else:
-            yield item
+            leaves.append(item)
+    return leaves
 
 
 def text(content: Any) -> str:

@@ -12,8 +12,10 @@ from megatron_profit.data import ChatRenderer, DataError, build_examples
 
 # Every code point, surrogates and control characters included.
 texts = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
-    ["q", "answer", "<|im_start|>assistant\n", "<|im_end|>", "[]", '{"name": "f"}', "user"]
-    + ["</think>", "<think>a</think>", "<think>", "null", '{"role": "gpt", "value": "a"}', "NaN"]
+    [
+        *["q", "answer", "<|im_start|>assistant\n", "<|im_end|>", "[]", '{"name": "f"}', "user"],
+        *["</think>", "<think>a</think>", "<think>", "null", '{"role": "gpt", "value": "a"}'],
+    ]
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
 values = st.recursive(
