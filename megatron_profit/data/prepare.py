@@ -260,45 +260,49 @@ class _Worker:
                 return _Parts(task).chunk(refused=str(error))
             except BrokenRecord as error:
                 parts.skip(record, error)
-        for (record, talk), rendered in zip(talks, self._rendered(talks), strict=True):
+        for (record, talk), examples in zip(talks, self._examples(talks), strict=True):
             parts.unread.update(talk.unread)
             try:
-                parts.add(record, talk, [self._cut(whole) for whole in rendered])
+                parts.add(record, talk, examples)
             except BrokenRecord as error:
                 parts.skip(record, error)
         return parts.chunk()
 
-    def _rendered(
+    def _examples(
         self, talks: Sequence[tuple[RawRecord, Conversation]]
-    ) -> list[list[RenderedConversation | BrokenRecord]]:
+    ) -> list[list[_Example | BrokenRecord]]:
         """The examples of each record, or why there are none."""
-        examples = [self.renderer.training.examples(talk) for _, talk in talks]
-        rendered = iter(self.renderer.render_all(list(itertools.chain(*examples))))
-        return [[next(rendered) for _ in inner] for inner in examples]
+        talks_of = [self.renderer.training.examples(talk) for _, talk in talks]
+        # A conversation of many turns may give many examples: not all of them are held as tokens at once.
+        batches = itertools.batched(itertools.chain(*talks_of), _CHUNK_RECORDS)
+        rendered = itertools.chain.from_iterable(map(self.renderer.render_all, batches))
+        return [[self._cut(next(rendered)) for _ in inner] for inner in talks_of]
 
     def _cut(self, whole: RenderedConversation | BrokenRecord) -> _Example | BrokenRecord:
-        """What fits into a row; a `BrokenRecord` where that is nothing that is trained.
-
-        Raises:
-            BrokenRecord: The record is broken.
-        """
+        """What fits into a row; a `_NothingLeft` where that is nothing that is trained."""
         if isinstance(whole, BrokenRecord):
-            raise whole
+            return whole
         seq_length, length = self.preparation.seq_length, len(whole.ids)
         if length > seq_length + 1 and self.preparation.too_long == "drop":
-            return BrokenRecord(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
+            return _NothingLeft(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
         if not whole.supervised[1:].any():
-            return BrokenRecord(
+            return _NothingLeft(
                 NOTHING_TRAINED, "the weight of its turns is 0, or they are not chosen"
             )
         kept = slice(seq_length + 1)
-        example = _Example(whole.ids[kept], whole.supervised[kept], length, whole.findings)
+        example = _Example(
+            whole.ids[kept].copy(), whole.supervised[kept].copy(), length, whole.findings
+        )
         if not example.supervised[1:].any():
-            return BrokenRecord(
+            return _NothingLeft(
                 NOTHING_SUPERVISED,
                 f"the record has {length} tokens, the sequence length is {seq_length}",
             )
         return example
+
+
+class _NothingLeft(BrokenRecord):
+    """Nothing of an example is left that is trained; another example of its record may be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,16 +338,15 @@ class _Parts:
         """Keep what is left of the examples of a record.
 
         Raises:
-            BrokenRecord: None is left.
+            BrokenRecord: One is broken, or none is left.
         """
+        for example in cut:
+            if isinstance(example, BrokenRecord) and not isinstance(example, _NothingLeft):
+                raise example
         examples = [example for example in cut if isinstance(example, _Example)]
-        broken = [example for example in cut if isinstance(example, BrokenRecord)]
+        gone = [example for example in cut if isinstance(example, _NothingLeft)]
         if not examples:
-            raise (
-                broken[0]
-                if broken
-                else BrokenRecord(NOTHING_TRAINED, "the weight of its turns is 0")
-            )
+            raise gone[0] if gone else _NothingLeft(NOTHING_TRAINED, "the weight of its turns is 0")
         digest = _digest(examples)
         for example in examples:
             self._examples.append(example)
@@ -354,8 +357,8 @@ class _Parts:
             found = {**example.findings, NULLS_LEFT_OUT: Finding(int(talk.nulls))}
             self._find(record, found)
         # Only where each turn has an example of its own can some of them be kept and others not.
-        detail = broken[0].detail if broken else ""
-        self._find(record, {TURNS_LEFT_OUT: Finding(len(broken), len(cut), "examples", detail)})
+        detail = gone[0].detail if gone else ""
+        self._find(record, {TURNS_LEFT_OUT: Finding(len(gone), len(cut), "turns", detail)})
 
     def _find(self, record: RawRecord, findings: Mapping[str, Finding]) -> None:
         for name, finding in findings.items():

@@ -11,7 +11,6 @@ Shape suffix: T tokens of one conversation.
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -23,21 +22,20 @@ import numpy.typing as npt
 
 from megatron_profit.data import thoughts
 from megatron_profit.data.chat import Conversation
-from megatron_profit.data.errors import BrokenRecord, DataError, shown
-from megatron_profit.data.fields import strings
+from megatron_profit.data.control_tokens import UNMARKED_IN_TEXT, ControlTokens
+from megatron_profit.data.errors import BrokenRecord, shown
 from megatron_profit.data.left_out import check_answer, leaves_out_context
 from megatron_profit.data.messages import Message
 from megatron_profit.data.report import Finding
 from megatron_profit.data.template import ChatTemplate
 from megatron_profit.data.token_loss import uncovered, unknown_id
+from megatron_profit.data.token_offsets import TokenOffsets
 from megatron_profit.data.turn_markers import learn_markers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FAILED = "the chat template refuses the conversation"
-MARKER_IN_TEXT = "a text holds the chat template's own turn markers"
-SPECIAL_IN_TEXT = "a text holds a special token of the tokenizer"
 TURNS_NOT_FOUND = "the rendered text does not show each assistant turn once"
 UNKNOWN_TRAINED = "the tokenizer has no token for a part of an answer"
 
@@ -160,12 +158,10 @@ class ChatRenderer:
         self.training = training or Training()
         self.markers = learn_markers(self.template)
         self._unknown = unknown_id(self.template)
-        self._unknown_token = self._unknown and tokenizer.convert_ids_to_tokens(self._unknown)
-        # Ordinary text that ends a turn may well stand in a question; a token would end it there.
-        brackets = self.template.added(self.markers.opening, self.markers.end)
-        self._never_inside = _any_of([self.markers.header, *brackets])
-        self._never_said = _any_of([self.markers.end] if self.markers.end not in brackets else [])
-        self._special = _any_of(self._special_tokens(allowed_tokens))
+        self._unknown_token = (
+            "" if self._unknown is None else tokenizer.convert_ids_to_tokens(self._unknown)
+        )
+        self._control = ControlTokens(self.template, self.markers, allowed_tokens)
 
     def render(self, conversation: Conversation) -> RenderedConversation:
         """Token ids and supervised mask of a conversation.
@@ -216,7 +212,7 @@ class ChatRenderer:
         Raises:
             BrokenRecord: As in `render`.
         """
-        self._refuse_tokens_inside(conversation)
+        control = self._control.check(conversation)
         text = self.text(conversation)
         turns = [
             turn for turn in self._turns(text, conversation) if self._trains(turn, conversation)
@@ -231,6 +227,7 @@ class ChatRenderer:
         findings = {
             REASONING_LEFT_OUT: Finding(dropped, dropped + kept, "turns with reasoning"),
             CONTEXT_LEFT_OUT: Finding(int(lost)),
+            UNMARKED_IN_TEXT: control,
         }
         return _Draft(conversation, text, turns, findings)
 
@@ -267,33 +264,6 @@ class ChatRenderer:
         last = self.training.turns == "all" or turn.position == conversation.positions[-1]
         return last and turn.position not in conversation.untrained
 
-    def _refuse_tokens_inside(self, conversation: Conversation) -> None:
-        everything = _joined([conversation.messages, conversation.tools])
-        _refuse(self._never_inside, everything, MARKER_IN_TEXT)
-        _refuse(self._special, everything, SPECIAL_IN_TEXT)
-        if self._never_said:
-            answers = _joined(conversation.assistant_messages)
-            _refuse(self._never_said, answers, MARKER_IN_TEXT)
-
-    def _special_tokens(self, allowed: Sequence[str]) -> list[str]:
-        """The tokens that only a template writes: control tokens, as the tokenizer marks them."""
-        tokenizer = self.template.tokenizer
-        marked = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        named = self.template.added(tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-        special = {*marked, *named} - {thoughts.OPEN, thoughts.CLOSE}
-        for token in allowed:
-            if token not in special:
-                raise DataError(
-                    f"--allow-special-tokens {token}: no special token of {self.template.name}; these "
-                    f"are {', '.join(sorted(special)) or 'none'}"
-                )
-            if token in (self.markers.opening, self.markers.end):
-                raise DataError(
-                    f"--allow-special-tokens {token}: the chat template of {self.template.name} begins or "
-                    "ends turns with this token, so that a text with it would be cut there"
-                )
-        return sorted(special - set(allowed))
-
     def _add_prompts(self, drafts: Sequence[_Draft]) -> None:
         """Gives each draft the generation prompts of its turns: what is written where the model goes on."""
         for _, group in groupby(drafts, key=lambda draft: draft.conversation.tools):
@@ -327,7 +297,7 @@ class ChatRenderer:
         Raises:
             BrokenRecord: The token for unknown text would be trained.
         """
-        tokens = _Tokens(encoding)
+        tokens = TokenOffsets(encoding)
         supervised_T = np.zeros(len(tokens.ids), dtype=np.bool_)
         astray = []
         for turn, prompt in zip(draft.turns, draft.prompts, strict=True):
@@ -338,7 +308,7 @@ class ChatRenderer:
             if not self.training.think:
                 opening = prompt if prompted else self.markers.header
                 begin = _after_thoughts(draft.text, begin, turn.end, opening)
-            supervised_T[tokens.from_char(begin) : bisect_left(tokens.begins, turn.end)] = True
+            supervised_T[tokens.within(begin, turn.end)] = True
         never = 0 < len(draft.turns) == len(astray)
         detail = f"the prompt ends in {shown(astray[0])}" if astray else ""
         findings = {
@@ -349,7 +319,7 @@ class ChatRenderer:
         return RenderedConversation(tokens.ids, supervised_T, draft.findings | findings)
 
     def _dropped(
-        self, text: str, tokens: "_Tokens", supervised_T: npt.NDArray[np.bool_]
+        self, text: str, tokens: TokenOffsets, supervised_T: npt.NDArray[np.bool_]
     ) -> Finding:
         """Text without a token of its own.
 
@@ -357,7 +327,8 @@ class ChatRenderer:
             BrokenRecord: The token for unknown text would be trained.
         """
         missing = [uncovered(text, tokens.offsets)]
-        for i in np.flatnonzero(tokens.ids == self._unknown):
+        unknown = -1 if self._unknown is None else self._unknown
+        for i in np.flatnonzero(tokens.ids == unknown):
             piece = text[slice(*tokens.offsets[i])].strip()
             if piece == self._unknown_token:  # the template writes it
                 continue
@@ -365,40 +336,6 @@ class ChatRenderer:
                 raise BrokenRecord(UNKNOWN_TRAINED, shown(piece))
             missing.append(piece)
         return Finding(int(any(missing)), detail=shown("".join(missing)))
-
-
-class _Tokens:
-    """The tokens of a text and the characters that they stand for.
-
-    Attributes:
-        ids: [T] int32.
-        offsets: Of each token the characters [begin, end).
-        begins: The first of them, in order.
-    """
-
-    def __init__(self, encoding: Any) -> None:
-        self.ids = np.asarray(encoding.ids, dtype=np.int32)
-        self.offsets: list[tuple[int, int]] = encoding.offsets
-        self.begins = [begin for begin, _ in self.offsets]
-
-    def from_char(self, begin: int) -> int:
-        """The first token that begins at this character or after it."""
-        first = bisect_left(self.begins, begin)
-        # Some tokenizers trim spaces from the offsets, which leaves a token of spaces with an empty range at
-        # its end: it began where the token before it ends.
-        while first < len(self.offsets) and self._is_trimmed(first, begin):
-            first += 1
-        return first
-
-    def straddle(self, char: int) -> bool:
-        """Whether a token begins before this character and goes on after it."""
-        first = self.from_char(char)
-        return first > 0 and self.offsets[first - 1][1] > char
-
-    def _is_trimmed(self, token: int, begin: int) -> bool:
-        start, end = self.offsets[token]
-        before = self.offsets[token - 1][1] if token else 0
-        return start == end and (start == begin or before < begin)
 
 
 def _caught[**P, T](
@@ -436,17 +373,3 @@ def _remedy(prompts: Sequence[str]) -> str:
     return (
         "a token of the answer begins in the prompt: end the template's prompt where a token ends"
     )
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
-
-
-def _joined(value: object) -> str:
-    """All strings in `value`; no marker holds what is put between two of them."""
-    return "\0".join(strings(value))
-
-
-def _refuse(pattern: re.Pattern[str] | None, text: str, reason: str) -> None:
-    if pattern and (found := pattern.search(text)):
-        raise BrokenRecord(reason, repr(found[0]))

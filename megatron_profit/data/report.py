@@ -73,7 +73,8 @@ class Found:
         if other.count:
             self.detail = self.detail if self.count else other.detail
             self.count += other.count
-            self.places += other.places[: _PLACES_KEPT - len(self.places)]
+            new = [place for place in other.places if place not in self.places[-1:]]
+            self.places += new[: _PLACES_KEPT - len(self.places)]
 
 
 @dataclass(slots=True)
@@ -245,7 +246,7 @@ class PreparationReport:
         for name, found in self.found.items():
             if found.count:
                 share_of = f"{found.count:,} of {found.of:,} {found.unit}"
-                lines.append(f"{name}: {share_of} ({_first(found.places)})")
+                lines.append(f"warning: {name}: {share_of} ({_first(found.places)})")
             if found.count and found.detail:
                 lines.append(f"  the first: {found.detail}")
         if self.unread:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_profit.data import BrokenRecord, ChatRenderer, DataError, render
+from megatron_profit.data import BrokenRecord, ChatRenderer, DataError, control_tokens, render
 
 QUESTION, ANSWER = ("user", "What is the answer?"), ("assistant", "It is é 😀 forty-two.")
 AGAIN, LAST = ("user", "And the question?"), ("assistant", "\tUnknown. ")
@@ -182,7 +182,7 @@ def test_end_is_trained_where_pad_and_end_are_one_token(make_tokenizer, template
 def test_markers_in_a_text_skip_the_record(renderer, conversation, turns):
     with pytest.raises(BrokenRecord) as error:
         renderer.render(conversation(*turns))
-    assert error.value.reason == render.MARKER_IN_TEXT
+    assert error.value.reason == control_tokens.MARKER_IN_TEXT
 
 
 def test_an_end_of_plain_text_is_harmless_in_a_question(

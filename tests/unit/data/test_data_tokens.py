@@ -15,6 +15,7 @@ from megatron_profit.data import (
     Source,
     build_examples,
     cache,
+    control_tokens,
     load_tokenizer,
     render,
 )
@@ -44,14 +45,14 @@ ENDS = "<|endoftext|>"
 def test_a_special_token_in_a_text_leaves_the_record_out(renderer, conversation, turns):
     with pytest.raises(BrokenRecord) as error:
         renderer.render(conversation(*turns))
-    assert error.value.reason == render.SPECIAL_IN_TEXT
+    assert error.value.reason == control_tokens.SPECIAL_IN_TEXT
 
 
 def test_a_special_token_in_a_tool_leaves_the_record_out(renderer, conversation):
     tool = {"name": "f", "parameters": {"description": f"Give {ENDS}."}}
     with pytest.raises(BrokenRecord) as error:
         renderer.render(conversation(QUESTION, ANSWER, tools=[tool]))
-    assert error.value.reason == render.SPECIAL_IN_TEXT
+    assert error.value.reason == control_tokens.SPECIAL_IN_TEXT
 
 
 def test_added_tokens_that_are_not_special_and_thoughts_may_stand_in_texts(
@@ -70,6 +71,21 @@ def test_added_tokens_that_are_not_special_and_thoughts_may_stand_in_texts(
     plan = tokenizer.convert_tokens_to_ids("[PLAN]")
     rendered = ChatRenderer(tokenizer, allowed_tokens=["[PLAN]"]).render(planned)
     assert rendered.ids[rendered.supervised][0] == plan
+
+
+def test_control_tokens_that_are_not_special_are_counted(make_tokenizer, templates, conversation):
+    tokenizer = make_tokenizer(templates.chatml + "{#- <|tool|> #}")
+    tokenizer.add_tokens(["<|fim_prefix|>", "<|tool|>", "<b>", "\n\n"])
+    renderer = ChatRenderer(tokenizer)
+
+    def found(text):
+        finding = renderer.render(conversation(("user", text), ANSWER)).findings[
+            control_tokens.UNMARKED_IN_TEXT
+        ]
+        return finding.count, finding.detail
+
+    assert found("<|fim_prefix|>def") == (1, "'<|fim_prefix|>'")
+    assert found("<|tool|> <b>\n\n<|none|>") == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -238,5 +254,5 @@ def test_what_was_dropped_is_in_the_report(templates, write_lines):
     assert (found.count, found.of) == (2, 4)
     assert found.places == [f"{path}, line 2", f"{path}, line 3"]
     assert report.skipped[render.UNKNOWN_TRAINED].places == [f"{path}, line 5"]
-    told = f"{render.TEXT_DROPPED}: 2 of 4 examples ({path}, line 2; {path}, line 3)"
+    told = f"warning: {render.TEXT_DROPPED}: 2 of 4 examples ({path}, line 2; {path}, line 3)"
     assert told in str(report).splitlines()
