@@ -23,9 +23,9 @@ from megatron_profit.data.messages import (
     Message,
     Turn,
     exchange,
+    is_empty,
     joined,
     read_messages,
-    says_nothing,
 )
 from megatron_profit.data.records import RawRecord
 from megatron_profit.data.sources import Layout
@@ -38,7 +38,7 @@ NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
 UNKNOWN_FORMAT = "the format is not known"
 TWO_LISTS = "a record has both tools and functions"
 
-# What is read of a record in each format; `functions` is OpenAI's older name of the tools.
+# Fields that are read in each format; `functions` is OpenAI's older name of the tools.
 _EVERY_RECORD = frozenset({"system", "tools", "functions"})
 _RECORD_FIELDS = {
     "messages": _EVERY_RECORD | {"messages"},
@@ -212,7 +212,7 @@ def _check(conversation: Conversation) -> None:
         )
     for position in answers:
         answer = conversation.messages[position]
-        if position not in conversation.untrained and says_nothing(answer):
+        if position not in conversation.untrained and is_empty(answer):
             raise BrokenRecord(EMPTY_ASSISTANT, f"content is {shown(answer['content'])}")
         if thoughts.CLOSE in answer.get("reasoning_content", ""):
             raise BrokenRecord(

@@ -98,7 +98,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _joined(value: object) -> str:
-    """All strings in `value`; no marker holds what is put between two of them."""
+    """All strings in `value`, joined by a character that no marker holds."""
     return "\0".join(strings(value))
 
 

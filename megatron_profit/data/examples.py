@@ -93,7 +93,7 @@ class Chunk:
         skipped: (place, reason, detail) of each record that was left out.
         truncated: Places of the records that lost their end.
         unread: Field that nothing reads -> usable records that have it.
-        found: What was found in the examples.
+        found: Findings in the examples, by name.
         refused: Why the file that begins with this chunk cannot be used at all, "" if it can.
     """
 

@@ -58,7 +58,7 @@ def leaves_out_context(conversation: Conversation, text: str, trained: set[int])
 
 
 def _answer_parts(message: Message, text: str) -> list[str]:
-    """What has to be in the rendered text: the content, if need be without its thoughts, and the calls."""
+    """The texts that must be rendered: the content, if need be without its thoughts, and the calls."""
     content = message["content"]
     if message["role"] == "assistant" and not _holds(text, content):
         content = thoughts.split(content)[1]

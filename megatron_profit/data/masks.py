@@ -96,7 +96,7 @@ def _said(name: str, value: Any) -> bool:
 
 
 def _value(value: Any) -> bool | None:
-    """What a field says, None where it is neither yes nor no."""
+    """The value of a field as yes or no, None where it is neither."""
     if isinstance(value, str):
         return _WORDS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None

@@ -42,13 +42,13 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message as a chat template takes it, and what its record says beside it.
+    """One message as a chat template takes it, and the record's other words on it.
 
     Attributes:
         message: It has `role` and `content`, and where the record has them `reasoning_content`, `tool_calls`,
             `tool_call_id` and `name`.
         trained: Whether it may be trained, if it is the assistant's.
-        unread: Fields that hold something and that nothing reads.
+        unread: Fields that hold a value which is not read.
         nulls: Null arguments of its tool calls were left out.
     """
 
@@ -91,8 +91,8 @@ def exchange(query: str, answer: str) -> list[Turn]:
     return [Turn(message) for message in said]
 
 
-def says_nothing(message: Mapping[str, Any]) -> bool:
-    """Return whether an assistant message holds no answer: neither a call nor text besides thoughts."""
+def is_empty(message: Mapping[str, Any]) -> bool:
+    """Return whether an assistant message has no answer: no call, and no text besides thoughts."""
     answer = thoughts.split(message["content"])[1]
     return not answer.strip() and not message.get("tool_calls")
 
@@ -158,7 +158,7 @@ def _goes_on(message: Message, following: Message) -> bool:
         return False
     only_calls = "tool_calls" in following and not following["content"].strip()
     has_thoughts = "reasoning_content" in message or bool(message["content"].strip())
-    return only_calls or (has_thoughts and says_nothing(message))
+    return only_calls or (has_thoughts and is_empty(message))
 
 
 def _joined(turn: Turn, following: Turn) -> Turn:

@@ -279,14 +279,14 @@ class _Worker:
         return [[self._cut(next(rendered)) for _ in inner] for inner in talks_of]
 
     def _cut(self, whole: RenderedConversation | BrokenRecord) -> _Example | BrokenRecord:
-        """What fits into a row; a `_NothingLeft` where that is nothing that is trained."""
+        """The part that fits into a row; an `_Unusable` where no token of that is trained."""
         if isinstance(whole, BrokenRecord):
             return whole
         seq_length, length = self.preparation.seq_length, len(whole.ids)
         if length > seq_length + 1 and self.preparation.too_long == "drop":
-            return _NothingLeft(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
+            return _Unusable(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
         if not whole.supervised[1:].any():
-            return _NothingLeft(
+            return _Unusable(
                 NOTHING_TRAINED, "the weight of its turns is 0, or they are not chosen"
             )
         kept = slice(seq_length + 1)
@@ -294,15 +294,15 @@ class _Worker:
             whole.ids[kept].copy(), whole.supervised[kept].copy(), length, whole.findings
         )
         if not example.supervised[1:].any():
-            return _NothingLeft(
+            return _Unusable(
                 NOTHING_SUPERVISED,
                 f"the record has {length} tokens, the sequence length is {seq_length}",
             )
         return example
 
 
-class _NothingLeft(BrokenRecord):
-    """Nothing of an example is left that is trained; another example of its record may be used."""
+class _Unusable(BrokenRecord):
+    """No trained token of an example is left; another example of its record may be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,12 +341,12 @@ class _Parts:
             BrokenRecord: One is broken, or none is left.
         """
         for example in cut:
-            if isinstance(example, BrokenRecord) and not isinstance(example, _NothingLeft):
+            if isinstance(example, BrokenRecord) and not isinstance(example, _Unusable):
                 raise example
         examples = [example for example in cut if isinstance(example, _Example)]
-        gone = [example for example in cut if isinstance(example, _NothingLeft)]
+        gone = [example for example in cut if isinstance(example, _Unusable)]
         if not examples:
-            raise gone[0] if gone else _NothingLeft(NOTHING_TRAINED, "the weight of its turns is 0")
+            raise gone[0] if gone else _Unusable(NOTHING_TRAINED, "the weight of its turns is 0")
         digest = _digest(examples)
         for example in examples:
             self._examples.append(example)

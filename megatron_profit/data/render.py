@@ -48,7 +48,7 @@ NEVER_AS_PROMPTED = (
 CONTEXT_LEFT_OUT = "messages or tools before the answer that the chat template leaves out"
 TEXT_DROPPED = "text that the tokenizer drops or has no token for"
 
-# Turns of one conversation whose generation prompts are rendered: each is as long as what is before it.
+# Turns of one conversation whose generation prompts are rendered: each is as long as the messages before it.
 _PROMPTS = 64
 
 
@@ -84,7 +84,7 @@ class Training:
             raise ValueError(f"turns is {self.turns!r}; it must be all, last or each")
 
     def examples(self, conversation: Conversation) -> list[Conversation]:
-        """Return what is rendered of a record: with `each` the conversation up to each trained turn."""
+        """Return the conversations to render for a record: with `each` one up to each trained turn."""
         if self.turns != "each":
             return [conversation]
         answers = conversation.positions
@@ -265,7 +265,7 @@ class ChatRenderer:
         return last and turn.position not in conversation.untrained
 
     def _add_prompts(self, drafts: Sequence[_Draft]) -> None:
-        """Gives each draft the generation prompts of its turns: what is written where the model goes on."""
+        """Give each draft the generation prompts of its turns."""
         for _, group in groupby(drafts, key=lambda draft: draft.conversation.tools):
             together = list(group)
             tools = together[0].conversation.tools
@@ -286,7 +286,7 @@ class ChatRenderer:
         return [self._prompt_in(text) for text in texts]
 
     def _prompt_in(self, text: str) -> str:
-        """What a text ends in, from the last header on; the usual prompt where a whole turn follows that."""
+        """The end of a text from the last header on, or the usual prompt where that is a whole turn."""
         header, end, prompt = self.markers.header, self.markers.end, self.markers.prompt
         found = text[text.rfind(header) :] if header in text else prompt
         return prompt if end in found else found
@@ -348,7 +348,7 @@ def _caught[**P, T](
 
 
 def _pasts(draft: _Draft) -> list[list[Message]]:
-    """What is before each of the turns, for as many as their prompts are rendered of."""
+    """The messages before each turn, for the first turns, whose prompts are rendered."""
     return [draft.conversation.messages[: turn.position] for turn in draft.turns[:_PROMPTS]]
 
 
@@ -367,7 +367,7 @@ def _after_thoughts(text: str, begin: int, end: int, opening: str) -> int:
 
 
 def _remedy(prompts: Sequence[str]) -> str:
-    """What to do about answers that do not begin as these prompts end."""
+    """Return the remedy for answers that do not begin as these prompts end."""
     if any(thoughts.OPEN in prompt for prompt in prompts):
         return "give the answers reasoning_content, or use a chat template whose prompt opens no think block"
     return (

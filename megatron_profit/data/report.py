@@ -38,8 +38,8 @@ class Finding:
     Attributes:
         count: How often it was found, 0 for not at all.
         of: How often it could have been.
-        unit: What is counted.
-        detail: What was found.
+        unit: Name of the things that are counted.
+        detail: The finding in words.
     """
 
     count: int
@@ -54,7 +54,8 @@ class Found:
 
     Attributes:
         count, of, unit: As in `Finding`.
-        detail: What was found first, and `places` where the first 10,000 are.
+        detail: The first finding in words.
+        places: Where the first 10,000 are.
     """
 
     unit: str
@@ -124,7 +125,7 @@ class PreparationReport:
         truncated_places: Where the first 10,000 of them are.
         unread: Field that nothing reads -> usable records that have it, of the first 1,000 such fields; those
             of messages as "messages.NAME".
-        found: What was found in examples that are trained -> how often.
+        found: Findings in the examples, by name.
         longest: Ids of the longest usable record, before truncation.
         lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
         turn_end_id: Id of the token that ends the assistant's turns, as training teaches it; None where the
@@ -175,7 +176,7 @@ class PreparationReport:
                 self.unread[name] = self.unread.get(name, 0) + count
 
     def find(self, found: Mapping[str, Found]) -> None:
-        """Counts what was found in examples."""
+        """Counts findings in examples."""
         for name, more in found.items():
             self.found.setdefault(name, Found(more.unit)).merge(more)
 

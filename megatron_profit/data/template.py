@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         found = sorted(path.name for path in folder.iterdir())
         raise DataError(
             f"{folder}: has no tokenizer.json, so that text has no tokens (it holds "
-            f"{shown(found) if found else 'nothing'}); copy the file from the model's repository, or "
+            f"{shown(found) if found else 'no file'}); copy the file from the model's repository, or "
             "make it from the model's other tokenizer files with save_pretrained of its fast tokenizer"
         )
     try:
@@ -47,11 +47,11 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: The tokenizer.
-        name: What it is called in messages.
+        name: Its name in messages.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", day: date | None = None) -> None:
-        """Check that the tokenizer can be used; renders nothing.
+        """Check that the tokenizer can be used.
 
         Args:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
@@ -117,6 +117,6 @@ class ChatTemplate:
         return list(found.encodings)
 
     def added(self, *texts: str | None) -> list[str]:
-        """Return those of the texts that are one token wherever they stand."""
+        """Return the texts among these that are one token wherever they stand."""
         added = self.tokenizer.get_added_vocab()
         return [text for text in texts if text and text in added]

@@ -21,6 +21,6 @@ def split(content: str) -> tuple[str, str]:
 
 
 def without_tags(header: str) -> str:
-    """Return what is before the first tag; all of it where only spaces are."""
+    """Return the text before the first tag; all of the header where that is blank."""
     before = re.split(f"{OPEN}|{CLOSE}", header, maxsplit=1)[0]
     return before if before.strip() else header

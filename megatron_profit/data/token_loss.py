@@ -14,7 +14,7 @@ def check_tokens(template: ChatTemplate, text: str) -> None:
 
     Args:
         template: The tokenizer.
-        text: What its template writes around Latin letters and digits.
+        text: Its template's text around Latin letters and digits.
 
     Raises:
         DataError: Characters of the text are in no token, or all of it besides added tokens is unknown.
@@ -38,7 +38,7 @@ def uncovered(text: str, offsets: Sequence[tuple[int, int]]) -> str:
     the letter before them, whose token then has the letter's offsets alone.
 
     Args:
-        text: What was tokenised.
+        text: The text that was tokenised.
         offsets: Of each token, in order, the characters [begin, end). Where a model without a token for
             unknown text drops a character, its offsets go on as if it had not been there: as many are
             missing, but the last ones of the text between two spaces or added tokens.
@@ -52,7 +52,7 @@ def uncovered(text: str, offsets: Sequence[tuple[int, int]]) -> str:
 
 
 def _composes(character: str) -> bool:
-    """Whether it may become one character with what is before it: a mark, or a later letter of Hangul."""
+    """Whether it may become one character with the one before: a mark, or a later letter of Hangul."""
     return category(character).startswith("M") or "\u1161" <= character <= "\u11c2"
 
 

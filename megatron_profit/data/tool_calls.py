@@ -22,7 +22,7 @@ def read_calls(value: Any) -> tuple[list[dict[str, Any]], bool]:
     """Return calls as {"type", "function": {"name", "arguments"}}, with an "id" where they have one.
 
     Null arguments are left out, since tools that write tables give every call the arguments of all; JSON text
-    keeps them, since nothing adds any there.
+    keeps them, since no tool adds any there.
 
     Args:
         value: One call or a list of them; each of them, and the arguments, may be JSON text.
@@ -68,7 +68,7 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
-    """What a function is called with; a call that names nothing but the function takes nothing."""
+    """The arguments of a call; none where it has a name only."""
     given = next((function[name] for name in _ARGUMENTS if name in function), None)
     if given is None and (others := function.keys() - _OF_A_CALL):
         raise BrokenRecord(

@@ -211,7 +211,7 @@ def test_a_folder_without_tokenizer_json_says_so(folder, tmp_path):
     with pytest.raises(DataError, match=r"has no tokenizer\.json.*'vocab\.json'"):
         load_tokenizer(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds nothing"):
+    with pytest.raises(DataError, match="holds no file"):
         load_tokenizer(tmp_path / "empty")
 
 
