@@ -1,9 +1,12 @@
 """Text that a tokenizer drops: characters that no token stands for, or only the token for unknown text."""
 
+import json
 from collections.abc import Sequence
 from operator import gt
 from typing import Any
 from unicodedata import category
+
+from tokenizers.models import Unigram
 
 from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.template import ChatTemplate
@@ -60,4 +63,6 @@ def unknown_id(template: ChatTemplate) -> int | None:
     """Return the id that the tokenizer's model gives to text that it does not know, None without one."""
     model: Any = template.tokenizer.backend_tokenizer.model
     token = getattr(model, "unk_token", None) or template.tokenizer.unk_token
+    if token is None and isinstance(model, Unigram):  # which tells it in its saved form alone
+        return json.loads(model.__getstate__()).get("unk_id")  # type: ignore[no-any-return]
     return template.tokenizer.get_vocab().get(token)

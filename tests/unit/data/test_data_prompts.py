@@ -53,8 +53,11 @@ def trained(conversation, supervised_texts):
     return render_them
 
 
-def test_an_opened_think_block_is_not_trained_again(make_tokenizer, templates, trained):
-    tokenizer = make_tokenizer(templates.thinking)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_an_opened_think_block_is_not_trained_again(
+    make_tokenizer, templates, trained, trim_offsets
+):
+    tokenizer = make_tokenizer(templates.thinking, trim_offsets=trim_offsets)
     assert ChatRenderer(tokenizer).markers.prompt == "<|im_start|>assistant\n<think>\n"
     texts, not_as, never = trained(tokenizer, QUESTION, ANSWER, QUESTION, THOUGHT)
     assert texts == [
@@ -66,11 +69,12 @@ def test_an_opened_think_block_is_not_trained_again(make_tokenizer, templates, t
     assert (not_as, never) == ((0, 1), (0, 1))
 
 
+@pytest.mark.parametrize("trim_offsets", [False, True])
 def test_an_answer_without_reasoning_never_shows_the_context_of_inference(
-    make_tokenizer, templates, trained
+    make_tokenizer, templates, trained, trim_offsets
 ):
     """The prompt ends in a newline, of which the empty block has two in one token."""
-    tokenizer = make_tokenizer(templates.thinking)
+    tokenizer = make_tokenizer(templates.thinking, trim_offsets=trim_offsets)
     tokenizer.add_tokens(["<think>", "</think>"])
     assert len(tokenizer("\n\n")["input_ids"]) == 1
     texts, not_as, never = trained(tokenizer, QUESTION, ANSWER)

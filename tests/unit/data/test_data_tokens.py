@@ -140,6 +140,20 @@ def test_text_without_a_token_is_never_trained(templates, conversation):
     assert (error.value.reason, error.value.detail) == (render.UNKNOWN_TRAINED, "'€'")
 
 
+def test_the_unknown_token_of_a_unigram_model_is_known(templates, conversation):
+    pieces = [("<unk>", 0.0), *((letter, -1.0) for letter in KNOWN)]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), eos_token="<|im_end|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = templates.chatml
+    renderer = ChatRenderer(tokenizer)
+    rendered = renderer.render(conversation(("user", "what €?"), ("assistant", "It")))
+    assert rendered.findings[render.TEXT_DROPPED].count == 1
+    with pytest.raises(BrokenRecord):
+        renderer.render(conversation(("user", "what?"), ("assistant", "5€")))
+
+
 def test_an_end_of_turn_that_is_the_unknown_token_too_is_trained(
     make_tokenizer, templates, conversation
 ):
