@@ -25,6 +25,10 @@ from megatron_profit.data import (
     load_tokenizer,
     prepare_sets,
 )
+from megatron_profit.data.errors import printable
+
+# What a record's text may do to the terminal.
+_LAYOUT = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +98,7 @@ def _show(found: PreparedSet, tokenizer: PreTrainedTokenizerBase, count: int) ->
         for end in range(1, len(ids) + 1):
             if end == len(ids) or supervised[end] != supervised[begin]:
                 text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+                text = printable(text, keep=_LAYOUT)
                 print(f"⟦{text}⟧" if supervised[begin] else text, end="")
                 begin = end
         print()

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint_conversion.errors import ConversionError
@@ -27,15 +27,18 @@ from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from megatron_profit.data import (
     BrokenRecord,
     ChatRenderer,
+    Conversation,
     DataError,
     RawRecord,
     RenderedConversation,
     Source,
     Training,
+    load_tokenizer,
     normalise,
     read_records,
     read_sources,
 )
+from megatron_profit.data.errors import printable
 from megatron_profit.data.options import add_rendering_flags
 from megatron_profit.data.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
@@ -115,25 +118,43 @@ def chosen_records(
             continue
         try:
             talk = normalise(record, source.layout)
-            if not chosen:
-                continue
-            whole = renderer.render(talk)
+            if chosen:
+                found += rendered_examples(record, talk, renderer, max_tokens)
         except BrokenRecord as error:
             if chosen:
-                print(f"left out {record.where}: {error}", file=sys.stderr)
-            continue
-        cut = RenderedConversation(whole.ids[:max_tokens], whole.supervised[:max_tokens])
-        if not cut.supervised[1:].any():
-            where = f"{record.where}: nothing supervised in {max_tokens} tokens"
-            print(f"left out {where}", file=sys.stderr)
-            continue
-        found.append((f"{Path(record.file).name}, {record.unit} {record.number}", cut))
+                left_out(f"{record.where}: {error}")
     last = max(part.start for part in positions)
     if last >= read:
         raise ReportError(f"--records {last}: there are only {read} records (0 to {read - 1})")
     if not found:
         raise ReportError("none of the chosen records can be used; choose others with --records")
     return found
+
+
+def rendered_examples(
+    record: RawRecord, talk: Conversation, renderer: ChatRenderer, max_tokens: int
+) -> list[tuple[str, RenderedConversation]]:
+    """The examples of a record with their names; one, unless each of its turns is trained by itself.
+
+    Raises:
+        BrokenRecord: one of them cannot be rendered.
+    """
+    examples = renderer.training.examples(talk)
+    found = []
+    for number, example in enumerate(examples, 1):
+        whole = renderer.render(example)
+        cut = RenderedConversation(whole.ids[:max_tokens], whole.supervised[:max_tokens])
+        turn = f", turn {number}" if len(examples) > 1 else ""
+        if cut.supervised[1:].any():
+            name = f"{Path(record.file).name}, {record.unit} {record.number}{turn}"
+            found.append((printable(name), cut))
+        else:
+            left_out(f"{record.where}{turn}: nothing supervised in {max_tokens} tokens")
+    return found
+
+
+def left_out(what: str) -> None:
+    print(f"left out {printable(what)}", file=sys.stderr)
 
 
 def source_records(source: Source) -> Iterator[RawRecord]:
@@ -253,15 +274,17 @@ def make_report(arguments: argparse.Namespace) -> None:
     objectives = dict(map(parse_objective, arguments.objective or OBJECTIVES))
     positions = parse_records(arguments.records)
     folder = arguments.hf_template or arguments.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ReportError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(Path(folder))
     sources = read_sources(
         arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info
     )
     training = Training(arguments.train_on, arguments.train_think)
-    renderer = ChatRenderer(tokenizer, training, parse_day(arguments.template_date))
+    renderer = ChatRenderer(
+        tokenizer,
+        training,
+        parse_day(arguments.template_date),
+        arguments.allow_special_tokens or (),
+    )
     records = chosen_records(sources, positions, renderer, arguments.max_tokens)
     dtype = DTYPES[arguments.dtype]
     source = (

@@ -13,11 +13,13 @@ from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.examples import Examples, Prepared
 from megatron_profit.data.options import DataOptions, PreparedSet, add_data_flags, prepare_sets
 from megatron_profit.data.order import Group
-from megatron_profit.data.prepare import Preparation, build_examples, load_tokenizer
+from megatron_profit.data.prepare import Preparation, build_examples
 from megatron_profit.data.records import RawRecord, read_records
-from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training, TurnMarkers
+from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
 from megatron_profit.data.report import PackingReport, PreparationReport
 from megatron_profit.data.sources import Layout, Source, read_sources
+from megatron_profit.data.template import load_tokenizer
+from megatron_profit.data.turn_markers import TurnMarkers
 
 __all__ = [
     "IGNORED_LABEL",

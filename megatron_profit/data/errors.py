@@ -8,7 +8,14 @@ _SHORT = reprlib.Repr(maxlevel=3, maxlist=12, maxdict=8, maxstring=60, maxlong=3
 
 
 class DataError(ValueError):
-    """The data or the tokenizer cannot be used; the message names the finding and the remedy."""
+    """The data or the tokenizer cannot be used; the message names the finding and the remedy.
+
+    Each argument is a line. It may quote a file, a record or a template: what a terminal would obey is shown
+    as escapes.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
 
 
 class BrokenRecord(ValueError):
@@ -32,3 +39,9 @@ def shown(value: object) -> str:
     """`value` as it appears in a message: its repr, with the middle left out where it is long."""
     text = _SHORT.repr(value)
     return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def printable(text: object, keep: str = "") -> str:
+    """A name or text from outside in a message: characters that a terminal obeys, line breaks and lone
+    surrogates as escapes, except for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))

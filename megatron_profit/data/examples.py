@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.errors import DataError
-from megatron_profit.data.report import PreparationReport
+from megatron_profit.data.errors import DataError, printable
+from megatron_profit.data.report import Found, PreparationReport
 
 ABOUT = "about.json"
 
@@ -60,7 +60,7 @@ class Prepared:
         files: [N] int32, the number of the file among those of all sources.
         file_names: Of these files, with as many of their folders as tell them apart.
         numbers: [N] int64, line or position in the file (see `RawRecord.number`).
-        digests: [N] uint64, a hash of the ids; equal for equal examples.
+        digests: [N] uint64, a hash of the ids of all examples of its record; equal for equal records.
         labels: [N] int32, how many labels are trained: its first id is none.
         report: What became of the records.
     """
@@ -76,7 +76,7 @@ class Prepared:
 
     def name(self, index: int) -> str:
         """The record of an example as FILE:LINE, or FILE:POSITION where the file is no JSON lines."""
-        return f"{self.file_names[self.files[index]]}:{self.numbers[index]}"
+        return f"{printable(self.file_names[self.files[index]])}:{self.numbers[index]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,7 @@ class Chunk:
         skipped: (place, reason, detail) of each record that was left out.
         truncated: Places of the records that lost their end.
         unread: Field that nothing reads -> usable records that have it.
+        found: Findings in the examples, by name.
         refused: Why the file that begins with this chunk cannot be used at all, "" if it can.
     """
 
@@ -109,6 +110,7 @@ class Chunk:
     skipped: list[tuple[str, str, str]]
     truncated: list[str]
     unread: dict[str, int]
+    found: dict[str, Found]
     refused: str = ""
 
 

@@ -98,9 +98,10 @@ def add_rendering_flags(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--train-on",
-        choices=("all", "last"),
+        choices=("all", "last", "each"),
         default="all",
-        help="Train all turns of the assistant or the last one.",
+        help="Train all turns of the assistant, the last one, or each of them as the last one of an example "
+        "of its own, so that a template which drops earlier reasoning keeps that of every turn.",
     )
     group.add_argument(
         "--train-think",
@@ -112,6 +113,13 @@ def add_rendering_flags(group: argparse._ActionsContainer) -> None:
         "--template-date",
         metavar="YYYY-MM-DD",
         help="The day that a chat template writes which asks for today's.",
+    )
+    group.add_argument(
+        "--allow-special-tokens",
+        nargs="+",
+        metavar="TOKEN",
+        help="Special tokens of the tokenizer that texts of records may hold, as tokens; a record with "
+        "another one is left out.",
     )
 
 
@@ -163,6 +171,7 @@ class DataOptions:
                 flags["too_long"],
                 training,
                 parse_day(flags["template_date"]),
+                tuple(flags["allow_special_tokens"] or ()),
             ),
             packing=flags["packing"],
             seed=flags["seed"],

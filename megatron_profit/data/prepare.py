@@ -11,31 +11,33 @@ import multiprocessing
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_profit.data.chat import Conversation, normalise
 from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.examples import Chunk, Examples, collect
+from megatron_profit.data.masks import NOTHING_TRAINED
 from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
-from megatron_profit.data.report import PreparationReport, SourceCounts
+from megatron_profit.data.report import Finding, Found, PreparationReport, SourceCounts
 from megatron_profit.data.sources import Layout, Source
+from megatron_profit.data.template import load_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-NOTHING_TRAINED = "no part of the record is to be trained"
 NOTHING_SUPERVISED = "no supervised token is left within the sequence length"
 TOO_LONG = "the record is longer than the sequence length"
+# Findings in records that are used, see `Finding`.
+NULLS_LEFT_OUT = "null fields of tool calls and tools that are left out"
+TURNS_LEFT_OUT = "turns that are left out, as they do not fit into the sequence length"
 
 PROGRESS_SECONDS = 2.0
 _CHUNK_RECORDS = 128
@@ -54,12 +56,14 @@ class Preparation:
         too_long: What happens to a record with more: it loses its end, or is left out and counted.
         training: Which parts of the assistant's turns are trained.
         day: What a chat template that writes today's date writes, None for other templates.
+        allowed_tokens: Special tokens of the tokenizer that texts of records may hold, as tokens.
     """
 
     seq_length: int
     too_long: Literal["truncate", "drop"] = "truncate"
     training: Training = field(default_factory=Training)
     day: date | None = None
+    allowed_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -119,11 +123,11 @@ def prepared_chunks(
         DataError: A file cannot be read, its first record is in no known format, no record is usable, or the
             tokenizer cannot be used.
     """
-    tell = _Ticker(progress, report)
     report.sources = [SourceCounts(source.path) for source in sources]
     # Loaded here first, so that a tokenizer that cannot be used is reported once and by its reason.
     loaded = _load_renderer(renderer, preparation) if isinstance(renderer, Path) else renderer
     report.turn_end_id = loaded.markers.end_id
+    tell = _Ticker(progress, report)
     tasks = _tasks(sources)
     if isinstance(renderer, Path) and workers > 1:
         chunks = _parallel(tasks, renderer, preparation, workers)
@@ -132,16 +136,18 @@ def prepared_chunks(
     for chunk in chunks:
         if chunk.refused:
             raise DataError(chunk.refused)
-        report.sources[chunk.source].add(chunk.read, chunk.lengths, chunk.labels)
+        kept = len(set(chunk.numbers))  # the examples of a record are of one number
+        report.sources[chunk.source].add(chunk.read, kept, chunk.lengths, chunk.labels)
         for skipped in chunk.skipped:
             report.skip(*skipped)
         report.leave_unread(chunk.unread)
+        report.find(chunk.found)
         if chunk.lengths:
             report.keep(chunk.lengths, chunk.whole, chunk.truncated)
             yield chunk
         tell()
     if not report.kept:
-        raise DataError(f"no record can be used for training:\n{report}")
+        raise DataError("no record can be used for training:", *str(report).splitlines())
 
 
 def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
@@ -246,110 +252,156 @@ class _Worker:
     preparation: Preparation
 
     def __call__(self, task: _Task) -> Chunk:
-        outcomes: list[Conversation | BrokenRecord] = []
+        parts, talks = _Parts(task), []
         for record in task.records:
             try:
-                outcomes.append(normalise(record, task.layout))
+                talks.append((record, normalise(record, task.layout)))
             except DataError as error:
-                return self._chunk(task, [], {}, refused=str(error))
+                return _Parts(task).chunk(refused=str(error))
             except BrokenRecord as error:
-                outcomes.append(error)
-        talks = [outcome for outcome in outcomes if isinstance(outcome, Conversation)]
-        unread = Counter(name for talk in talks for name in talk.unread)
-        return self._chunk(task, self._rendered(outcomes, talks), unread)
-
-    def _rendered(
-        self, outcomes: list[Conversation | BrokenRecord], talks: list[Conversation]
-    ) -> list[RenderedConversation | BrokenRecord]:
-        rendered = iter(self.renderer.render_all(talks))
-        return [
-            outcome if isinstance(outcome, BrokenRecord) else next(rendered) for outcome in outcomes
-        ]
-
-    def _chunk(
-        self,
-        task: _Task,
-        outcomes: list[RenderedConversation | BrokenRecord],
-        unread: dict[str, int],
-        refused: str = "",
-    ) -> Chunk:
-        kept: list[tuple[RenderedConversation, int, int]] = []
-        skipped, truncated = [], []
-        for record, outcome in zip(task.records, outcomes, strict=False):
+                parts.skip(record, error)
+        for (record, talk), examples in zip(talks, self._examples(talks), strict=True):
+            parts.unread.update(talk.unread)
             try:
-                if isinstance(outcome, BrokenRecord):
-                    raise outcome
-                example = self._cut(outcome)
-                kept.append((example, len(outcome.ids), record.number))
-                if len(example.ids) < len(outcome.ids):
-                    truncated.append(record.where)
+                parts.add(record, talk, examples)
             except BrokenRecord as error:
-                skipped.append((record.where, error.reason, error.detail))
-        examples = [example for example, _, _ in kept]
-        return Chunk(
-            source=task.source,
-            file=task.file,
-            read=len(task.records),
-            ids=np.concatenate([e.ids for e in examples] or [np.zeros(0, np.int32)]),
-            supervised=np.concatenate(
-                [e.supervised for e in examples] or [np.zeros(0, bool)]
-            ).astype(np.uint8),
-            lengths=[len(e.ids) for e in examples],
-            whole=[whole for _, whole, _ in kept],
-            numbers=[number for _, _, number in kept],
-            digests=[_digest(e) for e in examples],
-            labels=[int(e.supervised[1:].sum()) for e in examples],
-            skipped=skipped,
-            truncated=truncated,
-            unread=unread,
-            refused=refused,
-        )
+                parts.skip(record, error)
+        return parts.chunk()
 
-    def _cut(self, whole: RenderedConversation) -> RenderedConversation:
-        """The example that a record gives.
+    def _examples(
+        self, talks: Sequence[tuple[RawRecord, Conversation]]
+    ) -> list[list[_Example | BrokenRecord]]:
+        """The examples of each record, or why there are none."""
+        talks_of = [self.renderer.training.examples(talk) for _, talk in talks]
+        # A conversation of many turns may give many examples: not all of them are held as tokens at once.
+        batches = itertools.batched(itertools.chain(*talks_of), _CHUNK_RECORDS)
+        rendered = itertools.chain.from_iterable(map(self.renderer.render_all, batches))
+        return [[self._cut(next(rendered)) for _ in inner] for inner in talks_of]
 
-        Raises:
-            BrokenRecord: It is too long and to be dropped, or nothing in it is trained.
-        """
+    def _cut(self, whole: RenderedConversation | BrokenRecord) -> _Example | BrokenRecord:
+        """The part that fits into a row; an `_Unusable` where no token of that is trained."""
+        if isinstance(whole, BrokenRecord):
+            return whole
         seq_length, length = self.preparation.seq_length, len(whole.ids)
         if length > seq_length + 1 and self.preparation.too_long == "drop":
-            raise BrokenRecord(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
-        kept = slice(seq_length + 1)
-        example = RenderedConversation(whole.ids[kept], whole.supervised[kept])
+            return _Unusable(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
         if not whole.supervised[1:].any():
-            raise BrokenRecord(
+            return _Unusable(
                 NOTHING_TRAINED, "the weight of its turns is 0, or they are not chosen"
             )
+        kept = slice(seq_length + 1)
+        example = _Example(
+            whole.ids[kept].copy(), whole.supervised[kept].copy(), length, whole.findings
+        )
         if not example.supervised[1:].any():
-            raise BrokenRecord(
+            return _Unusable(
                 NOTHING_SUPERVISED,
                 f"the record has {length} tokens, the sequence length is {seq_length}",
             )
         return example
 
 
+class _Unusable(BrokenRecord):
+    """No trained token of an example is left; another example of its record may be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """Ids and mask of an example after truncation, its `length` before, and what was found in it."""
+
+    ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.bool_]
+    length: int
+    findings: Mapping[str, Finding]
+
+
+class _Parts:
+    """The parts of a chunk, which grow record by record."""
+
+    def __init__(self, task: _Task) -> None:
+        self._task = task
+        self._examples: list[_Example] = []
+        self._numbers: list[int] = []
+        self._digests: list[int] = []
+        self._skipped: list[tuple[str, str, str]] = []
+        self._truncated: list[str] = []
+        self._found: dict[str, Found] = {}
+        self.unread: Counter[str] = Counter()
+
+    def skip(self, record: RawRecord, error: BrokenRecord) -> None:
+        """Leave a record out."""
+        self._skipped.append((record.where, error.reason, error.detail))
+
+    def add(
+        self, record: RawRecord, talk: Conversation, cut: Sequence[_Example | BrokenRecord]
+    ) -> None:
+        """Keep what is left of the examples of a record.
+
+        Raises:
+            BrokenRecord: One is broken, or none is left.
+        """
+        for example in cut:
+            if isinstance(example, BrokenRecord) and not isinstance(example, _Unusable):
+                raise example
+        examples = [example for example in cut if isinstance(example, _Example)]
+        gone = [example for example in cut if isinstance(example, _Unusable)]
+        if not examples:
+            raise gone[0] if gone else _Unusable(NOTHING_TRAINED, "the weight of its turns is 0")
+        digest = _digest(examples)
+        for example in examples:
+            self._examples.append(example)
+            self._numbers.append(record.number)
+            self._digests.append(digest)
+            if len(example.ids) < example.length:
+                self._truncated.append(record.where)
+            found = {**example.findings, NULLS_LEFT_OUT: Finding(int(talk.nulls))}
+            self._find(record, found)
+        # Only where each turn has an example of its own can some of them be kept and others not.
+        detail = gone[0].detail if gone else ""
+        self._find(record, {TURNS_LEFT_OUT: Finding(len(gone), len(cut), "turns", detail)})
+
+    def _find(self, record: RawRecord, findings: Mapping[str, Finding]) -> None:
+        for name, finding in findings.items():
+            self._found.setdefault(name, Found(finding.unit)).add(finding, record.where)
+
+    def chunk(self, refused: str = "") -> Chunk:
+        """Return all of it."""
+        ids = [example.ids for example in self._examples]
+        supervised = [example.supervised for example in self._examples]
+        return Chunk(
+            source=self._task.source,
+            file=self._task.file,
+            read=len(self._task.records),
+            ids=np.concatenate(ids or [np.zeros(0, np.int32)]),
+            supervised=np.concatenate(supervised or [np.zeros(0, bool)]).astype(np.uint8),
+            lengths=[len(example.ids) for example in self._examples],
+            whole=[example.length for example in self._examples],
+            numbers=self._numbers,
+            digests=self._digests,
+            labels=[int(example.supervised[1:].sum()) for example in self._examples],
+            skipped=self._skipped,
+            truncated=self._truncated,
+            unread=dict(self.unread),
+            found=self._found,
+            refused=refused,
+        )
+
+
 def _load_renderer(tokenizer: Path, preparation: Preparation) -> ChatRenderer:
-    return ChatRenderer(load_tokenizer(tokenizer), preparation.training, preparation.day)
+    return ChatRenderer(
+        load_tokenizer(tokenizer),
+        preparation.training,
+        preparation.day,
+        preparation.allowed_tokens,
+    )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a HuggingFace folder.
-
-    Raises:
-        DataError: It cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; name one with a tokenizer and a chat template")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise DataError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
-
-
-def _digest(example: RenderedConversation) -> int:
-    return int.from_bytes(blake2b(example.ids.tobytes(), digest_size=8).digest(), "little")
+def _digest(examples: Sequence[_Example]) -> int:
+    """One number for all examples of a record, so that all of them are set aside or none is."""
+    digest = blake2b(digest_size=8)
+    for example in examples:
+        digest.update(example.ids.tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 class _Ticker:

@@ -12,7 +12,6 @@ import io
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.fields import NAMED_TWICE, most_common, without_nulls
 
 NOT_JSON = "a line is not JSON"
 NOT_UTF8 = "a line is not UTF-8"
 ROW_NOT_UTF8 = "a text of the record is not UTF-8"
 NOT_AN_OBJECT = "a record is not an object with named fields"
-NAMED_TWICE = "a field is named twice"
 TOO_DEEP = "a record is nested too deeply"
 
 # Levels of a record, which the workers' processes could not be handed if they were without end.
@@ -434,13 +433,15 @@ def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
             if isinstance(row, BrokenRecord):
                 yield RawRecord({}, str(path), number, "record", row)
             else:
-                yield _record(_without_nulls(row), path, number, "record")
+                yield _record(row, path, number, "record")
 
 
 def _values(table: Any) -> list[Any]:
     """The rows of a table; in place of one that cannot be decoded a `BrokenRecord`."""
+    from megatron_profit.data.arrow_values import converted
+
     try:
-        return table.to_pylist()  # type: ignore[no-any-return]
+        return converted(table.to_pylist(), table.schema)
     except UnicodeDecodeError as error:  # columns of text are not checked when they are written
         if len(table) == 1:
             return [BrokenRecord(ROW_NOT_UTF8, str(error))]
@@ -475,6 +476,8 @@ def _record(
         )
         return RawRecord({}, str(path), number, unit, broken)
     if isinstance(value, dict):
+        if objects is None:  # a row of a table, which has every field of the schema, used or not
+            value = {name: without_nulls(item) for name, item in value.items()}
         return RawRecord(value, str(path), number, unit)
     found = BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
     return RawRecord({}, str(path), number, unit, found)
@@ -505,8 +508,7 @@ class _Objects:
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            self.doubtful[id(value)] = (counts.most_common(1)[0][0], value)
+            self.doubtful[id(value)] = (most_common(name for name, _ in pairs), value)
         return value
 
     def named_twice(self, value: Any) -> str | None:
@@ -554,12 +556,3 @@ def _decode(data: bytes, where: str) -> str:
             f"{where}: not UTF-8 (byte {data[error.start]:#04x} at {error.start}); "
             "convert the file, e.g. with iconv -t utf-8"
         ) from error
-
-
-def _without_nulls(value: Any) -> Any:
-    """`value` without its null fields: a parquet row has every field of the schema, used or not."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

@@ -3,57 +3,53 @@
 A conversation is rendered once, whole, with the tokenizer's own chat template, and tokenised once:
 templates such as Qwen3's write an assistant turn differently according to its place, so rendering
 message by message gives a text that the model never sees at inference. What is supervised is then
-found by character position: after the assistant header up to and including the end of the turn.
-Both markers are learnt from the template itself. Positions, never token values, decide the mask:
+found by character position: from where the generation prompt ends up to and including the end of the turn.
+The markers of a turn are learnt from the template itself. Positions, never token values, decide the mask:
 where pad and end-of-turn are one token, the end is still trained.
 
 Shape suffix: T tokens of one conversation.
 """
 
 import re
-from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
-from itertools import takewhile
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.chat import Conversation, Message, strings
-from megatron_profit.data.errors import BrokenRecord, DataError, shown
-from megatron_profit.data.template_date import check_day, with_day
+from megatron_profit.data import thoughts
+from megatron_profit.data.chat import Conversation
+from megatron_profit.data.control_tokens import UNMARKED_IN_TEXT, ControlTokens
+from megatron_profit.data.errors import BrokenRecord, shown
+from megatron_profit.data.left_out import check_answer, leaves_out_context
+from megatron_profit.data.messages import Message
+from megatron_profit.data.report import Finding
+from megatron_profit.data.template import ChatTemplate
+from megatron_profit.data.token_loss import uncovered, unknown_id
+from megatron_profit.data.token_offsets import TokenOffsets
+from megatron_profit.data.turn_markers import learn_markers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_FAILED = "the chat template refuses the conversation"
-MARKER_IN_TEXT = "a text holds the chat template's own turn markers"
 TURNS_NOT_FOUND = "the rendered text does not show each assistant turn once"
+UNKNOWN_TRAINED = "the tokenizer has no token for a part of an answer"
 
-_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
+# Findings in records that are used, see `Finding`.
+REASONING_LEFT_OUT = "reasoning that the chat template leaves out"
+NOT_AS_PROMPTED = "answers that do not begin as the generation prompt ends"
+NEVER_AS_PROMPTED = (
+    "context of inference that is never trained: no answer begins as the prompt ends"
+)
+CONTEXT_LEFT_OUT = "messages or tools before the answer that the chat template leaves out"
+TEXT_DROPPED = "text that the tokenizer drops or has no token for"
 
-# No template writes these, and they differ from the first character on.
-_ASKED, _ANSWERED, _ASKED_AGAIN, _ANSWERED_AGAIN = "7vAsk7", "8vSay8", "6vQue6", "9vEnd9"
-
-
-@dataclass(frozen=True, slots=True)
-class TurnMarkers:
-    """How a template brackets what the assistant says.
-
-    Attributes:
-        header: Text right before every assistant turn, e.g. "<|im_start|>assistant\\n".
-        end: Text that ends the turn, e.g. "<|im_end|>"; the model must produce it.
-        opening: Token that begins a turn of any role, e.g. "<|im_start|>"; "" if there is none.
-        end_id: Id of the first added token in `end`, at which generation has to stop; None where `end` is
-            ordinary text only.
-    """
-
-    header: str
-    end: str
-    opening: str
-    end_id: int | None
+# Turns of one conversation whose generation prompts are rendered: each is as long as the messages before it.
+_PROMPTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +59,12 @@ class RenderedConversation:
     Attributes:
         ids: [T] int32.
         supervised: [T] bool, true where the model must produce this token.
+        findings: What the preparation counts of it.
     """
 
     ids: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.bool_]
+    findings: Mapping[str, Finding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +72,57 @@ class Training:
     """Which parts of the assistant's turns are trained.
 
     Attributes:
-        turns: "all", or the "last" only.
+        turns: "all", or the "last" only; or "each", of which each is the last of an example of its own.
         think: Also what stands in <think> blocks; else a turn is trained from behind them.
     """
 
-    turns: Literal["all", "last"] = "all"
+    turns: Literal["all", "last", "each"] = "all"
     think: bool = True
 
     def __post_init__(self) -> None:
-        if self.turns not in ("all", "last"):
-            raise ValueError(f"turns is {self.turns!r}; it must be all or last")
+        if self.turns not in ("all", "last", "each"):
+            raise ValueError(f"turns is {self.turns!r}; it must be all, last or each")
+
+    def examples(self, conversation: Conversation) -> list[Conversation]:
+        """Return the conversations to render for a record: with `each` one up to each trained turn."""
+        if self.turns != "each":
+            return [conversation]
+        answers = conversation.positions
+        return [
+            replace(
+                conversation,
+                messages=conversation.messages[: last + 1],
+                untrained=frozenset(answers) - {last},
+            )
+            for last in answers
+            if last not in conversation.untrained
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A trained turn of the rendered text.
+
+    Attributes:
+        position: Of its message.
+        header, begin, end: Characters where its header begins, where that ends, and where its end does.
+    """
+
+    position: int
+    header: int
+    begin: int
+    end: int
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A conversation as text, before it is tokenised; `prompts` are the generation prompts of its turns."""
+
+    conversation: Conversation
+    text: str
+    turns: list[_Turn]
+    findings: dict[str, Finding]
+    prompts: list[str] = field(default_factory=list)
 
 
 class ChatRenderer:
@@ -99,6 +138,7 @@ class ChatRenderer:
         tokenizer: "PreTrainedTokenizerBase",
         training: Training | None = None,
         day: date | None = None,
+        allowed_tokens: Sequence[str] = (),
     ) -> None:
         """Learns the turn markers of the tokenizer's template.
 
@@ -106,66 +146,52 @@ class ChatRenderer:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
             training: Which parts of the assistant's turns are trained; all of them by default.
             day: What a template that writes today's date is to write; None for other templates.
+            allowed_tokens: Special tokens that texts of records may hold, as tokens.
 
         Raises:
-            DataError: The tokenizer is not fast, has no template, its template writes no
+            DataError: The tokenizer is not fast, has no template, drops text, its template writes no
                 assistant header or no end of turn, so that no one could tell what to train on, or
-                it writes a date and `day` is None, or the other way round.
+                it writes a date and `day` is None, or the other way round. Or one of `allowed_tokens` is no
+                special token, or a marker of the template.
         """
-        if not getattr(tokenizer, "is_fast", False):
-            raise DataError(
-                f"{_name(tokenizer)} is a slow tokenizer without character offsets; load it with "
-                "AutoTokenizer from a directory that has a tokenizer.json"
-            )
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"{_name(tokenizer)} has no chat template; use an instruct model's tokenizer, "
-                "or add chat_template.jinja to the tokenizer's directory"
-            )
-        check_day(tokenizer, day, _name(tokenizer))
-        self._tokenizer, self._day = tokenizer, day
+        self.template = ChatTemplate(tokenizer, day)
         self.training = training or Training()
-        self.markers = self._learn_markers()
-        # Ordinary text that ends a turn may well stand in a question; a token would end it there.
-        brackets = _tokens(tokenizer, self.markers.opening, self.markers.end)
-        ends = _tokens(tokenizer, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-        self._never_inside = (self.markers.header, *brackets)
-        self._never_said = (self.markers.end, *ends)
+        self.markers = learn_markers(self.template)
+        self._unknown = unknown_id(self.template)
+        self._unknown_token = (
+            "" if self._unknown is None else tokenizer.convert_ids_to_tokens(self._unknown)
+        )
+        self._control = ControlTokens(self.template, self.markers, allowed_tokens)
 
     def render(self, conversation: Conversation) -> RenderedConversation:
         """Token ids and supervised mask of a conversation.
 
         The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`, on the day that was
-        given where the template writes one. A token is supervised
-        if it begins inside an assistant turn; one that begins in the header and reaches into the
+        given where the template writes one. A token is supervised if it begins inside an assistant turn,
+        after the generation prompt; one that begins in the prompt and reaches into the
         turn is not, since at generation its beginning is already written.
 
         Raises:
             BrokenRecord: The template refuses the conversation, or the turns in the text are
                 ambiguous.
         """
-        text = self.text(conversation)
-        spans = self.trained_spans(text, conversation)
-        return _marked(self._encode(text).encodings[0], spans)
+        (result,) = self.render_all([conversation])
+        if isinstance(result, BrokenRecord):
+            raise result
+        return result
 
     def render_all(
         self, conversations: Sequence[Conversation]
     ) -> list[RenderedConversation | BrokenRecord]:
         """`render` of several conversations, tokenised together; what it would raise is returned."""
-        texts: list[str] = []
-        spans: list[list[tuple[int, int]]] = []
-        results: list[BrokenRecord | None] = []
-        for conversation in conversations:
-            try:
-                text = self.text(conversation)
-                spans.append(self.trained_spans(text, conversation))
-                texts.append(text)
-                results.append(None)
-            except BrokenRecord as error:
-                results.append(error)
-        encodings = self._encode(texts).encodings if texts else []
-        marked = iter(map(_marked, encodings, spans))
-        return [result or next(marked) for result in results]
+        results = [_caught(self._draft, conversation) for conversation in conversations]
+        drafts = [result for result in results if isinstance(result, _Draft)]
+        self._add_prompts(drafts)
+        encodings = self.template.encode([draft.text for draft in drafts])
+        marked = iter(
+            [_caught(self._marked, *pair) for pair in zip(drafts, encodings, strict=True)]
+        )
+        return [next(marked) if isinstance(result, _Draft) else result for result in results]
 
     def text(self, conversation: Conversation) -> str:
         """The whole conversation as the template writes it.
@@ -174,249 +200,176 @@ class ChatRenderer:
             BrokenRecord: The template refuses the conversation.
         """
         try:
-            return self._apply(conversation.messages, tools=conversation.tools)
+            return self.template.text(conversation.messages, conversation.tools)
         except Exception as error:  # a template is a program: it may fail in any way on odd data
             raise BrokenRecord(
                 TEMPLATE_FAILED, f"{type(error).__name__}: {shown(str(error))}"
             ) from error
 
-    def spans(self, text: str, conversation: Conversation) -> list[tuple[int, int]]:
-        """Where in the rendered text the assistant's turns are, in order.
-
-        Returns:
-            For each assistant message the character positions [begin, end): from after the header
-            to after the end-of-turn text.
+    def _draft(self, conversation: Conversation) -> _Draft:
+        """The text and its trained turns, compared with the record.
 
         Raises:
-            BrokenRecord: A message holds a marker literally, or there are not as many turns as
-                assistant messages.
+            BrokenRecord: As in `render`.
         """
-        self._refuse_markers_inside(conversation)
-        headers = list(re.finditer(re.escape(self.markers.header), text))
-        limits = [header.start() for header in headers[1:]] + [len(text)]
-        spans = [
-            self._turn(text, header.end(), limit)
-            for header, limit in zip(headers, limits, strict=False)
+        control = self._control.check(conversation)
+        text = self.text(conversation)
+        turns = [
+            turn for turn in self._turns(text, conversation) if self._trains(turn, conversation)
         ]
-        expected = len(conversation.assistant_messages)
-        if len(spans) != expected:
+        reasoning = []
+        for turn in turns:
+            said = text[turn.begin : turn.end - len(self.markers.end)]
+            reasoning.append(check_answer(conversation.messages[turn.position], said))
+        dropped, kept = reasoning.count(False), reasoning.count(True)
+        trained = {turn.position for turn in turns}
+        lost = leaves_out_context(conversation, text, trained)
+        findings = {
+            REASONING_LEFT_OUT: Finding(dropped, dropped + kept, "turns with reasoning"),
+            CONTEXT_LEFT_OUT: Finding(int(lost)),
+            UNMARKED_IN_TEXT: control,
+        }
+        return _Draft(conversation, text, turns, findings)
+
+    def _turns(self, text: str, conversation: Conversation) -> list[_Turn]:
+        """The assistant's turns, in order.
+
+        Raises:
+            BrokenRecord: There are not as many turns as assistant messages.
+        """
+        headers = list(re.finditer(re.escape(self.markers.header), text))
+        positions = conversation.positions
+        if len(headers) != len(positions):
             raise BrokenRecord(
                 TURNS_NOT_FOUND,
-                f"{expected} assistant messages, {len(spans)} turns in {shown(text)}",
+                f"{len(positions)} assistant messages, {len(headers)} turns in {shown(text)}",
             )
-        return spans
-
-    def trained_spans(self, text: str, conversation: Conversation) -> list[tuple[int, int]]:
-        """The parts of `spans` that are trained."""
-        spans = self.spans(text, conversation)
-        chosen = [
-            span for span, trained in zip(spans, conversation.trained, strict=True) if trained
+        limits = [header.start() for header in headers[1:]] + [len(text)]
+        return [
+            _Turn(position, header.start(), header.end(), self._end(text, header.end(), limit))
+            for position, header, limit in zip(positions, headers, limits, strict=True)
         ]
-        if self.training.turns == "last":
-            chosen = [span for span in chosen if span == spans[-1]]
-        if self.training.think:
-            return chosen
-        header = self.markers.header
-        opened = header.rfind(_THINK_OPEN) > header.rfind(_THINK_CLOSE)
-        return [(_behind_thoughts(text, *span, opened=opened), span[1]) for span in chosen]
 
-    def _turn(self, text: str, begin: int, limit: int) -> tuple[int, int]:
-        """The turn from `begin`; it must end before `limit` and before any other turn begins."""
+    def _end(self, text: str, begin: int, limit: int) -> int:
+        """The end of the turn from `begin`, before `limit` and before any other turn begins."""
         end = text.find(self.markers.end, begin, limit)
         turn = text[begin:end]
         if end < 0 or (self.markers.opening and self.markers.opening in turn):
             raise BrokenRecord(
                 TURNS_NOT_FOUND, f"no {self.markers.end!r} ends the turn {shown(text[begin:limit])}"
             )
-        return begin, end + len(self.markers.end)
+        return end + len(self.markers.end)
 
-    def _refuse_markers_inside(self, conversation: Conversation) -> None:
-        everything = [conversation.messages, conversation.tools]
-        _refuse(self._never_inside, everything, "a message or tool")
-        _refuse(self._never_said, conversation.assistant_messages, "an assistant message")
+    def _trains(self, turn: _Turn, conversation: Conversation) -> bool:
+        last = self.training.turns == "all" or turn.position == conversation.positions[-1]
+        return last and turn.position not in conversation.untrained
 
-    def _learn_markers(self) -> TurnMarkers:
-        probe = self._probe()
-        common = self._common_tokens(probe.after_earlier, probe.after_last)
-        if not common.strip():
-            raise DataError(
-                f"the chat template of {_name(self._tokenizer)} writes no end of turn after what "
-                "the assistant says, so the model would never learn to stop: an earlier answer is "
-                f"followed by {probe.after_earlier!r}, the last one by {probe.after_last!r}; "
-                "write the same end-of-turn token after both"
-            )
-        header = self._header(probe)
-        opening = self._common_tokens(probe.after_earlier.removeprefix(common), header)
-        # Ordinary text, such as "###", may well stand in an answer; it would not tell turns apart.
-        is_token = _tokens(self._tokenizer, opening)
-        end = common.rstrip()
-        end_id = self._added_id_after(probe.talk, _ANSWERED_AGAIN, end)
-        return TurnMarkers(header, end, opening if is_token else "", end_id)
+    def _add_prompts(self, drafts: Sequence[_Draft]) -> None:
+        """Give each draft the generation prompts of its turns."""
+        for _, group in groupby(drafts, key=lambda draft: draft.conversation.tools):
+            together = list(group)
+            tools = together[0].conversation.tools
+            pasts = [past for draft in together for past in _pasts(draft)]
+            prompts = iter(self._prompts(pasts, tools))
+            for draft in together:
+                found = [next(prompts) for _ in _pasts(draft)]
+                draft.prompts = found + found[-1:] * (len(draft.turns) - len(found))
 
-    def _added_id_after(self, text: str, sentinel: str, end: str) -> int | None:
-        """Id of the first added token in the `end` that follows the sentinel, None if there is none."""
-        begin = text.index(sentinel) + len(sentinel)
-        limit = begin + text[begin:].index(end) + len(end)
-        encoding = self._encode(text).encodings[0]
-        added = set(self._tokenizer.get_added_vocab().values())
-        inside = (
-            token
-            for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True)
-            if begin <= first and last <= limit and token in added
-        )
-        return next(inside, None)
-
-    def _header(self, probe: "_Probe") -> str:
-        """What the generation prompt, an earlier answer's beginning and the last one's share.
-
-        A think block that only some of them open thus belongs to the turn, not to the header.
-        """
-        beginnings = [probe.prompt, probe.before_earlier, probe.before_last]
-        bracket = _common_prefix(beginnings)
-        header = bracket.removeprefix(probe.after_question)
-        if not header.strip() or not bracket.startswith(probe.after_question):
-            raise DataError(
-                f"the chat template of {_name(self._tokenizer)} writes no header before what the "
-                "assistant says: a question is followed by "
-                f"{', '.join(map(repr, beginnings))} in the generation prompt, before an earlier "
-                "answer and before the last; write the same header in all three"
-            )
-        return header
-
-    def _probe(self) -> "_Probe":
-        question, answer = _said("user", _ASKED), _said("assistant", _ANSWERED)
-        again = [_said("user", _ASKED_AGAIN), _said("assistant", _ANSWERED_AGAIN)]
+    def _prompts(self, pasts: list[list[Message]], tools: list[dict[str, Any]] | None) -> list[str]:
+        """The generation prompts after these messages, from the assistant's header on."""
         try:
-            plain = self._apply([question])
-            prompt = self._apply([question], add_generation_prompt=True)
-            talk = self._apply([question, answer, *again])
-            return _Probe(
-                after_question=_after(plain, _ASKED),
-                prompt=_after(prompt, _ASKED),
-                before_earlier=_between(talk, _ASKED, _ANSWERED),
-                before_last=_between(talk, _ASKED_AGAIN, _ANSWERED_AGAIN),
-                after_earlier=_between(talk, _ANSWERED, _ASKED_AGAIN),
-                after_last=_after(talk, _ANSWERED_AGAIN),
-                talk=talk,
-            )
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise DataError(
-                f"the chat template of {_name(self._tokenizer)} cannot render two plain questions "
-                f"and answers ({type(error).__name__}: {error}); correct the template"
-            ) from error
+            texts = self.template.texts(pasts, tools, prompt=True) if pasts else []
+        except Exception:  # on one of them, perhaps for lack of any message
+            if len(pasts) == 1:
+                return [self.markers.prompt]
+            return [prompt for past in pasts for prompt in self._prompts([past], tools)]
+        return [self._prompt_in(text) for text in texts]
 
-    def _common_tokens(self, first: str, second: str) -> str:
-        """The text of the leading tokens that two texts share (characters could cut a token)."""
-        encoding, other = self._encode(first).encodings[0], self._encode(second).encodings[0]
-        pairs = zip(encoding.ids, other.ids, strict=False)
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return first[: encoding.offsets[shared - 1][1]] if shared else ""
+    def _prompt_in(self, text: str) -> str:
+        """The end of a text from the last header on, or the usual prompt where that is a whole turn."""
+        header, end, prompt = self.markers.header, self.markers.end, self.markers.prompt
+        found = text[text.rfind(header) :] if header in text else prompt
+        return prompt if end in found else found
 
-    def _apply(self, messages: list[Message], **options: Any) -> str:
-        if self._day is not None:
-            template = self._tokenizer.get_chat_template(tools=options.get("tools"))
-            options["chat_template"] = with_day(template, self._day)
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        if not isinstance(text, str):
-            raise TypeError(f"the chat template gave {type(text).__name__}, not text")
-        return text
+    def _marked(self, draft: _Draft, encoding: Any) -> RenderedConversation:
+        """The ids of a draft, supervised where a token begins inside one of the turns.
 
-    def _encode(self, text: str | list[str]) -> Any:
-        return self._tokenizer(
-            text, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
+        Raises:
+            BrokenRecord: The token for unknown text would be trained.
+        """
+        tokens = TokenOffsets(encoding)
+        supervised_T = np.zeros(len(tokens.ids), dtype=np.bool_)
+        astray = []
+        for turn, prompt in zip(draft.turns, draft.prompts, strict=True):
+            prompted = draft.text.startswith(prompt, turn.header)
+            begin = turn.header + len(prompt) if prompted else turn.begin
+            if not prompted or tokens.straddle(begin):
+                astray.append(prompt)
+            if not self.training.think:
+                opening = prompt if prompted else self.markers.header
+                begin = _after_thoughts(draft.text, begin, turn.end, opening)
+            supervised_T[tokens.within(begin, turn.end)] = True
+        never = 0 < len(draft.turns) == len(astray)
+        detail = f"the prompt ends in {shown(astray[0])}" if astray else ""
+        findings = {
+            NOT_AS_PROMPTED: Finding(len(astray), len(draft.turns), "trained turns", detail),
+            NEVER_AS_PROMPTED: Finding(int(never), detail=f"{detail}; {_remedy(astray)}"),
+            TEXT_DROPPED: self._dropped(draft.text, tokens, supervised_T),
+        }
+        return RenderedConversation(tokens.ids, supervised_T, draft.findings | findings)
+
+    def _dropped(
+        self, text: str, tokens: TokenOffsets, supervised_T: npt.NDArray[np.bool_]
+    ) -> Finding:
+        """Text without a token of its own.
+
+        Raises:
+            BrokenRecord: The token for unknown text would be trained.
+        """
+        missing = [uncovered(text, tokens.offsets)]
+        unknown = -1 if self._unknown is None else self._unknown
+        for i in np.flatnonzero(tokens.ids == unknown):
+            piece = text[slice(*tokens.offsets[i])].strip()
+            if piece == self._unknown_token:  # the template writes it
+                continue
+            if supervised_T[i]:
+                raise BrokenRecord(UNKNOWN_TRAINED, shown(piece))
+            missing.append(piece)
+        return Finding(int(any(missing)), detail=shown("".join(missing)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Probe:
-    """What a template writes around sentinels, in the places where turns may differ.
+def _caught[**P, T](
+    function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T | BrokenRecord:
+    try:
+        return function(*args, **kwargs)
+    except BrokenRecord as error:
+        return error
 
-    Two questions and answers are rendered, and the first question alone without and with the
-    generation prompt. `after_question` is what ends the lone question, `prompt` that and the
-    generation prompt; the rest surrounds the first answer (`earlier`) and the second (`last`) in the
-    whole `talk`.
+
+def _pasts(draft: _Draft) -> list[list[Message]]:
+    """The messages before each turn, for the first turns, whose prompts are rendered."""
+    return [draft.conversation.messages[: turn.position] for turn in draft.turns[:_PROMPTS]]
+
+
+def _after_thoughts(text: str, begin: int, end: int, opening: str) -> int:
+    """Where the turn [begin, end) goes on after its think block; `begin` if it has none.
+
+    The block begins the turn, or the text before it, `opening`, has opened it already; an answer may mention
+    the tags, and may begin with spaces, which are its own.
     """
-
-    after_question: str
-    prompt: str
-    before_earlier: str
-    before_last: str
-    after_earlier: str
-    after_last: str
-    talk: str
-
-
-def _common_prefix(texts: list[str]) -> str:
-    columns = enumerate(zip(*texts, strict=False))
-    length = next((i for i, column in columns if len(set(column)) > 1), min(map(len, texts)))
-    return texts[0][:length]
-
-
-def _behind_thoughts(text: str, begin: int, end: int, *, opened: bool) -> int:
-    """Where the turn [begin, end) goes on behind its think block; `begin` if it has none.
-
-    The block begins the turn, or the header has `opened` it already; an answer may mention the tags, and
-    may begin with spaces, which are its own.
-    """
-    close = text.find(_THINK_CLOSE, begin, end)
-    if close < 0 or not (opened or text[begin:end].lstrip().startswith(_THINK_OPEN)):
+    opened = opening.rfind(thoughts.OPEN) > opening.rfind(thoughts.CLOSE)
+    close = text.find(thoughts.CLOSE, begin, end)
+    if close < 0 or not (opened or text[begin:end].lstrip().startswith(thoughts.OPEN)):
         return begin
-    rest = text[close + len(_THINK_CLOSE) : end]
+    rest = text[close + len(thoughts.CLOSE) : end]
     return end - len(rest.lstrip("\r\n"))
 
 
-def _marked(encoding: Any, spans: list[tuple[int, int]]) -> RenderedConversation:
-    """The ids of an encoding, supervised where a token begins inside one of the spans.
-
-    Tokens are looked up by bisection: a Python list of all offsets would cost as much as the tokenizer.
-    """
-    ids_T = np.asarray(encoding.ids, dtype=np.int32)
-    supervised_T = np.zeros(len(ids_T), dtype=np.bool_)
-    tokens = range(len(ids_T))
-
-    def first_char(token: int) -> int:
-        return encoding.token_to_chars(token)[0]
-
-    for begin, end in spans:
-        first = bisect_left(tokens, begin, key=first_char)
-        # Some tokenizers trim spaces from the offsets, which leaves a token of spaces at the end of a
-        # header with the empty range (begin, begin).
-        while first < len(ids_T) and encoding.token_to_chars(first) == (begin, begin):
-            first += 1
-        supervised_T[first : bisect_left(tokens, end, key=first_char)] = True
-    return RenderedConversation(ids_T, supervised_T)
-
-
-def _refuse(markers: Sequence[str], value: object, place: str) -> None:
-    everything = "\0".join(strings(value))  # no marker holds what is between two texts
-    for marker in markers:
-        if marker in everything:
-            raise BrokenRecord(MARKER_IN_TEXT, f"{marker!r} in {place}")
-
-
-def _tokens(tokenizer: "PreTrainedTokenizerBase", *texts: str | None) -> list[str]:
-    """Those of the texts that the tokenizer takes for one token wherever they stand."""
-    added = tokenizer.get_added_vocab()
-    return [text for text in texts if text and text in added]
-
-
-def _said(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _after(text: str, sentinel: str) -> str:
-    if text.count(sentinel) != 1:
-        raise ValueError(
-            f"the message {sentinel!r} appears {text.count(sentinel)} times in {text!r}"
-        )
-    return text.partition(sentinel)[2]
-
-
-def _between(text: str, sentinel: str, following: str) -> str:
-    _after(text, following)
-    return _after(text, sentinel).partition(following)[0]
-
-
-def _name(tokenizer: object) -> str:
-    path = getattr(tokenizer, "name_or_path", "")
-    return f"the tokenizer {path}" if path else f"the tokenizer ({type(tokenizer).__name__})"
+def _remedy(prompts: Sequence[str]) -> str:
+    """Return the remedy for answers that do not begin as these prompts end."""
+    if any(thoughts.OPEN in prompt for prompt in prompts):
+        return "give the answers reasoning_content, or use a chat template whose prompt opens no think block"
+    return (
+        "a token of the answer begins in the prompt: end the template's prompt where a token ends"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.errors import shown
+from megatron_profit.data.errors import printable, shown
 from megatron_profit.data.order import RowOrder
 from megatron_profit.data.packing import pack
 
@@ -21,7 +21,7 @@ _BAR = 40
 # Rows that are filled less are worth a warning.
 _FILLED = 0.5
 # Beside the attributes of a report in its JSON.
-_SUMS = ("read", "kept", "total_tokens", "supervised_tokens")
+_SUMS = ("read", "kept", "examples", "total_tokens", "supervised_tokens")
 
 
 @dataclass(slots=True)
@@ -34,6 +34,53 @@ class Skipped:
     places: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is counted of an example, and does not keep it from being trained.
+
+    Attributes:
+        count: How often it was found, 0 for not at all.
+        of: How often it could have been.
+        unit: Name of the things that are counted.
+        detail: The finding in words.
+    """
+
+    count: int
+    of: int = 1
+    unit: str = "examples"
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Found:
+    """A finding summed over examples.
+
+    Attributes:
+        count, of, unit: As in `Finding`.
+        detail: The first finding in words.
+        places: Where the first 10,000 are.
+    """
+
+    unit: str
+    count: int = 0
+    of: int = 0
+    detail: str = ""
+    places: list[str] = field(default_factory=list)
+
+    def add(self, finding: Finding, place: str) -> None:
+        """Count a finding of the record at this place."""
+        self.merge(Found(self.unit, finding.count, finding.of, finding.detail, [place]))
+
+    def merge(self, other: "Found") -> None:
+        """Count what was found in later records."""
+        self.of += other.of
+        if other.count:
+            self.detail = self.detail if self.count else other.detail
+            self.count += other.count
+            new = [place for place in other.places if place not in self.places[-1:]]
+            self.places += new[: _PLACES_KEPT - len(self.places)]
+
+
 @dataclass(slots=True)
 class SourceCounts:
     """What became of the records of one source.
@@ -41,7 +88,8 @@ class SourceCounts:
     Attributes:
         path: File or folder.
         read: Records in the files.
-        kept: Examples made of them.
+        kept: Records of which examples were made.
+        examples: These examples; one for each record, unless each turn is trained in one of its own.
         total_tokens: Ids of the kept examples, after truncation.
         supervised_tokens: Labels that are trained where every example comes once.
     """
@@ -49,13 +97,15 @@ class SourceCounts:
     path: str
     read: int = 0
     kept: int = 0
+    examples: int = 0
     total_tokens: int = 0
     supervised_tokens: int = 0
 
-    def add(self, read: int, lengths: Sequence[int], labels: Sequence[int]) -> None:
-        """Counts `read` records, and the examples made of them by their ids and their trained labels."""
+    def add(self, read: int, kept: int, lengths: Sequence[int], labels: Sequence[int]) -> None:
+        """Counts `read` records, and the examples made of `kept` ones by their ids and trained labels."""
         self.read += read
-        self.kept += len(lengths)
+        self.kept += kept
+        self.examples += len(lengths)
         self.total_tokens += sum(lengths)
         self.supervised_tokens += sum(labels)
 
@@ -71,13 +121,14 @@ class PreparationReport:
     """What became of the records.
 
     Attributes:
-        sources: What became of the records of each source; `read`, `kept`, `total_tokens` and
+        sources: What became of the records of each source; `read`, `kept`, `examples`, `total_tokens` and
             `supervised_tokens` are sums over them.
         skipped: Reason -> the records left out for it; read = kept + the sum of their counts.
         truncated: Kept examples of which the end was cut off.
         truncated_places: Where the first 10,000 of them are.
         unread: Field that nothing reads -> usable records that have it, of the first 1,000 such fields; those
             of messages as "messages.NAME".
+        found: Findings in the examples, by name.
         longest: Ids of the longest usable record, before truncation.
         lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
         turn_end_id: Id of the token that ends the assistant's turns, as training teaches it; None where the
@@ -91,6 +142,7 @@ class PreparationReport:
     longest: int = 0
     lengths: list[int] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Found] = field(default_factory=dict)
     turn_end_id: int | None = None
 
     @property
@@ -100,6 +152,10 @@ class PreparationReport:
     @property
     def kept(self) -> int:
         return sum(source.kept for source in self.sources)
+
+    @property
+    def examples(self) -> int:
+        return sum(source.examples for source in self.sources)
 
     @property
     def total_tokens(self) -> int:
@@ -121,6 +177,11 @@ class PreparationReport:
         for name, count in counts.items():
             if name in self.unread or len(self.unread) < _FIELDS_KEPT:
                 self.unread[name] = self.unread.get(name, 0) + count
+
+    def find(self, found: Mapping[str, Found]) -> None:
+        """Counts findings in examples."""
+        for name, more in found.items():
+            self.found.setdefault(name, Found(more.unit)).merge(more)
 
     def keep(self, lengths: Sequence[int], whole: Sequence[int], truncated: Sequence[str]) -> None:
         """Notes the lengths of examples, which had `whole` ids before truncation.
@@ -150,9 +211,15 @@ class PreparationReport:
             reason: Skipped(moved(found.detail), found.count, [moved(p) for p in found.places])
             for reason, found in self.skipped.items()
         }
+        found = {
+            name: replace(more, places=[moved(place) for place in more.places])
+            for name, more in self.found.items()
+        }
         truncated = [moved(place) for place in self.truncated_places]
         sources = [replace(source, path=moved(source.path)) for source in self.sources]
-        return replace(self, skipped=skipped, truncated_places=truncated, sources=sources)
+        return replace(
+            self, skipped=skipped, found=found, truncated_places=truncated, sources=sources
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON values; `from_json` reads them."""
@@ -161,14 +228,16 @@ class PreparationReport:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PreparationReport":
         skipped = {reason: Skipped(**found) for reason, found in value["skipped"].items()}
+        found = {name: Found(**counts) for name, counts in value["found"].items()}
         sources = [SourceCounts(**counts) for counts in value["sources"]]
         own = {name: item for name, item in value.items() if name not in _SUMS}
-        return cls(**{**own, "skipped": skipped, "sources": sources})
+        return cls(**{**own, "skipped": skipped, "found": found, "sources": sources})
 
     def __str__(self) -> str:
         share = self.supervised_tokens / max(self.total_tokens, 1)
+        examples = f" as {self.examples:,} examples" if self.examples != self.kept else ""
         lines = [
-            f"{self.read:,} records read, {self.kept:,} kept, {self.read - self.kept:,} skipped, "
+            f"{self.read:,} records read, {self.kept:,} kept{examples}, {self.read - self.kept:,} skipped, "
             f"{self.truncated:,} truncated",
             f"{self.total_tokens:,} tokens, {self.supervised_tokens:,} of them supervised "
             f"({share:.1%}); the longest record has {self.longest:,}",
@@ -178,9 +247,15 @@ class PreparationReport:
         for reason, skipped in self.skipped.items():
             lines.append(f"skipped {skipped.count:,}: {reason} ({_first(skipped.places)})")
             lines.append(f"  the first: {skipped.detail}")
+        for name, found in self.found.items():
+            if found.count:
+                share_of = f"{found.count:,} of {found.of:,} {found.unit}"
+                lines.append(f"warning: {name}: {share_of} ({_first(found.places)})")
+            if found.count and found.detail:
+                lines.append(f"  the first: {found.detail}")
         if self.unread:
             lines.append(f"fields that nothing reads, and records with them: {self._unread()}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _unread(self) -> str:
         most = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))

@@ -11,7 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.errors import BrokenRecord, DataError, printable, shown
+from megatron_profit.data.fields import read
 from megatron_profit.data.records import Split, data_files, left_out, not_data
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
@@ -118,8 +119,9 @@ class Layout:
                 raise BrokenRecord(
                     MISSING_COLUMN, f"no {column!r} (for {name}) among {shown(list(value))}"
                 )
-        if self.tags and isinstance(record.get("messages"), list):
-            record["messages"] = [self._message(entry) for entry in record["messages"]]
+        messages = read(record["messages"]) if self.tags and "messages" in record else None
+        if isinstance(messages, list):
+            record["messages"] = [self._message(read(entry)) for entry in messages]
         return record
 
     def unnamed(self, value: Mapping[str, Any]) -> set[str]:
@@ -181,7 +183,7 @@ class Source:
                 "folders and files of unknown suffix are not read: "
                 f"{len(names)} ({', '.join(map(shown, names[:_NAMED]))}{more})"
             )
-        return f"{self.path}: {'; '.join(notes)}" if notes else ""
+        return printable(f"{self.path}: {'; '.join(notes)}") if notes else ""
 
 
 def read_sources(

@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from megatron_profit.data import BrokenRecord, DataError, RawRecord, chat, normalise
+from megatron_profit.data import (
+    BrokenRecord,
+    DataError,
+    RawRecord,
+    chat,
+    fields,
+    masks,
+    messages,
+    normalise,
+)
 
 
 def conversation_of(value):
@@ -128,7 +137,7 @@ def test_unknown_format_names_place_keys_and_known_formats(record):
 def test_a_known_format_that_holds_null_is_a_broken_record(record, first):
     with pytest.raises(BrokenRecord, match="holds null") as error:
         normalise(RawRecord(record, "data.jsonl", 1, "line", first=first))
-    assert error.value.reason == chat.MISSING_FIELD
+    assert error.value.reason == fields.MISSING_FIELD
 
 
 @pytest.mark.parametrize(
@@ -157,40 +166,40 @@ def test_an_answer_that_is_context_only_may_be_empty():
 
 
 BROKEN_MESSAGES = [
-    ([{**ANSWER, "tool_calls": [{"name": "f", "input": {"x": 1}}]}], chat.MISSING_FIELD),
-    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": []}]}], chat.WRONG_TYPE),
-    ([{**ANSWER, "thinking": 3}], chat.WRONG_TYPE),
-    ("text", chat.WRONG_TYPE),
-    ([1], chat.WRONG_TYPE),
-    ([{"role": "assistant", "content": 3}], chat.WRONG_TYPE),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], chat.WRONG_TYPE),
-    ([{**ANSWER, "tool_calls": "not json"}], chat.WRONG_TYPE),
-    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "not json"}]}], chat.WRONG_TYPE),
-    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "[1]"}]}], chat.WRONG_TYPE),
-    ([{**ANSWER, "tool_calls": [{"arguments": {}}]}], chat.MISSING_FIELD),
-    ([{**ANSWER, "reasoning_content": 1}], chat.WRONG_TYPE),
-    ([{"from": "function_call", "value": "add(1)"}], chat.WRONG_TYPE),
-    ([{"role": "assistant"}], chat.MISSING_FIELD),
-    ([{"content": "a"}], chat.MISSING_FIELD),
-    ([{"role": "critic", "content": "a"}, ANSWER], chat.UNKNOWN_ROLE),
-    ([{"role": ["user"], "content": "a"}, ANSWER], chat.UNKNOWN_ROLE),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "input": {"x": 1}}]}], fields.MISSING_FIELD),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": []}]}], fields.WRONG_TYPE),
+    ([{**ANSWER, "thinking": 3}], fields.WRONG_TYPE),
+    ("text", fields.WRONG_TYPE),
+    ([1], fields.WRONG_TYPE),
+    ([{"role": "assistant", "content": 3}], fields.WRONG_TYPE),
+    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], fields.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": "not json"}], fields.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "not json"}]}], fields.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "[1]"}]}], fields.WRONG_TYPE),
+    ([{**ANSWER, "tool_calls": [{"arguments": {}}]}], fields.MISSING_FIELD),
+    ([{**ANSWER, "reasoning_content": 1}], fields.WRONG_TYPE),
+    ([{"from": "function_call", "value": "add(1)"}], fields.WRONG_TYPE),
+    ([{"role": "assistant"}], fields.MISSING_FIELD),
+    ([{"content": "a"}], fields.MISSING_FIELD),
+    ([{"role": "critic", "content": "a"}, ANSWER], messages.UNKNOWN_ROLE),
+    ([{"role": ["user"], "content": "a"}, ANSWER], messages.UNKNOWN_ROLE),
     ([{"role": "assistant", "content": " \n"}], chat.EMPTY_ASSISTANT),
     ([ANSWER, {"role": "assistant", "content": ""}], chat.EMPTY_ASSISTANT),
     ([], chat.NO_ASSISTANT),
     ([{"role": "user", "content": "q"}], chat.NO_ASSISTANT),
     ([{"role": "user", "content": "half \ud83d"}, ANSWER], chat.NOT_ENCODABLE),
     ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": {"\udc00": 1}}]}], chat.NOT_ENCODABLE),
-    ([{**ANSWER, "weight": 0.5}], chat.WEIGHTED),
+    ([{**ANSWER, "weight": 0.5}], masks.WEIGHTED),
 ]
 BROKEN_ALPACA = [
-    ({"instruction": "q"}, chat.MISSING_FIELD),
-    ({"output": "a"}, chat.MISSING_FIELD),
-    ({"instruction": "q", "output": ["better", "worse"]}, chat.WRONG_TYPE),
-    ({"instruction": "q", "output": "a", "input": 1}, chat.WRONG_TYPE),
-    ({"instruction": "q", "output": "a", "history": [["q"]]}, chat.WRONG_TYPE),
-    ({"instruction": "q", "output": "a", "system": 1}, chat.WRONG_TYPE),
-    ({"instruction": "q", "output": "a", "tools": "nonsense"}, chat.WRONG_TYPE),
-    ({"instruction": "q", "output": "a", "tools": [1]}, chat.WRONG_TYPE),
+    ({"instruction": "q"}, fields.MISSING_FIELD),
+    ({"output": "a"}, fields.MISSING_FIELD),
+    ({"instruction": "q", "output": ["better", "worse"]}, fields.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "input": 1}, fields.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "history": [["q"]]}, fields.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "system": 1}, fields.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "tools": "nonsense"}, fields.WRONG_TYPE),
+    ({"instruction": "q", "output": "a", "tools": [1]}, fields.WRONG_TYPE),
     ({"instruction": "q", "output": ""}, chat.EMPTY_ASSISTANT),
 ]
 

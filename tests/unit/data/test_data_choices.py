@@ -1,6 +1,7 @@
 """What is trained of a conversation, and what is drawn of the data: the options, end to end."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_messages_of_weight_0_are_context(trained):
     assert trained(*weighted(1, 0)) == ["Paris<|im_end|>"]
     assert trained(*weighted(1, 0), turns="last") == []
     assert trained(*weighted(0, 0)) == []
-    for weight in (0.5, -1, "1", [1]):
+    for weight in (0.5, -1, "yes", [1]):
         with pytest.raises(BrokenRecord):
             trained(*weighted(weight, 1))
 
@@ -76,7 +77,6 @@ def test_messages_of_weight_0_are_context(trained):
         ("Paris", "Paris<|im_end|>"),
         ("Paris <think>no</think> it is", "Paris <think>no</think> it is<|im_end|>"),
         ("<think>endless", "<think>endless<|im_end|>"),
-        ("<think>only</think>", "<|im_end|>"),
         ("<think>\nhm\n</think>\n\n  Paris", "  Paris<|im_end|>"),
     ],
 )
@@ -96,7 +96,7 @@ def test_thoughts_that_the_header_opens(trained, make_tokenizer, templates):
     ).replace("assistant\\n' }}", "assistant\\n<think>' }}")
     turns = [("user", "q"), ("assistant", "Let me think.</think>\n\nParis")]
     tokenizer = make_tokenizer(opening)
-    assert ChatRenderer(tokenizer).markers.header.endswith("<think>")
+    assert ChatRenderer(tokenizer).markers.prompt.endswith("<think>")
     assert trained(*turns, tokenizer=tokenizer, think=False) == ["Paris<|im_end|>"]
 
 
@@ -116,7 +116,19 @@ def test_the_mask_agrees_with_the_offsets_of_every_token(
     renderer = ChatRenderer(small_tokenizer, Training(turns, think))
     rendered, text = renderer.render(talk), renderer.text(talk)
     offsets = small_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans = renderer.trained_spans(text, talk)
+    spans = [
+        found.span(1)
+        for found in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+    ]
+    if turns == "last":
+        del spans[0]
+    if not think:
+        block = re.compile(r"\s*<think>.*?</think>[\r\n]*", re.DOTALL)
+        blocks = [block.match(text, *span) for span in spans]
+        spans = [
+            (found.end() if found else begin, end)
+            for found, (begin, end) in zip(blocks, spans, strict=True)
+        ]
     expected = [
         any(begin <= first < end and last > begin for begin, end in spans)
         for first, last in offsets["offset_mapping"]
@@ -342,6 +354,51 @@ def test_a_split_is_of_the_samples_that_were_asked_for(small_tokenizer, tmp_path
     assert (len(shown["train"]), len(shown["valid"])) == (15, 5)
     assert not shown["train"] & shown["valid"]
     assert {part.packing.rows for part in sets.values()} == {15, 5}
+
+
+HOSTILE = "\x1b[2J\nerror: all is well\r\x9b\u202e"
+
+
+def test_nothing_of_the_data_steers_the_terminal(tool, write_lines):
+    record = {"instruction": HOSTILE, "output": f"It{HOSTILE}.\tIs", HOSTILE: 1}
+    broken = {"messages": [{"role": HOSTILE, "content": "q"}]}
+    file = write_lines([record, broken], f"a{HOSTILE.replace('/', '')}.jsonl")
+    code, printed, _ = tool("--data", file, "--show", 1, seq_length=256)
+    assert code == 0
+    assert set(printed) <= {"\n", "\t"} | {c for c in printed if c.isprintable()}
+    assert "It\\x1b[2J\nerror: all is well\\r\\x9b\\u202e.\tIs<|im_end|>⟧" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert len(lines) == 2, "the texts of the example have lines, the report has none of them"
+    for wrong in (
+        ["--data", str(file), "--data-columns", "prompt=x", "response=y"],
+        ["--data", HOSTILE],
+    ):
+        code, printed, _ = tool(*wrong)
+        assert code == 2
+        assert all(c.isprintable() or c == "\n" for c in printed)
+        assert not any(line.startswith("error:") for line in printed.splitlines())
+
+
+def test_a_template_that_fails_does_not_steer_the_terminal(tool, write_lines, tmp_path):
+    file = write_lines(rows(1))
+    tool("--data", file)
+    template = "{{- raise_exception('\x1b[2J\\nerror: all is well') }}"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    code, printed, _ = tool("--data", file)
+    assert code == 2
+    assert printed.endswith("\\x1b[2J\\nerror: all is well); correct the template\n")
+
+
+def test_special_tokens_may_be_allowed(tool, write_lines):
+    file = write_lines([{"instruction": "End </s>?", "output": "It."}, *rows(2)])
+    _, printed, found = tool("--data", file)
+    assert found["train"]["records"]["kept"] == 2
+    assert "skipped 1: a text holds a special token of the tokenizer" in printed
+    assert (
+        tool("--data", file, "--allow-special-tokens", "</s>")[2]["train"]["records"]["kept"] == 3
+    )
+    code, printed, _ = tool("--data", file, "--allow-special-tokens", "<s>")
+    assert (code, "--allow-special-tokens <s>: no special token" in printed) == (2, True)
 
 
 @pytest.mark.parametrize(

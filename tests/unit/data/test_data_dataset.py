@@ -12,6 +12,7 @@ from megatron_profit.data import (
     SFTDataset,
     build_examples,
     chat,
+    messages,
     prepare,
 )
 
@@ -126,7 +127,7 @@ def test_broken_records_are_counted_with_their_first_places(renderer, write_line
     _, report = build_examples(file, renderer, 32)
     assert (report.read, report.kept) == (10, 1)
     counts = {reason: skipped.count for reason, skipped in report.skipped.items()}
-    assert counts == {chat.NO_ASSISTANT: 7, chat.UNKNOWN_ROLE: 1, chat.UNKNOWN_FORMAT: 1}
+    assert counts == {chat.NO_ASSISTANT: 7, messages.UNKNOWN_ROLE: 1, chat.UNKNOWN_FORMAT: 1}
     assert report.skipped[chat.NO_ASSISTANT].places == [f"{file}, line {n}" for n in range(2, 9)]
     text = str(report)
     for part in ["10 records read, 1 kept, 9 skipped", "skipped 7", "line 2", "...", "'critic'"]:

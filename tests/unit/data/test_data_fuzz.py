@@ -12,13 +12,18 @@ from megatron_profit.data import ChatRenderer, DataError, build_examples
 
 # Every code point, surrogates and control characters included.
 texts = st.text(st.characters(exclude_categories=()), max_size=12) | st.sampled_from(
-    ["q", "answer", "<|im_start|>assistant\n", "<|im_end|>", "[]", '{"name": "f"}', "user"]
+    [
+        *["q", "answer", "<|im_start|>assistant\n", "<|im_end|>", "[]", '{"name": "f"}', "user"],
+        *["</think>", "<think>a</think>", "<think>", "null", '{"role": "gpt", "value": "a"}'],
+    ]
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
 values = st.recursive(
     scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(texts, v, max_size=3), max_leaves=8
 )
-roles = st.sampled_from(["user", "assistant", "system", "tool", "function_call", "gpt", "human"])
+roles = st.sampled_from(
+    ["user", "assistant", "system", "tool", "function_call", "tool_call", "gpt", "human"]
+)
 
 
 def mostly(strategy):
@@ -26,6 +31,7 @@ def mostly(strategy):
 
 
 calls = st.fixed_dictionaries({"name": texts, "arguments": values})
+as_text = values.map(json.dumps)
 messages = st.fixed_dictionaries(
     {},
     optional={
@@ -35,20 +41,22 @@ messages = st.fixed_dictionaries(
         "value": mostly(texts),
         "reasoning_content": mostly(texts),
         "tool_calls": mostly(st.lists(calls, max_size=2)),
-        "weight": mostly(st.just(1)),
+        "weight": mostly(st.sampled_from([0, 1])),
+        "loss": mostly(st.sampled_from([1, True, "true"])),
+        "function_call": mostly(calls),
     },
 )
 records = st.fixed_dictionaries(
     {},
     optional={
-        "messages": mostly(st.lists(mostly(messages), max_size=4)),
+        "messages": mostly(st.lists(mostly(messages) | messages.map(json.dumps), max_size=4)),
         "conversations": mostly(st.lists(mostly(messages), max_size=4)),
         "instruction": mostly(texts),
         "input": mostly(texts),
         "output": mostly(texts),
         "history": mostly(st.lists(st.lists(texts, max_size=3), max_size=3)),
         "system": mostly(texts),
-        "tools": mostly(st.lists(values, max_size=2)),
+        "tools": mostly(st.lists(values | as_text, max_size=2)),
     },
 )
 GOOD = {"instruction": "q", "output": "a"}

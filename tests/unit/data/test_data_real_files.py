@@ -19,7 +19,8 @@ from megatron_profit.data import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-THINK, END = "<think>\n\n</think>\n\n", "<|im_end|>"
+# The tokenizer's prompt opens the think block, and a token that begins there ends after it.
+THINK, END = "</think>\n\n", "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,8 @@ def test_thoughts_and_tools_under_qwen3(qwen3, qwen3_renderer, conversation, sup
     written = '{"name": "weather", "arguments": {"city": "Zürich"}}'
     assert supervised_texts(qwen3, rendered) == [
         "Hi!<|im_end|>",
-        f"<think>\nI must look.\n</think>\n\n<tool_call>\n{written}\n</tool_call><|im_end|>",
-        "<think>\nNow I know.\n</think>\n\nSunny.<|im_end|>",
+        f"I must look.\n</think>\n\n<tool_call>\n{written}\n</tool_call><|im_end|>",
+        "Now I know.\n</think>\n\nSunny.<|im_end|>",
     ]
 
 

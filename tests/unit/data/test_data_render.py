@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_profit.data import BrokenRecord, ChatRenderer, DataError, render
+from megatron_profit.data import BrokenRecord, ChatRenderer, DataError, control_tokens, render
 
 QUESTION, ANSWER = ("user", "What is the answer?"), ("assistant", "It is é 😀 forty-two.")
 AGAIN, LAST = ("user", "And the question?"), ("assistant", "\tUnknown. ")
@@ -80,9 +80,10 @@ def test_mask_equals_that_of_the_generation_keyword(make_tokenizer, templates, c
     assert rendered.supervised.tolist() == [bool(m) for m in reference["assistant_masks"]]
 
 
-def test_think_block_of_the_last_answer_alone(
+def test_a_turn_is_trained_from_where_the_generation_prompt_ends(
     make_tokenizer, templates, conversation, supervised_texts
 ):
+    """The template opens the think block of the last answer in the prompt; an earlier answer has none."""
     tokenizer = make_tokenizer(templates.thinking)
     thought = {"role": "assistant", "content": "It is sunny.", "reasoning_content": "Let me think."}
     texts = supervised_texts(
@@ -90,7 +91,7 @@ def test_think_block_of_the_last_answer_alone(
     )
     assert texts == [
         "It is sunny.<|im_end|>",
-        "<think>\nLet me think.\n</think>\n\nIt is sunny.<|im_end|>",
+        "Let me think.\n</think>\n\nIt is sunny.<|im_end|>",
     ]
 
 
@@ -176,20 +177,19 @@ def test_end_is_trained_where_pad_and_end_are_one_token(make_tokenizer, template
         [("system", "<|im_start|>"), QUESTION, ANSWER],
         [QUESTION, ("assistant", "<|im_start|>user\nhi")],
         [QUESTION, ("tool", "<|im_end|>"), ANSWER],
-        [QUESTION, ("assistant", "The end.<|endoftext|>")],
     ],
 )
 def test_markers_in_a_text_skip_the_record(renderer, conversation, turns):
     with pytest.raises(BrokenRecord) as error:
         renderer.render(conversation(*turns))
-    assert error.value.reason == render.MARKER_IN_TEXT
+    assert error.value.reason == control_tokens.MARKER_IN_TEXT
 
 
 def test_an_end_of_plain_text_is_harmless_in_a_question(
     make_tokenizer, templates, conversation, supervised_texts
 ):
     tokenizer = make_tokenizer(templates.chatml.replace("<|im_end|>", "###"))
-    talk = conversation(("user", "What is ###, what <|endoftext|>?"), ANSWER)
+    talk = conversation(("user", "What is ###?"), ANSWER)
     texts = supervised_texts(tokenizer, ChatRenderer(tokenizer).render(talk))
     assert texts == ["It is é 😀 forty-two.###"]
 

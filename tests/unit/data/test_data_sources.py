@@ -195,8 +195,8 @@ def test_tags_rename_fields_and_roles():
 def test_prompt_and_completion():
     talk = normalise(record(prompt="q", completion="a"))
     assert [message["content"] for message in talk.messages] == ["q", "a"]
-    assert talk.trained == [True]
+    assert talk.untrained == frozenset()
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     talk = normalise(record(prompt=[*turns, turns[0]], completion=[turns[1]]))
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
-    assert talk.trained == [False, True], "what leads to the completion is context"
+    assert talk.untrained == {0, 1, 2}, "what leads to the completion is context"

@@ -127,6 +127,21 @@ def test_columns_and_the_choice_of_turns_are_those_of_training(folders, tmp_path
     assert "qa.jsonl, line 1" in out.read_text()
 
 
+def test_each_turn_of_a_record_may_be_shown_by_itself(folders, tmp_path):
+    data, out = tmp_path / "talk.jsonl", tmp_path / "r.html"
+    exchange = json.loads((folders / "chats.jsonl").read_text().splitlines()[0])["messages"]
+    data.write_text(json.dumps({"messages": exchange * 2}))
+    flags = ["--model", folders / "hf", "--data", data, "--train-on", "each", "--out", out]
+    assert token_report.main(list(map(str, flags))) == 0
+    found = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text())[1])
+    assert [
+        (record["name"], "".join(record["pieces"]).count("Three.")) for record in found["records"]
+    ] == [
+        ("talk.jsonl, line 1, turn 1", 1),
+        ("talk.jsonl, line 1, turn 2", 2),
+    ]
+
+
 def test_a_record_in_no_known_format_is_left_out_unless_it_is_the_first(folders, tmp_path, capsys):
     data, out = tmp_path / "chats.jsonl", tmp_path / "r.html"
     chat = (folders / "chats.jsonl").read_text().splitlines()[0]

@@ -1,0 +1,102 @@
+"""Whether a message or a whole record is trained, as the fields of several trainers say it.
+
+A turn that its author excluded is never trained: a value that cannot be read leaves the record out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_profit.data.errors import BrokenRecord, shown
+
+NOTHING_TRAINED = "no part of the record is to be trained"
+WEIGHTED = "a message has a weight other than 0 or 1"
+UNCLEAR = "it is not clear which part of an answer is trained"
+
+# 1 or true: trained. `weight` as OpenAI, Mistral and Fireworks have it, `loss` ms-swift, XTuner and slime,
+# `loss_scale` ms-swift, `loss_mask` verl and slime, `step_loss_mask` slime, `train` and `training` axolotl,
+# `trainable` tinker.
+FIELDS = (
+    "weight",
+    "loss",
+    "loss_mask",
+    "loss_scale",
+    "loss_weight",
+    "step_loss_mask",
+    "train",
+    "training",
+    "trainable",
+)
+# torchtune's, where true means that a message is not trained.
+_MASKED = "masked"
+# What one trainer keeps by a mask another leaves out.
+_MASK = "mask"
+# axolotl's, of characters.
+_DETAILS = ("train_detail", "training_detail")
+MESSAGE_FIELDS = (*FIELDS, _MASKED, _MASK, *_DETAILS)
+
+_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+
+def trained(answer: Mapping[str, Any]) -> bool:
+    """Return whether an assistant message is trained; one that no field speaks of is.
+
+    Raises:
+        BrokenRecord: A field has another value than 0 or 1, true or false, or two contradict each other.
+    """
+    for name in (_MASK, *_DETAILS):
+        if answer.get(name) or (name == _MASK and name in answer):
+            raise BrokenRecord(
+                UNCLEAR,
+                f"{name} is {shown(answer[name])}; write weight 1 for an answer that is trained, else 0",
+            )
+    said = {name: _said(name, answer[name]) for name in FIELDS if name in answer}
+    if _MASKED in answer:
+        said[_MASKED] = not _said(_MASKED, answer[_MASKED])
+    if len(set(said.values())) > 1:
+        given = {name: answer[name] for name in said}
+        raise BrokenRecord(UNCLEAR, f"the fields contradict each other: {shown(given)}")
+    return next(iter(said.values()), True)
+
+
+def unheeded(message: Mapping[str, Any]) -> set[str]:
+    """Return the fields by which a message that is not the assistant's asks to be trained, in vain."""
+    excluded = {name for name in FIELDS if name in message and _value(message[name]) is False}
+    return (message.keys() & set(MESSAGE_FIELDS)) - excluded - {_MASKED}
+
+
+def check_record(fields: Mapping[str, Any]) -> None:
+    """Refuse a record of which a field of its own says that it is not trained.
+
+    Other numbers are taken for something else, such as a measured loss.
+
+    Args:
+        fields: Fields of the record.
+
+    Raises:
+        BrokenRecord: One says so, or is a list, which masks parts of the record.
+    """
+    for name in FIELDS:
+        if _value(fields.get(name)) is False:
+            raise BrokenRecord(NOTHING_TRAINED, f"the record's {name} is {shown(fields[name])}")
+        if isinstance(fields.get(name), list | dict):
+            raise BrokenRecord(
+                UNCLEAR, f"the record's {name} is {shown(fields[name])}; give each message its own"
+            )
+    if fields.get(_MASK) is not None and not isinstance(fields[_MASK], str):  # NeMo's is a role
+        raise BrokenRecord(UNCLEAR, f"the record's mask is {shown(fields[_MASK])}; write weight")
+
+
+def _said(name: str, value: Any) -> bool:
+    said = _value(value)
+    if said is None:
+        raise BrokenRecord(
+            WEIGHTED, f"{name} is {shown(value)}; it has to be 0 or 1, true or false"
+        )
+    return said
+
+
+def _value(value: Any) -> bool | None:
+    """The value of a field as yes or no, None where it is neither."""
+    if isinstance(value, str):
+        return _WORDS.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None

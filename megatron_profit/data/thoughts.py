@@ -1,0 +1,26 @@
+"""The <think> block that an answer begins with."""
+
+import re
+
+OPEN, CLOSE = "<think>", "</think>"
+# Models whose prompt opens the block write the closing tag only, on a line of its own; in running text it is
+# a mention.
+_CLOSING_LINE = re.compile(rf"^[ \t]*{CLOSE}[ \t]*$", re.MULTILINE)
+
+
+def split(content: str) -> tuple[str, str]:
+    """Return an answer's thoughts and what follows them; ("", content) where it begins with no block."""
+    begin = content.lstrip()
+    if begin.startswith(OPEN):
+        thoughts, close, answer = begin.removeprefix(OPEN).partition(CLOSE)
+        return (thoughts, answer) if close else ("", content)
+    closing = _CLOSING_LINE.search(content)
+    if closing is None or OPEN in content[: closing.start()]:
+        return "", content
+    return content[: closing.start()], content[closing.end() :]
+
+
+def without_tags(header: str) -> str:
+    """Return the text before the first tag; all of the header where that is blank."""
+    before = re.split(f"{OPEN}|{CLOSE}", header, maxsplit=1)[0]
+    return before if before.strip() else header

@@ -1,0 +1,107 @@
+"""Turns that their author excluded, in the spellings of several trainers, are never trained."""
+
+import pytest
+
+from megatron_profit.data import BrokenRecord, Layout, RawRecord, masks, normalise
+
+QUESTION = {"role": "user", "content": "1 + 1?"}
+WRONG, RIGHT = ({"role": "assistant", "content": text} for text in ("3", "2"))
+NO = [0, 0.0, -0.0, False, "0", "0.0", "false", "False", " FALSE "]
+YES = [1, 1.0, True, "1", "1.0", "true", "True"]
+
+
+def read(record, layout=None):
+    return normalise(RawRecord(record, "data.jsonl", 1, "line"), layout)
+
+
+def talk(**fields):
+    """Two answers, of which the first has the fields."""
+    return {"messages": [QUESTION, {**WRONG, **fields}, QUESTION, RIGHT]}
+
+
+@pytest.mark.parametrize("name", masks.FIELDS)
+def test_an_answer_that_is_excluded_is_context(name):
+    for value in NO:
+        assert read(talk(**{name: value})).untrained == {1}
+    for value in YES:
+        conversation = read(talk(**{name: value}))
+        assert (conversation.untrained, conversation.unread) == (frozenset(), frozenset())
+
+
+def test_torchtunes_masked_says_the_opposite():
+    assert read(talk(masked=True)).untrained == {1}
+    assert read(talk(masked=False)).untrained == frozenset()
+    assert read(talk(masked=True, weight=0)).untrained == {1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"weight": 1, "loss": 0}, masks.UNCLEAR),
+        ({"masked": True, "trainable": "true"}, masks.UNCLEAR),
+        ({"mask": 0}, masks.UNCLEAR),
+        ({"mask": True}, masks.UNCLEAR),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, masks.UNCLEAR),
+        ({"weight": 0.5}, masks.WEIGHTED),
+        ({"weight": 2}, masks.WEIGHTED),
+        ({"loss": float("nan")}, masks.WEIGHTED),
+        ({"loss_mask": [0, 1, 1]}, masks.WEIGHTED),
+        ({"train": "no"}, masks.WEIGHTED),
+        ({"train": ""}, masks.WEIGHTED),
+        ({"masked": {}}, masks.WEIGHTED),
+    ],
+)
+def test_what_cannot_be_read_leaves_the_record_out(fields, reason):
+    with pytest.raises(BrokenRecord) as error:
+        read(talk(**fields))
+    assert error.value.reason == reason
+    assert next(iter(fields)) in error.value.detail
+
+
+def test_empty_and_null_masks_say_nothing():
+    assert read(talk(loss=None, train_detail=[], mask=None)).untrained == frozenset()
+
+
+def test_a_question_is_never_trained_and_that_is_told():
+    def unread(**fields):
+        return read({"messages": [{**QUESTION, **fields}, RIGHT]}).unread
+
+    assert unread(weight=0, loss=False, masked=True) == frozenset()
+    assert unread(train=True, loss_mask=1) == {"messages.train", "messages.loss_mask"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [QUESTION, RIGHT]},
+        {"instruction": "1 + 1?", "output": "2"},
+        {"prompt": "1 + 1?", "completion": "2"},
+    ],
+)
+def test_a_whole_record_may_be_excluded(record):
+    for name, value in (("weight", 0), ("train", "false"), ("loss_mask", False)):
+        with pytest.raises(BrokenRecord) as error:
+            read({**record, name: value})
+        assert error.value.reason == masks.NOTHING_TRAINED
+    for fields in ({"loss_mask": [0, 1]}, {"mask": 1}):
+        with pytest.raises(BrokenRecord) as error:
+            read({**record, **fields})
+        assert error.value.reason == masks.UNCLEAR
+    measured = read({**record, "loss": 0.83, "mask": "User"})
+    assert measured.unread == {"loss", "mask"}, "another thing by that name"
+
+
+def test_a_column_that_is_named_for_something_else_is_no_mask():
+    layout = Layout.of_columns(["prompt=train", "response=loss"])
+    assert len(read({"train": "0", "loss": "0"}, layout).messages) == 2
+    with pytest.raises(BrokenRecord):
+        read({"train": "0", "loss": "0", "weight": 0}, layout)
+
+
+def test_parts_of_one_turn_are_trained_alike():
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    parts = [QUESTION, {**WRONG, "weight": 0}, {**call, "loss": 0}, RIGHT]
+    assert read({"messages": parts}).untrained == {1}
+    with pytest.raises(BrokenRecord) as error:
+        read({"messages": [QUESTION, {**WRONG, "weight": 0}, call]})
+    assert error.value.reason == masks.UNCLEAR

@@ -1,0 +1,269 @@
+"""What the assistant says before the tools answer is one turn, however a record writes it."""
+
+import json
+
+import pytest
+
+from megatron_profit.data import BrokenRecord, RawRecord, chat, fields, messages, normalise
+
+QUESTION = {"role": "user", "content": "Weather?"}
+RESULT = {"role": "tool", "content": "3"}
+THOUGHT = "<think>\nI need the tool.\n</think>\n\n"
+
+
+def call(city, as_text=False):
+    arguments = {"city": city}
+    return {
+        "name": "weather",
+        "arguments": json.dumps(arguments) if as_text else arguments,
+    }
+
+
+def calling(*cities):
+    return [{"type": "function", "function": call(city)} for city in cities]
+
+
+def answer(content="", **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def said(*turns, key="messages", **record):
+    """The assistant's messages."""
+    record = {key: [QUESTION, *turns], **record}
+    return normalise(RawRecord(record, "data.jsonl", 1, "line")).assistant_messages
+
+
+OSLO = {"role": "tool_call", "content": json.dumps(call("Oslo"))}
+ROME = {"role": "function_call", "content": json.dumps(call("Rome"))}
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([OSLO, ROME], answer(tool_calls=calling("Oslo", "Rome"))),
+        ([OSLO, OSLO, ROME], answer(tool_calls=calling("Oslo", "Oslo", "Rome"))),
+        (
+            [answer(tool_calls=calling("Oslo")), answer(tool_calls=calling("Rome"))],
+            answer(tool_calls=calling("Oslo", "Rome")),
+        ),
+        ([answer("Let me look."), OSLO], answer("Let me look.", tool_calls=calling("Oslo"))),
+        ([answer(THOUGHT), OSLO], answer(THOUGHT, tool_calls=calling("Oslo"))),
+        ([answer(THOUGHT), answer("3.")], answer(THOUGHT + "3.")),
+        (
+            [answer(reasoning_content="Hm."), OSLO],
+            answer(reasoning_content="Hm.", tool_calls=calling("Oslo")),
+        ),
+        ([answer(reasoning_content="Hm."), answer("3.")], answer("3.", reasoning_content="Hm.")),
+        (
+            [{**OSLO, "reasoning": "Hm."}],
+            answer(reasoning_content="Hm.", tool_calls=calling("Oslo")),
+        ),
+        (
+            [{**OSLO, "content": THOUGHT + OSLO["content"]}],
+            answer(THOUGHT, tool_calls=calling("Oslo")),
+        ),
+        ([answer(), OSLO], answer(tool_calls=calling("Oslo"))),
+        (
+            [{"role": "assistant", "tool_calls": calling("Oslo"), "content": None}, ROME],
+            answer(tool_calls=calling("Oslo", "Rome")),
+        ),
+    ],
+)
+def test_parts_of_a_turn_are_joined(turns, expected):
+    assert said(*turns, RESULT, answer("Done.")) == [expected, answer("Done.")]
+
+
+def test_parts_of_a_turn_are_joined_in_every_format():
+    parts = [
+        {"from": "gpt", "value": "Let me look."},
+        {"from": "function_call", "value": OSLO["content"]},
+    ]
+    expected = answer("Let me look.", tool_calls=calling("Oslo"))
+    assert said({"from": "human", "value": "q"}, *parts, key="conversations") == [expected]
+    record = {"prompt": [QUESTION], "completion": [answer("Let me look."), OSLO]}
+    conversation = normalise(RawRecord(record, "data.jsonl", 1, "line"))
+    assert conversation.assistant_messages == [expected]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [answer("One."), answer("Two.")],
+        [answer("One."), answer("Two.", tool_calls=calling("Oslo"))],
+        [OSLO, answer("It is warm.")],
+        [OSLO, RESULT, ROME],
+        [OSLO, QUESTION, ROME],
+    ],
+)
+def test_messages_of_their_own_stay_so(turns):
+    assert len(said(*turns)) == 2
+
+
+@pytest.mark.parametrize("content", [THOUGHT, "</think>", "why\n</think>\n", "<think></think> \n"])
+def test_an_answer_of_thoughts_alone_is_empty(content):
+    with pytest.raises(BrokenRecord) as error:
+        said(answer("a"), QUESTION, answer(content))
+    assert error.value.reason == chat.EMPTY_ASSISTANT
+
+
+def test_reasoning_that_holds_the_tag_which_ends_it_is_left_out():
+    with pytest.raises(BrokenRecord) as error:
+        said(answer("a", reasoning_content="The tag </think> ends it."))
+    assert error.value.reason == chat.THOUGHTS_END_INSIDE
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("content", [None, "", "I look."])
+def test_the_older_form_of_a_call(content, as_text):
+    function = call("Oslo", as_text)
+    expected = answer(content or "", tool_calls=calling("Oslo"))
+    assert said(answer(content, function_call=function)) == [expected]
+    assert said(answer(content, function_call=json.dumps(function))) == [expected]
+    assert said(answer(content, function_call=function, tool_calls=[])) == [expected]
+    for nothing in (None, "", "null", {}):
+        assert said(answer("a", function_call=nothing)) == [answer("a")]
+
+
+def test_functions_are_tools():
+    tool = {"name": "weather", "parameters": {"type": "object"}}
+    record = {"messages": [QUESTION, answer("a")], "functions": [tool]}
+    conversation = normalise(RawRecord(record, "data.jsonl", 1, "line"))
+    assert conversation.tools == [{"type": "function", "function": tool}]
+    assert conversation.unread == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (
+            {"messages": [answer("a", function_call=call("a"), tool_calls=calling("b"))]},
+            messages.TWO_CALLS,
+        ),
+        (
+            {"messages": [answer("a")], "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+            chat.TWO_LISTS,
+        ),
+    ],
+)
+def test_two_fields_of_one_meaning_contradict_each_other(record, reason):
+    with pytest.raises(BrokenRecord) as error:
+        normalise(RawRecord(record, "data.jsonl", 1, "line"))
+    assert error.value.reason == reason
+
+
+def as_text(value):
+    return json.dumps(value)
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": as_text([QUESTION, answer("a")])},
+        {"messages": [as_text(QUESTION), as_text(answer("a"))]},
+        {"conversations": as_text([{"from": "human", "value": "Weather?"}, answer("a")])},
+        {"prompt": as_text([QUESTION]), "completion": as_text([answer("a")])},
+        {"messages": [QUESTION, answer("a", tool_calls="[]")]},
+        {"messages": [QUESTION, answer("a", tool_calls="null")]},
+        {"messages": [QUESTION, answer("a", tool_calls=" ")]},
+        {"messages": [QUESTION, answer("a", tool_calls={})]},
+        {"messages": [QUESTION, answer("a")], "tools": "null"},
+        {"messages": [QUESTION, answer("a")], "tools": ""},
+    ],
+)
+def test_lists_may_be_json_text(record):
+    conversation = normalise(RawRecord(record, "data.jsonl", 1, "line"))
+    assert conversation.messages == [QUESTION, answer("a")]
+    assert conversation.tools is None
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        as_text(calling("Oslo")),
+        [as_text(calling("Oslo")[0])],
+        as_text(call("Oslo")),
+        [{"function": as_text(call("Oslo"))}],
+        {"name": "weather", "arguments": as_text({"city": "Oslo"})},
+    ],
+)
+def test_calls_may_be_json_text(calls):
+    assert said({"role": "assistant", "tool_calls": calls}) == [answer(tool_calls=calling("Oslo"))]
+
+
+@pytest.mark.parametrize(
+    "tools", [[TOOL], as_text([TOOL]), [as_text(TOOL)], TOOL, as_text(TOOL), TOOL["function"]]
+)
+def test_tools_may_be_json_text_or_one_tool(tools):
+    record = {"messages": [QUESTION, answer("a")], "tools": tools}
+    assert normalise(RawRecord(record, "data.jsonl", 1, "line")).tools == [TOOL]
+
+
+@pytest.mark.parametrize("history", [[["q", "a"]], '[["q", "a"]]', ['["q", "a"]']])
+def test_a_history_may_be_json_text(history):
+    record = {"instruction": "r", "output": "b", "history": history}
+    turns = normalise(RawRecord(record, "data.jsonl", 1, "line")).messages
+    assert [turn["content"] for turn in turns] == ["q", "a", "r", "b"]
+
+
+def test_a_prompt_that_begins_with_a_bracket_is_a_text():
+    for prompt, completion in (("[1, 2]", "[3]"), ("[1", "2"), ("[]", "[]"), ('[{"a": 1}]', "[1]")):
+        record = {"prompt": prompt, "completion": completion}
+        turns = normalise(RawRecord(record, "data.jsonl", 1, "line")).messages
+        assert [turn["content"] for turn in turns] == [prompt, completion]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"x": float("nan")}, fields.NOT_FINITE),
+        ({"x": [{"y": float("-inf")}]}, fields.NOT_FINITE),
+        ('{"x": NaN}', fields.NOT_FINITE),
+        ('{"x": 1e400}', fields.NOT_FINITE),
+        ('{"x": 1, "x": 2}', fields.NAMED_TWICE),
+        ('{"x": {"y": 1, "y": 1}}', fields.NAMED_TWICE),
+        ("{'x': 1}", fields.WRONG_TYPE),
+        ("[" * 100_000, fields.WRONG_TYPE),
+        ('{"x": ' + "9" * 5_000 + "}", fields.WRONG_TYPE),
+    ],
+)
+def test_arguments_that_are_no_json_leave_the_record_out(arguments, reason):
+    function = {"name": "f", "arguments": arguments}
+    for field in ({"tool_calls": [function]}, {"function_call": function}):
+        with pytest.raises(BrokenRecord) as error:
+            said({"role": "assistant", **field})
+        assert error.value.reason == reason
+        assert len(error.value.detail) < 500
+
+
+def test_tools_that_are_no_json_leave_the_record_out():
+    for tools in ([{"name": "f", "default": float("inf")}], '[{"name": "f", "name": "g"}]'):
+        with pytest.raises(BrokenRecord):
+            said(answer("a"), tools=tools)
+
+
+def test_numbers_that_nothing_reads_may_be_anything():
+    assert said(answer("a"), score=float("nan")) == [answer("a")]
+
+
+def test_null_fields_of_calls_and_tools_are_left_out_and_told():
+    tool = {"name": "f", "parameters": {"a": {"type": "x", "enum": ["b", None]}, "c": None}}
+
+    def read(arguments, tools):
+        calls = [{"name": "f", "arguments": arguments, "id": None}]
+        record = {"messages": [QUESTION, answer(tool_calls=calls)], "tools": tools}
+        conversation = normalise(RawRecord(record, "data.jsonl", 1, "line"))
+        (call,) = conversation.messages[1]["tool_calls"]
+        return call["function"]["arguments"], conversation.tools, conversation.nulls
+
+    sparse = {"name": "f", "parameters": {"a": {"type": "x", "enum": ["b", None]}}}
+    given = {"x": 1, "y": None, "z": {"u": None, "v": [None]}}
+    whole = [{"type": "function", "function": sparse}]
+    assert read(given, [tool]) == ({"x": 1, "z": {"v": [None]}}, whole, True)
+    assert read({"x": 1}, [sparse]) == ({"x": 1}, whole, False)
+    assert read({"x": None}, None) == ({}, None, True)
+    # Nothing adds nulls to JSON text.
+    kept = [{"type": "function", "function": tool}]
+    assert read(json.dumps(given), json.dumps([tool])) == (given, kept, False)
