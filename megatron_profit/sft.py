@@ -5,12 +5,11 @@ It chooses the device before anything imports Megatron; the rest is in `megatron
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 
 from megatron_profit.backends import DEVICES, activate
-from megatron_profit.training.console import fail
+from megatron_profit.training.console import StrictParser, fail
 from megatron_profit.training.launcher import die_with_launcher
 
 
@@ -31,7 +30,7 @@ def start() -> str:
     Returns:
         The device of the command line, "cuda" or "cpu".
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = StrictParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     device = parser.parse_known_args()[0].device
     _stand_in_for_torchrun()

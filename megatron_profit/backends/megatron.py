@@ -10,6 +10,7 @@ from typing import Any
 from megatron_profit.backends.chained_optimizer import regrouped
 from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
+from megatron_profit.backends.param_groups import adapt_groups
 from megatron_profit.backends.parent_death import die_with_parent
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
 
@@ -91,6 +92,55 @@ def _load_into_plain_torch_adam() -> None:
     optimizer_class.state_dict = state_dict
     optimizer_class.load_state_dict = load_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
+def _load_with_other_hyperparameters() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    match = MegatronOptimizer._filter_and_reorder_param_groups
+    load = DistributedOptimizer.load_state_dict
+
+    def matched(current: list[dict], saved: list[dict]) -> list[dict]:
+        adapt_groups(current, saved, keep_saved=_keeps_saved_schedule())
+        return match(current, saved)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        if not self.ddp_config.use_megatron_fsdp:
+            current, saved = self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
+            adapt_groups(current, saved, keep_saved=_keeps_saved_schedule())
+        load(self, state_dict)
+
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(matched)
+    DistributedOptimizer.load_state_dict = load_state_dict
+
+
+def _load_momenta() -> None:
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    original = MegatronOptimizer.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, optimizer: Any, config: Any, init_state_fn: Any) -> None:
+        original(self, optimizer, config, init_state_fn or _begin_momenta)
+
+    MegatronOptimizer.__init__ = init
+
+
+def _begin_momenta(optimizer: Any, config: Any = None) -> None:
+    """Give each parameter of torch's SGD the momentum of a parameter that never had a gradient."""
+    import torch
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def _keeps_saved_schedule() -> bool:
+    from megatron.training.global_vars import get_args
+
+    return bool(get_args().use_checkpoint_opt_param_scheduler)
 
 
 def _load_with_another_number_of_optimizers() -> None:
@@ -292,6 +342,23 @@ MEGATRON_PATCHES = (
         "overwritten by the one from before the load, and shared by all parameters; and fp32 "
         "parameters are written without no_grad.",
         apply=_load_into_plain_torch_adam,
+    ),
+    Patch(
+        name="hyperparameters-of-the-flags",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/optimizer.py",
+        reason="With another --lr or --min-lr no checkpoint can be loaded, because parameter groups are "
+        "recognised by these numbers. What else a group holds (betas, epsilon) is taken from the checkpoint, "
+        "so that its flags are ignored without a word.",
+        apply=_load_with_other_hyperparameters,
+    ),
+    Patch(
+        name="momentum-load",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/__init__.py",
+        reason="SGD comes without the function that makes its state before a checkpoint is loaded into it, "
+        "so that no run of --optimizer sgd can be resumed.",
+        apply=_load_momenta,
     ),
     Patch(
         name="chained-optimizer-load",

@@ -169,10 +169,10 @@ def make_room(folder: Path) -> None:
         return
     aside = folder.with_name(folder.name + _ASIDE)
     if defect(folder) is None:
-        _remove(aside)
+        remove_checkpoint(aside)
         folder.rename(aside)
     else:
-        _remove(folder)
+        remove_checkpoint(folder)
     folder.mkdir()
 
 
@@ -201,13 +201,18 @@ def prune(
     for saved in own:
         may_be_written = saved not in complete and saved.iteration > latest
         if saved.iteration not in kept and saved.iteration not in protected and not may_be_written:
-            _remove(saved.folder)
+            remove_checkpoint(saved.folder)
             yield saved.folder
+
+
+def set_aside_in(save: Path) -> list[Path]:
+    """The checkpoints that `make_room` has set aside and nobody has removed or put back."""
+    return [aside for aside in save.glob(f"iter_*{_ASIDE}") if aside.is_dir()]
 
 
 def drop_replaced(folder: Path) -> None:
     """Remove what `make_room` has set aside, once the new checkpoint is whole."""
-    _remove(folder.with_name(folder.name + _ASIDE))
+    remove_checkpoint(folder.with_name(folder.name + _ASIDE))
 
 
 def best(save: Path, metric: str) -> Saved | None:
@@ -254,16 +259,16 @@ def _number(named: str) -> int:
 
 def _put_back(load: Path) -> None:
     """End what was under way when a save died that was to replace a whole checkpoint."""
-    for aside in load.glob(f"iter_*{_ASIDE}"):
+    for aside in set_aside_in(load):
         folder = aside.with_name(aside.name.removesuffix(_ASIDE))
         if defect(folder) is None:
-            _remove(aside)
+            remove_checkpoint(aside)
         else:
-            _remove(folder)
+            remove_checkpoint(folder)
             aside.rename(folder)
 
 
-def _remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint so that what is left of it, should this be interrupted, is not whole."""
     if folder.is_symlink():
         folder.unlink()

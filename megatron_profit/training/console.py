@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import sys
@@ -15,9 +16,14 @@ from megatron_profit.backends.hooks import LoggedStep
 _PATIENCE_SECONDS = 30
 
 
+def is_first_rank() -> bool:
+    """Whether this is the first process of the run, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_rank_0(message: str) -> None:
     """Print on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(message, flush=True)
 
 
@@ -31,6 +37,14 @@ def fail(message: object) -> NoReturn:
         time.sleep(_PATIENCE_SECONDS)
     print(f"megatron-profit-sft: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+class StrictParser(argparse.ArgumentParser):
+    """Ends the run with one line where a flag has a value that it cannot have."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        fail(message)
 
 
 def step_line(

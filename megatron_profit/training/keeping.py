@@ -32,7 +32,9 @@ from megatron_profit.training.checkpoints import (
     same_folder,
     write_json,
 )
-from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.console import fail, print_rank_0
+from megatron_profit.training.run_record import RUN, RunRecord
+from megatron_profit.training.save_folder import clear_save_folder, names_of
 
 _FORMAT = 1
 
@@ -171,17 +173,21 @@ class CheckpointKeeper(RunListener):
 
     Args:
         options: What the flags ask for.
+        record: What the run is made of; each checkpoint says so. Only the first rank needs it.
     """
 
-    def __init__(self, options: KeepOptions) -> None:
-        self._options = options
+    def __init__(self, options: KeepOptions, record: RunRecord) -> None:
+        self._options, self._record = options, record
         self._progress = None if options.metric is None else Progress(options.metric)
         self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
         self._resumed_from: frozenset[int] = frozenset()
 
     def before_training(self, iteration: int) -> None:
-        """Continue where the loaded checkpoint was; a run that had stopped ends without a step."""
+        """Continue where the loaded checkpoint was; a run that had stopped ends without a step. A run that
+        replaces another removes it."""
         args = get_args()
+        if args.overwrite and args.save:
+            self._replace_run(Path(args.save))
         if iteration == 0 or args.load is None:
             return
         load = Path(args.load)
@@ -194,6 +200,17 @@ class CheckpointKeeper(RunListener):
         if saved is not None and saved["metric"] == self._progress.metric:
             self._progress = Progress(**saved)
             self._stop_if_patience_has_ended(iteration)
+
+    def _replace_run(self, save: Path) -> None:
+        """Only now that the weights are loaded: until here, nothing of the old run was lost."""
+        if _is_first_rank():
+            try:
+                removed = clear_save_folder(save)
+            except OSError as error:
+                fail(f"--overwrite: the run in {save} cannot be removed: {error}")
+            if removed:
+                print_rank_0(f"> removed the run in {save} (--overwrite): {names_of(removed)}")
+        torch.distributed.barrier()
 
     def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Note the means, beside the checkpoint if there is one already, and stop the run in time."""
@@ -214,9 +231,8 @@ class CheckpointKeeper(RunListener):
         if not _is_first_rank():
             return
         progress = None if self._progress is None else asdict(self._progress)
-        write_json(
-            folder / MARKER, {"format": _FORMAT, "iteration": iteration, "progress": progress}
-        )
+        content = {"format": _FORMAT, "iteration": iteration, "progress": progress}
+        write_json(folder / MARKER, {**content, RUN: self._record.to_json()})
         at, metrics = self._evaluated
         if at == iteration:
             write_json(folder / VALIDATION, metrics)
@@ -258,7 +274,8 @@ class CheckpointKeeper(RunListener):
             print_rank_0(
                 f"> stopped after iteration {iteration} of {args.train_iters}: no better {progress.metric} "
                 f"in {progress.without_best} evaluations (--early-stop {patience}); the best was "
-                f"{progress.best} after iteration {progress.best_iteration}"
+                f"{progress.best} after iteration {progress.best_iteration}; to train on, give a larger "
+                "--early-stop"
             )
             # Megatron's loop ends here as after its last step.
             args.train_iters = iteration

@@ -22,7 +22,7 @@ from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
 from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.console import fail
+from megatron_profit.training.console import fail, is_first_rank, print_rank_0
 from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.evaluation_report import EvaluationReport, first_records
 from megatron_profit.training.exit_signals import ExitSignals
@@ -37,11 +37,14 @@ from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.old_policy import OldPolicy
 from megatron_profit.training.reference_model import ReferenceModel
-from megatron_profit.training.resume import settle_checkpoints
+from megatron_profit.training.resume import Resumed, settle_checkpoints
+from megatron_profit.training.resume_check import check_length, check_resume
 from megatron_profit.training.run_monitor import RunMonitor
+from megatron_profit.training.run_record import RunRecord
 from megatron_profit.training.save_lock import hold_new
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.shutdown import end_communication
+from megatron_profit.training.this_run import describe_run
 from megatron_profit.training.token_metrics import ProbQuantiles
 
 
@@ -52,18 +55,21 @@ def run(device: str) -> None:
         device: What `megatron_profit.backends.activate` chose.
     """
     try:
-        settle_checkpoints(sys.argv[1:])
+        resumed = settle_checkpoints(sys.argv[1:])
         arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
-        arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows)
+        done = (0, 0) if resumed is None else resumed.done
+        arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows, done)
+        if resumed is not None:
+            check_length(resumed, arguments, print_rank_0)
         if arguments.save is not None:
             hold_new(arguments.save)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
-    train(arguments, data)
+    train(arguments, data, resumed)
 
 
-def train(arguments: SFTArguments, data: SFTData) -> None:
+def train(arguments: SFTArguments, data: SFTData, resumed: Resumed | None = None) -> None:
     """Hand everything to Megatron's `pretrain()`."""
     try:
         args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
@@ -79,10 +85,16 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
     chunks: list[MegatronModule] = []
     model_config.pre_wrap_hooks.append(keep_in(chunks))
     loss = objective_loss_from_args(args)
+    record = describe_run(args, arguments, data, loss) if is_first_rank() else RunRecord()
+    if resumed is not None and is_first_rank():
+        try:
+            check_resume(resumed, record, args, data.train.order.rows_until, print_rank_0)
+        except CheckpointError as error:
+            fail(error)
     reference = _reference(arguments, loss, data)
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
-    keeper = CheckpointKeeper(arguments.keep)
+    keeper = CheckpointKeeper(arguments.keep, record)
     listen(given, keeper)
     on_evaluation(keeper.after_evaluation)
     begin = given.begin
@@ -100,6 +112,8 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
             ModelType.encoder_or_decoder,
             make_forward_step(monitor.watching(begin)),
         )
+    except CheckpointError as error:
+        fail(error)
     except SystemExit as end:
         signals.leave(end)
     signals.release()

@@ -21,6 +21,11 @@ import megatron_profit
 
 Settings = Mapping[str, Any]
 
+# The key of the record in `megatron_profit.json`.
+RUN = "run"
+# Parts of the record that make another run when they change; --allow-change names them.
+GUARDED = ("objective", "data", "validation", "tokenizer", "seed")
+
 _PACKAGES = ("megatron-core", "torch", "transformers")
 _DIGEST_LENGTH = 24
 # Keys of a config.json that name the program or the place it was written by, not the model.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from checkpoint_conversion.output import NO_LOCKS
 from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.console import is_first_rank, print_rank_0
 
 NAME = ".in_use"
 # How long a run that is being stopped may take to leave; a network file system finds out later that one died.
@@ -52,7 +52,7 @@ def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
         CheckpointError: Another run has the folder, or it cannot be written.
     """
     save = save.resolve()
-    if save in _held or os.environ.get("RANK", "0") != "0":
+    if save in _held or not is_first_rank():
         return False
     try:
         save.mkdir(parents=True, exist_ok=True)
