@@ -9,6 +9,7 @@ import os
 import socket
 
 from megatron_profit.backends import DEVICES, activate
+from megatron_profit.backends.enduring import endure_console
 from megatron_profit.training.console import StrictParser, fail
 from megatron_profit.training.launcher import die_with_launcher
 
@@ -16,6 +17,7 @@ from megatron_profit.training.launcher import die_with_launcher
 def main() -> None:
     """Run supervised fine-tuning with the flags of the command line."""
     # Before the imports, which take long.
+    endure_console()
     die_with_launcher()
     device = start()
 

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 
+class RunFailure(RuntimeError):
+    """The run has to end, for a reason that its message tells in full."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What Megatron's loop holds when it calls.

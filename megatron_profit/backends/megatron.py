@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_profit.backends.chained_optimizer import regrouped
 from megatron_profit.backends.hooks import Trained, listeners
+from megatron_profit.backends.loggers import LOGGER_PATCHES
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
 from megatron_profit.backends.param_groups import adapt_groups
 from megatron_profit.backends.parent_death import die_with_parent
@@ -434,4 +435,5 @@ MEGATRON_PATCHES = (
         apply=_end_queue_with_rank,
     ),
     *OBSERVATION_PATCHES,
+    *LOGGER_PATCHES,
 )

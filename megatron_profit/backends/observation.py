@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from megatron_profit.backends.hooks import LoggedStep, evaluation_listeners, observer
-from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
+from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch, replaced
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
 _TRAINING = "megatron/training/training.py"
@@ -73,7 +73,7 @@ def _let_the_observer_log() -> None:
             return original(loss_dict, total_loss_dict, *positional, **kwargs)
         lines: list[str] = []
         scalars = here.scalars(iteration, bool(skipped_iter))
-        with _replaced(training, print_rank_last=lines.append):
+        with replaced(training, print_rank_last=lines.append):
             result = original(scalars, total_loss_dict, *positional, **kwargs)
         # As in the loop: all ranks agree on these.
         settings = get_args()
@@ -131,7 +131,7 @@ def _print_negative_averages() -> None:
 
         original_print = training.print_rank_last
         original_totals, skipped = dict(total_loss_dict), args[4]
-        with _replaced(training, print_rank_last=print_rank_last):
+        with replaced(training, print_rank_last=print_rank_last):
             return original_log(loss_dict, total_loss_dict, *args, **kwargs)
 
     training.training_log = training_log
@@ -278,7 +278,7 @@ def _tell_of_evaluations() -> None:
             real = get_tensorboard_writer()
             return real and _WithoutPerplexities(real)
 
-        with _replaced(
+        with replaced(
             training,
             evaluate=watched,
             print_rank_last=lambda message: print_rank_last(without_perplexities(message)),
@@ -317,23 +317,6 @@ class _WithoutPerplexities:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
-
-
-class _replaced:
-    """Names of a module stand for something else inside the `with` block."""
-
-    def __init__(self, module: Any, **names: Any) -> None:
-        self._module, self._names = module, names
-        self._before: Mapping[str, Any] = {}
-
-    def __enter__(self) -> None:
-        self._before = {name: getattr(self._module, name) for name in self._names}
-        for name, value in self._names.items():
-            setattr(self._module, name, value)
-
-    def __exit__(self, *error: object) -> None:
-        for name, value in self._before.items():
-            setattr(self._module, name, value)
 
 
 OBSERVATION_PATCHES = (

@@ -44,6 +44,7 @@ from megatron_profit.training.objective_flags import (
     load_outside_objective,
 )
 from megatron_profit.training.old_policy import DEFAULT_STEPS, check_old_policy
+from megatron_profit.training.resume import Resumed
 from megatron_profit.training.run_record import GUARDED
 from megatron_profit.training.save_folder import METRICS
 
@@ -214,6 +215,12 @@ class SFTArguments:
         derived = self.defaults.get("train_iters")
         return derived or _steps_of_flags(self.settings, self.batch_size)
 
+    @property
+    def namespace(self) -> argparse.Namespace:
+        """All arguments by name, as Megatron will get them."""
+        derived = {k: v for k, v in self.defaults.items() if self.settings.get(k) is None}
+        return argparse.Namespace(**{**self.settings, **derived})
+
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Megatron's `extra_args_provider`."""
         parser = add_arguments(parser)
@@ -221,7 +228,7 @@ class SFTArguments:
         return parser
 
     def with_rows(
-        self, epochs_rows: int | None, valid_rows: int, done: tuple[int, int] = (0, 0)
+        self, epochs_rows: int | None, valid_rows: int, resumed: Resumed | None = None
     ) -> SFTArguments:
         """These arguments with as many iterations as the rows of all epochs need, where epochs were asked
         for, and evaluations that see each validation row once, unless --eval-iters says otherwise.
@@ -229,7 +236,7 @@ class SFTArguments:
         Args:
             epochs_rows: Rows of all epochs; None where the length of the run is not given in epochs.
             valid_rows: Rows of an evaluation.
-            done: Iterations that the run has behind it, and the rows that they took.
+            resumed: The checkpoint that the run goes on from, if any.
 
         Raises:
             ArgumentsError: The iterations leave none for what comes after a warm-up, or cannot be counted.
@@ -237,8 +244,9 @@ class SFTArguments:
         iters = self.eval_iters
         if iters is None:
             iters = math.ceil(valid_rows / self.eval_batch_size)
-        defaults = {**self.defaults, "eval_iters": iters}
-        iterations, rows = done
+        iterations, rows = (0, 0) if resumed is None else resumed.done
+        first_step = 1 if resumed is None else resumed.iteration + 1
+        defaults = {**self.defaults, "eval_iters": iters, "first_step": first_step}
         if epochs_rows is not None:
             steps = iterations + math.ceil((epochs_rows - rows) / self.batch_size)
             defaults["train_iters"] = steps
@@ -386,6 +394,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     settings = {**settings, **soft, **fixed, **explicit}
     _check_numbers(settings, flags)
     _check_guards(settings)
+    _check_logs(settings)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     hf_weights = _hf_weights(settings, config)
     multiple = settings["tensor_model_parallel_size"] * settings["make_vocab_size_divisible_by"]
@@ -483,8 +492,6 @@ def _check_token_report(explicit: Mapping[str, Any]) -> None:
             f"--token-report {folder} is written at evaluations, and there are none; give --valid-data "
             "or --valid-split"
         )
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-        raise ArgumentsError(f"--token-report {folder} is not a folder; name another")
 
 
 def _model_settings(flags: _Flags, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -743,7 +750,30 @@ def _metrics_file(settings: Mapping[str, Any]) -> Path | None:
     path = Path(settings["metrics_file"])
     if path.is_dir():
         raise ArgumentsError(f"--metrics-file {path} is a folder; name a file")
+    _check_place("--metrics-file", path.parent)
     return path
+
+
+def _check_logs(settings: Mapping[str, Any]) -> None:
+    """Refuse places for curves that cannot be written to, and what W&B would miss."""
+    for name in ("tensorboard_dir", "token_report", "wandb_save_dir"):
+        if settings[name]:
+            _check_place(flag_of(name), Path(settings[name]))
+    if settings["wandb_project"] and not settings["wandb_exp_name"]:
+        raise ArgumentsError("--wandb-project needs the name of the run; give --wandb-exp-name")
+    if settings["wandb_project"] and not (settings["wandb_save_dir"] or settings["save"]):
+        raise ArgumentsError(
+            "--wandb-project needs a place for its files; give --wandb-save-dir DIR or --save DIR"
+        )
+
+
+def _check_place(flag: str, folder: Path) -> None:
+    """Refuse a folder that neither can be written to nor made."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ArgumentsError(f"{flag} {folder}: {place} is not a folder; name another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArgumentsError(f"{flag} {folder}: {place} cannot be written to; name another folder")
 
 
 def _export(settings: Mapping[str, Any]) -> HFOutput | None:

@@ -51,7 +51,11 @@ class Saved:
         return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
 
     def validation(self, metric: str) -> float:
-        """A mean of the evaluation at this iteration; NaN where there is none."""
+        """A mean of the evaluation at this iteration; NaN where there is none.
+
+        Raises:
+            CheckpointError: The file with it is broken.
+        """
         value = read_json(self.folder / VALIDATION).get(metric)
         return value if isinstance(value, float) else math.nan
 
@@ -236,11 +240,22 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content; nothing where there is no such file."""
+    """The content; nothing where there is no such file.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no object.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); correct it or remove it"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; correct it or remove it")
+    return content
 
 
 def _amiss(load: Path, named: str) -> str | None:

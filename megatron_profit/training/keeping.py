@@ -17,11 +17,13 @@ import torch
 from megatron.training import get_args
 
 from checkpoint_conversion.errors import ConversionError
+from megatron_profit.backends.enduring import reason, warn
 from megatron_profit.backends.hooks import RunListener
 from megatron_profit.training.checkpoints import (
     BETTER,
     MARKER,
     VALIDATION,
+    CheckpointError,
     Saved,
     best,
     drop_replaced,
@@ -157,6 +159,19 @@ class Progress:
     iteration: int = 0
     without_best: int = 0
 
+    def checked(self) -> Progress:
+        """This, if all values are of the types above.
+
+        Raises:
+            TypeError: One is not.
+        """
+        numbers = (self.best_iteration, self.iteration, self.without_best)
+        if not isinstance(self.metric, str) or not all(type(number) is int for number in numbers):
+            raise TypeError("the state of an early stop counts evaluations of a metric")
+        if self.best is not None and not isinstance(self.best, float):
+            raise TypeError("the best value of a metric must be a number")
+        return self
+
     def after(self, iteration: int, value: float) -> Progress:
         """With one more evaluation; one that is made again, as at the end of a run, does not count."""
         if iteration <= self.iteration:
@@ -195,10 +210,10 @@ class CheckpointKeeper(RunListener):
             self._resumed_from = frozenset({iteration})
         if self._progress is None:
             return
-        marker = read_json(folder_of(load, iteration) / MARKER) if _is_first_rank() else {}
-        saved = _from_first_rank(marker).get("progress")
-        if saved is not None and saved["metric"] == self._progress.metric:
-            self._progress = Progress(**saved)
+        file = folder_of(load, iteration) / MARKER
+        saved = _from_first_rank(_saved_progress(file) if _is_first_rank() else None)
+        if saved is not None and saved.metric == self._progress.metric:
+            self._progress = saved
             self._stop_if_patience_has_ended(iteration)
 
     def _replace_run(self, save: Path) -> None:
@@ -219,7 +234,7 @@ class CheckpointKeeper(RunListener):
         self._evaluated = (iteration, metrics)
         here = Saved(iteration, folder_of(Path(get_args().save), iteration))
         if _is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
-            write_json(here.folder / VALIDATION, metrics)
+            _note(here.folder / VALIDATION, metrics)
         self._progress = self._progress.after(iteration, metrics[self._progress.metric])
         self._stop_if_patience_has_ended(iteration)
 
@@ -247,9 +262,9 @@ class CheckpointKeeper(RunListener):
                 removed = prune(save, iteration, options.last, options.metric, self._resumed_from)
                 for folder in removed:
                     print_rank_0(f"> removed {folder} (--keep-last {options.last})")
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             # The run is worth more than the space.
-            print_rank_0(f"WARNING: a checkpoint that is not kept could not be removed: {error}")
+            print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
 
     def best(self) -> Saved:
         """The best checkpoint in --save, the same on all ranks.
@@ -279,6 +294,26 @@ class CheckpointKeeper(RunListener):
             )
             # Megatron's loop ends here as after its last step.
             args.train_iters = iteration
+
+
+def _note(file: Path, metrics: Mapping[str, float]) -> None:
+    try:
+        write_json(file, metrics)
+    except OSError as error:
+        warn(
+            f"{file} cannot be written ({reason(error)}); this checkpoint will not count as the best"
+        )
+
+
+def _saved_progress(file: Path) -> Progress | None:
+    """The state of the early stop in the marker of a checkpoint, if there is one."""
+    saved = read_json(file).get("progress")
+    if saved is None:
+        return None
+    try:
+        return Progress(**saved).checked()
+    except TypeError as error:
+        raise CheckpointError(f"{file} is damaged: its progress is {saved!r}") from error
 
 
 def _is_first_rank() -> bool:

@@ -17,7 +17,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 
 from checkpoint_conversion.errors import ConversionError
-from megatron_profit.backends.hooks import listen, observe, on_evaluation
+from megatron_profit.backends.hooks import RunFailure, listen, observe, on_evaluation
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
@@ -46,6 +46,7 @@ from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.shutdown import end_communication
 from megatron_profit.training.this_run import describe_run
 from megatron_profit.training.token_metrics import ProbQuantiles
+from megatron_profit.training.wandb_run import WandbRun, resume_wandb_run
 
 
 def run(device: str) -> None:
@@ -58,23 +59,41 @@ def run(device: str) -> None:
         resumed = settle_checkpoints(sys.argv[1:])
         arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
-        done = (0, 0) if resumed is None else resumed.done
-        arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows, done)
-        if resumed is not None:
-            check_length(resumed, arguments, print_rank_0)
+        arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
+        loss = objective_loss_from_args(arguments.namespace)
+        record = checked_record(arguments, data, loss, resumed) if is_first_rank() else RunRecord()
         if arguments.save is not None:
             hold_new(arguments.save)
+        resume_wandb_run(arguments.settings, resumed)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
-    train(arguments, data, resumed)
+    train(arguments, data, loss, record)
 
 
-def train(arguments: SFTArguments, data: SFTData, resumed: Resumed | None = None) -> None:
+def checked_record(
+    arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, resumed: Resumed | None
+) -> RunRecord:
+    """The record of the run, which fits the checkpoint that it goes on from, if any.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    record = describe_run(arguments, data, loss)
+    if resumed is not None:
+        check_length(resumed, arguments, print_rank_0)
+        rows_until = data.train.order.rows_until
+        check_resume(resumed, record, arguments.namespace, rows_until, print_rank_0)
+    return record
+
+
+def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: RunRecord) -> None:
     """Hand everything to Megatron's `pretrain()`."""
     try:
         args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
     except AssertionError as error:
         fail(f"Megatron refuses the flags: {error or traceback.format_exc()}")
+    except RunFailure as error:
+        fail(error)
     model_config = gpt_config_from_args(args)
     if args.spec is None:
         model_config.transformer_layer_spec = layer_spec
@@ -84,18 +103,11 @@ def train(arguments: SFTArguments, data: SFTData, resumed: Resumed | None = None
         model_config.pre_wrap_hooks.append(load_hook(arguments.hf_weights))
     chunks: list[MegatronModule] = []
     model_config.pre_wrap_hooks.append(keep_in(chunks))
-    loss = objective_loss_from_args(args)
-    record = describe_run(args, arguments, data, loss) if is_first_rank() else RunRecord()
-    if resumed is not None and is_first_rank():
-        try:
-            check_resume(resumed, record, args, data.train.order.rows_until, print_rank_0)
-        except CheckpointError as error:
-            fail(error)
     reference = _reference(arguments, loss, data)
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
     keeper = CheckpointKeeper(arguments.keep, record)
-    listen(given, keeper)
+    listen(given, keeper, WandbRun())
     on_evaluation(keeper.after_evaluation)
     begin = given.begin
     if args.token_report is not None:
@@ -130,7 +142,7 @@ def _export(
         if keeper is not None:
             load_checkpoint_into(chunks, keeper.best().folder)
         export(arguments.export, chunks)
-    except (ConversionError, OSError) as error:
+    except (CheckpointError, ConversionError, OSError) as error:
         fail(
             f"--export-hf: {error}; a checkpoint that --save has written can still be exported: python "
             f"-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template {arguments.hf_model} "

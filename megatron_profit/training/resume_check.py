@@ -156,7 +156,9 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
         )
         return
     then, now = _form_of_optimizer(saved), _form_of_optimizer(vars(args))
-    moved = saved["use_distributed_optimizer"] and not saved["dist_ckpt_optim_fully_reshardable"]
+    moved = then["--use-distributed-optimizer"] and not saved.get(
+        "dist_ckpt_optim_fully_reshardable"
+    )
     changed = [
         f"{name} {_value(now[name])} (was {_value(then[name])})"
         for name in now
@@ -174,11 +176,11 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
 def _form_of_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which tensors the state of an optimizer has."""
     return {
-        "--optimizer": arguments["optimizer"],
-        "--use-distributed-optimizer": bool(arguments["use_distributed_optimizer"]),
+        "--optimizer": arguments.get("optimizer", "adam"),
+        "--use-distributed-optimizer": bool(arguments.get("use_distributed_optimizer")),
         "precision": precision(arguments),
-        "--decoupled-lr": arguments["decoupled_lr"] is not None,
-        **{flag: arguments[flag[2:].replace("-", "_")] for flag in _LAYOUT},
+        "--decoupled-lr": arguments.get("decoupled_lr") is not None,
+        **{flag: arguments.get(flag[2:].replace("-", "_"), 1) for flag in _LAYOUT},
     }
 
 

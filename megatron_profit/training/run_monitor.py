@@ -21,6 +21,7 @@ from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from megatron_profit.backends import active_device
+from megatron_profit.backends.enduring import reason, warn
 from megatron_profit.backends.hooks import LoggedStep
 from megatron_profit.training.batch import Batch
 from megatron_profit.training.console import step_line
@@ -44,6 +45,7 @@ class RunMonitor:
     names: Callable[[int], str]
     metrics_file: Path | None = None
     _file: MetricsFile | None = None
+    _file_failed: bool = False
     _trace: list[torch.Tensor] = field(default_factory=list)
     _rejections: list[tuple[str, bool]] = field(default_factory=list)
     _step: StepMetrics | None = None
@@ -230,16 +232,24 @@ class RunMonitor:
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self.metrics_file is None or not _logs():
             return
+        try:
+            self._opened(self.metrics_file).write(kind, step, values)
+        except OSError as error:
+            if not self._file_failed:
+                warn(f"{self.metrics_file} cannot be written ({reason(error)}); the run goes on")
+            self._file_failed = True
+
+    def _opened(self, path: Path) -> MetricsFile:
         if self._file is None:
             args = get_args()
-            self._file = MetricsFile(self.metrics_file, args.iteration)
+            self._file = MetricsFile(path, args.iteration)
             about = {
                 "time": time.time(),
                 "objective": args.objective,
                 "world size": args.world_size,
             }
             self._file.write("start", args.iteration, about)
-        self._file.write(kind, step, values)
+        return self._file
 
 
 @dataclass(frozen=True)

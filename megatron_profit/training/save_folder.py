@@ -20,8 +20,16 @@ from megatron_profit.training.checkpoints import (
 from megatron_profit.training.metrics_file import SUPERSEDED
 
 METRICS = "metrics.jsonl"
+WANDB_RUN = "wandb_run.json"
 # Files of a run besides its checkpoints; the last two are Megatron's, for W&B and --log-progress.
-_FILES = (TRACKER, METRICS, METRICS + SUPERSEDED, "latest_wandb_artifact_path.txt", "progress.txt")
+_FILES = (
+    TRACKER,
+    METRICS,
+    METRICS + SUPERSEDED,
+    WANDB_RUN,
+    "latest_wandb_artifact_path.txt",
+    "progress.txt",
+)
 
 
 def check_save_folder(save: Path, load: Path | None, *, overwrite: bool) -> None:

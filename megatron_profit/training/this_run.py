@@ -30,7 +30,7 @@ _SCHEDULE = (
     *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "lr_warmup_init"),
     *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     *("decoupled_lr", "decoupled_min_lr"),
-    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
 _LENGTH = ("train_iters", "train_samples", "epochs")
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad")
@@ -38,18 +38,15 @@ _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum
 _BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
-def describe_run(
-    args: Namespace, arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss
-) -> RunRecord:
+def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) -> RunRecord:
     """The record of a run.
 
     Args:
-        args: Megatron's arguments, checked by it.
-        arguments: What was derived from the flags before.
+        arguments: What the flags ask for.
         data: The rows.
         loss: What is trained.
     """
-    options = arguments.data
+    args, options = arguments.namespace, arguments.data
     return RunRecord(
         objective={
             "name": args.objective,
@@ -73,7 +70,7 @@ def describe_run(
             "lr_decay_iters": arguments.settings["lr_decay_iters"],
         },
         length=_chosen(args, _LENGTH),
-        batch={"global_batch_size": args.global_batch_size},
+        batch={"global_batch_size": arguments.batch_size},
         optimizer={**_chosen(args, _OPTIMIZER), "precision": precision(vars(args))},
         versions=package_versions(),
     )
