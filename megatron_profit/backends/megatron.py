@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron_profit.backends.observation import OBSERVATION_PATCHES
 from megatron_profit.backends.param_groups import adapt_groups
 from megatron_profit.backends.parent_death import die_with_parent
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
+from megatron_profit.backends.saving import SAVING_PATCHES
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
 
@@ -237,61 +237,6 @@ def _announce_training() -> None:
     training.train = train
 
 
-def _announce_checkpoints() -> None:
-    import torch
-    from megatron.core import dist_checkpointing
-
-    original = dist_checkpointing.save
-    # Left-overs have been dealt with by then: what is in the folder has just been put there.
-    logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
-        lambda record: "Overwriting old incomplete" not in record.getMessage()
-    )
-
-    @functools.wraps(original)
-    def save(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        iteration, folder = sharded_state_dict.get("iteration"), Path(checkpoint_dir)
-        if iteration is not None:
-            for listener in listeners():
-                listener.before_checkpoint(folder, iteration)
-            torch.distributed.barrier()
-            folder.mkdir(parents=True, exist_ok=True)
-            for listener in listeners():
-                listener.with_checkpoint(folder, iteration)
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-
-    dist_checkpointing.save = save
-
-
-def _announce_saved_checkpoints() -> None:
-    from megatron.training import checkpointing, training
-    from megatron.training.global_vars import get_args
-
-    original, schedule = training.save_checkpoint, checkpointing.schedule_async_save
-    saving = 0
-
-    def announce(iteration: int) -> None:
-        for listener in listeners():
-            listener.after_checkpoint(iteration)
-
-    @functools.wraps(original)
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal saving
-        saving = iteration
-        result = original(iteration, *args, **kwargs)
-        if not get_args().async_save:
-            announce(iteration)
-        return result
-
-    @functools.wraps(schedule)
-    def schedule_async_save(request: Any) -> Any:
-        # Behind the function that writes the tracker file.
-        request.add_finalize_fn(functools.partial(announce, saving))
-        return schedule(request)
-
-    training.save_checkpoint = save_checkpoint
-    checkpointing.schedule_async_save = schedule_async_save
-
-
 def _save_no_checkpoint_twice() -> None:
     from megatron.training import checkpointing, training
     from megatron.training.global_vars import get_args
@@ -392,22 +337,7 @@ MEGATRON_PATCHES = (
         "that has stopped early must be kept from going on.",
         apply=_announce_training,
     ),
-    Patch(
-        name="with-checkpoint",
-        upstream=_MEGATRON,
-        file="megatron/core/dist_checkpointing/serialization.py",
-        reason="save_checkpoint has no place for the state of a run that is not one of model, optimizer "
-        "or data loader, and writes among whatever a save that died has left in the folder.",
-        apply=_announce_checkpoints,
-    ),
-    Patch(
-        name="after-checkpoint",
-        upstream=_MEGATRON,
-        file="megatron/training/checkpointing.py",
-        reason="Nothing is called after the tracker file is written, which is the moment from which older "
-        "checkpoints are not needed.",
-        apply=_announce_saved_checkpoints,
-    ),
+    *SAVING_PATCHES,
     Patch(
         name="no-checkpoint-twice",
         upstream=_MEGATRON,

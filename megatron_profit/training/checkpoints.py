@@ -113,7 +113,7 @@ def settle(load: Path, warn: Callable[[str], None], *, is_own: bool = True) -> s
     if not load.is_dir():
         return ""
     if is_own:
-        _put_back(load)
+        put_back(load)
     tracker = load / TRACKER
     named = read_tracker(load)
     amiss = _amiss(load, named)
@@ -272,8 +272,8 @@ def _number(named: str) -> int:
     return -1 if named == RELEASE else int(named)
 
 
-def _put_back(load: Path) -> None:
-    """End what was under way when a save died that was to replace a whole checkpoint."""
+def put_back(load: Path) -> None:
+    """End what was under way when a save died, or found no space, that was to replace a whole checkpoint."""
     for aside in set_aside_in(load):
         folder = aside.with_name(aside.name.removesuffix(_ASIDE))
         if defect(folder) is None:

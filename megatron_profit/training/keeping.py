@@ -7,6 +7,7 @@ stop, and the means of the evaluation at its iteration. So a resumed run decides
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from megatron.training import get_args
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.backends.enduring import reason, warn
 from megatron_profit.backends.hooks import RunListener
+from megatron_profit.training.checkpoint_size import check_space
 from megatron_profit.training.checkpoints import (
     BETTER,
     MARKER,
@@ -30,6 +32,7 @@ from megatron_profit.training.checkpoints import (
     folder_of,
     make_room,
     prune,
+    put_back,
     read_json,
     same_folder,
     write_json,
@@ -37,6 +40,7 @@ from megatron_profit.training.checkpoints import (
 from megatron_profit.training.console import fail, print_rank_0
 from megatron_profit.training.run_record import RUN, RunRecord
 from megatron_profit.training.save_folder import clear_save_folder, names_of
+from megatron_profit.training.save_lock import hold_still
 
 _FORMAT = 1
 
@@ -238,9 +242,10 @@ class CheckpointKeeper(RunListener):
         self._progress = self._progress.after(iteration, metrics[self._progress.metric])
         self._stop_if_patience_has_ended(iteration)
 
-    def before_checkpoint(self, folder: Path, iteration: int) -> None:
-        if _is_first_rank():
-            make_room(folder)
+    def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:
+        problem = _from_first_rank(_prepare(folder, size) if _is_first_rank() else None)
+        if problem is not None:
+            raise CheckpointError(f"no checkpoint of step {iteration} was written: {problem}")
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
         if not _is_first_rank():
@@ -294,6 +299,22 @@ class CheckpointKeeper(RunListener):
             )
             # Megatron's loop ends here as after its last step.
             args.train_iters = iteration
+
+
+def _prepare(folder: Path, size: int) -> str | None:
+    """Make sure of the place of a checkpoint; why it cannot be written there, or None."""
+    save = folder.parent
+    try:
+        hold_still(save)
+        make_room(folder)
+        check_space(save, size)
+    except (CheckpointError, OSError) as error:
+        with contextlib.suppress(OSError):
+            put_back(save)
+            folder.rmdir()  # where Megatron has made it, and nothing is in it
+        is_ours = isinstance(error, CheckpointError)
+        return str(error) if is_ours else f"{save} cannot be written ({reason(error)})"
+    return None
 
 
 def _note(file: Path, metrics: Mapping[str, float]) -> None:

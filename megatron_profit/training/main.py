@@ -15,12 +15,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.backends.hooks import RunFailure, listen, observe, on_evaluation
+from megatron_profit.backends.saving import reason_of_all_ranks
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
+from megatron_profit.training.checkpoint_size import check_space_at_start
 from megatron_profit.training.checkpoints import CheckpointError
 from megatron_profit.training.console import fail, is_first_rank, print_rank_0
 from megatron_profit.training.datasets import SFTData, prepare_data
@@ -61,7 +64,9 @@ def run(device: str) -> None:
         data = prepare_data(arguments)
         arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
         loss = objective_loss_from_args(arguments.namespace)
-        record = checked_record(arguments, data, loss, resumed) if is_first_rank() else RunRecord()
+        record = RunRecord()
+        if is_first_rank():
+            record = checked_record(arguments, data, loss, resumed)
         if arguments.save is not None:
             hold_new(arguments.save)
         resume_wandb_run(arguments.settings, resumed)
@@ -73,16 +78,19 @@ def run(device: str) -> None:
 def checked_record(
     arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, resumed: Resumed | None
 ) -> RunRecord:
-    """The record of the run, which fits the checkpoint that it goes on from, if any.
+    """The record of the run, which fits the checkpoint that it goes on from, if any, and has space to save.
 
     Raises:
-        CheckpointError: It does not.
+        CheckpointError: It does not fit, or has too little space.
     """
     record = describe_run(arguments, data, loss)
     if resumed is not None:
         check_length(resumed, arguments, print_rank_0)
         rows_until = data.train.order.rows_until
         check_resume(resumed, record, arguments.namespace, rows_until, print_rank_0)
+    is_finished = resumed is not None and resumed.iteration == arguments.steps
+    if arguments.save is not None and not is_finished:
+        check_space_at_start(arguments.save, arguments.hf_model, arguments.settings)
     return record
 
 
@@ -124,8 +132,10 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
             ModelType.encoder_or_decoder,
             make_forward_step(monitor.watching(begin)),
         )
-    except CheckpointError as error:
+    except (CheckpointError, RunFailure) as error:
         fail(error)
+    except CheckpointException as error:
+        fail(f"a checkpoint was not read or written: {reason_of_all_ranks(error)}")
     except SystemExit as end:
         signals.leave(end)
     signals.release()
