@@ -11,6 +11,7 @@ import socket
 from megatron_profit.backends import DEVICES, activate
 from megatron_profit.backends.enduring import endure_console
 from megatron_profit.training.console import StrictParser, fail
+from megatron_profit.training.interrupts import end_on_interrupt
 from megatron_profit.training.launcher import die_with_launcher
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     """Run supervised fine-tuning with the flags of the command line."""
     # Before the imports, which take long.
     endure_console()
+    end_on_interrupt()
     die_with_launcher()
     device = start()
 

@@ -32,20 +32,35 @@ def _skip_compilation_of_shipped_helpers() -> None:
     utils.compile_helpers = compile_helpers
 
 
-def _end_queue_with_rank() -> None:
+def _keep_the_queue_of_results() -> None:
     import multiprocessing
+    import queue
+    import signal
+    from multiprocessing import resource_tracker
     from multiprocessing.managers import SyncManager
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training.global_vars import get_args
 
     original = filesystem_async.get_write_results_queue
+
+    def start_manager(mp_mode: str) -> SyncManager:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        # The process inherits what is blocked here. torchrun sends a signal to all processes of a rank, and
+        # the save that the rank makes then still needs this one.
+        resource_tracker.ensure_running()  # which would unblock SIGINT and SIGTERM again
+        ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        manager.start(initializer=die_with_parent)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return manager
 
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(initializer=die_with_parent)
-            filesystem_async._results_queue = manager.Queue()
+            is_async = get_args().async_save
+            results = start_manager(mp_mode).Queue() if is_async else queue.Queue()
+            filesystem_async._results_queue = results
         return original(mp_mode)
 
     filesystem_async.get_write_results_queue = get_write_results_queue
@@ -357,12 +372,13 @@ MEGATRON_PATCHES = (
         apply=_weigh_auxiliary_losses_alike_on_all_ranks,
     ),
     Patch(
-        name="queue-ends-with-rank",
+        name="queue-of-results",
         upstream=_MEGATRON,
         file="megatron/core/dist_checkpointing/strategies/filesystem_async.py",
-        reason="The first save starts a process for a queue, of 0.35 GB, which a rank that is killed leaves "
-        "behind for good; restarts would fill the memory of the machine.",
-        apply=_end_queue_with_rank,
+        reason="The first save starts a process for a queue, which takes 0.35 GB and some seconds, and which "
+        "only --async-save needs. A rank that is killed leaves it behind for good. A signal that torchrun "
+        "passes on ends it before the save that the signal has asked for.",
+        apply=_keep_the_queue_of_results,
     ),
     *OBSERVATION_PATCHES,
     *LOGGER_PATCHES,

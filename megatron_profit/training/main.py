@@ -115,7 +115,8 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
     keeper = CheckpointKeeper(arguments.keep, record)
-    listen(given, keeper, WandbRun())
+    signals = ExitSignals(args.exit_signal)
+    listen(given, keeper, WandbRun(), signals)
     on_evaluation(keeper.after_evaluation)
     begin = given.begin
     if args.token_report is not None:
@@ -123,7 +124,6 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
     monitor = run_monitor(args, arguments, data)
     observe(monitor)
     on_evaluation(monitor.evaluated)
-    signals = ExitSignals(args.exit_signal)
     signals.forward()
     try:
         pretrain(
