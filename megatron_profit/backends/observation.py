@@ -269,8 +269,12 @@ def _tell_of_evaluations() -> None:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal found
-            metrics, *rest = evaluate(*args, **kwargs)
+            sums = _Sums()
+            passes = training.get_forward_backward_func
+            with replaced(training, get_forward_backward_func=sums.watching(passes)):
+                metrics, *rest = evaluate(*args, **kwargs)
             if metrics is not None:
+                metrics = {**metrics, **sums.means()}
                 found = {name: float(value) for name, value in metrics.items()}
             return metrics, *rest
 
@@ -295,6 +299,44 @@ def _tell_of_evaluations() -> None:
                 listener(iteration, everyone[0])
 
     training.evaluate_and_print_results = evaluate_and_print_results
+
+
+class _Sums:
+    """Sums and counts of an evaluation over its micro-batches and ranks, in fp64."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, Any] = {}
+
+    def watching(self, get_forward_backward_func: Callable) -> Callable:
+        """The same, of which the passes show what they yield."""
+
+        def get(*args: Any, **kwargs: Any) -> Callable:
+            passes = get_forward_backward_func(*args, **kwargs)
+
+            @functools.wraps(passes)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                losses = passes(*args, **kwargs)
+                for name in losses[0] if losses else ():
+                    pairs = (loss[name].detach().double() for loss in losses)
+                    self._pairs[name] = sum(pairs, self._pairs.get(name, 0.0))
+                return losses
+
+            return watched
+
+        return get
+
+    def means(self) -> dict[str, Any]:
+        """A collective of the ranks that share the data, on the last pipeline stage."""
+        import torch
+        from megatron.core import mpu
+
+        pairs = {name: pair for name, pair in self._pairs.items() if pair.numel() == 2}
+        if not pairs:
+            return {}
+        total = torch.stack(list(pairs.values()))
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(total, group=group)
+        return dict(zip(pairs, total[:, 0] / total[:, 1], strict=True))
 
 
 def without_perplexities(message: str) -> str:
@@ -373,8 +415,8 @@ OBSERVATION_PATCHES = (
         name="after-evaluation",
         upstream=_MEGATRON,
         file=_TRAINING,
-        reason="The metrics of an evaluation are printed and thrown away, each with a perplexity, which "
-        "only the cross-entropy has.",
+        reason="The metrics of an evaluation are added up in fp32, where counts above 2^24 lose digits, "
+        "printed and thrown away, each with a perplexity, which only the cross-entropy has.",
         apply=_tell_of_evaluations,
     ),
 )

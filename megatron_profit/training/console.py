@@ -72,7 +72,7 @@ def step_line(
     return " | ".join(
         (
             f" iteration {step.iteration:8}/{train_iters:8}",
-            *(f"{name}: {value:.7G}" for name, value in values.items()),
+            *(f"{name}: {_shown(value)}" for name, value in values.items()),
             *(["no optimizer step"] if step.skipped else []),
             f"tokens/s: {speed['tokens per second']:,.0f} "
             f"({speed['supervised tokens per second']:,.0f} supervised, "
@@ -83,3 +83,8 @@ def step_line(
             f"left: {left} |",
         )
     )
+
+
+def _shown(value: float) -> str:
+    """A count with all its digits, another number with seven."""
+    return str(value) if isinstance(value, int) else f"{value:.7G}"

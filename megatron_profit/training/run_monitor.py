@@ -79,6 +79,8 @@ class RunMonitor:
             group = mpu.get_data_parallel_group(with_context_parallel=True)
             self._step = StepMetrics.reduce(losses, group)
             self._pairs = self._step.pairs()
+            # The shares of the micro-batches in the step add up to 1, but for the rounding of each.
+            self._pairs[_COUNT] = (round(self._pairs[_COUNT][0]), 1.0)
         self._facts, self._events = self._agreed_facts(), None
         return [self._step.means()] if self._step is not None else losses
 
@@ -199,6 +201,8 @@ class RunMonitor:
         ours = {*_LINE, *step.values, *self._names}
         other = {name: value for name, value in step.line.items() if name not in ours}
         metrics = {**interval.means(), **other}
+        if _COUNT in metrics and metrics[_COUNT].is_integer():
+            metrics[_COUNT] = int(metrics[_COUNT])
         if _logs():
             print(step_line(step, args.train_iters, metrics, speed, seconds), flush=True)
         if step.iteration % args.log_interval:
@@ -269,6 +273,8 @@ class _Traced:
         return self.loss.loss_func(output_tensor)
 
 
+# The metric that is a number of tokens.
+_COUNT = "supervised tokens"
 # Of Megatron's line, what is logged in another form or only counts steps.
 _LINE = (
     *("iteration", "consumed samples", "skipped samples", "elapsed time per iteration (ms)"),
