@@ -36,6 +36,7 @@ from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.given_statistics import needed_statistics
 from megatron_profit.training.guards import GuardOptions, add_guard_flags
 from megatron_profit.training.keeping import KeepOptions, add_keep_flags, keep_options
+from megatron_profit.training.native_flags import check_native_flags
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
@@ -392,8 +393,11 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     settings = {**flags.defaults, **model, **soft, **fixed, **explicit}
     soft |= experts.expert_defaults(settings)
     settings = {**settings, **soft, **fixed, **explicit}
-    _check_numbers(settings, flags)
-    _check_guards(settings)
+    try:
+        check_native_flags(settings, flags.option)
+        GuardOptions.from_settings(settings)
+    except ValueError as error:
+        raise ArgumentsError(str(error)) from error
     _check_logs(settings)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     hf_weights = _hf_weights(settings, config)
@@ -581,30 +585,6 @@ def _parse(argv: list[str]) -> _Flags:
     return _Flags(vars(parser.parse_args(argv)), defaults, options)
 
 
-def _check_numbers(settings: Mapping[str, Any], flags: _Flags) -> None:
-    """Refuse sizes that are no sizes."""
-    for name in (
-        *(
-            "micro_batch_size",
-            "global_batch_size",
-            "eval_micro_batch_size",
-            "eval_global_batch_size",
-        ),
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "expert_tensor_parallel_size"),
-        *("make_vocab_size_divisible_by", "train_iters", "save_interval", "eval_interval"),
-        "epochs",
-    ):
-        value = settings[name]
-        if value is not None and value < 1:
-            raise ArgumentsError(f"{flags.option(name)} is {value}; it must be at least 1")
-    for name in ("seed", "eval_iters"):
-        if settings[name] < 0:
-            raise ArgumentsError(
-                f"{flags.option(name)} is {settings[name]}; it must not be negative"
-            )
-
-
 def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
     """Refuse a parallel layout that the model or the number of processes cannot be split into.
 
@@ -717,7 +697,8 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
         if folder and (Path(folder) / TRACKER).is_file():
             check_checkpoint_matches(Path(folder), config, Path(settings["hf_model"]))
             return None
-    if settings["random_init"]:
+    started = settings["pretrained_checkpoint"]
+    if settings["random_init"] and not started:
         return None
     for name in ("load", "pretrained_checkpoint"):
         folder = settings[name]
@@ -736,13 +717,6 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
     return model
 
 
-def _check_guards(settings: Mapping[str, Any]) -> None:
-    try:
-        GuardOptions.from_settings(settings)
-    except ValueError as error:
-        raise ArgumentsError(str(error)) from error
-
-
 def _metrics_file(settings: Mapping[str, Any]) -> Path | None:
     """Where the metrics go: a file that can be written, if any was asked for or there is a --save."""
     if settings["metrics_file"] is None:
@@ -750,7 +724,7 @@ def _metrics_file(settings: Mapping[str, Any]) -> Path | None:
     path = Path(settings["metrics_file"])
     if path.is_dir():
         raise ArgumentsError(f"--metrics-file {path} is a folder; name a file")
-    _check_place("--metrics-file", path.parent)
+    _check_place(f"--metrics-file {path}", path.parent)
     return path
 
 
@@ -758,7 +732,7 @@ def _check_logs(settings: Mapping[str, Any]) -> None:
     """Refuse places for curves that cannot be written to, and what W&B would miss."""
     for name in ("tensorboard_dir", "token_report", "wandb_save_dir"):
         if settings[name]:
-            _check_place(flag_of(name), Path(settings[name]))
+            _check_place(f"{flag_of(name)} {settings[name]}", Path(settings[name]))
     if settings["wandb_project"] and not settings["wandb_exp_name"]:
         raise ArgumentsError("--wandb-project needs the name of the run; give --wandb-exp-name")
     if settings["wandb_project"] and not (settings["wandb_save_dir"] or settings["save"]):
@@ -771,9 +745,9 @@ def _check_place(flag: str, folder: Path) -> None:
     """Refuse a folder that neither can be written to nor made."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
-        raise ArgumentsError(f"{flag} {folder}: {place} is not a folder; name another")
+        raise ArgumentsError(f"{flag}: {place} is not a folder; name another place")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ArgumentsError(f"{flag} {folder}: {place} cannot be written to; name another folder")
+        raise ArgumentsError(f"{flag}: {place} cannot be written to; name another place")
 
 
 def _export(settings: Mapping[str, Any]) -> HFOutput | None:
@@ -888,9 +862,6 @@ def _check_steps(
         raise ArgumentsError(
             f"--train-samples {settings['train_samples']} is less than a global batch; there is no step"
         )
-    fraction = settings["lr_warmup_fraction"]
-    if fraction is not None and not 0 <= fraction < 1:
-        raise ArgumentsError(f"--lr-warmup-fraction is {fraction}; it must be in [0, 1)")
     unit = "iters" if settings["train_samples"] is None else "samples"
     length = settings["train_samples"] or steps
     warmup, decay = settings[f"lr_warmup_{unit}"], settings[f"lr_decay_{unit}"] or length

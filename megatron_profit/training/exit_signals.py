@@ -57,6 +57,11 @@ class ExitSignals(RunListener):
         """From now on Ctrl-C saves."""
         self._outside = None
 
+    @property
+    def training_has_begun(self) -> bool:
+        """Whether the first step may have been made."""
+        return self._outside is None
+
     def release(self) -> None:
         """Let all end the process at once again, because nothing is left to be saved."""
         get_signal_handler().release()

@@ -5,6 +5,7 @@ This is the counterpart of Megatron-LM's pretrain_gpt.py, and about as long.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from argparse import Namespace
@@ -15,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from torch.distributed import DistNetworkError
 from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
@@ -72,7 +74,21 @@ def run(device: str) -> None:
         resume_wandb_run(arguments.settings, resumed)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
+    except DistNetworkError as error:
+        fail(refusal(error))
     train(arguments, data, loss, record)
+
+
+def refusal(error: Exception) -> str:
+    """What Megatron or torch objects to before the first step, in one line that tells where it was found."""
+    if "EADDRINUSE" in str(error):
+        return (
+            f"the port {os.environ.get('MASTER_PORT')} (MASTER_PORT) is taken by another process; give "
+            "another one, with torchrun by --master-port or --standalone"
+        )
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).strip().partition("\n")[0].rstrip(".") or at.line
+    return f"{text} ({type(error).__name__} in {at.filename}, line {at.lineno})"
 
 
 def checked_record(
@@ -98,11 +114,11 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
     """Hand everything to Megatron's `pretrain()`."""
     try:
         args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
-    except AssertionError as error:
-        fail(f"Megatron refuses the flags: {error or traceback.format_exc()}")
+        model_config = gpt_config_from_args(args)
     except RunFailure as error:
         fail(error)
-    model_config = gpt_config_from_args(args)
+    except Exception as error:  # Megatron refuses flags by whatever its checks raise
+        fail(f"Megatron refuses the flags: {refusal(error)}")
     if args.spec is None:
         model_config.transformer_layer_spec = layer_spec
     if args.num_experts is not None:
@@ -138,6 +154,10 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
         fail(f"a checkpoint was not read or written: {reason_of_all_ranks(error)}")
     except SystemExit as end:
         signals.leave(end)
+    except Exception as error:
+        if signals.training_has_begun:
+            raise
+        fail(f"Megatron cannot start: {refusal(error)}")
     signals.release()
     if arguments.export is not None:
         _export(arguments, chunks, keeper if args.export_best else None)

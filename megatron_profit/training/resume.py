@@ -101,7 +101,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--ckpt-step", type=int)
     for name in ("--finetune", "--overwrite"):
         parser.add_argument(name, action="store_true")
-    return parser.parse_known_args(argv)[0]
+    flags = parser.parse_known_args(argv)[0]
+    if flags.ckpt_step is not None and flags.ckpt_step < 1:
+        raise CheckpointError(f"--ckpt-step is {flags.ckpt_step}; it must be at least 1")
+    return flags
 
 
 def _claim(save: Path, load: Path | None, overwrite: bool) -> None:
