@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.megatron_reader import check_whole
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
 
@@ -31,6 +31,9 @@ _ASIDE = ".replaced"
 
 class CheckpointError(ValueError):
     """No checkpoint can be used; the message says which was tried, what is wrong and what to do."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
+from checkpoint_conversion.errors import printable
 from megatron_profit.backends.hooks import LoggedStep
 
 # By then torchrun has ended this process, where the first one of the machine met the same error.
@@ -22,9 +23,14 @@ def is_first_rank() -> bool:
 
 
 def print_rank_0(message: str) -> None:
-    """Print on the first process only."""
+    """Print on the first process only; what a terminal would obey, as in a file's name, as escapes."""
     if is_first_rank():
-        print(message, flush=True)
+        print(lines_to_print(message), flush=True)
+
+
+def lines_to_print(message: object) -> str:
+    """A message of several lines, each of which is safe to print."""
+    return "\n".join(map(printable, str(message).split("\n")))
 
 
 def fail(message: object) -> NoReturn:
@@ -35,7 +41,7 @@ def fail(message: object) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_PATIENCE_SECONDS)
-    print(f"megatron-profit-sft: error: {message}", file=sys.stderr, flush=True)
+    print(f"megatron-profit-sft: error: {lines_to_print(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

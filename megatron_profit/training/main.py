@@ -5,11 +5,14 @@ This is the counterpart of Megatron-LM's pretrain_gpt.py, and about as long.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -46,6 +49,7 @@ from megatron_profit.training.resume import Resumed, settle_checkpoints
 from megatron_profit.training.resume_check import check_length, check_resume
 from megatron_profit.training.run_monitor import RunMonitor
 from megatron_profit.training.run_record import RunRecord
+from megatron_profit.training.save_folder import tell_of_other_curves
 from megatron_profit.training.save_lock import hold_new
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.shutdown import end_communication
@@ -104,6 +108,9 @@ def checked_record(
         check_length(resumed, arguments, print_rank_0)
         rows_until = data.train.order.rows_until
         check_resume(resumed, record, arguments.namespace, rows_until, print_rank_0)
+    curves = arguments.settings["tensorboard_dir"]
+    if resumed is None and curves:
+        tell_of_other_curves(Path(curves))
     is_finished = resumed is not None and resumed.iteration == arguments.steps
     if arguments.save is not None and not is_finished:
         check_space_at_start(arguments.save, arguments.hf_model, arguments.settings)
@@ -112,13 +119,7 @@ def checked_record(
 
 def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: RunRecord) -> None:
     """Hand everything to Megatron's `pretrain()`."""
-    try:
-        args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
-        model_config = gpt_config_from_args(args)
-    except RunFailure as error:
-        fail(error)
-    except Exception as error:  # Megatron refuses flags by whatever its checks raise
-        fail(f"Megatron refuses the flags: {refusal(error)}")
+    args, model_config = _checked_by_megatron(arguments)
     if args.spec is None:
         model_config.transformer_layer_spec = layer_spec
     if args.num_experts is not None:
@@ -131,24 +132,44 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
     keeper = CheckpointKeeper(arguments.keep, record)
+    report = None if args.token_report is None else evaluation_report(args, data)
     signals = ExitSignals(args.exit_signal)
-    listen(given, keeper, WandbRun(), signals)
+    listen(given, keeper, WandbRun(), *filter(None, [report]), signals)
     on_evaluation(keeper.after_evaluation)
-    begin = given.begin
-    if args.token_report is not None:
-        begin = evaluation_report(args, data).watching(begin)
+    begin = given.begin if report is None else report.watching(given.begin)
     monitor = run_monitor(args, arguments, data)
     observe(monitor)
     on_evaluation(monitor.evaluated)
-    signals.forward()
-    try:
+    with _known_ends(signals):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             score_pass.watching(data.provider(args)),
             ModelType.encoder_or_decoder,
             make_forward_step(monitor.watching(begin)),
         )
-    except (CheckpointError, RunFailure) as error:
+    if arguments.export is not None:
+        _export(arguments, chunks, keeper if args.export_best else None)
+    end_communication()
+
+
+def _checked_by_megatron(arguments: SFTArguments) -> tuple[Namespace, Any]:
+    """Megatron's arguments, and its configuration of the model."""
+    try:
+        args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+        return args, gpt_config_from_args(args)
+    except RunFailure as error:
+        fail(error)
+    except Exception as error:  # Megatron refuses flags by whatever its checks raise
+        fail(f"Megatron refuses the flags: {refusal(error)}")
+
+
+@contextlib.contextmanager
+def _known_ends(signals: ExitSignals) -> Iterator[None]:
+    """Inside, signals end the run with a checkpoint, and what is no fault of the program with one line."""
+    signals.forward()
+    try:
+        yield
+    except (CheckpointError, ConversionError, RunFailure) as error:
         fail(error)
     except CheckpointException as error:
         fail(f"a checkpoint was not read or written: {reason_of_all_ranks(error)}")
@@ -159,9 +180,6 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
             raise
         fail(f"Megatron cannot start: {refusal(error)}")
     signals.release()
-    if arguments.export is not None:
-        _export(arguments, chunks, keeper if args.export_best else None)
-    end_communication()
 
 
 def _export(

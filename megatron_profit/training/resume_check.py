@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.errors import printable
 from megatron_profit.training.arguments import SFTArguments
 from megatron_profit.training.checkpoints import MARKER, CheckpointError, read_json
 from megatron_profit.training.objective_flags import flag_of
@@ -275,4 +276,4 @@ def _value(value: Any) -> str:
         return " ".join(map(_value, value)) or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "none" if value is None else str(value)
+    return "none" if value is None else printable(value)

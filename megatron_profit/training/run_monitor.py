@@ -24,7 +24,7 @@ from megatron_profit.backends import active_device
 from megatron_profit.backends.enduring import reason, warn
 from megatron_profit.backends.hooks import LoggedStep
 from megatron_profit.training.batch import Batch
-from megatron_profit.training.console import step_line
+from megatron_profit.training.console import lines_to_print, step_line
 from megatron_profit.training.guard_report import Suspect, chosen_suspects, event_text
 from megatron_profit.training.guards import EXIT_CODE, Event, Guards, StepFacts
 from megatron_profit.training.metrics_file import MetricsFile
@@ -147,7 +147,7 @@ class RunMonitor:
         step = get_args().curr_iteration + 1
         for event in events:
             chosen = chosen_suspects(event, suspects)
-            print(event_text(event, step, chosen, self.names), flush=True)
+            print(lines_to_print(event_text(event, step, chosen, self.names)), flush=True)
             self._write(
                 "guard",
                 step,

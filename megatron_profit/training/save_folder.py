@@ -17,6 +17,7 @@ from megatron_profit.training.checkpoints import (
     saved_in,
     set_aside_in,
 )
+from megatron_profit.training.console import print_rank_0
 from megatron_profit.training.metrics_file import SUPERSEDED
 
 METRICS = "metrics.jsonl"
@@ -70,6 +71,15 @@ def check_save_folder(save: Path, load: Path | None, *, overwrite: bool) -> None
         raise CheckpointError(
             f"--save {save} holds checkpoints that this entry has not written ({names_of(foreign)}), and "
             "--overwrite removes only its own; remove them yourself, or name another folder"
+        )
+
+
+def tell_of_other_curves(folder: Path) -> None:
+    """Warn where a run that begins anew writes its curves into a folder that has some."""
+    if any(folder.glob("events.out.tfevents.*")):
+        print_rank_0(
+            f"WARNING: --tensorboard-dir {folder} has the curves of another run, or of one that died; "
+            "TensorBoard shows this one in their place"
         )
 
 
