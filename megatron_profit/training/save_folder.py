@@ -53,7 +53,7 @@ def check_save_folder(save: Path, load: Path | None, *, overwrite: bool) -> None
                 "of the two"
             )
         return
-    held = _checkpoints(save)
+    held = checkpoints_in(save)
     if not held:
         return
     if not overwrite:
@@ -103,7 +103,7 @@ def clear_save_folder(save: Path) -> list[Path]:
     return removed
 
 
-def _checkpoints(save: Path) -> list[Path]:
+def checkpoints_in(save: Path) -> list[Path]:
     """The folders that hold a checkpoint, or did: newest first, without those whose save never ended."""
     if not save.is_dir():
         return []

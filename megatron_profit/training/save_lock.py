@@ -14,6 +14,7 @@ from pathlib import Path
 from checkpoint_conversion.output import NO_LOCKS
 from megatron_profit.training.checkpoints import CheckpointError
 from megatron_profit.training.console import is_first_rank, print_rank_0
+from megatron_profit.training.save_folder import checkpoints_in
 
 NAME = ".in_use"
 # How long a run that is being stopped may take to leave; a network file system finds out later that one died.
@@ -53,7 +54,7 @@ def hold_still(save: Path) -> None:
     if not is_new:
         return
     print_rank_0(f"WARNING: --save {save} was removed while the run was going on; it is made anew")
-    if any(save.glob("iter_*")):
+    if checkpoints_in(save):
         raise CheckpointError(
             f"--save {save}: the folder was removed while this run was going on, and another run has written "
             "checkpoints there; name another folder"

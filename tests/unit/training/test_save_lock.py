@@ -149,5 +149,6 @@ def test_checkpoints_that_another_run_has_left_meanwhile_are_not_written_over(tm
     hold(save)
     shutil.rmtree(save)
     (save / "iter_0000003").mkdir(parents=True)
+    (save / "iter_0000003" / ".metadata").write_bytes(b"")
     with pytest.raises(CheckpointError, match="another run has written checkpoints there"):
         hold_still(save)
