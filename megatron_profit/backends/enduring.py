@@ -1,6 +1,6 @@
-"""What a run writes for people to look at, and does not end for: the console and the curves.
+"""Console and curves that never end a run.
 
-Training goes on when a disk is full, a pipe is closed or a folder is gone. The failure is told once.
+Training goes on when a disk is full, a pipe is closed or a folder is gone. The first failure is reported.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _STREAMS = {1: "stdout", 2: "stderr"}
 
 
 class Guard:
-    """Calls functions until one fails; that is told, and from then on none is called.
+    """Calls functions until one fails. It reports the failure, and calls none after that.
 
     Args:
-        what: What is lost when a call fails, for the message.
+        what: The name of what can no longer be written, for the message.
     """
 
     def __init__(self, what: str) -> None:
@@ -58,7 +58,7 @@ class Enduring:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a few words: the one of the operating system that is at its root, if there is one."""
+    """Describe an error in a few words, by the operating system's error at its root if there is one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
@@ -74,10 +74,10 @@ def warn(message: str) -> None:
 
 
 def endure_console() -> None:
-    """Let this process, and what it starts, go on when nobody reads its output any more or a disk is full.
+    """Let this process and its children go on when nobody reads their output any more or a disk is full.
 
-    A descriptor that was closed before the start becomes the null device: otherwise the next file that is
-    opened would take its number, and get what is printed.
+    A descriptor that was closed before the start becomes the null device. Otherwise the next file that is
+    opened would take its number and receive all printed text.
     """
     for descriptor in (0, *_STREAMS):
         try:
@@ -96,7 +96,7 @@ def _text(raw: io.RawIOBase, encoding: str | None) -> io.TextIOWrapper:
 
 
 class _Descriptor(io.RawIOBase):
-    """A file descriptor to which every write succeeds; what cannot be written is lost."""
+    """A file descriptor to which every write succeeds; text that cannot be written is lost."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._failed = descriptor, False
@@ -118,7 +118,7 @@ class _Descriptor(io.RawIOBase):
             return len(data)
 
     def _lose(self, error: OSError) -> None:
-        """Tell of the first failure on the other stream, and never write to a closed pipe again."""
+        """Report the first failure on the other stream, and never write to a closed pipe again."""
         if not self._failed:
             self._failed = True
             name = _STREAMS[self._descriptor]

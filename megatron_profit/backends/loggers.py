@@ -13,7 +13,7 @@ _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
 
 
 class _Nowhere:
-    """A TensorBoard writer that writes nothing: Megatron logs to W&B only where there is one."""
+    """A TensorBoard writer without a file: Megatron logs to W&B only where there is a writer."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
@@ -46,7 +46,7 @@ def _write_curves_that_endure() -> None:
 
 
 def _endure(writer: Any, folder: str) -> None:
-    """Let the thread that writes the events survive what it cannot write."""
+    """Let the thread that writes the events survive a failed write."""
     queue = writer.file_writer.event_writer._async_writer
     enduring = Enduring(queue._writer, Guard(f"--tensorboard-dir {folder}"))
     queue._writer = queue._worker._record_writer = enduring

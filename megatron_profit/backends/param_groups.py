@@ -1,7 +1,7 @@
 """Parameter groups of an optimizer between a checkpoint and a run with other hyperparameters.
 
-Megatron finds the saved group of each group by its learning rates. Here groups are found by what their
-parameters are, and the numbers are those of the flags, or of the checkpoint where the flags ask for it.
+Megatron finds the saved group of each group by its learning rates. Here groups are found by the kind of
+their parameters, and the numbers come from the flags, or from the checkpoint where the flags ask for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def adapt_groups(current: Iterable[Group], saved: Iterable[Group], *, keep_saved
     Args:
         current: The groups of the run; changed with `keep_saved`.
         saved: The groups of the checkpoint; changed without.
-        keep_saved: Whether the learning rates are those of the checkpoint.
+        keep_saved: Whether the learning rates of the checkpoint win.
     """
     ours, theirs = _by_kind(current), _by_kind(saved)
     for kind in ours.keys() & theirs.keys():
@@ -39,7 +39,7 @@ def adapt_groups(current: Iterable[Group], saved: Iterable[Group], *, keep_saved
 
 
 def _by_kind(groups: Iterable[Group]) -> dict[tuple[Any, ...], list[Group]]:
-    """The groups by what their parameters are: with weight decay or not, of experts or not, and so on."""
+    """The groups by the kind of their parameters: with weight decay or not, of experts or not, and so on."""
     found: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
         found.setdefault(_kind(group), []).append(group)

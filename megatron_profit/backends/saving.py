@@ -1,4 +1,4 @@
-"""Changes to how Megatron writes checkpoints: what a run adds to them, and how a failure is told."""
+"""Changes to how Megatron writes checkpoints: a run adds files of its own, and a failure gives its reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _announce_checkpoints() -> None:
     from megatron.core import dist_checkpointing
 
     original = dist_checkpointing.save
-    # Left-overs have been dealt with by then: what is in the folder has just been put there.
+    # Left-overs have been removed by then: the files in the folder have just been put there.
     logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
         lambda record: "Overwriting old incomplete" not in record.getMessage()
     )
@@ -33,20 +33,20 @@ def _announce_checkpoints() -> None:
             for listener in listeners():
                 listener.before_checkpoint(folder, iteration, size)
             torch.distributed.barrier()
-            _on_all_ranks(functools.partial(_write_beside, folder, iteration))
+            _on_all_ranks(functools.partial(_write_own_files, folder, iteration))
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     dist_checkpointing.save = save
 
 
-def _write_beside(folder: Path, iteration: int) -> None:
+def _write_own_files(folder: Path, iteration: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for listener in listeners():
         listener.with_checkpoint(folder, iteration)
 
 
 def _on_all_ranks(write: Callable[[], None]) -> None:
-    """Write something, and let all ranks fail where one cannot: the others would wait for it."""
+    """Write on each rank, and let all ranks fail if one cannot: the others would wait for it."""
     import torch
 
     failed = None
@@ -120,7 +120,7 @@ def _announce_saved_checkpoints() -> None:
 
 
 def reason_of_all_ranks(error: BaseException) -> str:
-    """Why a checkpoint was not written, in a few words: only the first rank is told by the others."""
+    """Say in a few words why a checkpoint was not written. Only the first rank knows the others' reasons."""
     failures = getattr(error, "failures", None)
     if failures is None:
         return reason(error)
@@ -153,7 +153,7 @@ def _keep_the_reason_of_a_failed_write() -> None:
         try:
             write_all(transforms, use_msc, rank, buckets, _WithReason(results, errors))
         except AssertionError:
-            # Of a thread that failed; nothing has been put into the queue, for which all ranks wait.
+            # From a thread that failed: the queue, for which all ranks wait, is still empty.
             results.put(OSError(reason(errors[0])))
 
     writer.write_preloaded_data = staticmethod(write_preloaded_data)
@@ -161,7 +161,7 @@ def _keep_the_reason_of_a_failed_write() -> None:
 
 
 class _WithReason:
-    """A queue of results, in which a failure says what has failed."""
+    """A queue of results in which a failure carries its reason."""
 
     def __init__(self, results: Any, errors: list[Exception]) -> None:
         self._results, self._errors = results, errors
@@ -185,8 +185,8 @@ SAVING_PATCHES = (
         name="after-checkpoint",
         upstream=_MEGATRON,
         file="megatron/training/checkpointing.py",
-        reason="Nothing is called after the tracker file is written, which is the moment from which older "
-        "checkpoints are not needed. A failure is told by the class of its exception.",
+        reason="There is no hook after the tracker file is written, which is the moment from which older "
+        "checkpoints are not needed. A failure names only the class of its exception.",
         apply=_announce_saved_checkpoints,
     ),
     Patch(

@@ -30,7 +30,7 @@ from megatron_profit.training.objective_loss import (
 )
 
 DEFAULT_RECORDS = 20
-# A folder next to the pages, for those of steps that are trained again.
+# A folder next to the pages, for pages of steps that are trained again.
 _SUPERSEDED = "superseded"
 # Columns of what is collected of a token.
 _RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT = range(5)

@@ -43,7 +43,7 @@ class ExitSignals(RunListener):
         self._outside: str | None = "before the first step"
 
     def forward(self) -> None:
-        """Let the others lead to the one that Megatron handles; what is ignored, as under nohup, stays so."""
+        """Let the others lead to the one that Megatron handles. An ignored one stays so, as under nohup."""
         self._of_megatron = signal.getsignal(self._handled)
         signal.signal(self._handled, self._on_handled)
         for other in FORWARDED:
@@ -108,7 +108,7 @@ class ExitSignals(RunListener):
     def _end_if_interrupted_before(self) -> None:
         since = self._interrupted
         if since is not None and time.monotonic() - since > interrupts.TOGETHER_SECONDS:
-            interrupts.say("megatron-profit-sft: ended by a second Ctrl-C, with nothing saved")
+            interrupts.say("megatron-profit-sft: ended by a second Ctrl-C without saving")
             os._exit(interrupts.EXIT_CODE)
 
     def _of_all_ranks(self) -> int:

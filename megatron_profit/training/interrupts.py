@@ -1,6 +1,6 @@
 """Ctrl-C outside of the training: the process ends with one line, not with a traceback.
 
-Imports next to nothing: it is needed before everything else.
+It imports only small modules, because it is needed before all others.
 """
 
 from __future__ import annotations

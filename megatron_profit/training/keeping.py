@@ -221,7 +221,7 @@ class CheckpointKeeper(RunListener):
             self._stop_if_patience_has_ended(iteration)
 
     def _replace_run(self, save: Path) -> None:
-        """Only now that the weights are loaded: until here, nothing of the old run was lost."""
+        """Only now that the weights are loaded: until here, a failure leaves the old run as it was."""
         if _is_first_rank():
             try:
                 removed = clear_save_folder(save)
@@ -311,7 +311,7 @@ def _prepare(folder: Path, size: int) -> str | None:
     except (CheckpointError, OSError) as error:
         with contextlib.suppress(OSError):
             put_back(save)
-            folder.rmdir()  # where Megatron has made it, and nothing is in it
+            folder.rmdir()  # Megatron has made it, and it is empty
         is_ours = isinstance(error, CheckpointError)
         return str(error) if is_ours else f"{save} cannot be written ({reason(error)})"
     return None

@@ -84,7 +84,7 @@ def run(device: str) -> None:
 
 
 def refusal(error: Exception) -> str:
-    """What Megatron or torch objects to before the first step, in one line that tells where it was found."""
+    """An objection of Megatron or torch before the first step, in one line that says where it was raised."""
     if "EADDRINUSE" in str(error):
         return (
             f"the port {os.environ.get('MASTER_PORT')} (MASTER_PORT) is taken by another process; give "
@@ -165,7 +165,7 @@ def _checked_by_megatron(arguments: SFTArguments) -> tuple[Namespace, Any]:
 
 @contextlib.contextmanager
 def _known_ends(signals: ExitSignals) -> Iterator[None]:
-    """Inside, signals end the run with a checkpoint, and what is no fault of the program with one line."""
+    """Inside, signals end the run with a checkpoint, and expected errors end it with one line."""
     signals.forward()
     try:
         yield

@@ -122,10 +122,16 @@ class OldPolicy:
         folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
         self._table, form = _read(folder / FILE_NAME, args.iteration, self._steps)
         self._until, self._complete = int(form.pop("until")), True
-        if form != self._form():
+        own = self._form()
+        changed = [
+            f"{name} {own[name]} (was {form.get(name)})"
+            for name in own
+            if form.get(name) != own[name]
+        ]
+        if changed:
             raise CheckpointError(
-                f"{folder} was saved inside an outer batch of PSFT with {form}, but this run has "
-                f"{self._form()}; resume with the same flags and data"
+                f"{folder} was saved inside an outer batch of PSFT, which cannot go on with "
+                f"{', '.join(changed)}; resume with the same flags and data"
             )
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             self._table = None

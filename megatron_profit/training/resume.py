@@ -42,7 +42,7 @@ class Resumed:
 
     Attributes:
         folder: Of the checkpoint.
-        iteration: Steps that it has behind it.
+        iteration: Steps that it has made.
         saved: Megatron's arguments in it, by name; empty where it keeps none.
     """
 
@@ -76,7 +76,7 @@ def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
     if is_first_rank() and flags.pretrained_checkpoint is not None:
         check_named(flags.pretrained_checkpoint, None)
     if flags.save is not None:
-        _claim(flags.save, flags.load, flags.overwrite)
+        _claim(flags)
     if flags.load is None:
         return None
     if is_first_rank():
@@ -107,14 +107,15 @@ def _parse(argv: Sequence[str]) -> Namespace:
     return flags
 
 
-def _claim(save: Path, load: Path | None, overwrite: bool) -> None:
-    """Check that the run may write into a folder, and hold it if it exists. The first rank does."""
+def _claim(flags: Namespace) -> None:
+    """Check that the run may write into its folder, and hold it if it exists. The first rank does."""
     if not is_first_rank():
         return
-    check_save_folder(save, load, overwrite=overwrite)
-    if save.is_dir() and hold(save):
+    start, overwrite = flags.pretrained_checkpoint, flags.overwrite
+    check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+    if flags.save.is_dir() and hold(flags.save):
         # Another run may have left it just now.
-        check_save_folder(save, load, overwrite=overwrite)
+        check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
 
 
 def _publish(decided: str) -> None:

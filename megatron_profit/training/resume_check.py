@@ -1,7 +1,7 @@
-"""Whether a run may go on from a checkpoint, and what differs from the run that has written it.
+"""Whether a run may go on from a checkpoint, and how it differs from the run that has written it.
 
-What would end a resume inside Megatron is refused here, before it starts. What would make it another run is
-refused unless `--allow-change` names it. What may change is told in a line.
+A difference that Megatron cannot load is refused here, before it starts. One that makes another run is
+refused unless `--allow-change` names it. All others are named in a line.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def schedule_line(args: Namespace, iteration: int) -> str:
     """What the learning rate is from a step on, in words."""
     if args.use_checkpoint_opt_param_scheduler:
         return (
-            "> learning rate and weight decay are those of the checkpoint, whatever the flags say "
+            "> learning rate and weight decay follow the checkpoint's schedule, whatever the flags say "
             "(--use-checkpoint-opt_param-scheduler)"
         )
     unit = "steps" if args.train_iters else "samples"
@@ -167,8 +167,8 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
     ]
     if changed:
         raise CheckpointError(
-            f"the state of the optimizer in {checkpoint} does not fit {', '.join(changed)}. Give what it "
-            "was, or let state and learning rate begin anew with --no-load-optim"
+            f"the state of the optimizer in {checkpoint} does not fit {', '.join(changed)}. Give the old "
+            "value, or let state and learning rate begin anew with --no-load-optim"
             + "; --dist-ckpt-optim-fully-reshardable makes checkpoints that fit every layout"
             * moved
         )
@@ -219,12 +219,12 @@ def compare(
     if refused:
         told = "; ".join(_described(part, found, now, saved) for part in refused)
         raise CheckpointError(
-            f"{checkpoint} is of a run with other settings: {told}. Give what it was trained with, accept "
-            f"the change with --allow-change {' '.join(refused)}, or begin a new run in another --save folder"
+            f"{checkpoint} is of a run with other settings: {told}. Give the old ones, accept the change "
+            f"with --allow-change {' '.join(refused)}, or begin a new run in another --save folder"
         )
     for part in allowed:
         if part not in changed:
-            tell(f"> --allow-change {part}: nothing has changed there; it can be left out")
+            tell(f"> --allow-change {part}: it is as it was; the name can be left out")
     if changed:
         told = "; ".join(_described(part, found, now, saved) for part in changed)
         tell(f"> other than in {checkpoint}: {told}")
@@ -232,7 +232,7 @@ def compare(
 
 
 def saved_record(checkpoint: Path) -> RunRecord | None:
-    """The record in a checkpoint; None where it has none, as those of earlier versions.
+    """The record in a checkpoint; None where it has none, as in one of an earlier version.
 
     Raises:
         CheckpointError: It is damaged.
@@ -254,7 +254,9 @@ def _described(part: str, found: Iterable[Difference], now: RunRecord, saved: Ru
         return ", ".join(settings)
     if part in ("data", "validation"):
         flag = "--data" if part == "data" else "--valid-data"
-        return f"{flag} has other records ({_amount(now, part)}; was {_amount(saved, part)})"
+        here, there = _amount(now, part), _amount(saved, part)
+        told = f"{here}, of the same names" if here == there else f"{here}; was {there}"
+        return f"{flag} has other records ({told})"
     return f"--hf-model has another {'config.json' if part == 'model' else 'tokenizer or chat template'}"
 
 

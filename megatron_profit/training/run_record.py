@@ -1,4 +1,4 @@
-"""What a run is made of, as its checkpoints remember it.
+"""The record of a run in its checkpoints: objective, data, tokenizer, seed, schedule and so on.
 
 Each checkpoint holds the record of the run that wrote it, in `megatron_profit.json` under the key `run`. A
 run that resumes compares its own record with that one (`training/resume_check.py`). The parallel layout is
@@ -34,11 +34,11 @@ _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that is not what it was.
+    """A setting with another value than in the checkpoint.
 
     Attributes:
         part: Attribute of `RunRecord`.
-        setting: Its key there; that of an inner mapping follows after a dot, as in "options.prob_threshold".
+        setting: Its key there. The key of an inner mapping follows after a dot: "options.prob_threshold".
         saved, now: The value in the checkpoint and the one of this run.
     """
 

@@ -1,4 +1,4 @@
-"""What a save folder holds before a run begins: a run that is to go on, one to be replaced, or none.
+"""A save folder before a run begins: it holds a run that is to go on, one to be replaced, or none.
 
 A run writes into a folder with checkpoints only if it goes on from them or was told to replace them. Only the
 first rank of a run looks.
@@ -33,7 +33,9 @@ _FILES = (
 )
 
 
-def check_save_folder(save: Path, load: Path | None, *, overwrite: bool) -> None:
+def check_save_folder(
+    save: Path, load: Path | None, *, overwrite: bool, start: Path | None = None
+) -> None:
     """Refuse to write into a folder with checkpoints that the run neither goes on from nor may replace.
 
     What a run left that died before its first checkpoint was complete does not count.
@@ -42,9 +44,10 @@ def check_save_folder(save: Path, load: Path | None, *, overwrite: bool) -> None
         save: The folder; it need not exist.
         load: Where the run goes on from, if anywhere.
         overwrite: Whether the run may replace the one in the folder.
+        start: The checkpoints that the run starts from anew, if any.
 
     Raises:
-        CheckpointError: Names the folder, what it holds and the flags that help.
+        CheckpointError: Names the folder, the checkpoints in it and the flags that help.
     """
     if same_folder(load, save):
         if overwrite:
@@ -56,6 +59,11 @@ def check_save_folder(save: Path, load: Path | None, *, overwrite: bool) -> None
     held = checkpoints_in(save)
     if not held:
         return
+    if overwrite and same_folder(start, save):
+        raise CheckpointError(
+            "--overwrite would remove the checkpoint that the run starts from (--pretrained-checkpoint "
+            f"{start}); name another --save folder"
+        )
     if not overwrite:
         raise CheckpointError(
             f"--save {save} holds a run already ({names_of(held)}); to go on with it, give --load {save}; to "

@@ -44,7 +44,7 @@ def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) ->
     Args:
         arguments: What the flags ask for.
         data: The rows.
-        loss: What is trained.
+        loss: The objective in training.
     """
     args, options = arguments.namespace, arguments.data
     return RunRecord(

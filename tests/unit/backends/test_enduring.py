@@ -84,7 +84,7 @@ def test_a_pipe_that_nobody_reads_ends_no_run():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_behind_the_console_ends_no_run():
+def test_a_full_disk_under_the_console_ends_no_run():
     result = run("> /dev/full")
     assert result.returncode == 0
     assert "No space left on device" in result.stderr.splitlines()[0]

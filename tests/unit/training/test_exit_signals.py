@@ -121,7 +121,7 @@ def test_before_the_first_step_ctrl_c_ends_the_run(run):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name)
 def test_what_is_ignored_at_the_start_stays_ignored(run, number):
-    """nohup ignores SIGHUP, a shell SIGINT for what it runs in the background."""
+    """nohup ignores SIGHUP, a shell SIGINT for its background jobs."""
     pid = run(before=lambda: signal.signal(number, signal.SIG_IGN))
     os.kill(pid, number)
     time.sleep(0.1)

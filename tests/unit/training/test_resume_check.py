@@ -1,4 +1,4 @@
-"""What a run that goes on from a checkpoint is refused for, and what it is told."""
+"""A run that goes on from a checkpoint: when it is refused, and which lines it prints."""
 
 from __future__ import annotations
 
@@ -94,6 +94,10 @@ def test_the_same_run_goes_on_without_a_word(resume):
             "--data has other records (70 examples of b.jsonl; was 600 examples of a.jsonl)",
         ),
         (
+            {"data": {"digest": "b2"}},
+            "--data has other records (600 examples of a.jsonl, of the same names)",
+        ),
+        (
             {"data": {"digest": "b2", "seq_length": 32, "packing": False}},
             "--seq-length 32 (was 64), --packing off (was on)",
         ),
@@ -122,7 +126,7 @@ def test_all_that_is_refused_is_named_at_once(resume):
 def test_a_name_that_has_not_changed_is_told(resume):
     """And is no error: a run that is restarted by the same command finds its own checkpoint."""
     (line,) = resume(RECORD, allow_change=["data"])
-    assert line == "> --allow-change data: nothing has changed there; it can be left out"
+    assert line == "> --allow-change data: it is as it was; the name can be left out"
 
 
 def test_validation_data_may_change_unless_checkpoints_are_compared_by_them(resume):
@@ -245,7 +249,7 @@ def test_a_run_that_has_made_its_steps_is_told_so_and_one_that_has_made_more_is_
             {"lr_decay_style": "linear", "lr_warmup_fraction": 0.1, "lr_decay_iters": 50},
             "linear from 0.001 to 0.0 over 50 steps, 5 of warm-up",
         ),
-        ({"use_checkpoint_opt_param_scheduler": True}, "are those of the checkpoint"),
+        ({"use_checkpoint_opt_param_scheduler": True}, "follow the checkpoint's schedule"),
     ],
 )
 def test_the_schedule_in_words(flags, line):

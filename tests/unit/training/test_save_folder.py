@@ -54,6 +54,11 @@ def test_a_run_may_go_on_also_through_a_link(run, tmp_path):
         check_save_folder(run, run, overwrite=True)
 
 
+def test_a_run_does_not_remove_the_checkpoint_that_it_starts_from(run):
+    with pytest.raises(CheckpointError, match="--overwrite would remove the checkpoint that the"):
+        check_save_folder(run, None, overwrite=True, start=run)
+
+
 @pytest.mark.parametrize("name", ["iter_0000003", "release"])
 def test_checkpoints_of_other_programs_are_never_overwritten(tmp_path, name):
     save = tmp_path / "foreign"
