@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from megatron_profit.backends.enduring import Enduring, Guard, reason, warn
@@ -28,9 +29,8 @@ def _write_curves_that_endure() -> None:
     def set_tensorboard_writer(args: Any) -> None:
         from torch.utils import tensorboard
 
-        from_step = functools.partial(
-            tensorboard.SummaryWriter, purge_step=getattr(args, "first_step", None)
-        )
+        purge_step = getattr(args, "first_step", None) if has_curves(args.tensorboard_dir) else None
+        from_step = functools.partial(tensorboard.SummaryWriter, purge_step=purge_step)
         try:
             with replaced(tensorboard, SummaryWriter=from_step):
                 original(args)
@@ -43,6 +43,11 @@ def _write_curves_that_endure() -> None:
             global_vars._GLOBAL_TENSORBOARD_WRITER = _Nowhere()
 
     global_vars._set_tensorboard_writer = set_tensorboard_writer
+
+
+def has_curves(folder: str | None) -> bool:
+    """Whether there are TensorBoard's events in a folder."""
+    return folder is not None and any(Path(folder).glob("events.out.tfevents.*"))
 
 
 def _endure(writer: Any, folder: str) -> None:

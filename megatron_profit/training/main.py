@@ -110,7 +110,7 @@ def checked_record(
         check_resume(resumed, record, arguments.namespace, rows_until, print_rank_0)
     curves = arguments.settings["tensorboard_dir"]
     if resumed is None and curves:
-        tell_of_other_curves(Path(curves))
+        tell_of_other_curves(curves)
     is_finished = resumed is not None and resumed.iteration == arguments.steps
     if arguments.save is not None and not is_finished:
         check_space_at_start(arguments.save, arguments.hf_model, arguments.settings)

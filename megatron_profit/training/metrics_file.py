@@ -92,15 +92,13 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file, without a last line that was cut off.
 
     Raises:
-        ValueError: A line is no object with a kind and the number of a step.
+        ValueError: A line is no object with a kind and a step.
     """
     for number, line in enumerate(_lines(path), 1):
         if _is_whole(line):
             yield json.loads(line)
         elif line.endswith(b"\n"):
-            raise ValueError(
-                f"{path}, line {number}: not an object with a kind and the number of a step"
-            )
+            raise ValueError(f"{path}, line {number}: not an object with a kind and a step")
 
 
 def _lines(path: Path) -> list[bytes]:

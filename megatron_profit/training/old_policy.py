@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_profit.backends.hooks import Trained
 from megatron_profit.training.batch import Batch
 from megatron_profit.training.checkpoints import CheckpointError
+from megatron_profit.training.objective_flags import flag_of
 from megatron_profit.training.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.token_table import TokenTable
 
@@ -124,7 +125,9 @@ class OldPolicy:
         self._until, self._complete = int(form.pop("until")), True
         own = self._form()
         changed = [
-            f"{name} {own[name]} (was {form.get(name)})"
+            "other data"
+            if name == "data"
+            else f"{flag_of(name)} {own[name]} (was {form.get(name)})"
             for name in own
             if form.get(name) != own[name]
         ]

@@ -74,10 +74,13 @@ def check_resume(
 
 
 def _tell_of_passed_rows(
-    resumed: Resumed, epochs: int | None, rows_until: Callable[[int], int], tell: Tell
+    resumed: Resumed, epochs: Any, rows_until: Callable[[int], int], tell: Tell
 ) -> None:
     """The last batch of a run of whole epochs is filled up with empty rows, in the place of the next ones."""
-    passed = resumed.done[1] - rows_until(epochs) if epochs else 0
+    rows = resumed.done[1]
+    if type(epochs) is not int or not 0 < epochs * rows_until(1) < 2 * rows:
+        return
+    passed = rows - rows_until(epochs)
     if passed > 0:
         tell(
             f"> {passed} rows of epoch {epochs + 1} are not trained: they had their place in the last batch "
@@ -262,7 +265,7 @@ def _described(part: str, found: Iterable[Difference], now: RunRecord, saved: Ru
 
 def _amount(record: RunRecord, part: str) -> str:
     settings = getattr(record, part)
-    return f"{settings.get('examples')} examples of {_value(settings.get('sources'))}"
+    return f"{_value(settings.get('examples'))} examples of {_value(settings.get('sources'))}"
 
 
 def _change(difference: Difference) -> str:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
+from megatron_profit.backends.loggers import has_curves
 from megatron_profit.training.checkpoints import (
     CheckpointError,
     remove_checkpoint,
@@ -82,9 +83,9 @@ def check_save_folder(
         )
 
 
-def tell_of_other_curves(folder: Path) -> None:
+def tell_of_other_curves(folder: str) -> None:
     """Warn where a run that begins anew writes its curves into a folder that has some."""
-    if any(folder.glob("events.out.tfevents.*")):
+    if has_curves(folder):
         print_rank_0(
             f"WARNING: --tensorboard-dir {folder} has the curves of another run, or of one that died; "
             "TensorBoard shows this one in their place"

@@ -76,7 +76,7 @@ def test_events_may_repeat_and_what_is_not_finite_becomes_null(tmp_path):
 def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n' + broken + "\n")
-    with pytest.raises(ValueError, match="line 2: not an object with a kind and the number"):
+    with pytest.raises(ValueError, match="line 2: not an object with a kind and a step"):
         list(read_metrics(path))
 
 
