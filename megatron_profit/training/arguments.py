@@ -214,7 +214,9 @@ class SFTArguments:
     def steps(self) -> int | None:
         """Steps of the whole run, from its beginning; None where the batch size changes on the way."""
         derived = self.defaults.get("train_iters")
-        return derived or _steps_of_flags(self.settings, self.batch_size)
+        if derived is not None:
+            return derived
+        return _steps_of_flags(self.settings, self.batch_size)
 
     @property
     def namespace(self) -> argparse.Namespace:
@@ -249,7 +251,7 @@ class SFTArguments:
         first_step = 1 if resumed is None else resumed.iteration + 1
         defaults = {**self.defaults, "eval_iters": iters, "first_step": first_step}
         if epochs_rows is not None:
-            steps = iterations + math.ceil((epochs_rows - rows) / self.batch_size)
+            steps = max(iterations + math.ceil((epochs_rows - rows) / self.batch_size), 0)
             defaults["train_iters"] = steps
             self.check_steps(max(steps, iterations))  # `check_length` refuses fewer than are done
         if rows != iterations * self.batch_size and not _batch_size_changes(self.settings):

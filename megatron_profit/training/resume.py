@@ -54,7 +54,7 @@ class Resumed:
     def done(self) -> tuple[int, int]:
         """Steps, and the rows that they took; zeros where the checkpoint does not say."""
         rows = self.saved.get("consumed_train_samples")
-        return (0, 0) if rows is None else (self.iteration, rows)
+        return (self.iteration, rows) if type(rows) is int else (0, 0)
 
 
 def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:

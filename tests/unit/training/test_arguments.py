@@ -556,6 +556,7 @@ def in_epochs(hf_folder: Path, *flags: str):
         (22, 4, (6, 24), 6),  # all are made
         (22, 4, (8, 32), 6),  # more than all
         (44, 8, (6, 24), 9),  # 20 rows are left
+        (10, 2, (10, 40), 0),  # so many more that no number of steps is right
     ],
 )
 def test_epochs_go_on_after_the_rows_that_were_taken(hf_folder, rows, batch, done, steps):
