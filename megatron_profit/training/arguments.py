@@ -273,8 +273,9 @@ class SFTArguments:
             )
         if self.settings["lr_decay_iters"] is not None:
             return {}
-        steps = (epochs_iters or train_iters) - iterations
-        return {"lr_decay_iters": math.ceil(rows / self.batch_size) + max(steps, 0)}
+        steps = train_iters if epochs_iters is None else epochs_iters
+        left = max(steps - iterations, 0)
+        return {"lr_decay_iters": math.ceil(rows / self.batch_size) + left}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -104,14 +104,14 @@ def checked_record(
         CheckpointError: It does not fit, or has too little space.
     """
     record = describe_run(arguments, data, loss)
+    curves = arguments.settings["tensorboard_dir"]
+    is_finished = resumed is not None and resumed.iteration == arguments.steps
     if resumed is not None:
         check_length(resumed, arguments, print_rank_0)
         rows_until = data.train.order.rows_until
-        check_resume(resumed, record, arguments.namespace, rows_until, print_rank_0)
-    curves = arguments.settings["tensorboard_dir"]
-    if resumed is None and curves:
+        check_resume(*(resumed, record, arguments.namespace, rows_until, print_rank_0), is_finished)
+    elif curves:
         tell_of_other_curves(curves)
-    is_finished = resumed is not None and resumed.iteration == arguments.steps
     if arguments.save is not None and not is_finished:
         check_space_at_start(arguments.save, arguments.hf_model, arguments.settings)
     return record

@@ -42,6 +42,7 @@ def check_resume(
     args: Namespace,
     rows_until: Callable[[int], int],
     tell: Tell,
+    is_finished: bool = False,
 ) -> None:
     """Refuse a run that cannot go on from its checkpoint as it is, and tell what differs.
 
@@ -51,6 +52,7 @@ def check_resume(
         args: Megatron's arguments.
         rows_until: Rows of the training data before an epoch.
         tell: Gets lines of text.
+        is_finished: Whether the run has no step left.
 
     Raises:
         CheckpointError: Names both values and the flag that helps.
@@ -67,7 +69,7 @@ def check_resume(
     changed = compare(resumed.folder, now, saved, args.allow_change, guarded, tell)
     if "batch" in changed:
         tell(f"> the order of the rows stays as it is; the next row is number {resumed.done[1]}")
-    if changed & {"schedule", "length", "batch"}:
+    if changed & {"schedule", "length", "batch"} and not is_finished:
         tell(schedule_line(args, resumed.iteration))
     if "length" in changed and not changed & {"data", "seed"}:
         _tell_of_passed_rows(resumed, saved.length.get("epochs"), rows_until, tell)
@@ -83,8 +85,8 @@ def _tell_of_passed_rows(
     passed = rows - rows_until(epochs)
     if passed > 0:
         tell(
-            f"> {passed} rows of epoch {epochs + 1} are not trained: they had their place in the last batch "
-            f"of epoch {epochs}, where they were left empty"
+            f"> rows of epoch {epochs + 1} that are not trained: {passed}; they had their place in the last "
+            f"batch of epoch {epochs}, where they were left empty"
         )
 
 

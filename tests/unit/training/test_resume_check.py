@@ -162,9 +162,9 @@ def test_another_batch_size_keeps_the_order_of_the_rows(resume):
 
 def test_rows_that_the_last_batch_of_an_epoch_passed_over_are_told(resume):
     lines = resume(changed(length={"epochs": 2}), rows=24)
-    assert lines[-1].startswith("> 2 rows of epoch 2 are not trained")
+    assert lines[-1].startswith("> rows of epoch 2 that are not trained: 2; they had")
     assert not any(
-        "are not trained" in line for line in resume(changed(length={"epochs": 2}), rows=20)
+        "that are not trained" in line for line in resume(changed(length={"epochs": 2}), rows=20)
     )
 
 
