@@ -5,18 +5,21 @@ It chooses the device before anything imports Megatron; the rest is in `megatron
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 
 from megatron_profit.backends import DEVICES, activate
-from megatron_profit.training.console import fail
+from megatron_profit.backends.enduring import endure_console
+from megatron_profit.training.console import StrictParser, fail
+from megatron_profit.training.interrupts import end_on_interrupt
 from megatron_profit.training.launcher import die_with_launcher
 
 
 def main() -> None:
     """Run supervised fine-tuning with the flags of the command line."""
     # Before the imports, which take long.
+    endure_console()
+    end_on_interrupt()
     die_with_launcher()
     device = start()
 
@@ -31,7 +34,7 @@ def start() -> str:
     Returns:
         The device of the command line, "cuda" or "cpu".
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = StrictParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     device = parser.parse_known_args()[0].device
     _stand_in_for_torchrun()

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 
+class RunFailure(RuntimeError):
+    """The run has to end, for a reason that its message tells in full."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What Megatron's loop holds when it calls.
@@ -40,8 +44,9 @@ class RunListener(Protocol):
     def before_evaluation(self, trained: Trained) -> None:
         """Before the iterations of one evaluation."""
 
-    def before_checkpoint(self, folder: Path, iteration: int) -> None:
-        """Before anything is written to `folder`; all ranks wait until the last has returned."""
+    def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:
+        """Before anything is written to `folder`; all ranks wait until the last has returned. The tensors of
+        all ranks take `size` bytes."""
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
         """Write beside the checkpoint of `iteration`, which is whole only after all ranks have returned."""

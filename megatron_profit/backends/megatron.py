@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
 from megatron_profit.backends.block_norm import block_norm
 from megatron_profit.backends.chained_optimizer import regrouped
 from megatron_profit.backends.hooks import Trained, listeners
+from megatron_profit.backends.loggers import LOGGER_PATCHES
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
+from megatron_profit.backends.param_groups import adapt_groups
 from megatron_profit.backends.parent_death import die_with_parent
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
+from megatron_profit.backends.saving import SAVING_PATCHES
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
 
@@ -31,20 +33,35 @@ def _skip_compilation_of_shipped_helpers() -> None:
     utils.compile_helpers = compile_helpers
 
 
-def _end_queue_with_rank() -> None:
+def _keep_the_queue_of_results() -> None:
     import multiprocessing
+    import queue
+    import signal
+    from multiprocessing import resource_tracker
     from multiprocessing.managers import SyncManager
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training.global_vars import get_args
 
     original = filesystem_async.get_write_results_queue
+
+    def start_manager(mp_mode: str) -> SyncManager:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        # The process inherits what is blocked here. torchrun sends a signal to all processes of a rank, and
+        # the save that the rank makes then still needs this one.
+        resource_tracker.ensure_running()  # which would unblock SIGINT and SIGTERM again
+        ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+        manager.start(initializer=die_with_parent)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return manager
 
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(initializer=die_with_parent)
-            filesystem_async._results_queue = manager.Queue()
+            is_async = get_args().async_save
+            results = start_manager(mp_mode).Queue() if is_async else queue.Queue()
+            filesystem_async._results_queue = results
         return original(mp_mode)
 
     filesystem_async.get_write_results_queue = get_write_results_queue
@@ -92,6 +109,55 @@ def _load_into_plain_torch_adam() -> None:
     optimizer_class.state_dict = state_dict
     optimizer_class.load_state_dict = load_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
+def _load_with_other_hyperparameters() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    match = MegatronOptimizer._filter_and_reorder_param_groups
+    load = DistributedOptimizer.load_state_dict
+
+    def matched(current: list[dict], saved: list[dict]) -> list[dict]:
+        adapt_groups(current, saved, keep_saved=_keeps_saved_schedule())
+        return match(current, saved)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        if not self.ddp_config.use_megatron_fsdp:
+            current, saved = self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
+            adapt_groups(current, saved, keep_saved=_keeps_saved_schedule())
+        load(self, state_dict)
+
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(matched)
+    DistributedOptimizer.load_state_dict = load_state_dict
+
+
+def _load_momenta() -> None:
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    original = MegatronOptimizer.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, optimizer: Any, config: Any, init_state_fn: Any) -> None:
+        original(self, optimizer, config, init_state_fn or _begin_momenta)
+
+    MegatronOptimizer.__init__ = init
+
+
+def _begin_momenta(optimizer: Any, config: Any = None) -> None:
+    """Give each parameter of torch's SGD the momentum of a parameter that never had a gradient."""
+    import torch
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def _keeps_saved_schedule() -> bool:
+    from megatron.training.global_vars import get_args
+
+    return bool(get_args().use_checkpoint_opt_param_scheduler)
 
 
 def _load_with_another_number_of_optimizers() -> None:
@@ -208,61 +274,6 @@ def _announce_training() -> None:
     training.train = train
 
 
-def _announce_checkpoints() -> None:
-    import torch
-    from megatron.core import dist_checkpointing
-
-    original = dist_checkpointing.save
-    # Left-overs have been dealt with by then: what is in the folder has just been put there.
-    logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
-        lambda record: "Overwriting old incomplete" not in record.getMessage()
-    )
-
-    @functools.wraps(original)
-    def save(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        iteration, folder = sharded_state_dict.get("iteration"), Path(checkpoint_dir)
-        if iteration is not None:
-            for listener in listeners():
-                listener.before_checkpoint(folder, iteration)
-            torch.distributed.barrier()
-            folder.mkdir(parents=True, exist_ok=True)
-            for listener in listeners():
-                listener.with_checkpoint(folder, iteration)
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-
-    dist_checkpointing.save = save
-
-
-def _announce_saved_checkpoints() -> None:
-    from megatron.training import checkpointing, training
-    from megatron.training.global_vars import get_args
-
-    original, schedule = training.save_checkpoint, checkpointing.schedule_async_save
-    saving = 0
-
-    def announce(iteration: int) -> None:
-        for listener in listeners():
-            listener.after_checkpoint(iteration)
-
-    @functools.wraps(original)
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal saving
-        saving = iteration
-        result = original(iteration, *args, **kwargs)
-        if not get_args().async_save:
-            announce(iteration)
-        return result
-
-    @functools.wraps(schedule)
-    def schedule_async_save(request: Any) -> Any:
-        # Behind the function that writes the tracker file.
-        request.add_finalize_fn(functools.partial(announce, saving))
-        return schedule(request)
-
-    training.save_checkpoint = save_checkpoint
-    checkpointing.schedule_async_save = schedule_async_save
-
-
 def _save_no_checkpoint_twice() -> None:
     from megatron.training import checkpointing, training
     from megatron.training.global_vars import get_args
@@ -316,6 +327,23 @@ MEGATRON_PATCHES = (
         apply=_load_into_plain_torch_adam,
     ),
     Patch(
+        name="hyperparameters-of-the-flags",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/optimizer.py",
+        reason="With another --lr or --min-lr no checkpoint can be loaded, because parameter groups are "
+        "recognised by these numbers. What else a group holds (betas, epsilon) is taken from the checkpoint, "
+        "so that its flags are ignored without a word.",
+        apply=_load_with_other_hyperparameters,
+    ),
+    Patch(
+        name="momentum-load",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/__init__.py",
+        reason="SGD comes without the function that makes its state before a checkpoint is loaded into it, "
+        "so that no run of --optimizer sgd can be resumed.",
+        apply=_load_momenta,
+    ),
+    Patch(
         name="chained-optimizer-load",
         upstream=_MEGATRON,
         file="megatron/core/optimizer/optimizer.py",
@@ -355,22 +383,7 @@ MEGATRON_PATCHES = (
         "that has stopped early must be kept from going on.",
         apply=_announce_training,
     ),
-    Patch(
-        name="with-checkpoint",
-        upstream=_MEGATRON,
-        file="megatron/core/dist_checkpointing/serialization.py",
-        reason="save_checkpoint has no place for the state of a run that is not one of model, optimizer "
-        "or data loader, and writes among whatever a save that died has left in the folder.",
-        apply=_announce_checkpoints,
-    ),
-    Patch(
-        name="after-checkpoint",
-        upstream=_MEGATRON,
-        file="megatron/training/checkpointing.py",
-        reason="Nothing is called after the tracker file is written, which is the moment from which older "
-        "checkpoints are not needed.",
-        apply=_announce_saved_checkpoints,
-    ),
+    *SAVING_PATCHES,
     Patch(
         name="no-checkpoint-twice",
         upstream=_MEGATRON,
@@ -390,12 +403,14 @@ MEGATRON_PATCHES = (
         apply=_weigh_auxiliary_losses_alike_on_all_ranks,
     ),
     Patch(
-        name="queue-ends-with-rank",
+        name="queue-of-results",
         upstream=_MEGATRON,
         file="megatron/core/dist_checkpointing/strategies/filesystem_async.py",
-        reason="The first save starts a process for a queue, of 0.35 GB, which a rank that is killed leaves "
-        "behind for good; restarts would fill the memory of the machine.",
-        apply=_end_queue_with_rank,
+        reason="The first save starts a process for a queue, which takes 0.35 GB and some seconds, and which "
+        "only --async-save needs. A rank that is killed leaves it behind for good. A signal that torchrun "
+        "passes on ends it before the save that the signal has asked for.",
+        apply=_keep_the_queue_of_results,
     ),
     *OBSERVATION_PATCHES,
+    *LOGGER_PATCHES,
 )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from megatron_profit.backends.hooks import LoggedStep, evaluation_listeners, observer
-from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
+from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch, replaced
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
 _TRAINING = "megatron/training/training.py"
@@ -73,7 +73,7 @@ def _let_the_observer_log() -> None:
             return original(loss_dict, total_loss_dict, *positional, **kwargs)
         lines: list[str] = []
         scalars = here.scalars(iteration, bool(skipped_iter))
-        with _replaced(training, print_rank_last=lines.append):
+        with replaced(training, print_rank_last=lines.append):
             result = original(scalars, total_loss_dict, *positional, **kwargs)
         # As in the loop: all ranks agree on these.
         settings = get_args()
@@ -131,7 +131,7 @@ def _print_negative_averages() -> None:
 
         original_print = training.print_rank_last
         original_totals, skipped = dict(total_loss_dict), args[4]
-        with _replaced(training, print_rank_last=print_rank_last):
+        with replaced(training, print_rank_last=print_rank_last):
             return original_log(loss_dict, total_loss_dict, *args, **kwargs)
 
     training.training_log = training_log
@@ -269,8 +269,12 @@ def _tell_of_evaluations() -> None:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal found
-            metrics, *rest = evaluate(*args, **kwargs)
+            sums = _Sums()
+            passes = training.get_forward_backward_func
+            with replaced(training, get_forward_backward_func=sums.watching(passes)):
+                metrics, *rest = evaluate(*args, **kwargs)
             if metrics is not None:
+                metrics = {**metrics, **sums.means()}
                 found = {name: float(value) for name, value in metrics.items()}
             return metrics, *rest
 
@@ -278,7 +282,7 @@ def _tell_of_evaluations() -> None:
             real = get_tensorboard_writer()
             return real and _WithoutPerplexities(real)
 
-        with _replaced(
+        with replaced(
             training,
             evaluate=watched,
             print_rank_last=lambda message: print_rank_last(without_perplexities(message)),
@@ -295,6 +299,44 @@ def _tell_of_evaluations() -> None:
                 listener(iteration, everyone[0])
 
     training.evaluate_and_print_results = evaluate_and_print_results
+
+
+class _Sums:
+    """Sums and counts of an evaluation over its micro-batches and ranks, in fp64."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, Any] = {}
+
+    def watching(self, get_forward_backward_func: Callable) -> Callable:
+        """The same, of which the passes show what they yield."""
+
+        def get(*args: Any, **kwargs: Any) -> Callable:
+            passes = get_forward_backward_func(*args, **kwargs)
+
+            @functools.wraps(passes)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                losses = passes(*args, **kwargs)
+                for name in losses[0] if losses else ():
+                    pairs = (loss[name].detach().double() for loss in losses)
+                    self._pairs[name] = sum(pairs, self._pairs.get(name, 0.0))
+                return losses
+
+            return watched
+
+        return get
+
+    def means(self) -> dict[str, Any]:
+        """A collective of the ranks that share the data, on the last pipeline stage."""
+        import torch
+        from megatron.core import mpu
+
+        pairs = {name: pair for name, pair in self._pairs.items() if pair.numel() == 2}
+        if not pairs:
+            return {}
+        total = torch.stack(list(pairs.values()))
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(total, group=group)
+        return dict(zip(pairs, total[:, 0] / total[:, 1], strict=True))
 
 
 def without_perplexities(message: str) -> str:
@@ -317,23 +359,6 @@ class _WithoutPerplexities:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
-
-
-class _replaced:
-    """Names of a module stand for something else inside the `with` block."""
-
-    def __init__(self, module: Any, **names: Any) -> None:
-        self._module, self._names = module, names
-        self._before: Mapping[str, Any] = {}
-
-    def __enter__(self) -> None:
-        self._before = {name: getattr(self._module, name) for name in self._names}
-        for name, value in self._names.items():
-            setattr(self._module, name, value)
-
-    def __exit__(self, *error: object) -> None:
-        for name, value in self._before.items():
-            setattr(self._module, name, value)
 
 
 OBSERVATION_PATCHES = (
@@ -390,8 +415,8 @@ OBSERVATION_PATCHES = (
         name="after-evaluation",
         upstream=_MEGATRON,
         file=_TRAINING,
-        reason="The metrics of an evaluation are printed and thrown away, each with a perplexity, which "
-        "only the cross-entropy has.",
+        reason="The metrics of an evaluation are added up in fp32, where counts above 2^24 lose digits, "
+        "printed and thrown away, each with a perplexity, which only the cross-entropy has.",
         apply=_tell_of_evaluations,
     ),
 )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MEGATRON_CORE_VERSION = "0.19.2"
 _applied: set[str] = set()
@@ -73,3 +74,20 @@ def check_megatron_version() -> None:
             f"Install it with: pip install 'megatron-core[training]=={MEGATRON_CORE_VERSION}'"
             + (", or take the other one off PYTHONPATH" if where else "")
         )
+
+
+class replaced:
+    """Names of a module stand for something else inside the `with` block."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        self._module, self._names = module, names
+        self._before: Mapping[str, Any] = {}
+
+    def __enter__(self) -> None:
+        self._before = {name: getattr(self._module, name) for name in self._names}
+        for name, value in self._names.items():
+            setattr(self._module, name, value)
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self._before.items():
+            setattr(self._module, name, value)

@@ -174,12 +174,6 @@ def _key(
 
     # A name says how a file is read, and where a record stands; the folder does not matter.
     contents = [[(path.name, _digest(path, cache, leader)) for path in paths] for paths in files]
-    names = {
-        path
-        for pattern in _TOKENIZER_FILES
-        for path in tokenizer.glob(pattern)
-        if path.name not in _NOT_OF_THE_TOKENIZER
-    }
     parts = {
         "code": _code(),
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -188,12 +182,21 @@ def _key(
             [dict(s.layout.columns), dict(s.layout.tags), s.layout.sharegpt, s.split]
             for s in sources
         ],
-        "tokenizer": [
-            [str(path.relative_to(tokenizer)), _hash_file(path)] for path in sorted(names)
-        ],
+        "tokenizer": tokenizer_files(tokenizer),
         "preparation": asdict(preparation),
     }
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_files(tokenizer: Path) -> list[list[str]]:
+    """Name and hash of each file in a folder that a tokenizer's ids and its chat template depend on."""
+    files = {
+        path
+        for pattern in _TOKENIZER_FILES
+        for path in tokenizer.glob(pattern)
+        if path.name not in _NOT_OF_THE_TOKENIZER
+    }
+    return [[str(path.relative_to(tokenizer)), _hash_file(path)] for path in sorted(files)]
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -235,6 +236,8 @@ _worker: _Worker | None = None
 
 def _start_worker(tokenizer: Path, preparation: Preparation) -> None:
     global _worker
+    # Ctrl-C reaches all processes of a terminal; the one that has started this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = _Worker(_load_renderer(tokenizer, preparation), preparation)
 

@@ -36,6 +36,7 @@ from megatron_profit.training.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.given_statistics import needed_statistics
 from megatron_profit.training.guards import GuardOptions, add_guard_flags
 from megatron_profit.training.keeping import KeepOptions, add_keep_flags, keep_options
+from megatron_profit.training.native_flags import check_native_flags
 from megatron_profit.training.objective_flags import (
     add_objective_flags,
     check_objective,
@@ -44,6 +45,9 @@ from megatron_profit.training.objective_flags import (
     load_outside_objective,
 )
 from megatron_profit.training.old_policy import DEFAULT_STEPS, check_old_policy
+from megatron_profit.training.resume import Resumed
+from megatron_profit.training.run_record import GUARDED
+from megatron_profit.training.save_folder import METRICS
 
 # What Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
@@ -178,6 +182,7 @@ class SFTArguments:
         check_steps: Refuses a number of steps in which warm-ups or schedules would not end.
         epochs: Epochs to train, where the flags give no iterations or samples.
         defaults: Values that replace the defaults of Megatron's parser.
+        settings: All arguments by name, as far as the flags tell.
         batch_size, eval_batch_size: Rows of one iteration over all ranks.
         eval_iters: Evaluation iterations that were asked for; None for all of the validation data.
         hf_weights: The folder's weights where the run starts from them; None where it starts from a
@@ -194,6 +199,7 @@ class SFTArguments:
     check_steps: Callable[[int], None]
     epochs: int | None
     defaults: Mapping[str, Any]
+    settings: Mapping[str, Any]
     batch_size: int
     eval_batch_size: int
     eval_iters: int | None
@@ -204,27 +210,72 @@ class SFTArguments:
     keep: KeepOptions
     metrics_file: Path | None
 
+    @property
+    def steps(self) -> int | None:
+        """Steps of the whole run, from its beginning; None where the batch size changes on the way."""
+        derived = self.defaults.get("train_iters")
+        if derived is not None:
+            return derived
+        return _steps_of_flags(self.settings, self.batch_size)
+
+    @property
+    def namespace(self) -> argparse.Namespace:
+        """All arguments by name, as Megatron will get them."""
+        derived = {k: v for k, v in self.defaults.items() if self.settings.get(k) is None}
+        return argparse.Namespace(**{**self.settings, **derived})
+
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Megatron's `extra_args_provider`."""
         parser = add_arguments(parser)
         parser.set_defaults(**self.defaults)
         return parser
 
-    def with_rows(self, epochs_rows: int | None, valid_rows: int) -> SFTArguments:
+    def with_rows(
+        self, epochs_rows: int | None, valid_rows: int, resumed: Resumed | None = None
+    ) -> SFTArguments:
         """These arguments with as many iterations as the rows of all epochs need, where epochs were asked
         for, and evaluations that see each validation row once, unless --eval-iters says otherwise.
 
+        Args:
+            epochs_rows: Rows of all epochs; None where the length of the run is not given in epochs.
+            valid_rows: Rows of an evaluation.
+            resumed: The checkpoint that the run goes on from, if any.
+
         Raises:
-            ArgumentsError: The iterations leave none for what comes after a warm-up.
+            ArgumentsError: The iterations leave none for what comes after a warm-up, or cannot be counted.
         """
         iters = self.eval_iters
         if iters is None:
             iters = math.ceil(valid_rows / self.eval_batch_size)
-        defaults = {**self.defaults, "eval_iters": iters}
+        iterations, rows = (0, 0) if resumed is None else resumed.done
+        first_step = 1 if resumed is None else resumed.iteration + 1
+        defaults = {**self.defaults, "eval_iters": iters, "first_step": first_step}
         if epochs_rows is not None:
-            steps = defaults["train_iters"] = math.ceil(epochs_rows / self.batch_size)
-            self.check_steps(steps)
+            steps = max(iterations + math.ceil((epochs_rows - rows) / self.batch_size), 0)
+            defaults["train_iters"] = steps
+            self.check_steps(max(steps, iterations))  # `check_length` refuses fewer than are done
+        if rows != iterations * self.batch_size and not _batch_size_changes(self.settings):
+            defaults |= self._with_another_batch_size(iterations, rows, defaults.get("train_iters"))
         return replace(self, defaults=defaults)
+
+    def _with_another_batch_size(
+        self, iterations: int, rows: int, epochs_iters: int | None
+    ) -> dict[str, int]:
+        """What keeps the end of the learning rate's schedule at the end of a run that goes on with batches of
+        another size: Megatron counts the schedule in rows, as if all batches had the size of now."""
+        samples, train_iters = self.settings["train_samples"], self.settings["train_iters"]
+        if samples is not None:
+            more = math.ceil((samples - rows) / self.batch_size)
+            raise ArgumentsError(
+                f"--train-samples {samples} cannot be counted in batches of two sizes: the checkpoint has "
+                f"taken {rows} rows in {iterations} steps, and --global-batch-size is {self.batch_size} now; "
+                f"give --train-iters {iterations + more} in place of it"
+            )
+        if self.settings["lr_decay_iters"] is not None:
+            return {}
+        steps = train_iters if epochs_iters is None else epochs_iters
+        left = max(steps - iterations, 0)
+        return {"lr_decay_iters": math.ceil(rows / self.batch_size) + left}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -253,6 +304,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="HuggingFace folder to write after the last step; it must not exist yet, unless a run with a "
         "checkpoint in --save goes on and an export was all that wrote there.",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Let this run take the place of one in --save, whose checkpoints and metrics are removed when "
+        "the new run is ready for its first step, and of an earlier export in --export-hf.",
+    )
+    group.add_argument(
+        "--allow-change",
+        nargs="+",
+        choices=GUARDED,
+        default=(),
+        metavar="NAME",
+        help="Go on from a checkpoint of a run in which these were others, which is an error without it: "
+        f"{', '.join(GUARDED)}.",
     )
     add_keep_flags(group)
     add_data_flags(group)
@@ -322,7 +388,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     config = read_hf_config(hf_model)
     fixed, soft = platform_settings(device, local=explicit.get("transformer_impl") == "local")
     flags.refuse_contradictions(fixed, "this machine needs")
-    soft = {**_DEFAULTS, **soft}
+    soft = {**_DEFAULTS, **soft, **_scheduler_of_flags(explicit)}
     if "initializer_range" in config:
         soft["init_method_std"] = config["initializer_range"]
     model = _model_settings(flags, config, hf_model / "config.json")
@@ -330,8 +396,12 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     settings = {**flags.defaults, **model, **soft, **fixed, **explicit}
     soft |= experts.expert_defaults(settings)
     settings = {**settings, **soft, **fixed, **explicit}
-    _check_numbers(settings, flags)
-    _check_guards(settings)
+    try:
+        check_native_flags(settings, flags.option)
+        GuardOptions.from_settings(settings)
+    except ValueError as error:
+        raise ArgumentsError(str(error)) from error
+    _check_logs(settings)
     data_parallel = _check_layout(settings, int(os.environ.get("WORLD_SIZE", "1")))
     hf_weights = _hf_weights(settings, config)
     multiple = settings["tensor_model_parallel_size"] * settings["make_vocab_size_divisible_by"]
@@ -358,6 +428,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         check_steps=check_steps,
         epochs=settings["epochs"],
         defaults={**model, **soft, **fixed, **derived},
+        settings=settings,
         batch_size=batch_size,
         eval_batch_size=settings["eval_global_batch_size"] or batch_size,
         eval_iters=eval_iters,
@@ -368,6 +439,18 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
         keep=_keep(settings),
         metrics_file=_metrics_file(settings),
     )
+
+
+def _scheduler_of_flags(explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """Let the flags decide the schedule of the learning rate after a resume too, unless they name the
+    checkpoint's."""
+    checkpoint, flags = "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"
+    if explicit.get(checkpoint) and explicit.get(flags):
+        raise ArgumentsError(
+            "--use-checkpoint-opt_param-scheduler and --override-opt_param-scheduler contradict each other; "
+            "drop one"
+        )
+    return {} if explicit.get(checkpoint) else {flags: True}
 
 
 def _check_given(flags: _Flags) -> None:
@@ -397,6 +480,10 @@ def _check_given(flags: _Flags) -> None:
             f"--valid-split {explicit['valid_split']} sets records aside to evaluate on, and --eval-iters 0 "
             "evaluates on none; drop one"
         )
+    if explicit.get("overwrite") and not (explicit.get("save") or explicit.get("export_hf")):
+        raise ArgumentsError(
+            "--overwrite is about what --save and --export-hf hold, and neither is given; drop it"
+        )
     _check_token_report(explicit)
 
 
@@ -412,8 +499,6 @@ def _check_token_report(explicit: Mapping[str, Any]) -> None:
             f"--token-report {folder} is written at evaluations, and there are none; give --valid-data "
             "or --valid-split"
         )
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-        raise ArgumentsError(f"--token-report {folder} is not a folder; name another")
 
 
 def _model_settings(flags: _Flags, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -501,30 +586,6 @@ def _parse(argv: list[str]) -> _Flags:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return _Flags(vars(parser.parse_args(argv)), defaults, options)
-
-
-def _check_numbers(settings: Mapping[str, Any], flags: _Flags) -> None:
-    """Refuse sizes that are no sizes."""
-    for name in (
-        *(
-            "micro_batch_size",
-            "global_batch_size",
-            "eval_micro_batch_size",
-            "eval_global_batch_size",
-        ),
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "expert_tensor_parallel_size"),
-        *("make_vocab_size_divisible_by", "train_iters", "save_interval", "eval_interval"),
-        "epochs",
-    ):
-        value = settings[name]
-        if value is not None and value < 1:
-            raise ArgumentsError(f"{flags.option(name)} is {value}; it must be at least 1")
-    for name in ("seed", "eval_iters"):
-        if settings[name] < 0:
-            raise ArgumentsError(
-                f"{flags.option(name)} is {settings[name]}; it must not be negative"
-            )
 
 
 def _check_layout(settings: Mapping[str, Any], world_size: int) -> int:
@@ -639,7 +700,8 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
         if folder and (Path(folder) / TRACKER).is_file():
             check_checkpoint_matches(Path(folder), config, Path(settings["hf_model"]))
             return None
-    if settings["random_init"]:
+    started = settings["pretrained_checkpoint"]
+    if settings["random_init"] and not started:
         return None
     for name in ("load", "pretrained_checkpoint"):
         folder = settings[name]
@@ -658,21 +720,37 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
     return model
 
 
-def _check_guards(settings: Mapping[str, Any]) -> None:
-    try:
-        GuardOptions.from_settings(settings)
-    except ValueError as error:
-        raise ArgumentsError(str(error)) from error
-
-
 def _metrics_file(settings: Mapping[str, Any]) -> Path | None:
     """Where the metrics go: a file that can be written, if any was asked for or there is a --save."""
     if settings["metrics_file"] is None:
-        return Path(settings["save"]) / "metrics.jsonl" if settings["save"] else None
+        return Path(settings["save"]) / METRICS if settings["save"] else None
     path = Path(settings["metrics_file"])
     if path.is_dir():
         raise ArgumentsError(f"--metrics-file {path} is a folder; name a file")
+    _check_place(f"--metrics-file {path}", path.parent)
     return path
+
+
+def _check_logs(settings: Mapping[str, Any]) -> None:
+    """Refuse places for curves that cannot be written to, and what W&B would miss."""
+    for name in ("tensorboard_dir", "token_report", "wandb_save_dir"):
+        if settings[name]:
+            _check_place(f"{flag_of(name)} {settings[name]}", Path(settings[name]))
+    if settings["wandb_project"] and not settings["wandb_exp_name"]:
+        raise ArgumentsError("--wandb-project needs the name of the run; give --wandb-exp-name")
+    if settings["wandb_project"] and not (settings["wandb_save_dir"] or settings["save"]):
+        raise ArgumentsError(
+            "--wandb-project needs a place for its files; give --wandb-save-dir DIR or --save DIR"
+        )
+
+
+def _check_place(flag: str, folder: Path) -> None:
+    """Refuse a folder that neither can be written to nor made."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ArgumentsError(f"{flag}: {place} is not a folder; name another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArgumentsError(f"{flag}: {place} cannot be written to; name another place")
 
 
 def _export(settings: Mapping[str, Any]) -> HFOutput | None:
@@ -681,9 +759,8 @@ def _export(settings: Mapping[str, Any]) -> HFOutput | None:
         return None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((half[name] for name in half if settings[name]), torch.float32)
-    return plan_output(
-        settings["export_hf"], settings["hf_model"], dtype, overwrite=_goes_on(settings)
-    )
+    overwrite = _goes_on(settings) or settings["overwrite"]
+    return plan_output(settings["export_hf"], settings["hf_model"], dtype, overwrite)
 
 
 def _goes_on(settings: Mapping[str, Any]) -> bool:
@@ -773,8 +850,12 @@ def _steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
     """Steps of the run where flags alone say it: not with epochs, nor where the batch size changes."""
     if settings["train_samples"] is None:
         return settings["train_iters"]
-    changes = settings["rampup_batch_size"] or settings["step_batch_size_schedule"]
-    return None if changes else settings["train_samples"] // batch_size
+    return None if _batch_size_changes(settings) else settings["train_samples"] // batch_size
+
+
+def _batch_size_changes(settings: Mapping[str, Any]) -> bool:
+    """Whether the batch size changes during the run, so that Megatron itself counts rows."""
+    return bool(settings["rampup_batch_size"] or settings["step_batch_size_schedule"])
 
 
 def _check_steps(
@@ -784,9 +865,6 @@ def _check_steps(
         raise ArgumentsError(
             f"--train-samples {settings['train_samples']} is less than a global batch; there is no step"
         )
-    fraction = settings["lr_warmup_fraction"]
-    if fraction is not None and not 0 <= fraction < 1:
-        raise ArgumentsError(f"--lr-warmup-fraction is {fraction}; it must be in [0, 1)")
     unit = "iters" if settings["train_samples"] is None else "samples"
     length = settings["train_samples"] or steps
     warmup, decay = settings[f"lr_warmup_{unit}"], settings[f"lr_decay_{unit}"] or length

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.megatron_reader import check_whole
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
 
@@ -31,6 +31,9 @@ _ASIDE = ".replaced"
 
 class CheckpointError(ValueError):
     """No checkpoint can be used; the message says which was tried, what is wrong and what to do."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ class Saved:
         return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
 
     def validation(self, metric: str) -> float:
-        """A mean of the evaluation at this iteration; NaN where there is none."""
+        """A mean of the evaluation at this iteration; NaN where there is none.
+
+        Raises:
+            CheckpointError: The file with it is broken.
+        """
         value = read_json(self.folder / VALIDATION).get(metric)
         return value if isinstance(value, float) else math.nan
 
@@ -109,7 +116,7 @@ def settle(load: Path, warn: Callable[[str], None], *, is_own: bool = True) -> s
     if not load.is_dir():
         return ""
     if is_own:
-        _put_back(load)
+        put_back(load)
     tracker = load / TRACKER
     named = read_tracker(load)
     amiss = _amiss(load, named)
@@ -169,10 +176,10 @@ def make_room(folder: Path) -> None:
         return
     aside = folder.with_name(folder.name + _ASIDE)
     if defect(folder) is None:
-        _remove(aside)
+        remove_checkpoint(aside)
         folder.rename(aside)
     else:
-        _remove(folder)
+        remove_checkpoint(folder)
     folder.mkdir()
 
 
@@ -201,13 +208,18 @@ def prune(
     for saved in own:
         may_be_written = saved not in complete and saved.iteration > latest
         if saved.iteration not in kept and saved.iteration not in protected and not may_be_written:
-            _remove(saved.folder)
+            remove_checkpoint(saved.folder)
             yield saved.folder
+
+
+def set_aside_in(save: Path) -> list[Path]:
+    """The checkpoints that `make_room` has set aside and nobody has removed or put back."""
+    return [aside for aside in save.glob(f"iter_*{_ASIDE}") if aside.is_dir()]
 
 
 def drop_replaced(folder: Path) -> None:
     """Remove what `make_room` has set aside, once the new checkpoint is whole."""
-    _remove(folder.with_name(folder.name + _ASIDE))
+    remove_checkpoint(folder.with_name(folder.name + _ASIDE))
 
 
 def best(save: Path, metric: str) -> Saved | None:
@@ -231,11 +243,22 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content; nothing where there is no such file."""
+    """The content; nothing where there is no such file.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds no object.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); correct it or remove it"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; correct it or remove it")
+    return content
 
 
 def _amiss(load: Path, named: str) -> str | None:
@@ -252,18 +275,18 @@ def _number(named: str) -> int:
     return -1 if named == RELEASE else int(named)
 
 
-def _put_back(load: Path) -> None:
-    """End what was under way when a save died that was to replace a whole checkpoint."""
-    for aside in load.glob(f"iter_*{_ASIDE}"):
+def put_back(load: Path) -> None:
+    """End what was under way when a save died, or found no space, that was to replace a whole checkpoint."""
+    for aside in set_aside_in(load):
         folder = aside.with_name(aside.name.removesuffix(_ASIDE))
         if defect(folder) is None:
-            _remove(aside)
+            remove_checkpoint(aside)
         else:
-            _remove(folder)
+            remove_checkpoint(folder)
             aside.rename(folder)
 
 
-def _remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint so that what is left of it, should this be interrupted, is not whole."""
     if folder.is_symlink():
         folder.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import sys
@@ -9,16 +10,27 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
+from checkpoint_conversion.errors import printable
 from megatron_profit.backends.hooks import LoggedStep
 
 # By then torchrun has ended this process, where the first one of the machine met the same error.
 _PATIENCE_SECONDS = 30
 
 
+def is_first_rank() -> bool:
+    """Whether this is the first process of the run, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_rank_0(message: str) -> None:
-    """Print on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+    """Print on the first process only; what a terminal would obey, as in a file's name, as escapes."""
+    if is_first_rank():
+        print(lines_to_print(message), flush=True)
+
+
+def lines_to_print(message: object) -> str:
+    """A message of several lines, each of which is safe to print."""
+    return "\n".join(map(printable, str(message).split("\n")))
 
 
 def fail(message: object) -> NoReturn:
@@ -29,8 +41,16 @@ def fail(message: object) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_PATIENCE_SECONDS)
-    print(f"megatron-profit-sft: error: {message}", file=sys.stderr, flush=True)
+    print(f"megatron-profit-sft: error: {lines_to_print(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+class StrictParser(argparse.ArgumentParser):
+    """Ends the run with one line where a flag has a value that it cannot have."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        fail(message)
 
 
 def step_line(
@@ -58,7 +78,7 @@ def step_line(
     return " | ".join(
         (
             f" iteration {step.iteration:8}/{train_iters:8}",
-            *(f"{name}: {value:.7G}" for name, value in values.items()),
+            *(f"{name}: {_shown(value)}" for name, value in values.items()),
             *(["no optimizer step"] if step.skipped else []),
             f"tokens/s: {speed['tokens per second']:,.0f} "
             f"({speed['supervised tokens per second']:,.0f} supervised, "
@@ -69,3 +89,8 @@ def step_line(
             f"left: {left} |",
         )
     )
+
+
+def _shown(value: float) -> str:
+    """A count with all its digits, another number with seven."""
+    return str(value) if isinstance(value, int) else f"{value:.7G}"

@@ -16,10 +16,13 @@ import torch
 from megatron.core import mpu
 from transformers import PreTrainedTokenizerBase
 
+from megatron_profit.backends.enduring import reason, warn
+from megatron_profit.backends.hooks import RunListener
 from megatron_profit.data import Prepared, SFTDataset
 from megatron_profit.objectives import TokenStatistics
 from megatron_profit.report import TokenRecord, page, token_texts
 from megatron_profit.training.batch import Batch
+from megatron_profit.training.console import print_rank_0
 from megatron_profit.training.objective_loss import (
     MicroBatchLoss,
     current_step,
@@ -27,12 +30,14 @@ from megatron_profit.training.objective_loss import (
 )
 
 DEFAULT_RECORDS = 20
+# A folder next to the pages, for pages of steps that are trained again.
+_SUPERSEDED = "superseded"
 # Columns of what is collected of a token.
 _RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT = range(5)
 
 
 @dataclass
-class EvaluationReport:
+class EvaluationReport(RunListener):
     """Collects and writes.
 
     Attributes:
@@ -50,6 +55,21 @@ class EvaluationReport:
     objective: str
     _collected: list[torch.Tensor] = field(default_factory=list, repr=False)
     _micro_batches: int = 0
+    _failed: bool = False
+
+    def before_training(self, iteration: int) -> None:
+        """Set aside the pages of later steps, which an earlier process or another run has written."""
+        if torch.distributed.get_rank() == 0:
+            self._endure(lambda: _set_aside(self.folder, iteration))
+
+    def _endure(self, write: Callable[[], None]) -> None:
+        """The run is worth more than its reports; the first failure is told."""
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                warn(f"--token-report {self.folder} cannot be written ({reason(error)})")
+            self._failed = True
 
     def watching(self, begin: Callable[[Batch], MicroBatchLoss]) -> Callable[[Batch], Any]:
         """`begin`, and of what it begins in an evaluation the statistics."""
@@ -72,7 +92,7 @@ class EvaluationReport:
         torch.distributed.all_gather_object(everything, torch.cat(self._collected), group)
         self._collected, self._micro_batches = [], 0
         if mpu.get_tensor_model_parallel_rank() == 0 and group.rank() == 0:
-            self._write(torch.cat(everything), current_step() + 1)
+            self._endure(lambda: self._write(torch.cat(everything), current_step() + 1))
 
     def _tokens(self, batch: Batch, loss: MicroBatchLoss) -> torch.Tensor:
         """[tokens, 5] float64, the supervised tokens of the chosen records."""
@@ -130,6 +150,16 @@ class _Watched:
         result = self.loss.loss_func(output_tensor)
         self.report.add(self.batch, self.loss)
         return result
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    pages = ((file, file.stem.removeprefix("step_")) for file in folder.glob("step_*.html"))
+    later = [file for file, number in pages if number.isdecimal() and int(number) > step]
+    if later:
+        (folder / _SUPERSEDED).mkdir(exist_ok=True)
+        print_rank_0(f"> reports of later steps are moved to {folder / _SUPERSEDED}")
+    for file in later:
+        file.replace(folder / _SUPERSEDED / file.name)
 
 
 def first_records(dataset: SFTDataset, count: int, evaluated_rows: int) -> tuple[int, ...]:

@@ -1,26 +1,31 @@
 """Signals that end a run: checkpoint first, then an exit code that tells a scheduler to start it again.
 
 Megatron's `--exit-signal-handler` saves and leaves the loop after the step in which any rank has received
-one signal. Clusters send two: SIGTERM, and SIGUSR1 some time before a limit (Slurm's `--signal`). Both lead
-to Megatron's handler here. While the process has none yet, or no longer, they end it at once.
+one signal. Others lead to Megatron's handler here: SIGTERM, SIGUSR1, which clusters send some time before a
+limit (Slurm's `--signal`), SIGHUP, and SIGINT (Ctrl-C). While the process has no such handler yet, or no
+longer, they end it at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from megatron.training.global_vars import get_args, get_signal_handler
 
+from megatron_profit.backends.hooks import RunListener
+from megatron_profit.training import interrupts
 from megatron_profit.training.console import print_rank_0
 from megatron_profit.training.shutdown import end_communication
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-class ExitSignals:
+class ExitSignals(RunListener):
     """Those that this rank has received.
 
     Args:
@@ -30,18 +35,40 @@ class ExitSignals:
     def __init__(self, handled: signal.Signals) -> None:
         self._handled = handled
         self._received = 0
+        self._pid = os.getpid()
+        self._of_megatron: Any = signal.SIG_DFL
+        # When Ctrl-C was pressed first.
+        self._interrupted: float | None = None
+        # Where Ctrl-C ends the run at once; None while a step is trained, after which it can be saved.
+        self._outside: str | None = "before the first step"
 
     def forward(self) -> None:
-        """Let the others lead to the one that Megatron handles."""
+        """Let the others lead to the one that Megatron handles. An ignored one stays so, as under nohup."""
+        self._of_megatron = signal.getsignal(self._handled)
+        signal.signal(self._handled, self._on_handled)
         for other in FORWARDED:
-            if other != self._handled:
+            if other != self._handled and signal.getsignal(other) is not signal.SIG_IGN:
                 signal.signal(other, self._on_signal)
+        interrupt = signal.SIGINT
+        if interrupt != self._handled and signal.getsignal(interrupt) is not signal.SIG_IGN:
+            signal.signal(interrupt, self._on_interrupt)
+
+    def before_training(self, iteration: int) -> None:
+        """From now on Ctrl-C saves."""
+        self._outside = None
+
+    @property
+    def training_has_begun(self) -> bool:
+        """Whether the first step may have been made."""
+        return self._outside is None
 
     def release(self) -> None:
         """Let all end the process at once again, because nothing is left to be saved."""
         get_signal_handler().release()
+        self._outside = "after the last step"
         for other in FORWARDED:
-            signal.signal(other, signal.SIG_DFL)
+            if signal.getsignal(other) == self._on_signal:
+                signal.signal(other, signal.SIG_DFL)
 
     def leave(self, end: SystemExit) -> NoReturn:
         """End a run that has left Megatron's loop before its last step. All ranks come here together.
@@ -57,9 +84,32 @@ class ExitSignals:
         end_communication()
         raise SystemExit(128 + number if number else 0) from None
 
+    def _on_handled(self, number: int, frame: FrameType | None) -> None:
+        self._end_if_interrupted_before()  # torchrun passes the second Ctrl-C on as SIGTERM
+        self._of_megatron(number, frame)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a process that reads data, which ends with this one
         self._received = number
         signal.raise_signal(self._handled)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
+        if self._outside is not None:
+            interrupts.end(f"stopped by Ctrl-C {self._outside}")
+        self._end_if_interrupted_before()
+        if self._interrupted is None:
+            self._interrupted = time.monotonic()
+            interrupts.say("> Ctrl-C: the run ends after this step; once more ends it at once")
+            self._on_signal(number, frame)
+
+    def _end_if_interrupted_before(self) -> None:
+        since = self._interrupted
+        if since is not None and time.monotonic() - since > interrupts.TOGETHER_SECONDS:
+            interrupts.say("megatron-profit-sft: ended by a second Ctrl-C without saving")
+            os._exit(interrupts.EXIT_CODE)
 
     def _of_all_ranks(self) -> int:
         by_rank = get_signal_handler().signals_received()

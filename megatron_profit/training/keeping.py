@@ -7,6 +7,7 @@ stop, and the means of the evaluation at its iteration. So a resumed run decides
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,22 +18,29 @@ import torch
 from megatron.training import get_args
 
 from checkpoint_conversion.errors import ConversionError
+from megatron_profit.backends.enduring import reason, warn
 from megatron_profit.backends.hooks import RunListener
+from megatron_profit.training.checkpoint_size import check_space
 from megatron_profit.training.checkpoints import (
     BETTER,
     MARKER,
     VALIDATION,
+    CheckpointError,
     Saved,
     best,
     drop_replaced,
     folder_of,
     make_room,
     prune,
+    put_back,
     read_json,
     same_folder,
     write_json,
 )
-from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.console import fail, print_rank_0
+from megatron_profit.training.run_record import RUN, RunRecord
+from megatron_profit.training.save_folder import clear_save_folder, names_of
+from megatron_profit.training.save_lock import hold_still
 
 _FORMAT = 1
 
@@ -155,6 +163,19 @@ class Progress:
     iteration: int = 0
     without_best: int = 0
 
+    def checked(self) -> Progress:
+        """This, if all values are of the types above.
+
+        Raises:
+            TypeError: One is not.
+        """
+        numbers = (self.best_iteration, self.iteration, self.without_best)
+        if not isinstance(self.metric, str) or not all(type(number) is int for number in numbers):
+            raise TypeError("the state of an early stop counts evaluations of a metric")
+        if self.best is not None and not isinstance(self.best, float):
+            raise TypeError("the best value of a metric must be a number")
+        return self
+
     def after(self, iteration: int, value: float) -> Progress:
         """With one more evaluation; one that is made again, as at the end of a run, does not count."""
         if iteration <= self.iteration:
@@ -171,17 +192,21 @@ class CheckpointKeeper(RunListener):
 
     Args:
         options: What the flags ask for.
+        record: What the run is made of; each checkpoint says so. Only the first rank needs it.
     """
 
-    def __init__(self, options: KeepOptions) -> None:
-        self._options = options
+    def __init__(self, options: KeepOptions, record: RunRecord) -> None:
+        self._options, self._record = options, record
         self._progress = None if options.metric is None else Progress(options.metric)
         self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
         self._resumed_from: frozenset[int] = frozenset()
 
     def before_training(self, iteration: int) -> None:
-        """Continue where the loaded checkpoint was; a run that had stopped ends without a step."""
+        """Continue where the loaded checkpoint was; a run that had stopped ends without a step. A run that
+        replaces another removes it."""
         args = get_args()
+        if args.overwrite and args.save:
+            self._replace_run(Path(args.save))
         if iteration == 0 or args.load is None:
             return
         load = Path(args.load)
@@ -189,11 +214,22 @@ class CheckpointKeeper(RunListener):
             self._resumed_from = frozenset({iteration})
         if self._progress is None:
             return
-        marker = read_json(folder_of(load, iteration) / MARKER) if _is_first_rank() else {}
-        saved = _from_first_rank(marker).get("progress")
-        if saved is not None and saved["metric"] == self._progress.metric:
-            self._progress = Progress(**saved)
+        file = folder_of(load, iteration) / MARKER
+        saved = _from_first_rank(_saved_progress(file) if _is_first_rank() else None)
+        if saved is not None and saved.metric == self._progress.metric:
+            self._progress = saved
             self._stop_if_patience_has_ended(iteration)
+
+    def _replace_run(self, save: Path) -> None:
+        """Only now that the weights are loaded: until here, a failure leaves the old run as it was."""
+        if _is_first_rank():
+            try:
+                removed = clear_save_folder(save)
+            except OSError as error:
+                fail(f"--overwrite: the run in {save} cannot be removed: {error}")
+            if removed:
+                print_rank_0(f"> removed the run in {save} (--overwrite): {names_of(removed)}")
+        torch.distributed.barrier()
 
     def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Note the means, beside the checkpoint if there is one already, and stop the run in time."""
@@ -202,21 +238,21 @@ class CheckpointKeeper(RunListener):
         self._evaluated = (iteration, metrics)
         here = Saved(iteration, folder_of(Path(get_args().save), iteration))
         if _is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
-            write_json(here.folder / VALIDATION, metrics)
+            _note(here.folder / VALIDATION, metrics)
         self._progress = self._progress.after(iteration, metrics[self._progress.metric])
         self._stop_if_patience_has_ended(iteration)
 
-    def before_checkpoint(self, folder: Path, iteration: int) -> None:
-        if _is_first_rank():
-            make_room(folder)
+    def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:
+        problem = _from_first_rank(_prepare(folder, size) if _is_first_rank() else None)
+        if problem is not None:
+            raise CheckpointError(f"no checkpoint of step {iteration} was written: {problem}")
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
         if not _is_first_rank():
             return
         progress = None if self._progress is None else asdict(self._progress)
-        write_json(
-            folder / MARKER, {"format": _FORMAT, "iteration": iteration, "progress": progress}
-        )
+        content = {"format": _FORMAT, "iteration": iteration, "progress": progress}
+        write_json(folder / MARKER, {**content, RUN: self._record.to_json()})
         at, metrics = self._evaluated
         if at == iteration:
             write_json(folder / VALIDATION, metrics)
@@ -231,9 +267,9 @@ class CheckpointKeeper(RunListener):
                 removed = prune(save, iteration, options.last, options.metric, self._resumed_from)
                 for folder in removed:
                     print_rank_0(f"> removed {folder} (--keep-last {options.last})")
-        except OSError as error:
+        except (OSError, CheckpointError, ConversionError) as error:
             # The run is worth more than the space.
-            print_rank_0(f"WARNING: a checkpoint that is not kept could not be removed: {error}")
+            print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
 
     def best(self) -> Saved:
         """The best checkpoint in --save, the same on all ranks.
@@ -258,10 +294,47 @@ class CheckpointKeeper(RunListener):
             print_rank_0(
                 f"> stopped after iteration {iteration} of {args.train_iters}: no better {progress.metric} "
                 f"in {progress.without_best} evaluations (--early-stop {patience}); the best was "
-                f"{progress.best} after iteration {progress.best_iteration}"
+                f"{progress.best} after iteration {progress.best_iteration}; to train on, give a larger "
+                "--early-stop"
             )
             # Megatron's loop ends here as after its last step.
             args.train_iters = iteration
+
+
+def _prepare(folder: Path, size: int) -> str | None:
+    """Make sure of the place of a checkpoint; why it cannot be written there, or None."""
+    save = folder.parent
+    try:
+        hold_still(save)
+        make_room(folder)
+        check_space(save, size)
+    except (CheckpointError, OSError) as error:
+        with contextlib.suppress(OSError):
+            put_back(save)
+            folder.rmdir()  # Megatron has made it, and it is empty
+        is_ours = isinstance(error, CheckpointError)
+        return str(error) if is_ours else f"{save} cannot be written ({reason(error)})"
+    return None
+
+
+def _note(file: Path, metrics: Mapping[str, float]) -> None:
+    try:
+        write_json(file, metrics)
+    except OSError as error:
+        warn(
+            f"{file} cannot be written ({reason(error)}); this checkpoint will not count as the best"
+        )
+
+
+def _saved_progress(file: Path) -> Progress | None:
+    """The state of the early stop in the marker of a checkpoint, if there is one."""
+    saved = read_json(file).get("progress")
+    if saved is None:
+        return None
+    try:
+        return Progress(**saved).checked()
+    except TypeError as error:
+        raise CheckpointError(f"{file} is damaged: its progress is {saved!r}") from error
 
 
 def _is_first_rank() -> bool:

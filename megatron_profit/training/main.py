@@ -5,24 +5,32 @@ This is the counterpart of Megatron-LM's pretrain_gpt.py, and about as long.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from torch.distributed import DistNetworkError
+from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
-from megatron_profit.backends.hooks import listen, observe, on_evaluation
+from megatron_profit.backends.hooks import RunFailure, listen, observe, on_evaluation
+from megatron_profit.backends.saving import reason_of_all_ranks
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
+from megatron_profit.training.checkpoint_size import check_space_at_start
 from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.console import fail, print_rank_0
+from megatron_profit.training.console import fail, is_first_rank, print_rank_0
 from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.evaluation_report import EvaluationReport, first_records
 from megatron_profit.training.exit_signals import ExitSignals
@@ -37,13 +45,18 @@ from megatron_profit.training.objective_flags import objective_from_args
 from megatron_profit.training.objective_loss import ObjectiveLoss
 from megatron_profit.training.old_policy import OldPolicy
 from megatron_profit.training.reference_model import ReferenceModel
-from megatron_profit.training.resume import settle_checkpoints
+from megatron_profit.training.resume import Resumed, settle_checkpoints
+from megatron_profit.training.resume_check import check_length, check_resume
 from megatron_profit.training.row_length import length_of_rows, stages_exchange_lengths
 from megatron_profit.training.run_monitor import RunMonitor
+from megatron_profit.training.run_record import RunRecord
+from megatron_profit.training.save_folder import tell_of_other_curves
 from megatron_profit.training.save_lock import hold_new
 from megatron_profit.training.score_pass import ScorePass
 from megatron_profit.training.shutdown import end_communication
+from megatron_profit.training.this_run import describe_run
 from megatron_profit.training.token_metrics import ProbQuantiles
+from megatron_profit.training.wandb_run import WandbRun, resume_wandb_run
 
 
 def run(device: str) -> None:
@@ -53,24 +66,61 @@ def run(device: str) -> None:
         device: What `megatron_profit.backends.activate` chose.
     """
     try:
-        settle_checkpoints(sys.argv[1:])
+        resumed = settle_checkpoints(sys.argv[1:])
         arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
-        arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows)
+        arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
+        loss = objective_loss_from_args(arguments.namespace)
+        record = RunRecord()
+        if is_first_rank():
+            record = checked_record(arguments, data, loss, resumed)
         if arguments.save is not None:
             hold_new(arguments.save)
+        resume_wandb_run(arguments.settings, resumed)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
-    train(arguments, data)
+    except DistNetworkError as error:
+        fail(refusal(error))
+    train(arguments, data, loss, record)
 
 
-def train(arguments: SFTArguments, data: SFTData) -> None:
+def refusal(error: Exception) -> str:
+    """An objection of Megatron or torch before the first step, in one line that says where it was raised."""
+    if "EADDRINUSE" in str(error):
+        return (
+            f"the port {os.environ.get('MASTER_PORT')} (MASTER_PORT) is taken by another process; give "
+            "another one, with torchrun by --master-port or --standalone"
+        )
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    text = str(error).strip().partition("\n")[0].rstrip(".") or at.line
+    return f"{text} ({type(error).__name__} in {at.filename}, line {at.lineno})"
+
+
+def checked_record(
+    arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, resumed: Resumed | None
+) -> RunRecord:
+    """The record of the run, which fits the checkpoint that it goes on from, if any, and has space to save.
+
+    Raises:
+        CheckpointError: It does not fit, or has too little space.
+    """
+    record = describe_run(arguments, data, loss)
+    curves = arguments.settings["tensorboard_dir"]
+    is_finished = resumed is not None and resumed.iteration == arguments.steps
+    if resumed is not None:
+        check_length(resumed, arguments, print_rank_0)
+        rows_until = data.train.order.rows_until
+        check_resume(*(resumed, record, arguments.namespace, rows_until, print_rank_0), is_finished)
+    elif curves:
+        tell_of_other_curves(curves)
+    if arguments.save is not None and not is_finished:
+        check_space_at_start(arguments.save, arguments.hf_model, arguments.settings)
+    return record
+
+
+def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: RunRecord) -> None:
     """Hand everything to Megatron's `pretrain()`."""
-    try:
-        args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
-    except AssertionError as error:
-        fail(f"Megatron refuses the flags: {error or traceback.format_exc()}")
-    model_config = gpt_config_from_args(args)
+    args, model_config = _checked_by_megatron(arguments)
     model_config.transformer.variable_seq_lengths = stages_exchange_lengths(args)
     if not args.packing:
         print_rank_0(f"> {length_of_rows(args)}")
@@ -82,34 +132,58 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
         model_config.pre_wrap_hooks.append(load_hook(arguments.hf_weights))
     chunks: list[MegatronModule] = []
     model_config.pre_wrap_hooks.append(keep_in(chunks))
-    loss = objective_loss_from_args(args)
     reference = _reference(arguments, loss, data)
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
     given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
-    keeper = CheckpointKeeper(arguments.keep)
-    listen(given, keeper)
+    keeper = CheckpointKeeper(arguments.keep, record)
+    report = None if args.token_report is None else evaluation_report(args, data)
+    signals = ExitSignals(args.exit_signal)
+    listen(given, keeper, WandbRun(), *filter(None, [report]), signals)
     on_evaluation(keeper.after_evaluation)
-    begin = given.begin
-    if args.token_report is not None:
-        begin = evaluation_report(args, data).watching(begin)
+    begin = given.begin if report is None else report.watching(given.begin)
     monitor = run_monitor(args, arguments, data)
     observe(monitor)
     on_evaluation(monitor.evaluated)
-    signals = ExitSignals(args.exit_signal)
-    signals.forward()
-    try:
+    with _known_ends(signals):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             score_pass.watching(data.provider(args)),
             ModelType.encoder_or_decoder,
             make_forward_step(monitor.watching(begin)),
         )
-    except SystemExit as end:
-        signals.leave(end)
-    signals.release()
     if arguments.export is not None:
         _export(arguments, chunks, keeper if args.export_best else None)
     end_communication()
+
+
+def _checked_by_megatron(arguments: SFTArguments) -> tuple[Namespace, Any]:
+    """Megatron's arguments, and its configuration of the model."""
+    try:
+        args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+        return args, gpt_config_from_args(args)
+    except RunFailure as error:
+        fail(error)
+    except Exception as error:  # Megatron refuses flags by whatever its checks raise
+        fail(f"Megatron refuses the flags: {refusal(error)}")
+
+
+@contextlib.contextmanager
+def _known_ends(signals: ExitSignals) -> Iterator[None]:
+    """Inside, signals end the run with a checkpoint, and expected errors end it with one line."""
+    signals.forward()
+    try:
+        yield
+    except (CheckpointError, ConversionError, RunFailure) as error:
+        fail(error)
+    except CheckpointException as error:
+        fail(f"a checkpoint was not read or written: {reason_of_all_ranks(error)}")
+    except SystemExit as end:
+        signals.leave(end)
+    except Exception as error:
+        if signals.training_has_begun:
+            raise
+        fail(f"Megatron cannot start: {refusal(error)}")
+    signals.release()
 
 
 def _export(
@@ -120,7 +194,7 @@ def _export(
         if keeper is not None:
             load_checkpoint_into(chunks, keeper.best().folder)
         export(arguments.export, chunks)
-    except (ConversionError, OSError) as error:
+    except (CheckpointError, ConversionError, OSError) as error:
         fail(
             f"--export-hf: {error}; a checkpoint that --save has written can still be exported: python "
             f"-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template {arguments.hf_model} "

@@ -2,7 +2,7 @@
 
 A run that resumes at step R has its steps behind R again. What an earlier process logged of them is moved to
 a file beside, so that the file itself tells of each step once; starts and events remain, which are history. A
-line is written in one piece; a last line that was cut off all the same is moved away too.
+line is written whole or not at all; a last line that a crash has cut off is moved away too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class MetricsFile:
             self._move_away(kept, moved)
         records = [json.loads(line) for line in kept]
         self._written = {(r["kind"], r["step"]) for r in records if r["kind"] in _UNIQUE}
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = self._open()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def _move_away(self, kept: list[bytes], moved: list[bytes]) -> None:
         with self._path.with_name(self._path.name + SUPERSEDED).open("ab") as beside:
@@ -54,13 +57,35 @@ class MetricsFile:
             kind: "start", "train", "evaluation" or "guard".
             step: Steps that are done.
             values: The rest of the object; a number that is not finite becomes null.
+
+        Raises:
+            OSError: It cannot be written; the file is as it was.
         """
         if (kind, step) in self._written:
             return
+        text = json.dumps(_finite({"kind": kind, "step": step, **values}), allow_nan=False)
+        self._append(text.encode() + b"\n")
         if kind in _UNIQUE:
             self._written.add((kind, step))
-        text = json.dumps(_finite({"kind": kind, "step": step, **values}), allow_nan=False)
-        os.write(self._file, text.encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        if not self._is_in_place():
+            gone, self._file = self._file, self._open()
+            os.close(gone)
+        size = os.fstat(self._file).st_size
+        try:
+            while line:  # a disk that is nearly full takes a part
+                line = line[os.write(self._file, line) :]
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file is still the one under its name, and was not removed or replaced."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except FileNotFoundError:
+            return False
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -85,7 +110,9 @@ def _is_whole(line: bytes) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    return line.endswith(b"\n") and isinstance(record, dict) and {"kind", "step"} <= record.keys()
+    if not (line.endswith(b"\n") and isinstance(record, dict)):
+        return False
+    return isinstance(record.get("kind"), str) and type(record.get("step")) is int
 
 
 def _stays(record: Mapping[str, Any], step: int) -> bool:

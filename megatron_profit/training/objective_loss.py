@@ -34,7 +34,7 @@ from megatron_profit.training.token_metrics import ProbQuantiles, token_sums
 
 IMPLEMENTATIONS = ("auto", "fused", "reference")
 # Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
-# vanishes in fp32 beside any real count.
+# vanishes next to any real count.
 _NO_TOKEN = 1e-20
 # That of pretrain_gpt.py: how many times the largest of the first losses is a spike.
 _SPIKY_LOSS_FACTOR = 10
@@ -220,14 +220,15 @@ class MicroBatchLoss:
         normalization = self._loss.normalization or self._objective.normalization
         num_tokens = num_supervised if normalization == "valid" else num_kept
         _validate(loss, num_tokens)
-        share_of_step = torch.tensor(_share_of_step(), device=loss.device)
+        share_of_step = torch.tensor(_share_of_step(), dtype=torch.float64, device=loss.device)
         metrics = {
             "objective": (loss, num_tokens),
             **sums,
             "supervised tokens": (num_supervised, share_of_step),
         }
+        # In fp32 a count above 2^24 would lose its last digits.
         report = {
-            name: torch.stack([total.detach().float(), count.float() + _NO_TOKEN])
+            name: torch.stack([total.detach().double(), count.double() + _NO_TOKEN])
             for name, (total, count) in metrics.items()
         }
         if self._loss.prob_quantiles is not None:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from megatron_profit.backends.hooks import Trained
 from megatron_profit.training.batch import Batch
+from megatron_profit.training.checkpoints import CheckpointError
+from megatron_profit.training.objective_flags import flag_of
 from megatron_profit.training.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.token_table import TokenTable
 
@@ -121,10 +123,18 @@ class OldPolicy:
         folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
         self._table, form = _read(folder / FILE_NAME, args.iteration, self._steps)
         self._until, self._complete = int(form.pop("until")), True
-        if form != self._form():
-            raise ValueError(
-                f"{folder} was saved inside an outer batch of PSFT with {form}, but this run has "
-                f"{self._form()}; resume with the same flags and data"
+        own = self._form()
+        changed = [
+            "other data"
+            if name == "data"
+            else f"{flag_of(name)} {own[name]} (was {form.get(name)})"
+            for name in own
+            if form.get(name) != own[name]
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{folder} was saved inside an outer batch of PSFT, which cannot go on with "
+                f"{', '.join(changed)}; resume with the same flags and data"
             )
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             self._table = None
@@ -157,7 +167,7 @@ def _write(file: Path, table: TokenTable, form: dict[str, str]) -> None:
 
 def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, dict[str, str]]:
     if not file.is_file():
-        raise ValueError(
+        raise CheckpointError(
             f"iteration {iteration} is inside an outer batch of {steps} steps, but {file} is missing: this "
             f"checkpoint is not one of PSFT with --psft-steps-per-refresh {steps}. Resume with the flags "
             "that it was trained with, or start from it anew with --pretrained-checkpoint"

@@ -7,22 +7,27 @@ well; from then on Megatron reads what all agree on.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import PrefixStore, Store, rendezvous
 
+from checkpoint_conversion.saved_arguments import read_saved_arguments
 from megatron_profit.training.checkpoints import (
     CheckpointError,
     check_named,
+    folder_of,
     read_tracker,
     same_folder,
     settle,
 )
-from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.console import StrictParser, is_first_rank, print_rank_0
+from megatron_profit.training.save_folder import check_save_folder
 from megatron_profit.training.save_lock import hold
 
 # How long a network file system may take to show a machine what another one has written.
@@ -31,37 +36,86 @@ _PATIENCE_SECONDS = 90
 _store: Store | None = None
 
 
-def settle_checkpoints(argv: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        folder: Of the checkpoint.
+        iteration: Steps that it has made.
+        saved: Megatron's arguments in it, by name; empty where it keeps none.
+    """
+
+    folder: Path
+    iteration: int
+    saved: Mapping[str, Any]
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """Steps, and the rows that they took; zeros where the checkpoint does not say."""
+        rows = self.saved.get("consumed_train_samples")
+        return (self.iteration, rows) if type(rows) is int else (0, 0)
+
+
+def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
     """Let the tracker file in `--load` name a whole checkpoint, the newest if it does not, on all ranks.
 
-    The first rank holds `--save` from then on, if there is such a folder.
+    The first rank holds `--save` from then on, if there is such a folder and the run may write there.
 
     Args:
         argv: The flags of the run.
 
+    Returns:
+        The checkpoint whose run is continued; None for a run that begins, with whatever weights.
+
     Raises:
         CheckpointError: When a checkpoint that is asked for is not whole, or none is, or the ranks do not
-            see the same folder, or another run saves there.
+            see the same folder, or another run saves there or has saved there.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--load", "--save", "--pretrained-checkpoint"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--ckpt-step", type=int)
-    flags = parser.parse_known_args(argv)[0]
-    if os.environ.get("RANK", "0") == "0" and flags.pretrained_checkpoint is not None:
+    flags = _parse(argv)
+    if is_first_rank() and flags.pretrained_checkpoint is not None:
         check_named(flags.pretrained_checkpoint, None)
-    if flags.save is not None and flags.save.is_dir():
-        hold(flags.save)
+    if flags.save is not None:
+        _claim(flags)
     if flags.load is None:
-        return
-    if os.environ.get("RANK", "0") == "0":
+        return None
+    if is_first_rank():
         own = same_folder(flags.load, flags.save)
         decided = settle(flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=own)
         if flags.ckpt_step:
             check_named(flags.load, flags.ckpt_step)
         _publish(decided)
     else:
-        _wait_for(flags.load)
+        decided = _wait_for(flags.load)
+    named = str(flags.ckpt_step or decided)
+    if flags.finetune or not named.isdigit():
+        return None
+    saved = read_saved_arguments(flags.load, named)
+    return Resumed(folder_of(flags.load, int(named)), int(named), saved)
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = StrictParser(add_help=False, allow_abbrev=False)
+    for name in ("--load", "--save", "--pretrained-checkpoint"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--ckpt-step", type=int)
+    for name in ("--finetune", "--overwrite"):
+        parser.add_argument(name, action="store_true")
+    flags = parser.parse_known_args(argv)[0]
+    if flags.ckpt_step is not None and flags.ckpt_step < 1:
+        raise CheckpointError(f"--ckpt-step is {flags.ckpt_step}; it must be at least 1")
+    return flags
+
+
+def _claim(flags: Namespace) -> None:
+    """Check that the run may write into its folder, and hold it if it exists. The first rank does."""
+    if not is_first_rank():
+        return
+    start, overwrite = flags.pretrained_checkpoint, flags.overwrite
+    check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+    if flags.save.is_dir() and hold(flags.save):
+        # Another run may have left it just now.
+        check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
 
 
 def _publish(decided: str) -> None:
@@ -69,7 +123,7 @@ def _publish(decided: str) -> None:
         _shared().set("checkpoint", decided)
 
 
-def _wait_for(load: Path) -> None:
+def _wait_for(load: Path) -> str:
     decided = _shared().get("checkpoint").decode()  # waits for the first rank
     end = time.monotonic() + _PATIENCE_SECONDS
     while read_tracker(load) != decided:
@@ -80,6 +134,7 @@ def _wait_for(load: Path) -> None:
                 "machines share"
             )
         time.sleep(0.2)
+    return decided
 
 
 def _shared() -> Store:

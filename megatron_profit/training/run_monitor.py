@@ -21,9 +21,10 @@ from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from megatron_profit.backends import active_device
+from megatron_profit.backends.enduring import reason, warn
 from megatron_profit.backends.hooks import LoggedStep
 from megatron_profit.training.batch import Batch
-from megatron_profit.training.console import step_line
+from megatron_profit.training.console import lines_to_print, step_line
 from megatron_profit.training.guard_report import Suspect, chosen_suspects, event_text
 from megatron_profit.training.guards import EXIT_CODE, Event, Guards, StepFacts
 from megatron_profit.training.metrics_file import MetricsFile
@@ -44,6 +45,7 @@ class RunMonitor:
     names: Callable[[int], str]
     metrics_file: Path | None = None
     _file: MetricsFile | None = None
+    _file_failed: bool = False
     _trace: list[torch.Tensor] = field(default_factory=list)
     _rejections: list[tuple[str, bool]] = field(default_factory=list)
     _step: StepMetrics | None = None
@@ -77,6 +79,8 @@ class RunMonitor:
             group = mpu.get_data_parallel_group(with_context_parallel=True)
             self._step = StepMetrics.reduce(losses, group)
             self._pairs = self._step.pairs()
+            # The shares of the micro-batches in the step add up to 1, but for the rounding of each.
+            self._pairs[_COUNT] = (round(self._pairs[_COUNT][0]), 1.0)
         self._facts, self._events = self._agreed_facts(), None
         return [self._step.means()] if self._step is not None else losses
 
@@ -143,7 +147,7 @@ class RunMonitor:
         step = get_args().curr_iteration + 1
         for event in events:
             chosen = chosen_suspects(event, suspects)
-            print(event_text(event, step, chosen, self.names), flush=True)
+            print(lines_to_print(event_text(event, step, chosen, self.names)), flush=True)
             self._write(
                 "guard",
                 step,
@@ -197,6 +201,8 @@ class RunMonitor:
         ours = {*_LINE, *step.values, *self._names}
         other = {name: value for name, value in step.line.items() if name not in ours}
         metrics = {**interval.means(), **other}
+        if _COUNT in metrics and metrics[_COUNT].is_integer():
+            metrics[_COUNT] = int(metrics[_COUNT])
         if _logs():
             print(step_line(step, args.train_iters, metrics, speed, seconds), flush=True)
         if step.iteration % args.log_interval:
@@ -230,16 +236,24 @@ class RunMonitor:
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self.metrics_file is None or not _logs():
             return
+        try:
+            self._opened(self.metrics_file).write(kind, step, values)
+        except OSError as error:
+            if not self._file_failed:
+                warn(f"{self.metrics_file} cannot be written ({reason(error)}); the run goes on")
+            self._file_failed = True
+
+    def _opened(self, path: Path) -> MetricsFile:
         if self._file is None:
             args = get_args()
-            self._file = MetricsFile(self.metrics_file, args.iteration)
+            self._file = MetricsFile(path, args.iteration)
             about = {
                 "time": time.time(),
                 "objective": args.objective,
                 "world size": args.world_size,
             }
             self._file.write("start", args.iteration, about)
-        self._file.write(kind, step, values)
+        return self._file
 
 
 @dataclass(frozen=True)
@@ -259,6 +273,8 @@ class _Traced:
         return self.loss.loss_func(output_tensor)
 
 
+# The metric that is a number of tokens.
+_COUNT = "supervised tokens"
 # Of Megatron's line, what is logged in another form or only counts steps.
 _LINE = (
     *("iteration", "consumed samples", "skipped samples", "elapsed time per iteration (ms)"),

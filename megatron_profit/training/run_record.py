@@ -1,4 +1,4 @@
-"""What a run is made of, as its checkpoints remember it.
+"""The record of a run in its checkpoints: objective, data, tokenizer, seed, schedule and so on.
 
 Each checkpoint holds the record of the run that wrote it, in `megatron_profit.json` under the key `run`. A
 run that resumes compares its own record with that one (`training/resume_check.py`). The parallel layout is
@@ -21,6 +21,11 @@ import megatron_profit
 
 Settings = Mapping[str, Any]
 
+# The key of the record in `megatron_profit.json`.
+RUN = "run"
+# Parts of the record that make another run when they change; --allow-change names them.
+GUARDED = ("objective", "data", "validation", "tokenizer", "seed")
+
 _PACKAGES = ("megatron-core", "torch", "transformers")
 _DIGEST_LENGTH = 24
 # Keys of a config.json that name the program or the place it was written by, not the model.
@@ -29,11 +34,11 @@ _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that is not what it was.
+    """A setting with another value than in the checkpoint.
 
     Attributes:
         part: Attribute of `RunRecord`.
-        setting: Its key there; that of an inner mapping follows after a dot, as in "options.prob_threshold".
+        setting: Its key there. The key of an inner mapping follows after a dot: "options.prob_threshold".
         saved, now: The value in the checkpoint and the one of this run.
     """
 

@@ -13,13 +13,16 @@ from pathlib import Path
 
 from checkpoint_conversion.output import NO_LOCKS
 from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.console import is_first_rank, print_rank_0
+from megatron_profit.training.save_folder import checkpoints_in
 
 NAME = ".in_use"
 # How long a run that is being stopped may take to leave; a network file system finds out later that one died.
 _PATIENCE_SECONDS = 180
 # Closing any descriptor of the file would give the lock up.
 _held: dict[Path, TextIOWrapper] = {}
+# Descriptors of these folders: while one is open, no other folder can get its inode.
+_folders: dict[Path, int] = {}
 
 
 def hold_new(save: Path) -> None:
@@ -33,6 +36,37 @@ def hold_new(save: Path) -> None:
             f"--save {save}: another run has written checkpoints since this one was started; give the same "
             "command again to go on from them"
         )
+
+
+def hold_still(save: Path) -> None:
+    """Make a folder anew, and hold it, that was removed or moved away while this run went on.
+
+    Raises:
+        CheckpointError: Another run has the folder, or has left checkpoints there, or it cannot be written.
+    """
+    save = save.resolve()
+    if save not in _held or _is_in_place(save / NAME, _held[save].fileno()):
+        return
+    is_new = not _is_in_place(save, _folders[save])
+    os.close(_folders.pop(save))
+    _held.pop(save).close()
+    hold(save, patience=0)
+    if not is_new:
+        return
+    print_rank_0(f"WARNING: --save {save} was removed while the run was going on; it is made anew")
+    if checkpoints_in(save):
+        raise CheckpointError(
+            f"--save {save}: the folder was removed while this run was going on, and another run has written "
+            "checkpoints there; name another folder"
+        )
+
+
+def _is_in_place(path: Path, descriptor: int) -> bool:
+    """Whether what was opened is still under its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
@@ -52,7 +86,7 @@ def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
         CheckpointError: Another run has the folder, or it cannot be written.
     """
     save = save.resolve()
-    if save in _held or os.environ.get("RANK", "0") != "0":
+    if save in _held or not is_first_rank():
         return False
     try:
         save.mkdir(parents=True, exist_ok=True)
@@ -66,7 +100,7 @@ def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
     except BaseException:
         file.close()
         raise
-    _held[save] = file
+    _held[save], _folders[save] = file, os.open(save, os.O_RDONLY | os.O_DIRECTORY)
     with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")

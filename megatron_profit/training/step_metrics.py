@@ -47,8 +47,9 @@ class StepMetrics:
         for name in names:
             if losses[0][name].numel() != 2:
                 raise ValueError(f"metric {name!r} is {losses[0][name]}, not a sum with a count")
-        local = torch.stack([torch.stack([x[name].view(2) for name in names]) for x in losses])
-        local = local.double()
+        local = torch.stack(
+            [torch.stack([x[name].view(2).double() for name in names]) for x in losses]
+        )
         total = local.sum(0)
         if group is not None:
             dist.all_reduce(total, group=group)

@@ -79,9 +79,9 @@ def test_a_run_resumes_inside_an_outer_batch(run, tied_model, plain, tmp_path):
 
     (save / "latest_checkpointed_iteration.txt").write_text("2")
     other_data = ("--data", EXAMPLES / "arithmetic_base.jsonl")
-    refused = run(SHARDED, *flags, *other_data, check=False)
+    refused = run(SHARDED, *flags, *other_data, "--allow-change", "data", check=False)
     assert re.search(
-        r"saved inside an outer batch of PSFT .* with the same flags and data", refused
+        r"saved inside an outer batch of PSFT, which cannot go on with other data; resume", refused
     )
     (save / "iter_0000002" / FILE_NAME).unlink()
     refused = run(SHARDED, *flags, check=False)

@@ -98,18 +98,34 @@ def test_on_a_gpu_no_cpu_patch_is_active():
     assert result.returncode == 0, result.stderr
 
 
-def test_the_queue_of_a_save_ends_with_a_killed_rank():
-    code = (
-        "from megatron_profit.backends import activate\n"
-        "activate('cpu')\n"
-        "import os, signal\n"
-        "from megatron.core.dist_checkpointing.strategies import filesystem_async\n"
-        "queue = filesystem_async.get_write_results_queue()\n"
-        "queue.put(1)\n"
-        "print(queue._manager._process.pid, queue.get(), flush=True)\n"
+QUEUE = """
+from megatron_profit.backends import activate
+activate('cpu')
+import os, queue, signal, time
+from argparse import Namespace
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training.global_vars import set_args
+set_args(Namespace(async_save={asynchronous}))
+results = filesystem_async.get_write_results_queue()
+"""
+
+
+def test_a_save_that_waits_for_its_end_needs_no_process_of_a_queue():
+    result = run_python(QUEUE.format(asynchronous=False) + "assert type(results) is queue.Queue\n")
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_queue_of_a_save_ends_with_a_killed_rank_and_not_by_a_signal_that_asks_for_the_save():
+    """torchrun sends a signal to all processes of a rank."""
+    result = run_python(
+        QUEUE.format(asynchronous=True) + "process = results._manager._process.pid\n"
+        "for ends in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):\n"
+        "    os.kill(process, ends)\n"
+        "time.sleep(0.2)\n"
+        "results.put(1)\n"
+        "print(process, results.get(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    result = run_python(code)
     assert result.returncode == -signal.SIGKILL, result.stderr
     process, received = result.stdout.splitlines()[-1].split()
     assert received == "1"

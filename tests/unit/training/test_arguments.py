@@ -21,6 +21,7 @@ from megatron_profit.training.arguments import (
     read_arguments,
 )
 from megatron_profit.training.objective_flags import objective_from_args
+from megatron_profit.training.resume import Resumed
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -535,6 +536,92 @@ def test_one_evaluation_sees_each_validation_example_once(parse):
     assert arguments.with_rows(None, 0).defaults["eval_iters"] == 0
     arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "2")
     assert arguments.with_rows(None, 17).defaults["eval_iters"] == 2
+
+
+def resumed(iteration: int, rows: int) -> Resumed:
+    return Resumed(Path(f"run/iter_{iteration:07d}"), iteration, {"consumed_train_samples": rows})
+
+
+def in_epochs(hf_folder: Path, *flags: str):
+    command = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
+    command += ["--micro-batch-size", "1", "--lr", "1e-5", "--random-init", *PROFIT, *flags]
+    return read_arguments(command, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "done", "steps"),
+    [
+        (22, 4, None, 6),
+        (44, 4, (6, 24), 11),  # the same as from the beginning
+        (22, 4, (6, 24), 6),  # all are made
+        (22, 4, (8, 32), 6),  # more than all
+        (44, 8, (6, 24), 9),  # 20 rows are left
+        (10, 2, (10, 40), 0),  # so many more that no number of steps is right
+    ],
+)
+def test_epochs_go_on_after_the_rows_that_were_taken(hf_folder, rows, batch, done, steps):
+    arguments = in_epochs(hf_folder, "--epochs", "2", "--global-batch-size", str(batch))
+    before = None if done is None else resumed(*done)
+    arguments = arguments.with_rows(rows, 0, before)
+    assert arguments.defaults["train_iters"] == arguments.steps == steps
+    assert arguments.defaults["first_step"] == (done[0] if done else 0) + 1
+
+
+def test_with_another_batch_size_the_schedule_still_ends_with_the_run(hf_folder):
+    """Megatron counts it in rows: 24 are taken, 4 steps of 8 are to come, 56 in all."""
+    flags = ("--train-iters", "10", "--global-batch-size", "8")
+    defaults = in_epochs(hf_folder, *flags).with_rows(None, 0, resumed(6, 24)).defaults
+    assert defaults["lr_decay_iters"] * 8 == 56
+    given = in_epochs(hf_folder, *flags, "--lr-decay-iters", "9")
+    assert "lr_decay_iters" not in given.with_rows(None, 0, resumed(6, 24)).defaults
+    same = in_epochs(hf_folder, "--train-iters", "10", "--global-batch-size", "4")
+    assert "lr_decay_iters" not in same.with_rows(None, 0, resumed(6, 24)).defaults
+    samples = in_epochs(hf_folder, "--train-samples", "100", "--global-batch-size", "8")
+    with pytest.raises(ArgumentsError, match=r"24 rows in 6 steps.*--train-iters 16 in place"):
+        samples.with_rows(None, 0, resumed(6, 24))
+
+
+def test_a_resume_follows_the_flags_unless_they_name_the_checkpoints_schedule(parse):
+    assert megatron_args(parse()).override_opt_param_scheduler is True
+    flag = "--use-checkpoint-opt_param-scheduler"
+    assert megatron_args(parse(flag), flag).override_opt_param_scheduler is False
+    with pytest.raises(ArgumentsError, match="contradict each other"):
+        parse(flag, "--override-opt_param-scheduler")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--overwrite", "neither is given"),
+        ("--allow-change date", "invalid choice: 'date'"),
+        ("--lr nan", "--lr is nan"),
+        ("--min-lr 1", "--min-lr 1.0 is above --lr 1e-05"),
+        ("--weight-decay -1", "--weight-decay is -1.0"),
+        ("--adam-beta2 1", r"--adam-beta2 is 1.0; it must be in \[0, 1\)"),
+        ("--seed 4294967295", "--seed is 4294967295; it must be at most"),
+        ("--log-interval 0", "--log-interval is 0; it must be at least 1"),
+        ("--num-workers -1", "--num-workers is -1"),
+        ("--lr-decay-style WSD", "give --lr-wsd-decay-iters"),
+        ("--optimizer sgd --use-distributed-optimizer", "--use-distributed-optimizer cannot"),
+        ("--bf16 --fp16", "contradict each other"),
+        ("--wandb-project p", "give --wandb-exp-name"),
+        ("--wandb-project p --wandb-exp-name e", "give --wandb-save-dir"),
+        ("--tensorboard-dir /dev/null", "/dev/null is not a folder"),
+        ("--metrics-file /dev/null/m.jsonl", "--metrics-file /dev/null/m.jsonl: /dev/null is"),
+        ("--token-report /dev/null/r --valid-data v.jsonl", "--token-report /dev/null/r"),
+        ("--pretrained-checkpoint none", "no checkpoint in --pretrained-checkpoint none"),
+    ],
+)
+def test_what_megatron_would_end_on_later_is_refused(parse, flags, named):
+    with pytest.raises(ArgumentsError, match=named):
+        parse(*flags.split())
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused(parse, monkeypatch):
+    missing = lambda name: None  # noqa: E731
+    monkeypatch.setattr("megatron_profit.training.native_flags.importlib.util.find_spec", missing)
+    with pytest.raises(ArgumentsError, match="--optimizer muon needs the package emerging-optim"):
+        parse("--optimizer", "muon")
 
 
 def test_help_shows_our_flags_before_megatrons(capsys):

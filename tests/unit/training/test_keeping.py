@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from megatron_profit.training.keeping import KeepOptions, Progress, keep_options
+from megatron_profit.training import checkpoints, keeping
+from megatron_profit.training.checkpoints import (
+    MARKER,
+    VALIDATION,
+    CheckpointError,
+    Saved,
+    prune,
+    write_json,
+)
+from megatron_profit.training.keeping import KeepOptions, Progress, _prepare, keep_options
 
 SETTINGS = {
     "keep_last": None,
@@ -76,3 +86,69 @@ def test_evaluations_without_a_new_best_are_counted():
 def test_of_some_metrics_more_is_better():
     progress = Progress("mean p").after(1, 0.5).after(2, 0.6).after(3, 0.55)
     assert (progress.best_iteration, progress.without_best) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        [],
+        {"metric": "lm loss", "best": "low"},
+        {"metric": "lm loss", "iteration": "3"},
+        {"metric": "lm loss", "without_best": True},
+        {"weather": "fine"},
+    ],
+)
+def test_a_damaged_state_of_an_early_stop_is_named(tmp_path, progress):
+    file = tmp_path / MARKER
+    write_json(file, {"progress": progress})
+    with pytest.raises(CheckpointError, match=f"{MARKER} is damaged"):
+        keeping._saved_progress(file)
+
+
+def test_the_state_of_an_early_stop_comes_back(tmp_path):
+    file = tmp_path / MARKER
+    assert keeping._saved_progress(file) is None
+    progress = Progress("lm loss").after(1, 2.5).after(2, 3.0)
+    write_json(file, {"progress": json.loads(json.dumps(vars(progress)))})
+    assert keeping._saved_progress(file) == progress
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Checkpoints of the iterations 1 to 3, each whole."""
+    for iteration in (1, 2, 3):
+        folder = tmp_path / f"iter_{iteration:07d}"
+        folder.mkdir()
+        write_json(folder / MARKER, {})
+        write_json(folder / VALIDATION, {"lm loss": float(iteration)})
+        for name in (".metadata", "metadata.json"):
+            (folder / name).write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", ['{"lm loss": ', "[1.0]", "\xff", "[" * 100_000])
+def test_nothing_is_removed_while_it_cannot_be_told_which_checkpoint_is_the_best(save, text):
+    broken = save / "iter_0000001" / VALIDATION
+    broken.write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=f"{VALIDATION} .*correct it or remove it"):
+        list(prune(save, 3, 1, "lm loss", ()))
+    assert len(list(save.glob("iter_*"))) == 3
+    broken.unlink()
+    assert [folder.name for folder in prune(save, 3, 1, "lm loss", ())] == ["iter_0000001"]
+    assert math.isnan(Saved(1, save / "iter_0000001").validation("lm loss"))
+
+
+def test_without_space_a_checkpoint_that_was_to_be_replaced_is_as_it_was(save, monkeypatch):
+    def half_written(folder):
+        return None if (folder / ".metadata").exists() else "half"
+
+    monkeypatch.setattr(keeping, "hold_still", lambda _: None)
+    monkeypatch.setattr(checkpoints, "defect", half_written)
+    place, new = save / "iter_0000003", save / "iter_0000004"
+    assert "it takes" in _prepare(place, 2**60)
+    assert (place / ".metadata").exists()
+    assert sorted(path.name for path in save.iterdir()) == [f"iter_000000{i}" for i in (1, 2, 3)]
+    new.mkdir()
+    assert _prepare(new, 2**60) is not None
+    assert not new.exists(), "an empty folder is no checkpoint"
+    assert _prepare(new, 10) is None

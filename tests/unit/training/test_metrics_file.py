@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 
 import pytest
 
@@ -67,8 +70,56 @@ def test_events_may_repeat_and_what_is_not_finite_becomes_null(tmp_path):
     assert json.loads(lines[0]) == expected
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "broken", ['{"step": 2}', '{"kind": "train", "step": "2"}', '{"kind": 1, "step": 2}', "[2]"]
+)
+def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1}\n{"step": 2}\n')
+    path.write_text('{"kind": "train", "step": 1}\n' + broken + "\n")
     with pytest.raises(ValueError, match="line 2: not an object with a kind and a step"):
         list(read_metrics(path))
+
+
+@pytest.mark.parametrize("step", ['"2"', "null", "[]", "true", "1.5"])
+def test_a_line_without_the_number_of_a_step_is_moved_away(tmp_path, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": ' + step + "}\n")
+    write(path, 1, 2)
+    assert steps(path) == [("train", 1), ("train", 2)]
+
+
+def test_a_disk_that_is_full_takes_whole_lines_or_none(tmp_path, monkeypatch):
+    """And the line after that, when there is space again."""
+    path = tmp_path / "metrics.jsonl"
+    file = write(path, 0, 2)
+    real, left = os.write, [10]
+
+    def nearly_full(descriptor: int, data: bytes) -> int:
+        taken = data[: left[0]]
+        left[0] -= len(taken)
+        if not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, taken)
+
+    monkeypatch.setattr(os, "write", nearly_full)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        file.write("train", 3, {"lm loss": 1.0})
+    assert path.read_bytes() == before
+    left[0] = 10**6
+    file.write("train", 3, {"lm loss": 1.0})
+    assert steps(path) == [("train", 1), ("train", 2), ("train", 3)]
+
+
+def test_a_file_that_is_removed_is_begun_anew(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    file = write(path, 0, 2)
+    path.unlink()
+    file.write("train", 3, {})
+    assert steps(path) == [("train", 3)]
+    shutil.rmtree(path.parent)
+    with pytest.raises(FileNotFoundError):
+        file.write("train", 4, {})
+    path.parent.mkdir()
+    file.write("train", 5, {})
+    assert steps(path) == [("train", 5)]

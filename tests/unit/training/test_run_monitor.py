@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 
 import pytest
 
 from megatron_profit.backends.hooks import LoggedStep
-from megatron_profit.training.console import step_line
+from megatron_profit.training import run_monitor
+from megatron_profit.training.console import lines_to_print, step_line
 from megatron_profit.training.guard_report import (
     Suspect,
     chosen_suspects,
     event_text,
 )
-from megatron_profit.training.guards import Event
-from megatron_profit.training.run_monitor import throughput
+from megatron_profit.training.guards import Event, GuardOptions, Guards
+from megatron_profit.training.metrics_file import read_metrics
+from megatron_profit.training.run_monitor import RunMonitor, throughput
 from megatron_profit.training.step_metrics import Interval
 
 GOOD = Suspect(rank=0, micro_batch=1, loss=2.0, finite=True, records=(0, 1))
@@ -95,3 +98,42 @@ def test_the_line_can_be_read_and_parsed(skipped):
         "peak memory: 61.3 GiB | elapsed time per iteration (ms): 1500.0 | left: 0:14:42 |"
     )
     assert re.findall(r"\| objective: (\S+) \|", line) == ["-1.234568E-05"]
+
+
+def test_counts_have_all_their_digits():
+    step = LoggedStep(12, False, {"grad norm": 0.91}, 0.0, 0.0, {})
+    speed = dict.fromkeys(
+        (
+            *("tokens per second", "supervised tokens per second", "kept tokens per second"),
+            *("model TFLOP/s per GPU", "peak memory GiB"),
+        ),
+        1.0,
+    )
+    line = step_line(step, 600, {"supervised tokens": 123456789, "mean p": 0.123456789}, speed, 1.5)
+    assert "| supervised tokens: 123456789 | mean p: 0.1234568 |" in line
+
+
+def test_what_a_terminal_obeys_in_a_name_is_shown_as_an_escape():
+    text = event_text(
+        Event("spike", "warn", "high"), 5, [GOOD], lambda record: f"\x1b[2Ja.jsonl:{record + 1}"
+    )
+    printed = lines_to_print(text)
+    assert "\\x1b[2Ja.jsonl:1" in printed
+    assert printed.isascii()
+    assert printed.replace("\n", "").isprintable()
+    assert printed.count("\n") == text.count("\n")
+
+
+def test_a_metrics_file_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, capsys):
+    args = Namespace(iteration=0, objective="sft", world_size=1)
+    monkeypatch.setattr(run_monitor, "get_args", lambda: args)
+    monkeypatch.setattr(run_monitor, "_logs", lambda: True)
+    file = tmp_path / "taken" / "metrics.jsonl"
+    file.parent.write_text("")
+    monitor = RunMonitor(Guards(GuardOptions()), name, file)
+    for step in (1, 2):
+        monitor._write("train", step, {})
+    assert capsys.readouterr().out.count(f"{file} cannot be written (OSError 17") == 1
+    file.parent.unlink()
+    monitor._write("train", 3, {})
+    assert [(r["kind"], r["step"]) for r in read_metrics(file)] == [("start", 0), ("train", 3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_profit.training import save_lock
 from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.save_lock import NAME, hold, hold_new
+from megatron_profit.training.save_lock import NAME, hold, hold_new, hold_still
 
 HOLDER = """
 import sys
@@ -105,3 +106,49 @@ def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(save_lock.fcntl, "lockf", lockf)
     hold(tmp_path / "run")
     assert "without locks" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_and_held_anew(tmp_path, capsys):
+    save = tmp_path / "run"
+    hold(save)
+    hold_still(save)
+    assert capsys.readouterr().out == ""
+    shutil.rmtree(save)
+    hold_still(save)
+    assert (
+        f"{save} was removed while the run was going on; it is made anew" in capsys.readouterr().out
+    )
+    assert (save / NAME).exists()
+    hold_still(save)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lock_file_that_is_removed_alone_is_made_anew_among_the_checkpoints(tmp_path, capsys):
+    save = tmp_path / "run"
+    hold(save)
+    (save / "iter_0000003").mkdir()
+    (save / NAME).unlink()
+    hold_still(save)
+    assert (save / NAME).exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_left_to_it(tmp_path, other_run):
+    own = tmp_path / "own"
+    hold(own)
+    shutil.rmtree(own)
+    (tmp_path / "run").rename(own)
+    with pytest.raises(
+        CheckpointError, match=f"in use by another run \\(process {other_run.pid} on"
+    ):
+        hold_still(own)
+
+
+def test_checkpoints_that_another_run_has_left_meanwhile_are_not_written_over(tmp_path):
+    save = tmp_path / "run"
+    hold(save)
+    shutil.rmtree(save)
+    (save / "iter_0000003").mkdir(parents=True)
+    (save / "iter_0000003" / ".metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="another run has written checkpoints there"):
+        hold_still(save)

@@ -1,0 +1,112 @@
+"""A run writes into a folder with checkpoints only if it goes on from them or may replace them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_profit.training.checkpoints import MARKER, CheckpointError
+from megatron_profit.training.save_folder import check_save_folder, clear_save_folder
+
+
+def checkpoint(save: Path, name: str, *, own: bool = True, whole: bool = True) -> Path:
+    folder = save / name
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    if own:
+        (folder / MARKER).write_text("{}")
+    if whole:
+        (folder / ".metadata").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A folder as a run leaves it."""
+    save = tmp_path / "run"
+    checkpoint(save, "iter_0000004")
+    checkpoint(save, "iter_0000006")
+    (save / "latest_checkpointed_iteration.txt").write_text("6")
+    (save / "metrics.jsonl").write_text("{}\n")
+    return save
+
+
+def test_a_folder_with_a_run_is_neither_written_nor_changed(run):
+    before = sorted(run.rglob("*"))
+    with pytest.raises(CheckpointError) as error:
+        check_save_folder(run, None, overwrite=False)
+    for part in (str(run), "iter_0000006, iter_0000004", f"--load {run}", "--overwrite", "another"):
+        assert part in str(error.value)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_another_folder_to_load_from_is_no_permission(run, tmp_path):
+    checkpoint(tmp_path / "other", "iter_0000002")
+    with pytest.raises(CheckpointError, match=f"give --load {run}"):
+        check_save_folder(run, tmp_path / "other", overwrite=False)
+
+
+def test_a_run_may_go_on_also_through_a_link(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    check_save_folder(run, tmp_path / "link", overwrite=False)
+    with pytest.raises(CheckpointError, match="drop one of the two"):
+        check_save_folder(run, run, overwrite=True)
+
+
+def test_a_run_does_not_remove_the_checkpoint_that_it_starts_from(run):
+    with pytest.raises(CheckpointError, match="--overwrite would remove the checkpoint that the"):
+        check_save_folder(run, None, overwrite=True, start=run)
+
+
+@pytest.mark.parametrize("name", ["iter_0000003", "release"])
+def test_checkpoints_of_other_programs_are_never_overwritten(tmp_path, name):
+    save = tmp_path / "foreign"
+    checkpoint(save, name, own=False)
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        check_save_folder(save, None, overwrite=False)
+    with pytest.raises(CheckpointError, match=f"has not written \\({name}\\)"):
+        check_save_folder(save, None, overwrite=True)
+
+
+def test_a_checkpoint_of_megatrons_older_format_counts(tmp_path):
+    (tmp_path / "old" / "iter_0000003" / "mp_rank_00").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="iter_0000003"):
+        check_save_folder(tmp_path / "old", None, overwrite=False)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_simply_started_again(tmp_path):
+    save = tmp_path / "died"
+    check_save_folder(save, None, overwrite=False)
+    checkpoint(save, "iter_0000002", whole=False)
+    (save / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    (save / ".in_use").write_text("")
+    (save / "tensorboard").mkdir()
+    check_save_folder(save, None, overwrite=False)
+
+
+def test_a_restart_by_torchrun_does_not_overwrite_what_its_own_job_has_written(run, monkeypatch):
+    check_save_folder(run, None, overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(CheckpointError, match=f"give --load {run} in place"):
+        check_save_folder(run, None, overwrite=True)
+
+
+def test_nothing_of_a_replaced_run_is_left_and_nothing_else_is_touched(run, tmp_path):
+    checkpoint(run, "iter_0000006.replaced")
+    elsewhere = checkpoint(tmp_path / "elsewhere", "iter_0000005")
+    (run / "iter_0000005").symlink_to(elsewhere)
+    (run / "notes.txt").write_text("mine")
+    (run / "ref_log_prob").mkdir()
+    removed = clear_save_folder(run)
+    left = {"iter_0000005", "notes.txt", "ref_log_prob"}
+    assert {path.name for path in run.iterdir()} == left
+    assert len(removed) == 5
+    assert (elsewhere / MARKER).exists()
+
+
+def test_many_checkpoints_are_named_in_short(tmp_path):
+    for iteration in range(1, 8):
+        checkpoint(tmp_path / "run", f"iter_{iteration:07d}")
+    with pytest.raises(CheckpointError, match=r"\(iter_0000007, iter_0000006, ..., iter_0000001\)"):
+        check_save_folder(tmp_path / "run", None, overwrite=False)
