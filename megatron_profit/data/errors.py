@@ -32,3 +32,9 @@ def shown(value: object) -> str:
     """`value` as it appears in a message: its repr, with the middle left out where it is long."""
     text = _SHORT.repr(value)
     return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def printable(text: object) -> str:
+    """A name from outside in a message: characters that a terminal obeys, line breaks and lone surrogates as
+    escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
