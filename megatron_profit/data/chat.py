@@ -63,6 +63,12 @@ FORMATS = (
 Message = dict[str, Any]
 
 
+def read_fields(layout: Layout) -> frozenset[str]:
+    """Names of the fields of a record that `normalise` reads."""
+    named = frozenset(layout.columns.values())
+    return named or frozenset().union(*_RECORD_FIELDS.values())
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What a chat template takes.

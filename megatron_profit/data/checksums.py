@@ -1,0 +1,168 @@
+"""Folders whose files are checked before they are used, so that nothing is trained on what a disk, a copy or
+another program has changed.
+
+`checksums.json` holds the size and the CRC-32 of each file. Damage to that file itself shows as well: another
+file does not fit then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import io
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+from isal.isal_zlib import crc32  # ten times as fast as zlib's
+
+from megatron_profit.data.errors import DataError
+from megatron_profit.data.files import check_regular, read_json
+
+_CHECKSUMS = "checksums.json"
+_BLOCK = 8 * 2**20
+_PROGRESS_SECONDS = 2.0
+
+type Progress = Callable[[str], None] | None
+
+
+class DamagedError(Exception):
+    """A file is not as it was written; the message names it."""
+
+
+class CheckedFiles:
+    """The files of a new folder, which are written piece by piece and whole after `finish`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder.
+
+        Raises:
+            OSError: It cannot be made; so do the methods, when the disk is full.
+        """
+        folder.mkdir()
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        self._checksums: dict[str, int] = {}
+
+    def append(self, name: str, content: bytes | npt.NDArray[np.generic]) -> None:
+        """Write at the end of the file of a name."""
+        data = memoryview(np.ascontiguousarray(content)).cast("B")
+        if name not in self._files:
+            self._files[name] = (self._folder / name).open("xb")
+        self._files[name].write(data)
+        self._checksums[name] = crc32(data, self._checksums.get(name, 0))
+
+    def finish(self) -> None:
+        """Write the checksums, and bring everything to the disk."""
+        entries = {
+            name: {"bytes": file.tell(), "crc32": self._checksums[name]}
+            for name, file in self._files.items()
+        }
+        self.append(_CHECKSUMS, json.dumps(entries, indent=1).encode())
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> CheckedFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def check_once(folder: Path, names: Collection[str], progress: Progress = None) -> None:
+    """`check`, unless another process of this machine does so at this moment: then wait for what it finds.
+
+    So the processes of a start read the files once, where that takes long. Raises as `check`.
+    """
+    try:
+        note = os.open(
+            folder / f"checked-{_machine()}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
+        )
+    except FileNotFoundError:
+        raise
+    except OSError:  # a folder that may only be read
+        check(folder, names, progress)
+        return
+    try:
+        before = os.pread(note, _BLOCK, 0)
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(note, fcntl.LOCK_EX)
+        if os.pread(note, _BLOCK, 0) == before:
+            check(folder, names, progress)
+            with contextlib.suppress(OSError):  # a full disk: the others check for themselves
+                os.pwrite(note, uuid.uuid4().bytes, 0)
+    finally:
+        os.close(note)
+
+
+def check(folder: Path, names: Collection[str], progress: Progress = None) -> None:
+    """Compare the files of a folder with their checksums.
+
+    Args:
+        folder: What `CheckedFiles` wrote.
+        names: The files that must be there.
+        progress: Called with a line of text about every two seconds.
+
+    Raises:
+        DamagedError: A file is missing, or is not as it was written.
+        OSError: A file cannot be read, or there is no such folder.
+    """
+    expected = _expected(folder, names)
+    total, done, told = sum(size for size, _ in expected.values()), 0, time.monotonic()
+    buffer = memoryview(bytearray(_BLOCK))
+    for name, (size, checksum) in expected.items():
+        found = 0
+        with _open(folder, name, size) as file:
+            while count := file.readinto(buffer):
+                found = crc32(buffer[:count], found)
+                done += count
+                if progress and time.monotonic() - told > _PROGRESS_SECONDS:
+                    told = time.monotonic()
+                    progress(f"checking {folder}: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB")
+        if found != checksum:
+            raise DamagedError(f"{name} has the CRC-32 {found:08x}, not {checksum:08x}")
+
+
+def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Bytes and CRC-32 of each file."""
+    os.stat(folder)
+    try:
+        entries = read_json(folder / _CHECKSUMS)
+        expected = {
+            name: (int(entries[name]["bytes"]), int(entries[name]["crc32"])) for name in names
+        }
+    except (DataError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{_CHECKSUMS} cannot be used: {error}") from error
+    return expected
+
+
+def _open(folder: Path, name: str, size: int) -> io.FileIO:
+    try:
+        check_regular(folder / name)
+        file = io.FileIO(folder / name)
+    except (DataError, FileNotFoundError) as error:
+        os.stat(folder)
+        raise DamagedError(str(error)) from error
+    if (found := os.fstat(file.fileno()).st_size) != size:
+        file.close()
+        raise DamagedError(f"{name} has {found:,} bytes, not {size:,}")
+    return file
+
+
+@functools.cache
+def _machine() -> str:
+    """Tells this machine, since it was started, from others that see the same files."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
