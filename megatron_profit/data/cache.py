@@ -11,13 +11,11 @@ wins, so that a process that was taken for dead, and is not, does no harm.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -28,7 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.data.checksums import DamagedError, check_once
+from megatron_profit.data.checksums import is_usable
 from megatron_profit.data.errors import DataError, printable
 from megatron_profit.data.examples import ABOUT, FILES, Prepared, load, write
 from megatron_profit.data.files import open_regular
@@ -63,8 +61,8 @@ def default_cache() -> Path:
         return Path.home() / ".cache" / "megatron_profit"
     except RuntimeError as error:
         raise DataError(
-            "there is no folder for prepared data: HOME is not set, and the user has no entry in passwd; give "
-            "one with --data-cache or $MEGATRON_PROFIT_CACHE"
+            "there is no folder for prepared data: HOME is not set, and the user has no entry in passwd; "
+            "give one with --data-cache or $MEGATRON_PROFIT_CACHE"
         ) from error
 
 
@@ -102,7 +100,7 @@ def prepare(
         for note in filter(None, (source.left_out for source in sources)):
             if progress:
                 progress(note)
-        while not _is_usable(folder, progress):
+        while not is_usable(folder, FILES, progress):
             if not leader:
                 time.sleep(POLL_SECONDS)
                 continue
@@ -118,29 +116,6 @@ def prepare(
             f"{printable(cache)}: the prepared data cannot be written or read there ({error}); give another "
             "folder with --data-cache"
         ) from error
-
-
-def _is_usable(folder: Path, progress: Callable[[str], None] | None) -> bool:
-    """Whether prepared data are there, as they were written. Damaged ones are put aside: what uses them, if
-    anything does, goes on with them."""
-    try:
-        check_once(folder, FILES, progress)
-    except FileNotFoundError:
-        return False
-    except (DamagedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EIO:
-            raise
-        aside = folder.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
-        with suppress(FileNotFoundError):  # another process was faster
-            folder.rename(aside)
-        print(
-            f"WARNING: the prepared data in {printable(folder)} are damaged ({error}) and are made again; "
-            f"the damaged ones are now {aside.name}, which may be deleted",
-            file=sys.stderr,
-            flush=True,
-        )
-        return False
-    return True
 
 
 def _under_these_paths(prepared: Prepared, folder: Path, sources: Sequence[Source]) -> Prepared:

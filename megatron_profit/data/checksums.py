@@ -8,12 +8,14 @@ file does not fit then.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import io
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection
@@ -24,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32  # ten times as fast as zlib's
 
-from megatron_profit.data.errors import DataError
+from megatron_profit.data.errors import DataError, printable
 from megatron_profit.data.files import check_regular, read_json
 
 _CHECKSUMS = "checksums.json"
@@ -54,7 +56,8 @@ class CheckedFiles:
 
     def append(self, name: str, content: bytes | npt.NDArray[np.generic]) -> None:
         """Write at the end of the file of a name."""
-        data = memoryview(np.ascontiguousarray(content)).cast("B")
+        plain = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content
+        data = np.ascontiguousarray(plain).view(np.uint8).data
         if name not in self._files:
             self._files[name] = (self._folder / name).open("xb")
         self._files[name].write(data)
@@ -79,10 +82,44 @@ class CheckedFiles:
             file.close()
 
 
-def check_once(folder: Path, names: Collection[str], progress: Progress = None) -> None:
-    """`check`, unless another process of this machine does so at this moment: then wait for what it finds.
+def is_usable(folder: Path, names: Collection[str], progress: Progress = None) -> bool:
+    """Whether a folder is there, as it was written.
 
-    So the processes of a start read the files once, where that takes long. Raises as `check`.
+    A damaged one is put aside with a warning, so that it can be made again. It is not removed: a run that
+    uses it goes on.
+
+    Args:
+        folder: What `CheckedFiles` wrote.
+        names: The files that must be there.
+        progress: Called with a line of text about every two seconds.
+
+    Raises:
+        OSError: A file cannot be read, or a damaged folder cannot be renamed.
+    """
+    try:
+        _check_once(folder, names, progress)
+    except FileNotFoundError:
+        return False
+    except (DamagedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EIO:
+            raise
+        aside = folder.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            folder.rename(aside)
+        print(
+            f"WARNING: {printable(folder)} is damaged ({error}) and is made again; the damaged one is now "
+            f"{printable(aside.name)}, which may be deleted",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    return True
+
+
+def _check_once(folder: Path, names: Collection[str], progress: Progress) -> None:
+    """`_check`, unless another process of this machine does so at this moment: then wait for it to pass.
+
+    So the processes of a start read the files once, where that takes long. Raises as `_check`.
     """
     try:
         note = os.open(
@@ -91,27 +128,22 @@ def check_once(folder: Path, names: Collection[str], progress: Progress = None) 
     except FileNotFoundError:
         raise
     except OSError:  # a folder that may only be read
-        check(folder, names, progress)
+        _check(folder, names, progress)
         return
     try:
         before = os.pread(note, _BLOCK, 0)
         with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(note, fcntl.LOCK_EX)
         if os.pread(note, _BLOCK, 0) == before:
-            check(folder, names, progress)
+            _check(folder, names, progress)
             with contextlib.suppress(OSError):  # a full disk: the others check for themselves
                 os.pwrite(note, uuid.uuid4().bytes, 0)
     finally:
         os.close(note)
 
 
-def check(folder: Path, names: Collection[str], progress: Progress = None) -> None:
+def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
     """Compare the files of a folder with their checksums.
-
-    Args:
-        folder: What `CheckedFiles` wrote.
-        names: The files that must be there.
-        progress: Called with a line of text about every two seconds.
 
     Raises:
         DamagedError: A file is missing, or is not as it was written.
@@ -128,7 +160,9 @@ def check(folder: Path, names: Collection[str], progress: Progress = None) -> No
                 done += count
                 if progress and time.monotonic() - told > _PROGRESS_SECONDS:
                     told = time.monotonic()
-                    progress(f"checking {folder}: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB")
+                    progress(
+                        f"checking {printable(folder)}: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB"
+                    )
         if found != checksum:
             raise DamagedError(f"{name} has the CRC-32 {found:08x}, not {checksum:08x}")
 

@@ -21,7 +21,8 @@ def computed(monkeypatch, tmp_path):
     """computed(**data sets): the names of those whose numbers are computed, and the reference."""
     args = SimpleNamespace(params_dtype="torch.float32", vocab_size=9)
     monkeypatch.setattr(reference_model, "get_args", lambda: args)
-    monkeypatch.setattr(reference_model, "_identity", lambda model: ["a model"])
+    monkeypatch.setattr(reference_model, "_identity", lambda model, notes: ["a model"])
+    monkeypatch.setattr(reference_model, "_common", set)
     monkeypatch.setattr(reference_model, "_from_first_rank", lambda function: function())
     monkeypatch.setattr(reference_model, "_weights_of", lambda *_: nullcontext())
 
@@ -29,9 +30,9 @@ def computed(monkeypatch, tmp_path):
         reference = ReferenceModel(None, tmp_path, None, datasets)
         names = []
 
-        def compute(trained, name, file):
+        def compute(trained, name, folder):
             names.append(name)
-            np.zeros(3, dtype=np.float32).tofile(file)
+            reference_model._write(folder, np.full(3, len(names), dtype=np.float32))
 
         reference._compute = compute
         reference.before_evaluation(None)
