@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32  # ten times as fast as zlib's
 
-from megatron_profit.data.errors import DataError, printable
+from megatron_profit.data.errors import DataError, printable, shown
 from megatron_profit.data.files import check_regular, read_json
 
 _CHECKSUMS = "checksums.json"
@@ -66,7 +66,7 @@ class CheckedFiles:
     def finish(self) -> None:
         """Write the checksums, and bring everything to the disk."""
         entries = {
-            name: {"bytes": file.tell(), "crc32": self._checksums[name]}
+            name: {"bytes": file.tell(), "crc32": f"{self._checksums[name]:08x}"}
             for name, file in self._files.items()
         }
         self.append(_CHECKSUMS, json.dumps(entries, indent=1).encode())
@@ -97,23 +97,34 @@ def is_usable(folder: Path, names: Collection[str], progress: Progress = None) -
         OSError: A file cannot be read, or a damaged folder cannot be renamed.
     """
     try:
+        checked = folder.stat().st_ino
         _check_once(folder, names, progress)
     except FileNotFoundError:
         return False
     except (DamagedError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EIO:
             raise
-        aside = folder.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            folder.rename(aside)
-        print(
-            f"WARNING: {printable(folder)} is damaged ({error}) and is made again; the damaged one is now "
-            f"{printable(aside.name)}, which may be deleted",
-            file=sys.stderr,
-            flush=True,
-        )
+        _put_aside(folder, checked, error)
         return False
     return True
+
+
+def _put_aside(folder: Path, number: int, why: Exception) -> None:
+    """Rename a damaged folder, if it still is the one with this inode number, and say so."""
+    aside = folder.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
+    try:
+        if folder.stat().st_ino == number:
+            folder.rename(aside)
+    except FileNotFoundError:  # another process was faster
+        return
+    except OSError as error:
+        raise OSError(f"{folder} is damaged ({why}) and cannot be renamed: {error}") from error
+    print(
+        f"WARNING: {printable(folder)} is damaged ({why}) and is made again; the damaged one is now "
+        f"{printable(aside.name)}, which may be deleted",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _check_once(folder: Path, names: Collection[str], progress: Progress) -> None:
@@ -131,10 +142,10 @@ def _check_once(folder: Path, names: Collection[str], progress: Progress) -> Non
         _check(folder, names, progress)
         return
     try:
-        before = os.pread(note, _BLOCK, 0)
+        before = os.pread(note, 16, 0)
         with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(note, fcntl.LOCK_EX)
-        if os.pread(note, _BLOCK, 0) == before:
+        if os.pread(note, 16, 0) == before:
             _check(folder, names, progress)
             with contextlib.suppress(OSError):  # a full disk: the others check for themselves
                 os.pwrite(note, uuid.uuid4().bytes, 0)
@@ -152,45 +163,36 @@ def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
     expected = _expected(folder, names)
     total, done, told = sum(size for size, _ in expected.values()), 0, time.monotonic()
     buffer = memoryview(bytearray(_BLOCK))
-    for name, (size, checksum) in expected.items():
+    for name, (_, checksum) in expected.items():
         found = 0
-        with _open(folder, name, size) as file:
+        with io.FileIO(folder / name) as file:
             while count := file.readinto(buffer):
-                found = crc32(buffer[:count], found)
-                done += count
+                found, done = crc32(buffer[:count], found), done + count
                 if progress and time.monotonic() - told > _PROGRESS_SECONDS:
                     told = time.monotonic()
-                    progress(
-                        f"checking {printable(folder)}: {done / 1e9:,.1f} of {total / 1e9:,.1f} GB"
-                    )
-        if found != checksum:
-            raise DamagedError(f"{name} has the CRC-32 {found:08x}, not {checksum:08x}")
+                    part = f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB"
+                    progress(f"checking {printable(folder)}: {part}")
+        if f"{found:08x}" != checksum:
+            raise DamagedError(f"{name} has the CRC-32 {found:08x}, not {shown(checksum)}")
 
 
-def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, int]]:
-    """Bytes and CRC-32 of each file."""
-    os.stat(folder)
+def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]]:
+    """Bytes and CRC-32 that each file must have; they have these many bytes."""
+    folder.stat()
     try:
         entries = read_json(folder / _CHECKSUMS)
-        expected = {
-            name: (int(entries[name]["bytes"]), int(entries[name]["crc32"])) for name in names
-        }
-    except (DataError, ValueError, KeyError, TypeError) as error:
+        expected = {name: (entries[name]["bytes"], entries[name]["crc32"]) for name in names}
+    except (DataError, KeyError, TypeError) as error:
         raise DamagedError(f"{_CHECKSUMS} cannot be used: {error}") from error
+    for name, (size, _) in expected.items():
+        try:
+            check_regular(folder / name)
+            found = (folder / name).stat().st_size
+        except (DataError, FileNotFoundError) as error:
+            raise DamagedError(f"{name} is missing or no regular file") from error
+        if found != size:
+            raise DamagedError(f"{name} has {found:,} bytes, not {shown(size)}")
     return expected
-
-
-def _open(folder: Path, name: str, size: int) -> io.FileIO:
-    try:
-        check_regular(folder / name)
-        file = io.FileIO(folder / name)
-    except (DataError, FileNotFoundError) as error:
-        os.stat(folder)
-        raise DamagedError(str(error)) from error
-    if (found := os.fstat(file.fileno()).st_size) != size:
-        file.close()
-        raise DamagedError(f"{name} has {found:,} bytes, not {size:,}")
-    return file
 
 
 @functools.cache

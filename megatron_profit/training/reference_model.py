@@ -2,8 +2,8 @@
 
 They lie in a file of one float32 for each token of the data, in the order of the examples, so that a token
 is found by its record and its position, whatever the packing, the order or the layout. The name of the
-file's folder says what it was made from, so that it serves a later run of the same model and data and no other.
-Every start checks it by its checksum; a damaged one is computed again.
+file's folder says what it was made from, so that it serves a later run of the same model and data and no
+other. Every start checks it by its checksum; a damaged one is computed again.
 """
 
 from __future__ import annotations
