@@ -36,6 +36,7 @@ from megatron_profit.data import (
     read_records,
     read_sources,
 )
+from megatron_profit.data.chat import read_fields
 from megatron_profit.data.options import add_rendering_flags
 from megatron_profit.data.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
@@ -138,7 +139,10 @@ def chosen_records(
 
 def source_records(source: Source) -> Iterator[RawRecord]:
     """The records of a source in the order of its files."""
-    return (record for file in source.files() for record in read_records(file, source.split))
+    columns = read_fields(source.layout)
+    return (
+        record for file in source.files() for record in read_records(file, source.split, columns)
+    )
 
 
 @contextmanager
@@ -303,11 +307,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         make_report(arguments)
-    except (ReportError, DataError, ConversionError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # whoever read the terminal form has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ReportError, DataError, ConversionError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

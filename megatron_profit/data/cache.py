@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_profit.data.checksums import is_usable
-from megatron_profit.data.errors import DataError, printable
+from megatron_profit.data.errors import DataError
 from megatron_profit.data.examples import ABOUT, FILES, Prepared, load, write
 from megatron_profit.data.files import open_regular
 from megatron_profit.data.prepare import Preparation, default_workers, file_names, prepared_chunks
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sources import Source
+from megatron_profit.data.tokenizer_files import tokenizer_paths
 
-# What a tokenizer's ids and its chat template depend on.
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*")
 _NOT_OF_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _BLOCK = 8 * 2**20
 
@@ -113,7 +112,7 @@ def prepare(
         return _under_these_paths(load(folder, file_names(files)), folder, sources)
     except OSError as error:
         raise DataError(
-            f"{printable(cache)}: the prepared data cannot be written or read there ({error}); give another "
+            f"{cache}: the prepared data cannot be written or read there ({error}); give another "
             "folder with --data-cache"
         ) from error
 
@@ -190,12 +189,6 @@ def _key(
 
     # A name says how a file is read, and where a record stands; the folder does not matter.
     contents = [[(path.name, content_digest(path, cache)) for path in paths] for paths in files]
-    names = {
-        path
-        for pattern in _TOKENIZER_FILES
-        for path in tokenizer.glob(pattern)
-        if path.name not in _NOT_OF_THE_TOKENIZER
-    }
     parts = {
         "code": _code(),
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -204,12 +197,19 @@ def _key(
             [dict(s.layout.columns), dict(s.layout.tags), s.layout.sharegpt, s.split]
             for s in sources
         ],
-        "tokenizer": [
-            [str(path.relative_to(tokenizer)), _hash_file(path)] for path in sorted(names)
-        ],
+        "tokenizer": tokenizer_files(tokenizer),
         "preparation": asdict(preparation),
     }
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_files(tokenizer: Path) -> list[list[str]]:
+    """Name and hash of each file in a folder that a tokenizer's ids and its chat template depend on."""
+    return [
+        [str(path.relative_to(tokenizer)), _hash_file(path)]
+        for path in tokenizer_paths(tokenizer)
+        if path.name not in _NOT_OF_THE_TOKENIZER
+    ]
 
 
 @functools.cache
@@ -226,7 +226,7 @@ def _reading(what: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{printable(what)}: cannot be read ({error}); check the file and its permissions"
+            f"{what}: cannot be read ({error}); check the file and its permissions"
         ) from error
 
 
@@ -245,7 +245,7 @@ def _check_unchanged(states: Sequence[_State]) -> None:
     for state in states:
         if _states([[state[0]]]) != [state]:
             raise DataError(
-                f"{printable(state[0])}: changed while it was read; start again when nothing writes to it"
+                f"{state[0]}: changed while it was read; start again when nothing writes to it"
             )
 
 

@@ -8,7 +8,14 @@ _SHORT = reprlib.Repr(maxlevel=3, maxlist=12, maxdict=8, maxstring=60, maxlong=3
 
 
 class DataError(ValueError):
-    """The data or the tokenizer cannot be used; the message names the finding and the remedy."""
+    """The data or the tokenizer cannot be used; the message names the finding and the remedy.
+
+    Each argument is a line. It may quote a file, a record or a template: what a terminal would obey is shown
+    as escapes.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
 
 
 class BrokenRecord(ValueError):
@@ -34,7 +41,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def printable(text: object) -> str:
-    """A name from outside in a message: characters that a terminal obeys, line breaks and lone surrogates as
-    escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+def printable(text: object, keep: str = "") -> str:
+    """A name or text from outside in a message: characters that a terminal obeys, line breaks and lone
+    surrogates as escapes, except for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_profit.data.errors import DataError, printable
+from megatron_profit.data.errors import DataError
 
 # Bytes of a record as the file spells it: about 8 million tokens.
 LARGEST_RECORD = 32 * 2**20
@@ -40,7 +40,21 @@ def check_regular(path: Path) -> None:
     kind = stat.S_IFMT(path.stat().st_mode)
     if kind != stat.S_IFREG:
         raise DataError(
-            f"{printable(path)}: {_KINDS.get(kind, 'no regular file')}; a regular file is needed here"
+            f"{path}: {_KINDS.get(kind, 'no regular file')}; a regular file is needed here"
+        )
+
+
+def check_json(path: Path) -> None:
+    """Check that a JSON file that describes something is a regular file of a size that is read.
+
+    Raises:
+        DataError: It is something else, or larger.
+        OSError: It does not exist, or may not be looked at.
+    """
+    check_regular(path)
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise DataError(
+            f"{path}: has {size:,} bytes; of such a file at most {LARGEST_JSON:,} are read"
         )
 
 
@@ -73,15 +87,12 @@ def read_json(path: Path) -> Any:
         DataError: It is no regular file, cannot be read, is too large or is not JSON.
     """
     try:
-        with open_regular(path) as file:
-            text = file.read(LARGEST_JSON + 1)
-        if len(text) > LARGEST_JSON:
-            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
-        return json.loads(text)
+        check_json(path)
+        return json.loads(path.read_bytes())
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{printable(path)}: cannot be read as JSON ({error})") from error
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from megatron_profit.data.errors import DataError, printable, shown
+from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.files import BLOCK, LARGEST_RECORD
 
 _NOT_SPACE = re.compile(r"[^ \t\n\r]")
@@ -21,7 +21,7 @@ def broken_json(path: str | Path, line: int, column: int, message: str, rest: st
     """The error for a text that is not JSON from a place on; `rest` is what stands there."""
     found = shown(rest) if rest.strip() else "the end of the text"
     return DataError(
-        f"{printable(path)}, line {line}, column {column}: not valid JSON ({message}), found {found}; "
+        f"{path}, line {line}, column {column}: not valid JSON ({message}), found {found}; "
         "correct it or remove the record"
     )
 
@@ -128,7 +128,7 @@ class JsonText:
             self._text += self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             line, _ = self._place(len(self._text))
-            where = f"{printable(self._path)}, from line {line} on"
+            where = f"{self._path}, from line {line} on"
             raise _not_utf8(where, held, error.start) from error
         return bool(data)
 
@@ -144,5 +144,5 @@ class JsonText:
     def _unreadable(self, why: str) -> DataError:
         line, _ = self._place(self._at)
         return DataError(
-            f"{printable(self._path)}, line {line}: JSON that cannot be read ({why}); remove the record"
+            f"{self._path}, line {line}: JSON that cannot be read ({why}); remove the record"
         )

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from megatron_profit.data.chat import Conversation, normalise, read_fields
-from megatron_profit.data.errors import BrokenRecord, DataError, printable
+from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.examples import Chunk, Examples, collect
 from megatron_profit.data.records import RawRecord, read_records
 from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
 from megatron_profit.data.report import PreparationReport, SourceCounts
 from megatron_profit.data.sources import Layout, Source
+from megatron_profit.data.tokenizer_files import check_tokenizer_files
 from megatron_profit.parent_death import die_with_parent
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def prepared_chunks(
         DataError: A file cannot be read, its first record is in no known format, or no record is usable.
     """
     tell = _Ticker(progress, report)
-    report.sources = [SourceCounts(printable(source.path)) for source in sources]
+    report.sources = [SourceCounts(source.path) for source in sources]
     for chunk in _chunks(_tasks(sources), renderer, preparation, workers):
         if chunk.refused:
             raise DataError(chunk.refused)
@@ -136,7 +137,7 @@ def prepared_chunks(
             yield chunk
         tell()
     if not report.kept:
-        raise DataError(f"no record can be used for training:\n{report}")
+        raise DataError("no record can be used for training:", *str(report).splitlines())
 
 
 def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
@@ -188,8 +189,8 @@ def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
                 yield _Task(source_number, number, source.layout, batch)
         if missing and not source.layout.optional >= missing:
             raise DataError(
-                f"{printable(source.path)}: no record has the column "
-                f"{', '.join(map(printable, sorted(missing)))}; correct the names of the columns"
+                f"{source.path}: no record has the column "
+                f"{', '.join(sorted(missing))}; correct the names of the columns"
             )
 
 
@@ -374,6 +375,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one with a tokenizer and a chat template")
+    check_tokenizer_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions

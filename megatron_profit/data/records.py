@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_profit.data.errors import BrokenRecord, DataError, printable, shown
+from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.files import LARGEST_RECORD, bounded_lines, open_data, read_json
 from megatron_profit.data.json_text import JsonText, broken_json, decoded
 
@@ -90,7 +90,7 @@ class RawRecord:
     @property
     def where(self) -> str:
         """The place in words, e.g. "train.jsonl, line 3"."""
-        return f"{printable(self.file)}, {self.unit} {self.number}"
+        return f"{self.file}, {self.unit} {self.number}"
 
 
 def read_records(
@@ -138,9 +138,7 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
         raise DataError(f"{path}: {_NOT_A_FILE}")
     if not path.exists():
         found = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
-        raise DataError(
-            f"{printable(path)}: {found} (data files are looked for from {printable(Path.cwd())})"
-        )
+        raise DataError(f"{path}: {found} (data files are looked for from {Path.cwd()})")
     if path.is_dir() and not _is_dataset(path):
         inner = _files_inside(path)
         if not inner:
@@ -149,16 +147,14 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
                 f"one of its folders {shown(folders)}, or another" if folders else "another one"
             )
             raise DataError(
-                f"{printable(path)}: the directory holds neither data files ({_known()}) nor a data set that "
+                f"{path}: the directory holds neither data files ({_known()}) nor a data set that "
                 f"datasets' save_to_disk wrote; name {remedy}"
             )
         return _of_split(inner, path, split)
     if not path.is_dir() and not path.is_file():
-        raise DataError(f"{printable(path)}: neither a file nor a folder; {_NOT_A_FILE}")
+        raise DataError(f"{path}: neither a file nor a folder; {_NOT_A_FILE}")
     if path.is_file() and not _kind(path):
-        raise DataError(
-            f"{printable(path)}: unknown suffix {path.suffix!r}; convert it to one of {_known()}"
-        )
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
     if path.is_file() and not _is_named_after(path.name, split):
         _check_whole(path, split)
     if splits := _splits_inside(path, split):
@@ -169,9 +165,7 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
 def _check_whole(path: Path, split: Split) -> None:
     """Refuses a split other than the default of what holds none."""
     if isinstance(split, str) and split != "train":
-        raise DataError(
-            f"{printable(path)}: holds no splits, so that {split!r} is none; leave out the split"
-        )
+        raise DataError(f"{path}: holds no splits, so that {split!r} is none; leave out the split")
 
 
 def left_out(path: Path, split: Split) -> tuple[str, list[str]]:
@@ -218,8 +212,8 @@ def _of_split(files: list[Path], folder: Path, split: Split) -> list[Path]:
         return files
     if unclear := [name for name, found in splits.items() if not found]:
         raise DataError(
-            f"{printable(folder)}: {shown(unclear)} lie beside files named after a split "
-            f"({_listed(sorted(filter(None, set(splits.values()))))}); name the files to read"
+            f"{folder}: {shown(unclear)} lie beside files named after a split "
+            f"({', '.join(sorted(filter(None, set(splits.values()))))}); name the files to read"
         )
     chosen = _choose(splits.values(), folder, split)
     return [file for file in files if splits[file.name] == chosen]
@@ -263,10 +257,6 @@ def _is_plain_name(name: object) -> bool:
     return isinstance(name, str) and "\0" not in name and Path(name).name == name
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(printable, names))
-
-
 def _choose(names: Iterable[str], path: Path, split: Split) -> str:
     """The split that is meant: the one of that very name, else the only one with a word for it."""
     known = sorted(set(names))
@@ -276,8 +266,8 @@ def _choose(names: Iterable[str], path: Path, split: Split) -> str:
         alike = [name for name in known if wanted and _word_of(name) == _as_word(wanted)]
         if len(alike) > 1:
             raise DataError(
-                f"{printable(path)}: {wanted!r} may be any of the splits {_listed(alike)} (of "
-                f"{_listed(known)}); {_how_to_choose(path, alike[0])}"
+                f"{path}: {wanted!r} may be any of the splits {', '.join(alike)} (of "
+                f"{', '.join(known)}); {_how_to_choose(path, alike[0])}"
             )
         if alike:
             return alike[0]
@@ -286,13 +276,13 @@ def _choose(names: Iterable[str], path: Path, split: Split) -> str:
     else:
         wanted = " or ".join(map(repr, split))
         remedy = "name the file or folder to evaluate on, or set records aside with --valid-split"
-    raise DataError(f"{printable(path)}: has no split {wanted} but {_listed(known)}; {remedy}")
+    raise DataError(f"{path}: has no split {wanted} but {', '.join(known)}; {remedy}")
 
 
 def _how_to_choose(path: Path, name: str) -> str:
-    folder = f"the folder of one, e.g. {printable(path / name)}"
+    folder = f"the folder of one, e.g. {path / name}"
     place = folder if _is_dataset(path) else "the files to read"
-    return f'name {place}, or an entry of a dataset_info.json with "split": "{printable(name)}"'
+    return f'name {place}, or an entry of a dataset_info.json with "split": "{name}"'
 
 
 def _split_of(file: str) -> str:
@@ -343,15 +333,15 @@ def _read_file(path: Path, split: Split, wanted: Wanted) -> Iterator[RawRecord]:
             empty = False
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{printable(path)}: cannot be read ({error}); check the file and its permissions"
+            f"{path}: cannot be read ({error}); check the file and its permissions"
         ) from error
     except MemoryError as error:
         raise DataError(
-            f"{printable(path)}: takes more memory than there is ({error}); split it or shorten its records"
+            f"{path}: takes more memory than there is ({error}); split it or shorten its records"
         ) from error
     if empty:
         raise DataError(
-            f"{printable(path)}: holds no record; remove it from the list of files or write it anew"
+            f"{path}: holds no record; remove it from the list of files or write it anew"
         )
 
 
@@ -375,7 +365,7 @@ def _read_json(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
     with open_data(path) as file:
         data = file.read(LARGEST_RECORD + 1)
     if len(data) <= LARGEST_RECORD and _is_one_value(data):  # an object written over several lines
-        value, objects = _parse(decoded(data, printable(path)), path)
+        value, objects = _parse(decoded(data, str(path)), path)
         yield _record(value, path, 1, "record", objects, len(data))
     else:
         yield from _read_jsonl(path, wanted)
@@ -398,13 +388,13 @@ def _check_lines(line: bytes, path: Path, number: int) -> None:
     if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         kind = _kind(path)
         raise DataError(
-            f"{printable(path)}, line {number}: begins with '[', but in {kind} a line must be an object with "
+            f"{path}, line {number}: begins with '[', but in {kind} a line must be an object with "
             f"named fields; if the file is one JSON list, end its name in .json in place of {kind}"
         )
 
 
 def _line(line: bytes, path: Path, number: int, first: bool) -> RawRecord:
-    where = f"{printable(path)}, line {number}"
+    where = f"{path}, line {number}"
     try:
         if len(line) > LARGEST_RECORD:
             raise DataError(
@@ -433,8 +423,7 @@ def _read_parquet(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
-            f"{printable(path)}: not a readable parquet file ({error}); write it anew, or convert it to "
-            ".jsonl"
+            f"{path}: not a readable parquet file ({error}); write it anew, or convert it to .jsonl"
         ) from error
 
 
@@ -453,7 +442,7 @@ def _arrow_batches(path: Path, wanted: Wanted) -> Iterator[Any]:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
-            f"{printable(path)}: not an arrow file of the datasets library ({error}); write it anew, or "
+            f"{path}: not an arrow file of the datasets library ({error}); write it anew, or "
             "convert it to .parquet"
         ) from error
 
@@ -486,19 +475,21 @@ def _names_of(state: Path) -> list[str]:
 
 def _unreadable(description: Path, why: str) -> DataError:
     return DataError(
-        f"{printable(description)}: not a readable data set of the datasets library ({why}); write it anew "
+        f"{description}: not a readable data set of the datasets library ({why}); write it anew "
         "with save_to_disk"
     )
 
 
-def _rows(path: Path, batches: Iterable[Any]) -> Iterator[RawRecord]:
+def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
     """The records of tables, numbered over all of them."""
     from megatron_profit.data.tables import portions
 
     number = 0
-    for batch in batches:
-        for part, sizes in portions(batch):
-            for row, size in zip(_values(part, sizes), sizes, strict=True):
+    for table in tables:
+        for part, sizes in portions(table):
+            # A row that is too large comes alone.
+            rows = _values(part) if sizes[0] <= LARGEST_RECORD else [_too_large(sizes[0])]
+            for row, size in zip(rows, sizes, strict=True):
                 number += 1
                 if isinstance(row, BrokenRecord):
                     yield RawRecord({}, str(path), number, "record", row)
@@ -506,35 +497,35 @@ def _rows(path: Path, batches: Iterable[Any]) -> Iterator[RawRecord]:
                     yield _record(_without_nulls(row), path, number, "record", size=size)
 
 
-def _values(table: Any, sizes: Sequence[int]) -> list[Any]:
-    """The rows of a table; in place of one that cannot be held a `BrokenRecord`."""
-    if sizes[0] > LARGEST_RECORD:  # such a row comes alone
-        return [BrokenRecord(TOO_LARGE, f"it takes about {sizes[0]:,} bytes")]
-    names = table.schema.names
-    columns = [_cells(name, table.column(name)) for name in names]
-    return [
-        next(
-            (cell for cell in row if isinstance(cell, BrokenRecord)),
-            dict(zip(names, row, strict=True)),
-        )
-        for row in (zip(*columns, strict=True) if columns else [()] * len(table))
-    ]
+def _too_large(size: int) -> BrokenRecord:
+    return BrokenRecord(TOO_LARGE, f"it takes about {size:,} bytes")
 
 
-def _cells(name: str, column: Any) -> list[Any]:
-    """The values of a column; in place of one that Python cannot hold a `BrokenRecord`."""
+def _values(table: Any) -> list[Any]:
+    """The rows of a table; in place of one that cannot be decoded a `BrokenRecord`."""
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
-    except _UNHELD as error:
-        if len(column) == 1:
-            # Columns of text are not checked when they are written.
-            reason = ROW_NOT_UTF8 if isinstance(error, UnicodeDecodeError) else NOT_HELD
-            return [BrokenRecord(reason, f"in the column {shown(name)}: {error}")]
-    return [cell for at in range(len(column)) for cell in _cells(name, column.slice(at, 1))]
+        return table.to_pylist()  # type: ignore[no-any-return]
+    except _UNHELD:
+        if len(table) == 1:
+            return [_unheld(table)]
+    return [row for at in range(len(table)) for row in _values(table.slice(at, 1))]
 
 
 # Dates and times out of range, unknown time zones, fields of one name, texts that are not UTF-8.
 _UNHELD = (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError)
+
+
+def _unheld(row: Any) -> BrokenRecord:
+    """Why a table of one row cannot be made a Python object."""
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.to_pylist()
+        except _UNHELD as error:
+            # Columns of text are not checked when they are written.
+            reason = ROW_NOT_UTF8 if isinstance(error, UnicodeDecodeError) else NOT_HELD
+            return BrokenRecord(reason, f"in the column {shown(name)}: {error}")
+    return BrokenRecord(NOT_HELD, "its columns cannot be put together")
+
 
 _READERS = {
     ".json": _read_json,
@@ -627,7 +618,7 @@ def _parse(text: str, path: Path, line: int = 1) -> tuple[Any, _Objects]:
         raise broken_json(path, line + error.lineno - 1, error.colno, error.msg, rest) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
         raise DataError(
-            f"{printable(path)}, line {line}: JSON that cannot be read ({error}); remove the record"
+            f"{path}, line {line}: JSON that cannot be read ({error}); remove the record"
         ) from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.errors import shown
+from megatron_profit.data.errors import printable, shown
 from megatron_profit.data.order import RowOrder
 
 # In the JSON, of each kind; and in the text.
@@ -174,7 +174,7 @@ class PreparationReport:
             lines.append(f"  the first: {skipped.detail}")
         if self.unread:
             lines.append(f"fields that nothing reads, and records with them: {self._unread()}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _unread(self) -> str:
         most = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))

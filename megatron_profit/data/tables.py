@@ -21,7 +21,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 from pyarrow import types
 
-from megatron_profit.data.errors import DataError, printable, shown
+from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.files import LARGEST_RECORD, check_regular
 
 # Whether the values of a column are wanted, by its name.
@@ -124,7 +124,7 @@ def _rows_at_once(
     for kind, column in leaves:
         if column.num_values > _MOST_ENTRIES:
             raise DataError(
-                f"{printable(path)}: the column {shown(column.path_in_schema)} has {column.num_values:,} "
+                f"{path}: the column {shown(column.path_in_schema)} has {column.num_values:,} "
                 f"entries in one row group, more than {_MOST_ENTRIES:,}; write the file with smaller row "
                 "groups, e.g. row_group_size=100_000"
             )
@@ -145,7 +145,7 @@ def _told(column: pyarrow.Array, wanted: bool) -> pyarrow.Array:
 def _check_names(path: Path, schema: pyarrow.Schema) -> None:
     if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
         raise DataError(
-            f"{printable(path)}: two columns are called {shown(twice[0])}; rename one or leave it out"
+            f"{path}: two columns are called {shown(twice[0])}; rename one or leave it out"
         )
 
 
@@ -177,15 +177,13 @@ def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
     for message in pyarrow.ipc.MessageReader.open_stream(source):
         if (size := _unpacked_bytes(message)) > _UNPACKED:
             raise DataError(
-                f"{printable(path)}: a compressed batch says that it unpacks to {size:,} bytes, more than "
+                f"{path}: a compressed batch says that it unpacks to {size:,} bytes, more than "
                 f"{_UNPACKED:,}; write the file without compression, or in smaller batches"
             )
     end = source.tell()
     source.seek(max(0, end - len(_END_OF_STREAM)))
     if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-        raise DataError(
-            f"{printable(path)}: has no end, so that what wrote it was stopped; write it anew"
-        )
+        raise DataError(f"{path}: has no end, so that what wrote it was stopped; write it anew")
 
 
 def _unpacked_bytes(message: pyarrow.ipc.Message) -> int:
