@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ import pyarrow.parquet
 from pyarrow import types
 
 from megatron_profit.data.errors import DataError, shown
-from megatron_profit.data.files import LARGEST_RECORD, check_regular
+from megatron_profit.data.files import BLOCK, LARGEST_RECORD, check_regular
 
 # Whether the values of a column are wanted, by its name.
 type Wanted = Callable[[str], bool]
@@ -61,7 +61,12 @@ def parquet_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]
         # As plain text, one value of a dictionary would be copied into every row that refers to it.
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
     with pyarrow.parquet.ParquetFile(
-        path, read_dictionary=texts, page_checksum_verification=True
+        path,
+        read_dictionary=texts,
+        page_checksum_verification=True,
+        # Page by page, in place of whole row groups.
+        pre_buffer=False,
+        buffer_size=BLOCK,
     ) as file:
         _check_names(path, file.schema_arrow)
         for group in range(file.num_row_groups):
@@ -90,7 +95,7 @@ def _group_batches(
             else _told(batch.column(name), wanted(name))
             for name in schema.names
         ]
-        yield pyarrow.RecordBatch.from_arrays(columns, schema.names)
+        yield _batch(columns, schema)
 
 
 def _leaves(kind: pyarrow.DataType) -> Iterator[pyarrow.DataType]:
@@ -168,8 +173,8 @@ def arrow_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
             batch.validate()  # that its buffers are as long as they must be
             columns = [_told(batch.column(name), wanted(name)) for name in batch.schema.names]
             for column in columns:
-                column.view(_unread(column.type)).validate(full=True)
-            yield pyarrow.RecordBatch.from_arrays(columns, batch.schema.names)
+                column.view(_mapped(column.type, _as_bytes)).validate(full=True)
+            yield _batch(columns, batch.schema)
 
 
 def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
@@ -225,36 +230,54 @@ def _field(metadata: memoryview, table: int, number: int) -> int:
     return table + offset + struct.unpack_from("<I", metadata, table + offset)[0]
 
 
-def _unread(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """A type as bytes: texts and dates are looked at one by one when they are converted."""
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        return _unread(kind.storage_type)
-    if types.is_dictionary(kind):
-        return pyarrow.dictionary(kind.index_type, _unread(kind.value_type))
+def _mapped(
+    kind: pyarrow.DataType, change: Callable[[pyarrow.DataType], pyarrow.DataType]
+) -> pyarrow.DataType:
+    """A type with its leaves changed."""
     if types.is_struct(kind):
-        return pyarrow.struct([field.with_type(_unread(field.type)) for field in kind])
+        return pyarrow.struct([field.with_type(_mapped(field.type, change)) for field in kind])
     if types.is_map(kind):
         return pyarrow.map_(
-            kind.key_field.with_type(_unread(kind.key_type)),
-            kind.item_field.with_type(_unread(kind.item_type)),
+            kind.key_field.with_type(_mapped(kind.key_type, change)),
+            kind.item_field.with_type(_mapped(kind.item_type, change)),
         )
     for is_list, make in _LISTS:
         if is_list(kind):
-            return make(kind.value_field.with_type(_unread(kind.value_type)))
-    for is_text, plain in _TEXTS:
-        if is_text(kind):
-            return plain
+            return make(kind.value_field.with_type(_mapped(kind.value_type, change)))
     if types.is_fixed_size_list(kind):
-        return pyarrow.list_(kind.value_field.with_type(_unread(kind.value_type)), kind.list_size)
+        items = kind.value_field.with_type(_mapped(kind.value_type, change))
+        return pyarrow.list_(items, kind.list_size)
+    return change(kind)
+
+
+def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """A leaf without what its values must be: texts and dates are looked at when they are converted."""
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _mapped(kind.storage_type, _as_bytes)
+    if types.is_dictionary(kind):
+        return pyarrow.dictionary(kind.index_type, _mapped(kind.value_type, _as_bytes))
     if types.is_temporal(kind) or types.is_decimal(kind):
         return pyarrow.binary(kind.bit_width // 8)
-    return kind
+    return next((plain for is_text, plain in _TEXTS if is_text(kind)), kind)
+
+
+def _unpacked(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """The type of a leaf's values where it is a dictionary."""
+    return _mapped(kind.value_type, _unpacked) if types.is_dictionary(kind) else kind
+
+
+def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    """Columns in place of those of a schema, whose names and metadata stay."""
+    fields = [field.with_type(column.type) for field, column in zip(schema, columns, strict=True)]
+    return pyarrow.RecordBatch.from_arrays(
+        columns, schema=pyarrow.schema(fields, metadata=schema.metadata)
+    )
 
 
 def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, list[int]]]:
     """Parts of a batch that take up to `LARGEST_RECORD` bytes as Python objects, with the bytes of each row.
 
-    A row that takes more comes alone.
+    A row that takes more comes alone, and as it is; the dictionaries of others are unpacked.
 
     Raises:
         DataError: A column is of a type that is not read.
@@ -266,8 +289,19 @@ def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, 
         while begin < len(rows):
             fitting = np.searchsorted(np.cumsum(sizes[begin:]), LARGEST_RECORD, side="right")
             end = begin + max(int(fitting), 1)
-            yield rows.slice(begin, end - begin), sizes[begin:end].tolist()
+            part = rows.slice(begin, end - begin)
+            yield _unpack(part) if fitting else part, sizes[begin:end].tolist()
             begin = end
+
+
+def _unpack(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Rows with the values of their dictionaries."""
+    kinds = [_mapped(column.type, _unpacked) for column in rows.columns]
+    columns = [
+        column if column.type == kind else column.cast(kind)
+        for column, kind in zip(rows.columns, kinds, strict=True)
+    ]
+    return _batch(columns, rows.schema)
 
 
 def _row_bytes(array: pyarrow.Array) -> npt.NDArray[np.int64] | int:
