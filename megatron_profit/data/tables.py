@@ -95,7 +95,7 @@ def _group_batches(
             else _told(batch.column(name), wanted(name))
             for name in schema.names
         ]
-        yield _batch(columns, schema)
+        yield _checked(columns, schema)
 
 
 def _leaves(kind: pyarrow.DataType) -> Iterator[pyarrow.DataType]:
@@ -172,15 +172,17 @@ def arrow_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
         for batch in reader:
             batch.validate()  # that its buffers are as long as they must be
             columns = [_told(batch.column(name), wanted(name)) for name in batch.schema.names]
-            for column in columns:
-                column.view(_mapped(column.type, _as_bytes)).validate(full=True)
-            yield _batch(columns, batch.schema)
+            yield _checked(columns, batch.schema)
 
 
 def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
     """Check that a stream has its end, and what its compressed buffers say that they unpack to."""
     for message in pyarrow.ipc.MessageReader.open_stream(source):
-        if (size := _unpacked_bytes(message)) > _UNPACKED:
+        try:
+            size = _unpacked_bytes(message)
+        except struct.error as error:
+            raise ValueError("a buffer lies outside of its batch") from error
+        if size > _UNPACKED:
             raise DataError(
                 f"{path}: a compressed batch says that it unpacks to {size:,} bytes, more than "
                 f"{_UNPACKED:,}; write the file without compression, or in smaller batches"
@@ -264,6 +266,17 @@ def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
 def _unpacked(kind: pyarrow.DataType) -> pyarrow.DataType:
     """The type of a leaf's values where it is a dictionary."""
     return _mapped(kind.value_type, _unpacked) if types.is_dictionary(kind) else kind
+
+
+def _checked(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    """`_batch` of columns that are safe to read.
+
+    Raises:
+        pyarrow.ArrowInvalid: An offset or an index points outside of a column.
+    """
+    for column in columns:
+        column.view(_mapped(column.type, _as_bytes)).validate(full=True)
+    return _batch(columns, schema)
 
 
 def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
