@@ -364,11 +364,17 @@ def _read_json(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
             return
     with open_data(path) as file:
         data = file.read(LARGEST_RECORD + 1)
-    if len(data) <= LARGEST_RECORD and _is_one_value(data):  # an object written over several lines
+    whole = len(data) <= LARGEST_RECORD
+    if whole and _is_one_value(data):  # an object written over several lines
         value, objects = _parse(decoded(data, str(path)), path)
         yield _record(value, path, 1, "record", objects, len(data))
-    else:
+    elif whole or _is_one_value(data.lstrip().partition(b"\n")[0]):
         yield from _read_jsonl(path, wanted)
+    else:
+        raise DataError(
+            f"{path}: its first line is no record, and a value of more than {LARGEST_RECORD:,} bytes is not "
+            "read; write a list of records, or a record to each line"
+        )
 
 
 def _read_jsonl(path: Path, _: Wanted) -> Iterator[RawRecord]:
