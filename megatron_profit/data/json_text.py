@@ -38,11 +38,12 @@ def decoded(data: bytes, where: str) -> str:
         raise _not_utf8(where, data, error.start) from error
 
 
-def _not_utf8(where: str, data: bytes, place: int) -> DataError:
+def _not_utf8(where: str, data: bytes, place: int, before: int = 0) -> DataError:
+    """The error for a byte of `data`, which stands behind `before` other bytes."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     command = "iconv -f utf-16 -t utf-8" if utf16 else "iconv -t utf-8"
     return DataError(
-        f"{where}: not UTF-8 (byte {data[place]:#04x} at {place}); convert the file, e.g. with {command}"
+        f"{where}: not UTF-8 (byte {data[place]:#04x} at {before + place}); convert the file, e.g. with {command}"
     )
 
 
@@ -55,6 +56,8 @@ class JsonText:
         self._text, self._at = "", 0
         # Of the first character of the text that is held.
         self._line, self._column = 1, 1
+        # Bytes that were read.
+        self._end = 0
 
     def next_character(self) -> str:
         """Go to the next character that is no space, and return it; "" at the end of the file."""
@@ -101,8 +104,9 @@ class JsonText:
             try:
                 item, end = decode(self._text, self._at)
                 # What follows tells that a number ends here.
-                if end < len(self._text) or at_end:
-                    size, self._at = end - self._at, end
+                size = end - self._at
+                if size <= LARGEST_RECORD and (end < len(self._text) or at_end):
+                    self._at = end
                     return item, size
             except json.JSONDecodeError as error:
                 if at_end or not self._may_go_on(error):
@@ -123,13 +127,12 @@ class JsonText:
         self._line, self._column = self._place(self._at)
         self._text, self._at = self._text[self._at :], 0
         data = self._file.read(max(BLOCK, len(self._text)))
+        self._end += len(data)
         held = self._decoder.getstate()[0] + data
         try:
             self._text += self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            line, _ = self._place(len(self._text))
-            where = f"{self._path}, from line {line} on"
-            raise _not_utf8(where, held, error.start) from error
+            raise _not_utf8(str(self._path), held, error.start, self._end - len(held)) from error
         return bool(data)
 
     def _place(self, at: int) -> tuple[int, int]:

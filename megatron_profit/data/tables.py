@@ -323,9 +323,8 @@ def _row_bytes(array: pyarrow.Array) -> npt.NDArray[np.int64] | int:
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _row_bytes(array.storage)
     if types.is_dictionary(kind):
-        values = np.append(
-            np.zeros(len(array.dictionary), np.int64) + _row_bytes(array.dictionary), 0
-        )
+        values = np.full(len(array.dictionary) + 1, _OBJECT)  # the last one for null
+        values[:-1] = _row_bytes(array.dictionary)
         return values[array.indices.fill_null(len(array.dictionary)).to_numpy(zero_copy_only=False)]
     if types.is_struct(kind):
         return _OBJECT + sum(_row_bytes(array.field(index)) for index in range(kind.num_fields))
