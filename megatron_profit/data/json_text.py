@@ -13,6 +13,15 @@ from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.files import BLOCK, LARGEST_RECORD
 
 _NOT_SPACE = re.compile(r"[^ \t\n\r]")
+# What a file that is no UTF-8 may be by its first bytes, and what to do then.
+_BEGINNINGS = {
+    codecs.BOM_UTF16_LE: "convert the file, e.g. with iconv -f utf-16 -t utf-8",
+    codecs.BOM_UTF16_BE: "convert the file, e.g. with iconv -f utf-16 -t utf-8",
+    b"\x1f\x8b": "it is packed with gzip: end its name in .gz",
+    b"\x28\xb5\x2f\xfd": "it is packed with zstd: end its name in .zst",
+    b"PAR1": "it is a parquet file: end its name in .parquet",
+    b"PK\x03\x04": "it is a zip archive: unpack it",
+}
 # Characters of what a cut-off text may end in: a pair of escaped surrogates.
 _LONGEST_ESCAPE = 12
 
@@ -40,11 +49,9 @@ def decoded(data: bytes, where: str) -> str:
 
 def _not_utf8(where: str, data: bytes, place: int, before: int = 0) -> DataError:
     """The error for a byte of `data`, which stands behind `before` other bytes."""
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    command = "iconv -f utf-16 -t utf-8" if utf16 else "iconv -t utf-8"
-    return DataError(
-        f"{where}: not UTF-8 (byte {data[place]:#04x} at {before + place}); convert the file, e.g. with {command}"
-    )
+    known = (remedy for begin, remedy in _BEGINNINGS.items() if data.startswith(begin))
+    remedy = next(known, "convert the file, e.g. with iconv -t utf-8")
+    return DataError(f"{where}: not UTF-8 (byte {data[place]:#04x} at {before + place}); {remedy}")
 
 
 class JsonText:

@@ -1,5 +1,6 @@
 """JSON lists that are read item by item: the items and the places of errors are those of the whole text."""
 
+import gzip
 import io
 import json
 
@@ -96,6 +97,14 @@ def test_other_encodings_are_named_with_the_command_that_converts_them(tmp_path,
     path.write_bytes('[{"output": "ä"}]'.encode(encoding))
     how = r"iconv -f utf-16 -t utf-8" if encoding == "utf-16" else "JSON"
     with pytest.raises(DataError, match=how):
+        list(read_records(path))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_packed_file_under_another_name_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'{"output": "a"}'))
+    with pytest.raises(DataError, match=r"packed with gzip: end its name in \.gz"):
         list(read_records(path))
 
 
