@@ -212,7 +212,7 @@ def _identity(model: HFModel, notes: Path) -> list[str]:
         notes: Where is noted what was read, so that files which seem to be the same are read once.
     """
     files = [model.folder / CONFIG, *sorted({tensor.file for tensor in model.tensors.values()})]
-    print_rank_0(f"> reading the weights of the reference {model.folder}, to know them again")
+    print_rank_0(f"> looking which weights the reference {model.folder} has")
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda file: content_digest(file, notes), files)
         return [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]

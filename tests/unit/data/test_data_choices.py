@@ -364,7 +364,14 @@ def test_a_split_is_of_the_samples_that_were_asked_for(small_tokenizer, tmp_path
         (["--data", "{file}", "--seed", "-1"], "--seed is -1"),
         (["--data", "{file}", "--show", "-1"], "--show is -1"),
         (["--data", "{file}", "--report", "none/r.json"], "the folder none does not exist"),
+        (["--data", "{file}", "--report", "/"], "--report / cannot be written"),
         (["--data", "{file}", "--data-weights", "1e-9"], "would hold no example"),
+        (
+            ["--data", "{file}", "--data-weights", "1e12"],
+            "3000000000000 examples an epoch, more than",
+        ),
+        (["--data", "{file}", "--data-weights", "1e300"], "examples an epoch, more than"),
+        (["--data", "{file}", "--data-workers", "1000000"], "--data-workers is 1000000"),
         (["--data", "{file}", "--hf-model", "none"], "none: no such folder"),
     ],
 )
