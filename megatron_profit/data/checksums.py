@@ -165,7 +165,7 @@ def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
     buffer = memoryview(bytearray(_BLOCK))
     for name, (_, checksum) in expected.items():
         found = 0
-        with io.FileIO(folder / name) as file:
+        with io.FileIO(str(folder / name)) as file:
             while count := file.readinto(buffer):
                 found, done = crc32(buffer[:count], found), done + count
                 if progress and time.monotonic() - told > _PROGRESS_SECONDS:
