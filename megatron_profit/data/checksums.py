@@ -1,5 +1,4 @@
-"""Folders whose files are checked before they are used, so that nothing is trained on what a disk, a copy or
-another program has changed.
+"""Folders whose files are checked before use: a disk, a copy or another program may have changed them.
 
 `checksums.json` holds the size and the CRC-32 of each file. Damage to that file itself shows as well: another
 file does not fit then.

@@ -217,7 +217,7 @@ def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
     end = source.tell()
     source.seek(max(0, end - len(_END_OF_STREAM)))
     if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-        raise DataError(f"{path}: has no end, so that what wrote it was stopped; write it anew")
+        raise DataError(f"{path}: has no end, so its writer was stopped; write it again")
 
 
 def _unpacked_bytes(message: pyarrow.ipc.Message) -> int:
@@ -307,7 +307,7 @@ def _checked(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarro
 
 
 def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    """Columns in place of those of a schema, whose names and metadata stay."""
+    """Other columns under the names and with the metadata of a schema."""
     fields = [field.with_type(column.type) for field, column in zip(schema, columns, strict=True)]
     return pyarrow.RecordBatch.from_arrays(
         columns, schema=pyarrow.schema(fields, metadata=schema.metadata)
