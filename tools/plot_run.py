@@ -43,7 +43,7 @@ PANELS = (
     ("Supervised tokens per second", {"supervised tokens per second": "supervised"}),
 )
 _COLUMNS = 3
-# Of a run's folder: what is in it.
+# Entries of a run's folder.
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 # What the metrics file calls otherwise than Megatron does in TensorBoard.
 _RENAMED = {"grad norm": "grad-norm", "learning rate": "learning-rate", "loss scale": "loss-scale"}

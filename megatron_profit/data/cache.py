@@ -45,7 +45,7 @@ STALE_SECONDS = 60.0
 
 
 def default_cache() -> Path:
-    """$MEGATRON_PROFIT_CACHE, else `megatron_profit` beside HuggingFace's folders or in the user's cache.
+    """$MEGATRON_PROFIT_CACHE, else `megatron_profit` next to HuggingFace's folders or in the user's cache.
 
     Raises:
         DataError: The user has no home folder.
@@ -245,7 +245,7 @@ def _check_unchanged(states: Sequence[_State]) -> None:
     for state in states:
         if _states([[state[0]]]) != [state]:
             raise DataError(
-                f"{state[0]}: changed while it was read; start again when nothing writes to it"
+                f"{state[0]}: changed while it was read; wait until it is complete and start again"
             )
 
 
@@ -258,7 +258,7 @@ def content_digest(path: Path, cache: Path) -> str:
     """A hash of the content of a file or folder.
 
     It is kept in `cache` under all that the file system tells of the file, so that a file which seems to be
-    the same is read once. What was copied, restored or mounted anew is read again.
+    the same is read once. A file that was copied, restored or mounted again is read again.
 
     Raises:
         DataError: A file cannot be read, or is no regular file.

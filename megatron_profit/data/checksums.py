@@ -1,5 +1,4 @@
-"""Folders whose files are checked before they are used, so that nothing is trained on what a disk, a copy or
-another program has changed.
+"""Folders whose files are checked before use: a disk, a copy or another program may have changed them.
 
 `checksums.json` holds the size and the CRC-32 of each file. Damage to that file itself shows as well: another
 file does not fit then.
@@ -165,7 +164,7 @@ def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
     buffer = memoryview(bytearray(_BLOCK))
     for name, (_, checksum) in expected.items():
         found = 0
-        with io.FileIO(folder / name) as file:
+        with io.FileIO(str(folder / name)) as file:
             while count := file.readinto(buffer):
                 found, done = crc32(buffer[:count], found), done + count
                 if progress and time.monotonic() - told > _PROGRESS_SECONDS:

@@ -1,4 +1,4 @@
-"""Opening what others wrote: regular files only, and no more of one in memory than a record may take.
+"""Opens files of other people: regular ones only, and no more of one in memory than a record may take.
 
 A pipe or a device would block for ever or never end, and a small compressed file may unpack to terabytes.
 """
@@ -65,7 +65,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def open_data(path: Path) -> IO[bytes]:
-    """Open a data file for reading what it holds, unpacked if its name ends in .gz or .zst.
+    """Open a data file for reading, unpacked if its name ends in .gz or .zst.
 
     Raises as `check_regular`.
     """

@@ -22,8 +22,9 @@ _BEGINNINGS = {
     b"PAR1": "it is a parquet file: end its name in .parquet",
     b"PK\x03\x04": "it is a zip archive: unpack it",
 }
-# Characters of what a cut-off text may end in: a pair of escaped surrogates.
-_LONGEST_ESCAPE = 12
+# Characters of a token that may be cut off: two escaped surrogates. A number that is cut off in front of its
+# exponent is a shorter one.
+_LONGEST_TOKEN = 12
 
 
 def broken_json(path: str | Path, line: int, column: int, message: str, rest: str) -> DataError:
@@ -48,7 +49,7 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def _not_utf8(where: str, data: bytes, place: int, before: int = 0) -> DataError:
-    """The error for a byte of `data`, which stands behind `before` other bytes."""
+    """The error for a byte of `data`, which follows `before` other bytes."""
     known = (remedy for begin, remedy in _BEGINNINGS.items() if data.startswith(begin))
     remedy = next(known, "convert the file, e.g. with iconv -t utf-8")
     return DataError(f"{where}: not UTF-8 (byte {data[place]:#04x} at {before + place}); {remedy}")
@@ -110,9 +111,8 @@ class JsonText:
         while True:
             try:
                 item, end = decode(self._text, self._at)
-                # What follows tells that a number ends here.
                 size = end - self._at
-                if size <= LARGEST_RECORD and (end < len(self._text) or at_end):
+                if size <= LARGEST_RECORD and (at_end or not self._is_near_end(end)):
                     self._at = end
                     return item, size
             except json.JSONDecodeError as error:
@@ -126,8 +126,11 @@ class JsonText:
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
         """Whether the text may be valid, had it not been cut off where it is."""
-        near_end = error.pos >= len(self._text) - _LONGEST_ESCAPE
-        return near_end or error.msg.startswith("Unterminated string")
+        return self._is_near_end(error.pos) or error.msg.startswith("Unterminated string")
+
+    def _is_near_end(self, at: int) -> bool:
+        """Whether what is not read yet may change what stands here, as `e9` changes a number."""
+        return at >= len(self._text) - _LONGEST_TOKEN
 
     def _read_on(self) -> bool:
         """Drop what was read and get as much again as is left, at least a block; False at the end."""

@@ -252,7 +252,7 @@ def _entry(description: Path, name: str) -> Any:
 
 
 def _is_plain_name(name: object) -> bool:
-    """Whether it names an entry of a folder, and nothing outside it."""
+    """Whether it names an entry of a folder, rather than a file elsewhere."""
     return isinstance(name, str) and "\0" not in name and Path(name).name == name
 
 
@@ -447,7 +447,7 @@ def _arrow_batches(path: Path, wanted: Wanted) -> Iterator[Any]:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
-            f"{path}: not an arrow file of the datasets library ({error}); write it anew, or "
+            f"{path}: not an arrow file of the datasets library ({error}); write it again, or "
             "convert it to .parquet"
         ) from error
 
@@ -480,7 +480,7 @@ def _names_of(state: Path) -> list[str]:
 
 def _unreadable(description: Path, why: str) -> DataError:
     return DataError(
-        f"{description}: not a readable data set of the datasets library ({why}); write it anew "
+        f"{description}: not a readable data set of the datasets library ({why}); write it again "
         "with save_to_disk"
     )
 

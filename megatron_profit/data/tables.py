@@ -36,6 +36,13 @@ _UNPACKED = 2**30
 _OBJECT = 64
 # Parquet's types of values of any length.
 _LONG = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+_NESTED = (
+    types.is_struct,
+    types.is_map,
+    types.is_list,
+    types.is_large_list,
+    types.is_fixed_size_list,
+)
 _LISTS = ((types.is_list, pyarrow.list_), (types.is_large_list, pyarrow.large_list))
 _TEXTS = (
     (types.is_string, pyarrow.binary()),
@@ -68,7 +75,7 @@ def parquet_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]
         pre_buffer=False,
         buffer_size=BLOCK,
     ) as file:
-        _check_names(path, file.schema_arrow)
+        _check_schema(path, file.schema_arrow, wanted)
         for group in range(file.num_row_groups):
             yield from _group_batches(path, file, group, wanted)
 
@@ -100,7 +107,9 @@ def _group_batches(
 
 def _leaves(kind: pyarrow.DataType) -> Iterator[pyarrow.DataType]:
     """The types of the columns in which parquet stores a column of a type, in its order."""
-    if types.is_nested(kind):
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        yield from _leaves(kind.storage_type)
+    elif types.is_nested(kind):
         for index in range(kind.num_fields):
             yield from _leaves(kind.field(index).type)
     else:
@@ -147,11 +156,29 @@ def _told(column: pyarrow.Array, wanted: bool) -> pyarrow.Array:
     return pyarrow.compute.if_else(filled, filled, pyarrow.scalar(None, pyarrow.bool_()))
 
 
-def _check_names(path: Path, schema: pyarrow.Schema) -> None:
+def _check_schema(path: Path, schema: pyarrow.Schema, wanted: Wanted) -> None:
+    """Refuse two columns of one name, and columns whose values are not read."""
     if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
         raise DataError(
             f"{path}: two columns are called {shown(twice[0])}; rename one or leave it out"
         )
+    for field in schema:
+        if wanted(field.name) and not _is_read(field.type):
+            raise DataError(
+                f"{path}: the column {shown(field.name)} has the type {shown(str(field.type))}, which is not "
+                "read; write texts, numbers, lists or objects"
+            )
+
+
+def _is_read(kind: pyarrow.DataType) -> bool:
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _is_read(kind.storage_type)
+    if types.is_dictionary(kind):
+        return _is_read(kind.value_type)
+    if types.is_nested(kind):
+        children = (kind.field(index).type for index in range(kind.num_fields))
+        return any(is_kind(kind) for is_kind in _NESTED) and all(map(_is_read, children))
+    return True
 
 
 def arrow_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
@@ -168,7 +195,7 @@ def arrow_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
         _check_messages(path, source)
         source.seek(0)
         reader = pyarrow.ipc.open_stream(source)
-        _check_names(path, reader.schema)
+        _check_schema(path, reader.schema, wanted)
         for batch in reader:
             batch.validate()  # that its buffers are as long as they must be
             columns = [_told(batch.column(name), wanted(name)) for name in batch.schema.names]
@@ -190,7 +217,7 @@ def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
     end = source.tell()
     source.seek(max(0, end - len(_END_OF_STREAM)))
     if source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
-        raise DataError(f"{path}: has no end, so that what wrote it was stopped; write it anew")
+        raise DataError(f"{path}: has no end, so its writer was stopped; write it again")
 
 
 def _unpacked_bytes(message: pyarrow.ipc.Message) -> int:
@@ -280,7 +307,7 @@ def _checked(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarro
 
 
 def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    """Columns in place of those of a schema, whose names and metadata stay."""
+    """Other columns under the names and with the metadata of a schema."""
     fields = [field.with_type(column.type) for field, column in zip(schema, columns, strict=True)]
     return pyarrow.RecordBatch.from_arrays(
         columns, schema=pyarrow.schema(fields, metadata=schema.metadata)
@@ -291,9 +318,6 @@ def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, 
     """Parts of a batch that take up to `LARGEST_RECORD` bytes as Python objects, with the bytes of each row.
 
     A row that takes more comes alone, and as it is; the dictionaries of others are unpacked.
-
-    Raises:
-        DataError: A column is of a type that is not read.
     """
     for start in range(0, len(batch), _ROWS):
         rows = batch.slice(start, _ROWS)
@@ -339,14 +363,18 @@ def _row_bytes(array: pyarrow.Array) -> npt.NDArray[np.int64] | int:
         ends = array.offsets.to_numpy()
         return _list_bytes(ends[:-1], ends[1:], array.values)
     if types.is_string_view(kind) or types.is_binary_view(kind):
+        # A view is four numbers, of which the first is the length.
         views = np.frombuffer(array.buffers()[1], np.int32)[4 * array.offset :][: 4 * len(array)]
-        return views[::4] * array.is_valid().to_numpy(zero_copy_only=False) + _OBJECT
-    if types.is_nested(kind):
-        raise DataError(
-            f"columns of the type {shown(str(kind))} are not read; write lists or objects"
-        )
-    if any(is_text(kind) for is_text, _ in _TEXTS) or types.is_binary(kind):
-        return pyarrow.compute.binary_length(array).fill_null(0).to_numpy() + _OBJECT
+        filled = array.is_valid().to_numpy(zero_copy_only=False)
+        return views[::4].astype(np.int64) * filled + _OBJECT
+    if (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+    ):
+        lengths = pyarrow.compute.binary_length(array).fill_null(0).to_numpy()
+        return lengths.astype(np.int64) + _OBJECT
     return _OBJECT + (kind.bit_width // 8 if types.is_fixed_size_binary(kind) else 0)
 
 
@@ -354,6 +382,7 @@ def _list_bytes(
     starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], values: pyarrow.Array
 ) -> npt.NDArray[np.int64]:
     """[N], of lists that hold the ranges [start, end) of `values`."""
+    starts, ends = starts.astype(np.int64), ends.astype(np.int64)
     first, last = (int(starts[0]), int(ends[-1])) if len(starts) else (0, 0)
     each = _row_bytes(values.slice(first, last - first))
     if isinstance(each, int):

@@ -1,4 +1,4 @@
-"""Folders with checksums: whatever happens to a file is found, and the check is shared by processes."""
+"""Folders with checksums: any damage to a file is found, and the check is shared by processes."""
 
 import multiprocessing
 import os
@@ -60,7 +60,7 @@ def test_any_damage_is_found_and_put_aside(folder, capsys, name, damage):
         file.unlink()
         if damage == "pipe":
             os.mkfifo(file)
-    harmless = name == "checksums.json" and damage == "longer"  # a space behind JSON is JSON
+    harmless = name == "checksums.json" and damage == "longer"  # JSON may end in a space
     assert is_usable(folder, NAMES) == harmless
     assert len(put_aside(folder)) == (not harmless)
     assert folder.exists() == harmless

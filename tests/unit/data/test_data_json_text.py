@@ -42,6 +42,7 @@ def read(data: bytes):
 
 @given(st.lists(values, max_size=5), st.sampled_from([None, 0, 2]), st.booleans())
 @example([123456789012, -1.5e300, "x" * 100, 1], None, True)
+@example([1e300, 1.25e-7, {"a": -1e22}], 0, True)
 def test_any_list_is_read_as_the_json_library_reads_it(items, indent, ascii_only):
     text = json.dumps(items, indent=indent, ensure_ascii=ascii_only)
     for data in (text.encode(), b"\xef\xbb\xbf \n" + text.encode() + b"\r\n "):

@@ -163,7 +163,7 @@ print(peak() - before)
 
 
 def write_bombs(folder):
-    """Files of under a megabyte that stand for gigabytes; yield each, and what is said of it."""
+    """Files of under a megabyte that stand for gigabytes; yield each with a part of the message."""
     line = folder / "line.jsonl.gz"
     with gzip.open(line, "wb", compresslevel=1) as file:
         file.write(LINE + b'{"instruction": "')

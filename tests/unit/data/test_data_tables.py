@@ -167,10 +167,25 @@ def test_rows_come_in_portions_of_a_bounded_size_and_large_ones_alone():
     assert [text for part, _ in parts for text in part.column("x").to_pylist()] == texts
 
 
-def test_types_that_are_not_read_are_named():
-    array = pyarrow.UnionArray.from_sparse(pyarrow.array([0], pyarrow.int8()), [pyarrow.array([1])])
-    with pytest.raises(DataError, match=r"columns of the type .*union.* are not read"):
-        list(portions(pyarrow.RecordBatch.from_arrays([array], ["x"])))
+def test_types_that_are_not_read_are_named_where_they_are_wanted(tmp_path):
+    path = tmp_path / "a.arrow"
+    union = pyarrow.UnionArray.from_sparse(pyarrow.array([0], pyarrow.int8()), [pyarrow.array([1])])
+    nested = pyarrow.ListArray.from_arrays([0, 1], union)
+    stream(path, [pyarrow.RecordBatch.from_arrays([pyarrow.array(["a"]), nested], ["output", "x"])])
+    with pytest.raises(DataError, match=r"a\.arrow: the column 'x' has the type .*union.*not read"):
+        list(read_records(path))
+    (record,) = read_records(path, columns=["output"])
+    assert record.value == {"output": "a", "x": True}
+
+
+def test_lists_of_billions_of_entries_are_measured_without_a_look_at_each():
+    entries = 2**31 - 1
+    array = pyarrow.ListArray.from_arrays([0, 0, entries], pyarrow.nulls(entries))
+    batch = pyarrow.RecordBatch.from_arrays([array], ["messages"])
+    (empty, _), (full, (size,)) = portions(batch)
+    assert empty.to_pylist() == [{"messages": []}]
+    assert len(full) == 1
+    assert size > 8 * entries
 
 
 def stream(path, batches, **options):
@@ -221,11 +236,15 @@ def test_compressed_streams_are_read_up_to_a_size(tmp_path, monkeypatch, compres
     path = tmp_path / "a.arrow"
     rows = [{"output": "abc" * 100, "x": [1, 2]}] * 10
     options = pyarrow.ipc.IpcWriteOptions(compression=compression)
-    stream(path, [pyarrow.RecordBatch.from_pylist(rows)], options=options)
-    assert [record.value for record in read_records(path)] == rows
-    monkeypatch.setattr(tables, "_UNPACKED", 3000)
-    with pytest.raises(DataError, match=r"says that it unpacks to 3,\d\d\d bytes"):
-        list(read_records(path))
+    batch = pyarrow.RecordBatch.from_pylist(rows)
+    packed = pyarrow.array(["abc" * 1000] * 10).dictionary_encode()
+    for changed in (batch, batch.set_column(0, "output", packed)):
+        monkeypatch.undo()
+        stream(path, [changed], options=options)
+        assert [record.value for record in read_records(path)] == changed.to_pylist()
+        monkeypatch.setattr(tables, "_UNPACKED", 2900)
+        with pytest.raises(DataError, match=r"says that it unpacks to 3,\d\d\d bytes"):
+            list(read_records(path))
 
 
 GOOD = [{"messages": [{"role": "user", "content": "q"}], "x": number} for number in range(30)]
