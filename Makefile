@@ -2,6 +2,7 @@
 # make test         lint and every test that runs without a GPU; sets itself up
 # make test-all     the longer checks as well
 # make bench        measure the objective, whole training steps and the conversion against others; about 10 minutes
+# make clean        remove the environment and scratch files; checkpoints in runs/ stay
 
 SHELL := /bin/bash
 VENV := .venv
@@ -50,7 +51,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(PYTHON) tools/bench_objective.py --quick
 	$(PYTHON) tools/bench_training_step.py --quick
-	$(PYTHON) tools/bench_conversion.py --sizes 0.6B --scratch runs/bench_conversion
+	$(PYTHON) tools/bench_conversion.py --sizes 0.6B --scratch build/bench_conversion
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .
@@ -65,5 +66,6 @@ test-all: lint
 quickstart: $(STAMP)
 	$(PYTHON) examples/quickstart.py
 
+# What make itself has made. Runs and their checkpoints are in runs/, which stays.
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info

@@ -220,7 +220,12 @@ class Finished:
             self.write([])
 
     def read(self) -> list[str]:
-        return json.loads(self.file.read_text(encoding="utf-8"))
+        """The commands of the steps that are done; none where the file was damaged."""
+        try:
+            commands = json.loads(self.file.read_text(encoding="utf-8"))
+        except ValueError:
+            return []
+        return commands if isinstance(commands, list) else []
 
     def write(self, commands: Sequence[str]) -> None:
         beside = self.file.with_name(f".{self.file.name}.partial")

@@ -34,6 +34,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from threading import Lock
 from typing import Any
+from zlib import crc32
 
 import make_arithmetic_data
 
@@ -175,7 +176,7 @@ def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
     folder = plan.folder(setting, run, seed)
     finished = folder / "result.json"
     if finished.exists():
-        return Result(**json.loads(finished.read_text(encoding="utf-8")))
+        return read_result(finished)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     printed = execute(plan.command(setting, run, seed, folder / "hf"), folder / "train.log")
@@ -192,8 +193,31 @@ def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
         length=length,
     )
     shutil.rmtree(folder / "hf")
-    write_whole(finished, json.dumps(asdict(result)))
+    write_result(finished, result)
     return result
+
+
+def write_result(file: Path, result: Result) -> None:
+    """Keep a result, with a checksum."""
+    values = json.dumps(asdict(result))
+    write_whole(file, json.dumps({"crc32": f"{crc32(values.encode()):08x}", "result": values}))
+
+
+def read_result(file: Path) -> Result:
+    """A result that was kept.
+
+    Raises:
+        ComparisonError: it is not as it was written.
+    """
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["crc32"] != f"{crc32(kept['result'].encode()):08x}":
+            raise ValueError("its checksum differs")
+        return Result(**json.loads(kept["result"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ComparisonError(
+            f"{file} is damaged ({error}); remove it, and its run is trained again"
+        ) from error
 
 
 def execute(command: Sequence[str], log: Path) -> str:
@@ -273,9 +297,10 @@ def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list
         DataError: the file cannot be read, or its first record is in no known format.
     """
     from megatron_profit.data import BrokenRecord, Layout, normalise, read_records
+    from megatron_profit.data.chat import read_fields
 
     layout, questions, unusable = Layout.of_columns(columns), [], 0
-    for record in read_records(file):
+    for record in read_records(file, columns=read_fields(layout)):
         try:
             *asked, reference = normalise(record, layout).messages
         except BrokenRecord:

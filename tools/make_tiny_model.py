@@ -18,13 +18,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 # Qwen3's roles: <|endoftext|> pads, <|im_end|> ends a turn and therefore generation.
@@ -134,7 +134,7 @@ def _message_texts(content: str, path: Path) -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2TokenizerFast:
     """Byte-level BPE of at most `vocab_size` tokens, special tokens last, as in Qwen3.
 
     Short texts run out of pairs to merge before `vocab_size` is reached; the model then has rows
@@ -142,7 +142,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
     """
     # Qwen's own rules for cutting text before the merges (one token per digit, for instance) are
     # those that the loaded folder will apply, so the merges are learned under them.
-    qwen = Qwen2Tokenizer().backend_tokenizer
+    qwen = qwen_tokenizer({PAD: 0}, []).backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = qwen.normalizer
     bpe.pre_tokenizer = qwen.pre_tokenizer
@@ -155,13 +155,13 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
     )
     bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
+    tokenizer = qwen_tokenizer(
+        learned["vocab"],
+        learned["merges"],
         unk_token=PAD,
         eos_token=TURN_END,
         pad_token=PAD,
-        extra_special_tokens=[TURN_START],
+        additional_special_tokens=[TURN_START],
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
@@ -169,7 +169,27 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_config(shape: TinyShape, tokenizer: Qwen2Tokenizer) -> Qwen3Config:
+def qwen_tokenizer(
+    vocab: Mapping[str, int], merges: Iterable[Sequence[str]], **options: object
+) -> Qwen2TokenizerFast:
+    """Qwen's tokenizer with another vocabulary.
+
+    It is loaded from the files of a published one, which transformers 4 and 5 both read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+        Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder, **options)
+    for name in (
+        "is_local",
+        "local_files_only",
+    ):  # how it was loaded, which is not saved with a model
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
+def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> Qwen3Config:
     """The Qwen3 configuration of a shape, with the tokenizer's special ids."""
     return Qwen3Config(
         vocab_size=shape.vocab_size,

@@ -1,6 +1,9 @@
 """Draw the curves of one or more training runs, from their metrics files or TensorBoard folders.
 
-    python tools/plot_run.py --out curves.png base=runs/base/metrics.jsonl ProFit=runs/profit/tensorboard …
+    python tools/plot_run.py --out curves.png base=runs/base ProFit=runs/profit/tensorboard …
+
+A run is a metrics file, a folder with one (`metrics.jsonl`, as in --save), or a folder with TensorBoard
+events. Without a label it is called after its folder.
 
 There is a panel for each group of metrics that any of the runs has: losses, kept fraction, probabilities,
 gradient norm, learning rate, throughput. The figure is written beside its place and renamed.
@@ -40,6 +43,8 @@ PANELS = (
     ("Supervised tokens per second", {"supervised tokens per second": "supervised"}),
 )
 _COLUMNS = 3
+# Entries of a run's folder.
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 # What the metrics file calls otherwise than Megatron does in TensorBoard.
 _RENAMED = {"grad norm": "grad-norm", "learning rate": "learning-rate", "loss scale": "loss-scale"}
 # Colour-blind safe, from Okabe and Ito.
@@ -53,14 +58,14 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Metrics of an evaluation have " validation" behind their name.
 
     Args:
-        run: A metrics file of JSON lines, or a folder with TensorBoard events.
+        run: A metrics file of JSON lines, or a folder with one or with TensorBoard events.
 
     Raises:
         FileNotFoundError: It is neither.
         ValueError: A line of a metrics file is broken.
     """
     values: dict[str, dict[int, float]] = {}
-    for name, step, value in _points_of_file(run) if run.is_file() else _points_of_events(run):
+    for name, step, value in _points(run):
         values.setdefault(name, {})[step] = value
     return {
         name: (sorted(points), [points[step] for step in sorted(points)])
@@ -68,11 +73,20 @@ def read_curves(run: Path) -> dict[str, Curve]:
     }
 
 
+def _points(run: Path) -> Iterator[tuple[str, int, float]]:
+    if run.is_file():
+        return _points_of_file(run)
+    if (run / METRICS).is_file():
+        return _points_of_file(run / METRICS)
+    for folder in (run, run / TENSORBOARD):
+        if any(folder.glob("events.out.tfevents.*")):
+            return _points_of_events(folder)
+    raise FileNotFoundError(
+        f"{run} is no metrics file, and no folder with {METRICS} or a TensorBoard event file in it"
+    )
+
+
 def _points_of_events(folder: Path) -> Iterator[tuple[str, int, float]]:
-    if not any(folder.glob("events.out.tfevents.*")):
-        raise FileNotFoundError(
-            f"{folder} holds no TensorBoard event file, and is no metrics file either"
-        )
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
@@ -93,7 +107,7 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     """Draw the runs into one PNG.
 
     Args:
-        runs: Label -> metrics file or TensorBoard folder.
+        runs: Label -> metrics file or folder, see `read_curves`.
         out: The file to write.
 
     Raises:
@@ -137,20 +151,36 @@ def _telling(curves: Mapping[str, Curve]) -> dict[str, Curve]:
     return {name: curve for name, curve in curves.items() if name not in silent}
 
 
+def labelled(run: str) -> tuple[str, str]:
+    """The label and the path of an argument LABEL=RUN or RUN, which is named after its folder then."""
+    label, equals, path = run.partition("=")
+    if equals and not Path(run).exists():  # a path may hold a "="
+        return label, path
+    place = Path(run).resolve()
+    if place.is_file() or place.name == TENSORBOARD:
+        place = place.parent
+    return place.name, run
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "runs", nargs="+", metavar="LABEL=RUN", help="a metrics file or a TensorBoard folder"
+        "runs",
+        nargs="+",
+        metavar="[LABEL=]RUN",
+        help=f"a metrics file, a folder with {METRICS} (--save of a run), or one with TensorBoard events",
     )
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     arguments = parser.parse_args(argv)
     runs = {}
     for run in arguments.runs:
-        label, _, path = run.partition("=")
+        label, path = labelled(run)
         if not (label and path):
             parser.error(f"{run!r} is not of the form LABEL=RUN")
         if label in runs:
-            parser.error(f"the label {label!r} is given twice; each run needs its own")
+            parser.error(
+                f"the label {label!r} is given twice; write LABEL=RUN with another for each"
+            )
         runs[label] = Path(path)
     try:
         print(f"wrote {plot_runs(runs, arguments.out)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from checkpoint_conversion.cli import run
 from megatron_profit.data import (
     DataError,
     DataOptions,
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.show < 0:
             raise DataError(f"--show is {arguments.show}; it must not be negative")
-        if arguments.report and not arguments.report.parent.is_dir():
-            raise DataError(f"--report: the folder {arguments.report.parent} does not exist")
+        if arguments.report:
+            _check_report(arguments.report)
         if arguments.seq_length < 1:
             raise DataError(f"--seq-length is {arguments.seq_length}; it must be at least 1")
         if not 0 <= arguments.seed < 2**64:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prepare_data: error: {error}", file=sys.stderr)
         return 2
     if arguments.report:
-        arguments.report.write_text(json.dumps(_as_json(sets), indent=1) + "\n", encoding="utf-8")
+        _write_report(arguments.report, json.dumps(_as_json(sets), indent=1) + "\n")
     try:
         for name, found in sets.items():
             print(describe(name, sets))
@@ -60,6 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read this has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _check_report(file: Path) -> None:
+    """Raises a DataError where a report cannot be written, before there is one."""
+    if not file.parent.is_dir():
+        raise DataError(f"--report: the folder {file.parent} does not exist")
+    if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
+        raise DataError(f"--report {file} cannot be written; name another file")
+
+
+def _write_report(file: Path, text: str) -> None:
+    """Write the report, whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
 
 
 def describe(name: str, sets: dict[str, PreparedSet]) -> str:
@@ -116,4 +132,4 @@ def _as_json(sets: dict[str, PreparedSet]) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -38,6 +38,7 @@ from megatron_profit.data import (
     read_records,
     read_sources,
 )
+from megatron_profit.data.chat import read_fields
 from megatron_profit.data.errors import printable
 from megatron_profit.data.options import add_rendering_flags
 from megatron_profit.data.template_date import parse_day
@@ -159,7 +160,10 @@ def left_out(what: str) -> None:
 
 def source_records(source: Source) -> Iterator[RawRecord]:
     """The records of a source in the order of its files."""
-    return (record for file in source.files() for record in read_records(file, source.split))
+    columns = read_fields(source.layout)
+    return (
+        record for file in source.files() for record in read_records(file, source.split, columns)
+    )
 
 
 @contextmanager
@@ -326,11 +330,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         make_report(arguments)
-    except (ReportError, DataError, ConversionError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # whoever read the terminal form has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ReportError, DataError, ConversionError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

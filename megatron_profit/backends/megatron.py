@@ -12,9 +12,9 @@ from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.loggers import LOGGER_PATCHES
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
 from megatron_profit.backends.param_groups import adapt_groups
-from megatron_profit.backends.parent_death import die_with_parent
 from megatron_profit.backends.patch import MEGATRON_CORE_VERSION, Patch
 from megatron_profit.backends.saving import SAVING_PATCHES
+from megatron_profit.parent_death import die_with_parent
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
 

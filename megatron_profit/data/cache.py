@@ -1,9 +1,9 @@
-"""Prepared data on disk: made once, found again by content, shared by all processes.
+"""Prepared data on disk: made once, found again by content, checked by every start, shared by all processes.
 
 One process of a machine (the leader) prepares, the others wait for the finished folder by looking at the file
 system: no collective is involved, so none can time out, and jobs that share a file system share the work.
 A folder appears by one rename. Who prepares holds a lock file and touches it; a lock that is no longer
-touched is of a process that died, and is taken over.
+touched is of a process that died, and is taken over. A folder that is damaged is put aside and made again.
 
 The lock saves work and guards nothing: each process writes into a folder of its own and the first rename
 wins, so that a process that was taken for dead, and is not, does no harm.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -25,14 +26,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.data.checksums import is_usable
 from megatron_profit.data.errors import DataError
-from megatron_profit.data.examples import ABOUT, Prepared, load, write
+from megatron_profit.data.examples import ABOUT, FILES, Prepared, load, write
+from megatron_profit.data.files import open_regular
 from megatron_profit.data.prepare import Preparation, default_workers, file_names, prepared_chunks
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sources import Source
+from megatron_profit.data.tokenizer_files import tokenizer_paths
 
-# What a tokenizer's ids and its chat template depend on.
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*")
 _NOT_OF_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _BLOCK = 8 * 2**20
 
@@ -43,13 +45,24 @@ STALE_SECONDS = 60.0
 
 
 def default_cache() -> Path:
-    """$MEGATRON_PROFIT_CACHE, else `megatron_profit` beside HuggingFace's folders or in the user's cache."""
+    """$MEGATRON_PROFIT_CACHE, else `megatron_profit` next to HuggingFace's folders or in the user's cache.
+
+    Raises:
+        DataError: The user has no home folder.
+    """
     if own := os.environ.get("MEGATRON_PROFIT_CACHE"):
         return Path(own)
     if huggingface := os.environ.get("HF_HOME"):
         return Path(huggingface) / "megatron_profit"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "megatron_profit"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "megatron_profit"
+    try:
+        return Path.home() / ".cache" / "megatron_profit"
+    except RuntimeError as error:
+        raise DataError(
+            "there is no folder for prepared data: HOME is not set, and the user has no entry in passwd; "
+            "give one with --data-cache or $MEGATRON_PROFIT_CACHE"
+        ) from error
 
 
 def prepare(
@@ -80,21 +93,22 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
         with _reading("the data"):
             files = [source.files() for source in sources]
-        key = _key(sources, files, tokenizer, preparation, cache, leader)
+        states = _states(files)
+        key = _key(sources, files, tokenizer, preparation, cache)
         folder = cache / key[:32]
         for note in filter(None, (source.left_out for source in sources)):
             if progress:
                 progress(note)
-        while not (folder / ABOUT).is_file():
+        while not is_usable(folder, FILES, progress):
             if not leader:
                 time.sleep(POLL_SECONDS)
                 continue
             token = uuid.uuid4().hex
             with _lock(folder.with_suffix(".lock"), token, progress) as mine:
-                if mine and not (folder / ABOUT).is_file():
+                if mine and not folder.exists():
                     with _reading("the data"):
                         count = workers or default_workers(sources)
-                    _fill(folder, token, sources, tokenizer, preparation, count, progress)
+                    _fill(folder, token, sources, tokenizer, preparation, count, progress, states)
         return _under_these_paths(load(folder, file_names(files)), folder, sources)
     except OSError as error:
         raise DataError(
@@ -119,6 +133,7 @@ def _fill(
     preparation: Preparation,
     workers: int,
     progress: Callable[[str], None] | None,
+    states: Sequence[_State],
 ) -> None:
     _remove_left_overs(folder)
     temporary = _temporary(folder, token)
@@ -132,7 +147,8 @@ def _fill(
     }
     try:
         write(chunks, report, temporary, about)
-        if not (folder / ABOUT).is_file():  # made by a process that was taken for dead, meanwhile
+        _check_unchanged(states)
+        if not folder.exists():  # made by a process that was taken for dead, meanwhile
             temporary.rename(folder)
     except FileNotFoundError:
         # This process was silent for so long that its successor cleaned up behind it.
@@ -166,14 +182,13 @@ def _key(
     tokenizer: Path,
     preparation: Preparation,
     cache: Path,
-    leader: bool,
 ) -> str:
     """A hash of everything that the prepared examples depend on; `files` are those of each source."""
     import tokenizers
     import transformers
 
     # A name says how a file is read, and where a record stands; the folder does not matter.
-    contents = [[(path.name, _digest(path, cache, leader)) for path in paths] for paths in files]
+    contents = [[(path.name, content_digest(path, cache)) for path in paths] for paths in files]
     parts = {
         "code": _code(),
         "versions": [transformers.__version__, tokenizers.__version__],
@@ -190,13 +205,11 @@ def _key(
 
 def tokenizer_files(tokenizer: Path) -> list[list[str]]:
     """Name and hash of each file in a folder that a tokenizer's ids and its chat template depend on."""
-    files = {
-        path
-        for pattern in _TOKENIZER_FILES
-        for path in tokenizer.glob(pattern)
+    return [
+        [str(path.relative_to(tokenizer)), _hash_file(path)]
+        for path in tokenizer_paths(tokenizer)
         if path.name not in _NOT_OF_THE_TOKENIZER
-    }
-    return [[str(path.relative_to(tokenizer)), _hash_file(path)] for path in sorted(files)]
+    ]
 
 
 @functools.cache
@@ -217,36 +230,75 @@ def _reading(what: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _digest(path: Path, cache: Path, leader: bool) -> str:
+type _State = tuple[Path, int, int, int]
+
+
+def _states(files: Sequence[Sequence[Path]]) -> list[_State]:
+    """Path, size, time of change and number of each file that is read, folders opened."""
+    with _reading("the data"):
+        inner = [file for paths in files for path in paths for file in _inner(path)]
+        return [(file, s.st_size, s.st_mtime_ns, s.st_ino) for file in inner for s in [file.stat()]]
+
+
+def _check_unchanged(states: Sequence[_State]) -> None:
+    """Check that no data file has changed since it was looked at: what was read is what was hashed."""
+    for state in states:
+        if _states([[state[0]]]) != [state]:
+            raise DataError(
+                f"{state[0]}: changed while it was read; wait until it is complete and start again"
+            )
+
+
+def _inner(path: Path) -> list[Path]:
+    """The regular files in a folder, or a file itself."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def content_digest(path: Path, cache: Path) -> str:
     """A hash of the content of a file or folder.
 
-    It is kept under the file's place, size and time of change, so that the leader alone reads the file.
+    It is kept in `cache` under all that the file system tells of the file, so that a file which seems to be
+    the same is read once. A file that was copied, restored or mounted again is read again.
+
+    Raises:
+        DataError: A file cannot be read, or is no regular file.
+        OSError: The cache cannot be written to.
     """
     with _reading(path):
-        folder = path.is_dir()
-        inner = sorted(file for file in path.rglob("*") if file.is_file()) if folder else [path]
-        stats = [(str(file.resolve()), file.stat()) for file in inner]
-    known = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    note = cache / "files" / sha256(known.encode()).hexdigest()
-    while not note.is_file():
-        if leader:
-            found = [(str(file.relative_to(path)), _hash_file(file)) for file in inner]
-            _write_whole(note, sha256(repr(found).encode()).hexdigest())
-        else:
-            time.sleep(POLL_SECONDS)
-    return note.read_text(encoding="ascii")
+        inner = _inner(path)
+        known = [
+            (str(file.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+            for file in inner
+            for s in [file.stat()]
+        ]
+    note = cache / "files" / sha256(repr(known).encode()).hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    while not (digest := _noted(note)):
+        with _lock(note.with_suffix(".lock"), uuid.uuid4().hex, None) as mine:
+            if mine:
+                found = [(str(file.relative_to(path)), _hash_file(file)) for file in inner]
+                _write_whole(note, sha256(repr(found).encode()).hexdigest())
+    return digest
+
+
+def _noted(note: Path) -> str:
+    """The digest in a note; "" where there is none, or half of one."""
+    try:
+        digest = note.read_text(encoding="ascii")
+    except (FileNotFoundError, ValueError):
+        return ""
+    return digest if re.fullmatch("[0-9a-f]{64}", digest) else ""
 
 
 def _hash_file(path: Path) -> str:
     digest = sha256()
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
 def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(f".tmp-{uuid.uuid4().hex}")
     temporary.write_text(text, encoding="ascii")
     temporary.rename(path)

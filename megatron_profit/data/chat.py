@@ -55,6 +55,12 @@ FORMATS = (
 )
 
 
+def read_fields(layout: Layout) -> frozenset[str]:
+    """Names of the fields of a record that `normalise` reads."""
+    named = frozenset(layout.columns.values()) or frozenset().union(*_RECORD_FIELDS.values())
+    return named | set(masks.FIELDS)
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What a chat template takes.

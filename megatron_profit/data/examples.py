@@ -5,7 +5,6 @@ their own and are shared by all processes of a machine.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.errors import DataError, printable
+from megatron_profit.data.checksums import CheckedFiles
+from megatron_profit.data.errors import printable
 from megatron_profit.data.report import Found, PreparationReport
 
 ABOUT = "about.json"
@@ -125,6 +125,8 @@ _ARRAYS = {
     "digests": np.uint64,
     "labels": np.int32,
 }
+# Files of a prepared folder.
+FILES = (*_ARRAYS, ABOUT)
 
 
 def _arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
@@ -176,45 +178,23 @@ def write(
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
     """
-    folder.mkdir()
-    files = {name: (folder / name).open("wb") for name in _ARRAYS}
     lengths = [np.zeros(0, dtype=np.int64)]
-    try:
+    with CheckedFiles(folder) as files:
         for chunk in chunks:
             arrays = _arrays(chunk)
             lengths.append(arrays.pop("offsets"))
             for name, array in arrays.items():
-                files[name].write(np.ascontiguousarray(array, dtype=_ARRAYS[name]).data)
-        files["offsets"].write(_offsets(np.concatenate(lengths)).data)
-    finally:
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-    sizes = {name: (folder / name).stat().st_size for name in _ARRAYS}
-    text = json.dumps({**about, "report": report.as_json(), "bytes": sizes}, indent=1, default=str)
-    with (folder / ABOUT).open("w", encoding="utf-8") as about_file:
-        about_file.write(text + "\n")
-        about_file.flush()
-        os.fsync(about_file.fileno())
+                files.append(name, array.astype(_ARRAYS[name], copy=False))
+        files.append("offsets", _offsets(np.concatenate(lengths)))
+        text = json.dumps({**about, "report": report.as_json()}, indent=1, default=str)
+        files.append(ABOUT, text.encode() + b"\n")
+        files.finish()
 
 
 def load(folder: Path, file_names: Sequence[str]) -> Prepared:
-    """The examples that `write` put into a folder, mapped into memory.
-
-    Raises:
-        DataError: A file is missing or has another size than it was written with.
-    """
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        arrays = {}
-        for name, kind in _ARRAYS.items():
-            found, expected = (folder / name).stat().st_size, about["bytes"][name]
-            if found != expected:
-                raise ValueError(f"{name} has {found} bytes instead of {expected}")
-            arrays[name] = np.memmap(folder / name, dtype=kind, mode="r")
-        return _prepared(arrays, file_names, PreparationReport.from_json(about["report"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder}: the prepared data are damaged ({error}); delete this folder and start again"
-        ) from error
+    """The examples that `write` put into a folder, mapped into memory; the files must have been checked."""
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    arrays = {
+        name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in _ARRAYS.items()
+    }
+    return _prepared(arrays, file_names, PreparationReport.from_json(about["report"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_profit.data.cache import default_cache, prepare
 from megatron_profit.data.dataset import SFTDataset
-from megatron_profit.data.errors import DataError
+from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.examples import Prepared
 from megatron_profit.data.order import Group
 from megatron_profit.data.prepare import Preparation
@@ -27,6 +28,10 @@ from megatron_profit.data.template_date import parse_day
 # Validation rows are shuffled, so that the first of them (--eval-iters) are a sample of all: packing puts
 # the longest records first. The order is the same in every run.
 _VALID_SEED = 0
+# Of --data-workers, for machines with few cores and with many.
+_FEWEST_LIMIT, _WORKERS_PER_CORE = 64, 4
+# Examples of an epoch, 40 bytes each while rows are laid out.
+_MOST_DRAWN = 2**31
 
 
 def add_data_flags(group: argparse._ArgumentGroup) -> None:
@@ -158,8 +163,10 @@ class DataOptions:
             raise DataError(f"--valid-split is {share}; it must be at least 0 and below 1")
         if share and flags["valid_data"]:
             raise DataError("--valid-split and --valid-data contradict each other; drop one")
-        if workers is not None and workers < 1:
-            raise DataError(f"--data-workers is {workers}; it must be at least 1")
+        if workers is not None and not 1 <= workers <= _most_workers():
+            raise DataError(
+                f"--data-workers is {workers}; it must be in 1..{_most_workers()} on this machine"
+            )
         naming = {"columns": flags["data_columns"] or (), "dataset_info": flags["dataset_info"]}
         training = Training(flags["train_on"], flags["train_think"])
         return cls(
@@ -193,6 +200,11 @@ class PreparedSet:
     prepared: Prepared
     dataset: SFTDataset
     packing: PackingReport
+
+
+def _most_workers() -> int:
+    """More processes than this only take memory."""
+    return max(_FEWEST_LIMIT, _WORKERS_PER_CORE * (os.cpu_count() or 1))
 
 
 def prepare_sets(
@@ -304,7 +316,13 @@ def _set_aside(
 
 
 def _check_drawn(groups: Sequence[Group]) -> None:
-    if sum(group.drawn(0)[1] for group in groups) < 1:
+    drawn = sum(group.drawn(0)[1] for group in groups)
+    if drawn < 1:
         raise DataError(
             "--data-weights are so small that an epoch would hold no example; give larger ones"
+        )
+    if drawn > _MOST_DRAWN:
+        raise DataError(
+            f"--data-weights and num_samples ask for {shown(drawn)} examples an epoch, more than "
+            f"{_MOST_DRAWN:,}; give smaller ones"
         )

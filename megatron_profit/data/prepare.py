@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.chat import Conversation, normalise
+from megatron_profit.data.chat import Conversation, normalise, read_fields
 from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.examples import Chunk, Examples, collect
 from megatron_profit.data.masks import NOTHING_TRAINED
@@ -33,6 +33,7 @@ from megatron_profit.data.render import ChatRenderer, RenderedConversation, Trai
 from megatron_profit.data.report import Finding, Found, PreparationReport, SourceCounts
 from megatron_profit.data.sources import Layout, Source
 from megatron_profit.data.template import load_tokenizer
+from megatron_profit.parent_death import die_with_parent
 
 NOTHING_SUPERVISED = "no supervised token is left within the sequence length"
 TOO_LONG = "the record is longer than the sequence length"
@@ -42,9 +43,11 @@ TURNS_LEFT_OUT = "turns that are left out, as they do not fit into the sequence 
 
 PROGRESS_SECONDS = 2.0
 _CHUNK_RECORDS = 128
+_CHUNK_BYTES = 8 * 2**20
 # Below this, starting processes takes longer than the work.
 _BYTES_PER_WORKER = 8 * 2**20
 _CHUNKS_AHEAD = 4
+_BYTES_AHEAD = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,11 @@ class _Task:
     layout: Layout
     records: list[RawRecord]
 
+    @property
+    def size(self) -> int:
+        """About the bytes of its records."""
+        return sum(record.size for record in self.records)
+
 
 def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
     # Every path is looked at before the first file is read.
@@ -190,14 +198,28 @@ def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
     for source_number, source in enumerate(sources):
         missing = set(source.layout.columns.values())
         for file, number in zip(files[source_number], numbers, strict=False):
-            records = _noting_keys(read_records(file, source.split), missing)
-            while batch := list(itertools.islice(records, _CHUNK_RECORDS)):
+            records = read_records(file, source.split, read_fields(source.layout))
+            for batch in _batches(_noting_keys(records, missing)):
                 yield _Task(source_number, number, source.layout, batch)
         if missing and not source.layout.optional >= missing:
             raise DataError(
-                f"{source.path}: no record has the column {', '.join(sorted(missing))}; correct the "
-                "names of the columns"
+                f"{source.path}: no record has the column "
+                f"{', '.join(sorted(missing))}; correct the names of the columns"
             )
+
+
+def _batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
+    """Records in lists that are worth sending to another process; large records in short ones."""
+    batch: list[RawRecord] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += record.size
+        if len(batch) == _CHUNK_RECORDS or size >= _CHUNK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _noting_keys(records: Iterator[RawRecord], missing: set[str]) -> Iterator[RawRecord]:
@@ -212,15 +234,15 @@ def _parallel(
 ) -> Iterator[Chunk]:
     # Not fork: this process may hold threads of torch and of the tokenizers library.
     context = multiprocessing.get_context("spawn")
-    waiting: deque[Future[Chunk]] = deque()
+    waiting: deque[tuple[int, Future[Chunk]]] = deque()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, preparation))
     try:
         for task in tasks:
-            waiting.append(pool.submit(_run_in_worker, task))
-            if len(waiting) >= workers * _CHUNKS_AHEAD:
-                yield waiting.popleft().result()
+            waiting.append((task.size, pool.submit(_run_in_worker, task)))
+            while len(waiting) >= workers * _CHUNKS_AHEAD or _bytes_of(waiting) > _BYTES_AHEAD:
+                yield waiting.popleft()[1].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[1].result()
     except BrokenProcessPool as error:
         raise DataError(
             f"one of {workers} processes that prepare the data ended (too little memory?); try fewer "
@@ -230,14 +252,18 @@ def _parallel(
         pool.shutdown(cancel_futures=True)
 
 
+def _bytes_of(waiting: Iterable[tuple[int, Future[Chunk]]]) -> int:
+    return sum(size for size, _ in waiting)
+
+
 # The worker of a child process.
 _worker: _Worker | None = None
 
 
 def _start_worker(tokenizer: Path, preparation: Preparation) -> None:
     global _worker
-    # Ctrl-C reaches all processes of a terminal; the one that has started this one ends it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = _Worker(_load_renderer(tokenizer, preparation), preparation)
 

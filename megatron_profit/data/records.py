@@ -7,30 +7,40 @@ shorter data set.
 """
 
 import codecs
-import gzip
-import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.fields import NAMED_TWICE, most_common, without_nulls
+from megatron_profit.data.files import LARGEST_RECORD, bounded_lines, open_data, read_json
+from megatron_profit.data.json_text import JsonText, broken_json, decoded
 
 NOT_JSON = "a line is not JSON"
 NOT_UTF8 = "a line is not UTF-8"
 ROW_NOT_UTF8 = "a text of the record is not UTF-8"
+NOT_HELD = "a value of the record cannot be read"
+TOO_LARGE = f"a record has more than {LARGEST_RECORD:,} bytes"
 NOT_AN_OBJECT = "a record is not an object with named fields"
 TOO_DEEP = "a record is nested too deeply"
 
 # Levels of a record, which the workers' processes could not be handed if they were without end.
 _DEEPEST = 200
-_ROWS = 1024
 
+_STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+_NOT_A_FILE = (
+    "data are read more than once (every start looks whether they are prepared already), so write them to a "
+    "file, e.g. zcat chats.gz > chats.jsonl, and name it; .gz and .zst files are read as they are"
+)
+
+# Whether the values of a column are wanted, by its name.
+type Wanted = Callable[[str], bool]
 # A split by name; or what will do where none was asked for, the best first.
 type Split = str | tuple[str, ...]
 VALID_SPLITS = ("validation", "test")
@@ -65,6 +75,7 @@ class RawRecord:
         unit: What `number` counts.
         broken: Why nothing can be made of it, None in the usual case.
         first: Whether it is the first of its file, which shows what the file holds.
+        size: About its bytes.
     """
 
     value: dict[str, Any]
@@ -73,6 +84,7 @@ class RawRecord:
     unit: Literal["line", "record"]
     broken: BrokenRecord | None = field(default=None, compare=False)
     first: bool = False
+    size: int = field(default=0, compare=False)
 
     @property
     def where(self) -> str:
@@ -81,7 +93,9 @@ class RawRecord:
 
 
 def read_records(
-    files: str | Path | Sequence[str | Path], split: Split = "train"
+    files: str | Path | Sequence[str | Path],
+    split: Split = "train",
+    columns: Collection[str] | None = None,
 ) -> Iterator[RawRecord]:
     """Yields the records of all files, in the order of the files and of the records in them.
 
@@ -90,6 +104,8 @@ def read_records(
             these followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
             `datasets.Dataset.save_to_disk` wrote.
         split: The split to read of a folder that holds several; of several splits the first that it has.
+        columns: The columns of tables (parquet, arrow) whose values are wanted, None for all. Where another
+            one holds something, its value is True.
 
     Raises:
         DataError: No file, a file that is missing, unreadable, cut off, empty or of unknown suffix, or a
@@ -100,8 +116,13 @@ def read_records(
     if not paths:
         raise DataError("no data file was given; name at least one .json, .jsonl or .parquet file")
     inner = [file for path in paths for file in data_files(path, split)]
+    wanted = _any if columns is None else columns.__contains__
     for path in inner:
-        yield from _read_file(path, split)
+        yield from _read_file(path, split, wanted)
+
+
+def _any(name: str) -> bool:
+    return True
 
 
 def data_files(path: Path, split: Split = "train") -> list[Path]:
@@ -112,8 +133,11 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
     Raises:
         DataError: It does not exist, is nothing that can be read, or does not show what is `split`.
     """
+    if str(path) in _STANDARD_INPUT:
+        raise DataError(f"{path}: {_NOT_A_FILE}")
     if not path.exists():
-        raise DataError(f"{path}: does not exist (data files are looked for from {Path.cwd()})")
+        found = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
+        raise DataError(f"{path}: {found} (data files are looked for from {Path.cwd()})")
     if path.is_dir() and not _is_dataset(path):
         inner = _files_inside(path)
         if not inner:
@@ -127,9 +151,7 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
             )
         return _of_split(inner, path, split)
     if not path.is_dir() and not path.is_file():
-        raise DataError(
-            f"{path}: neither a file nor a folder; write the data to a file and name it"
-        )
+        raise DataError(f"{path}: neither a file nor a folder; {_NOT_A_FILE}")
     if path.is_file() and not _kind(path):
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
     if path.is_file() and not _is_named_after(path.name, split):
@@ -214,13 +236,24 @@ def _splits_inside(path: Path, split: Split) -> dict[str, str]:
 def _saved_splits(folder: Path) -> list[str]:
     if (folder / "state.json").is_file():  # one data set
         return []
-    try:
-        splits = list(json.loads((folder / "dataset_dict.json").read_bytes())["splits"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from error
+    description = folder / "dataset_dict.json"
+    splits = _entry(description, "splits")
+    if not isinstance(splits, list) or not all(map(_is_plain_name, splits)):
+        raise _unreadable(description, f"splits is {shown(splits)}, not a list of names")
     if not splits:
-        raise DataError(f"{folder}: the data set has no split; write it anew with save_to_disk")
+        raise _unreadable(description, "it has no split")
     return splits
+
+
+def _entry(description: Path, name: str) -> Any:
+    """A field of a JSON file that describes a saved data set; None where there is none."""
+    value = read_json(description)
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether it names an entry of a folder, rather than a file elsewhere."""
+    return isinstance(name, str) and "\0" not in name and Path(name).name == name
 
 
 def _choose(names: Iterable[str], path: Path, split: Split) -> str:
@@ -246,7 +279,8 @@ def _choose(names: Iterable[str], path: Path, split: Split) -> str:
 
 
 def _how_to_choose(path: Path, name: str) -> str:
-    place = f"the folder of one, e.g. {path / name}" if _is_dataset(path) else "the files to read"
+    folder = f"the folder of one, e.g. {path / name}"
+    place = folder if _is_dataset(path) else "the files to read"
     return f'name {place}, or an entry of a dataset_info.json with "split": "{name}"'
 
 
@@ -288,8 +322,9 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in _READERS else ""
 
 
-def _read_file(path: Path, split: Split) -> Iterator[RawRecord]:
-    records = _read_dataset(path, split) if path.is_dir() else _READERS[_kind(path)](path)
+def _read_file(path: Path, split: Split, wanted: Wanted) -> Iterator[RawRecord]:
+    read = _READERS[_kind(path)] if path.is_file() else partial(_read_dataset, split=split)
+    records = read(path, wanted)
     empty = True
     try:
         for record in records:
@@ -298,6 +333,10 @@ def _read_file(path: Path, split: Split) -> Iterator[RawRecord]:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); check the file and its permissions"
+        ) from error
+    except MemoryError as error:
+        raise DataError(
+            f"{path}: takes more memory than there is ({error}); split it or shorten its records"
         ) from error
     if empty:
         raise DataError(
@@ -315,36 +354,33 @@ def _first(record: RawRecord) -> RawRecord:
     return replace(record, first=True)
 
 
-def _open(path: Path) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if suffix == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return path.open("rb")
-
-
-def _read_json(path: Path) -> Iterator[RawRecord]:
-    with _open(path) as file:
-        text = _decode(file.read(), str(path))
-    if text.lstrip().startswith("["):
-        values, objects = _parse(text, str(path))
-        for number, value in enumerate(values, start=1):
-            yield _record(value, path, number, "record", objects)
-    elif _is_one_value(text):  # an object written over several lines
-        value, objects = _parse(text, str(path))
-        yield _record(value, path, 1, "record", objects)
+def _read_json(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
+    with open_data(path) as file:
+        text = JsonText(file, path)
+        if text.next_character() == "[":
+            for number, ((value, objects), size) in enumerate(text.items(_decode), start=1):
+                yield _record(value, path, number, "record", objects, size)
+            return
+    with open_data(path) as file:
+        data = file.read(LARGEST_RECORD + 1)
+    whole = len(data) <= LARGEST_RECORD
+    if whole and _is_one_value(data):  # an object written over several lines
+        value, objects = _parse(decoded(data, str(path)), path)
+        yield _record(value, path, 1, "record", objects, len(data))
+    elif whole or _is_one_value(data.lstrip().partition(b"\n")[0]):
+        yield from _read_jsonl(path, wanted)
     else:
-        yield from _read_jsonl(path)
+        raise DataError(
+            f"{path}: its first line is no record, and a value of more than {LARGEST_RECORD:,} bytes is not "
+            "read; write a list of records, or a record to each line"
+        )
 
 
-def _read_jsonl(path: Path) -> Iterator[RawRecord]:
+def _read_jsonl(path: Path, _: Wanted) -> Iterator[RawRecord]:
     # Bytes, because text mode would also end lines at characters that JSON strings may hold.
-    with _open(path) as lines:
+    with open_data(path) as file:
         first = True
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(bounded_lines(file), start=1):
             if line.strip():
                 if first:
                     _check_lines(line, path, number)
@@ -357,83 +393,117 @@ def _check_lines(line: bytes, path: Path, number: int) -> None:
     if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         kind = _kind(path)
         raise DataError(
-            f"{path}, line {number}: begins with '[', but in {kind} a line must be an object with named "
-            f"fields; if the file is one JSON list, end its name in .json in place of {kind}"
+            f"{path}, line {number}: begins with '[', but in {kind} a line must be an object with "
+            f"named fields; if the file is one JSON list, end its name in .json in place of {kind}"
         )
 
 
 def _line(line: bytes, path: Path, number: int, first: bool) -> RawRecord:
     where = f"{path}, line {number}"
     try:
-        value, objects = _parse(_decode(line.rstrip(b"\r\n"), where), str(path), number)
+        if len(line) > LARGEST_RECORD:
+            raise DataError(
+                f"{where}: longer than {LARGEST_RECORD:,} bytes; a line holds one record"
+            )
+        value, objects = _parse(decoded(line.rstrip(b"\r\n"), where), path, number)
     except DataError as error:
         # In the first one the whole file is in doubt, and a last line without an end was cut off.
-        if first or not line.endswith(b"\n"):
+        too_large = len(line) > LARGEST_RECORD
+        if first or not (too_large or line.endswith(b"\n")):
             raise
-        reason = NOT_UTF8 if isinstance(error.__cause__, UnicodeDecodeError) else NOT_JSON
+        not_utf8 = isinstance(error.__cause__, UnicodeDecodeError)
+        reason = TOO_LARGE if too_large else NOT_UTF8 if not_utf8 else NOT_JSON
         return RawRecord({}, str(path), number, "line", BrokenRecord(reason, str(error)))
-    return _record(value, path, number, "line", objects)
+    return _record(value, path, number, "line", objects, len(line))
 
 
-def _read_parquet(path: Path) -> Iterator[RawRecord]:
-    import pyarrow.parquet
+def _read_parquet(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
+    import pyarrow
+
+    from megatron_profit.data.tables import parquet_batches
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _rows(path, file.iter_batches(batch_size=_ROWS))
+        yield from _rows(path, parquet_batches(path, wanted))
+    except DataError:
+        raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
             f"{path}: not a readable parquet file ({error}); write it anew, or convert it to .jsonl"
         ) from error
 
 
-def _read_arrow(path: Path) -> Iterator[RawRecord]:
-    import datasets
+def _read_arrow(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
+    yield from _rows(path, _arrow_batches(path, wanted))
+
+
+def _arrow_batches(path: Path, wanted: Wanted) -> Iterator[Any]:
     import pyarrow
 
+    from megatron_profit.data.tables import arrow_batches
+
     try:
-        data = datasets.Dataset.from_file(str(path))
-        yield from _rows(path, data.with_format("arrow").iter(_ROWS))
+        yield from arrow_batches(path, wanted)
+    except DataError:
+        raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
-            f"{path}: not an arrow file of the datasets library ({error}); write it anew, or convert "
-            "it to .parquet"
+            f"{path}: not an arrow file of the datasets library ({error}); write it again, or "
+            "convert it to .parquet"
         ) from error
 
 
-def _read_dataset(path: Path, split: Split) -> Iterator[RawRecord]:
-    import datasets
-    import pyarrow
-
-    try:
-        data = datasets.load_from_disk(str(path))
-        if isinstance(data, datasets.DatasetDict):
-            data = data[_choose(data, path, split)]
-        elif str(data.split) != split:
-            _check_whole(path, split)
-        yield from _rows(path, data.with_format("arrow").iter(_ROWS))
-    except DataError:
-        raise
-    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
+def _read_dataset(path: Path, wanted: Wanted, split: Split) -> Iterator[RawRecord]:
+    """The rows of a folder that `save_to_disk` of the datasets library wrote."""
+    splits = _saved_splits(path)
+    folder = path / _choose(splits, path, split) if splits else path
+    state = folder / "state.json"
+    if not splits and _entry(state, "_split") != split:
+        _check_whole(path, split)
+    names = _names_of(state)
+    batches = (batch for name in names for batch in _arrow_batches(folder / name, wanted))
+    yield from _rows(path, batches)
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _names_of(state: Path) -> list[str]:
+    """The names of the files of a saved data set."""
+    files = _entry(state, "_data_files")
+    entries = files if isinstance(files, list) else [None]
+    names: list[Any] = [
+        entry.get("filename") if isinstance(entry, dict) else None for entry in entries
+    ]
+    if not all(map(_is_plain_name, names)):
+        raise _unreadable(
+            state, f"_data_files is {shown(files)}, not a list of files in its folder"
+        )
+    return names
+
+
+def _unreadable(description: Path, why: str) -> DataError:
     return DataError(
-        f"{path}: not a readable data set of the datasets library ({error}); write it anew with "
-        "save_to_disk"
+        f"{description}: not a readable data set of the datasets library ({why}); write it again "
+        "with save_to_disk"
     )
 
 
 def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
+    """The records of tables, numbered over all of them."""
+    from megatron_profit.data.tables import portions
+
     number = 0
     for table in tables:
-        for row in _values(table):
-            number += 1
-            if isinstance(row, BrokenRecord):
-                yield RawRecord({}, str(path), number, "record", row)
-            else:
-                yield _record(row, path, number, "record")
+        for part, sizes in portions(table):
+            # A row that is too large comes alone.
+            rows = _values(part) if sizes[0] <= LARGEST_RECORD else [_too_large(sizes[0])]
+            for row, size in zip(rows, sizes, strict=True):
+                number += 1
+                if isinstance(row, BrokenRecord):
+                    yield RawRecord({}, str(path), number, "record", row)
+                else:
+                    yield _record(row, path, number, "record", size=size)
+
+
+def _too_large(size: int) -> BrokenRecord:
+    return BrokenRecord(TOO_LARGE, f"it takes about {size:,} bytes")
 
 
 def _values(table: Any) -> list[Any]:
@@ -442,10 +512,26 @@ def _values(table: Any) -> list[Any]:
 
     try:
         return converted(table.to_pylist(), table.schema)
-    except UnicodeDecodeError as error:  # columns of text are not checked when they are written
+    except _UNHELD:
         if len(table) == 1:
-            return [BrokenRecord(ROW_NOT_UTF8, str(error))]
+            return [_unheld(table)]
     return [row for at in range(len(table)) for row in _values(table.slice(at, 1))]
+
+
+# Dates and times out of range, unknown time zones, fields of one name, texts that are not UTF-8.
+_UNHELD = (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError)
+
+
+def _unheld(row: Any) -> BrokenRecord:
+    """Why a table of one row cannot be made a Python object."""
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.to_pylist()
+        except _UNHELD as error:
+            # Columns of text are not checked when they are written.
+            reason = ROW_NOT_UTF8 if isinstance(error, UnicodeDecodeError) else NOT_HELD
+            return BrokenRecord(reason, f"in the column {shown(name)}: {error}")
+    return BrokenRecord(NOT_HELD, "its columns cannot be put together")
 
 
 _READERS = {
@@ -465,6 +551,7 @@ def _record(
     number: int,
     unit: Literal["line", "record"],
     objects: "_Objects | None" = None,
+    size: int = 0,
 ) -> RawRecord:
     name = objects.named_twice(value) if objects else None
     if name is not None:
@@ -478,7 +565,7 @@ def _record(
     if isinstance(value, dict):
         if objects is None:  # a row of a table, which has every field of the schema, used or not
             value = {name: without_nulls(item) for name, item in value.items()}
-        return RawRecord(value, str(path), number, unit)
+        return RawRecord(value, str(path), number, unit, size=size)
     found = BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
     return RawRecord({}, str(path), number, unit, found)
 
@@ -523,36 +610,30 @@ class _Objects:
         return None
 
 
-def _parse(text: str, file: str, line: int = 1) -> tuple[Any, _Objects]:
+def _decode(text: str, at: int) -> tuple[tuple[Any, _Objects], int]:
+    """The JSON value that begins at a place of a text, and where it ends."""
+    objects = _Objects()
+    value, end = json.JSONDecoder(object_pairs_hook=objects).raw_decode(text, at)
+    return (value, objects), end
+
+
+def _parse(text: str, path: Path, line: int = 1) -> tuple[Any, _Objects]:
     objects = _Objects()
     try:
         return json.JSONDecoder(object_pairs_hook=objects).decode(text), objects
     except json.JSONDecodeError as error:
-        place = f"{file}, line {line + error.lineno - 1}, column {error.colno}"
-        found = shown(text[error.pos :]) if text[error.pos :].strip() else "the end of the text"
-        raise DataError(
-            f"{place}: not valid JSON ({error.msg}), found {found}; correct it or remove the record"
-        ) from error
+        rest = text[error.pos : error.pos + 1000]
+        raise broken_json(path, line + error.lineno - 1, error.colno, error.msg, rest) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
         raise DataError(
-            f"{file}, line {line}: JSON that cannot be read ({error}); remove the record"
+            f"{path}, line {line}: JSON that cannot be read ({error}); remove the record"
         ) from error
 
 
-def _is_one_value(text: str) -> bool:
-    """Whether the text is one JSON value, perhaps over many lines, rather than JSON lines."""
+def _is_one_value(data: bytes) -> bool:
+    """Whether it is one JSON value, perhaps over many lines, rather than JSON lines."""
     try:
-        json.loads(text)
+        json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 (byte {data[error.start]:#04x} at {error.start}); "
-            "convert the file, e.g. with iconv -t utf-8"
-        ) from error

@@ -4,7 +4,6 @@ The form of dataset_info.json is LLaMA-Factory's (its data/README.md), so that a
 used as it is. What we cannot honour (pictures, preference pairs, hubs) is refused by name.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, DataError, printable, shown
 from megatron_profit.data.fields import read
+from megatron_profit.data.files import read_json
 from megatron_profit.data.records import Split, data_files, left_out, not_data
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
@@ -238,9 +238,9 @@ def _nearest_first(name: str, entries: Mapping[str, Any]) -> list[str]:
 def _read_info(path: str) -> tuple[dict[str, Any], Path]:
     file = Path(path) / "dataset_info.json" if Path(path).is_dir() else Path(path)
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"--dataset-info {file}: cannot be read ({error})") from error
+        entries = read_json(file)
+    except DataError as error:
+        raise DataError(f"--dataset-info {error}") from error
     if not isinstance(entries, dict):
         raise DataError(f"--dataset-info {file}: must be an object of entries by name")
     return entries, file.parent

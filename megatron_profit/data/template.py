@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.messages import Message
 from megatron_profit.data.template_date import check_day, with_day
+from megatron_profit.data.tokenizer_files import check_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one with a tokenizer and a chat template")
+    check_tokenizer_files(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
         # Without it transformers may make an empty tokenizer, or one with other ids than the model's.

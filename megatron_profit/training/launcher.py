@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_profit.backends.parent_death import die_with_parent
+from megatron_profit.parent_death import die_with_parent
 
 
 def die_with_launcher() -> None:

@@ -1,17 +1,20 @@
 """The log-probabilities of a frozen reference model, computed once and kept on disk.
 
 They lie in a file of one float32 for each token of the data, in the order of the examples, so that a token
-is found by its record and its position, whatever the packing, the order or the layout. The file's name says
-what it was made from, so that it serves a later run of the same model and data and no other.
+is found by its record and its position, whatever the packing, the order or the layout. The name of the
+file's folder says what it was made from, so that it serves a later run of the same model and data and no
+other. Every start checks it by its checksum; a damaged one is computed again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import shutil
+import uuid
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,12 @@ from megatron.training import get_args
 from torch import Tensor
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf_folder import CONFIG
 from checkpoint_conversion.hf_model import HFModel
 from megatron_profit.backends.hooks import Trained
-from megatron_profit.data import Examples, SFTDataset
+from megatron_profit.data import DataError, Examples, SFTDataset
+from megatron_profit.data.cache import content_digest
+from megatron_profit.data.checksums import CheckedFiles, is_usable
 from megatron_profit.training.batch import Batch
 from megatron_profit.training.console import fail, print_rank_0
 from megatron_profit.training.hf_weights import load
@@ -35,7 +41,8 @@ from megatron_profit.training.score_pass import Rows, data_group, score_rows
 
 # Micro-batches of each rank between two writes to the file.
 _MICRO_BATCHES = 64
-_VERSION = "1"
+_VERSION = "2"
+_VALUES = "ref_log_prob.float32"
 
 
 class ReferenceModel:
@@ -87,31 +94,54 @@ class ReferenceModel:
         return {} if values is None else {self.statistic: values}
 
     def _prepare(self, trained: Trained) -> None:
-        """Find the files, or make them. A collective of all ranks, at the first call."""
+        """Find the values, or compute them. A collective of all ranks, at the first call."""
         if self._values:
             return
-        files = _from_first_rank(self._files)
+        folders = _from_first_rank(self._folders)
         # What --valid-split sets aside are examples of the training data: one file holds both.
-        makers = {file: name for name, file in reversed(files.items())}
-        missing = _from_first_rank(lambda: [file for file in makers if not file.is_file()])
+        makers = {folder: name for name, folder in reversed(folders.items())}
+        missing = self._missing(makers)
         if missing:
+            _from_first_rank(lambda: self._check_space([makers[folder] for folder in missing]))
             with _weights_of(self._model, trained):
-                for file in missing:
-                    self._compute(trained, makers[file], file)
-        for name, file in files.items():
-            self._values[name] = np.memmap(file, dtype=np.float32, mode="r")
+                for folder in missing:
+                    self._compute(trained, makers[folder], folder)
+        for name, folder in folders.items():
+            self._values[name] = np.memmap(folder / _VALUES, dtype=np.float32, mode="r")
 
-    def _files(self) -> dict[str, Path]:
+    def _folders(self) -> dict[str, Path]:
         """Where the values of each data set are, or will be."""
         args = get_args()
-        about = [_VERSION, *_identity(self._model), str(args.params_dtype), str(args.vocab_size)]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            identity = _identity(self._model, self._folder)
+        except (OSError, DataError) as error:
+            fail(f"the reference's log-probabilities need {self._folder}: {error}; see --ref-cache")
+        about = [_VERSION, *identity, str(args.params_dtype), str(args.vocab_size)]
         return {
-            name: self._folder / f"{_digest(about, dataset.examples)}.float32"
+            name: self._folder / _digest(about, dataset.examples)
             for name, dataset in self._datasets.items()
         }
 
-    def _compute(self, trained: Trained, name: str, file: Path) -> None:
-        """Write the file of a data set, whole or not at all; the first rank of the last stage does."""
+    def _missing(self, folders: Collection[Path]) -> list[Path]:
+        """Those without values, or with values that any machine finds damaged. A collective."""
+        try:
+            usable = [folder for folder in folders if is_usable(folder, [_VALUES], print_rank_0)]
+        except OSError as error:
+            fail(f"the reference's log-probabilities cannot be read: {error}")
+        everywhere = _common(usable)
+        return [folder for folder in folders if folder not in everywhere]
+
+    def _check_space(self, names: Collection[str]) -> None:
+        needed = sum(4 * int(self._datasets[name].examples.offsets[-1]) for name in names)
+        if (free := shutil.disk_usage(self._folder).free) < needed:
+            fail(
+                f"the reference's log-probabilities take {needed:,} bytes, and {self._folder} has {free:,} "
+                "left; make room or give another folder with --ref-cache"
+            )
+
+    def _compute(self, trained: Trained, name: str, folder: Path) -> None:
+        """Write the values of a data set, whole or not at all; the first rank of the last stage does."""
         dataset, args = self._datasets[name], get_args()
         examples = dataset.examples
         stride = args.micro_batch_size * mpu.get_data_parallel_world_size()
@@ -133,7 +163,7 @@ class ReferenceModel:
             if values is not None:
                 values[table.keys.cpu().numpy()] = table.statistics["log_prob"].cpu().numpy()
         if values is not None:
-            _write(file, values)
+            _write(folder, values)
         dist.barrier()
 
 
@@ -174,12 +204,18 @@ def _weights_of(model: HFModel, trained: Trained) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _identity(model: HFModel) -> list[str]:
-    """What tells one model from another, without reading its weights."""
-    files = sorted(model.folder.glob("*.safetensors"))
-    config = hashlib.sha256((model.folder / "config.json").read_bytes()).hexdigest()
-    stats = [(file.name, file.stat()) for file in files]
-    return [config, *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
+def _identity(model: HFModel, notes: Path) -> list[str]:
+    """What tells one model from another: the content of its files.
+
+    Args:
+        model: The model.
+        notes: Where is noted what was read, so that files which seem to be the same are read once.
+    """
+    files = [model.folder / CONFIG, *sorted({tensor.file for tensor in model.tensors.values()})]
+    print_rank_0(f"> looking which weights the reference {model.folder} has")
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda file: content_digest(file, notes), files)
+        return [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]
 
 
 def _digest(about: list[str], examples: Examples) -> str:
@@ -196,11 +232,20 @@ def _from_first_rank(function: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def _write(file: Path, values: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".unfinished-{os.getpid()}")
-    with unfinished.open("wb") as out:
-        values.tofile(out)
-        out.flush()
-        os.fsync(out.fileno())
-    unfinished.replace(file)
+def _common(found: list[Path]) -> set[Path]:
+    """What all ranks have found."""
+    everywhere: list[list[Path]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    return set(found).intersection(*everywhere)
+
+
+def _write(folder: Path, values: np.ndarray) -> None:
+    unfinished = folder.with_suffix(f".unfinished-{uuid.uuid4().hex[:8]}")
+    try:
+        with CheckedFiles(unfinished) as files:
+            files.append(_VALUES, values)
+            files.finish()
+        if not folder.exists():  # another run may have written the same
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -15,13 +15,14 @@ OWN = ("megatron_profit", "checkpoint_conversion")
 ALLOWED = {
     "megatron_profit.objectives": (),
     "megatron_profit.ops": ("megatron_profit.objectives",),
-    "megatron_profit.data": (),
+    "megatron_profit.parent_death": (),
+    "megatron_profit.data": ("megatron_profit.parent_death",),
     "megatron_profit.report": (
         "megatron_profit.objectives",
         "megatron_profit.ops",
         "megatron_profit.data",
     ),
-    "megatron_profit.backends": ("megatron",),
+    "megatron_profit.backends": ("megatron", "megatron_profit.parent_death"),
     "megatron_profit.models": ("megatron",),
     "megatron_profit.training": ("megatron", "megatron_profit", "checkpoint_conversion"),
     "megatron_profit.sft": ("megatron_profit.backends", "megatron_profit.training"),

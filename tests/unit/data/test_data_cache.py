@@ -351,13 +351,96 @@ def test_a_failure_leaves_nothing_behind(prepared, tmp_path, write_lines):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]
 
 
-def test_damage_is_found_before_it_is_trained_on(prepared, tmp_path):
+def test_damaged_data_are_prepared_again_before_they_are_trained_on(prepared, tmp_path, capsys):
+    first = prepared()
+    whole = np.array(first.examples.ids)
+    (name,) = folders(tmp_path)
+    with (tmp_path / "cache" / name / "ids").open("r+b") as file:
+        file.write(b"\x01")
+    assert first.examples.ids[0] != whole[0], "as a run that has mapped them sees them"
+    second = prepared()
+    assert np.array_equal(second.examples.ids, whole)
+    warning, *_ = capsys.readouterr().err.splitlines()
+    assert f"{name} is damaged (ids has the CRC-32" in warning
+    (aside,) = (tmp_path / "cache").glob(f"{name}.damaged-*")
+    assert first.examples.ids[1] == whole[1], "what is mapped stays"
+    assert np.fromfile(aside / "ids", dtype=np.int32)[0] == first.examples.ids[0]
+
+
+def test_a_damaged_folder_on_a_read_only_disk_is_named(prepared, tmp_path, monkeypatch):
     prepared()
     (name,) = folders(tmp_path)
-    with (tmp_path / "cache" / name / "ids").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(DataError, match=r"ids has .* bytes instead of .*delete this folder"):
+    (tmp_path / "cache" / name / "ids").write_bytes(b"")
+
+    def refused(self, target):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(DataError, match=r"is damaged \(ids has 0 bytes.*--data-cache"):
         prepared()
+
+
+def test_who_waits_for_the_leader_gets_what_is_made_again(prepared, tmp_path):
+    kept = len(prepared().examples)
+    (name,) = folders(tmp_path)
+    (tmp_path / "cache" / name / "offsets").unlink()
+    context, log = multiprocessing.get_context("fork"), tmp_path / "log"
+    follower = context.Process(
+        target=lambda: log.write_text(str(len(prepared(leader=False).examples)))
+    )
+    follower.start()
+    time.sleep(0.5)
+    assert follower.is_alive(), "the first process of the machine prepares"
+    prepared()
+    follower.join(60)
+    assert log.read_text() == str(kept)
+
+
+@pytest.mark.parametrize("way", ["in place", "by another file"])
+def test_a_file_of_the_same_size_and_time_with_other_content_is_noticed(tmp_path, way):
+    file, notes = tmp_path / "a.jsonl", tmp_path / "notes"
+    file.write_text("one")
+    digest, time_of_change = cache.content_digest(file, notes), file.stat().st_mtime_ns
+    new = file if way == "in place" else tmp_path / "new"
+    new.write_text("two")
+    os.utime(new, ns=(time_of_change, time_of_change))
+    new.rename(file)
+    assert cache.content_digest(file, notes) != digest
+    file.write_text("one")
+    assert cache.content_digest(file, notes) == digest, "the content alone counts"
+
+
+def test_a_file_that_seems_the_same_is_read_once_and_a_damaged_note_is_written_anew(
+    tmp_path, monkeypatch
+):
+    file, notes, hashed = tmp_path / "a.jsonl", tmp_path / "notes", []
+    file.write_text("one")
+    hash_file = cache._hash_file
+    monkeypatch.setattr(cache, "_hash_file", lambda path: hashed.append(path) or hash_file(path))
+    digest = cache.content_digest(file, notes)
+    assert cache.content_digest(file, notes) == digest
+    assert hashed == [file]
+    (note,) = (notes / "files").iterdir()
+    for damaged in (b"", digest[:-1].encode(), b"g" * 64, b"\xff" * 64):
+        note.write_bytes(damaged)
+        assert cache.content_digest(file, notes) == digest
+    assert len(hashed) == 5
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(prepared, sources, tmp_path, monkeypatch):
+    write = cache.write
+
+    def meanwhile(chunks, *args):
+        write(chunks, *args)
+        with Path(sources[0].path).open("a") as file:
+            file.write("\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write", meanwhile)
+        with pytest.raises(DataError, match=r"data\.jsonl: changed while it was read"):
+            prepared()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]
+    assert prepared().report.kept == 400
 
 
 def test_a_cache_that_cannot_be_written_is_named(prepared, tmp_path):
@@ -376,3 +459,15 @@ def test_the_default_place(monkeypatch):
     assert cache.default_cache() == Path("/hf/megatron_profit")
     monkeypatch.setenv("MEGATRON_PROFIT_CACHE", "/own")
     assert cache.default_cache() == Path("/own")
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch):
+    for name in ("MEGATRON_PROFIT_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(DataError, match=r"HOME is not set.*--data-cache"):
+        cache.default_cache()

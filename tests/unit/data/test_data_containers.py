@@ -147,8 +147,11 @@ def test_a_split_is_found_by_its_very_name(tmp_path, saved):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not a readable data set"),
-        ("[]", "not a readable"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "not a readable data set"),
+        ('{"splits": 3}', "splits is 3, not a list of names"),
+        ('{"splits": [1, 2]}', r"splits is \[1, 2\], not a list of names"),
+        ('{"splits": ["../train"]}', "not a list of names"),
         ('{"splits": []}', "has no split"),
     ],
 )

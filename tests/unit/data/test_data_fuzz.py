@@ -60,7 +60,7 @@ records = st.fixed_dictionaries(
     },
 )
 GOOD = {"instruction": "q", "output": "a"}
-quick = settings(max_examples=150, deadline=None, derandomize=True)
+quick = settings(max_examples=150)
 
 
 @pytest.fixture(scope="module")

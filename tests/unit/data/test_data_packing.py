@@ -11,7 +11,7 @@ from megatron_profit.data import Examples, Group, SFTDataset
 from megatron_profit.data.order import RowOrder
 from megatron_profit.data.packing import pack
 
-quick = settings(max_examples=100, deadline=None, derandomize=True)
+quick = settings(max_examples=100)
 capacities = st.integers(1, 40)
 
 

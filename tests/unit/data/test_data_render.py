@@ -147,7 +147,7 @@ def test_a_token_that_begins_in_the_header_is_not_trained(
     assert supervised_texts(tokenizer, rendered) == ["\nYes.<|im_end|>"]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.text(), st.text().map("A{}".format)), min_size=1, max_size=3))
 def test_any_text_is_trained_whole(
     renderer, small_tokenizer, conversation, supervised_texts, pairs

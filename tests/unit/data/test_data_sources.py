@@ -54,6 +54,9 @@ ENTRIES = {
     "odd_column": {"file_name": "a.json", "columns": {"prompt": ["q"], "response": "a"}},
     "odd_tags": {"file_name": "a.json", "formatting": "sharegpt", "tags": {"user_tag": ["u"]}},
     "no_file": {"file_name": ""},
+    "nul_in_name": {"file_name": "a\0b.json"},
+    "half_a_character": {"file_name": "a\ud800.json"},
+    "escapes\x1b[2J\n": {"file_name": "a.json", "\x1b[31m\n": 1},
     "nothing_given": {
         "file_name": "orca.jsonl",
         "folder": None,
@@ -133,6 +136,34 @@ def test_entries_of_dataset_info(info, name, roles):
 def test_what_cannot_be_honoured_is_refused(info, name, message):
     with pytest.raises(DataError, match=message):
         read_sources([name], dataset_info=str(info))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("nul_in_name", r"a\\x00b\.json: does not exist"),
+        ("half_a_character", r"a\\ud800\.json: does not exist"),
+    ],
+)
+def test_names_that_no_file_can_have_are_shown_with_escapes(info, name, shown):
+    (source,) = read_sources([name], dataset_info=str(info))
+    with pytest.raises(DataError, match=shown):
+        source.files()
+
+
+def test_what_a_terminal_would_obey_is_shown_with_escapes(info):
+    with pytest.raises(DataError) as error:
+        read_sources(["escapes\x1b[2J\n"], dataset_info=str(info))
+    assert r"the entry escapes\x1b[2J\n of dataset_info.json: \x1b[31m\n is not" in str(error.value)
+    folder = info / "new\nline\x1b[31m"
+    folder.mkdir()
+    for file in ("train.jsonl", "test-\x07.jsonl", "odd\r.txt"):
+        (folder / file).write_text('{"x": 1}\n')
+    (source,) = read_sources([str(folder)])
+    (record, *_) = read_records(source.path)
+    for text in (source.left_out, str(DataError(record.where))):
+        assert text.isprintable()
+        assert r"new\nline\x1b[31m" in text
 
 
 def test_a_broken_dataset_info_is_named(tmp_path):

@@ -57,7 +57,7 @@ def test_a_softmax_equal_to_the_threshold_is_kept(vocab_size, dtype):
         assert objective(statistics).weight.item() == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tau=st.floats(0, 1), double=st.booleans())
 @example(tau=0.0, double=False)
 @example(tau=1.0, double=False)
@@ -68,7 +68,7 @@ def test_any_probability_that_equals_its_threshold_is_kept(tau, double):
         assert kept(direction, threshold, [tau], dtype) == [True]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tau=st.floats(0, 1), probs=st.lists(st.floats(0, 1), max_size=9))
 def test_an_interval_of_one_point_keeps_what_both_its_sides_keep(tau, probs):
     above, below = kept("higher", tau, probs), kept("lower", tau, probs)
@@ -77,7 +77,7 @@ def test_an_interval_of_one_point_keeps_what_both_its_sides_keep(tau, probs):
     assert all(one or other for one, other in zip(above, below, strict=True)), "none is lost"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(log_prob=st.floats(-20, 0, width=32), double=st.booleans())
 def test_the_neighbours_of_a_threshold_fall_on_their_sides(log_prob, double):
     dtype = torch.float64 if double else torch.float32
@@ -89,7 +89,7 @@ def test_the_neighbours_of_a_threshold_fall_on_their_sides(log_prob, double):
     assert kept("middle", (p.item(), p.item()), probs, dtype) == [False, True, False]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tau=st.floats(0, 1), other=st.floats(0, 1), p=st.floats(0, 1))
 def test_masks_follow_the_comparison(tau, other, p):
     # Rounding decides about what is that close and not equal.
@@ -146,7 +146,7 @@ def test_random_draws_for_itself_when_no_numbers_are_given():
     assert torch.equal(weight, objective(statistics).weight)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31), ranks=st.integers(1, 7))
 def test_random_keeps_its_ratio_for_any_seed_and_the_same_tokens_for_any_layout(ratio, seed, ranks):
     sample, position = (x.flatten() for x in torch.meshgrid(*[torch.arange(64)] * 2, indexing="ij"))

@@ -247,7 +247,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("objective", every_objective(), ids=repr)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(case=cases())
 def test_any_problem_equals_the_oracle(objective, case):
     """Loss, weight and both gradients in float64, with random upstream gradients."""

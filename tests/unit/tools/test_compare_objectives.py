@@ -14,7 +14,9 @@ from compare_objectives import (
     measures_of,
     questions_in,
     read_plan,
+    read_result,
     table,
+    write_result,
 )
 from make_tiny_model import main as make_tiny_model
 
@@ -109,6 +111,19 @@ def test_what_cannot_be_compared_is_refused(flags, message, tmp_path, capsys):
         read_plan(["--out", str(tmp_path / "out"), *flags])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_result_that_was_kept_is_read_as_it_was_written_or_refused(tmp_path, result):
+    file = tmp_path / "result.json"
+    write_result(file, result)
+    assert read_result(file) == result
+    text = file.read_text()
+    for damaged in ("", "5", text[:-3], text.replace("0.5", "0.9"), text.replace("sft", "dft")):
+        file.write_text(damaged)
+        if damaged != text:
+            with pytest.raises(ComparisonError, match=r"result\.json is damaged .*remove it"):
+                read_result(file)
 
 
 def test_wrong_sums_and_differences():

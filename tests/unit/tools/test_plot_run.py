@@ -115,6 +115,20 @@ def test_more_panels_than_fit_a_row_and_names_of_tensorboard(write, tmp_path, fi
     assert titles == [title for title, _ in plot_run.PANELS[:5]], "and no empty panel"
 
 
+def test_a_run_is_given_by_its_folder_or_file_with_a_label_or_without(write, tmp_path, figure):
+    run = tmp_path / "a=b"  # a name may hold what ends a label
+    write("a=b/tensorboard", SFT)
+    ways = [f"{run}", f"{run}/tensorboard", f"x={run}"]
+    for way in ways:
+        assert plot_run.main(["--out", str(tmp_path / "curves.png"), way]) == 0
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 3, "lm loss": 1.0}\n')
+    assert plot_run.read_curves(run) == {"lm loss": ([3], [1.0])}
+    for way in (f"{run}", f"y={run}", f"{run}/metrics.jsonl"):
+        assert plot_run.main(["--out", str(tmp_path / "curves.png"), way]) == 0
+    labels = [made.axes[0].lines[0].get_label().split(":")[0] for made in figure]
+    assert labels == ["a=b", "a=b", "x", "a=b", "y", "a=b"]
+
+
 @pytest.mark.parametrize("line", ["nonsense\n", "[1]\n", '{"kind": "train"}\n'])
 def test_a_broken_line_is_named(tmp_path, capsys, line):
     file = tmp_path / "metrics.jsonl"
@@ -136,17 +150,17 @@ def test_a_folder_without_events_is_named(tmp_path, capsys, made):
     if made:
         folder.mkdir()
     assert plot_run.main(["--out", str(out), f"run={folder}"]) == 2
-    assert f"error: {folder} holds no TensorBoard event file" in capsys.readouterr().err
+    assert f"error: {folder} is no metrics file, and no folder with" in capsys.readouterr().err
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("runs", "problem"),
     [
-        (["folder"], "'folder' is not of the form LABEL=RUN"),
         (["=folder"], "'=folder' is not of the form LABEL=RUN"),
         (["label="], "'label=' is not of the form LABEL=RUN"),
         (["a=one", "a=two"], "the label 'a' is given twice"),
+        (["one/tensorboard", "one=two"], "the label 'one' is given twice"),
     ],
 )
 def test_a_malformed_run_is_named(tmp_path, capsys, runs, problem):

@@ -1,5 +1,6 @@
-"""The files of a reference model's numbers: one for each set of examples, whoever draws from it."""
+"""The files of a reference model's numbers: one for each set of examples, and never a damaged one."""
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ def computed(monkeypatch, tmp_path):
     """computed(**data sets): the names of those whose numbers are computed, and the reference."""
     args = SimpleNamespace(params_dtype="torch.float32", vocab_size=9)
     monkeypatch.setattr(reference_model, "get_args", lambda: args)
-    monkeypatch.setattr(reference_model, "_identity", lambda model: ["a model"])
+    monkeypatch.setattr(reference_model, "_identity", lambda model, notes: ["a model"])
+    monkeypatch.setattr(reference_model, "_common", set)
     monkeypatch.setattr(reference_model, "_from_first_rank", lambda function: function())
     monkeypatch.setattr(reference_model, "_weights_of", lambda *_: nullcontext())
 
@@ -29,9 +31,9 @@ def computed(monkeypatch, tmp_path):
         reference = ReferenceModel(None, tmp_path, None, datasets)
         names = []
 
-        def compute(trained, name, file):
+        def compute(trained, name, folder):
             names.append(name)
-            np.zeros(3, dtype=np.float32).tofile(file)
+            reference_model._write(folder, np.full(3, len(names), dtype=np.float32))
 
         reference._compute = compute
         reference.before_evaluation(None)
@@ -48,3 +50,47 @@ def test_records_set_aside_of_the_training_data_are_scored_once(computed, tmp_pa
     assert computed(**both) == []
     assert computed(train=SFTDataset(train, 4, 1), valid=SFTDataset(other, 4, 1)) == ["valid"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_damaged_numbers_are_computed_again(computed, tmp_path, capsys):
+    data = SFTDataset(examples(1, 2, 3), 4, 1)
+    assert computed(train=data) == ["train"]
+    (file,) = tmp_path.glob("*/ref_log_prob.float32")
+    file.write_bytes(b"\1" + file.read_bytes()[1:])
+    assert computed(train=data) == ["train"]
+    assert "ref_log_prob.float32 has the CRC-32" in capsys.readouterr().err
+    assert computed(train=data) == []
+
+
+def test_numbers_that_another_machine_misses_are_computed_again(computed, tmp_path, monkeypatch):
+    data = SFTDataset(examples(1, 2, 3), 4, 1)
+    assert computed(train=data) == ["train"]
+    monkeypatch.setattr(reference_model, "_common", lambda found: set())
+    assert computed(train=data) == ["train"]
+    assert len(list(tmp_path.glob("*/ref_log_prob.float32"))) == 1
+
+
+def test_a_model_is_known_by_the_content_of_its_files(tmp_path):
+    folder, notes = tmp_path / "model", tmp_path / "notes"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    for file, content in ((folder / "config.json", "{}"), (weights, "weights")):
+        file.write_text(content)
+    model = SimpleNamespace(folder=folder, tensors={"a": SimpleNamespace(file=weights)})
+    identity = reference_model._identity(model, notes)
+    times = weights.stat()
+    os.utime(weights)
+    assert reference_model._identity(model, notes) == identity, "as after a copy"
+    weights.write_text("WEIGHTS")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert reference_model._identity(model, notes) != identity
+
+
+def test_what_does_not_fit_on_the_disk_is_not_begun(computed, tmp_path, monkeypatch, capsys):
+    usage = SimpleNamespace(free=11)
+    monkeypatch.setattr(reference_model.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(SystemExit):
+        computed(train=SFTDataset(examples(1, 2, 3), 4, 1))
+    assert "take 12 bytes" in capsys.readouterr().err
+    usage.free = 12
+    assert computed(train=SFTDataset(examples(1, 2, 3), 4, 1)) == ["train"]
