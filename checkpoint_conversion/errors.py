@@ -1,9 +1,41 @@
-"""The one exception of this package."""
+"""The one exception of this package, and texts that are safe to print."""
+
+from __future__ import annotations
+
+# What a message may take of a name or a value that somebody else chose.
+_LONGEST, _TAIL = 2000, 400
 
 
 class ConversionError(Exception):
     """A folder, a tensor or an option that cannot be converted.
 
-    The message names the file, the tensor and the value, and says what to do. Commands print it and
-    exit with code 2; nothing has been written then.
+    The message names the file, the tensor and the value, and says what to do. It is one printable line,
+    whatever characters the names in it have. Commands print it and exit with code 2; nothing has been
+    written then.
+
+    Args:
+        message: The message.
+        details: Lines of another program that explain it; printed below it.
     """
+
+    def __init__(self, message: object, details: str = "") -> None:
+        super().__init__(printable(message), *([details] if details else []))
+
+    def __str__(self) -> str:
+        message, *details = self.args
+        lines = (printable(line) for text in details for line in text.splitlines())
+        return "\n".join((message, *lines))
+
+
+def printable(text: object) -> str:
+    """A text without characters that move the cursor, colour the terminal, end the line or hide others.
+
+    Such a character appears as its escape sequence: a newline as `\\n`, U+202E as `\\u202e`. A very long
+    text loses its middle.
+    """
+    shown = str(text)
+    if len(shown) > _LONGEST:
+        shown = f"{shown[: _LONGEST - _TAIL]} […] {shown[-_TAIL:]}"
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

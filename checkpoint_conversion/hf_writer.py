@@ -21,6 +21,7 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_folder import CONFIG, FETCH_AGAIN, INDEX, WEIGHTS
 from checkpoint_conversion.output import sync_file, write_file
 from checkpoint_conversion.raw_files import NewFile, writing
+from checkpoint_conversion.regular_files import CHAT_TEMPLATES
 
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -30,8 +31,6 @@ _NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
     r"|.*\.(safetensors|bin)\.index\.json"
 )
-# The only folder of a template that belongs to a tokenizer.
-CHAT_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)

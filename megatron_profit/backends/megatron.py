@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_profit.backends.chained_optimizer import regrouped
+from megatron_profit.backends.checkpoint_loading import CHECKPOINT_PATCHES
 from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
 from megatron_profit.backends.parent_death import die_with_parent
@@ -91,6 +92,29 @@ def _load_into_plain_torch_adam() -> None:
     optimizer_class.state_dict = state_dict
     optimizer_class.load_state_dict = load_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
+def _save_zeros_as_padding() -> None:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_dp_reshardable
+
+    @functools.wraps(original)
+    def sharded_param_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        by_dtype = (state[number] for number in range(len(self.gbuf_ranges)))
+        buckets = (bucket for part in by_dtype for buckets in part.values() for bucket in buckets)
+        for tensors in (tensors for bucket in buckets for tensors in bucket):
+            padding = tensors["padding"]
+            if isinstance(padding, LocalNonpersistentObject) and padding.unwrap():
+                for item in nested_values(tensors):
+                    if isinstance(item, ShardedTensor):
+                        item.data.zero_()
+        return state
+
+    DistributedOptimizer.sharded_param_state_dp_reshardable = sharded_param_state
 
 
 def _load_with_another_number_of_optimizers() -> None:
@@ -294,6 +318,14 @@ MEGATRON_PATCHES = (
         apply=_load_into_plain_torch_adam,
     ),
     Patch(
+        name="optimizer-padding",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/distrib_optimizer.py",
+        reason="sharded_param_state_dp_reshardable fills the gaps between parameters with torch.empty: what "
+        "was in memory goes into the checkpoint, and equal runs save different files.",
+        apply=_save_zeros_as_padding,
+    ),
+    Patch(
         name="chained-optimizer-load",
         upstream=_MEGATRON,
         file="megatron/core/optimizer/optimizer.py",
@@ -366,5 +398,6 @@ MEGATRON_PATCHES = (
         "behind for good; restarts would fill the memory of the machine.",
         apply=_end_queue_with_rank,
     ),
+    *CHECKPOINT_PATCHES,
     *OBSERVATION_PATCHES,
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.megatron_reader import check_whole
+from checkpoint_conversion.integrity import check_whole
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
 
 # In each checkpoint that this project's entry wrote; only those are ever removed.

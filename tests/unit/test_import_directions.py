@@ -21,7 +21,7 @@ ALLOWED = {
         "megatron_profit.ops",
         "megatron_profit.data",
     ),
-    "megatron_profit.backends": ("megatron",),
+    "megatron_profit.backends": ("megatron", "checkpoint_conversion"),
     "megatron_profit.models": ("megatron",),
     "megatron_profit.training": ("megatron", "megatron_profit", "checkpoint_conversion"),
     "megatron_profit.sft": ("megatron_profit.backends", "megatron_profit.training"),

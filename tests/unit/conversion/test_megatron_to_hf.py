@@ -374,7 +374,7 @@ BROKEN = {
     "other metadata": (lambda c: (c / ".metadata").write_bytes(b"no"), r"\.metadata: not readable"),
     "code in metadata": (
         lambda c: (c / ".metadata").write_bytes(pickle.dumps(_Evil())),
-        r"builtins\.print, which is no metadata",
+        r"\.metadata: not readable: it refers to builtins\.print, which has no place in it",
     ),
     "no metadata.json": (lambda c: (c / "metadata.json").unlink(), r"metadata\.json: missing"),
     "other format": (
