@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
@@ -91,14 +92,37 @@ def check_output(
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write a small file and flush it to the disk.
+    """Write a small file, whole or not at all, and flush it to the disk.
 
     Raises:
         ConversionError: When that fails; names the file.
     """
-    with writing(file):
-        file.write_bytes(content)
-    sync_file(file)
+    with writing(file), whole_file(file) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[BinaryIO]:
+    """A stream into a new file that takes the name `file` when the block ends without an error.
+
+    It never writes through a link, and a link in the place of `file` is replaced, not followed: somebody else
+    may write into the folder.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(unfinished, flags, 0o666), "wb") as stream:
+        try:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            unfinished.replace(file)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def sync_file(file: Path) -> None:

@@ -114,6 +114,12 @@ _REFUSED = {
         ("non_persistent_save_interval", "non_persistent_ckpt_type"),
         "a shorter --save-interval with --keep-last N does the same, and its checkpoints are found again",
     ),
+    **dict.fromkeys(
+        ("ckpt_format", "auto_detect_ckpt_format"),
+        "checkpoints are written and read in the format torch_dist",
+    ),
+    "enable_msc": "checkpoints are read from folders; mount the storage",
+    "trust_remote_code": "code in a model folder is not run",
     "exit_signal_handler_for_training": "SIGTERM saves a checkpoint and ends the run",
     "hybrid_context_parallel": "--context-parallel-size splits every row alike",
     **dict.fromkeys(
@@ -253,6 +259,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="HuggingFace folder to write after the last step; it must not exist yet, unless a run with a "
         "checkpoint in --save goes on and an export was all that wrote there.",
+    )
+    group.add_argument(
+        "--skip-checksums",
+        action="store_true",
+        help="Load a checkpoint without comparing its checksums first, which reads all of it once.",
     )
     add_keep_flags(group)
     add_data_flags(group)

@@ -159,10 +159,12 @@ def test_a_checkpoint_asked_for_by_number_must_be_whole(run):
     check_named(run, None)
 
 
-def test_checkpoints_of_the_older_format_are_left_to_megatron(run):
+def test_a_checkpoint_of_pickles_for_each_rank_is_never_named(run):
     shutil.rmtree(run / "iter_0000006")
     (run / "iter_0000006" / "mp_rank_00").mkdir(parents=True)
-    assert settle(run, lambda _: None) == "6"
+    warnings = []
+    assert settle(run, warnings.append) == "4"
+    assert "iter_0000006 is in Megatron's older format (mp_rank_…)" in warnings[0]
 
 
 def test_left_overs_make_room(run):
