@@ -23,6 +23,7 @@ from checkpoint_conversion.dtypes import DType, chosen_dtype
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf_folder import INDEX, read_hf_config, read_weight_map
+from checkpoint_conversion.hf_model import known_name
 from checkpoint_conversion.hf_writer import (
     DEFAULT_SHARD_SIZE,
     HFWriter,
@@ -99,7 +100,7 @@ def plan_export(
     }
     weight_map = files_of(template, tensors, max_shard_size)
     artifacts(template)
-    config = with_dtype(config, tensors)
+    config = for_older_readers(with_dtype(config, tensors))
     return ExportPlan(checkpoint, template, config, tensors, weight_map)
 
 
@@ -184,7 +185,10 @@ def files_of(
     """
     if max_shard_size is not None or not (template / INDEX).exists():
         return split_by_size(tensors, parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
-    template_map = read_weight_map(template) or {}
+    template_map = {
+        known_name(name, tensors): shard
+        for name, shard in (read_weight_map(template) or {}).items()
+    }
     for name in tensors:
         if name not in template_map:
             raise ConversionError(
@@ -205,6 +209,21 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
     name = nbytes.most_common(1)[0][0].torch
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return {**config, **dict.fromkeys(keys, name)}
+
+
+def for_older_readers(config: Config) -> dict[str, Any]:
+    """The configuration with the rotary base and scaling where readers before transformers 5 look.
+
+    transformers 5 writes `rope_parameters` alone. Without `rope_theta` next to it, transformers 4.57 and
+    programs that follow it compute with 10,000, and without `rope_scaling` they scale nothing.
+    """
+    rope = config.get("rope_parameters") or {}
+    found = dict(config)
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        found["rope_scaling"] = {k: value for k, value in rope.items() if k != "rope_theta"}
+    return found
 
 
 def _print_plan(plan: ExportPlan, workers: int) -> None:

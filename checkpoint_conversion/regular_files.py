@@ -6,6 +6,7 @@ Links to regular files are followed: the HuggingFace cache is made of them.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -62,6 +63,33 @@ def read_regular(file: str | Path, most: int = MOST_JSON) -> bytes:
     if len(content) > most:
         raise ConversionError(f"{file}: larger than {human(most)}, the limit for such a file")
     return content
+
+
+def open_to_append(file: Path) -> int:
+    """A descriptor to read a file and write at its end; it is made if it does not exist.
+
+    Somebody else may write into the folder too, so a link in its place is not followed.
+
+    Raises:
+        ConversionError: It is a link, or no regular file.
+        OSError: It cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        descriptor = os.open(file, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ConversionError(
+                f"{file} is a symbolic link, which is not written through; remove it, or name the file it "
+                "leads to"
+            ) from error
+        raise
+    try:
+        _check_kind(file, os.fstat(descriptor).st_mode)
+    except ConversionError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def check_model_folder(folder: Path) -> None:

@@ -36,6 +36,10 @@ def family_for(config: Config) -> Family:
             feature that is not supported.
     """
     declared = config.get("architectures") or []
+    if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):
+        raise ConversionError(
+            f"config.json has architectures={declared!r}; a list of names is needed"
+        )
     for family in FAMILIES:
         by_type = not declared and config.get("model_type") == family.model_type
         if by_type or (len(declared) == 1 and declared[0] in family.architectures):

@@ -346,7 +346,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one with a tokenizer and a chat template")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise DataError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
 

@@ -678,11 +678,15 @@ def _check_guards(settings: Mapping[str, Any]) -> None:
 
 def _metrics_file(settings: Mapping[str, Any]) -> Path | None:
     """Where the metrics go: a file that can be written, if any was asked for or there is a --save."""
-    if settings["metrics_file"] is None:
-        return Path(settings["save"]) / "metrics.jsonl" if settings["save"] else None
-    path = Path(settings["metrics_file"])
+    if settings["metrics_file"] is None and not settings["save"]:
+        return None
+    path = Path(settings["metrics_file"] or Path(settings["save"]) / "metrics.jsonl")
     if path.is_dir():
         raise ArgumentsError(f"--metrics-file {path} is a folder; name a file")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ArgumentsError(
+            f"--metrics-file {path} is a link, a pipe or a device; name a regular file, or remove it"
+        )
     return path
 
 

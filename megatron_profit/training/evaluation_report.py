@@ -16,6 +16,7 @@ import torch
 from megatron.core import mpu
 from transformers import PreTrainedTokenizerBase
 
+from checkpoint_conversion.output import whole_file
 from megatron_profit.data import Prepared, SFTDataset
 from megatron_profit.objectives import TokenStatistics
 from megatron_profit.report import TokenRecord, page, token_texts
@@ -92,10 +93,8 @@ class EvaluationReport:
             f"is {self.objective}. Tokens of a prompt have no probability here.",
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"step_{steps:07}.html"
-        beside = file.with_name(f".{file.name}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
+        with whole_file(self.folder / f"step_{steps:07}.html") as stream:
+            stream.write(text.encode())
 
     def _record(self, index: int, tokens: torch.Tensor) -> TokenRecord:
         ids = self.prepared.examples[index][0].tolist()
