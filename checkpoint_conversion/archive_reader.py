@@ -28,6 +28,8 @@ _END, _FAR_END, _LOCATOR = (
 )
 _ENTRY, _HEADER = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 _SIZES_FOLLOW, _UTF8 = 1 << 3, 1 << 11
+# An attribute; torch's reader gives what is in memory for the content of a folder.
+_FOLDER = 1 << 4
 _IN_64_BITS = 0xFFFFFFFF
 _KNOWN = (
     "data.pkl",
@@ -200,12 +202,13 @@ def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
         mark, _, _, flags, method, _, _, checksum, packed, size, *rest = _ENTRY.unpack_from(
             directory, at
         )
-        name_length, extra_length, comment, disk, _, _, offset = rest
+        name_length, extra_length, comment, disk, _, attributes, offset = rest
         at += _ENTRY.size
         name = directory[at : at + name_length]
         extra = directory[at + name_length : at + name_length + extra_length]
         at += name_length + extra_length
-        if mark != b"PK\1\2" or comment or disk or flags & ~(_SIZES_FOLLOW | _UTF8):
+        is_other = comment or disk or flags & ~(_SIZES_FOLLOW | _UTF8) or attributes & _FOLDER
+        if mark != b"PK\1\2" or is_other:
             raise ArchiveError("its directory is broken")
         if method:
             raise ArchiveError(f"its record {name.decode('utf-8', 'replace')!r} is compressed")

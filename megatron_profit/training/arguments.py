@@ -22,6 +22,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
+from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.hf_output import HFOutput, plan_output
@@ -334,8 +335,9 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     fixed, soft = platform_settings(device, local=explicit.get("transformer_impl") == "local")
     flags.refuse_contradictions(fixed, "this machine needs")
     soft = {**_DEFAULTS, **soft}
-    if "initializer_range" in config:
-        soft["init_method_std"] = config["initializer_range"]
+    if config.get("initializer_range") is not None:
+        read = ConfigReader(config, "every family")
+        soft["init_method_std"] = read.number("initializer_range", at_least=0.0)
     model = _model_settings(flags, config, hf_model / "config.json")
 
     settings = {**flags.defaults, **model, **soft, **fixed, **explicit}
