@@ -137,7 +137,7 @@ def _tensor(named: Named, arguments: tuple[Any, ...]) -> Call:
 
 def _elements(storage: Any) -> int | float:
     """The number of elements of a storage; unknown of one that is a pickle within the pickle."""
-    if type(storage) is Call and storage.function == _NESTED_STORAGE:
+    if type(storage) is Call and storage.function in _NESTED_STORAGES:
         return math.inf
     if type(storage) is not PersistentId:
         raise ValueError("a storage")
@@ -257,7 +257,11 @@ METADATA: Table = {
 }
 
 STORAGE_TYPES: Table = {(named.module, named.name): _VALUE for named in STORAGES}
-_NESTED_STORAGE = Named("torch.storage", "_load_from_bytes")
+# A storage as a pickle within a pickle; Megatron puts a function of its own in the place of torch's.
+_NESTED_STORAGES = (
+    Named("torch.storage", "_load_from_bytes"),
+    Named("megatron.core.safe_globals", "safe_load_from_bytes"),
+)
 # The archive of a tensor, and a state dict in pytorch_model.bin.
 TENSORS: Table = {
     **_ORDERED,
@@ -357,7 +361,7 @@ EXTRA_STATE: Table = {
     **_ORDERED,
     **_SIZE,
     ("torch._utils", "_rebuild_tensor_v2"): Use(call=_tensor),
-    (_NESTED_STORAGE.module, _NESTED_STORAGE.name): Use(call=_nested_storage),
+    **{(named.module, named.name): Use(call=_nested_storage) for named in _NESTED_STORAGES},
     (_RECIPES, "Format"): Use(call=_format),
     (_RECIPES, "_FormatHelper"): Use(new=_of_scalars),
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): _RECORD,

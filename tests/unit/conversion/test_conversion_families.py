@@ -120,12 +120,19 @@ def test_what_is_not_supported_is_refused(change, message):
 MOE = {
     **CONFIG,
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 768,
     "norm_topk_prob": True,
 }
-LLAMA = {**CONFIG, "architectures": ["LlamaForCausalLM"], "head_dim": None, "rope_theta": 500000.0}
+LLAMA = {
+    **CONFIG,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "head_dim": None,
+    "rope_theta": 500000.0,
+}
 SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,

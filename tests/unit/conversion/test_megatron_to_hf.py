@@ -109,6 +109,10 @@ def test_round_trip_gives_the_same_files(make_qwen3, tmp_path, tied, dtype, shar
         if file.name == "model.safetensors.index.json":
             maps = [json.loads(f.read_text())["weight_map"] for f in (file, copy)]
             assert maps[0] == maps[1]
+        elif file.name == "config.json":
+            config = json.loads(file.read_text())
+            older = {"rope_theta": config["rope_parameters"]["rope_theta"]}
+            assert json.loads(copy.read_text()) == config | older
         else:
             assert file.read_bytes() == copy.read_bytes(), file.name
 
@@ -170,7 +174,7 @@ def test_the_configuration_names_the_written_dtype(make_qwen3, tmp_path, old_sty
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     original = json.loads((hf / "config.json").read_text())
     key = "torch_dtype" if old_style else "dtype"
-    assert config == {**original, key: "bfloat16"}
+    assert config == {**original, "rope_theta": 500000.0, key: "bfloat16"}
     for name, tensor in read_hf(hf).items():
         assert torch.equal(read_hf(tmp_path / "back")[name], tensor.bfloat16()), name
 
@@ -191,16 +195,10 @@ def test_shards_have_the_size_asked_for(qwen3, tmp_path):
     assert_same_tensors(qwen3, tmp_path / "back")
 
 
-def test_every_artifact_is_copied_but_weights_code_and_hidden_files(qwen3, tmp_path):
-    kept = [
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "LICENSE",
-        "README.md",
-        "x.model",
-    ]
+def test_every_artifact_is_copied_but_weights_code_hidden_files_and_the_model_card(qwen3, tmp_path):
+    kept = ["vocab.json", "merges.txt", "special_tokens_map.json", "LICENSE", "NOTICE", "x.model"]
     dropped = ["modeling.py", "pytorch_model.bin", "original.pth", ".gitattributes", "q4.gguf"]
+    dropped += ["README.md", "readme_zh.md"]
     for name in kept + dropped:
         (qwen3 / name).write_text(name)
     (qwen3 / "additional_chat_templates").mkdir()
