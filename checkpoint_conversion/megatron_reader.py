@@ -272,7 +272,11 @@ def find_checkpoint(folder: str | Path, iteration: str | int | None = None) -> P
         ConversionError: When there is no such checkpoint.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise ConversionError(f"{folder}: {error.strerror}") from error
+    if not is_folder:
         raise ConversionError(f"{folder}: no such folder")
     if iteration is None and (folder / ".metadata").exists():
         return folder

@@ -48,7 +48,7 @@ def whole_folder(
         ConversionError: When the folder must not be written, there is too little space, or another
             process is writing it.
     """
-    out = out.resolve()
+    out = _resolved(out)
     _check_sources(out, sources)
     _check_place(out)
     _check_space(out, needed)
@@ -84,7 +84,7 @@ def check_output(
         ConversionError: When it holds something or an input, its place is not writable, or there is
             too little space.
     """
-    out = out.resolve()
+    out = _resolved(out)
     _check_sources(out, sources)
     _check_replaceable(out, overwrite, command)
     _check_place(out)
@@ -137,6 +137,22 @@ def sync_file(file: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _resolved(out: Path) -> Path:
+    """The output folder without links.
+
+    Raises:
+        ConversionError: No folder can be there: links in a circle, or too long a name.
+    """
+    try:
+        found = out.resolve()
+        found.exists()
+    except OSError as error:
+        raise ConversionError(f"{out}: {error.strerror}; choose another folder") from error
+    except (RuntimeError, ValueError) as error:  # a circle of links, for Python 3.12
+        raise ConversionError(f"{out}: {error}; choose another folder") from error
+    return found
 
 
 def _check_sources(out: Path, sources: Iterable[Path]) -> None:

@@ -124,8 +124,11 @@ def settle(
     Raises:
         CheckpointError: When there was a checkpoint and none is whole, or the file cannot be written.
     """
-    if not load.is_dir():
-        return ""
+    try:
+        if not load.is_dir():
+            return ""
+    except OSError as error:
+        raise CheckpointError(f"{load} cannot be read: {error.strerror}") from error
     if is_own:
         _put_back(load)
     tracker = load / TRACKER

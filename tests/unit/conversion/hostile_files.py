@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
+import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,23 @@ def byte_tensor(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def number(width: str, value: int) -> bytes:
-    """A number in a pickle."""
-    return struct.pack(width, value)
+class Steps:
+    """Counts the lines that run in some modules inside a `with` block: work, whatever the machine does."""
+
+    def __init__(self, *modules: types.ModuleType) -> None:
+        self._files = {module.__file__ for module in modules}
+        self.count = 0
+
+    def __enter__(self) -> Steps:
+        def trace(frame, event, _):
+            if frame.f_code.co_filename in self._files:
+                self.count += event == "line"
+                return trace
+            return None
+
+        self._before = sys.gettrace()
+        sys.settrace(trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)

@@ -6,18 +6,23 @@ import json
 import math
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conversion_helpers import VOCABULARY, expected_megatron, read_hf, write_config
+from hostile_files import Steps
 from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from checkpoint_conversion import megatron_reader
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.megatron_to_hf import megatron_to_hf
+from checkpoint_conversion.megatron_reader import Place, Saved
+from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
 
 
 class _GridPlanner(dcp.DefaultSavePlanner):
@@ -445,3 +450,49 @@ def test_the_template_decides_what_fits(make_qwen3, tmp_path):
     write_config(hf, lambda config: config.update(num_hidden_layers=2))
     with pytest.raises(ConversionError, match=r"config\.json calls for \[2, "):
         megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")
+
+
+def _chunked(folder, key, shape, chunks):
+    """Describe a tensor by other chunks in `.metadata`; they all lie where the first one does."""
+    metadata = FileSystemReader(folder).read_metadata()
+    entry = metadata.state_dict_metadata[key]
+    first = next(info for index, info in metadata.storage_data.items() if index.fqn == key)
+    for index in [index for index in metadata.storage_data if index.fqn == key]:
+        del metadata.storage_data[index]
+    entry.size, entry.chunks = torch.Size(shape), []
+    for offsets, sizes in chunks:
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        metadata.storage_data[MetadataIndex(key, torch.Size(offsets))] = first
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+CHUNKS = {
+    "chunks that lie outside of it": (
+        [((0, 0, 0), (3, 64, 97))],
+        "a chunk of .* lies outside of it",
+    ),
+    "empty chunks with many layers": ([((0, 0, 0), (10**12, 0, 96))], "lies outside of it"),
+    "a negative size": ([((0, 0, 0), (-1, 64, 96))], "not readable"),
+    "missing chunks": ([((0, 0, 0), (3, 32, 96))], "do not cover it"),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKS)
+def test_chunks_that_cannot_be_are_refused(qwen3, tmp_path, case):
+    chunks, message = CHUNKS[case]
+    run = save_run(tmp_path / "run", trained(qwen3))
+    _chunked(run, "decoder.layers.mlp.linear_fc2.weight", (3, 64, 96), chunks)
+    with pytest.raises(ConversionError, match=message):
+        plan_export(tmp_path / "run", qwen3)
+
+
+def test_chunks_next_to_each_other_are_compared_in_bounded_work(qwen3, tmp_path):
+    """Columns of one element: each of them has all rows, and is compared with all others."""
+    saved = [Saved((0, 0, i), (1, 4, 1), Place(Path("x"), 0, 0)) for i in range(1200)]
+    megatron_reader._check_disjoint(tmp_path, "key", saved[:600], 1)
+    with (
+        Steps(megatron_reader) as steps,
+        pytest.raises(ConversionError, match="more than 512 chunks with the same rows"),
+    ):
+        megatron_reader._check_disjoint(tmp_path, "key", saved, 1)
+    assert steps.count < 20 * 512 * len(saved)

@@ -8,13 +8,12 @@ import contextlib
 import io
 import pickle
 import struct
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from hostile_files import PAYLOADS, WORKING, text
+from hostile_files import PAYLOADS, WORKING, Steps, text
 
 from checkpoint_conversion import pickle_reader
 from checkpoint_conversion.pickle_reader import (
@@ -177,27 +176,6 @@ def test_every_cut_of_a_pickle_is_refused():
             read_pickle(whole[:length], within({}))
 
 
-class _Steps:
-    """Counts the lines of the reader that run."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self):
-        def trace(frame, event, _):
-            if frame.f_code.co_filename == pickle_reader.__file__:
-                self.count += event == "line"
-                return trace
-            return None
-
-        self._before = sys.gettrace()
-        sys.settrace(trace)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(self._before)
-
-
 def _nested_tuples(depth: int) -> bytes:
     """A key whose hash takes 2^depth steps: each tuple holds the one before twice."""
     return b"\x80\x02}K\x01" + b"\x85" + b"q\x00h\x00\x86" * depth + b"Ns."
@@ -230,7 +208,7 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_the_work_grows_with_the_length_of_the_pickle_only(bomb):
     content = BOMBS[bomb]
-    with _Steps() as steps, contextlib.suppress(PickleError):
+    with Steps(pickle_reader) as steps, contextlib.suppress(PickleError):
         read_pickle(content, within(OBJECTS))
     assert steps.count < 40 * len(content) + 200
 
