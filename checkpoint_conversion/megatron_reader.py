@@ -30,7 +30,7 @@ from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
 from checkpoint_conversion.pickle_reader import Instance, PickleError, Uses, read_pickle
 from checkpoint_conversion.pickle_uses import METADATA, is_size, is_sizes, within
 from checkpoint_conversion.raw_files import OpenFiles
-from checkpoint_conversion.regular_files import read_regular
+from checkpoint_conversion.regular_files import open_regular, read_regular
 from checkpoint_conversion.torch_pickle import StoredTensor, contiguous_strides, locate_tensor
 
 # Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
@@ -377,13 +377,14 @@ def _latest(folder: Path) -> str:
 
 
 def read_tracker(tracker: Path) -> str:
-    """What a tracker file says.
+    """What a tracker file says, or its beginning where it is much too long for a number.
 
     Raises:
-        ConversionError: It is no regular file, or much too large.
+        ConversionError: It is no regular file.
         OSError: It cannot be read.
     """
-    return read_regular(tracker, _MOST_TRACKER).decode("utf-8", errors="replace").strip()
+    with open(open_regular(tracker), "rb") as stream:
+        return stream.read(_MOST_TRACKER).decode("utf-8", errors="replace").strip()
 
 
 def is_iteration(text: str) -> bool:

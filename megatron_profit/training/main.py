@@ -100,6 +100,8 @@ def train(arguments: SFTArguments, data: SFTData) -> None:
             ModelType.encoder_or_decoder,
             make_forward_step(monitor.watching(begin)),
         )
+    except ConversionError as error:
+        fail(error)
     except SystemExit as end:
         signals.leave(end)
     signals.release()

@@ -33,6 +33,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(open_to_append(path))  # before anything is read: it must be no link
         kept, moved = [], []
         for line in _lines(path):
             (kept if _is_whole(line) and _stays(json.loads(line), step) else moved).append(line)

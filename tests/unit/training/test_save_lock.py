@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -105,3 +106,17 @@ def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(save_lock.fcntl, "lockf", lockf)
     hold(tmp_path / "run")
     assert "without locks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "a pipe", "a folder"])
+def test_a_lock_is_a_regular_file(tmp_path, kind):
+    (tmp_path / "mine").write_text("mine")
+    if kind == "a symbolic link":
+        (tmp_path / NAME).symlink_to(tmp_path / "mine")
+    elif kind == "a pipe":
+        os.mkfifo(tmp_path / NAME)
+    else:
+        (tmp_path / NAME).mkdir()
+    with pytest.raises(CheckpointError, match=rf"--save .*{kind}|Is a directory"):
+        hold(tmp_path)
+    assert (tmp_path / "mine").read_text() == "mine"
