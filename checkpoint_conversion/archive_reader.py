@@ -40,7 +40,7 @@ _KNOWN = (
     ".data/serialization_id",
 )
 
-Read = Callable[[int, int], bytes]
+Read = Callable[[int, int], bytes | bytearray]
 
 
 class ArchiveError(ValueError):
@@ -87,7 +87,8 @@ class Archive:
         if record.nbytes > _MOST_PICKLE:
             raise ArchiveError(f"its pickle has {record.nbytes} bytes; the limit is {_MOST_PICKLE}")
         self.check(record)
-        return read_pickle(self.read(record.offset, record.nbytes), uses, self._storage)
+        content = bytes(self.read(record.offset, record.nbytes))
+        return read_pickle(content, uses, self._storage)
 
     def check(self, record: Record) -> None:
         """Compare the checksum of a record with its bytes.
@@ -168,7 +169,7 @@ def _directory(read: Read, nbytes: int) -> tuple[Iterator[_Entry], int]:
         count, size, start = _far_directory(read, far, (count, size, start))
     if start + size != end or size > _MOST_DIRECTORY or count * _ENTRY.size > size:
         raise ArchiveError("its directory is not at its end")
-    return _entries(read(start, size), count), start
+    return _entries(bytes(read(start, size)), count), start
 
 
 def _far_directory(read: Read, far: int, near: tuple[int, ...]) -> tuple[int, int, int]:

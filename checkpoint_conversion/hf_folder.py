@@ -27,6 +27,7 @@ from checkpoint_conversion.torch_pickle import contiguous_strides, locate_tensor
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 FETCH_AGAIN = "download the folder again, the HuggingFace cache skips what it has"
 
 # Bytes of the dtypes that are not converted.
@@ -92,8 +93,8 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The content of `folder`/config.json.
 
     Raises:
-        ConversionError: When the folder or the file is missing, the file is not a JSON object, or
-            something in the folder is no regular file.
+        ConversionError: When the folder or the file is missing, the file is not a JSON object,
+            something in the folder is no regular file, or it is an adapter.
     """
     folder = Path(folder)
     try:
@@ -103,8 +104,14 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
                 "(`hf download NAME --local-dir FOLDER` makes one)"
             )
         check_model_folder(folder)
+        has_adapter = (folder / ADAPTER).exists()
     except OSError as error:
         raise ConversionError(f"{folder}: {error.strerror}") from error
+    if has_adapter:
+        raise ConversionError(
+            f"{folder / ADAPTER}: the folder is an adapter on top of a model, which would be lost; merge it "
+            "into the model (merge_and_unload of peft), or remove the file if it does not belong here"
+        )
     return read_json_object(folder / CONFIG)
 
 

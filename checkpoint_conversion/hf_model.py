@@ -18,7 +18,6 @@ from checkpoint_conversion.raw_files import OpenFiles
 _BASE = "model."
 # A buffer that old Llama checkpoints hold, and that is computed from the configuration.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq")
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,6 @@ def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
     config = read_hf_config(folder)
     family = family_for(config)
     rules = family.tensor_rules(config)
-    if (folder / _ADAPTER).exists():
-        raise ConversionError(
-            f"{folder / _ADAPTER}: the folder is an adapter on top of a model, which would be lost; merge it "
-            "into the model (merge_and_unload of peft), or remove the file if it does not belong here"
-        )
     expected = expected_shapes(rules)
     alias, original = family.tied_alias
     tensors = _by_known_name(list_tensors(folder, allow_pickle), (*expected, alias))

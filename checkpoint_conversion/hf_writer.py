@@ -27,11 +27,11 @@ from checkpoint_conversion.regular_files import CHAT_TEMPLATES, open_regular
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-# What is not copied from a template: weights in any format, code, hidden files, and what belongs to the
-# template alone: its model card, which would describe another model, and an adapter.
+# What is not copied from a template: weights in any format, code, hidden files, and its model card, which
+# would describe another model.
 _NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
-    r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)|adapter_config\.json"
+    r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)"
 )
 
 

@@ -183,7 +183,7 @@ def _vet_extra_states(archive: Archive, content: Any) -> None:
     """Vet what Transformer Engine unpickles by itself: tensors of bytes, and the streams of version 1."""
     for item in content if isinstance(content, list) else [content]:
         if isinstance(item, Call):
-            read_extra_state(archive, item)
+            _vet_bytes(archive, item)
         elif isinstance(item, Instance) and item.cls == Named("_io", "BytesIO"):
             stream, *_ = item.state
             if not isinstance(stream, bytes):
@@ -193,16 +193,16 @@ def _vet_extra_states(archive: Archive, content: Any) -> None:
             raise ValueError(f"it holds a {type(item).__name__}")
 
 
-def read_extra_state(archive: Archive, tensor: Call) -> Any:
-    """What Transformer Engine keeps in a tensor of bytes; None of an empty one."""
+def _vet_bytes(archive: Archive, tensor: Call) -> None:
+    """Vet the pickle in a tensor of bytes; an empty one has none."""
     storage, first, shape, strides, *_ = _tensor_in(tensor)
     if 0 in shape:
-        return None
+        return
     _, kind, key, *_ = storage.identity
     if kind != Named("torch", "ByteStorage") or len(shape) != 1 or strides != (1,):
         raise ValueError("it holds a tensor of other values than bytes in a row")
     data = archive.read(archive.records[f"data/{key}"].offset + first, shape[0])
-    return read_pickle(data, within(EXTRA_STATE))
+    read_pickle(bytes(data), within(EXTRA_STATE))
 
 
 def _tensor_in(content: Any) -> tuple[Any, ...]:

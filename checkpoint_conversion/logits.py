@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.megatron_reader import find_checkpoint
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
 
@@ -81,6 +83,8 @@ def compare_logits(
     Raises:
         ConversionError: When a side cannot be computed.
     """
+    for folder in [hf] if other_hf is None else [hf, other_hf]:
+        family_for(read_hf_config(folder))
     checkpoint = None if megatron is None else find_checkpoint(megatron, iteration)
     tokens, lengths = _tokenise(hf, prompts)
     if other_hf is not None:

@@ -361,10 +361,10 @@ def open_entry(files: OpenFiles, place: Place, key: str) -> Archive:
     return read_archive(partial(_read_entry, files, place, key), place.length)
 
 
-def _read_entry(files: OpenFiles, place: Place, key: str, offset: int, count: int) -> bytes:
+def _read_entry(files: OpenFiles, place: Place, key: str, offset: int, count: int) -> bytearray:
     data = bytearray(max(0, min(count, place.length - offset)))
     files.read(place.file, place.start + offset, memoryview(data), key)
-    return bytes(data)
+    return data
 
 
 def _latest(folder: Path) -> str:

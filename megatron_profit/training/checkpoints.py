@@ -191,8 +191,11 @@ def make_room(folder: Path) -> None:
     """Empty the place of a checkpoint that is about to be written.
 
     What a save that died has left is removed. A whole checkpoint is only set aside until the new one is
-    whole too.
+    whole too. Links in the way of what Megatron writes are removed: it would write through them.
     """
+    for link in (folder.parent / TRACKER, folder):
+        if link.is_symlink() and defect(link) is not None:
+            link.unlink()
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     aside = folder.with_name(folder.name + _ASIDE)

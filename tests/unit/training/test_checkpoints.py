@@ -197,6 +197,24 @@ def test_links_are_replaced_and_not_written_through(run, tmp_path):
     assert other.read_text() == "mine"
 
 
+def test_links_in_the_way_of_a_checkpoint_are_removed(whole, run, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "tracker").write_text("mine")
+    (run / TRACKER).unlink()
+    (run / TRACKER).symlink_to(elsewhere / "tracker")
+    for number, target in ((8, elsewhere), (10, elsewhere / "missing")):
+        (run / f"iter_{number:07}").symlink_to(target)
+        make_room(run / f"iter_{number:07}")
+        assert not (run / f"iter_{number:07}").is_symlink()
+    assert not (run / TRACKER).is_symlink()
+    assert [file.name for file in elsewhere.iterdir()] == ["tracker"]
+    shutil.copytree(whole, elsewhere / "whole")
+    (run / "iter_0000008").symlink_to(elsewhere / "whole")
+    make_room(run / "iter_0000008")
+    drop_replaced(run / "iter_0000008")
+    assert defect(elsewhere / "whole") is None, "only the link to it is gone"
+
+
 def test_a_broken_evaluation_is_named(whole, tmp_path):
     folder = add(whole, tmp_path, 2, lm_loss=1.0)
     (folder / VALIDATION).write_text('{"lm loss": 1.')
