@@ -16,6 +16,7 @@ from checkpoint_conversion.progress import human
 from checkpoint_conversion.workers import peak_memory
 
 DRY_RUN = "check everything and print each tensor; read no data, write nothing"
+IGNORE_ARGUMENTS = "do not compare the arguments that the checkpoint keeps with config.json"
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

@@ -347,6 +347,8 @@ def read_common_file(folder: Path, uses: Uses) -> Any:
         try:
             place = Place(file, 0, file.stat().st_size)
             return open_entry(files, place, COMMON_FILE).content(uses)
+        except OSError as error:
+            raise ConversionError(f"{file}: {error.strerror}") from error
         except ValueError as error:
             raise ConversionError(f"{file}: cannot be read: {error}") from error
 

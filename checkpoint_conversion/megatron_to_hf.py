@@ -80,8 +80,12 @@ def plan_export(
     iteration: str | int | None = None,
     dtype: str = "source",
     max_shard_size: str | int | None = None,
+    ignore_arguments: bool = False,
 ) -> ExportPlan:
     """Check a checkpoint against a template; no tensor is read.
+
+    Args:
+        megatron, hf_template, iteration, dtype, max_shard_size, ignore_arguments: As in `megatron_to_hf`.
 
     Raises:
         ConversionError: For anything that cannot be converted.
@@ -90,7 +94,8 @@ def plan_export(
     template = Path(hf_template)
     config = read_hf_config(template)
     rules = family_for(config).tensor_rules(config)
-    check_checkpoint_matches(Path(megatron), config, template, iteration)
+    if not ignore_arguments:
+        check_checkpoint_matches(Path(megatron), config, template, iteration)
     checkpoint = open_checkpoint(find_checkpoint(megatron, iteration), rules)
     tensors = {
         name: TensorSpec(shape, chosen or checkpoint.dtypes[rule.megatron])
@@ -112,6 +117,7 @@ def megatron_to_hf(
     iteration: str | int | None = None,
     dtype: str = "source",
     max_shard_size: str | int | None = None,
+    ignore_arguments: bool = False,
     overwrite: bool = False,
     check_finite: bool = False,
     workers: int | None = None,
@@ -127,6 +133,7 @@ def megatron_to_hf(
         dtype: "source" (as in the checkpoint), "fp32", "bf16" or "fp16".
         max_shard_size: Such as "5GB". None: the files of the template when it has an index, else
             at most 5 GB each.
+        ignore_arguments: Do not compare the arguments that the checkpoint keeps with the template.
         overwrite: Replace an earlier output in `out`.
         check_finite: Refuse NaN and infinity.
         workers: Number of threads; None for one per core, at most 8.
@@ -144,6 +151,7 @@ def megatron_to_hf(
         iteration=iteration,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        ignore_arguments=ignore_arguments,
     )
     checkpoint = plan.checkpoint
     threads = worker_count(workers)
@@ -257,6 +265,7 @@ def main() -> int:
         metavar="SIZE",
         help=f"such as 5GB (default: as the template's index, else {DEFAULT_SHARD_SIZE})",
     )
+    parser.add_argument("--ignore-arguments", action="store_true", help=cli.IGNORE_ARGUMENTS)
     options = parser.parse_args()
     if options.dry_run:
         plan = plan_export(
@@ -265,6 +274,7 @@ def main() -> int:
             iteration=options.iteration,
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
+            ignore_arguments=options.ignore_arguments,
         )
         _print_plan(plan, worker_count(options.workers))
         return 0
@@ -275,6 +285,7 @@ def main() -> int:
         iteration=options.iteration,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        ignore_arguments=options.ignore_arguments,
         overwrite=options.overwrite,
         check_finite=options.check_finite,
         workers=options.workers,

@@ -19,8 +19,8 @@ from checkpoint_conversion.megatron_reader import (
     read_common_file,
     read_object,
 )
-from checkpoint_conversion.pickle_reader import Instance
-from checkpoint_conversion.pickle_uses import inert
+from checkpoint_conversion.pickle_reader import Instance, PickleError
+from checkpoint_conversion.pickle_uses import arguments as argument_uses
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -104,11 +104,7 @@ def stock_flags(arguments: Mapping[str, Any]) -> str:
 
 
 def _arguments(checkpoint: Path) -> dict[str, Any]:
-    if (checkpoint / COMMON_FILE).is_file():
-        common = read_common_file(checkpoint, inert)
-    else:
-        entry = read_object(checkpoint, COMMON_ENTRY, inert)
-        common = entry[0] if isinstance(entry, list) and len(entry) == 1 else None
+    common = _common_state(checkpoint)
     arguments = common.get("args") if isinstance(common, dict) else None
     values = arguments.state if isinstance(arguments, Instance) else None
     if not isinstance(values, dict):
@@ -116,6 +112,20 @@ def _arguments(checkpoint: Path) -> dict[str, Any]:
     return {
         name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)
     }
+
+
+def _common_state(checkpoint: Path) -> Any:
+    try:
+        if (checkpoint / COMMON_FILE).exists():
+            return read_common_file(checkpoint, argument_uses)
+        entry = read_object(checkpoint, COMMON_ENTRY, argument_uses)
+    except ConversionError as error:
+        if not isinstance(error.__cause__, PickleError):
+            raise
+        raise ConversionError(
+            f"{error}. A conversion with --ignore-arguments does not read it"
+        ) from error
+    return entry[0] if isinstance(entry, list) and len(entry) == 1 else None
 
 
 def _is_plain(value: Any) -> bool:

@@ -24,7 +24,14 @@ from checkpoint_conversion.pickle_reader import (
     read_first_pickle,
     read_pickle,
 )
-from checkpoint_conversion.pickle_uses import EXTRA_STATE, METADATA, OBJECTS, TENSORS, inert, within
+from checkpoint_conversion.pickle_uses import (
+    EXTRA_STATE,
+    METADATA,
+    OBJECTS,
+    TENSORS,
+    arguments,
+    within,
+)
 
 PLAIN = [
     None,
@@ -66,10 +73,10 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, payload, table):
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_reader_that_accepts_any_name_runs_nothing_either(tmp_path, payload):
+def test_a_reader_of_arguments_refuses_it_too(tmp_path, payload):
     canary = tmp_path / "canary"
-    with contextlib.suppress(PickleError):
-        read_pickle(PAYLOADS[payload](canary), inert)
+    with pytest.raises(PickleError):
+        read_pickle(PAYLOADS[payload](canary), arguments)
     assert not canary.exists()
 
 
