@@ -19,8 +19,8 @@ from checkpoint_conversion.pickle_uses import STORAGES, is_size
 
 # What one read brings into the core's cache.
 _PART_BYTES = 1 << 20
-# The directory of a state dict with a million tensors, and the pickle of one.
-_MOST_DIRECTORY = _MOST_PICKLE = 256 << 20
+# The directory of a state dict with some 100,000 tensors, and the pickle of one.
+_MOST_DIRECTORY = _MOST_PICKLE = 64 << 20
 _END, _FAR_END, _LOCATOR = (
     struct.Struct("<4s4H2IH"),
     struct.Struct("<4sQ2H2I4Q"),

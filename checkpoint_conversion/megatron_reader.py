@@ -48,8 +48,8 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# Some 100 bytes for each chunk of a tensor.
-_MOST_METADATA = 2 << 30
+# Some 150 bytes for each chunk of a tensor, so three million of them.
+_MOST_METADATA = 512 << 20
 _MOST_TRACKER = 4096
 # Layers, experts and ranks of the largest models give some 100,000 parts of layers or experts.
 _MOST_PARTS = 10_000_000

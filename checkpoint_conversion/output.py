@@ -15,6 +15,7 @@ from typing import BinaryIO
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
 from checkpoint_conversion.raw_files import writing
+from checkpoint_conversion.regular_files import read_regular
 
 _SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
 # Beside the output's files: which command wrote them, and their sizes.
@@ -209,11 +210,11 @@ def _mark(folder: Path, command: str) -> None:
 def _foreign(out: Path, command: str) -> str | None:
     """Why a folder is no output of a command as it was written, or None."""
     try:
-        content = json.loads((out / MARKER).read_bytes())
-        written, sizes = content["command"], content["sizes"]
+        content = json.loads(read_regular(out / MARKER))
+        written, sizes = content["command"], dict(content["sizes"])
     except FileNotFoundError:
         return f"it has no {MARKER}"
-    except (ValueError, KeyError, TypeError):
+    except (ConversionError, ValueError, KeyError, TypeError, RecursionError):
         return f"its {MARKER} was changed"
     if written != command:
         return f"{written} wrote it"
