@@ -68,5 +68,6 @@ def test_bad_input_is_named(qwen2, tmp_path):
     with pytest.raises(ConversionError, match=r"config\.json declares"):
         compare_logits(tmp_path)
     shutil.copy(qwen2.hf / "config.json", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConversionError, match="tokenizer cannot be loaded"):
         compare_logits(tmp_path)
