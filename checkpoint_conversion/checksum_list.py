@@ -19,8 +19,8 @@ from checkpoint_conversion.regular_files import open_regular
 CHECKSUMS = "checksums.json"
 _FORMAT = 1
 _PART_BYTES = 1 << 20
-# metadata.json comes after the list, and what its few words may say is checked; the means of an evaluation
-# may come later still.
+# metadata.json is written after the list, and each of its few words is checked; the means of an evaluation
+# may be written later still.
 _NOT_LISTED = (CHECKSUMS, "metadata.json", "validation.json")
 
 

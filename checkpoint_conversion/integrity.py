@@ -1,4 +1,4 @@
-"""Whether a torch_dist checkpoint holds what was written, and nothing that runs.
+"""Checks that a torch_dist checkpoint is as it was written, and that loading it runs no code.
 
 torch stores a checksum with everything that it writes, and never looks at it again. Here they are compared.
 Files that have none inside, such as `.metadata`, have one in `checksums.json`. Several processes can share
@@ -109,7 +109,7 @@ def check_content(
         progress: Told the bytes of each entry; called by several threads.
 
     Raises:
-        ConversionError: Names the file, the entry and what is wrong.
+        ConversionError: Names the file, the entry and the fault.
     """
 
     def check(entry: Entry) -> None:
@@ -139,7 +139,7 @@ def vet_entry(
         The archive, and the value of its pickle.
 
     Raises:
-        ConversionError: Names the file, the entry and what it holds.
+        ConversionError: Names the file, the entry and the reason.
     """
     try:
         archive = open_entry(files, place, key)

@@ -324,7 +324,7 @@ def read_object(folder: Path, key: str, uses: Uses) -> Any:
     """The value of an entry that is not a tensor; None without the entry.
 
     Args:
-        uses: What its pickle may name.
+        uses: The classes and functions that its pickle may name.
 
     Raises:
         ConversionError: When the checkpoint is not a torch_dist checkpoint, or cannot be read.
@@ -505,7 +505,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _check_format(folder: Path) -> None:
-    """Check the few words of metadata.json, and that there is nothing else in it."""
+    """Check that metadata.json has the few words that are known, and no others."""
     file = folder / "metadata.json"
     content = read_json_object(file)
     backend = content.get("sharded_backend")

@@ -1,7 +1,7 @@
 """Which classes and functions the pickles of a checkpoint may name, and how they may use them.
 
-Each list is exact: module and name, the arguments and the state. What is on it does no harm when torch calls
-it, and no list has anything that looks up names, opens files or runs text.
+Each list is exact: module and name, the arguments and the state. Its entries do no harm when torch calls
+them, and no list has anything that looks up names, opens files or runs text.
 """
 
 from __future__ import annotations
@@ -117,13 +117,14 @@ def _collection(named: Named, arguments: tuple[Any, ...]) -> Call:
 
 
 def _tensor(named: Named, arguments: tuple[Any, ...]) -> Call:
-    """A part of a storage: `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, for
-    newer dtypes `_rebuild_tensor_v3` with the dtype behind that."""
+    """A part of a storage: `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; for
+    newer dtypes `_rebuild_tensor_v3`, which takes the dtype after these."""
     storage, first, shape, strides, requires_grad, hooks, *rest = arguments
     itemsize = 1
     if named.name == "_rebuild_tensor_v3":
         dtype, *rest = rest
-        itemsize = int(re.sub(r"\D", " ", dtype.name).split()[0]) // 8
+        bits = re.search(r"\d+", dtype.name)
+        itemsize = 1 if bits is None else max(1, int(bits[0]) // 8)
     is_part = (
         is_size(first) and is_sizes(shape) and is_sizes(strides) and len(shape) == len(strides)
     )
@@ -387,12 +388,14 @@ def _anything(named: Named, _: tuple[Any, ...]) -> Instance:
 _INERT = Use(call=_anything, new=_anything, state=lambda _: True, is_value=True)
 
 
-# Their classes and functions say nothing about an architecture in another way than by plain values.
+# Packages whose classes and functions may stand in the arguments. An architecture is in the plain values.
 _PASSED_OVER = ("megatron", "numpy", "torch", "transformer_engine")
 
 
 def arguments(module: str, name: str) -> Use | None:
-    """For a reader that runs nothing and wants the plain values of the arguments: what classes and functions
-    of Megatron and torch have made is passed over, of any version."""
+    """Uses for a reader that wants the plain values of the arguments and passes over the others.
+
+    Objects of Megatron and torch are accepted in any version, because this reader does not make them.
+    """
     found = within(OBJECTS)(module, name)
     return _INERT if found is None and module.partition(".")[0] in _PASSED_OVER else found

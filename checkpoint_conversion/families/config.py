@@ -126,14 +126,14 @@ class ConfigReader:
             if len(set(values.values())) > 1:
                 both = ", ".join(f"{key}={self._at(key)!r}" for key in values)
                 raise ConversionError(
-                    f"config.json contradicts itself: {both}; make them equal, or remove what is wrong"
+                    f"config.json contradicts itself: {both}; make them equal, or remove the wrong one"
                 )
         if not given:
             raise self.refused("rope_theta", None, "a positive number")
         return Rope(next(iter(given.values())), next(iter(factors.values()), None))
 
     def _at(self, path: str) -> Any:
-        """The value under a key, or under a key of what is under a key."""
+        """The value under a path of one key, or of two joined by a dot."""
         outer, _, inner = path.partition(".")
         return self.config[outer][inner] if inner else self.config[outer]
 

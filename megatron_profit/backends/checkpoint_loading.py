@@ -1,4 +1,4 @@
-"""Changes to PyTorch and Megatron-Core so that loading a checkpoint runs nothing that is in it.
+"""Changes to PyTorch and Megatron-Core so that loading a checkpoint runs no code from it.
 
 The readers of `checkpoint_conversion` look at each part of a checkpoint first, and torch gets what they have
 accepted: `.metadata` as records that are made from their values, everything else with `weights_only`.
@@ -184,7 +184,7 @@ CHECKPOINT_PATCHES = (
         name="checkpoint-checksums",
         upstream=_MEGATRON,
         file="megatron/core/dist_checkpointing/serialization.py",
-        reason="Nothing protects .metadata and the small files of a checkpoint from a flipped bit; "
+        reason="A flipped bit in .metadata or in a small file of a checkpoint is not found; "
         "--verify-integrity reads the whole checkpoint again on the first rank.",
         apply=_list_checksums,
     ),

@@ -83,7 +83,7 @@ def saved_in(save: Path) -> list[Saved]:
 
 
 def defect(folder: Path) -> str | None:
-    """Why a checkpoint cannot be loaded; None for one that is there in full and holds nothing that runs.
+    """Why a checkpoint cannot be loaded; None for one that is there in full and runs no code.
 
     The tensors are not read (`checkpoint_conversion.integrity.check_content` does that).
     """

@@ -64,7 +64,7 @@ class _SharedCheck:
         self._round = 0
 
     def inspect(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint: parts that are missing, then damaged ones; None for a sound one.
+        """Return why a checkpoint cannot be loaded (parts are missing or damaged); None for a sound one.
 
         Raises:
             CheckpointError: Another machine does not see the same files.
@@ -149,7 +149,7 @@ def wait_until_present(folder: Path, patience: float = _PATIENCE_SECONDS) -> Non
 
 
 def damage_of_share(folder: Path, number: int, of: int) -> str | None:
-    """What is wrong with a share of a checkpoint; None for a sound one."""
+    """Return the first fault in a share of a checkpoint; None for a sound one."""
     ticker = _Ticker(folder)
     threads = max(1, worker_count(None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     try:
