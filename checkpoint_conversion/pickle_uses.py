@@ -87,6 +87,13 @@ def _of_scalars(named: Named, arguments: tuple[Any, ...]) -> Call:
     return Call(named, arguments)
 
 
+def _of_parts(named: Named, arguments: tuple[Any, ...]) -> Call:
+    """A named tuple, which may hold another one."""
+    if not all(type(argument) in (*_PLAIN, Call) for argument in arguments):
+        raise ValueError("plain values")
+    return Call(named, arguments)
+
+
 def _size(_: Named, arguments: tuple[Any, ...]) -> tuple[int, ...]:
     if len(arguments) != 1 or not is_sizes(arguments[0]):
         raise ValueError("sizes")
@@ -100,9 +107,11 @@ def _ordered(_: Named, arguments: tuple[Any, ...]) -> OrderedMap:
 
 
 def _bytes(_: Named, arguments: tuple[Any, ...]) -> bytes:
-    """Bytes as protocol 2 writes them: a text of as many characters."""
+    """Bytes as protocol 2 writes them, a text of as many characters, or a `bytearray` of such bytes."""
     if not arguments:
         return b""
+    if len(arguments) == 1 and type(arguments[0]) is bytes:
+        return arguments[0]
     text, encoding = arguments
     if encoding not in ("latin1", "latin-1"):
         raise ValueError("latin1")
@@ -311,6 +320,8 @@ OBJECTS: Table = {
     ("argparse", "Namespace"): _RECORD,
     ("types", "SimpleNamespace"): Use(call=_blank, new=_blank, state=_has_attributes),
     ("megatron.core.optimizer.optimizer_config", "OptimizerConfig"): _RECORD,
+    ("megatron.core.rerun_state_machine", "Call"): Use(new=_of_parts),
+    ("megatron.core.rerun_state_machine", "Caller"): Use(new=_of_parts),
     ("_io", "BytesIO"): Use(new=_blank, state=_is_plain_tuple),
     ("torch", "device"): _SCALARS,
     ("torch._C", "Generator"): Use(

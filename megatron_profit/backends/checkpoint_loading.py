@@ -29,12 +29,15 @@ def _safe_objects() -> Iterator[None]:
     """Lets `weights_only` load what `pickle_uses.OBJECTS` lists and neither torch nor Megatron knows."""
     import numpy as np
     import torch
+    from megatron.core.rerun_state_machine import Call, Caller
 
     rebuild, scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
     numeric = [type(np.dtype(code)) for code in "?bhilqBHILQefdFD"]
     older = [(rebuild, "numpy.core.multiarray._reconstruct")]
     scalars = [(scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")]
-    with torch.serialization.safe_globals([*numeric, *older, *scalars, frozenset, bytes]):
+    with torch.serialization.safe_globals(
+        [*numeric, *older, *scalars, frozenset, bytes, Call, Caller]
+    ):
         yield
 
 

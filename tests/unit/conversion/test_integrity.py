@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import enum
 import io
@@ -11,6 +12,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -118,6 +120,37 @@ def test_a_checkpoint_is_whole_and_torch_loads_it_unchanged(checkpoint, patched)
     assert rng["random_rng_state"] == random.getstate()
     assert np.array_equal(rng["np_rng_state"][1], np.random.get_state()[1])
     assert content[EXTRA] == [None]
+
+
+def test_values_of_every_kind_on_the_list_are_loaded_unchanged(checkpoint, patched):
+    from megatron.core import rerun_state_machine as rerun
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.enums import AttnBackend
+
+    value = {
+        "rerun": rerun.Call(rerun.Caller("NaN", 3), 7),
+        "modes": [rerun.RerunMode.DISABLED, rerun.RerunState.NOT_RUNNING_YET, AttnBackend.flash],
+        "config": OptimizerConfig(lr=0.5),
+        "numbers": [np.float64(0.5), np.int64(3), np.arange(4.0), np.array([True]), 2**70, 1j],
+        "sets": [{1, 2}, frozenset(["a"]), b"", b"ab\xff", bytearray(b"c")],
+        "torch": [
+            torch.float16,
+            torch.Size([2]),
+            torch.device("cpu"),
+            torch.nn.Parameter(torch.ones(2)),
+        ],
+        "others": [
+            Path("a"),
+            signal.SIGTERM,
+            types.SimpleNamespace(a=1),
+            collections.OrderedDict(a=1),
+        ],
+    }
+    _rebuilt(rng=saved([value]))(checkpoint)
+    write_checksums(checkpoint)
+    check(checkpoint)
+    (loaded,) = load(checkpoint)[RNG]
+    assert repr(loaded) == repr(value)
 
 
 def test_a_conversion_lists_its_checksums(qwen3, tmp_path):
@@ -291,7 +324,7 @@ def test_bytes_that_are_seen_in_another_order_are_refused(checkpoint, tmp_path):
 
 
 def test_an_object_of_an_unknown_class_is_named(checkpoint):
-    _rebuilt(rng=saved([Path("a"), __import__("collections").Counter("aab")]))(checkpoint)
+    _rebuilt(rng=saved([Path("a"), collections.Counter("aab")]))(checkpoint)
     (checkpoint / CHECKSUMS).unlink()
     with pytest.raises(
         ConversionError, match=r"refers to collections\.Counter, which has no place in it"
