@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import signal
 import sys
@@ -10,11 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from checkpoint_conversion.chunks import TRANSFER_BYTES
 from checkpoint_conversion.dtypes import CHOICES, DType
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.progress import human
 from checkpoint_conversion.workers import peak_memory
 
 DRY_RUN = "check everything and print each tensor; read no data, write nothing"
+IGNORE_ARGUMENTS = "do not compare the arguments that the checkpoint keeps with config.json"
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +62,16 @@ def run(main: Callable[[], int]) -> None:
     Ctrl-C and SIGTERM (a job's time limit, say) stop it like an error, so that it can clean up.
     """
     before = signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
-    except (ConversionError, OSError) as error:
+    except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         _terminated(signal.SIGINT)
@@ -78,7 +86,7 @@ def _terminated(number: int, _: object = None) -> None:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows in aligned columns."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print(

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.archive_reader import read_archive
 from checkpoint_conversion.dtypes import DTYPES
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.pickle_uses import is_size, is_sizes
 from checkpoint_conversion.raw_files import OpenFiles
+from checkpoint_conversion.regular_files import check_model_folder, open_regular, read_regular
 from checkpoint_conversion.torch_pickle import contiguous_strides, locate_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 FETCH_AGAIN = "download the folder again, the HuggingFace cache skips what it has"
 
 # Bytes of the dtypes that are not converted.
@@ -87,13 +93,24 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The content of `folder`/config.json.
 
     Raises:
-        ConversionError: When the folder or the file is missing, or the file is not a JSON object.
+        ConversionError: When the folder or the file is missing, the file is not a JSON object,
+            something in the folder is no regular file, or it is an adapter.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        if not folder.is_dir():
+            raise ConversionError(
+                f"{folder}: no such folder; give a local HuggingFace model folder "
+                "(`hf download NAME --local-dir FOLDER` makes one)"
+            )
+        check_model_folder(folder)
+        has_adapter = (folder / ADAPTER).exists()
+    except OSError as error:
+        raise ConversionError(f"{folder}: {error.strerror}") from error
+    if has_adapter:
         raise ConversionError(
-            f"{folder}: no such folder; give a local HuggingFace model folder "
-            "(`hf download NAME --local-dir FOLDER` makes one)"
+            f"{folder / ADAPTER}: the folder is an adapter on top of a model, which would be lost; merge it "
+            "into the model (merge_and_unload of peft), or remove the file if it does not belong here"
         )
     return read_json_object(folder / CONFIG)
 
@@ -105,7 +122,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ConversionError: When it is missing, unreadable or something else.
     """
     try:
-        return parse_json_object(file.read_bytes(), str(file))
+        return parse_json_object(read_regular(file), str(file))
     except FileNotFoundError:
         raise ConversionError(f"{file}: missing") from None
     except OSError as error:
@@ -120,11 +137,11 @@ def parse_json_object(text: bytes, origin: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ConversionError(f"{origin}: {twice!r} occurs twice")
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                raise ConversionError(f"{origin}: {key!r} occurs twice")
+            content[key] = value
         return content
 
     try:
@@ -177,6 +194,11 @@ class _Kind:
     single: str
     index: str
 
+    @property
+    def suffix(self) -> str:
+        """What the name of each file ends with."""
+        return Path(self.single).suffix
+
 
 _SAFETENSORS = _Kind(WEIGHTS, INDEX)
 _PICKLES = _Kind("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -197,8 +219,10 @@ def read_weight_map(folder: Path, kind: _Kind = _SAFETENSORS) -> dict[str, str] 
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index}: no weight_map")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard.startswith("."):
             raise ConversionError(f"{index}: {name} is put in {shard!r}, not a file of this folder")
+        if not shard.endswith(kind.suffix):
+            raise ConversionError(f"{index}: {name} is put in {shard!r}, not a {kind.suffix} file")
     if single.exists() and kind.single not in weight_map.values():
         raise ConversionError(f"{index} does not refer to {kind.single}; remove whichever is stale")
     return weight_map
@@ -207,7 +231,7 @@ def read_weight_map(folder: Path, kind: _Kind = _SAFETENSORS) -> dict[str, str] 
 def _why_no_weights(folder: Path) -> str:
     for file in (folder / WEIGHTS, folder / INDEX):
         if file.is_symlink():
-            return f"{file.name} is a link to {file.resolve()}, which is missing; {FETCH_AGAIN}"
+            return f"{file.name} is a link to {os.path.realpath(file)}, which is missing; {FETCH_AGAIN}"
     if any(folder.glob("*.safetensors")):
         return f"there are safetensors files, but neither {WEIGHTS} nor {INDEX}"
     pickled = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt") for file in folder.glob(kind))
@@ -221,7 +245,8 @@ def _why_no_weights(folder: Path) -> str:
 
 
 def _missing(file: Path) -> ConversionError:
-    where = f"a link to {file.resolve()}, which is missing" if file.is_symlink() else "missing"
+    is_link = file.is_symlink()
+    where = f"a link to {os.path.realpath(file)}, which is missing" if is_link else "missing"
     return ConversionError(f"{file}: {where}; {FETCH_AGAIN}")
 
 
@@ -232,11 +257,14 @@ def _read_tensors(file: Path) -> dict[str, HFTensor]:
 def _read_pickle(file: Path) -> dict[str, HFTensor]:
     """The tensors of a state dict that torch.save wrote."""
     try:
-        with file.open("rb") as stream:
-            stored = locate_tensors(stream)
+        with open(open_regular(file), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            stored = locate_tensors(read_archive(partial(_read_at, stream.fileno()), size))
     except FileNotFoundError:
         raise _missing(file) from None
-    except Exception as error:  # a broken archive can raise almost anything
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
         raise ConversionError(f"{file}: no state dict that torch.save wrote: {error}") from error
     tensors = {}
     for name, tensor in stored.items():
@@ -254,14 +282,18 @@ def _read_pickle(file: Path) -> dict[str, HFTensor]:
     return tensors
 
 
+def _read_at(descriptor: int, offset: int, count: int) -> bytes:
+    return os.pread(descriptor, count, offset)
+
+
 def _read_header(file: Path) -> dict[str, HFTensor]:
     """The tensors of a safetensors file.
 
     Format: 8 bytes with the length of the header, a JSON header, the data without holes.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open(open_regular(file), "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise ConversionError(f"{file}: truncated, or not a safetensors file")
@@ -307,13 +339,15 @@ def _check_extents(file: Path, header: Mapping[str, Any], data_bytes: int) -> No
 
 
 def _is_entry(entry: Any) -> bool:
-    def sizes(value: Any) -> bool:
-        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
+    if not isinstance(entry, dict):
+        return False
+    dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     return (
-        isinstance(entry, dict)
-        and entry.get("dtype") in _ITEM_SIZES
-        and sizes(entry.get("shape"))
-        and sizes(entry.get("data_offsets"))
-        and len(entry["data_offsets"]) == 2
+        isinstance(dtype, str)
+        and dtype in _ITEM_SIZES
+        and isinstance(shape, list)
+        and is_sizes(tuple(shape))
+        and isinstance(place, list)
+        and len(place) == 2
+        and all(map(is_size, place))
     )

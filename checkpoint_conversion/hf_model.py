@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, Family, TensorRule, family_for
 from checkpoint_conversion.hf_folder import HFTensor, list_tensors, read_hf_config
 from checkpoint_conversion.raw_files import OpenFiles
+
+_BASE = "model."
+# A buffer that old Llama checkpoints hold, and that is computed from the configuration.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,35 @@ def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
     config = read_hf_config(folder)
     family = family_for(config)
     rules = family.tensor_rules(config)
-    tensors = list_tensors(folder, allow_pickle)
     expected = expected_shapes(rules)
     alias, original = family.tied_alias
+    tensors = _by_known_name(list_tensors(folder, allow_pickle), (*expected, alias))
     has_alias = alias in tensors and alias not in expected
     _check_tensors(folder, tensors, expected | ({alias: expected[original]} if has_alias else {}))
     return HFModel(folder, config, family, rules, tensors, alias if has_alias else None)
+
+
+def known_name(name: str, known: Container[str]) -> str:
+    """The name that the family has for a tensor, as transformers finds it: with or without `model.`."""
+    inner = name.removeprefix(_BASE)
+    if inner != name and inner in known:
+        return inner
+    return _BASE + name if name not in known and _BASE + name in known else name
+
+
+def _by_known_name(tensors: Mapping[str, HFTensor], known: Container[str]) -> dict[str, HFTensor]:
+    """The tensors by the names of the family, without buffers that transformers computes anew."""
+    found: dict[str, HFTensor] = {}
+    for name, tensor in tensors.items():
+        if _COMPUTED.search(name):
+            continue
+        key = known_name(name, known)
+        if key in found:
+            raise ConversionError(
+                f"{tensor.file}: {name} is there twice, also as {found[key].name}"
+            )
+        found[key] = tensor
+    return found
 
 
 def expected_shapes(rules: Iterable[TensorRule]) -> dict[str, tuple[int, ...]]:
@@ -132,12 +160,29 @@ def expected_shapes(rules: Iterable[TensorRule]) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _prefix(names: Iterable[str], missing: str) -> str:
+    """What a wrapper has put in front of all names, for the message on one that is missing."""
+    names = list(names)
+    inner = missing.removeprefix(_BASE)
+    for name in names:
+        for tail in (missing, inner):
+            prefix = name.removesuffix(tail)
+            if prefix not in (name, "") and all(other.startswith(prefix) for other in names):
+                return (
+                    f"; all {len(names)} names begin with {prefix!r}, which a wrapper adds (torch.compile, "
+                    "data parallelism): save the model inside it, or rename the tensors"
+                )
+    return ""
+
+
 def _check_tensors(
     folder: Path, tensors: Mapping[str, HFTensor], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     for name, shape in expected.items():
         if name not in tensors:
-            raise ConversionError(f"{folder}: no tensor {name}, which config.json calls for")
+            raise ConversionError(
+                f"{folder}: no tensor {name}, which config.json calls for{_prefix(tensors, name)}"
+            )
         tensor = tensors[name]
         if tensor.shape != shape:
             raise ConversionError(

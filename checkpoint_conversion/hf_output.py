@@ -13,7 +13,7 @@ from checkpoint_conversion.families import Config, TensorRule, family_for
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.hf_model import expected_shapes
 from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, artifacts, copy_artifacts
-from checkpoint_conversion.megatron_to_hf import COMMAND, files_of, with_dtype
+from checkpoint_conversion.megatron_to_hf import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.output import check_output, whole_folder
 from checkpoint_conversion.torch_tensors import from_torch
 
@@ -90,7 +90,7 @@ def plan_output(
     tensors = {name: TensorSpec(shape, kind) for name, shape in expected_shapes(rules).items()}
     weight_map = files_of(template, tensors)
     artifacts(template)
-    written = with_dtype(config, tensors)
+    written = for_older_readers(with_dtype(config, tensors))
     output = HFOutput(folder, template, written, rules, tensors, weight_map, overwrite)
     check_output(folder, [template], overwrite, COMMAND, output.nbytes)
     return output

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,17 +22,17 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_folder import CONFIG, FETCH_AGAIN, INDEX, WEIGHTS
 from checkpoint_conversion.output import sync_file, write_file
 from checkpoint_conversion.raw_files import NewFile, writing
+from checkpoint_conversion.regular_files import CHAT_TEMPLATES, open_regular
 
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-# What is not copied from a template: weights in any format, code, and hidden files.
+# What is not copied from a template: weights in any format, code, hidden files, and its model card, which
+# would describe another model.
 _NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
-    r"|.*\.(safetensors|bin)\.index\.json"
+    r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)"
 )
-# The only folder of a template that belongs to a tokenizer.
-CHAT_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ def parse_size(text: str | int) -> int:
     Raises:
         ConversionError: When it is something else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(text).strip().upper())
+    pattern = r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]I?B)?"
+    match = re.fullmatch(pattern, str(text)[:40].strip().upper(), re.ASCII)
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise ConversionError(
-            f"shard size {text!r} is not a positive number with KB, MB, GB, MiB or GiB, such as "
+            f"shard size {str(text)[:40]!r} is not a positive number with KB, MB, GB, MiB or GiB, such as "
             f"--max-shard-size {DEFAULT_SHARD_SIZE}"
         )
     return size
@@ -161,11 +163,10 @@ class HFWriter:
 
 
 def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> None:
-    """Copy what a model folder holds beside weights: tokenizer, generation config, licence and so
-    on.
+    """Copy what a model folder holds besides weights: tokenizer, generation config, licence and so on.
 
-    Left out are weights in any format, code, hidden files and subfolders, except the folder of
-    additional chat templates. `config` is written as config.json.
+    Left out are weights in any format, code, the model card, hidden files and subfolders, except the
+    folder of additional chat templates. `config` is written as config.json.
 
     Raises:
         ConversionError: For a link that leaves the template (see `artifacts`).
@@ -174,7 +175,7 @@ def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> N
         target = folder / file.relative_to(template)
         target.parent.mkdir(exist_ok=True)
         with writing(target):
-            shutil.copyfile(file, target)
+            _copy(file, target)
         sync_file(target)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     write_file(folder / CONFIG, f"{text}\n".encode())
@@ -197,20 +198,25 @@ def artifacts(template: Path) -> list[Path]:
     return files
 
 
+def _copy(file: Path, target: Path) -> None:
+    with open(open_regular(file), "rb") as source, target.open("xb") as copy:
+        shutil.copyfileobj(source, copy)
+
+
 def _check_link(file: Path, template: Path) -> None:
     """Refuse a link to a file outside of the template.
 
     The HuggingFace cache is made of links: `snapshots/<revision>/<file>` points into `blobs` of the
     same repository, which is allowed.
     """
-    target = file.resolve()
+    target = Path(os.path.realpath(file))
     if not target.exists():
         raise ConversionError(f"{file} is a link to {target}, which is missing; {FETCH_AGAIN}")
     home = template.resolve()
     roots = [home]
     if home.parent.name == "snapshots":
         roots.append(home.parents[1] / "blobs")
-    if not target.is_file() or not any(target.is_relative_to(root) for root in roots):
+    if not any(target.is_relative_to(root) for root in roots):
         raise ConversionError(
             f"{file} is a link to {target}, outside of the template; replace it by the file"
         )

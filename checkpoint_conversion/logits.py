@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.megatron_reader import find_checkpoint
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
 
@@ -81,6 +83,8 @@ def compare_logits(
     Raises:
         ConversionError: When a side cannot be computed.
     """
+    for folder in [hf] if other_hf is None else [hf, other_hf]:
+        family_for(read_hf_config(folder))
     checkpoint = None if megatron is None else find_checkpoint(megatron, iteration)
     tokens, lengths = _tokenise(hf, prompts)
     if other_hf is not None:
@@ -133,7 +137,9 @@ def _tokenise(hf: str | Path, prompts: Sequence[str]) -> tuple[torch.Tensor, lis
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            hf, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ConversionError(f"{hf}: its tokenizer cannot be loaded: {error}") from error
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -151,9 +157,15 @@ def _by_transformers(
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            hf, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            hf,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # A config.json may name kernels of somebody's repository.
+            attn_implementation="sdpa",
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers raises for a config.json that it cannot use
         raise ConversionError(f"{hf}: transformers cannot load it: {error}") from error
     for row, length in zip(tokens, lengths, strict=True):
         with torch.no_grad():
@@ -186,7 +198,7 @@ def _by_megatron(
         )
         if done.returncode:
             raise ConversionError(
-                f"Megatron computed no logits of {checkpoint or hf}:\n{done.stdout[-3000:].strip()}"
+                f"Megatron computed no logits of {checkpoint or hf}:", done.stdout[-3000:].strip()
             )
         result = torch.load(f"{folder}/logits.pt", weights_only=True)
     for logits, length in zip(result, lengths, strict=True):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import math
-import pickle
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from checkpoint_conversion.archive_reader import Archive, read_archive
+from checkpoint_conversion.checksum_list import check_checksum, checksum_of
 from checkpoint_conversion.checksums import PartialChecksums
 from checkpoint_conversion.chunks import TRANSFER_BYTES, Chunk, chunks_of
 from checkpoint_conversion.dtypes import TORCH_DTYPES, DType
@@ -26,14 +27,11 @@ from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.families.family import Shape
 from checkpoint_conversion.hf_folder import read_json_object
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
+from checkpoint_conversion.pickle_reader import Instance, PickleError, Uses, read_pickle
+from checkpoint_conversion.pickle_uses import METADATA, is_size, is_sizes, within
 from checkpoint_conversion.raw_files import OpenFiles
-from checkpoint_conversion.torch_pickle import (
-    Inert,
-    StoredTensor,
-    Unpickler,
-    contiguous_strides,
-    locate_tensor,
-)
+from checkpoint_conversion.regular_files import open_regular, read_regular
+from checkpoint_conversion.torch_pickle import StoredTensor, contiguous_strides, locate_tensor
 
 # Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
 # (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
@@ -42,61 +40,69 @@ COMMON_FILE = "common.pt"
 # Keys of tensors beside the model: optimizer state, also of chained optimizers.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)*optimizer\b")
 
-_METADATA_CLASSES = {
-    "collections": ("OrderedDict",),
-    "pathlib": ("Path", "PosixPath"),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.planner": (
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    ),
+METADATA_FILE = ".metadata"
+# All that metadata.json may say; the last two until Megatron-Core 0.18.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
 }
+# Some 150 bytes for each chunk of a tensor, so three million of them.
+_MOST_METADATA = 512 << 20
+_MOST_TRACKER = 4096
+# Layers, experts and ranks of the largest models give some 100,000 parts of layers or experts.
+_MOST_PARTS = 10_000_000
+# Parts of one layer that begin in the same row: one for each rank that has some of its columns.
+_MOST_SIDE_BY_SIDE = 512
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """A chunk of a tensor as it was saved, and where its entry lies.
+class Place(NamedTuple):
+    """Where an entry lies: [start, start + length) of a file."""
 
-    Attributes:
-        offsets, sizes: Its extent in the Megatron tensor.
-        start, length: The entry in the file.
-    """
-
-    offsets: Shape
-    sizes: Shape
     file: Path
     start: int
     length: int
 
+    @property
+    def end(self) -> int:
+        """The first byte after it."""
+        return self.start + self.length
+
 
 @dataclass(frozen=True)
-class _Tensor:
-    """A tensor as it was saved."""
+class Saved:
+    """A chunk of a tensor as it was saved.
+
+    Attributes:
+        offsets, sizes: Its extent in the Megatron tensor.
+        place: Its entry.
+    """
+
+    offsets: Shape
+    sizes: Shape
+    place: Place
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor as it was saved.
+
+    Attributes:
+        dtype: The name that torch has for it.
+    """
 
     dtype: str
     shape: Shape
-    chunks: tuple[_Saved, ...]
+    chunks: tuple[Saved, ...]
 
 
 @dataclass(frozen=True)
-class _Metadata:
-    """The content of `.metadata`: tensors by key, and (file, start, length) of other entries."""
+class Metadata:
+    """The content of `.metadata`: the tensors by key, and the places of all other entries."""
 
-    tensors: Mapping[str, _Tensor]
-    objects: Mapping[str, tuple[Path, int, int]]
+    tensors: Mapping[str, SavedTensor]
+    objects: Mapping[str, Place]
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,9 @@ class MegatronCheckpoint:
     rules: tuple[TensorRule, ...]
     dtypes: Mapping[str, DType]
     padding: int
-    _saved: Mapping[str, Mapping[Shape, list[_Saved]]]
-    _located: dict[_Saved, StoredTensor] = field(default_factory=dict)
-    _checksums: PartialChecksums[tuple[str, _Saved]] = field(default_factory=PartialChecksums)
+    _saved: Mapping[str, Mapping[Shape, list[Saved]]]
+    _located: dict[Saved, StoredTensor] = field(default_factory=dict)
+    _checksums: PartialChecksums[tuple[str, Saved]] = field(default_factory=PartialChecksums)
 
     def chunks(self, rule: TensorRule) -> Iterator[Chunk]:
         """The chunks to read a tensor in."""
@@ -162,7 +168,7 @@ class MegatronCheckpoint:
             stored = self._located[saved]
             for start, length in self._checksums.gaps((key, saved), stored.nbytes):
                 data = memoryview(bytearray(length))
-                files.read(saved.file, saved.start + stored.offset + start, data, key)
+                files.read(saved.place.file, saved.place.start + stored.offset + start, data, key)
                 self._check(key, saved, stored, start, data)
 
     def _assemble(self, chunk: Chunk, dtype: DType, data: memoryview, files: OpenFiles) -> None:
@@ -199,7 +205,7 @@ class MegatronCheckpoint:
     def _read_rows(
         self,
         key: str,
-        saved: _Saved,
+        saved: Saved,
         dtype: DType,
         index: tuple[int, ...],
         rows: int,
@@ -208,24 +214,24 @@ class MegatronCheckpoint:
     ) -> None:
         """Read whole rows of a saved chunk from `index` on."""
         stored = self._locate(key, saved, dtype, files)
-        place = saved.start + stored.offset
+        place = saved.place.start + stored.offset
         steps = stored.strides[: len(index)]
         first = stored.first + sum(i * step for i, step in zip(index, steps, strict=True))
         if stored.strides == contiguous_strides(stored.shape):
-            files.read(saved.file, place + first * dtype.itemsize, into, key)
+            files.read(saved.place.file, place + first * dtype.itemsize, into, key)
             self._check(key, saved, stored, first * dtype.itemsize, into)
             return
         # A transposed tensor, say; never seen in a Megatron checkpoint.
         from checkpoint_conversion.values import put_strided  # needs numpy
 
         storage = memoryview(bytearray(stored.nbytes))
-        files.read(saved.file, place, storage, key)
+        files.read(saved.place.file, place, storage, key)
         self._check(key, saved, stored, 0, storage)
         column = stored.strides[len(index)] if len(stored.strides) > len(index) else 1
         put_strided(storage, first, (steps[-1], column), into, rows, dtype)
 
     def _check(
-        self, key: str, saved: _Saved, stored: StoredTensor, start: int, data: memoryview
+        self, key: str, saved: Saved, stored: StoredTensor, start: int, data: memoryview
     ) -> None:
         """Compare the checksum of an entry once all of its bytes were read."""
         if stored.checksum is None:
@@ -233,25 +239,22 @@ class MegatronCheckpoint:
         found = self._checksums.add((key, saved), start, data, stored.nbytes)
         if found not in (None, stored.checksum):
             raise ConversionError(
-                f"{saved.file}: {key} is corrupt: the checksum of its bytes is {found:08x}, that in the "
-                f"file {stored.checksum:08x}; copy the checkpoint again, or take another one"
+                f"{saved.place.file}: {key} is corrupt: the checksum of its bytes is {found:08x}, the file "
+                f"says {stored.checksum:08x}; copy the checkpoint again, or take another one"
             )
 
-    def _locate(self, key: str, saved: _Saved, dtype: DType, files: OpenFiles) -> StoredTensor:
+    def _locate(self, key: str, saved: Saved, dtype: DType, files: OpenFiles) -> StoredTensor:
         if saved in self._located:
             return self._located[saved]
-        window = _Window(files, saved.file, saved.start, saved.length, key)
         try:
-            stored = locate_tensor(io.BufferedReader(window))
-        except ConversionError:
-            raise
-        except Exception as error:  # a broken archive can raise almost anything
-            raise ConversionError(f"{saved.file}: cannot read {key}: {error}") from error
+            stored = locate_tensor(open_entry(files, saved.place, key))
+        except ValueError as error:
+            raise ConversionError(f"{saved.place.file}: cannot read {key}: {error}") from error
         count = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
         enough = (stored.first + count) * dtype.itemsize <= stored.nbytes
         if stored.dtype != dtype or stored.shape != saved.sizes or not enough:
             raise ConversionError(
-                f"{saved.file}: cannot read {key}: its entry is {stored.dtype} "
+                f"{saved.place.file}: cannot read {key}: its entry is {stored.dtype} "
                 f"{list(stored.shape)}, but .metadata says {dtype} {list(saved.sizes)}"
             )
         self._located[saved] = stored
@@ -269,7 +272,11 @@ def find_checkpoint(folder: str | Path, iteration: str | int | None = None) -> P
         ConversionError: When there is no such checkpoint.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise ConversionError(f"{folder}: {error.strerror}") from error
+    if not is_folder:
         raise ConversionError(f"{folder}: no such folder")
     if iteration is None and (folder / ".metadata").exists():
         return folder
@@ -289,7 +296,7 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
         ConversionError: When it is not a complete torch_dist checkpoint, or its model tensors are
             not those of the rules.
     """
-    metadata = _read_metadata(folder)
+    metadata = read_metadata(folder)
     saved = {key: t for key, t in metadata.tensors.items() if not _OPTIMIZER.match(key)}
     named = tuple(found for rule in rules for found in _as_saved(rule, saved))
     dtypes = {
@@ -303,7 +310,7 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
                 "config.json describes"
             )
     for key in dtypes:
-        _check_files(((c.file, c.start + c.length) for c in saved[key].chunks), key)
+        check_files(((chunk.place.file, chunk.place.end) for chunk in saved[key].chunks), key)
     chunks = {rule.megatron: _by_piece(saved[rule.megatron], len(rule.stack)) for rule in named}
     for rule in named:
         for piece in chunks[rule.megatron].values():
@@ -313,41 +320,53 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
     return MegatronCheckpoint(folder, named, dtypes, padding, chunks)
 
 
-def check_whole(folder: Path) -> None:
-    """Check that all that a checkpoint consists of, the optimizer included, is there in full.
+def read_object(folder: Path, key: str, uses: Uses) -> Any:
+    """The value of an entry that is not a tensor; None without the entry.
 
-    The files are not read, except for `.metadata`.
-
-    Raises:
-        ConversionError: When it is not a torch_dist checkpoint, or a part of it is missing.
-    """
-    metadata = _read_metadata(folder)
-    if COMMON_ENTRY not in metadata.objects and not (folder / COMMON_FILE).is_file():
-        raise ConversionError(f"{folder}: neither {COMMON_ENTRY} nor {COMMON_FILE} is there")
-    ends: dict[Path, int] = {}
-    for tensor in metadata.tensors.values():
-        for chunk in tensor.chunks:
-            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
-    for file, start, length in metadata.objects.values():
-        ends[file] = max(ends.get(file, 0), start + length)
-    _check_files(ends.items(), "a part of the checkpoint")
-
-
-def read_object(folder: Path, key: str) -> bytes | None:
-    """The bytes of an entry that is not a tensor: what torch.save wrote; None without the entry.
+    Args:
+        uses: The classes and functions that its pickle may name.
 
     Raises:
         ConversionError: When the checkpoint is not a torch_dist checkpoint, or cannot be read.
     """
-    entry = _read_metadata(folder).objects.get(key)
-    if entry is None:
+    place = read_metadata(folder).objects.get(key)
+    if place is None:
         return None
-    file, start, length = entry
-    _check_files([(file, start + length)], key)
-    data = bytearray(length)
+    check_files([(place.file, place.end)], key)
     with OpenFiles() as files:
-        files.read(file, start, memoryview(data), key)
-    return bytes(data)
+        try:
+            return open_entry(files, place, key).content(uses)
+        except ValueError as error:
+            raise ConversionError(f"{place.file}: cannot read {key}: {error}") from error
+
+
+def read_common_file(folder: Path, uses: Uses) -> Any:
+    """The value of common.pt; raises like `read_object`."""
+    file = folder / COMMON_FILE
+    with OpenFiles() as files:
+        try:
+            place = Place(file, 0, file.stat().st_size)
+            return open_entry(files, place, COMMON_FILE).content(uses)
+        except OSError as error:
+            raise ConversionError(f"{file}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConversionError(f"{file}: cannot be read: {error}") from error
+
+
+def open_entry(files: OpenFiles, place: Place, key: str) -> Archive:
+    """The archive that an entry is; only its structure is read.
+
+    Raises:
+        ValueError: It is none, or damaged.
+        ConversionError: The file cannot be read.
+    """
+    return read_archive(partial(_read_entry, files, place, key), place.length)
+
+
+def _read_entry(files: OpenFiles, place: Place, key: str, offset: int, count: int) -> bytearray:
+    data = bytearray(max(0, min(count, place.length - offset)))
+    files.read(place.file, place.start + offset, memoryview(data), key)
+    return data
 
 
 def _latest(folder: Path) -> str:
@@ -356,14 +375,30 @@ def _latest(folder: Path) -> str:
         raise ConversionError(
             f"{folder}: neither {TRACKER} nor .metadata; not a Megatron save folder"
         )
-    return tracker.read_text(encoding="utf-8", errors="replace").strip()
+    return read_tracker(tracker)
+
+
+def read_tracker(tracker: Path) -> str:
+    """What a tracker file says, or its beginning where it is much too long for a number.
+
+    Raises:
+        ConversionError: It is no regular file.
+        OSError: It cannot be read.
+    """
+    with open(open_regular(tracker), "rb") as stream:
+        return stream.read(_MOST_TRACKER).decode("utf-8", errors="replace").strip()
+
+
+def is_iteration(text: str) -> bool:
+    """Whether a text is the number of an iteration."""
+    return re.fullmatch(r"\d{1,15}", text, re.ASCII) is not None
 
 
 def _iteration_name(iteration: str) -> str:
     if iteration == RELEASE:
         return RELEASE
-    if not re.fullmatch(r"\d+", iteration):
-        raise ConversionError(f"iteration {iteration!r} is neither a number nor '{RELEASE}'")
+    if not is_iteration(iteration):
+        raise ConversionError(f"iteration {iteration[:40]!r} is neither a number nor '{RELEASE}'")
     return f"iter_{int(iteration):07d}"
 
 
@@ -378,7 +413,7 @@ def _as_saved(rule: TensorRule, saved: Container[str]) -> list[TensorRule]:
     return [rule.renamed(rule.megatron)]
 
 
-def _checked_dtype(folder: Path, rule: TensorRule, saved: _Tensor | None) -> DType:
+def _checked_dtype(folder: Path, rule: TensorRule, saved: SavedTensor | None) -> DType:
     """The dtype of a tensor whose shape and chunks are right; a vocabulary may be padded."""
     if saved is None:
         raise ConversionError(f"{folder}: no tensor {rule.megatron}, which config.json calls for")
@@ -393,14 +428,22 @@ def _checked_dtype(folder: Path, rule: TensorRule, saved: _Tensor | None) -> DTy
         raise ConversionError(
             f"{folder}: {rule.megatron} is {saved.dtype}; supported: {', '.join(TORCH_DTYPES)}"
         )
+    for chunk in saved.chunks:
+        if any(o + n > size for o, n, size in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
+            raise ConversionError(f"{folder}: a chunk of {rule.megatron} lies outside of it")
     if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(shape):
         raise ConversionError(f"{folder}: the chunks of {rule.megatron} do not cover it")
+    parts = sum(math.prod(chunk.sizes[: len(rule.stack)]) for chunk in saved.chunks)
+    if parts > _MOST_PARTS:
+        raise ConversionError(
+            f"{folder}: {rule.megatron} is in {parts} parts; at most {_MOST_PARTS}"
+        )
     return TORCH_DTYPES[saved.dtype]
 
 
-def _by_piece(tensor: _Tensor, stacked: int) -> dict[Shape, list[_Saved]]:
+def _by_piece(tensor: SavedTensor, stacked: int) -> dict[Shape, list[Saved]]:
     """The saved chunks that hold something of each piece; a chunk may span several layers."""
-    found: dict[Shape, list[_Saved]] = {}
+    found: dict[Shape, list[Saved]] = {}
     for chunk in tensor.chunks:
         spans = zip(chunk.offsets[:stacked], chunk.sizes[:stacked], strict=True)
         for index in itertools.product(*(range(first, first + size) for first, size in spans)):
@@ -408,16 +451,22 @@ def _by_piece(tensor: _Tensor, stacked: int) -> dict[Shape, list[_Saved]]:
     return found
 
 
-def _check_disjoint(folder: Path, key: str, chunks: Iterable[_Saved], stacked: int) -> None:
+def _check_disjoint(folder: Path, key: str, chunks: Iterable[Saved], stacked: int) -> None:
     """Check that nothing of a piece is stored twice: something else would be missing then."""
     spans = sorted(
         [(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True)][stacked:]
         for chunk in chunks
     )
+    comparisons = 0
     for number, one in enumerate(spans):
-        for other in spans[number + 1 :]:
+        for other in itertools.islice(spans, number + 1, None):
             if other[0][0] >= one[0][1]:
                 break  # nor do those that follow begin before this one ends
+            comparisons += 1
+            if comparisons > _MOST_SIDE_BY_SIDE * len(spans):
+                raise ConversionError(
+                    f"{folder}: {key} has more than {_MOST_SIDE_BY_SIDE} chunks with the same rows"
+                )
             if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True)):
                 raise ConversionError(
                     f"{folder}: two chunks of {key} hold the same rows, from {one[0][0]} and from "
@@ -425,7 +474,7 @@ def _check_disjoint(folder: Path, key: str, chunks: Iterable[_Saved], stacked: i
                 )
 
 
-def _check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
+def check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
     """Check that all that is stored of an entry lies within its files."""
     sizes: dict[Path, int] = {}
     for file, end in ends:
@@ -437,93 +486,74 @@ def _check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
             raise ConversionError(f"{file}: truncated; {key} does not end in it")
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a stream of its own."""
-
-    def __init__(self, files: OpenFiles, file: Path, start: int, length: int, what: str) -> None:
-        self._files, self._file, self._what = files, file, what
-        self._start, self._length, self._at = start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        if self._at < 0:
-            raise OSError(f"seek to {self._at}")
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._length - self._at))
-        into = memoryview(buffer).cast("B")[:count]
-        self._files.read(self._file, self._start + self._at, into, self._what)
-        self._at += count
-        return count
-
-
-def _read_metadata(folder: Path) -> _Metadata:
+def read_metadata(folder: Path) -> Metadata:
     """The content of `.metadata`, which is a pickle; no code that it refers to is run."""
-    backend = read_json_object(folder / "metadata.json").get("sharded_backend")
-    if backend != "torch_dist":
-        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
-    file = folder / ".metadata"
+    _check_format(folder)
+    file = folder / METADATA_FILE
     try:
-        with file.open("rb") as stream:
-            content = Unpickler(stream, _stand_in).load()
-        return _plain(folder, content.state)
+        content = read_regular(file, _MOST_METADATA)
+        check_checksum(file, checksum_of(content))
+        return _plain(folder, read_pickle(content, within(METADATA)))
     except ConversionError:
         raise
     except FileNotFoundError:
         raise ConversionError(f"{file}: missing; the checkpoint is not complete") from None
-    except Exception as error:  # a broken pickle can raise almost anything
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+    except (PickleError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConversionError(f"{file}: not readable: {error}") from error
 
 
-def _plain(folder: Path, state: Mapping[str, Any]) -> _Metadata:
+def _check_format(folder: Path) -> None:
+    """Check that metadata.json has the few words that are known, and no others."""
+    file = folder / "metadata.json"
+    content = read_json_object(file)
+    backend = content.get("sharded_backend")
+    if backend != "torch_dist":
+        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
+    for key, value in content.items():
+        if key not in _FORMAT or value != _FORMAT[key]:
+            raise ConversionError(f"{file}: {key!r} is {value!r}; damaged, or of a newer version")
+
+
+def _plain(folder: Path, content: Instance) -> Metadata:
     """The records of the pickle, without what is not needed."""
+    state = content.state
     places = {}
     for index, info in state["storage_data"].items():
-        name = info.state["relative_path"]
-        if Path(name).name != name:
-            raise ConversionError(f"{folder / '.metadata'}: it refers to {name!r}, another folder")
+        fqn, offset = index.state["fqn"], index.state.get("offset")
         if info.state.get("transform_descriptors"):
-            raise ConversionError(f"{folder / name}: {index.state['fqn']} is compressed or encoded")
-        place = (folder / name, info.state["offset"], info.state["length"])
-        places[index.state["fqn"], index.state.get("offset")] = place
+            raise ConversionError(f"{folder / METADATA_FILE}: {fqn} is compressed or encoded")
+        places[fqn, offset] = _place(folder, info.state)
     tensors, objects = {}, {}
     for key, entry in state["state_dict_metadata"].items():
-        if isinstance(entry, _TensorRecord):
+        if not isinstance(key, str):
+            raise TypeError(f"an entry has a {type(key).__name__} for a name")
+        if entry.cls.name == "TensorStorageMetadata":
             tensors[key] = _tensor(key, entry.state, places)
         elif (key, None) in places:
             objects[key] = places[key, None]
-    return _Metadata(tensors, objects)
+    return Metadata(tensors, objects)
+
+
+def _place(folder: Path, info: Mapping[str, Any]) -> Place:
+    """Where an entry lies: in a file of the folder itself."""
+    name, start, length = info["relative_path"], info["offset"], info["length"]
+    if not isinstance(name, str) or Path(name).name != name or name == "..":
+        raise ConversionError(f"{folder / METADATA_FILE}: it refers to {name!r}, another folder")
+    if not (is_size(start) and is_size(length)):
+        raise ValueError(f"an entry of {name} begins at {start!r} and has {length!r} bytes")
+    return Place(folder / name, start, length)
 
 
 def _tensor(
-    key: str, state: Mapping[str, Any], places: Mapping[tuple[str, Any], tuple[Path, int, int]]
-) -> _Tensor:
+    key: str, state: Mapping[str, Any], places: Mapping[tuple[str, Any], Place]
+) -> SavedTensor:
+    shape = state["size"]
     chunks = []
     for chunk in state["chunks"]:
         offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
-        chunks.append(_Saved(offsets, sizes, *places[key, offsets]))
-    return _Tensor(state["properties"].state[0], state["size"], tuple(chunks))
-
-
-class _TensorRecord(Inert):
-    """The metadata of a tensor; that of anything else is an `Inert`."""
-
-
-def _stand_in(module: str, name: str) -> Any:
-    """What stands for the classes of checkpoint metadata; Megatron's own are plain records."""
-    if (module, name) == ("torch", "Size"):
-        return tuple
-    if module == "torch" and re.fullmatch(r"(bfloat|float|complex|uint|int|bool)\w*", name):
-        return name  # a dtype
-    if name in _METADATA_CLASSES.get(module, ()):
-        return _TensorRecord if name == "TensorStorageMetadata" else Inert
-    if module.split(".")[0] == "megatron":
-        return Inert
-    raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no metadata")
+        if not (is_sizes(offsets) and is_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
+            raise ValueError(f"{key} has a chunk of {sizes!r} at {offsets!r}")
+        chunks.append(Saved(offsets, sizes, places[key, offsets]))
+    return SavedTensor(state["properties"].state[0].name, shape, tuple(chunks))

@@ -23,6 +23,7 @@ from checkpoint_conversion.dtypes import DType, chosen_dtype
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf_folder import INDEX, read_hf_config, read_weight_map
+from checkpoint_conversion.hf_model import known_name
 from checkpoint_conversion.hf_writer import (
     DEFAULT_SHARD_SIZE,
     HFWriter,
@@ -79,8 +80,12 @@ def plan_export(
     iteration: str | int | None = None,
     dtype: str = "source",
     max_shard_size: str | int | None = None,
+    ignore_arguments: bool = False,
 ) -> ExportPlan:
     """Check a checkpoint against a template; no tensor is read.
+
+    Args:
+        megatron, hf_template, iteration, dtype, max_shard_size, ignore_arguments: As in `megatron_to_hf`.
 
     Raises:
         ConversionError: For anything that cannot be converted.
@@ -89,7 +94,8 @@ def plan_export(
     template = Path(hf_template)
     config = read_hf_config(template)
     rules = family_for(config).tensor_rules(config)
-    check_checkpoint_matches(Path(megatron), config, template, iteration)
+    if not ignore_arguments:
+        check_checkpoint_matches(Path(megatron), config, template, iteration)
     checkpoint = open_checkpoint(find_checkpoint(megatron, iteration), rules)
     tensors = {
         name: TensorSpec(shape, chosen or checkpoint.dtypes[rule.megatron])
@@ -99,7 +105,7 @@ def plan_export(
     }
     weight_map = files_of(template, tensors, max_shard_size)
     artifacts(template)
-    config = with_dtype(config, tensors)
+    config = for_older_readers(with_dtype(config, tensors))
     return ExportPlan(checkpoint, template, config, tensors, weight_map)
 
 
@@ -111,6 +117,7 @@ def megatron_to_hf(
     iteration: str | int | None = None,
     dtype: str = "source",
     max_shard_size: str | int | None = None,
+    ignore_arguments: bool = False,
     overwrite: bool = False,
     check_finite: bool = False,
     workers: int | None = None,
@@ -126,6 +133,7 @@ def megatron_to_hf(
         dtype: "source" (as in the checkpoint), "fp32", "bf16" or "fp16".
         max_shard_size: Such as "5GB". None: the files of the template when it has an index, else
             at most 5 GB each.
+        ignore_arguments: Do not compare the arguments that the checkpoint keeps with the template.
         overwrite: Replace an earlier output in `out`.
         check_finite: Refuse NaN and infinity.
         workers: Number of threads; None for one per core, at most 8.
@@ -143,6 +151,7 @@ def megatron_to_hf(
         iteration=iteration,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        ignore_arguments=ignore_arguments,
     )
     checkpoint = plan.checkpoint
     threads = worker_count(workers)
@@ -184,7 +193,10 @@ def files_of(
     """
     if max_shard_size is not None or not (template / INDEX).exists():
         return split_by_size(tensors, parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
-    template_map = read_weight_map(template) or {}
+    template_map = {
+        known_name(name, tensors): shard
+        for name, shard in (read_weight_map(template) or {}).items()
+    }
     for name in tensors:
         if name not in template_map:
             raise ConversionError(
@@ -205,6 +217,21 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
     name = nbytes.most_common(1)[0][0].torch
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return {**config, **dict.fromkeys(keys, name)}
+
+
+def for_older_readers(config: Config) -> dict[str, Any]:
+    """The configuration with the rotary base and scaling where readers before transformers 5 look.
+
+    transformers 5 writes `rope_parameters` alone. Without `rope_theta` next to it, transformers 4.57 and
+    programs that follow it compute with 10,000, and without `rope_scaling` they scale nothing.
+    """
+    rope = config.get("rope_parameters") or {}
+    found = dict(config)
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        found["rope_scaling"] = {k: value for k, value in rope.items() if k != "rope_theta"}
+    return found
 
 
 def _print_plan(plan: ExportPlan, workers: int) -> None:
@@ -238,6 +265,7 @@ def main() -> int:
         metavar="SIZE",
         help=f"such as 5GB (default: as the template's index, else {DEFAULT_SHARD_SIZE})",
     )
+    parser.add_argument("--ignore-arguments", action="store_true", help=cli.IGNORE_ARGUMENTS)
     options = parser.parse_args()
     if options.dry_run:
         plan = plan_export(
@@ -246,6 +274,7 @@ def main() -> int:
             iteration=options.iteration,
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
+            ignore_arguments=options.ignore_arguments,
         )
         _print_plan(plan, worker_count(options.workers))
         return 0
@@ -256,6 +285,7 @@ def main() -> int:
         iteration=options.iteration,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        ignore_arguments=options.ignore_arguments,
         overwrite=options.overwrite,
         check_finite=options.check_finite,
         workers=options.workers,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.checksum_list import write_checksums
 from checkpoint_conversion.chunks import Chunk
 from checkpoint_conversion.dtypes import DType
 from checkpoint_conversion.families.family import Shape
@@ -107,6 +108,7 @@ def write_release(
             output.flush()
     places += itertools.chain.from_iterable(written)
     write_file(checkpoint / ".metadata", dumps(_metadata(objects, tensors, places)))
+    write_checksums(checkpoint)
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_file(checkpoint / "metadata.json", json.dumps(backend).encode())
     write_file(folder / TRACKER, RELEASE.encode())

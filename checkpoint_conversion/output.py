@@ -10,10 +10,12 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
 from checkpoint_conversion.raw_files import writing
+from checkpoint_conversion.regular_files import read_regular
 
 _SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
 # Beside the output's files: which command wrote them, and their sizes.
@@ -47,7 +49,7 @@ def whole_folder(
         ConversionError: When the folder must not be written, there is too little space, or another
             process is writing it.
     """
-    out = out.resolve()
+    out = _resolved(out)
     _check_sources(out, sources)
     _check_place(out)
     _check_space(out, needed)
@@ -83,7 +85,7 @@ def check_output(
         ConversionError: When it holds something or an input, its place is not writable, or there is
             too little space.
     """
-    out = out.resolve()
+    out = _resolved(out)
     _check_sources(out, sources)
     _check_replaceable(out, overwrite, command)
     _check_place(out)
@@ -91,14 +93,37 @@ def check_output(
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write a small file and flush it to the disk.
+    """Write a small file, whole or not at all, and flush it to the disk.
 
     Raises:
         ConversionError: When that fails; names the file.
     """
-    with writing(file):
-        file.write_bytes(content)
-    sync_file(file)
+    with writing(file), whole_file(file) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[BinaryIO]:
+    """A stream into a new file that takes the name `file` when the block ends without an error.
+
+    It never writes through a link, and a link in the place of `file` is replaced, not followed: somebody else
+    may write into the folder.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(unfinished, flags, 0o666), "wb") as stream:
+        try:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            unfinished.replace(file)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def sync_file(file: Path) -> None:
@@ -113,6 +138,22 @@ def sync_file(file: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _resolved(out: Path) -> Path:
+    """The output folder without links.
+
+    Raises:
+        ConversionError: No folder can be there: links in a circle, or too long a name.
+    """
+    try:
+        found = out.resolve()
+        found.exists()
+    except OSError as error:
+        raise ConversionError(f"{out}: {error.strerror}; choose another folder") from error
+    except (RuntimeError, ValueError) as error:  # a circle of links, for Python 3.12
+        raise ConversionError(f"{out}: {error}; choose another folder") from error
+    return found
 
 
 def _check_sources(out: Path, sources: Iterable[Path]) -> None:
@@ -169,11 +210,11 @@ def _mark(folder: Path, command: str) -> None:
 def _foreign(out: Path, command: str) -> str | None:
     """Why a folder is no output of a command as it was written, or None."""
     try:
-        content = json.loads((out / MARKER).read_bytes())
-        written, sizes = content["command"], content["sizes"]
+        content = json.loads(read_regular(out / MARKER))
+        written, sizes = content["command"], dict(content["sizes"])
     except FileNotFoundError:
         return f"it has no {MARKER}"
-    except (ValueError, KeyError, TypeError):
+    except (ConversionError, ValueError, KeyError, TypeError, RecursionError):
         return f"its {MARKER} was changed"
     if written != command:
         return f"{written} wrote it"

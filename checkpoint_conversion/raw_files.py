@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.regular_files import open_regular
 
 # What is written of a file before the disk is told to begin.
 _WRITEBACK_BYTES = 8 << 20
@@ -60,7 +61,7 @@ class OpenFiles:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
+                self._descriptors[file] = open_regular(file)
             return self._descriptors[file]
 
 

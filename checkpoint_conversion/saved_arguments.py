@@ -6,10 +6,9 @@ base, would otherwise be exchanged without a word.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
@@ -17,9 +16,11 @@ from checkpoint_conversion.megatron_reader import (
     COMMON_ENTRY,
     COMMON_FILE,
     find_checkpoint,
+    read_common_file,
     read_object,
 )
-from checkpoint_conversion.torch_pickle import Inert, Unpickler, read_pickle
+from checkpoint_conversion.pickle_reader import Instance, PickleError
+from checkpoint_conversion.pickle_uses import arguments as argument_uses
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -103,24 +104,28 @@ def stock_flags(arguments: Mapping[str, Any]) -> str:
 
 
 def _arguments(checkpoint: Path) -> dict[str, Any]:
-    file = checkpoint / COMMON_FILE
-    if file.is_file():
-        with file.open("rb") as stream:
-            common = _unpickled(stream, str(file))
-    else:
-        entry = read_object(checkpoint, COMMON_ENTRY)
-        if entry is None:
-            return {}
-        common = _unpickled(io.BytesIO(entry), f"{checkpoint}: {COMMON_ENTRY}")
-    if isinstance(common, list) and len(common) == 1:  # an entry, but not the file, is a list
-        common = common[0]
+    common = _common_state(checkpoint)
     arguments = common.get("args") if isinstance(common, dict) else None
-    values = arguments.state if isinstance(arguments, Inert) else arguments
+    values = arguments.state if isinstance(arguments, Instance) else None
     if not isinstance(values, dict):
         return {}
     return {
         name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)
     }
+
+
+def _common_state(checkpoint: Path) -> Any:
+    try:
+        if (checkpoint / COMMON_FILE).exists():
+            return read_common_file(checkpoint, argument_uses)
+        entry = read_object(checkpoint, COMMON_ENTRY, argument_uses)
+    except ConversionError as error:
+        if not isinstance(error.__cause__, PickleError):
+            raise
+        raise ConversionError(
+            f"{error}. A conversion with --ignore-arguments does not read it"
+        ) from error
+    return entry[0] if isinstance(entry, list) and len(entry) == 1 else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -167,14 +172,3 @@ def _vocabulary_differences(saved: Mapping[str, Any], expected: Mapping[str, Any
 
 def _difference(name: str, saved: Any, expected: Any) -> str:
     return f"{name} is {saved} in the checkpoint and {expected} by config.json"
-
-
-def _unpickled(stream: IO[bytes], where: str) -> Any:
-    """The object of a file that torch.save wrote, without its tensors."""
-    try:
-        content = io.BytesIO(read_pickle(stream))
-        return Unpickler(content, lambda _module, _name: Inert).load()
-    except Exception as error:  # a broken pickle can raise almost anything
-        raise ConversionError(
-            f"{where}: the arguments of the checkpoint are not readable: {error}"
-        ) from error

@@ -8,50 +8,19 @@ memory than converting any.
 
 from __future__ import annotations
 
-import io
-import pickle
 import struct
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
+from checkpoint_conversion.archive_reader import Archive
 from checkpoint_conversion.dtypes import DTYPES, DType
+from checkpoint_conversion.pickle_reader import Call, Instance, Named, PersistentId
+from checkpoint_conversion.pickle_uses import TENSORS, within
 from checkpoint_conversion.stored_archive import StoredArchive
 
 _STORAGES = {"FloatStorage": "F32", "BFloat16Storage": "BF16", "HalfStorage": "F16"}
 _STORAGE_OF = {dtype: storage for storage, dtype in _STORAGES.items()}
-
-
-@dataclass(frozen=True)
-class Named:
-    """A class or function of another package; only its name is known."""
-
-    module: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a function gives for arguments."""
-
-    function: Named
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Instance:
-    """An instance of a class, made without its constructor and then given a state. May be a key."""
-
-    cls: Named
-    state: Any
-
-
-@dataclass(frozen=True)
-class PersistentId:
-    """A reference to something that is stored beside the pickle."""
-
-    identity: Any
 
 
 def dumps(value: Any) -> bytes:
@@ -118,58 +87,6 @@ class _Writer:
         else:
             self.out += opcodes + b"r" + struct.pack("<I", len(self.memo))
             self.memo[value] = len(self.memo)
-
-
-class Unpickler(pickle.Unpickler):
-    """Reads a pickle in which every class and function is a stand-in.
-
-    Args:
-        stream: The pickle.
-        stand_in: Gives what stands for a class or function, by module and name.
-    """
-
-    def __init__(self, stream: IO[bytes], stand_in: Callable[[str, str], Any]) -> None:
-        super().__init__(stream)
-        self._stand_in = stand_in
-
-    def find_class(self, module: str, name: str) -> Any:
-        return self._stand_in(module, name)
-
-    def persistent_load(self, identity: Any) -> Any:
-        return PersistentId(identity)
-
-
-class Inert:
-    """Stands for an instance of any class, and keeps its state.
-
-    Whatever a pickle does with it (construct, call, fill) has no effect.
-    """
-
-    state: Any = None
-
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __call__(self, *_: Any, **__: Any) -> Inert:
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, *_: Any) -> None:
-        pass
-
-    def append(self, _: Any) -> None:
-        pass
-
-    def extend(self, _: Any) -> None:
-        pass
-
-    def add(self, _: Any) -> None:
-        pass
 
 
 def write_archive(
@@ -244,85 +161,35 @@ class StoredTensor:
     checksum: int | None
 
 
-def read_pickle(stream: IO[bytes]) -> bytes:
-    """The pickle of an archive.
-
-    Raises:
-        zipfile.BadZipFile, KeyError, OSError: When it is no such archive.
-    """
-    with zipfile.ZipFile(stream) as archive:
-        return archive.read(_record(archive, "data.pkl"))
-
-
-def locate_tensor(stream: IO[bytes]) -> StoredTensor:
+def locate_tensor(archive: Archive) -> StoredTensor:
     """Where the tensor of an archive lies; its data are not read.
 
     Raises:
-        zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError: When the archive holds
-            something else than a dense tensor of a known dtype.
+        ValueError: The archive holds something else than a dense tensor of a known dtype.
     """
-    with zipfile.ZipFile(stream) as archive:
-        return _located(stream, archive, _content(archive))
+    return _located(archive, archive.content(within(TENSORS)))
 
 
-def locate_tensors(stream: IO[bytes]) -> dict[str, StoredTensor]:
+def locate_tensors(archive: Archive) -> dict[str, StoredTensor]:
     """Where the tensors of a state dict lie, by name; raises like `locate_tensor`."""
-    with zipfile.ZipFile(stream) as archive:
-        content = _content(archive)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-        return {name: _located(stream, archive, value) for name, value in content.items()}
+    content = archive.content(within(TENSORS))
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    for name in content:
+        if not isinstance(name, str):
+            raise ValueError(f"it holds a {type(name).__name__} for a name")
+    return {name: _located(archive, value) for name, value in content.items()}
 
 
-def _content(archive: zipfile.ZipFile) -> Any:
-    has_order = any(info.filename.endswith("/byteorder") for info in archive.infolist())
-    if has_order and archive.read(_record(archive, "byteorder")) != b"little":
-        raise ValueError("its bytes are in big-endian order")
-    return Unpickler(io.BytesIO(archive.read(_record(archive, "data.pkl"))), _tensor_part).load()
-
-
-def _located(stream: IO[bytes], archive: zipfile.ZipFile, value: Any) -> StoredTensor:
+def _located(archive: Archive, value: Any) -> StoredTensor:
     if isinstance(value, Call) and value.function.name == "_rebuild_parameter":
         value = value.arguments[0]
-    if not isinstance(value, Call) or value.function.name != "_rebuild_tensor_v2":
-        raise ValueError(f"it holds {value!r}, no dense tensor"[:200])
+    if not isinstance(value, Call):
+        raise ValueError(f"it holds a {type(value).__name__}, no dense tensor")
     storage, first, shape, strides = value.arguments[:4]
-    _, dtype, key, *_ = storage.identity
-    if not isinstance(dtype, DType):
-        raise ValueError(f"it holds a {dtype!r}; supported: {', '.join(_STORAGES)}")
-    info = _record(archive, f"data/{key}")
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("its data are compressed")
-    stream.seek(info.header_offset + 26)
-    name_length, extra_length = struct.unpack("<HH", stream.read(4))
-    offset = info.header_offset + 30 + name_length + extra_length
-    return StoredTensor(
-        dtype, tuple(shape), tuple(strides), first, offset, info.file_size, info.CRC
-    )
-
-
-def _record(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    found = [info for info in archive.infolist() if info.filename.split("/", 1)[-1] == name]
-    if len(found) != 1:
-        raise KeyError(f"{len(found)} records {name}")
-    # torch.serialization.set_crc32_options(False) leaves 0; zipfile checks nothing where it is None.
-    found[0].CRC = found[0].CRC or None  # type: ignore[assignment]
-    return found[0]
-
-
-def _tensor_part(module: str, name: str) -> Any:
-    if module == "torch" and name in _STORAGES:
-        return DTYPES[_STORAGES[name]]
-    if (module, name) == ("collections", "OrderedDict"):
-        return dict
-    return _Function(Named(module, name))
-
-
-@dataclass(frozen=True)
-class _Function:
-    """Stands for a function of a pickle, and remembers what it is called with."""
-
-    name: Named
-
-    def __call__(self, *arguments: Any) -> Call:
-        return Call(self.name, arguments)
+    _, kind, key, *_ = storage.identity
+    if kind.name not in _STORAGES:
+        raise ValueError(f"it holds a {kind.name}; supported: {', '.join(_STORAGES)}")
+    record = archive.records[f"data/{key}"]
+    dtype = DTYPES[_STORAGES[kind.name]]
+    return StoredTensor(dtype, shape, strides, first, record.offset, record.nbytes, record.checksum)

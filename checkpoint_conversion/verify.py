@@ -73,6 +73,7 @@ def verify(
     *,
     megatron: str | Path | None = None,
     iteration: str | int | None = None,
+    ignore_arguments: bool = False,
     progress: TextIO | None = None,
 ) -> Report:
     """Compare a HuggingFace folder with another one, or with a Megatron checkpoint.
@@ -84,6 +85,7 @@ def verify(
         other_hf: Second HuggingFace folder; or
         megatron: Megatron's save folder, or a checkpoint in it.
         iteration: A number or "release"; None for the latest.
+        ignore_arguments: Do not compare the arguments that the checkpoint keeps with config.json.
         progress: Where progress lines go.
 
     Raises:
@@ -96,7 +98,8 @@ def verify(
     left = open_hf_model(hf)
     left.check_alias()
     if megatron is not None:
-        check_checkpoint_matches(Path(megatron), left.config, left.folder, iteration)
+        if not ignore_arguments:
+            check_checkpoint_matches(Path(megatron), left.config, left.folder, iteration)
         differences: list[Difference] = []
         rows = _rows_of_checkpoint(left, find_checkpoint(megatron, iteration))
     else:
@@ -205,6 +208,7 @@ def main() -> int:
     )
     parser.add_argument("--megatron", metavar="DIR", help="Megatron save folder")
     parser.add_argument("--iteration", metavar="N", help="a number or 'release' (default: latest)")
+    parser.add_argument("--ignore-arguments", action="store_true", help=cli.IGNORE_ARGUMENTS)
     parser.add_argument(
         "--logits",
         action="store_true",
@@ -247,7 +251,11 @@ def _verify_logits(options: argparse.Namespace) -> int:
 
 def _verify_tensors(options: argparse.Namespace) -> int:
     report = verify(
-        *options.hf, megatron=options.megatron, iteration=options.iteration, progress=sys.stderr
+        *options.hf,
+        megatron=options.megatron,
+        iteration=options.iteration,
+        ignore_arguments=options.ignore_arguments,
+        progress=sys.stderr,
     )
     if not report.differences:
         print(f"equal: {report.tensors} tensors, {report.nbytes} bytes")

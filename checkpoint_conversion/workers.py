@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from checkpoint_conversion.errors import ConversionError
 
 _MOST = 8  # more than a disk needs, and what may be taken of a login node
+_MOST_ASKED_FOR = 256
 # The interpreter with the modules of a conversion, and numpy, measured.
 _BASE_BYTES, _NUMPY_BYTES = 20 << 20, 12 << 20
 
@@ -21,12 +22,12 @@ def worker_count(workers: int | None) -> int:
     """The number of threads: as asked for, else one per core and at most 8.
 
     Raises:
-        ConversionError: For less than 1.
+        ConversionError: For less than 1, or more than any machine needs.
     """
     if workers is None:
         return min(_MOST, len(os.sched_getaffinity(0)))
-    if workers < 1:
-        raise ConversionError(f"--workers is {workers}; it must be at least 1")
+    if not 1 <= workers <= _MOST_ASKED_FOR:
+        raise ConversionError(f"--workers is {workers}; it must be from 1 to {_MOST_ASKED_FOR}")
     return workers
 
 

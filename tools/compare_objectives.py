@@ -257,8 +257,8 @@ def answer(plan: Plan, file: Path, folder: Path) -> tuple[float, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     questions, _ = questions_in(file, plan.columns, plan.answer_pattern)
     texts: list[str] = []

@@ -178,8 +178,16 @@ def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
 def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
     """A transformers model for evaluation, on the GPU where there is one."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # A config.json may name kernels of somebody's repository.
+            attn_implementation="sdpa",
+        )
+    except Exception as error:  # whatever transformers raises for a config.json that it cannot use
         raise ReportError(f"{folder} cannot be loaded: {error}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -36,13 +36,20 @@ def family_for(config: Config) -> Family:
             feature that is not supported.
     """
     declared = config.get("architectures") or []
+    if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):
+        raise ConversionError(
+            f"config.json has architectures={declared!r}; a list of names is needed"
+        )
+    kind = config.get("model_type")
     for family in FAMILIES:
-        by_type = not declared and config.get("model_type") == family.model_type
-        if by_type or (len(declared) == 1 and declared[0] in family.architectures):
+        if tuple(declared) == family.architectures or (not declared and kind == family.model_type):
+            if kind not in (family.model_type, None):
+                raise ConversionError(
+                    f"config.json contradicts itself: architectures={declared!r}, model_type={kind!r}"
+                )
             family.megatron_arguments(config)
             return family
     supported = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise ConversionError(
-        f"config.json declares architectures={declared!r} and "
-        f"model_type={config.get('model_type')!r}; supported: {supported}"
+        f"config.json declares architectures={declared!r} and model_type={kind!r}; supported: {supported}"
     )

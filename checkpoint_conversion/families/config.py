@@ -11,7 +11,15 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families.family import Config
 
 # What Megatron-Core computes for every family here.
-_REQUIRED = {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
+_REQUIRED = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1,
+}
+# More than any model has, and what a plan for it can hold.
+_MOST = {"num_hidden_layers": 2000, "num_attention_heads": 8192, "num_experts": 100_000}
+_MOST_ELSE = 2**31 - 1
 # Megatron-Core has `--rope-scaling-factor` for Llama 3's scaling; the other numbers are constants
 # (megatron/core/models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
 _LLAMA3 = {
@@ -57,7 +65,10 @@ class ConfigReader:
             value = self.config.get(key)
             if value is not None and value != supported:
                 raise self.refused(key, value, f"{key}={supported!r}")
-        for kind in self.config.get("layer_types") or []:
+        kinds = self.config.get("layer_types")
+        if kinds is not None and not isinstance(kinds, list):
+            raise self.refused("layer_types", kinds, "a list")
+        for kind in kinds or ():
             if kind != "full_attention":
                 raise self.refused("layer_types", kind, "'full_attention' in every layer")
 
@@ -78,6 +89,8 @@ class ConfigReader:
         value = self.value(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refused(key, value, "a positive integer")
+        if value > _MOST.get(keys[0], _MOST_ELSE):
+            raise self.refused(key, value, f"at most {_MOST.get(keys[0], _MOST_ELSE)}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -93,22 +106,49 @@ class ConfigReader:
 
     def rope(self) -> Rope:
         """The rotary embedding: in `rope_parameters` since transformers 5, before that the base at
-        the top level and the scaling in `rope_scaling`."""
-        theta, factor = self.value("rope_theta"), None
+        the top level and the scaling in `rope_scaling`.
+
+        A file may have both forms, and old and new readers differ in which they take: they must agree.
+        """
+        thetas = {"rope_theta": self.value("rope_theta")}
+        factors = {}
         for key in ("rope_scaling", "rope_parameters"):
-            rope = self.config.get(key) or {}
-            is_known = isinstance(rope, dict)
-            kind = rope.get("rope_type", rope.get("type", "default")) if is_known else None
-            if kind == "llama3" and self.llama3_rope:
-                self._check_rope(key, rope, {**_LLAMA3, "factor": None})
-                factor = self._number("factor", rope.get("factor"), 1.0)
-            elif kind == "default":
-                self._check_rope(key, rope, {})
-            else:
-                known = "'default' or 'llama3'" if self.llama3_rope else "'default', no scaling"
-                raise self.refused(key, rope, f"rope_type={known}")
-            theta = rope.get("rope_theta", theta)
-        return Rope(self._number("rope_theta", theta, None), factor)
+            rope = self.config.get(key)
+            if rope:
+                factors[key] = self._scaling(key, rope)
+                thetas[f"{key}.rope_theta"] = rope.get("rope_theta")
+        given = {
+            key: self._number(key, theta, None)
+            for key, theta in thetas.items()
+            if theta is not None
+        }
+        for values in (given, factors):
+            if len(set(values.values())) > 1:
+                both = ", ".join(f"{key}={self._at(key)!r}" for key in values)
+                raise ConversionError(
+                    f"config.json contradicts itself: {both}; make them equal, or remove the wrong one"
+                )
+        if not given:
+            raise self.refused("rope_theta", None, "a positive number")
+        return Rope(next(iter(given.values())), next(iter(factors.values()), None))
+
+    def _at(self, path: str) -> Any:
+        """The value under a path of one key, or of two joined by a dot."""
+        outer, _, inner = path.partition(".")
+        return self.config[outer][inner] if inner else self.config[outer]
+
+    def _scaling(self, key: str, rope: Any) -> float | None:
+        """The factor of Llama 3's scaling; None for rotary parameters without scaling."""
+        is_known = isinstance(rope, dict)
+        kind = rope.get("rope_type", rope.get("type", "default")) if is_known else None
+        if kind == "llama3" and self.llama3_rope:
+            self._check_rope(key, rope, {**_LLAMA3, "factor": None})
+            return self._number(f"{key}.factor", rope.get("factor"), 1.0)
+        if kind == "default":
+            self._check_rope(key, rope, {})
+            return None
+        known = "'default' or 'llama3'" if self.llama3_rope else "'default', no scaling"
+        raise self.refused(key, rope, f"rope_type={known}")
 
     def _check_rope(self, key: str, rope: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         """Refuse parameters that are unknown or not those that Megatron-Core computes with."""
@@ -124,12 +164,12 @@ class ConfigReader:
 
     def _number(self, key: str, value: object, at_least: float | None) -> float:
         supported = "a positive number" if at_least is None else f"a number from {at_least:g} on"
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, float | int)
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, float | int):
             raise self.refused(key, value, supported)
-        if value <= 0 if at_least is None else value < at_least:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or (number <= 0 if at_least is None else number < at_least):
             raise self.refused(key, value, supported)
-        return float(value)
+        return number

@@ -22,6 +22,9 @@ from checkpoint_conversion.families.decoder import (
 )
 from checkpoint_conversion.families.family import Config, Family, TensorRule
 
+# In all layers: some ten times those of the largest models, each with three tensors.
+_MOST_EXPERTS = 250_000
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -57,12 +60,15 @@ def _reader(config: Config) -> ConfigReader:
 def _experts(read: ConfigReader) -> Experts:
     layers, step = read.size("num_hidden_layers"), read.size("decoder_sparse_step")
     dense = read.value("mlp_only_layers") or []
-    if not isinstance(dense, list) or not set(dense) <= set(range(layers)):
+    if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
         raise read.refused("mlp_only_layers", dense, f"a list of layers from 0 to {layers - 1}")
-    sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    without = frozenset(dense)
+    sparse = tuple(i not in without and (i + 1) % step == 0 for i in range(layers))
     if not any(sparse):
         raise read.refused("mlp_only_layers", dense, "at least one layer with experts")
     count, top_k = read.size("num_experts", "num_local_experts"), read.size("num_experts_per_tok")
+    if layers * count > _MOST_EXPERTS:
+        raise read.refused("num_experts", count, f"at most {_MOST_EXPERTS} in all {layers} layers")
     if top_k > count:
         raise read.refused("num_experts_per_tok", top_k, f"at most the {count} experts there are")
     normalized = read.flag("norm_topk_prob")

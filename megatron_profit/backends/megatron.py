@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_profit.backends.block_norm import block_norm
 from megatron_profit.backends.chained_optimizer import regrouped
+from megatron_profit.backends.checkpoint_loading import CHECKPOINT_PATCHES
 from megatron_profit.backends.hooks import Trained, listeners
 from megatron_profit.backends.loggers import LOGGER_PATCHES
 from megatron_profit.backends.observation import OBSERVATION_PATCHES
@@ -158,6 +159,29 @@ def _keeps_saved_schedule() -> bool:
     from megatron.training.global_vars import get_args
 
     return bool(get_args().use_checkpoint_opt_param_scheduler)
+
+
+def _save_zeros_as_padding() -> None:
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_dp_reshardable
+
+    @functools.wraps(original)
+    def sharded_param_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        by_dtype = (state[number] for number in range(len(self.gbuf_ranges)))
+        buckets = (bucket for part in by_dtype for buckets in part.values() for bucket in buckets)
+        for tensors in (tensors for bucket in buckets for tensors in bucket):
+            padding = tensors["padding"]
+            if isinstance(padding, LocalNonpersistentObject) and padding.unwrap():
+                for item in nested_values(tensors):
+                    if isinstance(item, ShardedTensor):
+                        item.data.zero_()
+        return state
+
+    DistributedOptimizer.sharded_param_state_dp_reshardable = sharded_param_state
 
 
 def _load_with_another_number_of_optimizers() -> None:
@@ -344,6 +368,14 @@ MEGATRON_PATCHES = (
         apply=_load_momenta,
     ),
     Patch(
+        name="optimizer-padding",
+        upstream=_MEGATRON,
+        file="megatron/core/optimizer/distrib_optimizer.py",
+        reason="sharded_param_state_dp_reshardable fills the gaps between parameters with torch.empty: what "
+        "was in memory goes into the checkpoint, and equal runs save different files.",
+        apply=_save_zeros_as_padding,
+    ),
+    Patch(
         name="chained-optimizer-load",
         upstream=_MEGATRON,
         file="megatron/core/optimizer/optimizer.py",
@@ -411,6 +443,7 @@ MEGATRON_PATCHES = (
         "passes on ends it before the save that the signal has asked for.",
         apply=_keep_the_queue_of_results,
     ),
+    *CHECKPOINT_PATCHES,
     *OBSERVATION_PATCHES,
     *LOGGER_PATCHES,
 )

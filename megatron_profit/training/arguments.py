@@ -22,6 +22,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
+from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.hf_output import HFOutput, plan_output
@@ -118,6 +119,12 @@ _REFUSED = {
         ("non_persistent_save_interval", "non_persistent_ckpt_type"),
         "a shorter --save-interval with --keep-last N does the same, and its checkpoints are found again",
     ),
+    **dict.fromkeys(
+        ("ckpt_format", "auto_detect_ckpt_format"),
+        "checkpoints are written and read in the format torch_dist",
+    ),
+    "enable_msc": "checkpoints are read from folders; mount the storage",
+    "trust_remote_code": "code in a model folder is not run",
     "exit_signal_handler_for_training": "SIGTERM saves a checkpoint and ends the run",
     "hybrid_context_parallel": "--context-parallel-size splits every row alike",
     **dict.fromkeys(
@@ -320,6 +327,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Go on from a checkpoint of a run in which these were others, which is an error without it: "
         f"{', '.join(GUARDED)}.",
     )
+    group.add_argument(
+        "--skip-checksums",
+        action="store_true",
+        help="Load a checkpoint without comparing its checksums first, which reads all of it once.",
+    )
     add_keep_flags(group)
     add_data_flags(group)
     group.add_argument(
@@ -389,8 +401,9 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
     fixed, soft = platform_settings(device, local=explicit.get("transformer_impl") == "local")
     flags.refuse_contradictions(fixed, "this machine needs")
     soft = {**_DEFAULTS, **soft, **_scheduler_of_flags(explicit)}
-    if "initializer_range" in config:
-        soft["init_method_std"] = config["initializer_range"]
+    if config.get("initializer_range") is not None:
+        read = ConfigReader(config, "every family")
+        soft["init_method_std"] = read.number("initializer_range", at_least=0.0)
     model = _model_settings(flags, config, hf_model / "config.json")
 
     settings = {**flags.defaults, **model, **soft, **fixed, **explicit}
@@ -722,12 +735,17 @@ def _hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFMod
 
 def _metrics_file(settings: Mapping[str, Any]) -> Path | None:
     """Where the metrics go: a file that can be written, if any was asked for or there is a --save."""
-    if settings["metrics_file"] is None:
-        return Path(settings["save"]) / METRICS if settings["save"] else None
-    path = Path(settings["metrics_file"])
+    if settings["metrics_file"] is None and not settings["save"]:
+        return None
+    path = Path(settings["metrics_file"] or Path(settings["save"]) / METRICS)
     if path.is_dir():
         raise ArgumentsError(f"--metrics-file {path} is a folder; name a file")
-    _check_place(f"--metrics-file {path}", path.parent)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ArgumentsError(
+            f"--metrics-file {path} is a link, a pipe or a device; name a regular file, or remove it"
+        )
+    if settings["metrics_file"] is not None:
+        _check_place(f"--metrics-file {path}", path.parent)
     return path
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -17,16 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import ConversionError, printable
-from checkpoint_conversion.megatron_reader import check_whole
+from checkpoint_conversion.hf_folder import read_json_object
+from checkpoint_conversion.integrity import check_whole
+from checkpoint_conversion.megatron_reader import is_iteration
+from checkpoint_conversion.megatron_reader import read_tracker as read_tracker_file
 from checkpoint_conversion.megatron_writer import RELEASE, TRACKER
+from checkpoint_conversion.output import whole_file
 
 # In each checkpoint that this project's entry wrote; only those are ever removed.
 MARKER = "megatron_profit.json"
 # The means of the evaluation at a checkpoint's iteration, beside the marker.
 VALIDATION = "validation.json"
-_NAME = re.compile(r"iter_(\d{7,})")
+_NAME = re.compile(r"iter_(\d{7,15})", re.ASCII)
 # A whole checkpoint while another of the same iteration is written.
 _ASIDE = ".replaced"
+
+
+Inspect = Callable[[Path], str | None]
 
 
 class CheckpointError(ValueError):
@@ -81,15 +87,17 @@ def saved_in(save: Path) -> list[Saved]:
 
 
 def defect(folder: Path) -> str | None:
-    """Why a checkpoint cannot be loaded; None for a whole one.
+    """Why a checkpoint cannot be loaded; None for one that is there in full and runs no code.
 
-    Checkpoints of Megatron's older format (`mp_rank_…`) do not say how long their files are; they are
-    taken for whole.
+    The tensors are not read (`checkpoint_conversion.integrity.check_content` does that).
     """
     if not folder.is_dir():
         return f"{folder} is missing"
     if any(folder.glob("mp_rank_*")):
-        return None
+        return (
+            f"{folder} is in Megatron's older format (mp_rank_…), a pickle for each rank, which is not read "
+            "here; load and save it with Megatron's own script as --ckpt-format torch_dist"
+        )
     try:
         check_whole(folder)
     except (ConversionError, OSError) as error:
@@ -97,15 +105,22 @@ def defect(folder: Path) -> str | None:
     return None
 
 
-def settle(load: Path, warn: Callable[[str], None], *, is_own: bool = True) -> str:
+def settle(
+    load: Path,
+    warn: Callable[[str], None],
+    *,
+    is_own: bool = True,
+    inspect: Inspect = defect,
+) -> str:
     """Make the tracker file of a folder name a whole checkpoint: the one that it names, else the newest.
 
-    Half-written checkpoints are left where they are, with a warning.
+    Half-written and damaged checkpoints are left where they are, with a warning.
 
     Args:
         load: The folder; it need not exist.
         warn: Told each thing that was found amiss.
         is_own: Whether the run saves there too, so that nobody else does.
+        inspect: Says why a checkpoint that may be taken cannot be loaded; None for a sound one.
 
     Returns:
         What the tracker file holds now; "" where there is no checkpoint.
@@ -113,19 +128,22 @@ def settle(load: Path, warn: Callable[[str], None], *, is_own: bool = True) -> s
     Raises:
         CheckpointError: When there was a checkpoint and none is whole, or the file cannot be written.
     """
-    if not load.is_dir():
-        return ""
+    try:
+        if not load.is_dir():
+            return ""
+    except OSError as error:
+        raise CheckpointError(f"{load} cannot be read: {error.strerror}") from error
     if is_own:
         put_back(load)
     tracker = load / TRACKER
     named = read_tracker(load)
-    amiss = _amiss(load, named)
+    amiss = _amiss(load, named, inspect)
     for saved in saved_in(load):
         if amiss is None and saved.iteration <= _number(named):
             break
-        found = defect(saved.folder)
+        found = inspect(saved.folder) if amiss is not None else defect(saved.folder)
         if found is not None:
-            warn(f"{saved.folder} is skipped, its save was not completed: {found}")
+            warn(f"{saved.folder} is skipped, it is not whole: {found}")
         elif amiss is not None:
             warn(
                 f"{amiss}; {saved.folder} is the newest whole checkpoint, and {tracker.name} names it now"
@@ -145,19 +163,26 @@ def settle(load: Path, warn: Callable[[str], None], *, is_own: bool = True) -> s
 def read_tracker(load: Path) -> str:
     """What the tracker file holds; "" where there is none."""
     try:
-        return (load / TRACKER).read_text(encoding="utf-8", errors="replace").strip() or "nothing"
+        return read_tracker_file(load / TRACKER) or "nothing"
     except FileNotFoundError:
         return ""
+    except (ConversionError, OSError) as error:
+        raise CheckpointError(f"{load / TRACKER} cannot be read: {error}") from error
 
 
-def check_named(load: Path, iteration: int | None) -> None:
+def check_named(load: Path, iteration: int | None, inspect: Inspect = defect) -> None:
     """Check a checkpoint that is asked for by name, or the latest of a folder that a run starts from.
+
+    Args:
+        load: The folder.
+        iteration: The checkpoint; None for the latest.
+        inspect: As in `settle`.
 
     Raises:
         CheckpointError: It is not whole.
     """
     named = read_tracker(load) if iteration is None else str(iteration)
-    found = _amiss(load, named) if named else None
+    found = _amiss(load, named, inspect) if named else None
     if found is not None:
         found_whole = (saved for saved in saved_in(load) if defect(saved.folder) is None)
         whole = ", ".join(str(saved.iteration) for saved in found_whole)
@@ -170,8 +195,11 @@ def make_room(folder: Path) -> None:
     """Empty the place of a checkpoint that is about to be written.
 
     What a save that died has left is removed. A whole checkpoint is only set aside until the new one is
-    whole too.
+    whole too. Links in the way of what Megatron writes are removed: it would write through them.
     """
+    for link in (folder.parent / TRACKER, folder):
+        if link.is_symlink() and defect(link) is not None:
+            link.unlink()
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     aside = folder.with_name(folder.name + _ASIDE)
@@ -243,32 +271,22 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content; nothing where there is no such file.
+    """The content; empty where there is no such file.
 
     Raises:
-        CheckpointError: It cannot be read, or holds no object.
+        ConversionError: It is broken, or no regular file.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}); correct it or remove it"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object; correct it or remove it")
-    return content
+    return read_json_object(file) if file.exists() or file.is_symlink() else {}
 
 
-def _amiss(load: Path, named: str) -> str | None:
+def _amiss(load: Path, named: str, inspect: Inspect) -> str | None:
     """What is wrong with the checkpoint that a tracker file names."""
     tracker = load / TRACKER
     if not named:
         return f"{tracker} is missing"
-    if named != RELEASE and not re.fullmatch(r"\d+", named):
+    if named != RELEASE and not is_iteration(named):
         return f"{tracker} holds {named[:40]!r}, which is no iteration"
-    return defect(load / RELEASE if named == RELEASE else folder_of(load, int(named)))
+    return inspect(load / RELEASE if named == RELEASE else folder_of(load, int(named)))
 
 
 def _number(named: str) -> int:
@@ -306,9 +324,5 @@ def _write_tracker(tracker: Path, iteration: int) -> None:
 
 
 def _write_text(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
+    with whole_file(file) as stream:
+        stream.write(text.encode())

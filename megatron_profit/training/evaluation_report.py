@@ -16,6 +16,7 @@ import torch
 from megatron.core import mpu
 from transformers import PreTrainedTokenizerBase
 
+from checkpoint_conversion.output import whole_file
 from megatron_profit.backends.enduring import reason, warn
 from megatron_profit.backends.hooks import RunListener
 from megatron_profit.data import Prepared, SFTDataset
@@ -112,10 +113,8 @@ class EvaluationReport(RunListener):
             f"is {self.objective}. Tokens of a prompt have no probability here.",
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"step_{steps:07}.html"
-        beside = file.with_name(f".{file.name}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
+        with whole_file(self.folder / f"step_{steps:07}.html") as stream:
+            stream.write(text.encode())
 
     def _record(self, index: int, tokens: torch.Tensor) -> TokenRecord:
         ids = self.prepared.examples[index][0].tolist()

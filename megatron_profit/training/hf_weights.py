@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.training import get_args
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_folder import list_tensors
@@ -32,6 +33,7 @@ from checkpoint_conversion.output import sync_file
 from checkpoint_conversion.progress import human
 from checkpoint_conversion.shards import Rules, Shard, read_shard, write_shard
 from megatron_profit.training.console import fail, print_rank_0
+from megatron_profit.training.shared_check import check_together
 
 Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 
@@ -114,7 +116,12 @@ def load_checkpoint_into(chunks: Sequence[MegatronModule], folder: Path) -> None
     Args:
         chunks: The rank's pipeline stages.
         folder: The checkpoint of an iteration, in the format torch_dist.
+
+    Raises:
+        ConversionError: A part of it is missing or damaged.
     """
+    if not get_args().skip_checksums:
+        check_together(folder)
     print_rank_0(f"> exporting the weights of {folder}")
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     sharded = {name: c.sharded_state_dict() for name, c in zip(names, chunks, strict=True)}

@@ -267,7 +267,7 @@ class CheckpointKeeper(RunListener):
                 removed = prune(save, iteration, options.last, options.metric, self._resumed_from)
                 for folder in removed:
                     print_rank_0(f"> removed {folder} (--keep-last {options.last})")
-        except (OSError, CheckpointError, ConversionError) as error:
+        except (CheckpointError, ConversionError, OSError) as error:
             # The run is worth more than the space.
             print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
 

@@ -24,8 +24,10 @@ from megatron.training.training import setup_model_and_optimizer
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments import ArgumentsError, read_arguments
+from megatron_profit.training.checkpoints import CheckpointError
 from megatron_profit.training.console import fail
 from megatron_profit.training.hf_weights import load_hook
+from megatron_profit.training.resume import check_checkpoints
 from megatron_profit.training.shutdown import end_communication
 
 # A training run of no steps: no optimizer is built, and none is loaded.
@@ -66,8 +68,9 @@ def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
     """
     sys.argv[1:] = [*_NO_TRAINING.split(), *_WEIGHTS_ONLY.split(), *flags]
     try:
+        check_checkpoints(sys.argv[1:])
         arguments = read_arguments(sys.argv[1:], device)
-    except (ArgumentsError, ConversionError) as error:
+    except (ArgumentsError, CheckpointError, ConversionError) as error:
         fail(error)
     args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
     initialize_megatron()

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.output import whole_file
+from checkpoint_conversion.regular_files import open_to_append
+
 SUPERSEDED = ".superseded"
 # Written once for a step.
 _UNIQUE = ("train", "evaluation")
@@ -30,6 +33,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(open_to_append(path))  # before anything is read: it must be no link
         kept, moved = [], []
         for line in _lines(path):
             (kept if _is_whole(line) and _stays(json.loads(line), step) else moved).append(line)
@@ -37,18 +41,15 @@ class MetricsFile:
             self._move_away(kept, moved)
         records = [json.loads(line) for line in kept]
         self._written = {(r["kind"], r["step"]) for r in records if r["kind"] in _UNIQUE}
-        self._file = self._open()
-
-    def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = open_to_append(path)
 
     def _move_away(self, kept: list[bytes], moved: list[bytes]) -> None:
-        with self._path.with_name(self._path.name + SUPERSEDED).open("ab") as beside:
+        superseded = self._path.with_name(self._path.name + SUPERSEDED)
+        with os.fdopen(open_to_append(superseded), "ab") as beside:
             beside.writelines(line if line.endswith(b"\n") else line + b"\n" for line in moved)
             os.fsync(beside.fileno())
-        unfinished = self._path.with_name(f".{self._path.name}.unfinished")
-        unfinished.write_bytes(b"".join(kept))
-        unfinished.replace(self._path)
+        with whole_file(self._path) as stream:
+            stream.writelines(kept)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append an object; a step or evaluation that is there already is not written again.
@@ -70,7 +71,7 @@ class MetricsFile:
 
     def _append(self, line: bytes) -> None:
         if not self._is_in_place():
-            gone, self._file = self._file, self._open()
+            gone, self._file = self._file, open_to_append(self._path)
             os.close(gone)
         size = os.fstat(self._file).st_size
         try:

@@ -7,7 +7,6 @@ batch holds these numbers, because the weights that gave them are gone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from megatron.core import mpu
 from megatron.training import get_args
 from megatron.training.checkpointing import get_checkpoint_name
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from checkpoint_conversion.output import whole_file
 from megatron_profit.backends.hooks import Trained
 from megatron_profit.training.batch import Batch
 from megatron_profit.training.checkpoints import CheckpointError
@@ -54,10 +54,6 @@ def check_old_policy(settings: Mapping[str, Any]) -> None:
                 f"--{name.replace('_', '-')} changes the global batch during the run, but an outer batch of "
                 "PSFT is --psft-steps-per-refresh equal ones; drop the flag"
             )
-    if settings.get("ckpt_format") not in (None, "torch_dist"):
-        raise ValueError(
-            f"--ckpt-format {settings['ckpt_format']} has no place for the old policy; use torch_dist"
-        )
 
 
 class OldPolicy:
@@ -158,11 +154,8 @@ class OldPolicy:
 def _write(file: Path, table: TokenTable, form: dict[str, str]) -> None:
     """Whole or not at all."""
     tensors = {"keys": table.keys.cpu(), **{n: v.cpu() for n, v in table.statistics.items()}}
-    unfinished = file.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata=form)
-    with unfinished.open("rb") as written:
-        os.fsync(written.fileno())
-    unfinished.replace(file)
+    with whole_file(file) as stream:
+        stream.write(save(tensors, metadata=form))
 
 
 def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, dict[str, str]]:

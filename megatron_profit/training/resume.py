@@ -1,8 +1,9 @@
 """Before a run begins: one decision for all its ranks on the checkpoint that it starts from.
 
 The first rank looks which checkpoint is whole and, if need be, mends Megatron's tracker file
-(`training/checkpoints.py`). The others wait until they see the same file, over a network file system as
-well; from then on Megatron reads what all agree on.
+(`training/checkpoints.py`). The others help it to compare checksums (`training/shared_check.py`), then wait
+until they see the same file, over a network file system as well. From then on Megatron reads what all agree
+on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch.distributed import PrefixStore, Store, rendezvous
 from checkpoint_conversion.saved_arguments import read_saved_arguments
 from megatron_profit.training.checkpoints import (
     CheckpointError,
+    Inspect,
     check_named,
+    defect,
     folder_of,
     read_tracker,
     same_folder,
@@ -29,6 +32,7 @@ from megatron_profit.training.checkpoints import (
 from megatron_profit.training.console import StrictParser, is_first_rank, print_rank_0
 from megatron_profit.training.save_folder import check_save_folder
 from megatron_profit.training.save_lock import hold
+from megatron_profit.training.shared_check import shared_check
 
 # How long a network file system may take to show a machine what another one has written.
 _PATIENCE_SECONDS = 90
@@ -73,17 +77,16 @@ def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
             see the same folder, or another run saves there or has saved there.
     """
     flags = _parse(argv)
-    if is_first_rank() and flags.pretrained_checkpoint is not None:
-        check_named(flags.pretrained_checkpoint, None)
     if flags.save is not None:
         _claim(flags)
+    if flags.load is None and flags.pretrained_checkpoint is None:
+        return None
+    with shared_check(_shared, skip=flags.skip_checksums) as inspect:
+        if inspect is not None:
+            decided = _decide(flags, inspect)
     if flags.load is None:
         return None
     if is_first_rank():
-        own = same_folder(flags.load, flags.save)
-        decided = settle(flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=own)
-        if flags.ckpt_step:
-            check_named(flags.load, flags.ckpt_step)
         _publish(decided)
     else:
         decided = _wait_for(flags.load)
@@ -99,7 +102,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     for name in ("--load", "--save", "--pretrained-checkpoint"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--ckpt-step", type=int)
-    for name in ("--finetune", "--overwrite"):
+    for name in ("--finetune", "--overwrite", "--skip-checksums"):
         parser.add_argument(name, action="store_true")
     flags = parser.parse_known_args(argv)[0]
     if flags.ckpt_step is not None and flags.ckpt_step < 1:
@@ -116,6 +119,40 @@ def _claim(flags: Namespace) -> None:
     if flags.save.is_dir() and hold(flags.save):
         # Another run may have left it just now.
         check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+
+
+def _decide(flags: Namespace, inspect: Inspect) -> str:
+    """Check, on the first rank, what the run may start from.
+
+    Returns:
+        What the tracker file in `--load` holds now; "" where there is no checkpoint.
+    """
+    decided = ""
+    if flags.load is not None:
+        own = same_folder(flags.load, flags.save)
+        # With --ckpt-step, another checkpoint than the one in the tracker file is read.
+        first = defect if flags.ckpt_step else inspect
+        decided = settle(
+            flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=own, inspect=first
+        )
+        if flags.ckpt_step:
+            check_named(flags.load, flags.ckpt_step, inspect)
+    if flags.pretrained_checkpoint is not None:
+        check_named(flags.pretrained_checkpoint, None, defect if decided else inspect)
+    return decided
+
+
+def check_checkpoints(argv: Sequence[str]) -> None:
+    """Check the checkpoint that a program reads and does not write, on all ranks.
+
+    Raises:
+        CheckpointError: It is not whole.
+    """
+    flags = _parse(argv)
+    if flags.load is not None:
+        with shared_check(_shared, skip=flags.skip_checksums) as inspect:
+            if inspect is not None:
+                check_named(flags.load, flags.ckpt_step, inspect)
 
 
 def _publish(decided: str) -> None:

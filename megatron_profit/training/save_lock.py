@@ -11,7 +11,9 @@ import time
 from io import TextIOWrapper
 from pathlib import Path
 
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.output import NO_LOCKS
+from checkpoint_conversion.regular_files import open_to_append
 from megatron_profit.training.checkpoints import CheckpointError
 from megatron_profit.training.console import is_first_rank, print_rank_0
 from megatron_profit.training.save_folder import checkpoints_in
@@ -90,7 +92,9 @@ def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
         return False
     try:
         save.mkdir(parents=True, exist_ok=True)
-        file = (save / NAME).open("a+", encoding="utf-8")
+        file = os.fdopen(open_to_append(save / NAME), "a+", encoding="utf-8")
+    except ConversionError as error:
+        raise CheckpointError(f"--save {save} cannot be held: {error}") from error
     except OSError as error:
         raise CheckpointError(
             f"--save {save} cannot be written: {error.strerror}; name another folder"

@@ -29,10 +29,8 @@ PROFIT = (
     "--objective profit --prob-threshold 0.001 --threshold-direction higher --tensor-model-parallel-size 2 "
     "--objective-warmup-steps 2 --objective-schedule prob_threshold cosine 0.005 9"
 ).split()
-# Fully reshardable checkpoints have the optimizer's state by parameter, others with padding of any value.
 PSFT = (
-    "--objective psft --psft-steps-per-refresh 5 --clip-high 0.28 --use-distributed-optimizer "
-    "--dist-ckpt-optim-fully-reshardable"
+    "--objective psft --psft-steps-per-refresh 5 --clip-high 0.28 --use-distributed-optimizer"
 ).split()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,5 +65,9 @@ def test_bad_input_is_named(qwen2, tmp_path):
     with pytest.raises(ConversionError, match="none"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConversionError, match=r"config\.json declares"):
+        compare_logits(tmp_path)
+    shutil.copy(qwen2.hf / "config.json", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConversionError, match="tokenizer cannot be loaded"):
         compare_logits(tmp_path)

@@ -22,7 +22,11 @@ ALLOWED = {
         "megatron_profit.ops",
         "megatron_profit.data",
     ),
-    "megatron_profit.backends": ("megatron", "megatron_profit.parent_death"),
+    "megatron_profit.backends": (
+        "megatron",
+        "checkpoint_conversion",
+        "megatron_profit.parent_death",
+    ),
     "megatron_profit.models": ("megatron",),
     "megatron_profit.training": ("megatron", "megatron_profit", "checkpoint_conversion"),
     "megatron_profit.sft": ("megatron_profit.backends", "megatron_profit.training"),

@@ -6,13 +6,19 @@ import errno
 import json
 import os
 import shutil
+import socket
+import stat
 
 import pytest
 import torch
 from conversion_helpers import write_config
+from hostile_files import Steps
 from safetensors.torch import load_file, save_file
 
+from checkpoint_conversion import hf_folder
+from checkpoint_conversion.cli import print_table
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf_folder import parse_json_object
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 
@@ -223,6 +229,231 @@ def test_a_broken_folder_with_shards_is_refused(make_qwen3, case):
     breaks, message = SHARDED[case]
     breaks(folder)
     _assert_refused(folder, message)
+
+
+def _prefixed(prefix, names=None):
+    def rename(tensors):
+        for name in list(tensors):
+            if names is None or name in names:
+                tensors[prefix + name] = tensors.pop(name)
+
+    return _tensors(rename)
+
+
+def test_a_prefix_that_all_names_have_is_named(qwen3):
+    _prefixed("_orig_mod.")(qwen3)
+    _assert_refused(
+        qwen3,
+        "no tensor model.embed_tokens.weight, which config.json calls for; all 36 names begin with "
+        "'_orig_mod.', which a wrapper adds",
+    )
+
+
+def test_a_prefix_of_some_names_is_not(qwen3):
+    _prefixed("module.", ["model.norm.weight"])(qwen3)
+    _assert_refused(qwen3, r"no tensor model\.norm\.weight, which config\.json calls for$")
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_names_without_model_are_found_as_transformers_finds_them(make_qwen3, tmp_path, with_head):
+    from transformers import AutoModelForCausalLM
+
+    plain, folder = make_qwen3("plain", tied=not with_head), tmp_path / "bare"
+    shutil.copytree(plain, folder)
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    _tensors(strip)(folder)
+    hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", folder, tmp_path / "back")
+    expected = load_file(plain / "model.safetensors")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == expected.keys()
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, back[name])
+        assert torch.equal(tensor, loaded[name])
+
+
+def test_a_template_with_shards_and_bare_names(make_qwen3, tmp_path):
+    plain = make_qwen3("plain", shard_size="100KB")
+    hf_to_megatron(plain, tmp_path / "megatron")
+
+    def strip(weight_map):
+        for name in list(weight_map):
+            weight_map[name.removeprefix("model.")] = weight_map.pop(name)
+
+    content = json.loads((plain / INDEX).read_text())["weight_map"]
+    _index(strip)(plain)
+    megatron_to_hf(tmp_path / "megatron", plain, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / INDEX).read_text())["weight_map"] == content
+
+
+def test_a_tensor_under_two_names_is_refused(qwen3):
+    _tensors(lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}))(qwen3)
+    _assert_refused(qwen3, r"norm\.weight is there twice, also as ")
+
+
+def test_buffers_that_transformers_computes_are_left_out(qwen3, tmp_path):
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    _tensors(lambda t: t.update({name: torch.ones(16)}))(qwen3)
+    hf_to_megatron(qwen3, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", qwen3, tmp_path / "back")
+    assert name not in load_file(tmp_path / "back" / "model.safetensors")
+
+
+def test_an_adapter_is_not_taken_for_a_model(qwen3):
+    (qwen3 / "adapter_config.json").write_text("{}")
+    _assert_refused(qwen3, r"adapter_config\.json: the folder is an adapter .*merge_and_unload")
+
+
+HOSTILE = "\x1b[31mred\x1b[0m\nerror: \u202egnp\ud800"
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["a tensor", "a shard", "a dtype", "architectures", "rope_scaling", "a key twice"],
+)
+def test_a_message_is_one_printable_line(make_qwen3, tmp_path, run_command, place):
+    folder = make_qwen3(shard_size="100KB" if place == "a shard" else "1GB")
+    changes = {
+        "architectures": lambda config: config.update(architectures=[HOSTILE]),
+        "rope_scaling": lambda config: config.update(rope_scaling={"type": HOSTILE}),
+    }
+    if place in changes:
+        write_config(folder, changes[place])
+    elif place == "a shard":
+        _index(lambda m: m.update({Q_PROJ: f"{HOSTILE}.safetensors"}))(folder)
+    elif place == "a key twice":
+        (folder / "config.json").write_text(
+            f"{{{json.dumps(HOSTILE)}: 1, {json.dumps(HOSTILE)}: 1}}"
+        )
+    else:
+        is_dtype = place == "a dtype"
+        _rewrite_header(folder, Q_PROJ if is_dtype else HOSTILE, HOSTILE if is_dtype else "F32")
+    result = run_command("hf_to_megatron", "--hf", folder, "--out", tmp_path / "out")
+    assert (result.code, result.out) == (2, "")
+    line = result.err.removesuffix("\n")
+    assert line.isprintable()
+    assert r"\x1b[31mred\x1b[0m" in line
+
+
+def _rewrite_header(folder, name, dtype):
+    """Change the header entry of a tensor, or add an empty one."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header.setdefault(name, {"shape": [0], "data_offsets": [0, 0]})["dtype"] = dtype
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def test_a_dry_run_prints_no_character_that_a_terminal_obeys(tmp_path, capsys):
+    print_table(("name",), [(HOSTILE,), ("plain",)])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", INDEX, "tokenizer.json", "generation_config.json"]
+)
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a link to a device", "a socket"])
+def test_only_regular_files_are_read(qwen3, tmp_path, name, kind):
+    hf_to_megatron(qwen3, tmp_path / "megatron")
+    (qwen3 / name).unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(qwen3 / name)
+    elif kind == "a link to a device":
+        (qwen3 / name).symlink_to("/dev/zero")
+    elif kind == "a socket":
+        _bind(qwen3 / name)
+    else:
+        pytest.importorskip("os").geteuid() == 0 or pytest.skip("only root makes devices")
+        try:
+            os.mknod(qwen3 / name, 0o644 | stat.S_IFCHR, os.makedev(1, 5))
+        except PermissionError:
+            pytest.skip("no devices can be made here")
+    message = rf"{name} is a {kind.split()[-1]}; a regular file is needed"
+    for convert in (
+        lambda: hf_to_megatron(qwen3, tmp_path / "out"),
+        lambda: megatron_to_hf(tmp_path / "megatron", qwen3, tmp_path / "out"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            convert()
+
+
+def _bind(path):
+    with socket.socket(socket.AF_UNIX) as bound:
+        here = os.getcwd()
+        os.chdir(path.parent)  # the names of sockets must be short
+        try:
+            bound.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def test_a_configuration_of_100_mb_is_not_read(qwen3):
+    with (qwen3 / "config.json").open("r+b") as file:
+        file.truncate(100_000_001)
+    _assert_refused(qwen3, r"config\.json: larger than 100 MB")
+
+
+def test_links_in_a_circle_are_named(qwen3, tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    (qwen3 / "model.safetensors").unlink()
+    (qwen3 / "model.safetensors").symlink_to("model.safetensors")
+    _assert_refused(qwen3, r"model\.safetensors is a link to .*, which is missing")
+    for path in (tmp_path / "circle", tmp_path / "circle" / "out"):
+        with pytest.raises(ConversionError, match="circle"):
+            hf_to_megatron(qwen3, path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000])
+def test_a_shard_that_no_file_can_be_is_named(make_qwen3, name):
+    folder = make_qwen3(shard_size="100KB")
+    _index(lambda m: m.update(dict.fromkeys(m, f"{name}.safetensors")))(folder)
+    _assert_refused(folder, r"no file can have this name|File name too long")
+
+
+@pytest.mark.parametrize("shard", ["config.json", INDEX, ".hidden.safetensors", "..", ""])
+def test_a_shard_that_is_something_else_is_refused(make_qwen3, tmp_path, shard):
+    """As a template's, it would be written in the place of that file."""
+    folder = make_qwen3(shard_size="100KB")
+    hf_to_megatron(folder, tmp_path / "megatron")
+    _index(lambda m: m.update({Q_PROJ: shard}))(folder)
+    for convert in (
+        lambda: hf_to_megatron(folder, tmp_path / "out"),
+        lambda: megatron_to_hf(tmp_path / "megatron", folder, tmp_path / "out"),
+    ):
+        with pytest.raises(ConversionError, match=f"{INDEX}: .* is put in"):
+            convert()
+
+
+@pytest.mark.parametrize("count", [1000, 60_000])
+def test_a_name_that_occurs_twice_is_found_in_one_pass(count):
+    text = ",".join(f'"k{i}":1' for i in (*range(count), count - 1))
+    with (
+        Steps(hf_folder) as steps,
+        pytest.raises(ConversionError, match=f"header: 'k{count - 1}' occurs twice"),
+    ):
+        parse_json_object(f"{{{text}}}".encode(), "header")
+    assert steps.count < 5 * count + 100
+
+
+@pytest.mark.parametrize("shape", [[1] * 100_000, [2**62] * 60, [2**63], [-1], [True], [1.0]])
+def test_shapes_that_no_tensor_has_are_refused(qwen3, shape):
+    file = qwen3 / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[Q_PROJ]["shape"] = shape
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    _assert_refused(
+        qwen3, rf"{Q_PROJ} (has a malformed header entry|\(F32 .* has wrong data offsets)"
+    )
 
 
 def test_mixed_dtypes_are_accepted_with_a_choice(qwen3, tmp_path):

@@ -11,6 +11,7 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.layouts import clipped, copied, grouped_qkv, rows_of, stacked_rows
+from checkpoint_conversion.megatron_to_hf import for_older_readers
 
 # Qwen3-0.6B as published, without what does not matter here.
 CONFIG = {
@@ -94,6 +95,21 @@ def test_every_argument_is_one_of_megatron():
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*supported: Qwen3ForCausalLM"),
         ({"architectures": ["Qwen3ForCausalLM", "Other"]}, "Other"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
+        ({"architectures": 5}, "architectures=5; a list of names is needed"),
+        ({"architectures": "Qwen3ForCausalLM"}, "a list of names is needed"),
+        ({"architectures": [["Qwen3ForCausalLM"]]}, "a list of names is needed"),
+        ({"model_type": "llama"}, "contradicts itself: architectures=.*, model_type='llama'"),
+        ({"layer_types": 5}, "layer_types=5; .* a list"),
+        ({"layer_types": [5]}, "layer_types=5; .*full_attention"),
+        ({"rope_theta": 10**400}, "rope_theta=1000.*a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000.*a positive number"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000; .*at most 2000"),
+        ({"num_attention_heads": 10**6}, "num_attention_heads=1000000; .*at most 8192"),
+        ({"vocab_size": 2**31}, "vocab_size=2147483648; .*at most 2147483647"),
+        ({"hidden_size": 10**400}, "hidden_size=1000.*at most 2147483647"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\]"),
+        ({"rope_scaling": {"rope_type": ["default"]}}, "no scaling"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
@@ -120,12 +136,19 @@ def test_what_is_not_supported_is_refused(change, message):
 MOE = {
     **CONFIG,
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 768,
     "norm_topk_prob": True,
 }
-LLAMA = {**CONFIG, "architectures": ["LlamaForCausalLM"], "head_dim": None, "rope_theta": 500000.0}
+LLAMA = {
+    **CONFIG,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "head_dim": None,
+    "rope_theta": 500000.0,
+}
 SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -144,6 +167,11 @@ SCALING = {
         (MOE, {"mlp_only_layers": list(range(28))}, "at least one layer with experts"),
         (MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
         (MOE, {"num_experts": None}, "num_experts=None"),
+        (MOE, {"num_experts": 10**6}, "num_experts=1000000; .*at most 100000"),
+        (MOE, {"num_experts": 90_000}, "num_experts=90000; .*at most 250000 in all 28 layers"),
+        (MOE, {"mlp_only_layers": [[1]]}, r"mlp_only_layers=\[\[1\]\]"),
+        (MOE, {"mlp_only_layers": [1.0]}, r"mlp_only_layers=\[1.0\]"),
+        (MOE, {"mlp_only_layers": 5}, "mlp_only_layers=5"),
         (MOE, {"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1"),
         (MOE, {"norm_topk_prob": "yes"}, "norm_topk_prob='yes'"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
@@ -160,6 +188,66 @@ def test_what_other_families_do_not_support_is_refused(config, change, message):
     config = {**config, **change}
     with pytest.raises(ConversionError, match=message):
         family_for(config)
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (
+            CONFIG,
+            {"rope_theta": 1e6, "rope_parameters": {**PLAIN, "rope_theta": 1e4}},
+            "rope_theta=",
+        ),
+        (CONFIG, {"rope_theta": 1e6, "rope_scaling": {**PLAIN, "rope_theta": 1e4}}, "rope_theta="),
+        (
+            LLAMA,
+            {"rope_scaling": SCALING, "rope_parameters": PLAIN | {"rope_theta": 5e5}},
+            "factor",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": SCALING, "rope_parameters": {**SCALING, "factor": 4.0}},
+            "rope_scaling=",
+        ),
+    ],
+)
+def test_a_rotary_embedding_that_is_given_twice_must_be_the_same(config, change, message):
+    """transformers 4.57 takes the one, transformers 5 the other."""
+    with pytest.raises(ConversionError, match=f"contradicts itself: .*{message}"):
+        family_for({**config, **change})
+
+
+def test_a_rotary_embedding_may_be_given_in_both_forms():
+    both = {"rope_theta": 1000000, "rope_parameters": PLAIN}
+    plain = family_for({**CONFIG, **both}).megatron_arguments({**CONFIG, **both})
+    assert plain["rotary_base"] == 1000000
+    scaled = {
+        **LLAMA,
+        "rope_scaling": SCALING,
+        "rope_parameters": {**SCALING, "rope_theta": 500000},
+    }
+    arguments = family_for(scaled).megatron_arguments(scaled)
+    assert (arguments["rotary_base"], arguments["rope_scaling_factor"]) == (500000, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"rope_theta": 1e6}, {}),
+        ({"rope_theta": 1e6, "rope_scaling": None}, {}),
+        ({"rope_parameters": PLAIN}, {"rope_theta": 1e6}),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6}, {}),
+        (
+            {"rope_parameters": {**SCALING, "rope_theta": 5e5}},
+            {"rope_theta": 5e5, "rope_scaling": SCALING},
+        ),
+    ],
+)
+def test_an_export_says_the_rotary_embedding_in_the_older_form_too(config, added):
+    assert for_older_readers(config) == config | added
 
 
 def test_layers_with_and_without_experts():

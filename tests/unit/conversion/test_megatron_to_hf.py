@@ -6,18 +6,23 @@ import json
 import math
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conversion_helpers import VOCABULARY, expected_megatron, read_hf, write_config
+from hostile_files import Steps
 from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from checkpoint_conversion import megatron_reader
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.megatron_to_hf import megatron_to_hf
+from checkpoint_conversion.megatron_reader import Place, Saved
+from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
 
 
 class _GridPlanner(dcp.DefaultSavePlanner):
@@ -109,6 +114,10 @@ def test_round_trip_gives_the_same_files(make_qwen3, tmp_path, tied, dtype, shar
         if file.name == "model.safetensors.index.json":
             maps = [json.loads(f.read_text())["weight_map"] for f in (file, copy)]
             assert maps[0] == maps[1]
+        elif file.name == "config.json":
+            config = json.loads(file.read_text())
+            older = {"rope_theta": config["rope_parameters"]["rope_theta"]}
+            assert json.loads(copy.read_text()) == config | older
         else:
             assert file.read_bytes() == copy.read_bytes(), file.name
 
@@ -170,7 +179,7 @@ def test_the_configuration_names_the_written_dtype(make_qwen3, tmp_path, old_sty
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     original = json.loads((hf / "config.json").read_text())
     key = "torch_dtype" if old_style else "dtype"
-    assert config == {**original, key: "bfloat16"}
+    assert config == {**original, "rope_theta": 500000.0, key: "bfloat16"}
     for name, tensor in read_hf(hf).items():
         assert torch.equal(read_hf(tmp_path / "back")[name], tensor.bfloat16()), name
 
@@ -191,16 +200,10 @@ def test_shards_have_the_size_asked_for(qwen3, tmp_path):
     assert_same_tensors(qwen3, tmp_path / "back")
 
 
-def test_every_artifact_is_copied_but_weights_code_and_hidden_files(qwen3, tmp_path):
-    kept = [
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "LICENSE",
-        "README.md",
-        "x.model",
-    ]
+def test_every_artifact_is_copied_but_weights_code_hidden_files_and_the_model_card(qwen3, tmp_path):
+    kept = ["vocab.json", "merges.txt", "special_tokens_map.json", "LICENSE", "NOTICE", "x.model"]
     dropped = ["modeling.py", "pytorch_model.bin", "original.pth", ".gitattributes", "q4.gguf"]
+    dropped += ["README.md", "readme_zh.md"]
     for name in kept + dropped:
         (qwen3 / name).write_text(name)
     (qwen3 / "additional_chat_templates").mkdir()
@@ -374,7 +377,7 @@ BROKEN = {
     "other metadata": (lambda c: (c / ".metadata").write_bytes(b"no"), r"\.metadata: not readable"),
     "code in metadata": (
         lambda c: (c / ".metadata").write_bytes(pickle.dumps(_Evil())),
-        r"builtins\.print, which is no metadata",
+        r"\.metadata: not readable: it refers to builtins\.print, which has no place in it",
     ),
     "no metadata.json": (lambda c: (c / "metadata.json").unlink(), r"metadata\.json: missing"),
     "other format": (
@@ -447,3 +450,50 @@ def test_the_template_decides_what_fits(make_qwen3, tmp_path):
     write_config(hf, lambda config: config.update(num_hidden_layers=2))
     with pytest.raises(ConversionError, match=r"config\.json calls for \[2, "):
         megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")
+
+
+def _chunked(folder, key, shape, chunks):
+    """Describe a tensor by other chunks in `.metadata`; they all lie where the first one does."""
+    metadata = FileSystemReader(folder).read_metadata()
+    entry = metadata.state_dict_metadata[key]
+    first = next(info for index, info in metadata.storage_data.items() if index.fqn == key)
+    for index in [index for index in metadata.storage_data if index.fqn == key]:
+        del metadata.storage_data[index]
+    entry.size, entry.chunks = torch.Size(shape), []
+    for offsets, sizes in chunks:
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+        metadata.storage_data[MetadataIndex(key, torch.Size(offsets))] = first
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+CHUNKS = {
+    "chunks that lie outside of it": (
+        [((0, 0, 0), (3, 64, 97))],
+        "a chunk of .* lies outside of it",
+    ),
+    "empty chunks with many layers": ([((0, 0, 0), (10**12, 0, 96))], "lies outside of it"),
+    "a negative size": ([((0, 0, 0), (-1, 64, 96))], "not readable"),
+    "missing chunks": ([((0, 0, 0), (3, 32, 96))], "do not cover it"),
+}
+
+
+@pytest.mark.parametrize("case", CHUNKS)
+def test_chunks_that_cannot_be_are_refused(qwen3, tmp_path, case):
+    chunks, message = CHUNKS[case]
+    run = save_run(tmp_path / "run", trained(qwen3))
+    _chunked(run, "decoder.layers.mlp.linear_fc2.weight", (3, 64, 96), chunks)
+    with pytest.raises(ConversionError, match=message):
+        plan_export(tmp_path / "run", qwen3)
+
+
+def test_chunks_next_to_each_other_are_compared_in_bounded_work(tmp_path, monkeypatch):
+    """Columns of one element: each of them has all rows, and is compared with all others."""
+    monkeypatch.setattr(megatron_reader, "_MOST_SIDE_BY_SIDE", 16)
+    saved = [Saved((0, 0, i), (1, 4, 1), Place(Path("x"), 0, 0)) for i in range(400)]
+    megatron_reader._check_disjoint(tmp_path, "key", saved[:32], 1)
+    with (
+        Steps(megatron_reader) as steps,
+        pytest.raises(ConversionError, match="more than 16 chunks with the same rows"),
+    ):
+        megatron_reader._check_disjoint(tmp_path, "key", saved, 1)
+    assert steps.count < 20 * 16 * len(saved)

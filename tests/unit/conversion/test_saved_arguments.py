@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import enum
 import signal
+import sys
+import types
 
 import pytest
 import torch
@@ -36,7 +38,6 @@ def _state(**arguments):
     special = {
         "params_dtype": torch.bfloat16,
         "exit_signal": signal.SIGTERM,
-        "mode": _Mode.ON,
         "function": torch.nn.functional.silu,
         "skipped": {1, 2},
         "window": (1, 2),
@@ -44,7 +45,7 @@ def _state(**arguments):
     return {
         "args": argparse.Namespace(**arguments, **special),
         "iteration": 7,
-        "rerun_state_machine": {"losses": torch.ones(3), "mode": _Mode.ON},
+        "rerun_state_machine": {"losses": torch.ones(3), "function": torch.nn.functional.gelu},
     }
 
 
@@ -187,17 +188,42 @@ def test_no_code_of_the_pickle_is_run(qwen3, tmp_path, legacy):
     if legacy:
         torch.save(state, checkpoint / "common.pt")
     trap.unlink(missing_ok=True)
-    assert read_saved_arguments(tmp_path) == _expected(qwen3)
-    plan_export(tmp_path, qwen3)
+    named = r"common\.pt" if legacy else r"__0_0\.distcp: cannot read common_state"
+    message = rf"{named}.*: it refers to _?io\.open, which has no place in it.* --ignore-arguments"
+    for read in (
+        lambda: read_saved_arguments(tmp_path),
+        lambda: plan_export(tmp_path, qwen3),
+        lambda: verify(qwen3, megatron=tmp_path),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            read()
+    plan_export(tmp_path, qwen3, ignore_arguments=True)
+    assert verify(qwen3, megatron=tmp_path, ignore_arguments=True).differences == []
     assert not trap.exists()
     if legacy:  # the trap works
         torch.load(checkpoint / "common.pt", weights_only=False)["evil"].close()
         assert trap.exists()
 
 
+def test_classes_of_other_versions_of_megatron_are_passed_over(qwen3, tmp_path, monkeypatch):
+    module = types.ModuleType("megatron.of.the.future")
+    module.Mode = enum.Enum("Mode", ["FAST"], module=module.__name__)
+    for name in ("megatron.of", "megatron.of.the", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    _save_run(tmp_path, qwen3, _state(**_expected(qwen3), mode=module.Mode.FAST, kind=module.Mode))
+    assert read_saved_arguments(tmp_path) == _expected(qwen3)
+
+
+def test_a_class_of_another_package_is_named(qwen3, tmp_path):
+    _save_run(tmp_path, qwen3, _state(**_expected(qwen3), mode=_Mode.ON))
+    with pytest.raises(ConversionError, match=r"refers to \w+\._Mode.* --ignore-arguments"):
+        plan_export(tmp_path, qwen3)
+    plan_export(tmp_path, qwen3, ignore_arguments=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04"])
 def test_unreadable_arguments_are_an_error(qwen3, tmp_path, content):
     checkpoint = _save_run(tmp_path, qwen3)
     (checkpoint / "common.pt").write_bytes(content)
-    with pytest.raises(ConversionError, match=r"common\.pt: the arguments .* not readable"):
+    with pytest.raises(ConversionError, match=r"common\.pt: cannot be read: it is no archive"):
         _check(tmp_path, qwen3)

@@ -107,7 +107,7 @@ def test_a_folder_without_a_model(folders, tmp_path, capsys):
         shutil.copy(file, empty)
     shutil.copy(folders / "hf" / "chat_template.jinja", empty)
     assert run(folders, "--model", empty, "--terminal") == 1
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "config.json: missing" in capsys.readouterr().err
 
 
 def test_columns_and_the_choice_of_turns_are_those_of_training(folders, tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from make_tiny_model import TinyShape, make_tiny_model
 
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.integrity import check_content
 from megatron_profit.training.checkpoints import (
     MARKER,
     VALIDATION,
@@ -120,6 +123,105 @@ def test_a_broken_tracker_file_is_mended(run, content):
     assert len(said) == 2, "what is skipped, and what is taken"
 
 
+def flip(folder: Path) -> Path:
+    """Flip a bit of a tensor; nothing but its checksum shows it."""
+    file = max(folder.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def inspect(folder: Path) -> str | None:
+    """As a run looks at a checkpoint."""
+    try:
+        return defect(folder) or check_content(folder)
+    except ConversionError as error:
+        return str(error)
+
+
+def test_a_flipped_bit_is_found_in_the_checkpoint_that_would_be_taken(run):
+    file = flip(run / "iter_0000006")
+    said = []
+    assert settle(run, said.append, inspect=inspect) == "4"
+    assert read_tracker(run) == "4"
+    assert said[0].startswith(f"{run / 'iter_0000006'} is skipped, it is not whole: {file}: ")
+    assert " is damaged: the checksum of data/0 is " in said[0]
+    assert "iter_0000004 is the newest whole checkpoint" in said[1]
+    flip(run / "iter_0000004")
+    flip(run / "iter_0000002")
+    with pytest.raises(CheckpointError, match=r"iter_0000004.* is damaged.*no other checkpoint"):
+        settle(run, said.append, inspect=inspect)
+
+
+def test_only_the_checkpoint_that_is_taken_is_read_in_full(run):
+    read = []
+    settle(run, lambda _: None, inspect=lambda folder: read.append(folder.name))
+    assert read == ["iter_0000006"]
+
+
+def test_a_damaged_checkpoint_asked_for_by_number_is_refused(run):
+    file = flip(run / "iter_0000004")
+    with pytest.raises(CheckpointError, match=f"{file.name}: .* is damaged.*iterations: 6, 4, 2"):
+        check_named(run, 4, inspect)
+    check_named(run, 6, inspect)
+
+
+def test_a_tracker_that_is_no_regular_file_is_named(run):
+    (run / TRACKER).unlink()
+    os.mkfifo(run / TRACKER)
+    with pytest.raises(CheckpointError, match=f"{TRACKER} cannot be read: .* is a pipe"):
+        settle(run, lambda _: None)
+
+
+@pytest.mark.parametrize("content", ["9" * 5000, "٣", "1" * 16])
+def test_a_tracker_with_a_number_that_is_no_iteration(run, content):
+    (run / TRACKER).write_text(content)
+    said = []
+    assert settle(run, said.append) == "6"
+    assert "which is no iteration" in said[0]
+    assert len(said[0]) < 500
+
+
+def test_links_are_replaced_and_not_written_through(run, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("mine")
+    DAMAGE["without .metadata"](run / "iter_0000006")
+    for name in (TRACKER, f".{TRACKER}.unfinished"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(other)
+    assert settle(run, lambda _: None) == "4"
+    assert not (run / TRACKER).is_symlink()
+    (run / "iter_0000004" / VALIDATION).symlink_to(other)
+    write_json(run / "iter_0000004" / VALIDATION, {"lm loss": 1.0})
+    assert other.read_text() == "mine"
+
+
+def test_links_in_the_way_of_a_checkpoint_are_removed(whole, run, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "tracker").write_text("mine")
+    (run / TRACKER).unlink()
+    (run / TRACKER).symlink_to(elsewhere / "tracker")
+    for number, target in ((8, elsewhere), (10, elsewhere / "missing")):
+        (run / f"iter_{number:07}").symlink_to(target)
+        make_room(run / f"iter_{number:07}")
+        assert not (run / f"iter_{number:07}").is_symlink()
+    assert not (run / TRACKER).is_symlink()
+    assert [file.name for file in elsewhere.iterdir()] == ["tracker"]
+    shutil.copytree(whole, elsewhere / "whole")
+    (run / "iter_0000008").symlink_to(elsewhere / "whole")
+    make_room(run / "iter_0000008")
+    drop_replaced(run / "iter_0000008")
+    assert defect(elsewhere / "whole") is None, "only the link to it is gone"
+
+
+def test_a_broken_evaluation_is_named(whole, tmp_path):
+    folder = add(whole, tmp_path, 2, lm_loss=1.0)
+    (folder / VALIDATION).write_text('{"lm loss": 1.')
+    with pytest.raises(ConversionError, match=rf"{VALIDATION}: broken JSON"):
+        best(tmp_path, "lm loss")
+
+
 def test_what_a_dead_save_left_is_skipped_with_a_warning(run):
     (run / "iter_0000008").mkdir()
     (run / "iter_0000008" / "__0_0.distcp").write_bytes(b"half")
@@ -159,10 +261,12 @@ def test_a_checkpoint_asked_for_by_number_must_be_whole(run):
     check_named(run, None)
 
 
-def test_checkpoints_of_the_older_format_are_left_to_megatron(run):
+def test_a_checkpoint_of_pickles_for_each_rank_is_never_named(run):
     shutil.rmtree(run / "iter_0000006")
     (run / "iter_0000006" / "mp_rank_00").mkdir(parents=True)
-    assert settle(run, lambda _: None) == "6"
+    warnings = []
+    assert settle(run, warnings.append) == "4"
+    assert "iter_0000006 is in Megatron's older format (mp_rank_…)" in warnings[0]
 
 
 def test_left_overs_make_room(run):

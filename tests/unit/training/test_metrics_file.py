@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 
+from checkpoint_conversion.errors import ConversionError
 from megatron_profit.training.metrics_file import MetricsFile, read_metrics
 
 
@@ -123,3 +124,29 @@ def test_a_file_that_is_removed_is_begun_anew(tmp_path):
     path.parent.mkdir()
     file.write("train", 5, {})
     assert steps(path) == [("train", 5)]
+
+
+def test_links_are_not_written_through(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.symlink_to(mine)
+    with pytest.raises(ConversionError, match=r"metrics\.jsonl is a symbolic link"):
+        MetricsFile(path, 0)
+    path.unlink()
+    write(path, 0, 3)
+    path.with_name("metrics.jsonl.superseded").symlink_to(mine)
+    with pytest.raises(ConversionError, match=r"superseded is a symbolic link"):
+        MetricsFile(path, 1)
+    path.with_name("metrics.jsonl.superseded").unlink()
+    path.with_name(".metrics.jsonl.unfinished").symlink_to(mine)
+    MetricsFile(path, 1)
+    assert steps(path) == [("train", 1)]
+    assert mine.read_text() == "mine"
+
+
+def test_a_pipe_is_no_metrics_file(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConversionError, match="is a pipe; a regular file is needed"):
+        MetricsFile(tmp_path / "metrics.jsonl", 0)

@@ -20,7 +20,6 @@ from megatron_profit.training.token_table import TokenTable
         ({"psft_steps_per_refresh": 0}, "is 0; it must be at least 2"),
         ({"rampup_batch_size": [2, 2, 8]}, "--rampup-batch-size changes the global batch"),
         ({"decrease_batch_size_if_needed": True}, "--decrease-batch-size-if-needed changes"),
-        ({"ckpt_format": "torch"}, "use torch_dist"),
     ],
 )
 def test_refused(settings, message):
@@ -29,7 +28,7 @@ def test_refused(settings, message):
 
 
 def test_plain_flags_are_accepted():
-    check_old_policy({"psft_steps_per_refresh": 2, "ckpt_format": "torch_dist"})
+    check_old_policy({"psft_steps_per_refresh": 2})
 
 
 @pytest.fixture

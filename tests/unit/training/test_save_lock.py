@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -152,3 +153,17 @@ def test_checkpoints_that_another_run_has_left_meanwhile_are_not_written_over(tm
     (save / "iter_0000003" / ".metadata").write_bytes(b"")
     with pytest.raises(CheckpointError, match="another run has written checkpoints there"):
         hold_still(save)
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "a pipe", "a folder"])
+def test_a_lock_is_a_regular_file(tmp_path, kind):
+    (tmp_path / "mine").write_text("mine")
+    if kind == "a symbolic link":
+        (tmp_path / NAME).symlink_to(tmp_path / "mine")
+    elif kind == "a pipe":
+        os.mkfifo(tmp_path / NAME)
+    else:
+        (tmp_path / NAME).mkdir()
+    with pytest.raises(CheckpointError, match=rf"--save .*{kind}|Is a directory"):
+        hold(tmp_path)
+    assert (tmp_path / "mine").read_text() == "mine"
