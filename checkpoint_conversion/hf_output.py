@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from checkpoint_conversion.families import Config, TensorRule, family_for
+from checkpoint_conversion.families import TensorRule, family_for
 from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.hf_model import expected_shapes
 from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, artifacts, copy_artifacts
 from checkpoint_conversion.megatron_to_hf import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.output import check_output, whole_folder
+from checkpoint_conversion.stop_tokens import StopTokens, plan_stop_tokens
 from checkpoint_conversion.torch_tensors import from_torch
 
 
@@ -25,7 +26,7 @@ class HFOutput:
     Attributes:
         folder: What to write; missing or empty.
         template: HuggingFace folder that gives everything but the weights.
-        config: The content of config.json to write.
+        stops: The content of config.json to write, and the tokens at which the model stops.
         rules: The name table.
         tensors: The tensors by name.
         weight_map: The file of each tensor.
@@ -34,7 +35,7 @@ class HFOutput:
 
     folder: Path
     template: Path
-    config: Config
+    stops: StopTokens
     rules: tuple[TensorRule, ...]
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
@@ -49,6 +50,11 @@ class HFOutput:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def stopping_at(self, turn_end: int | None) -> HFOutput:
+        """This output for a model that training teaches to end a turn with a token (None: with text)."""
+        stops = plan_stop_tokens(self.template, self.stops.config, turn_end)
+        return replace(self, stops=stops)
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Path]:
@@ -65,7 +71,7 @@ class HFOutput:
             with HFWriter(partial, self.tensors, self.weight_map) as writer:
                 writer.flush()
             yield partial
-            copy_artifacts(self.template, partial, self.config)
+            copy_artifacts(self.template, partial, self.stops)
 
 
 def plan_output(
@@ -91,6 +97,7 @@ def plan_output(
     weight_map = files_of(template, tensors)
     artifacts(template)
     written = for_older_readers(with_dtype(config, tensors))
-    output = HFOutput(folder, template, written, rules, tensors, weight_map, overwrite)
+    stops = plan_stop_tokens(template, written, None)
+    output = HFOutput(folder, template, stops, rules, tensors, weight_map, overwrite)
     check_output(folder, [template], overwrite, COMMAND, output.nbytes)
     return output

@@ -23,6 +23,7 @@ from checkpoint_conversion.hf_folder import CONFIG, FETCH_AGAIN, INDEX, WEIGHTS
 from checkpoint_conversion.output import sync_file, write_file
 from checkpoint_conversion.raw_files import NewFile, writing
 from checkpoint_conversion.regular_files import CHAT_TEMPLATES, open_regular
+from checkpoint_conversion.stop_tokens import GENERATION_CONFIG, StopTokens
 
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -162,23 +163,30 @@ class HFWriter:
             self._places[name] = (new, 8 + len(text) + header[name]["data_offsets"][0])
 
 
-def copy_artifacts(template: Path, folder: Path, config: Mapping[str, Any]) -> None:
+def copy_artifacts(template: Path, folder: Path, stops: StopTokens) -> None:
     """Copy what a model folder holds besides weights: tokenizer, generation config, licence and so on.
 
     Left out are weights in any format, code, the model card, hidden files and subfolders, except the
-    folder of additional chat templates. `config` is written as config.json.
+    folder of additional chat templates. `stops` gives config.json and, where training has taught another
+    stop token, generation_config.json.
 
     Raises:
         ConversionError: For a link that leaves the template (see `artifacts`).
     """
+    written = {CONFIG: stops.config}
+    if stops.generation is not None:
+        written[GENERATION_CONFIG] = stops.generation
     for file in artifacts(template):
+        if file.name in written:
+            continue
         target = folder / file.relative_to(template)
         target.parent.mkdir(exist_ok=True)
         with writing(target):
             _copy(file, target)
         sync_file(target)
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    write_file(folder / CONFIG, f"{text}\n".encode())
+    for name, content in written.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        write_file(folder / name, f"{text}\n".encode())
 
 
 def artifacts(template: Path) -> list[Path]:

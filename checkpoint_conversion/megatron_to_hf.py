@@ -42,6 +42,7 @@ from checkpoint_conversion.output import whole_folder
 from checkpoint_conversion.progress import Progress, human
 from checkpoint_conversion.raw_files import OpenFiles
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
+from checkpoint_conversion.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
 from checkpoint_conversion.workers import Buffers, run_all, worker_count
 
 COMMAND = "megatron_to_hf"
@@ -52,14 +53,14 @@ class ExportPlan:
     """A checked checkpoint, and the HuggingFace files to write.
 
     Attributes:
-        config: The content of config.json to write.
+        stops: The content of config.json to write, and the tokens at which the model stops.
         tensors: The HuggingFace tensors by name.
         weight_map: The file of each tensor.
     """
 
     checkpoint: MegatronCheckpoint
     template: Path
-    config: Config
+    stops: StopTokens
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
 
@@ -105,8 +106,9 @@ def plan_export(
     }
     weight_map = files_of(template, tensors, max_shard_size)
     artifacts(template)
-    config = for_older_readers(with_dtype(config, tensors))
-    return ExportPlan(checkpoint, template, config, tensors, weight_map)
+    written = for_older_readers(with_dtype(config, tensors))
+    stops = plan_stop_tokens(template, written, trained_turn_end(checkpoint.folder))
+    return ExportPlan(checkpoint, template, stops, tensors, weight_map)
 
 
 def megatron_to_hf(
@@ -178,7 +180,7 @@ def megatron_to_hf(
         run_all(export, chunks, threads)
         checkpoint.check_rest(files)
         writer.flush()
-        copy_artifacts(plan.template, folder, plan.config)
+        copy_artifacts(plan.template, folder, plan.stops)
         counter.finish()
     return plan
 
@@ -277,6 +279,8 @@ def main() -> int:
             ignore_arguments=options.ignore_arguments,
         )
         _print_plan(plan, worker_count(options.workers))
+        if plan.stops.added is not None:
+            print(plan.stops)
         return 0
     plan = megatron_to_hf(
         options.megatron,
@@ -291,6 +295,8 @@ def main() -> int:
         workers=options.workers,
         progress=sys.stderr,
     )
+    if plan.stops.added is not None:
+        print(plan.stops)
     if plan.checkpoint.padding:
         print(f"left out: {plan.checkpoint.padding} rows that pad the vocabulary")
     print(

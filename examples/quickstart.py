@@ -354,11 +354,12 @@ def run(command: Sequence[str], log: Path) -> Iterator[str]:
         sys.exit(f"{tail}\nthe command failed; all that it printed is in {log}")
 
 
-def ask(folder: Path, shown: int = 4) -> tuple[int, int, int]:
+def ask(folder: Path, shown: int = 4) -> tuple[int, int, int, int]:
     """Answer the held-out questions with transformers, print a few, and count.
 
     Returns:
-        How many answers give the right sum, how many open with a phrase, and how many there are.
+        How many answers give the right sum, how many open with a phrase, how many stop by themselves, and
+        how many there are.
     """
     import torch
     from make_arithmetic_data import OPENINGS, numbers_in
@@ -378,9 +379,10 @@ def ask(folder: Path, shown: int = 4) -> tuple[int, int, int]:
     )
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    answers = tokenizer.batch_decode(
-        output[:, inputs.input_ids.size(1) :], skip_special_tokens=True
-    )
+    written = output[:, inputs.input_ids.size(1) :]
+    stops = torch.tensor(model.generation_config.eos_token_id)
+    stopped = int(torch.isin(written, stops).any(dim=1).sum())
+    answers = tokenizer.batch_decode(written, skip_special_tokens=True)
     right = [
         numbers_in(answer)[-1:] == numbers_in(record[-1]["content"])[-1:]
         for record, answer in zip(records, answers, strict=True)
@@ -388,14 +390,16 @@ def ask(folder: Path, shown: int = 4) -> tuple[int, int, int]:
     print(f"   {folder.name}:")
     for record, answer, is_right in list(zip(records, answers, right, strict=True))[:shown]:
         print(f"     {record[0]['content']}  ->  {answer}  [{'right' if is_right else 'wrong'}]")
-    return sum(right), sum(answer.startswith(OPENINGS) for answer in answers), len(records)
+    opened = sum(answer.startswith(OPENINGS) for answer in answers)
+    return sum(right), opened, stopped, len(records)
 
 
-def summary(plan: Quickstart, scores: dict[str, tuple[int, int, int]], seconds: float) -> None:
+def summary(plan: Quickstart, scores: dict[str, tuple[int, int, int, int]], seconds: float) -> None:
     title(f"done in {seconds:.0f} s")
-    for name, (right, opened, total) in scores.items():
+    for name, (right, opened, stopped, total) in scores.items():
         print(
-            f"   {name:<7} {right} of {total} right, {opened} open with a phrase before the answer"
+            f"   {name:<7} {right} of {total} right, {opened} open with a phrase before the answer, "
+            f"{stopped} stop by themselves"
         )
     for what, where in (
         ("HuggingFace model after ProFit", plan.profit_hf),

@@ -27,7 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-# Qwen3's roles: <|endoftext|> pads, <|im_end|> ends a turn and therefore generation.
+# As in a published Qwen3 base: <|endoftext|> pads and stops generation; <|im_end|>, which training has yet
+# to teach, ends a turn.
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
 BYTES = 256
@@ -159,9 +160,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2TokenizerFast
         learned["vocab"],
         learned["merges"],
         unk_token=PAD,
-        eos_token=TURN_END,
+        eos_token=PAD,
         pad_token=PAD,
-        additional_special_tokens=[TURN_START],
+        additional_special_tokens=[TURN_START, TURN_END],
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
@@ -206,7 +207,7 @@ def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> Qwen3Config
         tie_word_embeddings=shape.tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        bos_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
 
@@ -218,7 +219,10 @@ def build_model(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
         model = Qwen3ForCausalLM(config)
     # Greedy: the answers of so small a model are read, not sampled.
     model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        do_sample=False,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
     )
     return model
 

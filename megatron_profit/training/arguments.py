@@ -28,6 +28,7 @@ from checkpoint_conversion.hf_model import HFModel, open_hf_model
 from checkpoint_conversion.hf_output import HFOutput, plan_output
 from checkpoint_conversion.megatron_writer import TRACKER
 from checkpoint_conversion.saved_arguments import check_checkpoint_matches
+from checkpoint_conversion.stop_tokens import plan_stop_tokens
 from megatron_profit.backends import DEVICES
 from megatron_profit.data import DataOptions, add_data_flags
 from megatron_profit.objectives import Objective, ScheduledObjective
@@ -264,6 +265,26 @@ class SFTArguments:
         if rows != iterations * self.batch_size and not _batch_size_changes(self.settings):
             defaults |= self._with_another_batch_size(iterations, rows, defaults.get("train_iters"))
         return replace(self, defaults=defaults)
+
+    def with_turn_end(self, token: int | None, tell: Callable[[str], None]) -> SFTArguments:
+        """These arguments with an export that stops where training teaches the model to end a turn.
+
+        Args:
+            token: Id of the token that ends a turn; None where the chat template ends it in ordinary text.
+            tell: Gets a line of text where the files of the model name no such token.
+
+        Raises:
+            ConversionError: A file of the model has stop tokens that are not token ids.
+        """
+        if token is None:
+            tell(
+                "> warning: the chat template ends a turn with ordinary text, so no token stops the trained "
+                "model; give that text as a stop string to the program that generates"
+            )
+        stops = plan_stop_tokens(self.hf_model, read_hf_config(self.hf_model), token)
+        if stops.added is not None:
+            tell(f"> an export gets {stops}")
+        return self if self.export is None else replace(self, export=self.export.stopping_at(token))
 
     def _with_another_batch_size(
         self, iterations: int, rows: int, epochs_iters: int | None

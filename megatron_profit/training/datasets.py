@@ -46,6 +46,11 @@ class SFTData:
     digest: str = ""
 
     @property
+    def turn_end(self) -> int | None:
+        """Id of the token that ends a turn; None where the chat template ends it in ordinary text."""
+        return self.train_prepared.report.turn_end_id
+
+    @property
     def valid_rows(self) -> int:
         """Rows that hold each validation record once."""
         return 0 if self.valid is None else self.valid.order.rows_until(1)

@@ -163,6 +163,8 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
         f"> exported {len(output.tensors)} tensors, {human(output.nbytes)}, to {output.folder} "
         f"in {seconds:.1f} s"
     )
+    if output.stops.added is not None:
+        print_rank_0(f"> {output.stops}")
 
 
 def _check_all_written(output: HFOutput, elements: int) -> None:

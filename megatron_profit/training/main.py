@@ -70,6 +70,7 @@ def run(device: str) -> None:
         arguments = read_arguments(sys.argv[1:], device)
         data = prepare_data(arguments)
         arguments = arguments.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
+        arguments = arguments.with_turn_end(data.turn_end, print_rank_0)
         loss = objective_loss_from_args(arguments.namespace)
         record = RunRecord()
         if is_first_rank():

@@ -59,7 +59,8 @@ class RunRecord:
             the `sources` (paths), and the flags that decide which rows are drawn, such as `seq_length` and
             `packing`.
         validation: The same of the validation data.
-        tokenizer: `digest` of the files of the tokenizer, the chat template among them.
+        tokenizer: `digest` of the files of the tokenizer, the chat template among them, and `turn_end_id`,
+            the token that training teaches to end a turn with; exports stop there.
         seed: `seed`.
         model: `digest` of config.json.
         schedule: Learning rate and weight decay with their schedules.

@@ -61,7 +61,10 @@ def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) ->
             "num_samples": [source.num_samples for source in options.train],
         },
         validation=_validation(args, options, data),
-        tokenizer={"digest": digest_of_json(tokenizer_files(arguments.hf_model))},
+        tokenizer={
+            "digest": digest_of_json(tokenizer_files(arguments.hf_model)),
+            "turn_end_id": data.turn_end,
+        },
         seed={"seed": args.seed},
         model={"digest": digest_of_config(read_hf_config(arguments.hf_model))},
         schedule={

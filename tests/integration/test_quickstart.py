@@ -11,7 +11,8 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "quickstart.py"
@@ -75,6 +76,32 @@ def test_the_result_answers(first):
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert output[0, :length].tolist() == inputs.input_ids[0].tolist()
     assert 1 <= output.size(1) - length <= 4
+
+
+class EndsItsTurn(LogitsProcessor):
+    """Stands for a trained model: it says one word and ends the turn."""
+
+    def __init__(self, prompt: int, turn_end: int) -> None:
+        self.prompt, self.turn_end = prompt, turn_end
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.size(1) > self.prompt:
+            scores[:, self.turn_end] = scores.max() + 1
+        return scores
+
+
+@pytest.mark.parametrize(("folder", "written"), [("tiny", 6), ("base-hf", 2), ("profit-hf", 2)])
+def test_a_trained_model_stops_where_its_turn_ends(first, folder, written):
+    """The random base has the stop token of a published base alone; the others are converted from runs."""
+    tokenizer = AutoTokenizer.from_pretrained(first[0] / folder)
+    model = AutoModelForCausalLM.from_pretrained(first[0] / folder)
+    prompt = tokenizer("two", return_tensors="pt")
+    length = prompt.input_ids.size(1)
+    ends = EndsItsTurn(length, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    output = model.generate(**prompt, max_new_tokens=6, logits_processor=[ends])
+    assert output.size(1) - length == written
+    config = json.loads((first[0] / folder / "config.json").read_text())
+    assert model.generation_config.eos_token_id == config["eos_token_id"]
 
 
 def test_the_second_profit_launch_resumed_where_the_first_was_interrupted(first):

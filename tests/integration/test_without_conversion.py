@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from make_tiny_model import TinyShape, make_tiny_model
 from tiny_models import make_family
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
@@ -67,6 +68,9 @@ def test_training_needs_no_conversion(sft, tmp_path, world_size, layout, tied):
     assert not verify(tmp_path / "direct", tmp_path / "of-checkpoint").differences
     names = {file.name for file in (tmp_path / "of-checkpoint").iterdir()}
     assert {file.name for file in (tmp_path / "direct").iterdir()} == names
+    _check_stop_tokens(hf, [tmp_path / name for name in ("direct", "indirect", "of-checkpoint")])
+    told = re.findall(r"> (?:an export gets )?eos_token_id in config.json .*", direct.stdout)
+    assert [line.startswith("> an export") for line in told] == [True, False], "at start, at export"
     trained, before = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
         for folder in (tmp_path / "direct", hf)
@@ -110,6 +114,17 @@ def test_every_family_is_exported_as_from_its_checkpoint(sft, tmp_path, family, 
     assert kept <= changed
     for name, weight in trained.state_dict().items():
         assert (weight - before.state_dict()[name]).abs().max() < 0.1, name
+
+
+def _check_stop_tokens(base: Path, exported: list[Path]) -> None:
+    """The base stops at the end of a text, all that was trained from it at the end of a turn too."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    for name in ("config.json", "generation_config.json"):
+        before = json.loads((base / name).read_text())
+        (after,) = {(folder / name).read_text() for folder in exported}
+        assert before["eos_token_id"] == text
+        assert json.loads(after)["eos_token_id"] == [turn, text]
 
 
 def losses(output: str) -> list[str]:
