@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf_folder import read_hf_config
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from megatron_profit.data import (
     BrokenRecord,
@@ -286,6 +287,7 @@ def make_report(arguments: argparse.Namespace) -> None:
     objectives = dict(map(parse_objective, arguments.objective or OBJECTIVES))
     positions = parse_records(arguments.records)
     folder = arguments.hf_template or arguments.model
+    read_hf_config(folder)
     tokenizer = load_tokenizer(Path(folder))
     sources = read_sources(
         arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info

@@ -42,7 +42,7 @@ def _keep_the_queue_of_results() -> None:
     from multiprocessing.managers import SyncManager
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training.global_vars import get_args
+    from megatron.training import global_vars
 
     original = filesystem_async.get_write_results_queue
 
@@ -60,7 +60,8 @@ def _keep_the_queue_of_results() -> None:
     @functools.wraps(original)
     def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
-            is_async = get_args().async_save
+            args = global_vars._GLOBAL_ARGS  # None in a program that uses Megatron-Core alone
+            is_async = args is None or args.async_save
             results = start_manager(mp_mode).Queue() if is_async else queue.Queue()
             filesystem_async._results_queue = results
         return original(mp_mode)

@@ -274,9 +274,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """The content; empty where there is no such file.
 
     Raises:
-        ConversionError: It is broken, or no regular file.
+        CheckpointError: It is broken, or no regular file.
     """
-    return read_json_object(file) if file.exists() or file.is_symlink() else {}
+    try:
+        return read_json_object(file) if file.exists() or file.is_symlink() else {}
+    except ConversionError as error:
+        raise CheckpointError(f"{error}; correct it or remove it") from error
 
 
 def _amiss(load: Path, named: str, inspect: Inspect) -> str | None:

@@ -79,8 +79,9 @@ class RunMonitor:
             group = mpu.get_data_parallel_group(with_context_parallel=True)
             self._step = StepMetrics.reduce(losses, group)
             self._pairs = self._step.pairs()
-            # The shares of the micro-batches in the step add up to 1, but for the rounding of each.
-            self._pairs[_COUNT] = (round(self._pairs[_COUNT][0]), 1.0)
+            if _COUNT in self._pairs:
+                # The shares of the micro-batches in the step add up to 1, but for the rounding of each.
+                self._pairs[_COUNT] = (round(self._pairs[_COUNT][0]), 1.0)
         self._facts, self._events = self._agreed_facts(), None
         return [self._step.means()] if self._step is not None else losses
 

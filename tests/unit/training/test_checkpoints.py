@@ -218,7 +218,7 @@ def test_links_in_the_way_of_a_checkpoint_are_removed(whole, run, tmp_path_facto
 def test_a_broken_evaluation_is_named(whole, tmp_path):
     folder = add(whole, tmp_path, 2, lm_loss=1.0)
     (folder / VALIDATION).write_text('{"lm loss": 1.')
-    with pytest.raises(ConversionError, match=rf"{VALIDATION}: broken JSON"):
+    with pytest.raises(CheckpointError, match=rf"{VALIDATION}: broken JSON"):
         best(tmp_path, "lm loss")
 
 

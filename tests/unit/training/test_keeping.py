@@ -130,7 +130,7 @@ def save(tmp_path):
 def test_nothing_is_removed_while_it_cannot_be_told_which_checkpoint_is_the_best(save, text):
     broken = save / "iter_0000001" / VALIDATION
     broken.write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=f"{VALIDATION} .*correct it or remove it"):
+    with pytest.raises(CheckpointError, match=f"{VALIDATION}: .*; correct it or remove it"):
         list(prune(save, 3, 1, "lm loss", ()))
     assert len(list(save.glob("iter_*"))) == 3
     broken.unlink()
