@@ -23,7 +23,7 @@ setup(
             "checkpoint_conversion.*",
         ]
     ),
-    package_data={"megatron_profit.report": ["page.html"]},
+    package_data={"megatron_profit.token_report": ["page.html"]},
     install_requires=[
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.10,<3",

@@ -9,11 +9,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from checkpoint_conversion.chunks import TRANSFER_BYTES
-from checkpoint_conversion.dtypes import CHOICES, DType
+from checkpoint_conversion.engine.dtypes import CHOICES, DType
+from checkpoint_conversion.engine.workers import peak_memory
 from checkpoint_conversion.errors import ConversionError, printable
+from checkpoint_conversion.hf.chunks import TRANSFER_BYTES
 from checkpoint_conversion.progress import human
-from checkpoint_conversion.workers import peak_memory
 
 DRY_RUN = "check everything and print each tensor; read no data, write nothing"
 IGNORE_ARGUMENTS = "do not compare the arguments that the checkpoint keeps with config.json"

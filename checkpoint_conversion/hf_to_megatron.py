@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TextIO
 
 from checkpoint_conversion import cli
-from checkpoint_conversion.chunks import Chunk, chunks_of
-from checkpoint_conversion.dtypes import DType, chosen_dtype
+from checkpoint_conversion.engine.dtypes import DType, chosen_dtype
+from checkpoint_conversion.engine.output import whole_folder
+from checkpoint_conversion.engine.raw_files import OpenFiles
+from checkpoint_conversion.engine.workers import worker_count
 from checkpoint_conversion.families import TensorRule, extra_states
-from checkpoint_conversion.hf_model import HFModel, open_hf_model
-from checkpoint_conversion.megatron_writer import write_release
-from checkpoint_conversion.output import whole_folder
+from checkpoint_conversion.hf.chunks import Chunk, chunks_of
+from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.progress import Progress, human
-from checkpoint_conversion.raw_files import OpenFiles
-from checkpoint_conversion.saved_arguments import stock_flags
-from checkpoint_conversion.workers import worker_count
+from checkpoint_conversion.torch_dist.saved_arguments import stock_flags
+from checkpoint_conversion.torch_dist.writer import write_release
 
 
 @dataclass(frozen=True)

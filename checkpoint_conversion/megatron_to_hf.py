@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from checkpoint_conversion import cli
-from checkpoint_conversion.chunks import Chunk
-from checkpoint_conversion.dtypes import DType, chosen_dtype
+from checkpoint_conversion.engine.dtypes import DType, chosen_dtype
+from checkpoint_conversion.engine.output import whole_folder
+from checkpoint_conversion.engine.raw_files import OpenFiles
+from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
-from checkpoint_conversion.hf_folder import INDEX, read_hf_config, read_weight_map
-from checkpoint_conversion.hf_model import known_name
-from checkpoint_conversion.hf_writer import (
+from checkpoint_conversion.hf.chunks import Chunk
+from checkpoint_conversion.hf.folder import INDEX, read_hf_config, read_weight_map
+from checkpoint_conversion.hf.model import known_name
+from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
+from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
     HFWriter,
     TensorSpec,
@@ -33,17 +37,13 @@ from checkpoint_conversion.hf_writer import (
     parse_size,
     split_by_size,
 )
-from checkpoint_conversion.megatron_reader import (
+from checkpoint_conversion.progress import Progress, human
+from checkpoint_conversion.torch_dist.reader import (
     MegatronCheckpoint,
     find_checkpoint,
     open_checkpoint,
 )
-from checkpoint_conversion.output import whole_folder
-from checkpoint_conversion.progress import Progress, human
-from checkpoint_conversion.raw_files import OpenFiles
-from checkpoint_conversion.saved_arguments import check_checkpoint_matches
-from checkpoint_conversion.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
-from checkpoint_conversion.workers import Buffers, run_all, worker_count
+from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
 
 COMMAND = "megatron_to_hf"
 

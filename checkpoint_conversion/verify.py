@@ -22,15 +22,15 @@ from typing import NamedTuple, TextIO
 import torch
 
 from checkpoint_conversion import cli
-from checkpoint_conversion.chunks import CHUNK_BYTES
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import HFTensor
-from checkpoint_conversion.hf_model import HFModel, open_hf_model
+from checkpoint_conversion.hf.chunks import CHUNK_BYTES
+from checkpoint_conversion.hf.folder import HFTensor
+from checkpoint_conversion.hf.model import HFModel, open_hf_model
+from checkpoint_conversion.hf.torch_tensors import TORCH, read_chunk, tensor_bytes
 from checkpoint_conversion.logits import PROMPTS, compare_logits, read_prompts
-from checkpoint_conversion.megatron_reader import find_checkpoint, open_checkpoint
 from checkpoint_conversion.progress import Progress
-from checkpoint_conversion.saved_arguments import check_checkpoint_matches
-from checkpoint_conversion.torch_tensors import TORCH, read_chunk, tensor_bytes
+from checkpoint_conversion.torch_dist.reader import find_checkpoint, open_checkpoint
+from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
 
 TOLERANCE = 1e-3
 _BITS = {2: torch.int16, 4: torch.int32}

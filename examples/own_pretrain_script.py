@@ -24,7 +24,7 @@ import os
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 # Only so that the script also runs without a GPU; before anything imports Megatron.
-from megatron_profit.backends import activate
+from megatron_profit.megatron_patches import activate
 
 activate()
 
@@ -38,7 +38,7 @@ from megatron.training.arguments import parse_and_validate_args
 
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.objectives import build_objective
-from megatron_profit.training.objective_loss import ObjectiveLoss
+from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
 OBJECTIVES = {
     "profit": build_objective("profit", prob_threshold=[0.1], threshold_direction="higher"),

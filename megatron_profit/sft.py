@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import socket
 
-from megatron_profit.backends import DEVICES, activate
-from megatron_profit.backends.enduring import endure_console
-from megatron_profit.training.console import StrictParser, fail
-from megatron_profit.training.interrupts import end_on_interrupt
-from megatron_profit.training.launcher import die_with_launcher
+from megatron_profit.megatron_patches import DEVICES, activate
+from megatron_profit.megatron_patches.enduring import endure_console
+from megatron_profit.training.process.console import StrictParser, fail
+from megatron_profit.training.process.interrupts import end_on_interrupt
+from megatron_profit.training.process.launcher import die_with_launcher
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def main() -> None:
     """Import what every run needs, then serve one request after the other until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from megatron_profit.backends import activate
+    from megatron_profit.megatron_patches import activate
 
     activate("cpu")
     import sentencepiece  # noqa: F401

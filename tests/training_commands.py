@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_profit.training import arguments as training_arguments
-from megatron_profit.training.arguments import SFTArguments
+from megatron_profit.training.arguments import sft_arguments as training_arguments
+from megatron_profit.training.arguments.sft_arguments import SFTArguments
 
 
 def read_command(

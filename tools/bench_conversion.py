@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from benchmarking import RESULTS, environment, markdown_table, write_results
 
-from checkpoint_conversion.dtypes import BF16
+from checkpoint_conversion.engine.dtypes import BF16
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf_model import expected_shapes
-from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, parse_size, split_by_size
-from checkpoint_conversion.megatron_writer import RELEASE
+from checkpoint_conversion.hf.model import expected_shapes
+from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, parse_size, split_by_size
+from checkpoint_conversion.torch_dist.writer import RELEASE
 
 NAME = "conversion"
 # hidden size, MLP size, layers, attention heads, tied

@@ -39,9 +39,9 @@ from megatron_profit.data import (
     normalise,
     read_records,
 )
-from megatron_profit.data.examples import collect
-from megatron_profit.data.packing import pack
-from megatron_profit.data.prepare import file_names, prepared_chunks
+from megatron_profit.data.sequences.packing import pack
+from megatron_profit.data.store.examples import collect
+from megatron_profit.data.store.prepare import file_names, prepared_chunks
 
 SYNTHETIC = 1_000_000
 

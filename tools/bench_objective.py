@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from megatron_profit.objectives import build_objective
 from megatron_profit.ops import linear_objective
-from megatron_profit.training.shutdown import end_communication
+from megatron_profit.training.process.shutdown import end_communication
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QWEN3_VOCAB = 151936

@@ -287,7 +287,7 @@ def _table(files: dict) -> str:
 
 def run_stock(checkout: str, flags: list[str]) -> None:
     """Megatron-LM's pretrain_gpt.py as it is, on the CPU backend and with an attention that a CPU has."""
-    from megatron_profit.backends import activate
+    from megatron_profit.megatron_patches import activate
 
     activate("cpu")
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")

@@ -136,7 +136,7 @@ def run_once(loss: str, folder: Path, options: argparse.Namespace) -> dict[str, 
 
 def worker(loss: str) -> None:
     """A training process: the project's entry with another loss, and a report of its memory at the end."""
-    from megatron_profit.backends import activate
+    from megatron_profit.megatron_patches import activate
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = activate(sys.argv[sys.argv.index("--device") + 1])

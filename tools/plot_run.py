@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_profit.training.metrics_file import read_metrics
+from megatron_profit.training.monitoring.metrics_file import read_metrics
 
 Curve = tuple[list[int], list[float]]
 

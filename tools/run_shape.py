@@ -234,7 +234,7 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
         ArgumentsError: For what the training refuses.
         ConversionError: For a folder without a config.json that can be used.
     """
-    from megatron_profit.training.arguments import read_arguments
+    from megatron_profit.training.arguments.sft_arguments import read_arguments
 
     if model is not None and "--hf-model" in argv:
         raise ShapeError("--model and --hf-model contradict each other; give one of them")
@@ -258,7 +258,7 @@ def _parser() -> ArgumentParser:
     """Of all flags of the training; it takes long to make."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_profit.training.arguments import add_arguments
+    from megatron_profit.training.arguments.sft_arguments import add_arguments
 
     return add_megatron_arguments(add_arguments(ArgumentParser(allow_abbrev=False)))
 

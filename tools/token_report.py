@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from megatron_profit.data import (
     BrokenRecord,
@@ -39,12 +39,12 @@ from megatron_profit.data import (
     read_records,
     read_sources,
 )
-from megatron_profit.data.chat import read_fields
+from megatron_profit.data.chat.conversations import read_fields
 from megatron_profit.data.errors import printable
 from megatron_profit.data.options import add_rendering_flags
-from megatron_profit.data.template_date import parse_day
+from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
-from megatron_profit.report import page, score_records, terminal_text
+from megatron_profit.token_report import page, score_records, terminal_text
 
 OBJECTIVES = (
     "profit prob_threshold=0.1 threshold_direction=higher",

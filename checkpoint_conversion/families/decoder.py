@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoint_conversion.families.config import ConfigReader, Rope
 from checkpoint_conversion.families.family import LAYERS, Shape, TensorRule
-from checkpoint_conversion.layouts import Layout, grouped_qkv, stacked_rows
+from checkpoint_conversion.families.layouts import Layout, grouped_qkv, stacked_rows
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoint_conversion.layouts import Layout, copied, rows_of
+from checkpoint_conversion.families.layouts import Layout, copied, rows_of
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]

@@ -7,19 +7,19 @@ dataset = SFTDataset(examples, 4096, num_samples=train_iters * global_batch_size
 ```
 """
 
-from megatron_profit.data.chat import Conversation, normalise
-from megatron_profit.data.dataset import IGNORED_LABEL, SFTDataset
+from megatron_profit.data.chat.conversations import Conversation, normalise
 from megatron_profit.data.errors import BrokenRecord, DataError
-from megatron_profit.data.examples import Examples, Prepared
+from megatron_profit.data.files.records import RawRecord, read_records
+from megatron_profit.data.files.sources import Layout, Source, read_sources
 from megatron_profit.data.options import DataOptions, PreparedSet, add_data_flags, prepare_sets
-from megatron_profit.data.order import Group
-from megatron_profit.data.prepare import Preparation, build_examples
-from megatron_profit.data.records import RawRecord, read_records
-from megatron_profit.data.render import ChatRenderer, RenderedConversation, Training
+from megatron_profit.data.render.renderer import ChatRenderer, RenderedConversation, Training
+from megatron_profit.data.render.template import load_tokenizer
+from megatron_profit.data.render.turn_markers import TurnMarkers
 from megatron_profit.data.report import PackingReport, PreparationReport
-from megatron_profit.data.sources import Layout, Source, read_sources
-from megatron_profit.data.template import load_tokenizer
-from megatron_profit.data.turn_markers import TurnMarkers
+from megatron_profit.data.sequences.dataset import IGNORED_LABEL, SFTDataset
+from megatron_profit.data.sequences.order import Group
+from megatron_profit.data.store.examples import Examples, Prepared
+from megatron_profit.data.store.prepare import Preparation, build_examples
 
 __all__ = [
     "IGNORED_LABEL",

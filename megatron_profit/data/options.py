@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.cache import default_cache, prepare
-from megatron_profit.data.dataset import SFTDataset
 from megatron_profit.data.errors import DataError, shown
-from megatron_profit.data.examples import Prepared
-from megatron_profit.data.order import Group
-from megatron_profit.data.prepare import Preparation
-from megatron_profit.data.records import VALID_SPLITS
-from megatron_profit.data.render import Training
+from megatron_profit.data.files.records import VALID_SPLITS
+from megatron_profit.data.files.sources import COLUMNS, Source, read_sources
+from megatron_profit.data.render.renderer import Training
+from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.data.report import PackingReport
-from megatron_profit.data.sources import COLUMNS, Source, read_sources
-from megatron_profit.data.template_date import parse_day
+from megatron_profit.data.sequences.dataset import SFTDataset
+from megatron_profit.data.sequences.order import Group
+from megatron_profit.data.store.cache import default_cache, prepare
+from megatron_profit.data.store.examples import Prepared
+from megatron_profit.data.store.prepare import Preparation
 
 # Validation rows are shuffled, so that the first of them (--eval-iters) are a sample of all: packing puts
 # the longest records first. The order is the same in every run.

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_profit.data.errors import printable, shown
-from megatron_profit.data.order import RowOrder
-from megatron_profit.data.packing import pack
+from megatron_profit.data.sequences.order import RowOrder
+from megatron_profit.data.sequences.packing import pack
 
 # In the JSON, of each kind; and in the text.
 _PLACES_KEPT = 10_000

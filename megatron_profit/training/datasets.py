@@ -20,8 +20,8 @@ from megatron_profit.data import (
     load_tokenizer,
     prepare_sets,
 )
-from megatron_profit.training.arguments import SFTArguments
-from megatron_profit.training.console import print_rank_0
+from megatron_profit.training.arguments.sft_arguments import SFTArguments
+from megatron_profit.training.process.console import print_rank_0
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from megatron.training.training import setup_model_and_optimizer
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.training.arguments import ArgumentsError, read_arguments
-from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.console import fail
-from megatron_profit.training.hf_weights import load_hook
-from megatron_profit.training.resume import check_checkpoints
-from megatron_profit.training.shutdown import end_communication
+from megatron_profit.training.arguments.sft_arguments import ArgumentsError, read_arguments
+from megatron_profit.training.checkpoints.choose import check_checkpoints
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.checkpoints.hf_weights import load_hook
+from megatron_profit.training.process.console import fail
+from megatron_profit.training.process.shutdown import end_communication
 
 # A training run of no steps: no optimizer is built, and none is loaded.
 _NO_TRAINING = (
@@ -41,7 +41,7 @@ def run(device: str) -> None:
     """Read the flags, load the model, save the logits.
 
     Args:
-        device: What `megatron_profit.backends.activate` chose.
+        device: What `megatron_profit.megatron_patches.activate` chose.
     """
     parser = argparse.ArgumentParser("python -m megatron_profit.logits", allow_abbrev=False)
     parser.add_argument("--tokens", required=True, help="file of torch.save: token ids [N, S]")

@@ -23,47 +23,56 @@ from torch.distributed import DistNetworkError
 from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
-from megatron_profit.backends.hooks import RunFailure, listen, observe, on_evaluation
-from megatron_profit.backends.saving import reason_of_all_ranks
 from megatron_profit.data import DataError, load_tokenizer
+from megatron_profit.megatron_patches.hooks import RunFailure, listen, observe, on_evaluation
+from megatron_profit.megatron_patches.saving import reason_of_all_ranks
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.training.arguments import ArgumentsError, SFTArguments, read_arguments
-from megatron_profit.training.checkpoint_size import check_space_at_start
-from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.console import fail, is_first_rank, print_rank_0
+from megatron_profit.training.arguments.sft_arguments import (
+    ArgumentsError,
+    SFTArguments,
+    read_arguments,
+)
+from megatron_profit.training.checkpoints.choose import Resumed, settle_checkpoints
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.checkpoints.hf_weights import (
+    export,
+    keep_in,
+    load_checkpoint_into,
+    load_hook,
+)
+from megatron_profit.training.checkpoints.keeping import CheckpointKeeper
+from megatron_profit.training.checkpoints.run_record import RunRecord
+from megatron_profit.training.checkpoints.save_folder import tell_of_other_curves
+from megatron_profit.training.checkpoints.save_lock import hold_new
+from megatron_profit.training.checkpoints.size import check_space_at_start
 from megatron_profit.training.datasets import SFTData, prepare_data
-from megatron_profit.training.evaluation_report import EvaluationReport, first_records
-from megatron_profit.training.exit_signals import ExitSignals
-from megatron_profit.training.experts import scale_balancing
-from megatron_profit.training.forward_step import make_forward_step
-from megatron_profit.training.given_statistics import GivenStatistics, Source
-from megatron_profit.training.global_ranking import GlobalRanking
-from megatron_profit.training.guards import GuardOptions, Guards
-from megatron_profit.training.hf_weights import export, keep_in, load_checkpoint_into, load_hook
-from megatron_profit.training.keeping import CheckpointKeeper
-from megatron_profit.training.objective_flags import objective_from_args
-from megatron_profit.training.objective_loss import ObjectiveLoss
-from megatron_profit.training.old_policy import OldPolicy
-from megatron_profit.training.reference_model import ReferenceModel
-from megatron_profit.training.resume import Resumed, settle_checkpoints
-from megatron_profit.training.resume_check import check_length, check_resume
-from megatron_profit.training.row_length import length_of_rows, stages_exchange_lengths
-from megatron_profit.training.run_monitor import RunMonitor
-from megatron_profit.training.run_record import RunRecord
-from megatron_profit.training.save_folder import tell_of_other_curves
-from megatron_profit.training.save_lock import hold_new
-from megatron_profit.training.score_pass import ScorePass
-from megatron_profit.training.shutdown import end_communication
-from megatron_profit.training.this_run import describe_run
-from megatron_profit.training.token_metrics import ProbQuantiles
-from megatron_profit.training.wandb_run import WandbRun, resume_wandb_run
+from megatron_profit.training.monitoring.evaluation_report import EvaluationReport, first_records
+from megatron_profit.training.monitoring.guards import GuardOptions, Guards
+from megatron_profit.training.monitoring.run_monitor import RunMonitor
+from megatron_profit.training.process.console import fail, is_first_rank, print_rank_0
+from megatron_profit.training.process.exit_signals import ExitSignals
+from megatron_profit.training.process.shutdown import end_communication
+from megatron_profit.training.resume.compare import check_length, check_resume
+from megatron_profit.training.resume.this_run import describe_run
+from megatron_profit.training.resume.wandb_run import WandbRun, resume_wandb_run
+from megatron_profit.training.statistics.given_statistics import GivenStatistics, Source
+from megatron_profit.training.statistics.global_ranking import GlobalRanking
+from megatron_profit.training.statistics.old_policy import OldPolicy
+from megatron_profit.training.statistics.reference_model import ReferenceModel
+from megatron_profit.training.statistics.score_pass import ScorePass
+from megatron_profit.training.step.experts import scale_balancing
+from megatron_profit.training.step.forward_step import make_forward_step
+from megatron_profit.training.step.objective_flags import objective_from_args
+from megatron_profit.training.step.objective_loss import ObjectiveLoss
+from megatron_profit.training.step.row_length import length_of_rows, stages_exchange_lengths
+from megatron_profit.training.step.token_metrics import ProbQuantiles
 
 
 def run(device: str) -> None:
     """Train with the flags of the command line; bad input ends the process before Megatron starts.
 
     Args:
-        device: What `megatron_profit.backends.activate` chose.
+        device: What `megatron_profit.megatron_patches.activate` chose.
     """
     try:
         resumed = settle_checkpoints(sys.argv[1:])

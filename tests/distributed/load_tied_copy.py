@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import sys
 
-from megatron_profit.backends import activate
+from megatron_profit.megatron_patches import activate
 
 activate("cpu")
 
 import torch
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import HFTensor
-from checkpoint_conversion.hf_model import open_hf_model
-from megatron_profit.training.hf_weights import load
+from checkpoint_conversion.hf.folder import HFTensor
+from checkpoint_conversion.hf.model import open_hf_model
+from megatron_profit.training.checkpoints.hf_weights import load
 
 
 def main() -> None:

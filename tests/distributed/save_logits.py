@@ -10,7 +10,7 @@ import os
 import sys
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-from megatron_profit.backends import activate
+from megatron_profit.megatron_patches import activate
 
 activate("cpu")
 
@@ -19,8 +19,8 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from checkpoint_conversion.hf_model import open_hf_model
-from megatron_profit.training.hf_weights import load, model_shards
+from checkpoint_conversion.hf.model import open_hf_model
+from megatron_profit.training.checkpoints.hf_weights import load, model_shards
 from megatron_profit.training.logits import build_model, logits
 
 

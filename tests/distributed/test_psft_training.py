@@ -13,9 +13,9 @@ from plain_training import Plan, Trained, train
 from safetensors.torch import load_file
 from tiny_models import EXAMPLES
 
-from checkpoint_conversion.checksum_list import CHECKSUMS
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
-from megatron_profit.training.checkpoints import defect
+from checkpoint_conversion.torch_dist.checksum_list import CHECKSUMS
+from megatron_profit.training.checkpoints.folder import defect
 
 FILE_NAME = "old_policy.safetensors"
 CASE = psft(4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_profit.backends import activate
+from megatron_profit.megatron_patches import activate
 
 activate("cpu")
 

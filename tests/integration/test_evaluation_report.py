@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_profit.data import ChatRenderer, normalise, read_records
 from megatron_profit.objectives import build_objective
-from megatron_profit.report import score_records
+from megatron_profit.token_report import score_records
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 HELD_OUT = DATA / "arithmetic_heldout.jsonl"

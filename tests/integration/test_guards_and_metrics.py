@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 from megatron_profit.data import ChatRenderer, SFTDataset, build_examples
-from megatron_profit.training.metrics_file import read_metrics
+from megatron_profit.training.monitoring.metrics_file import read_metrics
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 BASE = DATA / "arithmetic_base.jsonl"

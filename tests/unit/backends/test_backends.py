@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_profit import backends
-from megatron_profit.backends import patch
+from megatron_profit import megatron_patches as backends
+from megatron_profit.megatron_patches import patch
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -39,7 +39,7 @@ def test_another_megatron_version_is_refused(tmp_path, found):
     (core / "package_info.py").write_text(f"__version__ = {found!r}")
     result = run_python(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from megatron_profit.backends import activate\nactivate('cpu')\n"
+        "from megatron_profit.megatron_patches import activate\nactivate('cpu')\n"
     )
     assert result.returncode != 0
     message = result.stderr.splitlines()[-1]
@@ -60,7 +60,7 @@ def test_cuda_without_a_gpu_is_refused():
 
 def test_the_cpu_backend_says_so_and_makes_cuda_mean_the_cpu():
     result = run_python(
-        "from megatron_profit.backends import activate\n"
+        "from megatron_profit.megatron_patches import activate\n"
         "assert activate('cpu') == 'cpu'\n"
         "import torch\n"
         "assert torch.zeros(2, device='cuda').device.type == 'cpu'\n"
@@ -81,7 +81,7 @@ def test_the_cpu_backend_says_so_and_makes_cuda_mean_the_cpu():
 
 def test_the_cpu_backend_refuses_to_come_too_late():
     result = run_python(
-        "import megatron.core\nfrom megatron_profit.backends import activate\nactivate('cpu')\n"
+        "import megatron.core\nfrom megatron_profit.megatron_patches import activate\nactivate('cpu')\n"
     )
     assert result.returncode != 0
     assert "imported before" in result.stderr
@@ -91,7 +91,7 @@ def test_on_a_gpu_no_cpu_patch_is_active():
     result = run_python(
         "import torch\n"
         "torch.cuda.is_available = lambda: True\n"
-        "from megatron_profit.backends import activate, applied_patches\n"
+        "from megatron_profit.megatron_patches import activate, applied_patches\n"
         "assert activate() == 'cuda'\n"
         "assert not any(name.startswith('cpu-') for name in applied_patches())\n"
     )
@@ -99,7 +99,7 @@ def test_on_a_gpu_no_cpu_patch_is_active():
 
 
 QUEUE = """
-from megatron_profit.backends import activate
+from megatron_profit.megatron_patches import activate
 activate('cpu')
 import os, queue, signal, time
 from argparse import Namespace

@@ -9,9 +9,9 @@ import torch
 from megatron.core.optimizer import clip_grads
 from megatron.training.utils import common_utils
 
-from megatron_profit.backends import block_norm as module
-from megatron_profit.backends.block_norm import block_norm
-from megatron_profit.backends.megatron import MEGATRON_PATCHES
+from megatron_profit.megatron_patches.megatron import MEGATRON_PATCHES
+from megatron_profit.megatron_patches.optimizer import block_norm as module
+from megatron_profit.megatron_patches.optimizer.block_norm import block_norm
 
 
 def exact(*tensors: torch.Tensor) -> float:
@@ -63,4 +63,4 @@ def test_megatron_clips_and_logs_by_this_norm():
     for function in (clip_grads.l2_norm_impl, common_utils.multi_tensor_l2norm):
         norm, _ = function(65536, None, [tensors], False)
         assert norm.tolist() == [5.0]
-        assert function.__module__ == "megatron_profit.backends.megatron"
+        assert function.__module__ == "megatron_profit.megatron_patches.megatron"

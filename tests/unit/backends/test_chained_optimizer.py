@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_profit.backends.chained_optimizer import regrouped
+from megatron_profit.megatron_patches.optimizer.chained_optimizer import regrouped
 
 
 def group(decay: float, experts: bool, **more: object) -> dict:

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import os
-from megatron_profit.backends import activate
+from megatron_profit.megatron_patches import activate
 activate("cpu")
 from torch.distributed import TCPStore, rendezvous
 

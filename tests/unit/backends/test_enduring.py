@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from megatron_profit.backends.enduring import Enduring, Guard, reason
+from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason
 
 
 class Writer:
@@ -53,7 +53,7 @@ def test_the_reason_of_an_error_is_the_one_of_the_operating_system():
 
 CHATTY = """
 import os, sys
-from megatron_profit.backends.enduring import endure_console
+from megatron_profit.megatron_patches.enduring import endure_console
 endure_console()
 for i in range(2000):
     print("line", i, flush=True)

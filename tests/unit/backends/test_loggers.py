@@ -10,8 +10,8 @@ import pytest
 from megatron.training import global_vars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_profit.backends import loggers
-from megatron_profit.backends.hooks import RunFailure
+from megatron_profit.megatron_patches import loggers
+from megatron_profit.megatron_patches.hooks import RunFailure
 
 
 @pytest.fixture

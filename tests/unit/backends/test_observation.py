@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_profit.backends import hooks
-from megatron_profit.backends.observation import (
+from megatron_profit.megatron_patches import hooks
+from megatron_profit.megatron_patches.observation import (
     _ask_before_updates,
     _WithoutPerplexities,
     fields_of_line,

@@ -11,7 +11,7 @@ distrib_optimizer = pytest.importorskip("megatron.core.optimizer.distrib_optimiz
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
-from megatron_profit.backends import megatron as patches  # noqa: E402
+from megatron_profit.megatron_patches import megatron as patches  # noqa: E402
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
 

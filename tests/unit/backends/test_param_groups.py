@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from megatron_profit.backends.param_groups import adapt_groups
+from megatron_profit.megatron_patches.optimizer.param_groups import adapt_groups
 
 
 def groups(lr: float, beta2: float = 0.95, step: int = 0) -> list[dict]:

@@ -7,7 +7,7 @@ import queue
 
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_profit.backends.saving import _WithReason, reason_of_all_ranks
+from megatron_profit.megatron_patches.saving import _WithReason, reason_of_all_ranks
 
 
 def test_the_first_rank_tells_the_reason_of_each_rank():

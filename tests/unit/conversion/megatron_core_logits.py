@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.backends import activate
+from megatron_profit.megatron_patches import activate
 
 activate("cpu")
 

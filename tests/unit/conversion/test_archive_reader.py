@@ -12,10 +12,10 @@ import pytest
 import torch
 from hostile_files import archive, saved
 
-from checkpoint_conversion.archive_reader import Archive, ArchiveError, read_archive
-from checkpoint_conversion.pickle_reader import PickleError
-from checkpoint_conversion.pickle_uses import OBJECTS, TENSORS, within
-from checkpoint_conversion.torch_pickle import locate_tensor, tensor_pickle, write_archive
+from checkpoint_conversion.pickles.archive import Archive, ArchiveError, read_archive
+from checkpoint_conversion.pickles.reader import PickleError
+from checkpoint_conversion.pickles.torch_pickle import locate_tensor, tensor_pickle, write_archive
+from checkpoint_conversion.pickles.uses import OBJECTS, TENSORS, within
 
 
 def in_memory(content: bytes) -> Archive:

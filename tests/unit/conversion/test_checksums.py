@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 
-from checkpoint_conversion.checksums import PartialChecksums, joined
+from checkpoint_conversion.engine.checksums import PartialChecksums, joined
 
 
 def _cuts(generator, size):

@@ -15,10 +15,10 @@ from conversion_helpers import write_config
 from hostile_files import Steps
 from safetensors.torch import load_file, save_file
 
-from checkpoint_conversion import hf_folder
 from checkpoint_conversion.cli import print_table
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import parse_json_object
+from checkpoint_conversion.hf import folder as hf_folder
+from checkpoint_conversion.hf.folder import parse_json_object
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 

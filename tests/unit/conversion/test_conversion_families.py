@@ -9,8 +9,14 @@ import torch
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf_folder import read_hf_config
-from checkpoint_conversion.layouts import clipped, copied, grouped_qkv, rows_of, stacked_rows
+from checkpoint_conversion.families.layouts import (
+    clipped,
+    copied,
+    grouped_qkv,
+    rows_of,
+    stacked_rows,
+)
+from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.megatron_to_hf import for_older_readers
 
 # Qwen3-0.6B as published, without what does not matter here.

@@ -14,7 +14,7 @@ import torch
 from conversion_helpers import assert_equal, expected_megatron, read_hf, read_megatron
 from safetensors.torch import save_file
 
-from checkpoint_conversion import output
+from checkpoint_conversion.engine import output
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
@@ -22,8 +22,9 @@ from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 # Converts, and stops for good in the middle of the tensors.
 STALLING = """
 import sys, time
-from checkpoint_conversion.hf_folder import HFTensor
-from checkpoint_conversion import hf_writer, hf_to_megatron, megatron_to_hf
+from checkpoint_conversion.hf.folder import HFTensor
+from checkpoint_conversion import (hf_to_megatron, megatron_to_hf)
+from checkpoint_conversion.hf import writer as hf_writer
 
 def stalling(function):
     calls = 0
@@ -45,7 +46,7 @@ getattr(sys.modules["checkpoint_conversion." + sys.argv[1]], sys.argv[1])(*sys.a
 SLOW = """
 import sys, time
 from checkpoint_conversion import cli, hf_to_megatron
-from checkpoint_conversion.hf_folder import HFTensor
+from checkpoint_conversion.hf.folder import HFTensor
 
 def slow(self, *arguments):
     print("in the middle", flush=True)

@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 from test_megatron_to_hf import assert_same_tensors, save_run, trained
 from tiny_families import make_family
 
-from checkpoint_conversion import dtypes, raw_files, torch_pickle
+from checkpoint_conversion.engine import dtypes, raw_files
+from checkpoint_conversion.engine.values import converted
+from checkpoint_conversion.engine.workers import run_all
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
-from checkpoint_conversion.saved_arguments import stock_flags
-from checkpoint_conversion.values import converted
-from checkpoint_conversion.workers import run_all
+from checkpoint_conversion.pickles import torch_pickle
+from checkpoint_conversion.torch_dist.saved_arguments import stock_flags
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 NO_TORCH = """
@@ -78,7 +79,7 @@ def test_check_finite(make_qwen3, tmp_path, run_command, value, dtype):
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_the_files_do_not_depend_on_the_workers(make_qwen3, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("checkpoint_conversion.megatron_writer._LEAST_FILE_BYTES", 50_000)
+    monkeypatch.setattr("checkpoint_conversion.torch_dist.writer._LEAST_FILE_BYTES", 50_000)
     hf = make_qwen3(shard_size="100KB")
     hf_to_megatron(hf, tmp_path / "one", workers=1)
     hf_to_megatron(hf, tmp_path / "many", workers=workers)

@@ -16,7 +16,7 @@ from tiny_families import FAMILIES, LAYERS, make_family, megatron_tensors
 from transformers import AutoModelForCausalLM
 
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoint_conversion import hf_to_megatron as command
-from checkpoint_conversion.chunks import chunks_of
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.chunks import chunks_of
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 
 
@@ -41,7 +41,7 @@ def test_tensors_are_those_of_the_formula(make_qwen3, tmp_path, tied, dtype, sha
 
 def test_small_chunks_in_several_files_hold_the_same(qwen3, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "chunks_of", functools.partial(chunks_of, limit=5000))
-    monkeypatch.setattr("checkpoint_conversion.megatron_writer._LEAST_FILE_BYTES", 100_000)
+    monkeypatch.setattr("checkpoint_conversion.torch_dist.writer._LEAST_FILE_BYTES", 100_000)
     hf_to_megatron(qwen3, tmp_path / "out")
     assert len(list((tmp_path / "out" / "release").glob("*.distcp"))) > 3
     tensors, _ = read_megatron(tmp_path / "out" / "release")

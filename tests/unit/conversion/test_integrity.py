@@ -25,13 +25,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hostile_files import PAYLOADS, Creates, archive, build, byte_tensor, saved
 
-from checkpoint_conversion import integrity
-from checkpoint_conversion.checksum_list import CHECKSUMS, write_checksums
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.integrity import check_content, check_present, check_whole
-from checkpoint_conversion.megatron_reader import read_metadata
-from megatron_profit.backends import checkpoint_loading
+from checkpoint_conversion.torch_dist import integrity
+from checkpoint_conversion.torch_dist.checksum_list import CHECKSUMS, write_checksums
+from checkpoint_conversion.torch_dist.integrity import check_content, check_present, check_whole
+from checkpoint_conversion.torch_dist.reader import read_metadata
+from megatron_profit.megatron_patches import checkpoint_loading
 
 EXTRA = "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_2"
 RNG = "rng_state/shard_0.0_1.1"

@@ -18,11 +18,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from checkpoint_conversion import megatron_reader
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.megatron_reader import Place, Saved
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
+from checkpoint_conversion.torch_dist import reader as megatron_reader
+from checkpoint_conversion.torch_dist.reader import Place, Saved
 
 
 class _GridPlanner(dcp.DefaultSavePlanner):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hostile_files import PAYLOADS, WORKING, Steps, text
 
-from checkpoint_conversion import pickle_reader
-from checkpoint_conversion.pickle_reader import (
+from checkpoint_conversion.pickles import reader as pickle_reader
+from checkpoint_conversion.pickles.reader import (
     Instance,
     Named,
     OrderedMap,
@@ -24,7 +24,7 @@ from checkpoint_conversion.pickle_reader import (
     read_first_pickle,
     read_pickle,
 )
-from checkpoint_conversion.pickle_uses import (
+from checkpoint_conversion.pickles.uses import (
     EXTRA_STATE,
     METADATA,
     OBJECTS,

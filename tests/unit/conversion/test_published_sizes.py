@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from checkpoint_conversion.dtypes import BF16
+from checkpoint_conversion.engine.dtypes import BF16
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf_model import expected_shapes
+from checkpoint_conversion.hf.model import expected_shapes
+from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, parse_size, split_by_size
 from checkpoint_conversion.hf_to_megatron import plan_import
-from checkpoint_conversion.hf_writer import HFWriter, TensorSpec, parse_size, split_by_size
 
 # hidden size, MLP size, layers, attention heads, key/value heads, vocabulary, tied
 QWEN3 = {

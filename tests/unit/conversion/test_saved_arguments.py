@@ -15,10 +15,13 @@ from conversion_helpers import LAYERS, VOCABULARY, expected_megatron, read_hf, w
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf_folder import read_hf_config
+from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
-from checkpoint_conversion.saved_arguments import check_checkpoint_matches, read_saved_arguments
+from checkpoint_conversion.torch_dist.saved_arguments import (
+    check_checkpoint_matches,
+    read_saved_arguments,
+)
 from checkpoint_conversion.verify import verify
 
 ENTRY = "common_state/shard_0_1"

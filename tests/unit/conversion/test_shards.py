@@ -11,10 +11,10 @@ import torch
 from conversion_helpers import VOCABULARY, expected_megatron, read_hf
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf_folder import list_tensors
-from checkpoint_conversion.hf_model import open_hf_model
-from checkpoint_conversion.hf_output import plan_output
-from checkpoint_conversion.shards import Rules, Shard, read_shard, write_shard
+from checkpoint_conversion.hf.folder import list_tensors
+from checkpoint_conversion.hf.model import open_hf_model
+from checkpoint_conversion.hf.output import plan_output
+from checkpoint_conversion.hf.shards import Rules, Shard, read_shard, write_shard
 from checkpoint_conversion.verify import verify
 
 PADDING = 5
@@ -45,7 +45,7 @@ def global_shape(rule):
 def test_blocks_of_any_shape_are_read_and_written(
     make_qwen3, tmp_path, monkeypatch, rows, columns, tied
 ):
-    monkeypatch.setattr("checkpoint_conversion.shards.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("checkpoint_conversion.hf.shards.CHUNK_BYTES", 5000)
     model = open_hf_model(make_qwen3(tied=tied, dtype=torch.bfloat16))
     rules = Rules(model.rules)
     expected = expected_megatron(read_hf(model.folder), tied)

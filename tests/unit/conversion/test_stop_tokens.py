@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.stop_tokens import plan_stop_tokens, trained_turn_end
+from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens, trained_turn_end
 
 END_OF_TEXT, TURN_END = 151643, 151645
 BASE = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "vocab_size": 151936}

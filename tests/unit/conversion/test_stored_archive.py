@@ -7,9 +7,9 @@ import zipfile
 
 import torch
 
-from checkpoint_conversion.dtypes import BF16
-from checkpoint_conversion.stored_archive import StoredArchive
-from checkpoint_conversion.torch_pickle import tensor_pickle, write_archive
+from checkpoint_conversion.engine.dtypes import BF16
+from checkpoint_conversion.pickles.stored_archive import StoredArchive
+from checkpoint_conversion.pickles.torch_pickle import tensor_pickle, write_archive
 
 RECORDS = {"a/empty": [], "a/one": [b"text"], "a/parts": [b"x" * 70_000, memoryview(b"yz"), b""]}
 

@@ -8,8 +8,10 @@ import pyarrow.parquet
 import pytest
 from datasets import Json, List, Value
 
-from megatron_profit.data import ChatRenderer, build_examples, fields, prepare, read_records
-from megatron_profit.data.arrow_values import converted
+from megatron_profit.data import ChatRenderer, build_examples, read_records
+from megatron_profit.data.files import fields
+from megatron_profit.data.files.arrow_values import converted
+from megatron_profit.data.store import prepare
 
 PAIRS = pyarrow.map_(pyarrow.string(), pyarrow.string())
 

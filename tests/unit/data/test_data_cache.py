@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_profit.data import DataError, Preparation, Source, Training, cache, prepare, records
+from megatron_profit.data import DataError, Preparation, Source, Training
+from megatron_profit.data.files import records
+from megatron_profit.data.store import cache, prepare
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(400)]
 

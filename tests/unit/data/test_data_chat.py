@@ -4,16 +4,10 @@ import json
 
 import pytest
 
-from megatron_profit.data import (
-    BrokenRecord,
-    DataError,
-    RawRecord,
-    chat,
-    fields,
-    masks,
-    messages,
-    normalise,
-)
+from megatron_profit.data import BrokenRecord, DataError, RawRecord, normalise
+from megatron_profit.data.chat import conversations as chat
+from megatron_profit.data.chat import masks, messages
+from megatron_profit.data.files import fields
 
 
 def conversation_of(value):

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from megatron_profit.data import checksums
-from megatron_profit.data.checksums import CheckedFiles, is_usable
+from megatron_profit.data.store import checksums
+from megatron_profit.data.store.checksums import CheckedFiles, is_usable
 
 NAMES = ("ids", "about.json")
 

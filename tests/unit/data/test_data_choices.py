@@ -19,7 +19,7 @@ from megatron_profit.data import (
     Training,
     prepare_sets,
 )
-from megatron_profit.data.prepare import TOO_LONG
+from megatron_profit.data.store.prepare import TOO_LONG
 
 TALK = (
     ("user", "q"),

@@ -11,10 +11,10 @@ from megatron_profit.data import (
     PreparationReport,
     SFTDataset,
     build_examples,
-    chat,
-    messages,
-    prepare,
 )
+from megatron_profit.data.chat import conversations as chat
+from megatron_profit.data.chat import messages
+from megatron_profit.data.store import prepare
 
 
 def pair(question, answer):

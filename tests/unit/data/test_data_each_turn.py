@@ -9,11 +9,10 @@ from megatron_profit.data import (
     Source,
     Training,
     build_examples,
-    cache,
-    prepare,
     prepare_sets,
 )
 from megatron_profit.data.options import DataOptions
+from megatron_profit.data.store import cache, prepare
 
 
 def talk(*answers, key=""):

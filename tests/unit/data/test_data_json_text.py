@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_profit.data import DataError, json_text, read_records
+from megatron_profit.data import DataError, read_records
+from megatron_profit.data.files import json_text
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8) | st.sampled_from(
     [

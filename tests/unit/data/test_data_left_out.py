@@ -2,7 +2,9 @@
 
 import pytest
 
-from megatron_profit.data import BrokenRecord, ChatRenderer, Training, left_out, render
+from megatron_profit.data import BrokenRecord, ChatRenderer, Training
+from megatron_profit.data.render import left_out
+from megatron_profit.data.render import renderer as render
 
 QUESTION = ("user", "Weather in Oslo?")
 CALL = {"name": "weather", "arguments": {"city": 'Oslo "S"', "days": 3}}

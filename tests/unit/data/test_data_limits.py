@@ -12,8 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_profit.data import DataError, files, read_records, read_sources, records
-from megatron_profit.data.prepare import load_tokenizer
+from megatron_profit.data import DataError, read_records, read_sources
+from megatron_profit.data.files import bounded as files
+from megatron_profit.data.files import records
+from megatron_profit.data.store.prepare import load_tokenizer
 
 LINE = json.dumps({"instruction": "q", "output": "a"}).encode() + b"\n"
 TOO_LONG = b'{"instruction": "' + b"x" * files.LARGEST_RECORD + b'", "output": "a"}\n'

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_profit.data import BrokenRecord, Layout, RawRecord, masks, normalise
+from megatron_profit.data import BrokenRecord, Layout, RawRecord, normalise
+from megatron_profit.data.chat import masks
 
 QUESTION = {"role": "user", "content": "1 + 1?"}
 WRONG, RIGHT = ({"role": "assistant", "content": text} for text in ("3", "2"))

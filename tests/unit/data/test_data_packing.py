@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_profit.data import Examples, Group, SFTDataset
-from megatron_profit.data.order import RowOrder
-from megatron_profit.data.packing import pack
+from megatron_profit.data.sequences.order import RowOrder
+from megatron_profit.data.sequences.packing import pack
 
 quick = settings(max_examples=100)
 capacities = st.integers(1, 40)

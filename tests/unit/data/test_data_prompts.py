@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_profit.data import ChatRenderer, Training, render
+from megatron_profit.data import ChatRenderer, Training
+from megatron_profit.data.render import renderer as render
 
 QUESTION, ANSWER = ("user", "What is the answer?"), ("assistant", "It is forty-two.")
 THOUGHT = {"role": "assistant", "content": "Sunny.", "reasoning_content": "Let me think."}

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_profit.data import BrokenRecord, ChatRenderer, DataError, control_tokens, render
+from megatron_profit.data import BrokenRecord, ChatRenderer, DataError
+from megatron_profit.data.render import control_tokens
+from megatron_profit.data.render import renderer as render
 
 QUESTION, ANSWER = ("user", "What is the answer?"), ("assistant", "It is é 😀 forty-two.")
 AGAIN, LAST = ("user", "And the question?"), ("assistant", "\tUnknown. ")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_profit.data import Group, PackingReport
-from megatron_profit.data.order import RowOrder
+from megatron_profit.data.sequences.order import RowOrder
 
 
 def report(lengths: list[int], seq_length: int, packing: bool, weight: float = 1) -> PackingReport:

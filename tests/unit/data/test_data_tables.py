@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_profit.data import DataError, Layout, build_examples, read_records, records, tables
-from megatron_profit.data.chat import read_fields
-from megatron_profit.data.files import LARGEST_RECORD
-from megatron_profit.data.tables import portions
+from megatron_profit.data import DataError, Layout, build_examples, read_records
+from megatron_profit.data.chat.conversations import read_fields
+from megatron_profit.data.files import records, tables
+from megatron_profit.data.files.bounded import LARGEST_RECORD
+from megatron_profit.data.files.tables import portions
 
 # A day after the last one that Python knows, as exports of databases have it.
 FAR = pyarrow.array([0, 2**31 - 1, 1], pyarrow.int32()).view(pyarrow.date32())

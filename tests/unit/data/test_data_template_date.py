@@ -5,8 +5,9 @@ from datetime import date
 import pytest
 from prepare_data import main
 
-from megatron_profit.data import ChatRenderer, DataError, Preparation, Source, cache
-from megatron_profit.data.template_date import parse_day
+from megatron_profit.data import ChatRenderer, DataError, Preparation, Source
+from megatron_profit.data.render.template_date import parse_day
+from megatron_profit.data.store import cache
 
 # As Llama 3.2 writes it.
 DATED = """\

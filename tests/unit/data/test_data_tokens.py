@@ -14,12 +14,12 @@ from megatron_profit.data import (
     Preparation,
     Source,
     build_examples,
-    cache,
-    control_tokens,
     load_tokenizer,
-    render,
 )
-from megatron_profit.data.token_loss import uncovered
+from megatron_profit.data.render import control_tokens
+from megatron_profit.data.render import renderer as render
+from megatron_profit.data.render.token_loss import uncovered
+from megatron_profit.data.store import cache
 
 QUESTION, ANSWER = ("user", "What is the answer?"), ("assistant", "It is forty-two.")
 ENDS = "<|endoftext|>"

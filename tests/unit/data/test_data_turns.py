@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from megatron_profit.data import BrokenRecord, RawRecord, chat, fields, messages, normalise
+from megatron_profit.data import BrokenRecord, RawRecord, normalise
+from megatron_profit.data.chat import conversations as chat
+from megatron_profit.data.chat import messages
+from megatron_profit.data.files import fields
 
 QUESTION = {"role": "user", "content": "Weather?"}
 RESULT = {"role": "tool", "content": "3"}

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_profit.data import DataError, DataOptions, RawRecord, prepare
+from megatron_profit.data import DataError, DataOptions, RawRecord
+from megatron_profit.data.store import prepare
 
 # Prepares with two workers, and says so when their first results have come.
 SCRIPT = """
 import sys
 from pathlib import Path
-from megatron_profit.data import Preparation, Source, cache, prepare
+from megatron_profit.data import (Preparation, Source)
+from megatron_profit.data.store import cache
+from megatron_profit.data.store import prepare
 
 if __name__ == "__main__":
     data, tokenizer, folder = map(Path, sys.argv[1:])

@@ -12,7 +12,7 @@ import torch
 from chromium import Tab, find_chromium
 
 from megatron_profit.objectives import TokenStatistics, build_objective
-from megatron_profit.report import TokenRecord, evaluate_objectives
+from megatron_profit.token_report import TokenRecord, evaluate_objectives
 
 OBJECTIVES = {
     "profit": build_objective("profit", prob_threshold=0.5, threshold_direction="higher"),

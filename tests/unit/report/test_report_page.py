@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megatron_profit.report import page, terminal_text
+from megatron_profit.token_report import page, terminal_text
 
 
 def embedded(text):

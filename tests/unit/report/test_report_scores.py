@@ -7,7 +7,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_profit.data import RenderedConversation
 from megatron_profit.objectives import build_objective
-from megatron_profit.report import score_records
+from megatron_profit.token_report import score_records
 
 VOCAB = 61
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_profit.report import token_texts
+from megatron_profit.token_report import token_texts
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 TURN = "<|turn|>"

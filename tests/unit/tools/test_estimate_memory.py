@@ -14,8 +14,8 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from run_shape import PUBLISHED, ShapeError, published_config, read_run
 
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf_model import expected_shapes
-from megatron_profit.training.arguments import ArgumentsError
+from checkpoint_conversion.hf.model import expected_shapes
+from megatron_profit.training.arguments.sft_arguments import ArgumentsError
 
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()

@@ -15,13 +15,13 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.data import DataError
 from megatron_profit.objectives import Objective, option, registry
-from megatron_profit.training.arguments import (
+from megatron_profit.training.arguments.sft_arguments import (
     ArgumentsError,
     platform_settings,
     read_arguments,
 )
-from megatron_profit.training.objective_flags import objective_from_args
-from megatron_profit.training.resume import Resumed
+from megatron_profit.training.checkpoints.choose import Resumed
+from megatron_profit.training.step.objective_flags import objective_from_args
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -619,7 +619,9 @@ def test_what_megatron_would_end_on_later_is_refused(parse, flags, named):
 
 def test_an_optimizer_whose_package_is_missing_is_refused(parse, monkeypatch):
     missing = lambda name: None  # noqa: E731
-    monkeypatch.setattr("megatron_profit.training.native_flags.importlib.util.find_spec", missing)
+    monkeypatch.setattr(
+        "megatron_profit.training.arguments.native_flags.importlib.util.find_spec", missing
+    )
     with pytest.raises(ArgumentsError, match="--optimizer muon needs the package emerging-optim"):
         parse("--optimizer", "muon")
 

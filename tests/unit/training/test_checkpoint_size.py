@@ -8,13 +8,13 @@ from collections import namedtuple
 
 import pytest
 
-from megatron_profit.training import checkpoint_size
-from megatron_profit.training.checkpoint_size import (
+from megatron_profit.training.checkpoints import size as checkpoint_size
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.checkpoints.size import (
     check_space,
     check_space_at_start,
     estimated_bytes,
 )
-from megatron_profit.training.checkpoints import CheckpointError
 
 SETTINGS = {
     "bf16": False,

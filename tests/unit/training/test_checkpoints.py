@@ -12,8 +12,8 @@ from make_tiny_model import TinyShape, make_tiny_model
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.integrity import check_content
-from megatron_profit.training.checkpoints import (
+from checkpoint_conversion.torch_dist.integrity import check_content
+from megatron_profit.training.checkpoints.folder import (
     MARKER,
     VALIDATION,
     CheckpointError,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_profit.training import interrupts
-from megatron_profit.training.exit_signals import ExitSignals
+from megatron_profit.training.process import interrupts
+from megatron_profit.training.process.exit_signals import ExitSignals
 
 SAVED = 5
 
@@ -153,7 +153,7 @@ def test_processes_that_read_data_do_not_end_by_the_signals_of_their_rank(run):
 
 def test_ctrl_c_before_anything_is_imported_ends_with_one_line():
     code = (
-        "from megatron_profit.training.interrupts import end_on_interrupt\n"
+        "from megatron_profit.training.process.interrupts import end_on_interrupt\n"
         "import sys, time\n"
         "assert 'torch' not in sys.modules\n"
         "end_on_interrupt()\n"

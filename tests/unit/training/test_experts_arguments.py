@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core import mpu
 
-from megatron_profit.training.arguments import ArgumentsError, read_arguments
-from megatron_profit.training.experts import router_padding, scale_balancing
+from megatron_profit.training.arguments.sft_arguments import ArgumentsError, read_arguments
+from megatron_profit.training.step.experts import router_padding, scale_balancing
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_profit.data import Examples, SFTDataset
-from megatron_profit.training.evaluation_report import first_records
+from megatron_profit.training.monitoring.evaluation_report import first_records
 
 
 def test_only_records_that_are_evaluated_are_shown():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from megatron_profit.training.guards import (
+from megatron_profit.training.monitoring.guards import (
     GuardOptions,
     Guards,
     Spikes,

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from megatron_profit.training import checkpoints, keeping
-from megatron_profit.training.checkpoints import (
+from megatron_profit.training.checkpoints import folder as checkpoints
+from megatron_profit.training.checkpoints import keeping
+from megatron_profit.training.checkpoints.folder import (
     MARKER,
     VALIDATION,
     CheckpointError,
@@ -16,7 +17,12 @@ from megatron_profit.training.checkpoints import (
     prune,
     write_json,
 )
-from megatron_profit.training.keeping import KeepOptions, Progress, _prepare, keep_options
+from megatron_profit.training.checkpoints.keeping import (
+    KeepOptions,
+    Progress,
+    _prepare,
+    keep_options,
+)
 
 SETTINGS = {
     "keep_last": None,

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from megatron_profit.training.kept_share import KeptShareMonitor
+from megatron_profit.training.step.kept_share import KeptShareMonitor
 
 
 def feed(monitor: KeptShareMonitor, kept: int, supervised: int, times: int) -> None:

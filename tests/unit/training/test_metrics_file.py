@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from checkpoint_conversion.errors import ConversionError
-from megatron_profit.training.metrics_file import MetricsFile, read_metrics
+from megatron_profit.training.monitoring.metrics_file import MetricsFile, read_metrics
 
 
 def steps(path) -> list[tuple[str, int]]:

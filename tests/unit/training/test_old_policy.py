@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_profit.training import old_policy
-from megatron_profit.training.old_policy import FILE_NAME, OldPolicy, check_old_policy
-from megatron_profit.training.token_table import TokenTable
+from megatron_profit.training.statistics import old_policy
+from megatron_profit.training.statistics.old_policy import FILE_NAME, OldPolicy, check_old_policy
+from megatron_profit.training.statistics.token_table import TokenTable
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from make_tiny_model import TinyShape, make_tiny_model
 
-from megatron_profit.training import arguments
-from megatron_profit.training.arguments import ArgumentsError, read_arguments
+from megatron_profit.training.arguments import sft_arguments as arguments
+from megatron_profit.training.arguments.sft_arguments import ArgumentsError, read_arguments
 
 
 @pytest.fixture(scope="module")

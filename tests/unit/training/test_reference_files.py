@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_profit.data import Examples, SFTDataset
-from megatron_profit.training import reference_model
-from megatron_profit.training.reference_model import ReferenceModel
+from megatron_profit.training.statistics import reference_model
+from megatron_profit.training.statistics.reference_model import ReferenceModel
 
 
 def examples(*ids):

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_profit.training.checkpoints import MARKER, CheckpointError
-from megatron_profit.training.resume import Resumed
-from megatron_profit.training.resume_check import (
+from megatron_profit.training.checkpoints.choose import Resumed
+from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError
+from megatron_profit.training.checkpoints.run_record import RunRecord
+from megatron_profit.training.resume.compare import (
     check_length,
     check_optimizer_state,
     check_resume,
     schedule_line,
 )
-from megatron_profit.training.run_record import RunRecord
 
 RECORD = RunRecord(
     objective={"name": "profit", "options": {"prob_threshold": [0.1]}, "normalization": "valid"},

@@ -7,18 +7,18 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_profit.backends.hooks import LoggedStep
-from megatron_profit.training import run_monitor
-from megatron_profit.training.console import lines_to_print, step_line
-from megatron_profit.training.guard_report import (
+from megatron_profit.megatron_patches.hooks import LoggedStep
+from megatron_profit.training.monitoring import run_monitor
+from megatron_profit.training.monitoring.guard_report import (
     Suspect,
     chosen_suspects,
     event_text,
 )
-from megatron_profit.training.guards import Event, GuardOptions, Guards
-from megatron_profit.training.metrics_file import read_metrics
-from megatron_profit.training.run_monitor import RunMonitor, throughput
-from megatron_profit.training.step_metrics import Interval
+from megatron_profit.training.monitoring.guards import Event, GuardOptions, Guards
+from megatron_profit.training.monitoring.metrics_file import read_metrics
+from megatron_profit.training.monitoring.run_monitor import RunMonitor, throughput
+from megatron_profit.training.monitoring.step_metrics import Interval
+from megatron_profit.training.process.console import lines_to_print, step_line
 
 GOOD = Suspect(rank=0, micro_batch=1, loss=2.0, finite=True, records=(0, 1))
 BAD = Suspect(rank=3, micro_batch=2, loss=float("nan"), finite=False, records=(2,))

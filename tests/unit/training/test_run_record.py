@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_profit.training.run_record import (
+from megatron_profit.training.checkpoints.run_record import (
     Difference,
     RunRecord,
     digest_of_arrays,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_profit.training.checkpoints import MARKER, CheckpointError
-from megatron_profit.training.save_folder import check_save_folder, clear_save_folder
+from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError
+from megatron_profit.training.checkpoints.save_folder import check_save_folder, clear_save_folder
 
 
 def checkpoint(save: Path, name: str, *, own: bool = True, whole: bool = True) -> Path:

@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from megatron_profit.training import save_lock
-from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.save_lock import NAME, hold, hold_new, hold_still
+from megatron_profit.training.checkpoints import save_lock
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.checkpoints.save_lock import NAME, hold, hold_new, hold_still
 
 HOLDER = """
 import sys
 from pathlib import Path
-from megatron_profit.training.save_lock import hold
+from megatron_profit.training.checkpoints.save_lock import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -9,12 +9,12 @@ import pytest
 from make_tiny_model import TinyShape, make_tiny_model
 from torch.distributed import HashStore
 
+from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.megatron_reader import open_entry, read_metadata
-from checkpoint_conversion.raw_files import OpenFiles
-from megatron_profit.training import shared_check
-from megatron_profit.training.checkpoints import CheckpointError
-from megatron_profit.training.shared_check import _SharedCheck, wait_until_present
+from checkpoint_conversion.torch_dist.reader import open_entry, read_metadata
+from megatron_profit.training.checkpoints import shared_check
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.checkpoints.shared_check import _SharedCheck, wait_until_present
 
 DATA = Path(__file__).resolve().parents[3] / "examples" / "data"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_profit.training.step_metrics import Interval, StepMetrics
+from megatron_profit.training.monitoring.step_metrics import Interval, StepMetrics
 
 
 def test_micro_batches_of_a_step_are_added_and_divided_once():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_profit.training.token_metrics import ProbQuantiles
+from megatron_profit.training.step.token_metrics import ProbQuantiles
 
 LEVELS = (0.01, 0.1, 0.5, 0.9)
 LOWEST = float(torch.tensor(-ProbQuantiles.LIMIT).double().sigmoid())

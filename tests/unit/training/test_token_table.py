@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_profit.training.token_table import TokenTable, token_keys
+from megatron_profit.training.statistics.token_table import TokenTable, token_keys
 
 
 def table() -> TokenTable:

@@ -1,0 +1,1 @@
+"""Bytes: files, dtypes, values, threads, checksums and folders that appear whole."""

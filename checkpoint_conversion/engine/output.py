@@ -1,0 +1,300 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from checkpoint_conversion.engine.raw_files import writing
+from checkpoint_conversion.engine.regular_files import read_regular
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.progress import human
+
+_SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
+# Beside the output's files: which command wrote them, and their sizes.
+MARKER = ".checkpoint_conversion.json"
+# Errors of file systems that have no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def whole_folder(
+    out: Path,
+    sources: Iterable[Path],
+    overwrite: bool,
+    command: str,
+    needed: int,
+) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends without an error.
+
+    What an interrupted run left behind is removed by the next one for the same output. A lock keeps
+    a second run out where the file system has locks; it ends with the process, however that ends.
+
+    Args:
+        out: The folder to make; missing, empty, or to be replaced.
+        sources: Folders that are read; they must not be replaced.
+        overwrite: Whether a folder that is not empty may be replaced.
+        command: What writes the folder; `overwrite` replaces only what the same command wrote, as
+            a file in it (`MARKER`) tells.
+        needed: Bytes that will be written.
+
+    Raises:
+        ConversionError: When the folder must not be written, there is too little space, or another
+            process is writing it.
+    """
+    out = _resolved(out)
+    _check_sources(out, sources)
+    _check_place(out)
+    _check_space(out, needed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    descriptor = _claim(partial)
+    try:
+        _clear(partial)
+        _recover(out)
+        _check_replaceable(out, overwrite, command)
+        yield partial
+        _mark(partial, command)
+        for folder in (entry for entry in partial.rglob("*") if not _is_file(entry)):
+            sync_file(folder)
+        os.fsync(descriptor)
+        _replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def check_output(
+    out: Path, sources: Iterable[Path], overwrite: bool, command: str, needed: int
+) -> None:
+    """Check now whether a folder can be written later, when the work for it is done.
+
+    Args:
+        out, sources, overwrite, command, needed: As `whole_folder` will be given them.
+
+    Raises:
+        ConversionError: When it holds something or an input, its place is not writable, or there is
+            too little space.
+    """
+    out = _resolved(out)
+    _check_sources(out, sources)
+    _check_replaceable(out, overwrite, command)
+    _check_place(out)
+    _check_space(out, needed)
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write a small file, whole or not at all, and flush it to the disk.
+
+    Raises:
+        ConversionError: When that fails; names the file.
+    """
+    with writing(file), whole_file(file) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[BinaryIO]:
+    """A stream into a new file that takes the name `file` when the block ends without an error.
+
+    It never writes through a link, and a link in the place of `file` is replaced, not followed: somebody else
+    may write into the folder.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(unfinished, flags, 0o666), "wb") as stream:
+        try:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            unfinished.replace(file)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+def sync_file(file: Path) -> None:
+    """Flush a file or a folder to the disk.
+
+    Raises:
+        ConversionError: When that fails; names the file.
+    """
+    with writing(file):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _resolved(out: Path) -> Path:
+    """The output folder without links.
+
+    Raises:
+        ConversionError: No folder can be there: links in a circle, or too long a name.
+    """
+    try:
+        found = out.resolve()
+        found.exists()
+    except OSError as error:
+        raise ConversionError(f"{out}: {error.strerror}; choose another folder") from error
+    except (RuntimeError, ValueError) as error:  # a circle of links, for Python 3.12
+        raise ConversionError(f"{out}: {error}; choose another folder") from error
+    return found
+
+
+def _check_sources(out: Path, sources: Iterable[Path]) -> None:
+    if any(source.resolve().is_relative_to(out) for source in sources):
+        raise ConversionError(f"{out}: the output folder holds an input; choose another")
+
+
+def _check_place(out: Path) -> None:
+    """Check that a folder can be made beside `out` and take its name."""
+    place = next(parent for parent in out.parents if parent.exists())
+    if not place.is_dir():
+        raise ConversionError(f"{out}: {place} is a file; choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConversionError(f"{out}: {place} is not writable; choose another folder")
+    if os.path.ismount(out):
+        raise ConversionError(
+            f"{out} is a mount point, which cannot be replaced; give a folder in it"
+        )
+
+
+def _check_space(out: Path, needed: int) -> None:
+    existing = next(parent for parent in (out, *out.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _SPARE_BYTES:
+        raise ConversionError(
+            f"{existing}: {human(free)} free on the disk, {human(needed + _SPARE_BYTES)} needed"
+        )
+
+
+def _check_replaceable(out: Path, overwrite: bool, command: str) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConversionError(f"{out} is a file; the output must be a folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConversionError(
+            f"{out} is not empty; choose another folder, or give a conversion --overwrite"
+        )
+    if reason := _foreign(out, command):
+        raise ConversionError(
+            f"{out} is no earlier output of this command ({reason}), and --overwrite replaces only "
+            "that; choose another folder, or empty this one"
+        )
+
+
+def _mark(folder: Path, command: str) -> None:
+    """Note in a folder what it holds."""
+    content = {"command": command, "sizes": _sizes(folder)}
+    write_file(folder / MARKER, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def _foreign(out: Path, command: str) -> str | None:
+    """Why a folder is no output of a command as it was written, or None."""
+    try:
+        content = json.loads(read_regular(out / MARKER))
+        written, sizes = content["command"], dict(content["sizes"])
+    except FileNotFoundError:
+        return f"it has no {MARKER}"
+    except (ConversionError, ValueError, KeyError, TypeError, RecursionError):
+        return f"its {MARKER} was changed"
+    if written != command:
+        return f"{written} wrote it"
+    for name, size in _sizes(out).items():
+        if name not in sizes:
+            return f"it holds {name}"
+        if size != sizes[name]:
+            return f"its {name} was changed"
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, but the marker; 0 for folders."""
+    return {
+        str(entry.relative_to(folder)): entry.lstat().st_size if _is_file(entry) else 0
+        for entry in sorted(folder.rglob("*"))
+        if entry != folder / MARKER
+    }
+
+
+def _is_file(entry: Path) -> bool:
+    return entry.is_symlink() or not entry.is_dir()
+
+
+def _claim(partial: Path) -> int:
+    """Make and lock the temporary folder; gives the descriptor that holds the lock."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            _lock(descriptor)
+            # Its last owner may have renamed or removed the folder before the lock was ours.
+            if os.path.samestat(os.fstat(descriptor), partial.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ConversionError(f"{partial}: another conversion is writing here") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if _is_file(entry):
+            entry.unlink()
+        else:
+            shutil.rmtree(entry)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Put the complete folder in the place of `out`."""
+    old = _set_aside(out)
+    if out.exists() and any(out.iterdir()):
+        out.rename(old)
+    partial.rename(out)
+    sync_file(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(out: Path) -> None:
+    """Complete or undo a replacement that was interrupted after its first rename."""
+    old = _set_aside(out)
+    if old.is_dir() and out.exists():
+        shutil.rmtree(old)
+    elif old.is_dir():
+        old.rename(out)
+
+
+def _set_aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")

@@ -1,0 +1,155 @@
+"""Reading and writing files at given offsets into given buffers.
+
+Mapped pages count as resident memory, and a stream copies once more; pread and pwrite do neither and
+let several threads use one descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from checkpoint_conversion.engine.regular_files import open_regular
+from checkpoint_conversion.errors import ConversionError
+
+# What is written of a file before the disk is told to begin.
+_WRITEBACK_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 16  # what `append` gathers
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class OpenFiles:
+    """Files that are read at random places; each is opened once. May be shared by threads."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, file: Path, offset: int, into: memoryview, what: str) -> None:
+        """Fill a buffer from a file.
+
+        Raises:
+            ConversionError: When the file ends before, or cannot be read; names it and `what` is read.
+        """
+        try:
+            descriptor = self._descriptor(file)
+            while into:
+                count = os.preadv(descriptor, [into], offset)
+                if count == 0:
+                    raise ConversionError(f"{file}: truncated while reading {what}")
+                into, offset = into[count:], offset + count
+        except OSError as error:
+            raise ConversionError(f"{file}: {error.strerror} while reading {what}") from error
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = open_regular(file)
+            return self._descriptors[file]
+
+
+class NewFile:
+    """A file to write, which goes to the disk while it grows. May be shared by threads, but for `append`.
+
+    Otherwise the disk waits for the last byte, and then the threads wait for the disk: the flush at the end
+    took a third of a conversion's time. The write that is begun early is not waited for; an error of the
+    disk comes up in `flush`. All errors name the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.end = 0  # of what was appended
+        self._small = bytearray()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._lock = threading.Lock()
+        self._waiting = 0
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of a buffer."""
+        with writing(self.path):
+            write_at(self._descriptor, offset, data)
+        self._begin(len(data))
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write at the end; small pieces may wait for the next large one."""
+        if len(self._small) + len(data) > _SMALL_BYTES:
+            self._append_small()
+        if len(data) > _SMALL_BYTES:
+            self.write_at(self.end, memoryview(data))
+        else:
+            self._small += data
+        self.end += len(data)
+
+    def resize(self, nbytes: int) -> None:
+        """Set the size; what is not written reads as 0."""
+        with writing(self.path):
+            os.ftruncate(self._descriptor, nbytes)
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        self._append_small()
+        with writing(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; what was not flushed is lost."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append_small(self) -> None:
+        data, self._small = self._small, bytearray()
+        self.write_at(self.end - len(data), memoryview(data))
+
+    def _begin(self, nbytes: int) -> None:
+        with self._lock:
+            self._waiting += nbytes
+            begins = self._waiting >= _WRITEBACK_BYTES
+            if begins:
+                self._waiting = 0
+        if begins and _sync_file_range is not None:
+            _sync_file_range(self._descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # 0, 0: all of it
+
+
+def write_at(descriptor: int, offset: int, data: memoryview) -> None:
+    """Write all of a buffer."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Names a file whose writing fails in the block.
+
+    Raises:
+        ConversionError: In place of an OSError, which names no file when a write fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = "; make room or choose another disk" if error.errno in _FULL else ""
+        if error.filename not in (None, str(file)):  # of a copy, the source
+            raise ConversionError(f"{error.filename}: {error.strerror}") from error
+        raise ConversionError(f"{file}: {error.strerror} while writing{remedy}") from error

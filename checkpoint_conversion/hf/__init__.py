@@ -1,0 +1,1 @@
+"""HuggingFace model folders: read, planned and written."""

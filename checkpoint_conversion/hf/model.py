@@ -1,0 +1,198 @@
+"""A HuggingFace folder checked against its family's name table: what can be converted."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint_conversion.engine.dtypes import DTYPES, DType
+from checkpoint_conversion.engine.raw_files import OpenFiles
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import Config, Family, TensorRule, family_for
+from checkpoint_conversion.hf.chunks import CHUNK_BYTES, Chunk
+from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
+
+_BASE = "model."
+# A buffer that old Llama checkpoints hold, and that is computed from the configuration.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A HuggingFace model whose tensors are exactly those of its family.
+
+    Attributes:
+        config: The content of config.json.
+        tensors: The tensors by name.
+        alias: The tensor that repeats another one (lm_head.weight beside tied embeddings), if any.
+    """
+
+    folder: Path
+    config: Config
+    family: Family
+    rules: tuple[TensorRule, ...]
+    tensors: Mapping[str, HFTensor]
+    alias: str | None
+
+    def names(self) -> list[str]:
+        """The tensors that are converted, in the order of the rules."""
+        return list(expected_shapes(self.rules))
+
+    def dtype_of(self, rule: TensorRule) -> DType:
+        """The one dtype of the HuggingFace tensors of a rule.
+
+        Raises:
+            ConversionError: When there are several; a Megatron tensor has one.
+        """
+        names = [name for piece in rule.pieces() for name in piece.hf]
+        first = self.tensors[names[0]]
+        for tensor in map(self.tensors.__getitem__, names):
+            if tensor.dtype != first.dtype:
+                raise ConversionError(
+                    f"{tensor.file}: {tensor.name} is {tensor.dtype}, but {first.name} is "
+                    f"{first.dtype}, and both go into {rule.megatron}; choose one with --dtype"
+                )
+        return DTYPES[first.dtype]
+
+    def check_alias(self) -> None:
+        """Check that a second copy of a tied tensor holds the same bytes.
+
+        Raises:
+            ConversionError: When it does not, so that it is unclear which one is meant.
+        """
+        if self.alias is None:
+            return
+        alias, original = (self.tensors[name] for name in self.family.tied_alias)
+        step = max(1, CHUNK_BYTES // original.row_bytes)
+        for start in range(0, original.shape[0], step):
+            span = start, min(step, original.shape[0] - start)
+            if alias.dtype != original.dtype or alias.rows(*span) != original.rows(*span):
+                raise ConversionError(
+                    f"{alias.file}: {alias.name} differs from {original.name}, but config.json ties "
+                    "them (tie_word_embeddings): set it to false, or remove the tensor not meant"
+                )
+
+    def read_into(
+        self,
+        chunk: Chunk,
+        dtype: DType,
+        into: memoryview,
+        files: OpenFiles | None = None,
+        finite: bool = False,
+    ) -> None:
+        """Read the values of a chunk in a dtype, as bytes.
+
+        Args:
+            into: A buffer of the size of the chunk.
+            files: Files that stay open for the next call.
+            finite: Refuse NaN and infinity.
+
+        Raises:
+            ConversionError: When a value is outside the range of the dtype, or a file was
+                truncated.
+        """
+        with contextlib.nullcontext(files) if files else OpenFiles() as files:
+            for source, start, rows in chunk.layout:
+                tensor = self.tensors[chunk.piece.hf[source]]
+                kind = DTYPES[tensor.dtype]
+                size = rows * tensor.row_bytes // kind.itemsize * dtype.itemsize
+                part, into = into[:size], into[size:]
+                data = part if kind == dtype else memoryview(bytearray(rows * tensor.row_bytes))
+                tensor.read_rows_from(files, start, rows, data)
+                if finite or kind != dtype:
+                    from checkpoint_conversion.engine.values import deliver  # needs numpy
+
+                    deliver(data, kind, part, dtype, f"{tensor.file}: {tensor.name}", finite)
+
+
+def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
+    """Read config.json and the safetensors headers of a folder and check them.
+
+    Raises:
+        ConversionError: For everything that `read_hf_config`, `family_for` and `list_tensors`
+            refuse, and for tensors that are missing, unknown, or of another shape or dtype.
+    """
+    folder = Path(folder)
+    config = read_hf_config(folder)
+    family = family_for(config)
+    rules = family.tensor_rules(config)
+    expected = expected_shapes(rules)
+    alias, original = family.tied_alias
+    tensors = _by_known_name(list_tensors(folder, allow_pickle), (*expected, alias))
+    has_alias = alias in tensors and alias not in expected
+    _check_tensors(folder, tensors, expected | ({alias: expected[original]} if has_alias else {}))
+    return HFModel(folder, config, family, rules, tensors, alias if has_alias else None)
+
+
+def known_name(name: str, known: Container[str]) -> str:
+    """The name that the family has for a tensor, as transformers finds it: with or without `model.`."""
+    inner = name.removeprefix(_BASE)
+    if inner != name and inner in known:
+        return inner
+    return _BASE + name if name not in known and _BASE + name in known else name
+
+
+def _by_known_name(tensors: Mapping[str, HFTensor], known: Container[str]) -> dict[str, HFTensor]:
+    """The tensors by the names of the family, without buffers that transformers computes anew."""
+    found: dict[str, HFTensor] = {}
+    for name, tensor in tensors.items():
+        if _COMPUTED.search(name):
+            continue
+        key = known_name(name, known)
+        if key in found:
+            raise ConversionError(
+                f"{tensor.file}: {name} is there twice, also as {found[key].name}"
+            )
+        found[key] = tensor
+    return found
+
+
+def expected_shapes(rules: Iterable[TensorRule]) -> dict[str, tuple[int, ...]]:
+    """The shape of every HuggingFace tensor, by name."""
+    return {
+        name: shape
+        for rule in rules
+        for piece in rule.pieces()
+        for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
+    }
+
+
+def _prefix(names: Iterable[str], missing: str) -> str:
+    """What a wrapper has put in front of all names, for the message on one that is missing."""
+    names = list(names)
+    inner = missing.removeprefix(_BASE)
+    for name in names:
+        for tail in (missing, inner):
+            prefix = name.removesuffix(tail)
+            if prefix not in (name, "") and all(other.startswith(prefix) for other in names):
+                return (
+                    f"; all {len(names)} names begin with {prefix!r}, which a wrapper adds (torch.compile, "
+                    "data parallelism): save the model inside it, or rename the tensors"
+                )
+    return ""
+
+
+def _check_tensors(
+    folder: Path, tensors: Mapping[str, HFTensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ConversionError(
+                f"{folder}: no tensor {name}, which config.json calls for{_prefix(tensors, name)}"
+            )
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise ConversionError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}; "
+                f"config.json calls for {list(shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ConversionError(
+                f"{tensor.file}: {name} is {tensor.dtype}; supported: {', '.join(DTYPES)}"
+            )
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ConversionError(f"{tensor.file}: unknown tensor {name}; it would be lost")

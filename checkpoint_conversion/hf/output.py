@@ -1,0 +1,103 @@
+"""A HuggingFace folder that several processes fill at once with the shards of a model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from checkpoint_conversion.engine.output import check_output, whole_folder
+from checkpoint_conversion.families import TensorRule, family_for
+from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.model import expected_shapes
+from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens
+from checkpoint_conversion.hf.torch_tensors import from_torch
+from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, artifacts, copy_artifacts
+from checkpoint_conversion.megatron_to_hf import COMMAND, files_of, for_older_readers, with_dtype
+
+
+@dataclass(frozen=True)
+class HFOutput:
+    """A folder to write, and everything about it but the values.
+
+    Attributes:
+        folder: What to write; missing or empty.
+        template: HuggingFace folder that gives everything but the weights.
+        stops: The content of config.json to write, and the tokens at which the model stops.
+        rules: The name table.
+        tensors: The tensors by name.
+        weight_map: The file of each tensor.
+        overwrite: Whether an earlier output in its place is replaced.
+    """
+
+    folder: Path
+    template: Path
+    stops: StopTokens
+    rules: tuple[TensorRule, ...]
+    tensors: Mapping[str, TensorSpec]
+    weight_map: Mapping[str, str]
+    overwrite: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def stopping_at(self, turn_end: int | None) -> HFOutput:
+        """This output for a model that training teaches to end a turn with a token (None: with text)."""
+        stops = plan_stop_tokens(self.template, self.stops.config, turn_end)
+        return replace(self, stops=stops)
+
+    @contextlib.contextmanager
+    def create(self) -> Iterator[Path]:
+        """A temporary folder with the headers of all tensors, to be filled in the block (see
+        `shards.write_shard`); it becomes the output when the block ends without an error.
+
+        One process enters this; others may write into the folder meanwhile, wherever they run.
+
+        Raises:
+            ConversionError: When the folder must not be written, or there is too little space.
+        """
+        place = whole_folder(self.folder, [self.template], self.overwrite, COMMAND, self.nbytes)
+        with place as partial:
+            with HFWriter(partial, self.tensors, self.weight_map) as writer:
+                writer.flush()
+            yield partial
+            copy_artifacts(self.template, partial, self.stops)
+
+
+def plan_output(
+    folder: str | Path, template: str | Path, dtype: torch.dtype, overwrite: bool = False
+) -> HFOutput:
+    """Check that a folder can be written in the likeness of a template; nothing is written yet.
+
+    Args:
+        folder: What to write.
+        template: HuggingFace folder of the same architecture.
+        dtype: The dtype of all tensors.
+        overwrite: Whether what was written here before, and was not changed since, may be replaced.
+
+    Raises:
+        ConversionError: When the folder holds something, its place is not writable, there is too
+            little space, or the template cannot be used.
+    """
+    folder, template = Path(folder), Path(template)
+    config = read_hf_config(template)
+    rules = family_for(config).tensor_rules(config)
+    kind = from_torch(dtype)
+    tensors = {name: TensorSpec(shape, kind) for name, shape in expected_shapes(rules).items()}
+    weight_map = files_of(template, tensors)
+    artifacts(template)
+    written = for_older_readers(with_dtype(config, tensors))
+    stops = plan_stop_tokens(template, written, None)
+    output = HFOutput(folder, template, stops, rules, tensors, weight_map, overwrite)
+    check_output(folder, [template], overwrite, COMMAND, output.nbytes)
+    return output

@@ -1,0 +1,236 @@
+"""Writing a HuggingFace model folder: safetensors in a known layout, and everything else of a
+template.
+
+The headers come first, from names, shapes and dtypes alone; the bytes of each tensor then go to
+their place in any order, so no tensor has to be complete in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.engine.dtypes import DType
+from checkpoint_conversion.engine.output import sync_file, write_file
+from checkpoint_conversion.engine.raw_files import NewFile, writing
+from checkpoint_conversion.engine.regular_files import CHAT_TEMPLATES, open_regular
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.folder import CONFIG, FETCH_AGAIN, INDEX, WEIGHTS
+from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, StopTokens
+
+DEFAULT_SHARD_SIZE = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+# What is not copied from a template: weights in any format, code, hidden files, and its model card, which
+# would describe another model.
+_NOT_COPIED = re.compile(
+    r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
+    r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)"
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to write."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as "5GB" (10^9), "512MiB" (2^20) or a plain number.
+
+    Raises:
+        ConversionError: When it is something else.
+    """
+    pattern = r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]I?B)?"
+    match = re.fullmatch(pattern, str(text)[:40].strip().upper(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise ConversionError(
+            f"shard size {str(text)[:40]!r} is not a positive number with KB, MB, GB, MiB or GiB, such as "
+            f"--max-shard-size {DEFAULT_SHARD_SIZE}"
+        )
+    return size
+
+
+def split_by_size(tensors: Mapping[str, TensorSpec], limit: int) -> dict[str, str]:
+    """Fill one file after the other, layer by layer; the file of each tensor.
+
+    A tensor larger than `limit` has a file of its own.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name in sorted(tensors, key=_by_number):
+        tensor = tensors[name]
+        if shards[-1] and used + tensor.nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += tensor.nbytes
+    if len(shards) == 1:
+        return dict.fromkeys(tensors, WEIGHTS)
+    return {
+        name: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number, names in enumerate(shards, 1)
+        for name in names
+    }
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+class HFWriter:
+    """Writes tensors into the safetensors files of a folder.
+
+    Args:
+        folder: An existing folder.
+        tensors: All tensors by name.
+        weight_map: The file of each tensor.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]
+    ) -> None:
+        self._tensors = tensors
+        self._places: dict[str, tuple[NewFile, int]] = {}
+        self._files: list[NewFile] = []
+        for shard in sorted(set(weight_map.values())):
+            self._create(folder / shard, sorted(n for n in tensors if weight_map[n] == shard))
+        if set(weight_map.values()) != {WEIGHTS}:
+            write_file(folder / INDEX, _index(tensors, weight_map))
+
+    def write_rows(self, name: str, start: int, data: memoryview) -> None:
+        """Write whole rows of a tensor, from row `start` on; several threads may do so.
+
+        Raises:
+            ConversionError: When the disk is full, for instance.
+        """
+        file, offset = self._places[name]
+        tensor = self._tensors[name]
+        offset += start * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        file.write_at(offset, data)
+
+    def flush(self) -> None:
+        """Bring everything to the disk.
+
+        Raises:
+            ConversionError: When something did not get there.
+        """
+        for file in self._files:
+            file.flush()
+
+    def __enter__(self) -> HFWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def _create(self, file: Path, names: list[str]) -> None:
+        """Write the header of a file and note the place of each tensor."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            tensor = self._tensors[name]
+            header[name] = {
+                "dtype": tensor.dtype.name,
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + tensor.nbytes],
+            }
+            end += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+        new = NewFile(file)
+        self._files.append(new)
+        new.write_at(0, memoryview(len(text).to_bytes(8, "little") + text))
+        new.resize(8 + len(text) + end)
+        for name in names:
+            self._places[name] = (new, 8 + len(text) + header[name]["data_offsets"][0])
+
+
+def copy_artifacts(template: Path, folder: Path, stops: StopTokens) -> None:
+    """Copy what a model folder holds besides weights: tokenizer, generation config, licence and so on.
+
+    Left out are weights in any format, code, the model card, hidden files and subfolders, except the
+    folder of additional chat templates. `stops` gives config.json and, where training has taught another
+    stop token, generation_config.json.
+
+    Raises:
+        ConversionError: For a link that leaves the template (see `artifacts`).
+    """
+    written = {CONFIG: stops.config}
+    if stops.generation is not None:
+        written[GENERATION_CONFIG] = stops.generation
+    for file in artifacts(template):
+        if file.name in written:
+            continue
+        target = folder / file.relative_to(template)
+        target.parent.mkdir(exist_ok=True)
+        with writing(target):
+            _copy(file, target)
+        sync_file(target)
+    for name, content in written.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        write_file(folder / name, f"{text}\n".encode())
+
+
+def artifacts(template: Path) -> list[Path]:
+    """The files of a template that `copy_artifacts` copies.
+
+    Raises:
+        ConversionError: For a link that leaves the template.
+    """
+    entries = [*template.iterdir(), *(template / CHAT_TEMPLATES).glob("*.jinja")]
+    files = [
+        entry
+        for entry in sorted(entries)
+        if entry.name != CONFIG and not _NOT_COPIED.fullmatch(entry.name) and not entry.is_dir()
+    ]
+    for file in files:
+        _check_link(file, template)
+    return files
+
+
+def _copy(file: Path, target: Path) -> None:
+    with open(open_regular(file), "rb") as source, target.open("xb") as copy:
+        shutil.copyfileobj(source, copy)
+
+
+def _check_link(file: Path, template: Path) -> None:
+    """Refuse a link to a file outside of the template.
+
+    The HuggingFace cache is made of links: `snapshots/<revision>/<file>` points into `blobs` of the
+    same repository, which is allowed.
+    """
+    target = Path(os.path.realpath(file))
+    if not target.exists():
+        raise ConversionError(f"{file} is a link to {target}, which is missing; {FETCH_AGAIN}")
+    home = template.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parents[1] / "blobs")
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ConversionError(
+            f"{file} is a link to {target}, outside of the template; replace it by the file"
+        )
+
+
+def _index(tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]) -> bytes:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()

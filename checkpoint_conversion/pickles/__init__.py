@@ -1,0 +1,1 @@
+"""Pickles and archives of torch, read without running any code of them."""

@@ -1,0 +1,563 @@
+"""Reading the model tensors of a torch_dist checkpoint, whatever chunks a training run saved.
+
+Nothing of torch is imported and no code of the pickles runs (see `torch_pickle`). Of a saved chunk only
+the bytes that are asked for are read, at their place in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoint_conversion.engine.checksums import PartialChecksums
+from checkpoint_conversion.engine.dtypes import TORCH_DTYPES, DType
+from checkpoint_conversion.engine.raw_files import OpenFiles
+from checkpoint_conversion.engine.regular_files import open_regular, read_regular
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import TensorRule
+from checkpoint_conversion.families.family import Shape
+from checkpoint_conversion.hf.chunks import TRANSFER_BYTES, Chunk, chunks_of
+from checkpoint_conversion.hf.folder import read_json_object
+from checkpoint_conversion.pickles.archive import Archive, read_archive
+from checkpoint_conversion.pickles.reader import Instance, PickleError, Uses, read_pickle
+from checkpoint_conversion.pickles.torch_pickle import (
+    StoredTensor,
+    contiguous_strides,
+    locate_tensor,
+)
+from checkpoint_conversion.pickles.uses import METADATA, is_size, is_sizes, within
+from checkpoint_conversion.torch_dist.checksum_list import check_checksum, checksum_of
+from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
+
+# Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
+# (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
+COMMON_ENTRY = "common_state/shard_0_1"
+COMMON_FILE = "common.pt"
+# Keys of tensors beside the model: optimizer state, also of chained optimizers.
+_OPTIMIZER = re.compile(r"(chained_\d+\.)*optimizer\b")
+
+METADATA_FILE = ".metadata"
+# All that metadata.json may say; the last two until Megatron-Core 0.18.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# Some 150 bytes for each chunk of a tensor, so three million of them.
+_MOST_METADATA = 512 << 20
+_MOST_TRACKER = 4096
+# Layers, experts and ranks of the largest models give some 100,000 parts of layers or experts.
+_MOST_PARTS = 10_000_000
+# Parts of one layer that begin in the same row: one for each rank that has some of its columns.
+_MOST_SIDE_BY_SIDE = 512
+
+
+class Place(NamedTuple):
+    """Where an entry lies: [start, start + length) of a file."""
+
+    file: Path
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The first byte after it."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A chunk of a tensor as it was saved.
+
+    Attributes:
+        offsets, sizes: Its extent in the Megatron tensor.
+        place: Its entry.
+    """
+
+    offsets: Shape
+    sizes: Shape
+    place: Place
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor as it was saved.
+
+    Attributes:
+        dtype: The name that torch has for it.
+    """
+
+    dtype: str
+    shape: Shape
+    chunks: tuple[Saved, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The content of `.metadata`: the tensors by key, and the places of all other entries."""
+
+    tensors: Mapping[str, SavedTensor]
+    objects: Mapping[str, Place]
+
+
+@dataclass(frozen=True)
+class MegatronCheckpoint:
+    """One torch_dist checkpoint of a model of a known family.
+
+    Attributes:
+        folder: The folder of the iteration, or `release`.
+        rules: The name table, with the names that the checkpoint has.
+        dtypes: The dtype of each model tensor, by key.
+        padding: Rows that pad the vocabulary; they are not read.
+    """
+
+    folder: Path
+    rules: tuple[TensorRule, ...]
+    dtypes: Mapping[str, DType]
+    padding: int
+    _saved: Mapping[str, Mapping[Shape, list[Saved]]]
+    _located: dict[Saved, StoredTensor] = field(default_factory=dict)
+    _checksums: PartialChecksums[tuple[str, Saved]] = field(default_factory=PartialChecksums)
+
+    def chunks(self, rule: TensorRule) -> Iterator[Chunk]:
+        """The chunks to read a tensor in."""
+        return chunks_of(rule, self.dtypes[rule.megatron], TRANSFER_BYTES)
+
+    def read_into(
+        self,
+        chunk: Chunk,
+        dtype: DType,
+        into: memoryview,
+        files: OpenFiles | None = None,
+        finite: bool = False,
+    ) -> None:
+        """Read the values of a chunk in a dtype, as bytes.
+
+        Args:
+            into: A buffer of the size of the chunk.
+            files: Files that stay open for the next call.
+            finite: Refuse NaN and infinity.
+
+        Raises:
+            ConversionError: When a file cannot be read, the saved chunks do not cover this one, or
+                a value is outside the range of the dtype.
+        """
+        kind = self.dtypes[chunk.key]
+        data = into
+        if kind != dtype:
+            data = memoryview(bytearray(chunk.elements * kind.itemsize))
+        with contextlib.nullcontext(files) if files else OpenFiles() as files:
+            self._assemble(chunk, kind, data, files)
+        if finite or kind != dtype:
+            from checkpoint_conversion.engine.values import deliver  # needs numpy
+
+            deliver(data, kind, into, dtype, f"{self.folder}: {chunk.key}", finite)
+
+    def check_rest(self, files: OpenFiles) -> None:
+        """Check the entries of which all but the rows that pad the vocabulary were read.
+
+        Raises:
+            ConversionError: When a checksum differs.
+        """
+        for key, saved in self._checksums.open_entries():
+            stored = self._located[saved]
+            for start, length in self._checksums.gaps((key, saved), stored.nbytes):
+                data = memoryview(bytearray(length))
+                files.read(saved.place.file, saved.place.start + stored.offset + start, data, key)
+                self._check(key, saved, stored, start, data)
+
+    def _assemble(self, chunk: Chunk, dtype: DType, data: memoryview, files: OpenFiles) -> None:
+        """Put the overlapping parts of the saved chunks together; axis 0 is the rows, axis 1 (if
+        any) the columns."""
+        width = math.prod(chunk.rule.piece_shape[1:])
+        row_bytes = width * dtype.itemsize
+        stacked, missing = len(chunk.piece.index), chunk.elements
+        for saved in self._saved[chunk.key].get(chunk.piece.index, ()):
+            first, size = saved.offsets[stacked], saved.sizes[stacked]
+            begin = max(first, chunk.start)
+            end = min(first + size, chunk.start + chunk.rows)
+            if begin >= end:
+                continue
+            columns = saved.sizes[stacked + 1] if len(saved.sizes) > stacked + 1 else 1
+            index = [i - o for i, o in zip(chunk.piece.index, saved.offsets, strict=False)]
+            source = (chunk.key, saved, dtype, (*index, begin - first), end - begin)
+            rows = data[(begin - chunk.start) * row_bytes : (end - chunk.start) * row_bytes]
+            if columns == width:
+                self._read_rows(*source, rows, files)
+            else:
+                from checkpoint_conversion.engine.values import put_columns  # needs numpy
+
+                part = memoryview(bytearray((end - begin) * columns * dtype.itemsize))
+                self._read_rows(*source, part, files)
+                put_columns(part, rows, end - begin, saved.offsets[stacked + 1], dtype)
+            missing -= (end - begin) * columns
+        if missing:
+            raise ConversionError(
+                f"{self.folder}: the saved chunks of {chunk.key} do not cover "
+                f"{list(chunk.sizes)} at {list(chunk.offsets)}"
+            )
+
+    def _read_rows(
+        self,
+        key: str,
+        saved: Saved,
+        dtype: DType,
+        index: tuple[int, ...],
+        rows: int,
+        into: memoryview,
+        files: OpenFiles,
+    ) -> None:
+        """Read whole rows of a saved chunk from `index` on."""
+        stored = self._locate(key, saved, dtype, files)
+        place = saved.place.start + stored.offset
+        steps = stored.strides[: len(index)]
+        first = stored.first + sum(i * step for i, step in zip(index, steps, strict=True))
+        if stored.strides == contiguous_strides(stored.shape):
+            files.read(saved.place.file, place + first * dtype.itemsize, into, key)
+            self._check(key, saved, stored, first * dtype.itemsize, into)
+            return
+        # A transposed tensor, say; never seen in a Megatron checkpoint.
+        from checkpoint_conversion.engine.values import put_strided  # needs numpy
+
+        storage = memoryview(bytearray(stored.nbytes))
+        files.read(saved.place.file, place, storage, key)
+        self._check(key, saved, stored, 0, storage)
+        column = stored.strides[len(index)] if len(stored.strides) > len(index) else 1
+        put_strided(storage, first, (steps[-1], column), into, rows, dtype)
+
+    def _check(
+        self, key: str, saved: Saved, stored: StoredTensor, start: int, data: memoryview
+    ) -> None:
+        """Compare the checksum of an entry once all of its bytes were read."""
+        if stored.checksum is None:
+            return
+        found = self._checksums.add((key, saved), start, data, stored.nbytes)
+        if found not in (None, stored.checksum):
+            raise ConversionError(
+                f"{saved.place.file}: {key} is corrupt: the checksum of its bytes is {found:08x}, the file "
+                f"says {stored.checksum:08x}; copy the checkpoint again, or take another one"
+            )
+
+    def _locate(self, key: str, saved: Saved, dtype: DType, files: OpenFiles) -> StoredTensor:
+        if saved in self._located:
+            return self._located[saved]
+        try:
+            stored = locate_tensor(open_entry(files, saved.place, key))
+        except ValueError as error:
+            raise ConversionError(f"{saved.place.file}: cannot read {key}: {error}") from error
+        count = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
+        enough = (stored.first + count) * dtype.itemsize <= stored.nbytes
+        if stored.dtype != dtype or stored.shape != saved.sizes or not enough:
+            raise ConversionError(
+                f"{saved.place.file}: cannot read {key}: its entry is {stored.dtype} "
+                f"{list(stored.shape)}, but .metadata says {dtype} {list(saved.sizes)}"
+            )
+        self._located[saved] = stored
+        return stored
+
+
+def find_checkpoint(folder: str | Path, iteration: str | int | None = None) -> Path:
+    """The folder of a checkpoint within what Megatron calls a save folder.
+
+    Args:
+        folder: A folder with latest_checkpointed_iteration.txt, or a checkpoint itself.
+        iteration: A number or "release"; None for the latest.
+
+    Raises:
+        ConversionError: When there is no such checkpoint.
+    """
+    folder = Path(folder)
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise ConversionError(f"{folder}: {error.strerror}") from error
+    if not is_folder:
+        raise ConversionError(f"{folder}: no such folder")
+    if iteration is None and (folder / ".metadata").exists():
+        return folder
+    if iteration is None:
+        iteration = _latest(folder)
+    found = folder / _iteration_name(str(iteration))
+    if not found.is_dir():
+        there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        raise ConversionError(f"{found}: no such checkpoint; there are: {', '.join(there) or '-'}")
+    return found
+
+
+def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckpoint:
+    """Read the metadata of a checkpoint and check its model tensors; no tensor is read.
+
+    Raises:
+        ConversionError: When it is not a complete torch_dist checkpoint, or its model tensors are
+            not those of the rules.
+    """
+    metadata = read_metadata(folder)
+    saved = {key: t for key, t in metadata.tensors.items() if not _OPTIMIZER.match(key)}
+    named = tuple(found for rule in rules for found in _as_saved(rule, saved))
+    dtypes = {
+        rule.megatron: _checked_dtype(folder, rule, saved.get(rule.megatron)) for rule in named
+    }
+    known = {key for rule in named for key in rule.keys}
+    for key, tensor in saved.items():
+        if key not in known:
+            raise ConversionError(
+                f"{folder}: {key} {list(tensor.shape)} has no place in the HuggingFace model that "
+                "config.json describes"
+            )
+    for key in dtypes:
+        check_files(((chunk.place.file, chunk.place.end) for chunk in saved[key].chunks), key)
+    chunks = {rule.megatron: _by_piece(saved[rule.megatron], len(rule.stack)) for rule in named}
+    for rule in named:
+        for piece in chunks[rule.megatron].values():
+            _check_disjoint(folder, rule.megatron, piece, len(rule.stack))
+    vocabularies = [rule for rule in named if rule.vocabulary]
+    padding = max(saved[r.megatron].shape[0] - r.megatron_shape[0] for r in vocabularies)
+    return MegatronCheckpoint(folder, named, dtypes, padding, chunks)
+
+
+def read_object(folder: Path, key: str, uses: Uses) -> Any:
+    """The value of an entry that is not a tensor; None without the entry.
+
+    Args:
+        uses: The classes and functions that its pickle may name.
+
+    Raises:
+        ConversionError: When the checkpoint is not a torch_dist checkpoint, or cannot be read.
+    """
+    place = read_metadata(folder).objects.get(key)
+    if place is None:
+        return None
+    check_files([(place.file, place.end)], key)
+    with OpenFiles() as files:
+        try:
+            return open_entry(files, place, key).content(uses)
+        except ValueError as error:
+            raise ConversionError(f"{place.file}: cannot read {key}: {error}") from error
+
+
+def read_common_file(folder: Path, uses: Uses) -> Any:
+    """The value of common.pt; raises like `read_object`."""
+    file = folder / COMMON_FILE
+    with OpenFiles() as files:
+        try:
+            place = Place(file, 0, file.stat().st_size)
+            return open_entry(files, place, COMMON_FILE).content(uses)
+        except OSError as error:
+            raise ConversionError(f"{file}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConversionError(f"{file}: cannot be read: {error}") from error
+
+
+def open_entry(files: OpenFiles, place: Place, key: str) -> Archive:
+    """The archive that an entry is; only its structure is read.
+
+    Raises:
+        ValueError: It is none, or damaged.
+        ConversionError: The file cannot be read.
+    """
+    return read_archive(partial(_read_entry, files, place, key), place.length)
+
+
+def _read_entry(files: OpenFiles, place: Place, key: str, offset: int, count: int) -> bytearray:
+    data = bytearray(max(0, min(count, place.length - offset)))
+    files.read(place.file, place.start + offset, memoryview(data), key)
+    return data
+
+
+def _latest(folder: Path) -> str:
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        raise ConversionError(
+            f"{folder}: neither {TRACKER} nor .metadata; not a Megatron save folder"
+        )
+    return read_tracker(tracker)
+
+
+def read_tracker(tracker: Path) -> str:
+    """What a tracker file says, or its beginning where it is much too long for a number.
+
+    Raises:
+        ConversionError: It is no regular file.
+        OSError: It cannot be read.
+    """
+    with open(open_regular(tracker), "rb") as stream:
+        return stream.read(_MOST_TRACKER).decode("utf-8", errors="replace").strip()
+
+
+def is_iteration(text: str) -> bool:
+    """Whether a text is the number of an iteration."""
+    return re.fullmatch(r"\d{1,15}", text, re.ASCII) is not None
+
+
+def _iteration_name(iteration: str) -> str:
+    if iteration == RELEASE:
+        return RELEASE
+    if not is_iteration(iteration):
+        raise ConversionError(f"iteration {iteration[:40]!r} is neither a number nor '{RELEASE}'")
+    return f"iter_{int(iteration):07d}"
+
+
+def _as_saved(rule: TensorRule, saved: Container[str]) -> list[TensorRule]:
+    """A rule under the name that a checkpoint has for it; several where it has one for each layer."""
+    there = [key for key in rule.keys if key in saved]
+    if there:
+        return [dataclasses.replace(rule, megatron=there[0], aliases=tuple(there[1:]))]
+    layers = rule.per_layer()
+    if layers != (rule,) and any(key in saved for layer in layers for key in layer.keys):
+        return [found for layer in layers for found in _as_saved(layer, saved)]
+    return [rule.renamed(rule.megatron)]
+
+
+def _checked_dtype(folder: Path, rule: TensorRule, saved: SavedTensor | None) -> DType:
+    """The dtype of a tensor whose shape and chunks are right; a vocabulary may be padded."""
+    if saved is None:
+        raise ConversionError(f"{folder}: no tensor {rule.megatron}, which config.json calls for")
+    shape, expected = saved.shape, rule.megatron_shape
+    padded = rule.vocabulary and len(shape) > 0 and shape[0] > expected[0]
+    if shape != expected and not (padded and shape[1:] == expected[1:]):
+        raise ConversionError(
+            f"{folder}: {rule.megatron} has shape {list(shape)}; config.json calls for "
+            f"{list(expected)}"
+        )
+    if saved.dtype not in TORCH_DTYPES:
+        raise ConversionError(
+            f"{folder}: {rule.megatron} is {saved.dtype}; supported: {', '.join(TORCH_DTYPES)}"
+        )
+    for chunk in saved.chunks:
+        if any(o + n > size for o, n, size in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
+            raise ConversionError(f"{folder}: a chunk of {rule.megatron} lies outside of it")
+    if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(shape):
+        raise ConversionError(f"{folder}: the chunks of {rule.megatron} do not cover it")
+    parts = sum(math.prod(chunk.sizes[: len(rule.stack)]) for chunk in saved.chunks)
+    if parts > _MOST_PARTS:
+        raise ConversionError(
+            f"{folder}: {rule.megatron} is in {parts} parts; at most {_MOST_PARTS}"
+        )
+    return TORCH_DTYPES[saved.dtype]
+
+
+def _by_piece(tensor: SavedTensor, stacked: int) -> dict[Shape, list[Saved]]:
+    """The saved chunks that hold something of each piece; a chunk may span several layers."""
+    found: dict[Shape, list[Saved]] = {}
+    for chunk in tensor.chunks:
+        spans = zip(chunk.offsets[:stacked], chunk.sizes[:stacked], strict=True)
+        for index in itertools.product(*(range(first, first + size) for first, size in spans)):
+            found.setdefault(index, []).append(chunk)
+    return found
+
+
+def _check_disjoint(folder: Path, key: str, chunks: Iterable[Saved], stacked: int) -> None:
+    """Check that nothing of a piece is stored twice: something else would be missing then."""
+    spans = sorted(
+        [(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True)][stacked:]
+        for chunk in chunks
+    )
+    comparisons = 0
+    for number, one in enumerate(spans):
+        for other in itertools.islice(spans, number + 1, None):
+            if other[0][0] >= one[0][1]:
+                break  # nor do those that follow begin before this one ends
+            comparisons += 1
+            if comparisons > _MOST_SIDE_BY_SIDE * len(spans):
+                raise ConversionError(
+                    f"{folder}: {key} has more than {_MOST_SIDE_BY_SIDE} chunks with the same rows"
+                )
+            if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True)):
+                raise ConversionError(
+                    f"{folder}: two chunks of {key} hold the same rows, from {one[0][0]} and from "
+                    f"{other[0][0]} on"
+                )
+
+
+def check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
+    """Check that all that is stored of an entry lies within its files."""
+    sizes: dict[Path, int] = {}
+    for file, end in ends:
+        if file not in sizes:
+            if not file.is_file():
+                raise ConversionError(f"{file}: missing; {key} is in it")
+            sizes[file] = file.stat().st_size
+        if end > sizes[file]:
+            raise ConversionError(f"{file}: truncated; {key} does not end in it")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The content of `.metadata`, which is a pickle; no code that it refers to is run."""
+    _check_format(folder)
+    file = folder / METADATA_FILE
+    try:
+        content = read_regular(file, _MOST_METADATA)
+        check_checksum(file, checksum_of(content))
+        return _plain(folder, read_pickle(content, within(METADATA)))
+    except ConversionError:
+        raise
+    except FileNotFoundError:
+        raise ConversionError(f"{file}: missing; the checkpoint is not complete") from None
+    except OSError as error:
+        raise ConversionError(f"{file}: {error.strerror}") from error
+    except (PickleError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConversionError(f"{file}: not readable: {error}") from error
+
+
+def _check_format(folder: Path) -> None:
+    """Check that metadata.json has the few words that are known, and no others."""
+    file = folder / "metadata.json"
+    content = read_json_object(file)
+    backend = content.get("sharded_backend")
+    if backend != "torch_dist":
+        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
+    for key, value in content.items():
+        if key not in _FORMAT or value != _FORMAT[key]:
+            raise ConversionError(f"{file}: {key!r} is {value!r}; damaged, or of a newer version")
+
+
+def _plain(folder: Path, content: Instance) -> Metadata:
+    """The records of the pickle, without what is not needed."""
+    state = content.state
+    places = {}
+    for index, info in state["storage_data"].items():
+        fqn, offset = index.state["fqn"], index.state.get("offset")
+        if info.state.get("transform_descriptors"):
+            raise ConversionError(f"{folder / METADATA_FILE}: {fqn} is compressed or encoded")
+        places[fqn, offset] = _place(folder, info.state)
+    tensors, objects = {}, {}
+    for key, entry in state["state_dict_metadata"].items():
+        if not isinstance(key, str):
+            raise TypeError(f"an entry has a {type(key).__name__} for a name")
+        if entry.cls.name == "TensorStorageMetadata":
+            tensors[key] = _tensor(key, entry.state, places)
+        elif (key, None) in places:
+            objects[key] = places[key, None]
+    return Metadata(tensors, objects)
+
+
+def _place(folder: Path, info: Mapping[str, Any]) -> Place:
+    """Where an entry lies: in a file of the folder itself."""
+    name, start, length = info["relative_path"], info["offset"], info["length"]
+    if not isinstance(name, str) or Path(name).name != name or name == "..":
+        raise ConversionError(f"{folder / METADATA_FILE}: it refers to {name!r}, another folder")
+    if not (is_size(start) and is_size(length)):
+        raise ValueError(f"an entry of {name} begins at {start!r} and has {length!r} bytes")
+    return Place(folder / name, start, length)
+
+
+def _tensor(
+    key: str, state: Mapping[str, Any], places: Mapping[tuple[str, Any], Place]
+) -> SavedTensor:
+    shape = state["size"]
+    chunks = []
+    for chunk in state["chunks"]:
+        offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
+        if not (is_sizes(offsets) and is_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
+            raise ValueError(f"{key} has a chunk of {sizes!r} at {offsets!r}")
+        chunks.append(Saved(offsets, sizes, places[key, offsets]))
+    return SavedTensor(state["properties"].state[0].name, shape, tuple(chunks))

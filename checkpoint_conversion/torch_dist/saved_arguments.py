@@ -1,0 +1,174 @@
+"""The arguments that a checkpoint keeps, and whether they are those of a HuggingFace model.
+
+Tensors show most of an architecture by their shapes. What they cannot show, such as the rotary
+base, would otherwise be exchanged without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
+from checkpoint_conversion.pickles.reader import Instance, PickleError
+from checkpoint_conversion.pickles.uses import arguments as argument_uses
+from checkpoint_conversion.torch_dist.reader import (
+    COMMON_ENTRY,
+    COMMON_FILE,
+    find_checkpoint,
+    read_common_file,
+    read_object,
+)
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def check_checkpoint_matches(
+    folder: Path, config: Config, hf_folder: Path, iteration: str | int | None = None
+) -> None:
+    """Check the arguments that a checkpoint keeps against a HuggingFace configuration.
+
+    Args:
+        folder: Megatron's save folder, or a checkpoint in it.
+        config: The content of config.json (see `hf_folder.read_hf_config`).
+        hf_folder: The folder it is from; for the message.
+        iteration: A number or "release"; None for the latest.
+
+    Raises:
+        ConversionError: When there is no such checkpoint, it cannot be read, or an argument differs.
+    """
+    checkpoint = find_checkpoint(folder, iteration)
+    expected = family_for(config).megatron_arguments(config)
+    check_architecture(_arguments(checkpoint), expected, checkpoint, hf_folder)
+
+
+def read_saved_arguments(folder: Path, iteration: str | int | None = None) -> dict[str, Any]:
+    """The arguments that a checkpoint keeps, those that are a number, a text, a truth value or None.
+
+    They are in a pickle; nothing that it refers to is imported or called.
+
+    Args:
+        folder: Megatron's save folder, or a checkpoint in it.
+        iteration: A number or "release"; None for the latest.
+
+    Returns:
+        Values by name; empty for a checkpoint without arguments.
+
+    Raises:
+        ConversionError: When there is no such checkpoint, or it cannot be read.
+    """
+    return _arguments(find_checkpoint(folder, iteration))
+
+
+def check_architecture(
+    saved: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: Path, hf_folder: Path
+) -> None:
+    """Check the arguments of a checkpoint against those of a model, where both have them.
+
+    Args:
+        saved: What the checkpoint keeps.
+        expected: What the family derives from config.json.
+        checkpoint: Its folder; for the message.
+        hf_folder: The folder of config.json; for the message.
+
+    Raises:
+        ConversionError: Naming each argument that differs, with both values.
+    """
+    found = [*_differences(saved, expected), *_vocabulary_differences(saved, expected)]
+    if found:
+        raise ConversionError(
+            f"{checkpoint}: not a checkpoint of the model in {hf_folder}: {'; '.join(found)}. Give "
+            "the HuggingFace folder that the checkpoint comes from, or a checkpoint of this model"
+        )
+
+
+def stock_flags(arguments: Mapping[str, Any]) -> str:
+    """The architecture flags that Megatron's `--use-checkpoint-args` does not take from a checkpoint
+    (megatron/training/checkpointing.py, load_args_from_checkpoint).
+
+    Args:
+        arguments: What the family derives from config.json.
+    """
+    flags = [f"--norm-epsilon {arguments['layernorm_epsilon']}"]
+    if arguments["qk_layernorm"]:
+        flags.append("--qk-layernorm")
+    if arguments["use_rope_scaling"]:
+        factor = arguments["rope_scaling_factor"]
+        flags.append(f"--use-rope-scaling --rope-scaling-factor {factor}")
+    if "num_experts" in arguments:
+        flags.append(f"--moe-router-dtype {arguments['moe_router_dtype']}")
+        flags.append(f"--moe-aux-loss-coeff {arguments['moe_aux_loss_coeff']}")
+    return " ".join(flags)
+
+
+def _arguments(checkpoint: Path) -> dict[str, Any]:
+    common = _common_state(checkpoint)
+    arguments = common.get("args") if isinstance(common, dict) else None
+    values = arguments.state if isinstance(arguments, Instance) else None
+    if not isinstance(values, dict):
+        return {}
+    return {
+        name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)
+    }
+
+
+def _common_state(checkpoint: Path) -> Any:
+    try:
+        if (checkpoint / COMMON_FILE).exists():
+            return read_common_file(checkpoint, argument_uses)
+        entry = read_object(checkpoint, COMMON_ENTRY, argument_uses)
+    except ConversionError as error:
+        if not isinstance(error.__cause__, PickleError):
+            raise
+        raise ConversionError(
+            f"{error}. A conversion with --ignore-arguments does not read it"
+        ) from error
+    return entry[0] if isinstance(entry, list) and len(entry) == 1 else None
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (
+        isinstance(value, list) and all(type(item) in _PLAIN for item in value)
+    )
+
+
+def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    ours, theirs = _comparable(saved), _comparable(expected)
+    for name in theirs:
+        if name in ours and ours[name] != theirs[name]:
+            yield _difference(name, ours[name], theirs[name])
+
+
+def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the model: without grouped queries, Megatron gives every head a group."""
+    kept = {
+        name: value
+        for name, value in arguments.items()
+        if name not in CHANGEABLE_ARGUMENTS and value is not None
+    }
+    if not kept.pop("group_query_attention", True) and "num_attention_heads" in kept:
+        kept["num_query_groups"] = kept["num_attention_heads"]
+    return kept
+
+
+def _vocabulary_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """A vocabulary may be smaller than the model's, its padding larger, but not the reverse.
+
+    Megatron takes `vocab_size` from a flag or a tokenizer, which may have fewer tokens than the
+    model has rows, and leaves it None where only the padded size is known. `padded_vocab_size` is
+    the number of rows, and depends on the tensor-parallel size.
+    """
+    vocabulary = expected.get("vocab_size")
+    tokens, rows = saved.get("vocab_size"), saved.get("padded_vocab_size")
+    if vocabulary is None:
+        return
+    if isinstance(tokens, int) and tokens > vocabulary:
+        yield _difference("vocab_size", tokens, vocabulary)
+    elif isinstance(rows, int) and rows < vocabulary:
+        yield _difference("padded_vocab_size", rows, f"at least {vocabulary}")
+
+
+def _difference(name: str, saved: Any, expected: Any) -> str:
+    return f"{name} is {saved} in the checkpoint and {expected} by config.json"

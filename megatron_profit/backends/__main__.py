@@ -1,8 +1,0 @@
-"""`python -m megatron_profit.backends` prints every change that is made to Megatron-Core or PyTorch."""
-
-from __future__ import annotations
-
-from megatron_profit.backends import all_patches
-
-for patch in all_patches():
-    print(f"{patch.name}\n  {patch.upstream}, {patch.file}\n  {patch.reason}")

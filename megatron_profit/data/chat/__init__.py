@@ -1,0 +1,1 @@
+"""Raw records in the common chat formats -> conversations."""

@@ -1,0 +1,232 @@
+"""Turns raw records of the common chat formats into the messages that chat templates take.
+
+A record that cannot be used raises `BrokenRecord` with a reason from a fixed list, so that preparation can go
+on and count. Where the first record of a file is in a format that is not known, the file is refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_profit.data.chat import masks, thoughts
+from megatron_profit.data.chat.messages import (
+    Message,
+    Turn,
+    exchange,
+    is_empty,
+    joined,
+    read_messages,
+)
+from megatron_profit.data.chat.tool_calls import read_tools
+from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.files.fields import (
+    MISSING_FIELD,
+    WRONG_TYPE,
+    listed,
+    read,
+    strings,
+    text,
+    typed,
+)
+from megatron_profit.data.files.records import RawRecord
+from megatron_profit.data.files.sources import Layout
+
+EMPTY_ASSISTANT = "an assistant turn is empty"
+NO_ASSISTANT = "there is no assistant turn"
+THOUGHTS_END_INSIDE = "a reasoning text holds the tag that ends it"
+NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
+UNKNOWN_FORMAT = "the format is not known"
+TWO_LISTS = "a record has both tools and functions"
+
+# Fields that are read in each format; `functions` is OpenAI's older name of the tools.
+_EVERY_RECORD = frozenset({"system", "tools", "functions"})
+_RECORD_FIELDS = {
+    "messages": _EVERY_RECORD | {"messages"},
+    "conversations": _EVERY_RECORD | {"conversations"},
+    "alpaca": _EVERY_RECORD | {"instruction", "input", "output", "history"},
+    "completion": _EVERY_RECORD | {"prompt", "completion"},
+}
+
+FORMATS = (
+    "alpaca (instruction, input, output; optional system, history, tools)",
+    "sharegpt (conversations: a list of from, value; optional system, tools)",
+    "OpenAI (messages: a list of role, content; optional tools)",
+    "prompt and completion",
+)
+
+
+def read_fields(layout: Layout) -> frozenset[str]:
+    """Names of the fields of a record that `normalise` reads."""
+    named = frozenset(layout.columns.values()) or frozenset().union(*_RECORD_FIELDS.values())
+    return named | set(masks.FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a chat template takes.
+
+    Attributes:
+        messages: Each has `role` (system, user, assistant or tool) and `content` (str), and where
+            the record has them `reasoning_content`, `tool_calls`, `tool_call_id` and `name`.
+        tools: JSON schemas of the tools offered to the model, None without any.
+        untrained: Positions of the messages that the record gives the weight 0: context only.
+        unread: Fields of the record that hold something and that nothing reads; those of its messages as
+            "messages.NAME".
+        nulls: Whether null fields of its tool calls or tools were left out.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    untrained: frozenset[int] = frozenset()
+    unread: frozenset[str] = frozenset()
+    nulls: bool = False
+
+    @property
+    def positions(self) -> list[int]:
+        """Where the assistant's messages stand."""
+        return [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant"]
+
+    @property
+    def assistant_messages(self) -> list[Message]:
+        return [self.messages[i] for i in self.positions]
+
+
+def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
+    """The conversation that a raw record holds, whichever known format it is in.
+
+    Without a layout the keys tell the format: `messages`, `conversations`, `instruction` or `output`, or
+    else `prompt` and `completion`. Entries may name their fields role and content or from and value in
+    either of the first two.
+
+    Raises:
+        DataError: The first record of its file has none of these keys.
+        BrokenRecord: A later one has none of them, or the record cannot be used.
+    """
+    if record.broken:
+        raise record.broken
+    layout = layout or Layout()
+    renamed = layout.renamed(record.value)
+    value = {key: item for key, item in renamed.items() if item is not None}
+    kind = _format(value)
+    if kind is None:
+        raise _unknown_format(record, empty=_format(renamed) is not None)
+    named = layout.columns.values()
+    masks.check_record({k: item for k, item in record.value.items() if k not in named})
+    turns = _READERS[kind](value)
+    unread = value.keys() - _RECORD_FIELDS[kind] | layout.unnamed(record.value)
+    unread |= {f"messages.{name}" for turn in turns for name in turn.unread}
+    if value.get("system") and turns and turns[0].message["role"] == "system":
+        unread.add("system")
+    turns = _with_system(value, turns)
+    tools, nulls = read_tools(_offered(value))
+    conversation = Conversation(
+        messages=[turn.message for turn in turns],
+        tools=tools,
+        untrained=frozenset(i for i, turn in enumerate(turns) if not turn.trained),
+        unread=frozenset(unread),
+        nulls=nulls or any(turn.nulls for turn in turns),
+    )
+    _check(conversation)
+    return conversation
+
+
+def _format(value: dict[str, Any]) -> str | None:
+    """The format that the keys tell."""
+    for kind in ("messages", "conversations"):
+        if kind in value:
+            return kind
+    if "instruction" in value or "output" in value:
+        return "alpaca"
+    return "completion" if "prompt" in value and "completion" in value else None
+
+
+def _unknown_format(record: RawRecord, *, empty: bool) -> Exception:
+    found = f"found the keys {shown(list(record.value))}"
+    if empty:
+        return BrokenRecord(MISSING_FIELD, f"{found}, of which one that is needed holds null")
+    if not record.first:
+        return BrokenRecord(UNKNOWN_FORMAT, found)
+    return DataError(
+        f"{record.where}: the format is not known, {found}; known are {'; '.join(FORMATS)}. Rename "
+        "the fields to one of these, or name the columns with --data-columns"
+    )
+
+
+def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
+    turns: list[Turn] = []
+    for pair in listed(value.get("history")):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise BrokenRecord(WRONG_TYPE, f"history holds {shown(pair)}, not a pair of texts")
+        turns += exchange(text(pair[0]), text(pair[1]))
+    parts = (typed(value, "instruction", str), typed(value, "input", str, default=""))
+    query = "\n".join(part for part in parts if part)
+    return turns + exchange(query, typed(value, "output", str))
+
+
+def _completed(prompt: Any, completion: Any) -> list[Turn]:
+    """Two texts, or two lists of messages, of which the first is context only."""
+    lists = _messages_of(prompt), _messages_of(completion)
+    if lists[0] is None or lists[1] is None:
+        return exchange(text(prompt), text(completion))
+    context = [replace(turn, trained=False) for turn in read_messages(lists[0])]
+    return joined(context + read_messages(lists[1]))
+
+
+def _messages_of(value: Any) -> list[Any] | None:
+    """A list of messages, which may be JSON text; None where the value is a text of its own."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = read(value)
+        except BrokenRecord:  # a text that begins with a bracket
+            return None
+        entries = [
+            isinstance(item, dict) and bool(item.keys() & {"role", "from"}) for item in value
+        ]
+        return value if entries and all(entries) else None
+    return value if isinstance(value, list) else None
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], list[Turn]]] = {
+    "messages": lambda value: read_messages(value["messages"]),
+    "conversations": lambda value: read_messages(value["conversations"]),
+    "alpaca": _alpaca_turns,
+    "completion": lambda value: _completed(value["prompt"], value["completion"]),
+}
+
+
+def _offered(value: dict[str, Any]) -> Any:
+    """The record's tools, under whichever name it has them."""
+    given = [value[name] for name in ("tools", "functions") if listed(value.get(name))]
+    if len(given) > 1:
+        raise BrokenRecord(TWO_LISTS, shown(given))
+    return given[0] if given else None
+
+
+def _with_system(value: dict[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The turns led by the record's `system` text, unless they begin with one of their own."""
+    system = typed(value, "system", str, default="")
+    if not system or (turns and turns[0].message["role"] == "system"):
+        return turns
+    return [Turn({"role": "system", "content": system}), *turns]
+
+
+def _check(conversation: Conversation) -> None:
+    answers = conversation.positions
+    if not answers:
+        raise BrokenRecord(
+            NO_ASSISTANT, f"roles {shown([m['role'] for m in conversation.messages])}"
+        )
+    for position in answers:
+        answer = conversation.messages[position]
+        if position not in conversation.untrained and is_empty(answer):
+            raise BrokenRecord(EMPTY_ASSISTANT, f"content is {shown(answer['content'])}")
+        if thoughts.CLOSE in answer.get("reasoning_content", ""):
+            raise BrokenRecord(
+                THOUGHTS_END_INSIDE, f"{thoughts.CLOSE} in {shown(answer['reasoning_content'])}"
+            )
+    try:
+        "".join(strings([conversation.messages, conversation.tools])).encode()
+    except UnicodeEncodeError as error:
+        raise BrokenRecord(
+            NOT_ENCODABLE, f"{error.object[error.start]!r}, a lone surrogate"
+        ) from error

@@ -1,0 +1,174 @@
+"""The messages of a record, in the forms that they are found in, as turns of a conversation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_profit.data.chat import masks, thoughts
+from megatron_profit.data.chat.tool_calls import read_calls
+from megatron_profit.data.errors import BrokenRecord, shown
+from megatron_profit.data.files.fields import WRONG_TYPE, either, listed, read, text, typed
+
+UNKNOWN_ROLE = "a role is not known"
+TWO_CALLS = "a message has both tool_calls and function_call"
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "tool_response": "tool",
+}
+# Roles whose text is the JSON of one tool call or of several.
+CALL_ROLES = ("function_call", "tool_call")
+# Names that a message's reasoning goes by; the first that says anything counts.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# And its tool calls; the latter is OpenAI's older form, of one call.
+_CALLS = ("tool_calls", "function_call")
+_EVERY_MESSAGE = frozenset({"role", "from", "content", "value", *masks.MESSAGE_FIELDS})
+_CALLING_MESSAGE = _EVERY_MESSAGE.union(REASONING)
+_ASSISTANT_MESSAGE = _CALLING_MESSAGE.union(_CALLS)
+_OTHER_MESSAGE = _EVERY_MESSAGE | {"name", "tool_call_id"}
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message as a chat template takes it, and the record's other words on it.
+
+    Attributes:
+        message: It has `role` and `content`, and where the record has them `reasoning_content`, `tool_calls`,
+            `tool_call_id` and `name`.
+        trained: Whether it may be trained, if it is the assistant's.
+        unread: Fields that hold a value which is not read.
+        nulls: Null arguments of its tool calls were left out.
+    """
+
+    message: Message
+    trained: bool = True
+    unread: frozenset[str] = frozenset()
+    nulls: bool = False
+
+
+def read_messages(entries: Any) -> list[Turn]:
+    """Return the turns of a list of messages; it and each message may be JSON text.
+
+    What the assistant says before the tools answer is one turn, however many messages a record writes it in:
+    a message of tool calls alone goes on with the assistant's message before it, and any of the assistant's
+    goes on with one that holds thoughts alone.
+
+    Raises:
+        BrokenRecord: A message cannot be used.
+    """
+    messages = read(entries)
+    if not isinstance(messages, list):
+        raise BrokenRecord(WRONG_TYPE, f"the list of messages is {shown(messages)}")
+    return joined([_turn(read(entry)) for entry in messages])
+
+
+def joined(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns, of which each that goes on with the one before it is joined to that."""
+    whole: list[Turn] = []
+    for turn in turns:
+        if whole and _goes_on(whole[-1].message, turn.message):
+            whole[-1] = _joined(whole[-1], turn)
+        else:
+            whole.append(turn)
+    return whole
+
+
+def exchange(query: str, answer: str) -> list[Turn]:
+    """Return a question and its answer."""
+    said = {"role": "user", "content": query}, {"role": "assistant", "content": answer}
+    return [Turn(message) for message in said]
+
+
+def is_empty(message: Mapping[str, Any]) -> bool:
+    """Return whether an assistant message has no answer: no call, and no text besides thoughts."""
+    answer = thoughts.split(message["content"])[1]
+    return not answer.strip() and not message.get("tool_calls")
+
+
+def _turn(entry: Any) -> Turn:
+    if not isinstance(entry, dict):
+        raise BrokenRecord(WRONG_TYPE, f"a message is {shown(entry)}, not an object")
+    entry = {key: item for key, item in entry.items() if item is not None}
+    name = either(entry, "role", "from")
+    if not isinstance(name, str) or name not in ROLES:
+        raise BrokenRecord(UNKNOWN_ROLE, f"{shown(name)}; known are {', '.join(ROLES)}")
+    role = ROLES[name]
+    if role == "assistant":
+        return _answer(entry, calls_as_text=name in CALL_ROLES)
+    present = [key for key in ("name", "tool_call_id") if key in entry]
+    identifiers = {key: typed(entry, key, str) for key in present}
+    message = {"role": role, "content": text(either(entry, "content", "value")), **identifiers}
+    unread = entry.keys() - _OTHER_MESSAGE | masks.unheeded(entry)
+    return Turn(message, unread=frozenset(unread))
+
+
+def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
+    """The turn of an assistant's message, which may have its calls where others have their text."""
+    if calls_as_text:
+        known = _CALLING_MESSAGE
+        content, given = _thoughts_and_rest(either(entry, "content", "value"))
+    else:
+        known, given = _ASSISTANT_MESSAGE, _calls(entry)
+        has_content = "content" in entry or "value" in entry or given is None
+        content = either(entry, "content", "value") if has_content else ""
+    calls, nulls = read_calls(given)
+    message: Message = {"role": "assistant", "content": text(content)}
+    if calls:
+        message["tool_calls"] = calls
+    # A template tells "no reasoning field" from an empty one: only the former lets it find <think>
+    # in the content.
+    reasons = (typed(entry, name, str, default="") for name in REASONING)
+    if reasoning := next(filter(None, reasons), None):
+        message["reasoning_content"] = reasoning
+    return Turn(message, masks.trained(entry), frozenset(entry.keys() - known), nulls)
+
+
+def _thoughts_and_rest(value: Any) -> tuple[str, Any]:
+    """The think block of a text with its tags, "" without one, and what follows it."""
+    rest = thoughts.split(value)[1] if isinstance(value, str) else value
+    if rest == value:
+        return "", value
+    return value.removesuffix(rest.lstrip()), rest
+
+
+def _calls(entry: dict[str, Any]) -> Any:
+    given = [entry[name] for name in _CALLS if name in entry and listed(entry[name])]
+    if len(given) > 1:
+        raise BrokenRecord(TWO_CALLS, shown(given))
+    return given[0] if given else None
+
+
+def _goes_on(message: Message, following: Message) -> bool:
+    """Whether the following message belongs to the turn that the assistant's message begins."""
+    if not message["role"] == following["role"] == "assistant":
+        return False
+    if "reasoning_content" in following:
+        return False
+    only_calls = "tool_calls" in following and not following["content"].strip()
+    has_thoughts = "reasoning_content" in message or bool(message["content"].strip())
+    return only_calls or (has_thoughts and is_empty(message))
+
+
+def _joined(turn: Turn, following: Turn) -> Turn:
+    if turn.trained != following.trained:
+        raise BrokenRecord(
+            masks.UNCLEAR, "one message of the assistant's turn is trained, the other is not"
+        )
+    one, other = turn.message, following.message
+    message = one | {"content": one["content"] + other["content"]}
+    if calls := one.get("tool_calls", []) + other.get("tool_calls", []):
+        message["tool_calls"] = calls
+    unread, nulls = turn.unread | following.unread, turn.nulls or following.nulls
+    return Turn(message, turn.trained, unread, nulls)

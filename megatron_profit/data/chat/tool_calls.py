@@ -1,0 +1,82 @@
+"""Tool calls and tools of a record, in the forms that they are found in, as chat templates take them."""
+
+from typing import Any
+
+from megatron_profit.data.errors import BrokenRecord, shown
+from megatron_profit.data.files.fields import (
+    MISSING_FIELD,
+    WRONG_TYPE,
+    check_finite,
+    listed,
+    read,
+    typed,
+    without_nulls,
+)
+
+# Names of a call's arguments; Llama 3's templates write the latter.
+_ARGUMENTS = ("arguments", "parameters")
+_OF_A_CALL = {*_ARGUMENTS, "name", "id", "type", "index"}
+
+
+def read_calls(value: Any) -> tuple[list[dict[str, Any]], bool]:
+    """Return calls as {"type", "function": {"name", "arguments"}}, with an "id" where they have one.
+
+    Null arguments are left out, since tools that write tables give every call the arguments of all; JSON text
+    keeps them, since no tool adds any there.
+
+    Args:
+        value: One call or a list of them; each of them, and the arguments, may be JSON text.
+
+    Returns:
+        The calls, and whether null arguments were left out.
+
+    Raises:
+        BrokenRecord: Something in it is no call.
+    """
+    given, calls = ([_call(call) for call in listed(v)] for v in (value, without_nulls(value)))
+    check_finite(calls)
+    return calls, calls != given
+
+
+def read_tools(value: Any) -> tuple[list[dict[str, Any]] | None, bool]:
+    """Return the JSON schemas of tools, None where there is none, and whether null fields were left out.
+
+    Nulls are left out as in `read_calls`.
+
+    Args:
+        value: One tool or a list of them; each may be JSON text.
+
+    Raises:
+        BrokenRecord: Something in it is no object.
+    """
+    given, tools = listed(value), listed(without_nulls(value))
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise BrokenRecord(WRONG_TYPE, f"tools is {shown(tools)}, not a list of objects")
+    check_finite(tools)
+    # Some data sets leave the outer object out; models were trained with it.
+    whole = [tool if "type" in tool else {"type": "function", "function": tool} for tool in tools]
+    return whole or None, tools != given
+
+
+def _call(call: Any) -> dict[str, Any]:
+    function = read(call.get("function", call)) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise BrokenRecord(WRONG_TYPE, f"a tool call is {shown(call)}, not an object")
+    identifier = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    named = {"name": typed(function, "name", str), "arguments": _arguments(function)}
+    return {**identifier, "type": "function", "function": named}
+
+
+def _arguments(function: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call; none where it has a name only."""
+    given = next((function[name] for name in _ARGUMENTS if name in function), None)
+    if given is None and (others := function.keys() - _OF_A_CALL):
+        raise BrokenRecord(
+            MISSING_FIELD, f"a tool call has {shown(sorted(others))} and no arguments"
+        )
+    arguments = read(given)
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise BrokenRecord(WRONG_TYPE, f"the arguments of a tool call are {shown(arguments)}")
+    return arguments

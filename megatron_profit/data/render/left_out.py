@@ -1,0 +1,82 @@
+"""What a chat template leaves out of a conversation: its text is compared with what the record gives.
+
+Templates trim texts, and write strings of tool calls as they are or as JSON has them. What else is missing
+was dropped or cut; Qwen3's template, for example, cuts an answer at each `</think>`.
+"""
+
+import json
+from typing import Any
+
+from megatron_profit.data.chat import thoughts
+from megatron_profit.data.chat.conversations import Conversation
+from megatron_profit.data.chat.messages import Message
+from megatron_profit.data.errors import BrokenRecord, shown
+from megatron_profit.data.files.fields import strings
+
+ANSWER_LEFT_OUT = "the chat template leaves out or cuts a part of an answer"
+
+
+def check_answer(message: Message, turn: str) -> bool | None:
+    """Check that the template writes an answer and its tool calls whole.
+
+    It may drop the thoughts, but not cut them.
+
+    Args:
+        message: An assistant message.
+        turn: What the template writes for it, after the header and without the end of turn.
+
+    Returns:
+        Whether the thoughts are there, None where the message has none.
+
+    Raises:
+        BrokenRecord: A part of the answer or of the thoughts is missing.
+    """
+    for text in _answer_parts(message, turn):
+        if not _holds(turn, text):
+            raise BrokenRecord(ANSWER_LEFT_OUT, f"{shown(text)} is not in {shown(turn)}")
+    reasoning = message.get("reasoning_content") or thoughts.split(message["content"])[0]
+    if not reasoning.strip():
+        return None
+    whole = _holds(turn, reasoning)
+    if not whole and thoughts.split(turn)[0].strip():
+        raise BrokenRecord(ANSWER_LEFT_OUT, f"of {shown(reasoning)} a part is in {shown(turn)}")
+    return whole
+
+
+def leaves_out_context(conversation: Conversation, text: str, trained: set[int]) -> bool:
+    """Return whether the template leaves out a message that is not trained, or a tool.
+
+    Args:
+        conversation: What was rendered.
+        text: As the template writes it.
+        trained: Positions of the messages that are trained, which `check_answer` looks at.
+    """
+    context = [m for i, m in enumerate(conversation.messages) if i not in trained]
+    parts = [part for message in context for part in _answer_parts(message, text)]
+    parts += [name for tool in conversation.tools or () for name in _names(tool)]
+    return not all(_holds(text, part) for part in parts)
+
+
+def _answer_parts(message: Message, text: str) -> list[str]:
+    """The texts that must be rendered: the content, if need be without its thoughts, and the calls."""
+    content = message["content"]
+    if message["role"] == "assistant" and not _holds(text, content):
+        content = thoughts.split(content)[1]
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return [content, *strings([[call["name"], call["arguments"]] for call in calls])]
+
+
+def _names(tool: dict[str, Any]) -> list[str]:
+    """The name of a tool, none where it has no such field."""
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, dict) else tool.get("name")
+    return [name] if isinstance(name, str) else []
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether the text holds the part, as it is or within quotes of JSON or Python."""
+    part = part.strip()
+    if part in text:
+        return True
+    quoted = (json.dumps(part, ensure_ascii=False), json.dumps(part), repr(part))
+    return any(spelling[1:-1] in text for spelling in quoted)

@@ -1,0 +1,41 @@
+"""The files of a tokenizer's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_profit.data.errors import DataError
+from megatron_profit.data.files.bounded import check_json, check_regular
+
+# What a tokenizer's ids and its chat template depend on.
+_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*")
+# JSON files that the transformers library reads, among others that may lie there.
+_READ = (
+    "added_tokens.json",
+    "chat_template.json",
+    "config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def tokenizer_paths(folder: Path) -> list[Path]:
+    """The files that a tokenizer's ids and its chat template may depend on."""
+    found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.exists() and not path.is_dir())
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Check what the transformers library would wait for, or read whole into memory.
+
+    Raises:
+        DataError: A file is no regular file, or a JSON file is too large.
+    """
+    try:
+        for path in tokenizer_paths(folder):
+            check = check_json if path.name in _READ else check_regular
+            check(path)
+    except OSError as error:
+        raise DataError(f"{folder}: its tokenizer cannot be read ({error})") from error

@@ -1,0 +1,1 @@
+"""Tokenized examples on disk: made once by several processes, verified, and mapped by all ranks."""

@@ -1,0 +1,452 @@
+"""Files of chat records -> tokenised examples, by several processes where there is much to do.
+
+The files are read here, in order; chunks of raw records are rendered and tokenised by the workers, and come
+back in order, so that the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from datetime import date
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_profit.data.chat.conversations import Conversation, normalise, read_fields
+from megatron_profit.data.chat.masks import NOTHING_TRAINED
+from megatron_profit.data.errors import BrokenRecord, DataError
+from megatron_profit.data.files.records import RawRecord, read_records
+from megatron_profit.data.files.sources import Layout, Source
+from megatron_profit.data.render.renderer import ChatRenderer, RenderedConversation, Training
+from megatron_profit.data.render.template import load_tokenizer
+from megatron_profit.data.report import Finding, Found, PreparationReport, SourceCounts
+from megatron_profit.data.store.examples import Chunk, Examples, collect
+from megatron_profit.parent_death import die_with_parent
+
+NOTHING_SUPERVISED = "no supervised token is left within the sequence length"
+TOO_LONG = "the record is longer than the sequence length"
+# Findings in records that are used, see `Finding`.
+NULLS_LEFT_OUT = "null fields of tool calls and tools that are left out"
+TURNS_LEFT_OUT = "turns that are left out, as they do not fit into the sequence length"
+
+PROGRESS_SECONDS = 2.0
+_CHUNK_RECORDS = 128
+_CHUNK_BYTES = 8 * 2**20
+# Below this, starting processes takes longer than the work.
+_BYTES_PER_WORKER = 8 * 2**20
+_CHUNKS_AHEAD = 4
+_BYTES_AHEAD = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How records become examples; with the files and the tokenizer it decides the result.
+
+    Attributes:
+        seq_length: Positions of a training row, at least 1. An example of L ids gives L - 1 pairs of token
+            and label, so up to `seq_length` + 1 ids are kept.
+        too_long: What happens to a record with more: it loses its end, or is left out and counted.
+        training: Which parts of the assistant's turns are trained.
+        day: What a chat template that writes today's date writes, None for other templates.
+        allowed_tokens: Special tokens of the tokenizer that texts of records may hold, as tokens.
+    """
+
+    seq_length: int
+    too_long: Literal["truncate", "drop"] = "truncate"
+    training: Training = field(default_factory=Training)
+    day: date | None = None
+    allowed_tokens: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise ValueError(f"seq_length must be at least 1, got {self.seq_length}")
+        if self.too_long not in ("truncate", "drop"):
+            raise ValueError(f"too_long is {self.too_long!r}; it must be truncate or drop")
+
+
+def build_examples(
+    files: str | Path | Sequence[str | Path],
+    renderer: ChatRenderer,
+    seq_length: int,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Examples, PreparationReport]:
+    """Reads, normalises, renders and tokenises every record of the files, in memory and in this process.
+
+    Args:
+        files: Paths as in `read_records`.
+        renderer: Renders and masks a conversation.
+        seq_length: Positions of a training row.
+        progress: Called with a line of text about every two seconds.
+
+    Raises:
+        ValueError: `seq_length` < 1.
+        DataError: A file cannot be read, its first record is in no known format, or no record is usable.
+    """
+    names = [files] if isinstance(files, str | Path) else files
+    sources = [Source(str(name)) for name in names]
+    preparation = Preparation(seq_length, training=renderer.training)
+    report = PreparationReport()
+    chunks = prepared_chunks(sources, renderer, preparation, report, progress=progress)
+    names = file_names([source.files() for source in sources])
+    return collect(chunks, names, report).examples, report
+
+
+def prepared_chunks(
+    sources: Sequence[Source],
+    renderer: ChatRenderer | Path,
+    preparation: Preparation,
+    report: PreparationReport,
+    *,
+    workers: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> Iterator[Chunk]:
+    """The examples of all sources, in order, while `report` counts them.
+
+    Args:
+        sources: What to read.
+        renderer: Renders and masks; or the folder of a tokenizer, from which each worker makes one.
+        preparation: How records become examples.
+        report: Complete when the chunks end.
+        workers: Processes, where the folder of a tokenizer is given; 1 is this process.
+        progress: Called with a line of text about every two seconds.
+
+    Raises:
+        DataError: A file cannot be read, its first record is in no known format, no record is usable, or the
+            tokenizer cannot be used.
+    """
+    report.sources = [SourceCounts(source.path) for source in sources]
+    # Loaded here first, so that a tokenizer that cannot be used is reported once and by its reason.
+    loaded = _load_renderer(renderer, preparation) if isinstance(renderer, Path) else renderer
+    report.turn_end_id = loaded.markers.end_id
+    tell = _Ticker(progress, report)
+    tasks = _tasks(sources)
+    if isinstance(renderer, Path) and workers > 1:
+        chunks = _parallel(tasks, renderer, preparation, workers)
+    else:
+        chunks = map(_Worker(loaded, preparation), tasks)
+    for chunk in chunks:
+        if chunk.refused:
+            raise DataError(chunk.refused)
+        kept = len(set(chunk.numbers))  # the examples of a record are of one number
+        report.sources[chunk.source].add(chunk.read, kept, chunk.lengths, chunk.labels)
+        for skipped in chunk.skipped:
+            report.skip(*skipped)
+        report.leave_unread(chunk.unread)
+        report.find(chunk.found)
+        if chunk.lengths:
+            report.keep(chunk.lengths, chunk.whole, chunk.truncated)
+            yield chunk
+        tell()
+    if not report.kept:
+        raise DataError("no record can be used for training:", *str(report).splitlines())
+
+
+def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
+    """What `Prepared.file_names` holds, of the files of each source: as much of each path's end as tells all
+    apart."""
+    paths = [file.absolute() for inner in files for file in inner]
+    for parts in itertools.count(1):
+        names = [str(Path(*path.parts[-parts:])) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+def default_workers(sources: Sequence[Source]) -> int:
+    """As many processes as the data are worth, and not more than there are cores."""
+    files = [file for source in sources for file in source.files()]
+    size = sum(
+        inner.stat().st_size
+        for file in files
+        for inner in (file.rglob("*") if file.is_dir() else [file])
+    )
+    return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_WORKER))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Records of one file for a worker."""
+
+    source: int
+    file: int
+    layout: Layout
+    records: list[RawRecord]
+
+    @property
+    def size(self) -> int:
+        """About the bytes of its records."""
+        return sum(record.size for record in self.records)
+
+
+def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
+    # Every path is looked at before the first file is read.
+    files = [source.files() for source in sources]
+    numbers = itertools.count()
+    for source_number, source in enumerate(sources):
+        missing = set(source.layout.columns.values())
+        for file, number in zip(files[source_number], numbers, strict=False):
+            records = read_records(file, source.split, read_fields(source.layout))
+            for batch in _batches(_noting_keys(records, missing)):
+                yield _Task(source_number, number, source.layout, batch)
+        if missing and not source.layout.optional >= missing:
+            raise DataError(
+                f"{source.path}: no record has the column "
+                f"{', '.join(sorted(missing))}; correct the names of the columns"
+            )
+
+
+def _batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
+    """Records in lists that are worth sending to another process; large records in short ones."""
+    batch: list[RawRecord] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += record.size
+        if len(batch) == _CHUNK_RECORDS or size >= _CHUNK_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _noting_keys(records: Iterator[RawRecord], missing: set[str]) -> Iterator[RawRecord]:
+    for record in records:
+        if missing:
+            missing.difference_update(record.value)
+        yield record
+
+
+def _parallel(
+    tasks: Iterable[_Task], tokenizer: Path, preparation: Preparation, workers: int
+) -> Iterator[Chunk]:
+    # Not fork: this process may hold threads of torch and of the tokenizers library.
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[tuple[int, Future[Chunk]]] = deque()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, preparation))
+    try:
+        for task in tasks:
+            waiting.append((task.size, pool.submit(_run_in_worker, task)))
+            while len(waiting) >= workers * _CHUNKS_AHEAD or _bytes_of(waiting) > _BYTES_AHEAD:
+                yield waiting.popleft()[1].result()
+        while waiting:
+            yield waiting.popleft()[1].result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {workers} processes that prepare the data ended (too little memory?); try fewer "
+            "with --data-workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _bytes_of(waiting: Iterable[tuple[int, Future[Chunk]]]) -> int:
+    return sum(size for size, _ in waiting)
+
+
+# The worker of a child process.
+_worker: _Worker | None = None
+
+
+def _start_worker(tokenizer: Path, preparation: Preparation) -> None:
+    global _worker
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = _Worker(_load_renderer(tokenizer, preparation), preparation)
+
+
+def _run_in_worker(task: _Task) -> Chunk:
+    assert _worker is not None, "the pool starts it"
+    return _worker(task)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """Raw records to examples."""
+
+    renderer: ChatRenderer
+    preparation: Preparation
+
+    def __call__(self, task: _Task) -> Chunk:
+        parts, talks = _Parts(task), []
+        for record in task.records:
+            try:
+                talks.append((record, normalise(record, task.layout)))
+            except DataError as error:
+                return _Parts(task).chunk(refused=str(error))
+            except BrokenRecord as error:
+                parts.skip(record, error)
+        for (record, talk), examples in zip(talks, self._examples(talks), strict=True):
+            parts.unread.update(talk.unread)
+            try:
+                parts.add(record, talk, examples)
+            except BrokenRecord as error:
+                parts.skip(record, error)
+        return parts.chunk()
+
+    def _examples(
+        self, talks: Sequence[tuple[RawRecord, Conversation]]
+    ) -> list[list[_Example | BrokenRecord]]:
+        """The examples of each record, or why there are none."""
+        talks_of = [self.renderer.training.examples(talk) for _, talk in talks]
+        # A conversation of many turns may give many examples: not all of them are held as tokens at once.
+        batches = itertools.batched(itertools.chain(*talks_of), _CHUNK_RECORDS)
+        rendered = itertools.chain.from_iterable(map(self.renderer.render_all, batches))
+        return [[self._cut(next(rendered)) for _ in inner] for inner in talks_of]
+
+    def _cut(self, whole: RenderedConversation | BrokenRecord) -> _Example | BrokenRecord:
+        """The part that fits into a row; an `_Unusable` where no token of that is trained."""
+        if isinstance(whole, BrokenRecord):
+            return whole
+        seq_length, length = self.preparation.seq_length, len(whole.ids)
+        if length > seq_length + 1 and self.preparation.too_long == "drop":
+            return _Unusable(TOO_LONG, f"{length} tokens, a row takes {seq_length + 1}")
+        if not whole.supervised[1:].any():
+            return _Unusable(
+                NOTHING_TRAINED, "the weight of its turns is 0, or they are not chosen"
+            )
+        kept = slice(seq_length + 1)
+        example = _Example(
+            whole.ids[kept].copy(), whole.supervised[kept].copy(), length, whole.findings
+        )
+        if not example.supervised[1:].any():
+            return _Unusable(
+                NOTHING_SUPERVISED,
+                f"the record has {length} tokens, the sequence length is {seq_length}",
+            )
+        return example
+
+
+class _Unusable(BrokenRecord):
+    """No trained token of an example is left; another example of its record may be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """Ids and mask of an example after truncation, its `length` before, and what was found in it."""
+
+    ids: npt.NDArray[np.int32]
+    supervised: npt.NDArray[np.bool_]
+    length: int
+    findings: Mapping[str, Finding]
+
+
+class _Parts:
+    """The parts of a chunk, which grow record by record."""
+
+    def __init__(self, task: _Task) -> None:
+        self._task = task
+        self._examples: list[_Example] = []
+        self._numbers: list[int] = []
+        self._digests: list[int] = []
+        self._skipped: list[tuple[str, str, str]] = []
+        self._truncated: list[str] = []
+        self._found: dict[str, Found] = {}
+        self.unread: Counter[str] = Counter()
+
+    def skip(self, record: RawRecord, error: BrokenRecord) -> None:
+        """Leave a record out."""
+        self._skipped.append((record.where, error.reason, error.detail))
+
+    def add(
+        self, record: RawRecord, talk: Conversation, cut: Sequence[_Example | BrokenRecord]
+    ) -> None:
+        """Keep what is left of the examples of a record.
+
+        Raises:
+            BrokenRecord: One is broken, or none is left.
+        """
+        for example in cut:
+            if isinstance(example, BrokenRecord) and not isinstance(example, _Unusable):
+                raise example
+        examples = [example for example in cut if isinstance(example, _Example)]
+        gone = [example for example in cut if isinstance(example, _Unusable)]
+        if not examples:
+            raise gone[0] if gone else _Unusable(NOTHING_TRAINED, "the weight of its turns is 0")
+        digest = _digest(examples)
+        for example in examples:
+            self._examples.append(example)
+            self._numbers.append(record.number)
+            self._digests.append(digest)
+            if len(example.ids) < example.length:
+                self._truncated.append(record.where)
+            found = {**example.findings, NULLS_LEFT_OUT: Finding(int(talk.nulls))}
+            self._find(record, found)
+        # Only where each turn has an example of its own can some of them be kept and others not.
+        detail = gone[0].detail if gone else ""
+        self._find(record, {TURNS_LEFT_OUT: Finding(len(gone), len(cut), "turns", detail)})
+
+    def _find(self, record: RawRecord, findings: Mapping[str, Finding]) -> None:
+        for name, finding in findings.items():
+            self._found.setdefault(name, Found(finding.unit)).add(finding, record.where)
+
+    def chunk(self, refused: str = "") -> Chunk:
+        """Return all of it."""
+        ids = [example.ids for example in self._examples]
+        supervised = [example.supervised for example in self._examples]
+        return Chunk(
+            source=self._task.source,
+            file=self._task.file,
+            read=len(self._task.records),
+            ids=np.concatenate(ids or [np.zeros(0, np.int32)]),
+            supervised=np.concatenate(supervised or [np.zeros(0, bool)]).astype(np.uint8),
+            lengths=[len(example.ids) for example in self._examples],
+            whole=[example.length for example in self._examples],
+            numbers=self._numbers,
+            digests=self._digests,
+            labels=[int(example.supervised[1:].sum()) for example in self._examples],
+            skipped=self._skipped,
+            truncated=self._truncated,
+            unread=dict(self.unread),
+            found=self._found,
+            refused=refused,
+        )
+
+
+def _load_renderer(tokenizer: Path, preparation: Preparation) -> ChatRenderer:
+    return ChatRenderer(
+        load_tokenizer(tokenizer),
+        preparation.training,
+        preparation.day,
+        preparation.allowed_tokens,
+    )
+
+
+def _digest(examples: Sequence[_Example]) -> int:
+    """One number for all examples of a record, so that all of them are set aside or none is."""
+    digest = blake2b(digest_size=8)
+    for example in examples:
+        digest.update(example.ids.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+class _Ticker:
+    """Tells at most every PROGRESS_SECONDS how far the preparation is."""
+
+    def __init__(self, progress: Callable[[str], None] | None, report: PreparationReport) -> None:
+        self._progress, self._report = progress, report
+        self._start = self._told = time.monotonic()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if self._progress is None or now - self._told < PROGRESS_SECONDS:
+            return
+        self._told = now
+        report, rate = self._report, self._report.read / max(now - self._start, 1e-9)
+        self._progress(
+            f"preparing data: {report.read:,} records read, {report.kept:,} kept, "
+            f"{report.total_tokens:,} tokens, {rate:,.0f} records/s"
+        )

@@ -1,0 +1,111 @@
+"""Where Megatron-Core or PyTorch is changed, and nowhere else.
+
+`activate()` is the first thing that a training process calls, before it imports Megatron.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+from megatron_profit.megatron_patches.patch import (
+    Patch,
+    applied_patches,
+    apply_patches,
+    check_megatron_version,
+)
+
+DEVICES = ("auto", "cpu", "cuda")
+
+__all__ = ["DEVICES", "Patch", "activate", "active_device", "all_patches", "applied_patches"]
+
+_active: str | None = None
+
+
+def active_device() -> str | None:
+    """The device that `activate` chose in this process ("cpu" or "cuda"), or None before it."""
+    return _active
+
+
+def activate(device: str = "auto") -> str:
+    """Choose the device and make Megatron-Core run on it. Call it before importing `megatron`.
+
+    Args:
+        device: "cuda", "cpu", or "auto" (CUDA where there is a GPU, else the CPU).
+
+    Returns:
+        The device in use, "cuda" or "cpu".
+
+    Raises:
+        ValueError: For an unknown device, or "cuda" on a machine without a GPU.
+        UnsupportedVersionError: When megatron-core is not the version that the patches are for.
+        RuntimeError: When another device is active already, or Megatron was imported before.
+    """
+    global _active
+    if device not in DEVICES:
+        raise ValueError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    if _active is not None:
+        if device in ("auto", _active):
+            return _active
+        raise RuntimeError(
+            f"the {_active} backend is active already; {device!r} needs a new process"
+        )
+    check_megatron_version()
+
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device 'cuda' was asked for, but torch sees no GPU; use 'cpu' or 'auto'")
+    chosen = "cuda" if has_gpu and device != "cpu" else "cpu"
+
+    from megatron_profit.megatron_patches import elastic, megatron
+
+    if chosen == "cpu":
+        if "megatron.core" in sys.modules:
+            raise RuntimeError(
+                "megatron was imported before the CPU backend was activated; call "
+                "megatron_profit.megatron_patches.activate() first"
+            )
+        from megatron_profit.megatron_patches import cpu
+
+        _print_notice()
+        apply_patches(cpu.TORCH_PATCHES)
+        apply_patches(cpu.MEGATRON_PATCHES)
+    else:
+        _keep_to_the_cudnn_of_torch()
+    apply_patches(elastic.TORCH_PATCHES)
+    apply_patches(megatron.MEGATRON_PATCHES)
+    _active = chosen
+    return chosen
+
+
+def all_patches() -> tuple[Patch, ...]:
+    """Every patch that the project has, for the documentation and for tests."""
+    from megatron_profit.megatron_patches import cpu, elastic, megatron
+
+    shared = (*elastic.TORCH_PATCHES, *megatron.MEGATRON_PATCHES)
+    return (*shared, *cpu.TORCH_PATCHES, *cpu.MEGATRON_PATCHES)
+
+
+def _keep_to_the_cudnn_of_torch() -> None:
+    """Name the cuDNN that torch was installed with: Transformer Engine takes one of the system before it, and
+    with both in a process it has no attention kernel (transformer_engine/common/__init__.py)."""
+    if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
+        return
+    try:
+        package = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:
+        return
+    if package is not None and package.submodule_search_locations:
+        os.environ["CUDNN_HOME"] = package.submodule_search_locations[0]
+
+
+def _print_notice() -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            "megatron_profit: CPU backend: Megatron runs on the CPU under gloo. This is for learning, "
+            "debugging and tests; train on GPUs.",
+            flush=True,
+        )

@@ -1,0 +1,99 @@
+"""Changes to Megatron's loggers: TensorBoard and W&B, which end no run and belong to the run that resumes."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason, warn
+from megatron_profit.megatron_patches.hooks import RunFailure
+from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch, replaced
+
+_MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
+
+
+class _Nowhere:
+    """A TensorBoard writer without a file: Megatron logs to W&B only where there is a writer."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def _write_curves_that_endure() -> None:
+    from megatron.training import global_vars
+
+    original = global_vars._set_tensorboard_writer
+
+    @functools.wraps(original)
+    def set_tensorboard_writer(args: Any) -> None:
+        from torch.utils import tensorboard
+
+        purge_step = getattr(args, "first_step", None) if has_curves(args.tensorboard_dir) else None
+        from_step = functools.partial(tensorboard.SummaryWriter, purge_step=purge_step)
+        try:
+            with replaced(tensorboard, SummaryWriter=from_step):
+                original(args)
+        except OSError as error:
+            warn(f"--tensorboard-dir {args.tensorboard_dir} cannot be written ({reason(error)})")
+        writer = global_vars._GLOBAL_TENSORBOARD_WRITER
+        if writer is not None:
+            _endure(writer, args.tensorboard_dir)
+        elif args.wandb_project and args.rank == args.world_size - 1:
+            global_vars._GLOBAL_TENSORBOARD_WRITER = _Nowhere()
+
+    global_vars._set_tensorboard_writer = set_tensorboard_writer
+
+
+def has_curves(folder: str | None) -> bool:
+    """Whether there are TensorBoard's events in a folder."""
+    return folder is not None and any(Path(folder).glob("events.out.tfevents.*"))
+
+
+def _endure(writer: Any, folder: str) -> None:
+    """Let the thread that writes the events survive a failed write."""
+    queue = writer.file_writer.event_writer._async_writer
+    enduring = Enduring(queue._writer, Guard(f"--tensorboard-dir {folder}"))
+    queue._writer = queue._worker._record_writer = enduring
+
+
+def _log_to_wandb_that_endures() -> None:
+    from megatron.training import global_vars, wandb_utils
+
+    original, guard = global_vars._set_wandb_writer, Guard("the log of W&B")
+
+    @functools.wraps(original)
+    def set_wandb_writer(args: Any) -> None:
+        try:
+            original(args)
+        except Exception as error:  # W&B has exceptions of its own for a missing key or network
+            raise RunFailure(
+                f"W&B cannot be started: {reason(error)}; set WANDB_MODE=offline, or drop --wandb-project"
+            ) from error
+        writer = global_vars._GLOBAL_WANDB_WRITER
+        if writer is not None:
+            global_vars._GLOBAL_WANDB_WRITER = Enduring(writer, guard)
+
+    global_vars._set_wandb_writer = set_wandb_writer
+    for name in ("on_save_checkpoint_success", "on_load_checkpoint_success"):
+        setattr(wandb_utils, name, guard(getattr(wandb_utils, name)))
+
+
+LOGGER_PATCHES = (
+    Patch(
+        name="tensorboard-writer",
+        upstream=_MEGATRON,
+        file="megatron/training/global_vars.py",
+        reason="A full disk ends the thread that writes TensorBoard's events, and with the next value the "
+        "run. A run that goes on from a checkpoint shows the steps after it twice. And without TensorBoard, "
+        "W&B is given no values.",
+        apply=_write_curves_that_endure,
+    ),
+    Patch(
+        name="wandb-writer",
+        upstream=_MEGATRON,
+        file="megatron/training/global_vars.py",
+        reason="An error of W&B ends the run.",
+        apply=_log_to_wandb_that_endures,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Functions of Megatron's optimizers that the patches replace."""

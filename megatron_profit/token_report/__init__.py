@@ -1,0 +1,25 @@
+"""What a model makes of chosen records, token by token: a page for the browser, lines for a terminal.
+
+```python
+records = score_records(model, tokenizer, conversations, {"profit": build_objective("profit", ...)})
+Path("report.html").write_text(page(records, title="base model"))
+```
+"""
+
+from megatron_profit.token_report.page import page
+from megatron_profit.token_report.scores import (
+    TokenRecord,
+    evaluate_objectives,
+    score_records,
+    token_texts,
+)
+from megatron_profit.token_report.terminal import terminal_text
+
+__all__ = [
+    "TokenRecord",
+    "evaluate_objectives",
+    "page",
+    "score_records",
+    "terminal_text",
+    "token_texts",
+]

@@ -1,0 +1,70 @@
+"""The token report as one self-contained HTML page: no network, no library, no build step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from megatron_profit.token_report.scores import TokenRecord
+
+_TEMPLATE = "page.html"
+_DATA = "@DATA@"
+
+
+def page(
+    records: Sequence[TokenRecord],
+    *,
+    title: str,
+    subtitle: str = "",
+    threshold: tuple[float, ...] = (0.1,),
+    direction: str = "higher",
+) -> str:
+    """The page of chosen records.
+
+    Args:
+        records: at least one, all with the same objectives.
+        title, subtitle: plain text.
+        threshold: where the slider begins; a second value for the direction middle.
+        direction: higher, lower or middle.
+
+    Raises:
+        ValueError: no records.
+    """
+    if not records:
+        raise ValueError("there is no record to show")
+    data = {
+        "title": title,
+        "subtitle": subtitle,
+        "threshold": [threshold[0], threshold[-1] if len(threshold) > 1 else 1.0],
+        "direction": direction,
+        "objectives": list(records[0].weights),
+        "records": [_record(record) for record in records],
+    }
+    # Escaped, so that no text of a record can end the script element.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    template = files("megatron_profit.token_report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    before, after = template.split(_DATA)
+    return before + text + after
+
+
+def _record(record: TokenRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        # A lone surrogate has no UTF-8 form, and the page must have one.
+        "pieces": [p.encode("utf-8", "replace").decode("utf-8") for p in record.pieces],
+        "supervised": record.supervised.int().tolist(),
+        "p": _numbers(record.statistics.prob),
+        "weights": {name: _numbers(weight) for name, weight in record.weights.items()},
+    }
+
+
+def _numbers(vector: torch.Tensor) -> list[float | None]:
+    """JSON has no NaN: it becomes null. Nine digits tell all float32 apart, so that a threshold
+    falls where it fell in training."""
+    return [None if math.isnan(x) else float(f"{x:.9g}") for x in vector.tolist()]

@@ -1,0 +1,181 @@
+"""Before a run begins: one decision for all its ranks on the checkpoint that it starts from.
+
+The first rank looks which checkpoint is whole and, if need be, mends Megatron's tracker file
+(`training/checkpoints/folder.py`). The others help it to compare checksums (`training/checkpoints/shared_check.py`), then wait
+until they see the same file, over a network file system as well. From then on Megatron reads what all agree
+on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import PrefixStore, Store, rendezvous
+
+from checkpoint_conversion.torch_dist.saved_arguments import read_saved_arguments
+from megatron_profit.training.checkpoints.folder import (
+    CheckpointError,
+    Inspect,
+    check_named,
+    defect,
+    folder_of,
+    read_tracker,
+    same_folder,
+    settle,
+)
+from megatron_profit.training.checkpoints.save_folder import check_save_folder
+from megatron_profit.training.checkpoints.save_lock import hold
+from megatron_profit.training.checkpoints.shared_check import shared_check
+from megatron_profit.training.process.console import StrictParser, is_first_rank, print_rank_0
+
+# How long a network file system may take to show a machine what another one has written.
+_PATIENCE_SECONDS = 90
+# The store that Megatron's process group will use too; where a rank hosts it, it ends with its last user.
+_store: Store | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        folder: Of the checkpoint.
+        iteration: Steps that it has made.
+        saved: Megatron's arguments in it, by name; empty where it keeps none.
+    """
+
+    folder: Path
+    iteration: int
+    saved: Mapping[str, Any]
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """Steps, and the rows that they took; zeros where the checkpoint does not say."""
+        rows = self.saved.get("consumed_train_samples")
+        return (self.iteration, rows) if type(rows) is int else (0, 0)
+
+
+def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
+    """Let the tracker file in `--load` name a whole checkpoint, the newest if it does not, on all ranks.
+
+    The first rank holds `--save` from then on, if there is such a folder and the run may write there.
+
+    Args:
+        argv: The flags of the run.
+
+    Returns:
+        The checkpoint whose run is continued; None for a run that begins, with whatever weights.
+
+    Raises:
+        CheckpointError: When a checkpoint that is asked for is not whole, or none is, or the ranks do not
+            see the same folder, or another run saves there or has saved there.
+    """
+    flags = _parse(argv)
+    if flags.save is not None:
+        _claim(flags)
+    if flags.load is None and flags.pretrained_checkpoint is None:
+        return None
+    with shared_check(_shared, skip=flags.skip_checksums) as inspect:
+        if inspect is not None:
+            decided = _decide(flags, inspect)
+    if flags.load is None:
+        return None
+    if is_first_rank():
+        _publish(decided)
+    else:
+        decided = _wait_for(flags.load)
+    named = str(flags.ckpt_step or decided)
+    if flags.finetune or not named.isdigit():
+        return None
+    saved = read_saved_arguments(flags.load, named)
+    return Resumed(folder_of(flags.load, int(named)), int(named), saved)
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = StrictParser(add_help=False, allow_abbrev=False)
+    for name in ("--load", "--save", "--pretrained-checkpoint"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--ckpt-step", type=int)
+    for name in ("--finetune", "--overwrite", "--skip-checksums"):
+        parser.add_argument(name, action="store_true")
+    flags = parser.parse_known_args(argv)[0]
+    if flags.ckpt_step is not None and flags.ckpt_step < 1:
+        raise CheckpointError(f"--ckpt-step is {flags.ckpt_step}; it must be at least 1")
+    return flags
+
+
+def _claim(flags: Namespace) -> None:
+    """Check that the run may write into its folder, and hold it if it exists. The first rank does."""
+    if not is_first_rank():
+        return
+    start, overwrite = flags.pretrained_checkpoint, flags.overwrite
+    check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+    if flags.save.is_dir() and hold(flags.save):
+        # Another run may have left it just now.
+        check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+
+
+def _decide(flags: Namespace, inspect: Inspect) -> str:
+    """Check, on the first rank, what the run may start from.
+
+    Returns:
+        What the tracker file in `--load` holds now; "" where there is no checkpoint.
+    """
+    decided = ""
+    if flags.load is not None:
+        own = same_folder(flags.load, flags.save)
+        # With --ckpt-step, another checkpoint than the one in the tracker file is read.
+        first = defect if flags.ckpt_step else inspect
+        decided = settle(
+            flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=own, inspect=first
+        )
+        if flags.ckpt_step:
+            check_named(flags.load, flags.ckpt_step, inspect)
+    if flags.pretrained_checkpoint is not None:
+        check_named(flags.pretrained_checkpoint, None, defect if decided else inspect)
+    return decided
+
+
+def check_checkpoints(argv: Sequence[str]) -> None:
+    """Check the checkpoint that a program reads and does not write, on all ranks.
+
+    Raises:
+        CheckpointError: It is not whole.
+    """
+    flags = _parse(argv)
+    if flags.load is not None:
+        with shared_check(_shared, skip=flags.skip_checksums) as inspect:
+            if inspect is not None:
+                check_named(flags.load, flags.ckpt_step, inspect)
+
+
+def _publish(decided: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _shared().set("checkpoint", decided)
+
+
+def _wait_for(load: Path) -> str:
+    decided = _shared().get("checkpoint").decode()  # waits for the first rank
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while read_tracker(load) != decided:
+        if time.monotonic() > end:
+            raise CheckpointError(
+                f"--load {load} holds checkpoint {read_tracker(load) or 'none'!r} here and "
+                f"{decided or 'none'!r} for the first rank; the folder must be on a file system that all "
+                "machines share"
+            )
+        time.sleep(0.2)
+    return decided
+
+
+def _shared() -> Store:
+    global _store
+    if _store is None:
+        _store = PrefixStore("megatron_profit", next(rendezvous("env://"))[0])
+    return _store

@@ -1,0 +1,331 @@
+"""The checkpoints of a save folder: which are whole, which one a run resumes from, which may go.
+
+Megatron's tracker file is taken at its word only when the checkpoint that it names is whole. Nothing here
+uses torch or a process group: the first rank of a run decides, see `training/checkpoints/choose.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.errors import ConversionError, printable
+from checkpoint_conversion.hf.folder import read_json_object
+from checkpoint_conversion.torch_dist.integrity import check_whole
+from checkpoint_conversion.torch_dist.reader import is_iteration
+from checkpoint_conversion.torch_dist.reader import read_tracker as read_tracker_file
+from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
+
+# In each checkpoint that this project's entry wrote; only those are ever removed.
+MARKER = "megatron_profit.json"
+# The means of the evaluation at a checkpoint's iteration, beside the marker.
+VALIDATION = "validation.json"
+_NAME = re.compile(r"iter_(\d{7,15})", re.ASCII)
+# A whole checkpoint while another of the same iteration is written.
+_ASIDE = ".replaced"
+
+
+Inspect = Callable[[Path], str | None]
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be used; the message says which was tried, what is wrong and what to do."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(message))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder in which the checkpoint of an iteration was written, or begun."""
+
+    iteration: int
+    folder: Path
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this project's entry wrote it, in this place."""
+        return not self.folder.is_symlink() and (self.folder / MARKER).is_file()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its save came to its end. Unlike `defect`, this reads nothing of it."""
+        return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
+
+    def validation(self, metric: str) -> float:
+        """A mean of the evaluation at this iteration; NaN where there is none.
+
+        Raises:
+            CheckpointError: The file with it is broken.
+        """
+        value = read_json(self.folder / VALIDATION).get(metric)
+        return value if isinstance(value, float) else math.nan
+
+
+def folder_of(save: Path, iteration: int) -> Path:
+    """Where Megatron writes the checkpoint of an iteration."""
+    return save / f"iter_{iteration:07d}"
+
+
+def same_folder(load: str | Path | None, save: str | Path | None) -> bool:
+    """Whether a run loads from the folder that it saves in, so that nobody else saves there."""
+    return bool(load and save) and Path(load).resolve() == Path(save).resolve()
+
+
+def saved_in(save: Path) -> list[Saved]:
+    """What is in a save folder, newest first, whole or not."""
+    found = ((entry, _NAME.fullmatch(entry.name)) for entry in save.iterdir() if entry.is_dir())
+    saved = [Saved(int(match[1]), entry) for entry, match in found if match]
+    return sorted(saved, key=lambda entry: entry.iteration, reverse=True)
+
+
+def defect(folder: Path) -> str | None:
+    """Why a checkpoint cannot be loaded; None for one that is there in full and runs no code.
+
+    The tensors are not read (`checkpoint_conversion.torch_dist.integrity.check_content` does that).
+    """
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    if any(folder.glob("mp_rank_*")):
+        return (
+            f"{folder} is in Megatron's older format (mp_rank_…), a pickle for each rank, which is not read "
+            "here; load and save it with Megatron's own script as --ckpt-format torch_dist"
+        )
+    try:
+        check_whole(folder)
+    except (ConversionError, OSError) as error:
+        return str(error)
+    return None
+
+
+def settle(
+    load: Path,
+    warn: Callable[[str], None],
+    *,
+    is_own: bool = True,
+    inspect: Inspect = defect,
+) -> str:
+    """Make the tracker file of a folder name a whole checkpoint: the one that it names, else the newest.
+
+    Half-written and damaged checkpoints are left where they are, with a warning.
+
+    Args:
+        load: The folder; it need not exist.
+        warn: Told each thing that was found amiss.
+        is_own: Whether the run saves there too, so that nobody else does.
+        inspect: Says why a checkpoint that may be taken cannot be loaded; None for a sound one.
+
+    Returns:
+        What the tracker file holds now; "" where there is no checkpoint.
+
+    Raises:
+        CheckpointError: When there was a checkpoint and none is whole, or the file cannot be written.
+    """
+    try:
+        if not load.is_dir():
+            return ""
+    except OSError as error:
+        raise CheckpointError(f"{load} cannot be read: {error.strerror}") from error
+    if is_own:
+        put_back(load)
+    tracker = load / TRACKER
+    named = read_tracker(load)
+    amiss = _amiss(load, named, inspect)
+    for saved in saved_in(load):
+        if amiss is None and saved.iteration <= _number(named):
+            break
+        found = inspect(saved.folder) if amiss is not None else defect(saved.folder)
+        if found is not None:
+            warn(f"{saved.folder} is skipped, it is not whole: {found}")
+        elif amiss is not None:
+            warn(
+                f"{amiss}; {saved.folder} is the newest whole checkpoint, and {tracker.name} names it now"
+            )
+            _write_tracker(tracker, saved.iteration)
+            return str(saved.iteration)
+    if amiss is None:
+        return named
+    if named:
+        raise CheckpointError(
+            f"{amiss}, and no other checkpoint in {load} is whole; to begin anew, name another folder or "
+            f"remove {tracker}"
+        )
+    return ""
+
+
+def read_tracker(load: Path) -> str:
+    """What the tracker file holds; "" where there is none."""
+    try:
+        return read_tracker_file(load / TRACKER) or "nothing"
+    except FileNotFoundError:
+        return ""
+    except (ConversionError, OSError) as error:
+        raise CheckpointError(f"{load / TRACKER} cannot be read: {error}") from error
+
+
+def check_named(load: Path, iteration: int | None, inspect: Inspect = defect) -> None:
+    """Check a checkpoint that is asked for by name, or the latest of a folder that a run starts from.
+
+    Args:
+        load: The folder.
+        iteration: The checkpoint; None for the latest.
+        inspect: As in `settle`.
+
+    Raises:
+        CheckpointError: It is not whole.
+    """
+    named = read_tracker(load) if iteration is None else str(iteration)
+    found = _amiss(load, named, inspect) if named else None
+    if found is not None:
+        found_whole = (saved for saved in saved_in(load) if defect(saved.folder) is None)
+        whole = ", ".join(str(saved.iteration) for saved in found_whole)
+        raise CheckpointError(
+            f"{found}; whole checkpoints in {load} are of iterations: {whole or 'none'}"
+        )
+
+
+def make_room(folder: Path) -> None:
+    """Empty the place of a checkpoint that is about to be written.
+
+    What a save that died has left is removed. A whole checkpoint is only set aside until the new one is
+    whole too. Links in the way of what Megatron writes are removed: it would write through them.
+    """
+    for link in (folder.parent / TRACKER, folder):
+        if link.is_symlink() and defect(link) is not None:
+            link.unlink()
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    aside = folder.with_name(folder.name + _ASIDE)
+    if defect(folder) is None:
+        remove_checkpoint(aside)
+        folder.rename(aside)
+    else:
+        remove_checkpoint(folder)
+    folder.mkdir()
+
+
+def prune(
+    save: Path, latest: int, keep_last: int, metric: str | None, protected: Container[int]
+) -> Iterator[Path]:
+    """Remove the checkpoints that are not kept.
+
+    Args:
+        save: The save folder.
+        latest: The iteration that the tracker file names; it stays, and so does what is newer and not
+            complete, since that may be being written.
+        keep_last: How many of the newest stay.
+        metric: The best by this metric stays, if there is one.
+        protected: Iterations that stay.
+
+    Yields:
+        What was removed.
+    """
+    own = [saved for saved in saved_in(save) if saved.is_own]
+    complete = [saved for saved in own if saved.is_complete]
+    kept = {latest, *(saved.iteration for saved in complete[:keep_last])}
+    best_one = best(save, metric) if metric is not None else None
+    if best_one is not None:
+        kept.add(best_one.iteration)
+    for saved in own:
+        may_be_written = saved not in complete and saved.iteration > latest
+        if saved.iteration not in kept and saved.iteration not in protected and not may_be_written:
+            remove_checkpoint(saved.folder)
+            yield saved.folder
+
+
+def set_aside_in(save: Path) -> list[Path]:
+    """The checkpoints that `make_room` has set aside and nobody has removed or put back."""
+    return [aside for aside in save.glob(f"iter_*{_ASIDE}") if aside.is_dir()]
+
+
+def drop_replaced(folder: Path) -> None:
+    """Remove what `make_room` has set aside, once the new checkpoint is whole."""
+    remove_checkpoint(folder.with_name(folder.name + _ASIDE))
+
+
+def best(save: Path, metric: str) -> Saved | None:
+    """The complete checkpoint with the best evaluation, the earliest of equals; None where there is none."""
+    sign = BETTER[metric]
+    candidates = [
+        saved
+        for saved in reversed(saved_in(save))
+        if saved.is_own and saved.is_complete and math.isfinite(saved.validation(metric))
+    ]
+    return max(candidates, key=lambda saved: sign * saved.validation(metric), default=None)
+
+
+# Metrics of an evaluation that say how good a model is, and whether more is better (1) or less (-1).
+BETTER = {"lm loss": -1, "objective": -1, "mean p": 1}
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    _write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content; empty where there is no such file.
+
+    Raises:
+        CheckpointError: It is broken, or no regular file.
+    """
+    try:
+        return read_json_object(file) if file.exists() or file.is_symlink() else {}
+    except ConversionError as error:
+        raise CheckpointError(f"{error}; correct it or remove it") from error
+
+
+def _amiss(load: Path, named: str, inspect: Inspect) -> str | None:
+    """What is wrong with the checkpoint that a tracker file names."""
+    tracker = load / TRACKER
+    if not named:
+        return f"{tracker} is missing"
+    if named != RELEASE and not is_iteration(named):
+        return f"{tracker} holds {named[:40]!r}, which is no iteration"
+    return inspect(load / RELEASE if named == RELEASE else folder_of(load, int(named)))
+
+
+def _number(named: str) -> int:
+    return -1 if named == RELEASE else int(named)
+
+
+def put_back(load: Path) -> None:
+    """End what was under way when a save died, or found no space, that was to replace a whole checkpoint."""
+    for aside in set_aside_in(load):
+        folder = aside.with_name(aside.name.removesuffix(_ASIDE))
+        if defect(folder) is None:
+            remove_checkpoint(aside)
+        else:
+            remove_checkpoint(folder)
+            aside.rename(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint so that what is left of it, should this be interrupted, is not whole."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        (folder / ".metadata").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _write_tracker(tracker: Path, iteration: int) -> None:
+    try:
+        _write_text(tracker, str(iteration))
+    except OSError as error:
+        raise CheckpointError(
+            f"{tracker} cannot be written ({error}), and has to name iteration {iteration}, the newest whole "
+            "checkpoint; write that number into it"
+        ) from error
+
+
+def _write_text(file: Path, text: str) -> None:
+    with whole_file(file) as stream:
+        stream.write(text.encode())

@@ -1,0 +1,212 @@
+"""HuggingFace weights straight into the ranks' parameters, and back, without a checkpoint on disk.
+
+Every model of Megatron-Core can say which block of which global tensor each of its parameters is
+(`sharded_state_dict`, made for torch_dist checkpoints). So whatever the layout of tensor, pipeline
+and expert parallelism, a rank knows what to read; the names and the arrangement of rows are those of
+`checkpoint_conversion`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.training import get_args
+
+from checkpoint_conversion.engine.output import sync_file
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.folder import list_tensors
+from checkpoint_conversion.hf.model import HFModel
+from checkpoint_conversion.hf.output import HFOutput
+from checkpoint_conversion.hf.shards import Rules, Shard, read_shard, write_shard
+from checkpoint_conversion.progress import human
+from megatron_profit.training.checkpoints.shared_check import check_together
+from megatron_profit.training.process.console import fail, print_rank_0
+
+Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
+
+
+def load_hook(model: HFModel) -> Hook:
+    """A `ModelConfig.pre_wrap_hooks` entry that fills the model with the weights of a folder.
+
+    It runs before the model is wrapped, so data-parallel copies, the optimizer's fp32 weights and
+    everything else start from these values.
+    """
+
+    def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
+        try:
+            load(model, chunks)
+        except ConversionError as error:
+            fail(error)
+        return chunks
+
+    return hook
+
+
+def keep_in(kept: list[MegatronModule]) -> Hook:
+    """A `ModelConfig.pre_wrap_hooks` entry that puts the rank's pipeline stages into a list."""
+
+    def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
+        kept.extend(chunks)
+        return chunks
+
+    return hook
+
+
+@torch.no_grad()
+def load(model: HFModel, chunks: Sequence[MegatronModule]) -> None:
+    """Fill this rank's part of a model.
+
+    All ranks call this together.
+
+    Args:
+        model: The HuggingFace folder.
+        chunks: The rank's pipeline stages, before they are wrapped.
+
+    Raises:
+        ConversionError: For a parameter that the folder does not give, a value that the parameter's
+            dtype cannot hold, a truncated file, or a second copy of tied embeddings that differs.
+    """
+    start = time.monotonic()
+    _check_alias(model)
+    rules = Rules(model.rules)
+    nbytes = 0
+    for shard, _ in model_shards(chunks):
+        read_shard(model, rules, shard)
+        nbytes += shard.values.nbytes
+    seconds = time.monotonic() - start
+    print_rank_0(
+        f"> weights from {model.folder}: {human(nbytes)} on the first rank in {seconds:.1f} s"
+    )
+
+
+def _check_alias(model: HFModel) -> None:
+    """Let the first rank alone read both copies of tied embeddings in full, and all ranks fail."""
+    if model.alias is None:
+        return
+    outcome: list[ConversionError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            model.check_alias()
+        except ConversionError as error:
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+@torch.no_grad()
+def load_checkpoint_into(chunks: Sequence[MegatronModule], folder: Path) -> None:
+    """Replace this rank's part of a model by that of a checkpoint that this run has written.
+
+    All ranks call this together.
+
+    Args:
+        chunks: The rank's pipeline stages.
+        folder: The checkpoint of an iteration, in the format torch_dist.
+
+    Raises:
+        ConversionError: A part of it is missing or damaged.
+    """
+    if not get_args().skip_checksums:
+        check_together(folder)
+    print_rank_0(f"> exporting the weights of {folder}")
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    sharded = {name: c.sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
+    content = dist_checkpointing.load(sharded, str(folder))
+    for name, chunk in zip(names, chunks, strict=True):
+        chunk.load_state_dict(content[name])
+
+
+@torch.no_grad()
+def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
+    """Write the model to a HuggingFace folder; every rank writes what it holds, at the same time.
+
+    All ranks call this together. The folder appears whole or not at all.
+
+    Args:
+        output: What to write.
+        chunks: The rank's pipeline stages.
+
+    Raises:
+        ConversionError: When the folder must not be written any more, the disk is full or fails, a
+            value is outside the range of the dtype, or the ranks do not hold the whole model.
+    """
+    start = time.monotonic()
+    rules = Rules(output.rules)
+    with output.create() if torch.distributed.get_rank() == 0 else nullcontext() as created:
+        place = [created]
+        torch.distributed.broadcast_object_list(place, src=0)
+        tensors = list_tensors(place[0])
+        elements = sum(
+            write_shard(tensors, rules, shard)
+            for shard, is_saved_here in model_shards(chunks)
+            if is_saved_here
+        )
+        for file in {tensor.file for tensor in tensors.values()}:
+            sync_file(file)
+        _check_all_written(output, elements)
+    seconds = time.monotonic() - start
+    print_rank_0(
+        f"> exported {len(output.tensors)} tensors, {human(output.nbytes)}, to {output.folder} "
+        f"in {seconds:.1f} s"
+    )
+    if output.stops.added is not None:
+        print_rank_0(f"> {output.stops}")
+
+
+def _check_all_written(output: HFOutput, elements: int) -> None:
+    """Wait for all ranks, and check that each element was written, and once."""
+    device = "cpu" if torch.distributed.get_backend() == "gloo" else "cuda"
+    total = torch.tensor(elements, device=device)
+    torch.distributed.all_reduce(total)
+    if total.item() != output.elements:
+        raise ConversionError(
+            f"{output.folder}: the ranks hold {total.item()} elements to save, the model has "
+            f"{output.elements}"
+        )
+
+
+def model_shards(chunks: Sequence[MegatronModule]) -> Iterator[tuple[Shard, bool]]:
+    """The shards whose values are this rank's parameters themselves, and whether this rank is the
+    one to save each.
+
+    Raises:
+        ConversionError: For a model whose parameters are not all among them.
+    """
+    for chunk in chunks:
+        content = chunk.sharded_state_dict()
+        apply_factories(content)  # gate and up, one parameter, are two blocks of the global tensor
+        sharded = [item for item in nested_values(content) if isinstance(item, ShardedTensor)]
+        _check_complete(chunk, sharded)
+        for item in sharded:
+            shard = Shard(item.key, item.global_shape, item.global_offset, item.data)
+            yield shard, is_main_replica(item.replica_id)
+
+
+def _check_complete(chunk: MegatronModule, sharded: Sequence[ShardedTensor]) -> None:
+    """Check that the shards cover each parameter, and are views of them and not copies."""
+    covered: Counter[int] = Counter()
+    for item in sharded:
+        covered[item.data.untyped_storage().data_ptr()] += item.data.numel()
+    for name, parameter in chunk.named_parameters():
+        if parameter.is_meta:
+            raise ConversionError(f"{name} has no values yet: drop --init-model-with-meta-device")
+        if covered[parameter.untyped_storage().data_ptr()] < parameter.numel():
+            raise ConversionError(
+                f"the layers keep {name} {list(parameter.shape)} in a form that HuggingFace weights "
+                "cannot be put into; convert them with checkpoint_conversion.hf_to_megatron and give "
+                "--pretrained-checkpoint"
+            )

@@ -1,0 +1,347 @@
+"""Which checkpoints a run keeps, and when it stops because an evaluation no longer improves.
+
+All that is needed for it lies in the checkpoints themselves: each has a marker with the state of the early
+stop, and the means of the evaluation at its iteration. So a resumed run decides like an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import get_args
+
+from checkpoint_conversion.errors import ConversionError
+from megatron_profit.megatron_patches.enduring import reason, warn
+from megatron_profit.megatron_patches.hooks import RunListener
+from megatron_profit.training.checkpoints.folder import (
+    BETTER,
+    MARKER,
+    VALIDATION,
+    CheckpointError,
+    Saved,
+    best,
+    drop_replaced,
+    folder_of,
+    make_room,
+    prune,
+    put_back,
+    read_json,
+    same_folder,
+    write_json,
+)
+from megatron_profit.training.checkpoints.run_record import RUN, RunRecord
+from megatron_profit.training.checkpoints.save_folder import clear_save_folder, names_of
+from megatron_profit.training.checkpoints.save_lock import hold_still
+from megatron_profit.training.checkpoints.size import check_space
+from megatron_profit.training.process.console import fail, print_rank_0
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """What the flags ask for.
+
+    Attributes:
+        last: How many of the newest checkpoints stay; None for all.
+        metric: The validation metric whose best checkpoint stays, and that an early stop watches.
+        patience: Evaluations without a new best after which a run stops; None for never.
+    """
+
+    last: int | None = None
+    metric: str | None = None
+    patience: int | None = None
+
+
+def add_keep_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of this module."""
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="Remove checkpoints of --save but the N newest, the best one and the one resumed from.",
+    )
+    group.add_argument(
+        "--keep-best",
+        metavar="METRIC",
+        help=f"Validation metric whose best checkpoint is never removed: {', '.join(BETTER)}.",
+    )
+    group.add_argument(
+        "--early-stop",
+        type=int,
+        metavar="PATIENCE",
+        help="End the run after this many evaluations in a row without a new best of --keep-best.",
+    )
+    group.add_argument(
+        "--export-best",
+        action="store_true",
+        help="Let --export-hf write the best checkpoint by --keep-best, not the last weights.",
+    )
+
+
+def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
+    """What the flags ask for, checked.
+
+    Args:
+        settings: All arguments, by name.
+
+    Raises:
+        ValueError: Names the flag, its value and what to do.
+    """
+    last, metric, patience = (settings[n] for n in ("keep_last", "keep_best", "early_stop"))
+    for flag, value in (("--keep-last", last), ("--early-stop", patience)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} is {value}; it must be at least 1")
+    if last is not None and not settings["save"]:
+        raise ValueError(f"--keep-last {last} removes checkpoints of --save, which is missing")
+    if last is not None and settings["save_retain_interval"]:
+        raise ValueError(
+            f"--save-retain-interval {settings['save_retain_interval']} removes checkpoints by a rule of its "
+            f"own, those of --keep-last {last} among them; drop one of the two"
+        )
+    if metric is not None:
+        _check_metric(metric, settings)
+    elif patience is not None:
+        raise ValueError(
+            f"--early-stop {patience} needs the metric to watch; give --keep-best 'lm loss'"
+        )
+    elif settings["export_best"]:
+        raise ValueError("--export-best needs the metric to judge by; give --keep-best 'lm loss'")
+    if settings["export_best"] and not settings["export_hf"]:
+        raise ValueError("--export-best is about what --export-hf writes, which is missing")
+    return KeepOptions(last, metric, patience)
+
+
+def _check_metric(metric: str, settings: Mapping[str, Any]) -> None:
+    if metric not in BETTER:
+        raise ValueError(
+            f"--keep-best {metric!r} is not known to be better higher or lower; choose one of "
+            f"{', '.join(map(repr, BETTER))}"
+        )
+    if not any(settings[name] for name in ("keep_last", "early_stop", "export_best")):
+        raise ValueError(
+            f"--keep-best {metric!r} does nothing where all checkpoints are kept; give --keep-last, "
+            "--early-stop or --export-best as well"
+        )
+    if not settings["save"]:
+        raise ValueError(f"--keep-best {metric!r} needs checkpoints; give --save DIR")
+    if not (settings["valid_data"] or settings["valid_split"]) or settings["eval_iters"] == 0:
+        raise ValueError(
+            f"--keep-best {metric!r} is measured at evaluations, and there are none; give --valid-data or "
+            "--valid-split"
+        )
+    saves, evaluates = settings["save_interval"], settings["eval_interval"]
+    if saves % evaluates:
+        raise ValueError(
+            f"--keep-best {metric!r} compares checkpoints by the evaluation at the same iteration: "
+            f"--save-interval {saves} must be a multiple of --eval-interval {evaluates}"
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The evaluations so far, as far as an early stop needs them.
+
+    Attributes:
+        metric: What is watched.
+        best: Its best value; None before the first evaluation.
+        best_iteration: Where that was.
+        iteration: The last evaluation.
+        without_best: Evaluations since the best one.
+    """
+
+    metric: str
+    best: float | None = None
+    best_iteration: int = 0
+    iteration: int = 0
+    without_best: int = 0
+
+    def checked(self) -> Progress:
+        """This, if all values are of the types above.
+
+        Raises:
+            TypeError: One is not.
+        """
+        numbers = (self.best_iteration, self.iteration, self.without_best)
+        if not isinstance(self.metric, str) or not all(type(number) is int for number in numbers):
+            raise TypeError("the state of an early stop counts evaluations of a metric")
+        if self.best is not None and not isinstance(self.best, float):
+            raise TypeError("the best value of a metric must be a number")
+        return self
+
+    def after(self, iteration: int, value: float) -> Progress:
+        """With one more evaluation; one that is made again, as at the end of a run, does not count."""
+        if iteration <= self.iteration:
+            return self
+        sign = BETTER[self.metric]
+        is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best)
+        if is_best:
+            return Progress(self.metric, value, iteration, iteration, 0)
+        return replace(self, iteration=iteration, without_best=self.without_best + 1)
+
+
+class CheckpointKeeper(RunListener):
+    """Marks the checkpoints of a run, removes those that are not kept, and ends the run early.
+
+    Args:
+        options: What the flags ask for.
+        record: What the run is made of; each checkpoint says so. Only the first rank needs it.
+    """
+
+    def __init__(self, options: KeepOptions, record: RunRecord) -> None:
+        self._options, self._record = options, record
+        self._progress = None if options.metric is None else Progress(options.metric)
+        self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
+        self._resumed_from: frozenset[int] = frozenset()
+
+    def before_training(self, iteration: int) -> None:
+        """Continue where the loaded checkpoint was; a run that had stopped ends without a step. A run that
+        replaces another removes it."""
+        args = get_args()
+        if args.overwrite and args.save:
+            self._replace_run(Path(args.save))
+        if iteration == 0 or args.load is None:
+            return
+        load = Path(args.load)
+        if same_folder(load, args.save):
+            self._resumed_from = frozenset({iteration})
+        if self._progress is None:
+            return
+        file = folder_of(load, iteration) / MARKER
+        saved = _from_first_rank(_saved_progress(file) if _is_first_rank() else None)
+        if saved is not None and saved.metric == self._progress.metric:
+            self._progress = saved
+            self._stop_if_patience_has_ended(iteration)
+
+    def _replace_run(self, save: Path) -> None:
+        """Only now that the weights are loaded: until here, a failure leaves the old run as it was."""
+        if _is_first_rank():
+            try:
+                removed = clear_save_folder(save)
+            except OSError as error:
+                fail(f"--overwrite: the run in {save} cannot be removed: {error}")
+            if removed:
+                print_rank_0(f"> removed the run in {save} (--overwrite): {names_of(removed)}")
+        torch.distributed.barrier()
+
+    def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Note the means, beside the checkpoint if there is one already, and stop the run in time."""
+        if self._progress is None:
+            return
+        self._evaluated = (iteration, metrics)
+        here = Saved(iteration, folder_of(Path(get_args().save), iteration))
+        if _is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
+            _note(here.folder / VALIDATION, metrics)
+        self._progress = self._progress.after(iteration, metrics[self._progress.metric])
+        self._stop_if_patience_has_ended(iteration)
+
+    def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:
+        problem = _from_first_rank(_prepare(folder, size) if _is_first_rank() else None)
+        if problem is not None:
+            raise CheckpointError(f"no checkpoint of step {iteration} was written: {problem}")
+
+    def with_checkpoint(self, folder: Path, iteration: int) -> None:
+        if not _is_first_rank():
+            return
+        progress = None if self._progress is None else asdict(self._progress)
+        content = {"format": _FORMAT, "iteration": iteration, "progress": progress}
+        write_json(folder / MARKER, {**content, RUN: self._record.to_json()})
+        at, metrics = self._evaluated
+        if at == iteration:
+            write_json(folder / VALIDATION, metrics)
+
+    def after_checkpoint(self, iteration: int) -> None:
+        if not _is_first_rank():
+            return
+        save, options = Path(get_args().save), self._options
+        try:
+            drop_replaced(folder_of(save, iteration))
+            if options.last is not None:
+                removed = prune(save, iteration, options.last, options.metric, self._resumed_from)
+                for folder in removed:
+                    print_rank_0(f"> removed {folder} (--keep-last {options.last})")
+        except (CheckpointError, ConversionError, OSError) as error:
+            # The run is worth more than the space.
+            print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
+
+    def best(self) -> Saved:
+        """The best checkpoint in --save, the same on all ranks.
+
+        Raises:
+            ConversionError: When there is none.
+        """
+        assert self._progress is not None
+        save, metric = get_args().save, self._progress.metric
+        found = _from_first_rank(best(Path(save), metric) if _is_first_rank() else None)
+        if found is None:
+            raise ConversionError(
+                f"no checkpoint in {save} has an evaluation with a finite {metric}"
+            )
+        return found
+
+    def _stop_if_patience_has_ended(self, iteration: int) -> None:
+        args, progress, patience = get_args(), self._progress, self._options.patience
+        if patience is None or progress is None or progress.without_best < patience:
+            return
+        if iteration < args.train_iters:
+            print_rank_0(
+                f"> stopped after iteration {iteration} of {args.train_iters}: no better {progress.metric} "
+                f"in {progress.without_best} evaluations (--early-stop {patience}); the best was "
+                f"{progress.best} after iteration {progress.best_iteration}; to train on, give a larger "
+                "--early-stop"
+            )
+            # Megatron's loop ends here as after its last step.
+            args.train_iters = iteration
+
+
+def _prepare(folder: Path, size: int) -> str | None:
+    """Make sure of the place of a checkpoint; why it cannot be written there, or None."""
+    save = folder.parent
+    try:
+        hold_still(save)
+        make_room(folder)
+        check_space(save, size)
+    except (CheckpointError, OSError) as error:
+        with contextlib.suppress(OSError):
+            put_back(save)
+            folder.rmdir()  # Megatron has made it, and it is empty
+        is_ours = isinstance(error, CheckpointError)
+        return str(error) if is_ours else f"{save} cannot be written ({reason(error)})"
+    return None
+
+
+def _note(file: Path, metrics: Mapping[str, float]) -> None:
+    try:
+        write_json(file, metrics)
+    except OSError as error:
+        warn(
+            f"{file} cannot be written ({reason(error)}); this checkpoint will not count as the best"
+        )
+
+
+def _saved_progress(file: Path) -> Progress | None:
+    """The state of the early stop in the marker of a checkpoint, if there is one."""
+    saved = read_json(file).get("progress")
+    if saved is None:
+        return None
+    try:
+        return Progress(**saved).checked()
+    except TypeError as error:
+        raise CheckpointError(f"{file} is damaged: its progress is {saved!r}") from error
+
+
+def _is_first_rank() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+def _from_first_rank(value: Any) -> Any:
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]

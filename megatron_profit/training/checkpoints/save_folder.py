@@ -1,0 +1,135 @@
+"""A save folder before a run begins: it holds a run that is to go on, one to be replaced, or none.
+
+A run writes into a folder with checkpoints only if it goes on from them or was told to replace them. Only the
+first rank of a run looks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
+from megatron_profit.megatron_patches.loggers import has_curves
+from megatron_profit.training.checkpoints.folder import (
+    CheckpointError,
+    remove_checkpoint,
+    same_folder,
+    saved_in,
+    set_aside_in,
+)
+from megatron_profit.training.monitoring.metrics_file import SUPERSEDED
+from megatron_profit.training.process.console import print_rank_0
+
+METRICS = "metrics.jsonl"
+WANDB_RUN = "wandb_run.json"
+# Files of a run besides its checkpoints; the last two are Megatron's, for W&B and --log-progress.
+_FILES = (
+    TRACKER,
+    METRICS,
+    METRICS + SUPERSEDED,
+    WANDB_RUN,
+    "latest_wandb_artifact_path.txt",
+    "progress.txt",
+)
+
+
+def check_save_folder(
+    save: Path, load: Path | None, *, overwrite: bool, start: Path | None = None
+) -> None:
+    """Refuse to write into a folder with checkpoints that the run neither goes on from nor may replace.
+
+    What a run left that died before its first checkpoint was complete does not count.
+
+    Args:
+        save: The folder; it need not exist.
+        load: Where the run goes on from, if anywhere.
+        overwrite: Whether the run may replace the one in the folder.
+        start: The checkpoints that the run starts from anew, if any.
+
+    Raises:
+        CheckpointError: Names the folder, the checkpoints in it and the flags that help.
+    """
+    if same_folder(load, save):
+        if overwrite:
+            raise CheckpointError(
+                f"--load {load} goes on with the run in that folder, and --overwrite replaces it; drop one "
+                "of the two"
+            )
+        return
+    held = checkpoints_in(save)
+    if not held:
+        return
+    if overwrite and same_folder(start, save):
+        raise CheckpointError(
+            "--overwrite would remove the checkpoint that the run starts from (--pretrained-checkpoint "
+            f"{start}); name another --save folder"
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"--save {save} holds a run already ({names_of(held)}); to go on with it, give --load {save}; to "
+            "replace it, give --overwrite; or name another folder"
+        )
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        raise CheckpointError(
+            f"--save {save} holds checkpoints ({names_of(held)}), and this is a restart by torchrun, which "
+            f"does not repeat --overwrite; to go on with them, give --load {save} in place of it"
+        )
+    foreign = [folder for folder in held if folder not in _own(save)]
+    if foreign:
+        raise CheckpointError(
+            f"--save {save} holds checkpoints that this entry has not written ({names_of(foreign)}), and "
+            "--overwrite removes only its own; remove them yourself, or name another folder"
+        )
+
+
+def tell_of_other_curves(folder: str) -> None:
+    """Warn where a run that begins anew writes its curves into a folder that has some."""
+    if has_curves(folder):
+        print_rank_0(
+            f"WARNING: --tensorboard-dir {folder} has the curves of another run, or of one that died; "
+            "TensorBoard shows this one in their place"
+        )
+
+
+def clear_save_folder(save: Path) -> list[Path]:
+    """Remove the run that a folder holds: checkpoints of this entry, tracker file, metrics.
+
+    Links, checkpoints of other programs and all other files stay.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    removed = [save / name for name in _FILES if (save / name).is_file()]
+    for file in removed:
+        file.unlink()
+    for folder in (*_own(save), *set_aside_in(save)):
+        remove_checkpoint(folder)
+        removed.append(folder)
+    return removed
+
+
+def checkpoints_in(save: Path) -> list[Path]:
+    """The folders that hold a checkpoint, or did: newest first, without those whose save never ended."""
+    if not save.is_dir():
+        return []
+    folders = [saved.folder for saved in saved_in(save)]
+    return [folder for folder in (*folders, save / RELEASE) if _is_checkpoint(folder)]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a save came to its end here; `.metadata` is written last."""
+    return (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*"))
+
+
+def _own(save: Path) -> list[Path]:
+    return [saved.folder for saved in saved_in(save) if saved.is_own]
+
+
+def names_of(paths: list[Path]) -> str:
+    """The names of files or folders, the middle ones of many left out."""
+    names = [path.name for path in paths]
+    return ", ".join(names if len(names) <= 3 else [*names[:2], "...", names[-1]])

@@ -1,0 +1,144 @@
+"""One run at a time in a folder of checkpoints: two would write over and remove one another's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from io import TextIOWrapper
+from pathlib import Path
+
+from checkpoint_conversion.engine.output import NO_LOCKS
+from checkpoint_conversion.engine.regular_files import open_to_append
+from checkpoint_conversion.errors import ConversionError
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.checkpoints.save_folder import checkpoints_in
+from megatron_profit.training.process.console import is_first_rank, print_rank_0
+
+NAME = ".in_use"
+# How long a run that is being stopped may take to leave; a network file system finds out later that one died.
+_PATIENCE_SECONDS = 180
+# Closing any descriptor of the file would give the lock up.
+_held: dict[Path, TextIOWrapper] = {}
+# Descriptors of these folders: while one is open, no other folder can get its inode.
+_folders: dict[Path, int] = {}
+
+
+def hold_new(save: Path) -> None:
+    """Hold a folder that was not there when the run looked for checkpoints.
+
+    Raises:
+        CheckpointError: As `hold`, or another run has been there meanwhile.
+    """
+    if hold(save) and any(save.glob("iter_*")):
+        raise CheckpointError(
+            f"--save {save}: another run has written checkpoints since this one was started; give the same "
+            "command again to go on from them"
+        )
+
+
+def hold_still(save: Path) -> None:
+    """Make a folder anew, and hold it, that was removed or moved away while this run went on.
+
+    Raises:
+        CheckpointError: Another run has the folder, or has left checkpoints there, or it cannot be written.
+    """
+    save = save.resolve()
+    if save not in _held or _is_in_place(save / NAME, _held[save].fileno()):
+        return
+    is_new = not _is_in_place(save, _folders[save])
+    os.close(_folders.pop(save))
+    _held.pop(save).close()
+    hold(save, patience=0)
+    if not is_new:
+        return
+    print_rank_0(f"WARNING: --save {save} was removed while the run was going on; it is made anew")
+    if checkpoints_in(save):
+        raise CheckpointError(
+            f"--save {save}: the folder was removed while this run was going on, and another run has written "
+            "checkpoints there; name another folder"
+        )
+
+
+def _is_in_place(path: Path, descriptor: int) -> bool:
+    """Whether what was opened is still under its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
+    """Keep other runs out of a folder until the first rank, which calls this, ends, however it ends.
+
+    The kernel holds the lock (POSIX, which NFS knows too), on a file `.in_use` that says who has it. A file
+    that is left behind means nothing. On other ranks, and when called again, it does nothing.
+
+    Args:
+        save: The folder; made if it does not exist.
+        patience: Seconds to wait for a run that has it.
+
+    Returns:
+        Whether the folder is held since this call.
+
+    Raises:
+        CheckpointError: Another run has the folder, or it cannot be written.
+    """
+    save = save.resolve()
+    if save in _held or not is_first_rank():
+        return False
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(open_to_append(save / NAME), "a+", encoding="utf-8")
+    except ConversionError as error:
+        raise CheckpointError(f"--save {save} cannot be held: {error}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"--save {save} cannot be written: {error.strerror}; name another folder"
+        ) from error
+    try:
+        _wait_for(file, save, patience)
+    except BaseException:
+        file.close()
+        raise
+    _held[save], _folders[save] = file, os.open(save, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def _wait_for(file: TextIOWrapper, save: Path, patience: float) -> None:
+    end, told = time.monotonic() + patience, False
+    while not _locked(file, save):
+        file.seek(0)
+        holder = file.read() or "another process"
+        if time.monotonic() >= end:
+            raise CheckpointError(
+                f"--save {save} is in use by another run ({holder}); end that one, or name another folder. "
+                f"If its machine is gone and the lock is still there, remove {save / NAME}"
+            )
+        if not told:
+            print_rank_0(f"> waiting for the run that uses --save {save} to end ({holder})")
+            told = True
+        time.sleep(0.2)
+
+
+def _locked(file: TextIOWrapper, save: Path) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            print_rank_0(
+                f"WARNING: {save} is on a file system without locks; nothing keeps a second run out of it"
+            )
+            return True
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise CheckpointError(f"--save {save} cannot be locked: {error.strerror}") from error
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""How large a checkpoint is, and whether there is space for it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.model import expected_shapes
+from checkpoint_conversion.progress import human
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.process.console import print_rank_0
+
+# Metadata, random generators and torch's header of each tensor.
+_SPARE_SHARE, _SPARE_BYTES = 0.01, 1 << 20
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+# Values that an optimizer keeps of each parameter, besides the parameter itself.
+_MOMENTS = {"adam": 2, "sgd": 1, "lion": 1}
+
+
+def estimated_bytes(settings: Mapping[str, Any], parameters: int) -> int:
+    """The size of a checkpoint: the weights and the state of the optimizer, over all ranks.
+
+    Args:
+        settings: All arguments by name.
+        parameters: Of the whole model.
+    """
+    half = settings["bf16"] or settings["fp16"]
+    weights = 2 if half else 4
+    if settings["no_save_optim"]:
+        return weights * parameters
+    # The distributed optimizer keeps the parameters in its state, others only fp32 copies of bf16 and fp16.
+    copies = 4 if half or settings["use_distributed_optimizer"] else 0
+    return (weights + copies + 4 * _MOMENTS.get(settings["optimizer"], 2)) * parameters
+
+
+def check_space_at_start(save: Path, hf_model: Path, settings: Mapping[str, Any]) -> None:
+    """Tell how large a checkpoint is, and refuse a run whose first one would find too little space.
+
+    Args:
+        save: Where the checkpoints go; it need not exist.
+        hf_model: Folder of the model.
+        settings: All arguments by name.
+
+    Raises:
+        CheckpointError: Names both sizes and what to do.
+    """
+    config = read_hf_config(hf_model)
+    shapes = expected_shapes(family_for(config).tensor_rules(config))
+    size, free = estimated_bytes(settings, sum(map(math.prod, shapes.values()))), _free(save)
+    if free < size and not settings["overwrite"]:
+        raise CheckpointError(
+            f"--save {save} has {human(free)} of space left, and a checkpoint takes about {human(size)} (an "
+            "estimate from the flags); free some, name a folder on another disk, or leave out the state of "
+            "the optimizer with --no-save-optim"
+        )
+    print_rank_0(
+        f"> a checkpoint takes about {human(size)} (an estimate from the flags); --save {save} has "
+        f"{human(free)} left"
+    )
+
+
+def check_space(save: Path, size: int) -> None:
+    """Refuse to begin a checkpoint for which there is too little space.
+
+    Args:
+        save: The folder of the checkpoints.
+        size: Bytes of the tensors.
+
+    Raises:
+        CheckpointError: Names both sizes and what to do.
+    """
+    free = _free(save)
+    if free < size * (1 + _SPARE_SHARE) + _SPARE_BYTES:
+        raise CheckpointError(
+            f"it takes {human(size)}, and {save} has {human(free)} left; the checkpoints there are as they "
+            "were. Free some space, and give the same command again; --keep-last N removes older checkpoints"
+        )
+
+
+def _free(folder: Path) -> int:
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free

@@ -1,0 +1,1 @@
+"""What a run says: metrics, guards, curves and token reports."""

@@ -1,0 +1,173 @@
+"""The token report of some validation records, written at each evaluation.
+
+The evaluation computes the statistics anyway. Each rank of the last pipeline stage collects those of the
+chosen records that it meets, and when an evaluation ends one rank writes the page. A prompt's tokens have
+no probability there: they never meet the output layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from transformers import PreTrainedTokenizerBase
+
+from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.data import Prepared, SFTDataset
+from megatron_profit.megatron_patches.enduring import reason, warn
+from megatron_profit.megatron_patches.hooks import RunListener
+from megatron_profit.objectives import TokenStatistics
+from megatron_profit.token_report import TokenRecord, page, token_texts
+from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.objective_loss import (
+    MicroBatchLoss,
+    current_step,
+    micro_batches_of_window,
+)
+
+DEFAULT_RECORDS = 20
+# A folder next to the pages, for pages of steps that are trained again.
+_SUPERSEDED = "superseded"
+# Columns of what is collected of a token.
+_RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT = range(5)
+
+
+@dataclass
+class EvaluationReport(RunListener):
+    """Collects and writes.
+
+    Attributes:
+        folder: Gets a page `step_0000100.html` for each evaluation.
+        records: Index in the prepared data of each record to show.
+        prepared: The validation data.
+        tokenizer: Of the model.
+        objective: What the run's objective is called.
+    """
+
+    folder: Path
+    records: Sequence[int]
+    prepared: Prepared
+    tokenizer: PreTrainedTokenizerBase
+    objective: str
+    _collected: list[torch.Tensor] = field(default_factory=list, repr=False)
+    _micro_batches: int = 0
+    _failed: bool = False
+
+    def before_training(self, iteration: int) -> None:
+        """Set aside the pages of later steps, which an earlier process or another run has written."""
+        if torch.distributed.get_rank() == 0:
+            self._endure(lambda: _set_aside(self.folder, iteration))
+
+    def _endure(self, write: Callable[[], None]) -> None:
+        """The run is worth more than its reports; the first failure is told."""
+        try:
+            write()
+        except OSError as error:
+            if not self._failed:
+                warn(f"--token-report {self.folder} cannot be written ({reason(error)})")
+            self._failed = True
+
+    def watching(self, begin: Callable[[Batch], MicroBatchLoss]) -> Callable[[Batch], Any]:
+        """`begin`, and of what it begins in an evaluation the statistics."""
+
+        def watched(batch: Batch) -> Any:
+            loss = begin(batch)
+            return loss if torch.is_grad_enabled() else _Watched(loss, batch, self)
+
+        return watched
+
+    def add(self, batch: Batch, loss: MicroBatchLoss) -> None:
+        """Collect a micro-batch of an evaluation; write the page after the last. Ranks that differ only
+        in their data come here together."""
+        self._collected.append(self._tokens(batch, loss))
+        self._micro_batches += 1
+        if self._micro_batches < micro_batches_of_window():
+            return
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        everything: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(everything, torch.cat(self._collected), group)
+        self._collected, self._micro_batches = [], 0
+        if mpu.get_tensor_model_parallel_rank() == 0 and group.rank() == 0:
+            self._endure(lambda: self._write(torch.cat(everything), current_step() + 1))
+
+    def _tokens(self, batch: Batch, loss: MicroBatchLoss) -> torch.Tensor:
+        """[tokens, 5] float64, the supervised tokens of the chosen records."""
+        statistics = loss.statistics
+        record = batch.record_index.transpose(0, 1).flatten()
+        position = batch.position_ids.transpose(0, 1).flatten()
+        chosen = torch.tensor(self.records, device=record.device)
+        here = statistics.supervised & torch.isin(record, chosen)
+        columns = (record, position, statistics.log_prob, statistics.prob, statistics.weight)
+        return torch.stack([column[here].double() for column in columns], 1).cpu()
+
+    def _write(self, tokens: torch.Tensor, steps: int) -> None:
+        text = page(
+            [self._record(i, tokens[tokens[:, _RECORD] == i]) for i in self.records],
+            title=f"Token report after step {steps}",
+            subtitle=f"{len(self.records)} validation records under the model in training; the objective "
+            f"is {self.objective}. Tokens of a prompt have no probability here.",
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.folder / f"step_{steps:07}.html") as stream:
+            stream.write(text.encode())
+
+    def _record(self, index: int, tokens: torch.Tensor) -> TokenRecord:
+        ids = self.prepared.examples[index][0].tolist()
+        # What is at a position of the row produces the token behind it.
+        place = tokens[:, _POSITION].long() + 1
+        nothing = torch.full((len(ids),), torch.nan)
+        log_prob = nothing.index_copy(0, place, tokens[:, _LOG_PROB].float())
+        prob = nothing.index_copy(0, place, tokens[:, _PROB].float())
+        weight = torch.zeros(len(ids)).index_copy(0, place, tokens[:, _WEIGHT].float())
+        return TokenRecord(
+            name=self.prepared.name(index),
+            pieces=token_texts(self.tokenizer, ids),
+            supervised=~prob.isnan(),
+            statistics=TokenStatistics(log_prob, softmax_prob=prob),
+            weights={self.objective: weight},
+        )
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A micro-batch whose statistics the report sees as well."""
+
+    loss: MicroBatchLoss
+    batch: Batch
+    report: EvaluationReport
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        return self.loss.model_kwargs
+
+    def loss_func(self, output_tensor: torch.Tensor) -> tuple:
+        result = self.loss.loss_func(output_tensor)
+        self.report.add(self.batch, self.loss)
+        return result
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    pages = ((file, file.stem.removeprefix("step_")) for file in folder.glob("step_*.html"))
+    later = [file for file, number in pages if number.isdecimal() and int(number) > step]
+    if later:
+        (folder / _SUPERSEDED).mkdir(exist_ok=True)
+        print_rank_0(f"> reports of later steps are moved to {folder / _SUPERSEDED}")
+    for file in later:
+        file.replace(folder / _SUPERSEDED / file.name)
+
+
+def first_records(dataset: SFTDataset, count: int, evaluated_rows: int) -> tuple[int, ...]:
+    """The records that an evaluation of so many rows meets first, at most `count`."""
+    found: dict[int, None] = {}
+    rows = min(dataset.order.rows_until(1), evaluated_rows)
+    dataset = dataset.with_samples(rows)
+    for row in range(rows):
+        found |= dict.fromkeys(i for i in dataset[row]["record_index"].tolist() if i >= 0)
+        if len(found) >= count:
+            break
+    return tuple(sorted(list(found)[:count]))

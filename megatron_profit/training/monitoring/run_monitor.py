@@ -1,0 +1,314 @@
+"""Watches a run: guards its steps, and logs what they and the evaluations yield.
+
+`RunMonitor` is the observer of `backends.hooks`. It brings the facts of a step to all ranks, asks the guards
+before the optimizer's update, and names the records of a step that they object to. What is logged are sums
+over counts of all steps of the interval, on the console, in TensorBoard, W&B and the metrics file.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+
+from megatron_profit.megatron_patches import active_device
+from megatron_profit.megatron_patches.enduring import reason, warn
+from megatron_profit.megatron_patches.hooks import LoggedStep
+from megatron_profit.training.monitoring.guard_report import Suspect, chosen_suspects, event_text
+from megatron_profit.training.monitoring.guards import EXIT_CODE, Event, Guards, StepFacts
+from megatron_profit.training.monitoring.metrics_file import MetricsFile
+from megatron_profit.training.monitoring.step_metrics import Interval, StepMetrics
+from megatron_profit.training.process.console import lines_to_print, step_line
+from megatron_profit.training.step.batch import Batch
+
+
+@dataclass
+class RunMonitor:
+    """One for each process.
+
+    Attributes:
+        guards: Judge the steps.
+        names: Of the training records.
+        metrics_file: Where to write JSON lines, if anywhere.
+    """
+
+    guards: Guards
+    names: Callable[[int], str]
+    metrics_file: Path | None = None
+    _file: MetricsFile | None = None
+    _file_failed: bool = False
+    _trace: list[torch.Tensor] = field(default_factory=list)
+    _rejections: list[tuple[str, bool]] = field(default_factory=list)
+    _step: StepMetrics | None = None
+    _pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _facts: StepFacts | None = None
+    _events: list[Event] | None = None
+    _names: set[str] = field(default_factory=set)
+    _logged: Interval = field(default_factory=Interval)
+    _scalars: Interval = field(default_factory=Interval)
+
+    # What is seen of a step.
+
+    def watching(self, begin: Callable[[Batch], Any]) -> Callable[[Batch], Any]:
+        """`begin`, and of what it begins in training the records."""
+
+        def watched(batch: Batch) -> Any:
+            loss = begin(batch)
+            return _Traced(loss, batch.records, self._trace) if torch.is_grad_enabled() else loss
+
+        return watched
+
+    def rejected(self, message: str, fatal: bool) -> None:
+        """See `RunObserver`."""
+        if torch.is_grad_enabled():
+            self._rejections.append((message, fatal))
+
+    def reduce_losses(self, losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """See `RunObserver`."""
+        self._step, self._pairs = None, {}
+        if losses:
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            self._step = StepMetrics.reduce(losses, group)
+            self._pairs = self._step.pairs()
+            if _COUNT in self._pairs:
+                # The shares of the micro-batches in the step add up to 1, but for the rounding of each.
+                self._pairs[_COUNT] = (round(self._pairs[_COUNT][0]), 1.0)
+        self._facts, self._events = self._agreed_facts(), None
+        return [self._step.means()] if self._step is not None else losses
+
+    def _agreed_facts(self) -> StepFacts:
+        """Of the step behind its backward pass, the same on all ranks."""
+        kept, supervised = self._pairs.get("kept fraction", (0.0, 0.0))
+        total, count = self._pairs.get("lm loss", (0.0, 1.0))
+        objective = self._pairs.get("objective", (0.0, 1.0))[0]
+        finite = math.isfinite(total) and math.isfinite(objective)
+        fatal = any(is_fatal for _, is_fatal in self._rejections)
+        local = [
+            *(not finite, fatal, bool(self._rejections)),
+            *(supervised, kept, total / count if finite else 0.0),
+        ]
+        bad, fatal, rejected, supervised, kept, loss = _largest(local)
+        return StepFacts(
+            loss=loss,
+            finite_loss=not bad,
+            # Counts that are zero carry a trifle, so that nothing is divided by zero.
+            supervised=round(supervised),
+            kept=round(kept),
+            grad_norm=None,
+            rejected_fatal=bool(fatal),
+            rejected=bool(rejected),
+        )
+
+    # What is done about it.
+
+    def allows_update(self, grad_norm: float) -> bool:
+        """See `RunObserver`."""
+        assert self._facts is not None, "the step has had no forward pass"
+        finite = math.isfinite(grad_norm)
+        bad, norm = _largest([not finite, grad_norm if finite else 0.0])
+        self._judge(math.nan if bad else norm)
+        assert self._events is not None
+        return all(event.policy == "warn" for event in self._events)
+
+    def _judge(self, grad_norm: float | None) -> None:
+        assert self._facts is not None
+        self._facts = StepFacts(**{**vars(self._facts), "grad_norm": grad_norm})
+        self._events = self.guards.judge(self._facts)
+
+    def exit_code(self, skipped: bool) -> int | None:
+        """See `RunObserver`."""
+        if self._events is None:
+            # The loss scaler has left the step out already, or Megatron ends the run.
+            self._judge(None)
+        assert self._facts is not None
+        assert self._events is not None
+        events = [*self._events, *self.guards.finish(self._facts, updated=not skipped)]
+        if events:
+            self._report(events)
+        self._trace.clear()
+        self._rejections.clear()
+        return EXIT_CODE if any(event.policy == "stop" for event in events) else None
+
+    def _report(self, events: Sequence[Event]) -> None:
+        """Say what happened, with the records of all ranks. A collective."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self._suspects())
+        if not _logs():
+            return
+        suspects = [suspect for of_rank in everyone for suspect in of_rank]
+        step = get_args().curr_iteration + 1
+        for event in events:
+            chosen = chosen_suspects(event, suspects)
+            print(lines_to_print(event_text(event, step, chosen, self.names)), flush=True)
+            self._write(
+                "guard",
+                step,
+                {
+                    "event": event.kind,
+                    "policy": event.policy,
+                    "text": event.text,
+                    "suspects": [
+                        {**vars(s), "records": [self.names(record) for record in s.records]}
+                        for s in chosen
+                    ],
+                },
+            )
+
+    def _suspects(self) -> list[Suspect]:
+        """The micro-batches of this rank; those of a tensor-parallel group are its first rank's."""
+        messages = tuple(dict.fromkeys(message for message, _ in self._rejections))
+        if self._step is None or mpu.get_tensor_model_parallel_rank() != 0:
+            return [Suspect(dist.get_rank(), 0, 0.0, True, (), messages)] if messages else []
+        losses = self._step.local_values("lm loss")
+        finite = self._step.local.isfinite().all(-1).all(-1).tolist()
+        records = self._trace[-len(losses) :]
+        return [
+            Suspect(dist.get_rank(), i, loss, ok, tuple(batch.tolist()), messages)
+            for i, (loss, ok, batch) in enumerate(zip(losses, finite, records, strict=True), 1)
+        ]
+
+    # What is logged.
+
+    def scalars(self, iteration: int, skipped: bool) -> dict[str, Any]:
+        """See `RunObserver`."""
+        self._names.update(self._pairs)
+        for interval in (self._scalars, self._logged):
+            interval.add(self._pairs, skipped=skipped)
+        if iteration % get_args().tensorboard_log_interval:
+            return {}
+        means, self._scalars = self._scalars.means(), Interval()
+        return {name: torch.tensor(value, device="cuda") for name, value in means.items()}
+
+    def log(self, step: LoggedStep) -> None:
+        """See `RunObserver`."""
+        interval, args = self._logged, get_args()
+        interval.tokens += step.tokens
+        interval.floating_point_operations += step.floating_point_operations
+        if step.line is None:
+            return
+        seconds = step.line["elapsed time per iteration (ms)"] / 1000
+        speed = throughput(interval, seconds * interval.steps, args.world_size)
+        speed["peak memory GiB"] = _largest([_peak_memory() / 2**30])[0]
+        # What is left are numbers of the model's modules, such as the balancing losses of experts.
+        ours = {*_LINE, *step.values, *self._names}
+        other = {name: value for name, value in step.line.items() if name not in ours}
+        metrics = {**interval.means(), **other}
+        if _COUNT in metrics and metrics[_COUNT].is_integer():
+            metrics[_COUNT] = int(metrics[_COUNT])
+        if _logs():
+            print(step_line(step, args.train_iters, metrics, speed, seconds), flush=True)
+        if step.iteration % args.log_interval:
+            # The line behind the first step of a process; the interval goes on.
+            return
+        self._log_speed(step.iteration, {**speed, "seconds per step": seconds})
+        record = {
+            "steps": interval.steps,
+            "skipped": interval.skipped,
+            "samples": args.consumed_train_samples,
+            "time": time.time(),
+            **metrics,
+            **step.values,
+            "seconds per step": seconds,
+            **speed,
+        }
+        self._write("train", step.iteration, record)
+        self._logged = Interval()
+
+    def _log_speed(self, iteration: int, values: Mapping[str, float]) -> None:
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+        if (wandb := get_wandb_writer()) is not None:
+            wandb.log(dict(values), iteration)
+
+    def evaluated(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """An `EvaluationListener`."""
+        self._write("evaluation", iteration, {"time": time.time(), **metrics})
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if self.metrics_file is None or not _logs():
+            return
+        try:
+            self._opened(self.metrics_file).write(kind, step, values)
+        except OSError as error:
+            if not self._file_failed:
+                warn(f"{self.metrics_file} cannot be written ({reason(error)}); the run goes on")
+            self._file_failed = True
+
+    def _opened(self, path: Path) -> MetricsFile:
+        if self._file is None:
+            args = get_args()
+            self._file = MetricsFile(path, args.iteration)
+            about = {
+                "time": time.time(),
+                "objective": args.objective,
+                "world size": args.world_size,
+            }
+            self._file.write("start", args.iteration, about)
+        return self._file
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A micro-batch whose records are noted when its loss is computed, on the last pipeline stage."""
+
+    loss: Any
+    records: torch.Tensor
+    trace: list[torch.Tensor]
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        return self.loss.model_kwargs
+
+    def loss_func(self, output_tensor: torch.Tensor) -> tuple:
+        self.trace.append(self.records)
+        return self.loss.loss_func(output_tensor)
+
+
+# The metric that is a number of tokens.
+_COUNT = "supervised tokens"
+# Of Megatron's line, what is logged in another form or only counts steps.
+_LINE = (
+    *("iteration", "consumed samples", "skipped samples", "elapsed time per iteration (ms)"),
+    *("throughput per GPU (TFLOP/s/GPU)", "global batch size", "number of skipped iterations"),
+    "number of nan iterations",
+)
+
+
+def throughput(interval: Interval, seconds: float, devices: int) -> dict[str, float]:
+    """Tokens and floating-point operations per second of an interval that took some seconds."""
+    kept, supervised = interval.total("kept fraction")
+    return {
+        "tokens per second": interval.tokens / seconds,
+        "supervised tokens per second": supervised / seconds,
+        "kept tokens per second": kept / seconds,
+        "model TFLOP/s per GPU": interval.floating_point_operations / seconds / devices / 1e12,
+    }
+
+
+def _largest(values: Sequence[float]) -> list[float]:
+    """The largest over all ranks of each value. A collective."""
+    tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device="cuda")
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def _logs() -> bool:
+    """Whether this rank logs: the last one, as in Megatron."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def _peak_memory() -> float:
+    """Bytes: of the GPU, or of the process on the CPU backend."""
+    if active_device() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated()

@@ -1,0 +1,1 @@
+"""The processes of a run: first rank, console, signals and their end."""

@@ -1,0 +1,96 @@
+"""What a run says before Megatron has set up its process group, and the line of its steps."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import NoReturn
+
+from checkpoint_conversion.errors import printable
+from megatron_profit.megatron_patches.hooks import LoggedStep
+
+# By then torchrun has ended this process, where the first one of the machine met the same error.
+_PATIENCE_SECONDS = 30
+
+
+def is_first_rank() -> bool:
+    """Whether this is the first process of the run, also before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_rank_0(message: str) -> None:
+    """Print on the first process only; what a terminal would obey, as in a file's name, as escapes."""
+    if is_first_rank():
+        print(lines_to_print(message), flush=True)
+
+
+def lines_to_print(message: object) -> str:
+    """A message of several lines, each of which is safe to print."""
+    return "\n".join(map(printable, str(message).split("\n")))
+
+
+def fail(message: object) -> NoReturn:
+    """End the run with one message and the exit code 2.
+
+    The first process of each machine says it at once. The others wait, because torchrun ends all
+    processes as soon as one has ended, which might be before the first one has said anything.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_PATIENCE_SECONDS)
+    print(f"megatron-profit-sft: error: {lines_to_print(message)}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class StrictParser(argparse.ArgumentParser):
+    """Ends the run with one line where a flag has a value that it cannot have."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        fail(message)
+
+
+def step_line(
+    step: LoggedStep,
+    train_iters: int,
+    metrics: Mapping[str, float],
+    speed: Mapping[str, float],
+    seconds: float,
+) -> str:
+    """The line of an interval of steps: what is learnt, then how, then how fast.
+
+    It begins like Megatron's and has its form, `| name: value |`, so that what reads one reads both.
+
+    Args:
+        step: The last step of the interval.
+        train_iters: Steps of the run.
+        metrics: Of the interval.
+        speed: `run_monitor.throughput`, and the peak memory in GiB.
+        seconds: Of a step.
+    """
+    values = {**metrics, **step.values}
+    if values.get("loss scale") == 1:
+        del values["loss scale"]
+    left = datetime.timedelta(seconds=round(seconds * (train_iters - step.iteration)))
+    return " | ".join(
+        (
+            f" iteration {step.iteration:8}/{train_iters:8}",
+            *(f"{name}: {_shown(value)}" for name, value in values.items()),
+            *(["no optimizer step"] if step.skipped else []),
+            f"tokens/s: {speed['tokens per second']:,.0f} "
+            f"({speed['supervised tokens per second']:,.0f} supervised, "
+            f"{speed['kept tokens per second']:,.0f} kept)",
+            f"TFLOP/s/GPU: {speed['model TFLOP/s per GPU']:.4G}",
+            f"peak memory: {speed['peak memory GiB']:.1f} GiB",
+            f"elapsed time per iteration (ms): {1000 * seconds:.1f}",
+            f"left: {left} |",
+        )
+    )
+
+
+def _shown(value: float) -> str:
+    """A count with all its digits, another number with seven."""
+    return str(value) if isinstance(value, int) else f"{value:.7G}"

@@ -1,0 +1,286 @@
+"""Whether a run may go on from a checkpoint, and how it differs from the run that has written it.
+
+A difference that Megatron cannot load is refused here, before it starts. One that makes another run is
+refused unless `--allow-change` names it. All others are named in a line.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.errors import printable
+from megatron_profit.training.arguments.sft_arguments import SFTArguments
+from megatron_profit.training.checkpoints.choose import Resumed
+from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError, read_json
+from megatron_profit.training.checkpoints.run_record import GUARDED, RUN, Difference, RunRecord
+from megatron_profit.training.step.objective_flags import flag_of
+
+# Settings of the data that follow from the records themselves.
+_CONTENT = ("digest", "examples", "supervised_tokens")
+# Settings of the record that are called otherwise than their flags.
+_NAMES = {
+    "name": "--objective",
+    "normalization": "--objective-normalization",
+    "warmup_steps": "--objective-warmup-steps",
+    "schedules": "--objective-schedule",
+    "weights": "--data-weights",
+    "num_samples": "num_samples in --dataset-info",
+    "precision": "precision",
+}
+# Only a state of the distributed optimizer that is not reshardable depends on these.
+_LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
+
+Tell = Callable[[str], None]
+
+
+def check_resume(
+    resumed: Resumed,
+    now: RunRecord,
+    args: Namespace,
+    rows_until: Callable[[int], int],
+    tell: Tell,
+    is_finished: bool = False,
+) -> None:
+    """Refuse a run that cannot go on from its checkpoint as it is, and tell what differs.
+
+    Args:
+        resumed: What the run goes on from.
+        now: The record of the run.
+        args: Megatron's arguments.
+        rows_until: Rows of the training data before an epoch.
+        tell: Gets lines of text.
+        is_finished: Whether the run has no step left.
+
+    Raises:
+        CheckpointError: Names both values and the flag that helps.
+    """
+    check_optimizer_state(resumed, args, tell)
+    saved = saved_record(resumed.folder)
+    if saved is None:
+        tell(
+            f"> {resumed.folder} does not say which data, objective, tokenizer and seed it was trained with, "
+            "so they cannot be compared"
+        )
+        return
+    guarded = [part for part in GUARDED if part != "validation" or args.keep_best]
+    changed = compare(resumed.folder, now, saved, args.allow_change, guarded, tell)
+    if "batch" in changed:
+        tell(f"> the order of the rows stays as it is; the next row is number {resumed.done[1]}")
+    if changed & {"schedule", "length", "batch"} and not is_finished:
+        tell(schedule_line(args, resumed.iteration))
+    if "length" in changed and not changed & {"data", "seed"}:
+        _tell_of_passed_rows(resumed, saved.length.get("epochs"), rows_until, tell)
+
+
+def _tell_of_passed_rows(
+    resumed: Resumed, epochs: Any, rows_until: Callable[[int], int], tell: Tell
+) -> None:
+    """The last batch of a run of whole epochs is filled up with empty rows, in the place of the next ones."""
+    rows = resumed.done[1]
+    if type(epochs) is not int or not 0 < epochs * rows_until(1) < 2 * rows:
+        return
+    passed = rows - rows_until(epochs)
+    if passed > 0:
+        tell(
+            f"> rows of epoch {epochs + 1} that are not trained: {passed}; they had their place in the last "
+            f"batch of epoch {epochs}, where they were left empty"
+        )
+
+
+def schedule_line(args: Namespace, iteration: int) -> str:
+    """What the learning rate is from a step on, in words."""
+    if args.use_checkpoint_opt_param_scheduler:
+        return (
+            "> learning rate and weight decay follow the checkpoint's schedule, whatever the flags say "
+            "(--use-checkpoint-opt_param-scheduler)"
+        )
+    unit = "steps" if args.train_iters else "samples"
+    kind = "iters" if args.train_iters else "samples"
+    length = getattr(args, f"lr_decay_{kind}") or args.train_iters or args.train_samples
+    warmup = getattr(args, f"lr_warmup_{kind}")
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * length
+    if args.lr_decay_style == "constant":
+        course = f"constant at {args.lr}"
+    else:
+        course = f"{args.lr_decay_style} from {args.lr} to {args.min_lr} over {length} {unit}"
+    return f"> learning rate from step {iteration + 1} on: {course}, {warmup:g} of warm-up"
+
+
+def check_length(resumed: Resumed, arguments: SFTArguments, tell: Tell) -> None:
+    """Refuse a run that has made more steps than it shall have, and tell of one that has made them all.
+
+    Args:
+        resumed: What the run goes on from.
+        arguments: What the flags ask for, with the steps of all epochs.
+        tell: Gets a line of text.
+
+    Raises:
+        CheckpointError: Names both numbers and the flags that help.
+    """
+    steps, settings = arguments.steps, arguments.settings
+    if steps is None or resumed.iteration < steps:
+        return
+    flag = next(
+        flag_of(name) for name in ("epochs", "train_iters", "train_samples") if settings[name]
+    )
+    asked = f"{flag} {settings[flag[2:].replace('-', '_')]}"
+    if flag != "--train-iters":
+        asked += f" ({steps} steps)"
+    if resumed.iteration > steps:
+        raise CheckpointError(
+            f"{resumed.folder} has made {resumed.iteration} steps, more than {asked}; to train on, give a "
+            f"larger {flag}; to go back to an earlier checkpoint, name it with --ckpt-step"
+        )
+    tell(
+        f"> there is nothing left to train: {resumed.folder} has made all steps of {asked}; to train on, "
+        f"give a larger {flag}"
+    )
+
+
+def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None:
+    """Refuse an optimizer that cannot take over the state in a checkpoint.
+
+    Args:
+        resumed: What the run goes on from.
+        args: Megatron's arguments.
+        tell: Gets a line of text where there is no state to take over.
+
+    Raises:
+        CheckpointError: Names both values and the flag that helps.
+    """
+    checkpoint, saved = resumed.folder, resumed.saved
+    if args.no_load_optim or not saved:
+        return
+    if saved.get("no_save_optim"):
+        tell(
+            f"> {checkpoint} was written with --no-save-optim: the state of the optimizer and the schedule "
+            "of the learning rate begin anew"
+        )
+        return
+    then, now = _form_of_optimizer(saved), _form_of_optimizer(vars(args))
+    moved = then["--use-distributed-optimizer"] and not saved.get(
+        "dist_ckpt_optim_fully_reshardable"
+    )
+    changed = [
+        f"{name} {_value(now[name])} (was {_value(then[name])})"
+        for name in now
+        if now[name] != then[name] and (moved or name not in _LAYOUT)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the state of the optimizer in {checkpoint} does not fit {', '.join(changed)}. Give the old "
+            "value, or let state and learning rate begin anew with --no-load-optim"
+            + "; --dist-ckpt-optim-fully-reshardable makes checkpoints that fit every layout"
+            * moved
+        )
+
+
+def _form_of_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which tensors the state of an optimizer has."""
+    return {
+        "--optimizer": arguments.get("optimizer", "adam"),
+        "--use-distributed-optimizer": bool(arguments.get("use_distributed_optimizer")),
+        "precision": precision(arguments),
+        "--decoupled-lr": arguments.get("decoupled_lr") is not None,
+        **{flag: arguments.get(flag[2:].replace("-", "_"), 1) for flag in _LAYOUT},
+    }
+
+
+def precision(arguments: Mapping[str, Any]) -> str:
+    """Of the parameters: "bf16", "fp16" or "fp32"."""
+    return next((name for name in ("bf16", "fp16") if arguments.get(name)), "fp32")
+
+
+def compare(
+    checkpoint: Path,
+    now: RunRecord,
+    saved: RunRecord,
+    allowed: Sequence[str],
+    guarded: Sequence[str],
+    tell: Tell,
+) -> set[str]:
+    """Compare a run with the one that has written a checkpoint.
+
+    Args:
+        checkpoint: What the run goes on from.
+        now, saved: The records of the two.
+        allowed: Parts of the record that may be others.
+        guarded: Parts that may not, unless they are allowed.
+        tell: Gets lines of text.
+
+    Returns:
+        The parts that differ.
+
+    Raises:
+        CheckpointError: Names what differs, with both values, and the flag that allows it.
+    """
+    found = now.differences(saved)
+    changed = list(dict.fromkeys(difference.part for difference in found))
+    refused = [part for part in changed if part in guarded and part not in allowed]
+    if refused:
+        told = "; ".join(_described(part, found, now, saved) for part in refused)
+        raise CheckpointError(
+            f"{checkpoint} is of a run with other settings: {told}. Give the old ones, accept the change "
+            f"with --allow-change {' '.join(refused)}, or begin a new run in another --save folder"
+        )
+    for part in allowed:
+        if part not in changed:
+            tell(f"> --allow-change {part}: it is as it was; the name can be left out")
+    if changed:
+        told = "; ".join(_described(part, found, now, saved) for part in changed)
+        tell(f"> other than in {checkpoint}: {told}")
+    return set(changed)
+
+
+def saved_record(checkpoint: Path) -> RunRecord | None:
+    """The record in a checkpoint; None where it has none, as in one of an earlier version.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    content = read_json(checkpoint / MARKER)
+    if RUN not in content:
+        return None
+    try:
+        return RunRecord.from_json(content[RUN])
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint / MARKER} is damaged: {error}") from error
+
+
+def _described(part: str, found: Iterable[Difference], now: RunRecord, saved: RunRecord) -> str:
+    """The differences of a part, as a user knows them."""
+    changed = [difference for difference in found if difference.part == part]
+    settings = [_change(difference) for difference in changed if difference.setting not in _CONTENT]
+    if settings:
+        return ", ".join(settings)
+    if part in ("data", "validation"):
+        flag = "--data" if part == "data" else "--valid-data"
+        here, there = _amount(now, part), _amount(saved, part)
+        told = f"{here}, of the same names" if here == there else f"{here}; was {there}"
+        return f"{flag} has other records ({told})"
+    return f"--hf-model has another {'config.json' if part == 'model' else 'tokenizer or chat template'}"
+
+
+def _amount(record: RunRecord, part: str) -> str:
+    settings = getattr(record, part)
+    return f"{_value(settings.get('examples'))} examples of {_value(settings.get('sources'))}"
+
+
+def _change(difference: Difference) -> str:
+    if difference.setting == "reference":
+        return "another reference model (--ref-hf-model)"
+    name = difference.setting.rpartition(".")[2]
+    name = difference.setting if difference.part == "versions" else _NAMES.get(name, flag_of(name))
+    return f"{name} {_value(difference.now)} (was {_value(difference.saved)})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_value, value)) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else printable(value)

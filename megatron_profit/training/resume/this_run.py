@@ -1,0 +1,149 @@
+"""The record of the run that the flags ask for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.hf.folder import read_hf_config
+from megatron_profit.data import DataOptions, Prepared, Source
+from megatron_profit.data.store.cache import tokenizer_files
+from megatron_profit.objectives import Objective, ScheduledObjective
+from megatron_profit.training.arguments.sft_arguments import SFTArguments
+from megatron_profit.training.checkpoints.run_record import (
+    RunRecord,
+    digest_of_arrays,
+    digest_of_config,
+    digest_of_json,
+    package_versions,
+)
+from megatron_profit.training.datasets import SFTData
+from megatron_profit.training.resume.compare import precision
+from megatron_profit.training.step.objective_loss import ObjectiveLoss
+
+_SCHEDULE = (
+    *("lr", "min_lr", "lr_decay_style", "lr_decay_samples"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "lr_warmup_init"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
+    *("decoupled_lr", "decoupled_min_lr"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+_LENGTH = ("train_iters", "train_samples", "epochs")
+_OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad")
+# Blocks of a file of weights that tell it from others, and their bytes.
+_BLOCKS, _BLOCK_BYTES = 16, 4096
+
+
+def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) -> RunRecord:
+    """The record of a run.
+
+    Args:
+        arguments: What the flags ask for.
+        data: The rows.
+        loss: The objective in training.
+    """
+    args, options = arguments.namespace, arguments.data
+    return RunRecord(
+        objective={
+            "name": args.objective,
+            **_objective(loss),
+            **_statistics(args, arguments, loss),
+        },
+        data={
+            **_content(data.train_prepared, options.train),
+            **_rows(args),
+            "valid_split": options.valid_split,
+            "weights": [source.weight for source in options.train],
+            "num_samples": [source.num_samples for source in options.train],
+        },
+        validation=_validation(args, options, data),
+        tokenizer={
+            "digest": digest_of_json(tokenizer_files(arguments.hf_model)),
+            "turn_end_id": data.turn_end,
+        },
+        seed={"seed": args.seed},
+        model={"digest": digest_of_config(read_hf_config(arguments.hf_model))},
+        schedule={
+            **_chosen(args, _SCHEDULE),
+            # As it was given: what Megatron has may be derived from the length of the run.
+            "lr_decay_iters": arguments.settings["lr_decay_iters"],
+        },
+        length=_chosen(args, _LENGTH),
+        batch={"global_batch_size": arguments.batch_size},
+        optimizer={**_chosen(args, _OPTIMIZER), "precision": precision(vars(args))},
+        versions=package_versions(),
+    )
+
+
+def _chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def _objective(loss: ObjectiveLoss) -> dict[str, Any]:
+    scheduled = loss.objective
+    if not isinstance(scheduled, ScheduledObjective):
+        scheduled = ScheduledObjective(scheduled)
+    final: Objective = scheduled.objective
+    return {
+        "options": {option.name: getattr(final, option.name) for option in fields(final)},
+        "normalization": loss.normalization or final.normalization,
+        "warmup_steps": scheduled.warmup_steps,
+        "schedules": [
+            [schedule.option, schedule.shape, list(schedule.start), schedule.steps]
+            for schedule in scheduled.schedules
+        ],
+    }
+
+
+def _statistics(args: Namespace, arguments: SFTArguments, loss: ObjectiveLoss) -> dict[str, Any]:
+    """What belongs to an objective that compares with another model."""
+    found: dict[str, Any] = {}
+    if "old_log_prob" in loss.objective.required_statistics:
+        found["psft_steps_per_refresh"] = args.psft_steps_per_refresh
+    if arguments.reference is not None:
+        found["reference"] = digest_of_weights(arguments.reference[0].folder)
+    return found
+
+
+def _content(prepared: Prepared, sources: Iterable[Source]) -> dict[str, Any]:
+    """Which tokens the examples have, and how many of each are trained."""
+    return {
+        "digest": digest_of_arrays(prepared.digests, prepared.labels, prepared.sources),
+        "examples": len(prepared.digests),
+        "supervised_tokens": prepared.report.supervised_tokens,
+        "sources": [source.path for source in sources],
+    }
+
+
+def _rows(args: Namespace) -> Mapping[str, Any]:
+    names = ("seq_length", "packing", "too_long", "train_on", "train_think", "template_date")
+    return _chosen(args, names)
+
+
+def _validation(args: Namespace, options: DataOptions, data: SFTData) -> dict[str, Any]:
+    if data.valid_prepared is None:
+        return {}
+    if options.valid_split:
+        return {"valid_split": options.valid_split}
+    return {**_content(data.valid_prepared, options.valid), **_rows(args)}
+
+
+def digest_of_weights(folder: Path) -> str:
+    """A hash that tells the weights of a HuggingFace folder from others, also when they were copied.
+
+    Of each file it takes the size and some blocks that are spread over it: two models that were trained
+    differently differ nearly everywhere.
+    """
+    digest = sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            for block in range(_BLOCKS):
+                content.seek(block * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1))
+                digest.update(content.read(_BLOCK_BYTES))
+    return digest_of_json(digest.hexdigest())

@@ -1,0 +1,78 @@
+"""Which tokens of a whole global batch are trained, by their rank in it.
+
+Before each step, a forward-only pass scores every supervised token of the coming global batch; the scores
+of all ranks are gathered and ranked. The mask depends on the layout only by the rounding of the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.objectives import RankedObjective, TokenStatistics, top_share
+from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
+from megatron_profit.training.statistics.token_table import TokenTable
+from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.objective_loss import ObjectiveLoss
+
+
+class GlobalRanking:
+    """Gives `selected` for objectives that rank over the global batch.
+
+    An evaluation ranks each of its own global batches.
+
+    Args:
+        loss: What the run trains with; a warm-up of plain SFT in it is not ranked.
+        score_pass: Sees the rows of the run.
+    """
+
+    statistic = "selected"
+
+    def __init__(self, loss: ObjectiveLoss, score_pass: ScorePass) -> None:
+        self._loss, self._score_pass = loss, score_pass
+        self._train: TokenTable | None = None
+        self._valid: TokenTable | None = None
+
+    def before_train_step(self, trained: Trained, iteration: int) -> None:
+        objective = self._loss.current_objective
+        if isinstance(objective, RankedObjective):
+            wanted = objective.score_statistics | {"log_prob"}
+            scored = self._score_pass.of_next_batches(trained, 1, wanted)
+            self._train = _selected([scored], objective)
+
+    def before_evaluation(self, trained: Trained) -> None:
+        objective = self._loss.current_objective
+        if isinstance(objective, RankedObjective):
+            wanted = objective.score_statistics | {"log_prob"}
+            batches = range(get_args().eval_iters)
+            scored = [self._score_pass.of_valid_batch(trained, b, wanted) for b in batches]
+            self._valid = _selected(scored, objective)
+
+    def of(self, batch: Batch) -> Tensor | None:
+        """[B, S] bool; None where no loss is computed."""
+        table = self._train if torch.is_grad_enabled() else self._valid
+        if table is None:
+            return None
+        return table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
+
+    def with_checkpoint(self, folder: Path, iteration: int) -> None:
+        """Nothing: the next step ranks anew."""
+
+
+def _selected(scored: Iterable[TokenTable | None], objective: RankedObjective) -> TokenTable | None:
+    """The mask of each of several global batches, of which a rank has scored its part. A collective."""
+    selected = []
+    for part in scored:
+        if part is None:
+            return None
+        score = objective.score(TokenStatistics(**part.statistics))
+        whole = TokenTable(part.keys, {"score": score}).gathered(data_group())
+        # Tokens are in the order of their keys, so that ties are broken alike at any layout.
+        kept = top_share(whole.statistics["score"], objective.keep_share)
+        selected.append(TokenTable(whole.keys, {GlobalRanking.statistic: kept}))
+    return TokenTable.joined(selected)

@@ -1,0 +1,171 @@
+"""The old policy of PSFT: what the model thought of each token at the start of an outer batch.
+
+An outer batch is k optimizer steps. Before the first of them, one forward-only pass over the k global
+batches notes log p of every supervised token under the weights of that moment. A checkpoint inside an outer
+batch holds these numbers, because the weights that gave them are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core import mpu
+from megatron.training import get_args
+from megatron.training.checkpointing import get_checkpoint_name
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
+from megatron_profit.training.statistics.token_table import TokenTable
+from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.objective_flags import flag_of
+
+FILE_NAME = "old_policy.safetensors"
+DEFAULT_STEPS = 8
+_VERSION = "1"
+
+
+def check_old_policy(settings: Mapping[str, Any]) -> None:
+    """Refuse flags with which outer batches of equal global batches cannot be formed or resumed.
+
+    Args:
+        settings: Megatron's arguments and `psft_steps_per_refresh`, by name.
+
+    Raises:
+        ValueError: Names the flag, its value and what to do.
+    """
+    steps = settings["psft_steps_per_refresh"]
+    if steps == 1:
+        raise ValueError(
+            "--psft-steps-per-refresh 1 refreshes the old policy before every step: the ratio p / p_old "
+            "is then 1 and PSFT exactly SFT; give 2 or more (8 in the paper), or use --objective sft"
+        )
+    if steps < 1:
+        raise ValueError(f"--psft-steps-per-refresh is {steps}; it must be at least 2")
+    for name in ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed"):
+        if settings.get(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} changes the global batch during the run, but an outer batch of "
+                "PSFT is --psft-steps-per-refresh equal ones; drop the flag"
+            )
+
+
+class OldPolicy:
+    """Gives `old_log_prob`, and refreshes it every `steps` optimizer steps.
+
+    Args:
+        score_pass: Sees the rows of the run.
+        steps: Optimizer steps of an outer batch.
+        first: The iteration at which the first outer batch begins, behind a warm-up of plain SFT.
+        data: Tells these training data from others; a run with others cannot continue an outer batch.
+    """
+
+    statistic = "old_log_prob"
+
+    def __init__(self, score_pass: ScorePass, steps: int, first: int = 0, data: str = "") -> None:
+        self._score_pass, self._steps, self._first = score_pass, steps, first
+        self._data = data
+        self._table: TokenTable | None = None
+        # Whether the table holds the tokens of all ranks, as one read from a checkpoint does.
+        self._complete = False
+        # The first iteration for which the table holds nothing; None until there is one.
+        self._until: int | None = None
+
+    def before_train_step(self, trained: Trained, iteration: int) -> None:
+        """Refresh the old policy at the start of an outer batch."""
+        self._resume_inside_an_outer_batch()
+        if iteration < (self._first if self._until is None else self._until):
+            return
+        until = min(iteration - self._place(iteration) + self._steps, get_args().train_iters)
+        table = self._score_pass.of_next_batches(
+            trained, until - iteration, frozenset({"log_prob"})
+        )
+        if table is not None:
+            self._table = TokenTable(table.keys, {self.statistic: table.statistics["log_prob"]})
+            self._complete = False
+        self._until = until
+
+    def before_evaluation(self, trained: Trained) -> None:
+        """Nothing: an evaluation is one step, in which the old policy is the current one."""
+
+    def of(self, batch: Batch) -> Tensor | None:
+        """[B, S] of a micro-batch that is trained; None where no loss is computed."""
+        if self._table is None:
+            return None
+        return self._table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
+
+    def with_checkpoint(self, folder: Path, iteration: int) -> None:
+        """Put the old policy into a checkpoint inside an outer batch. A collective on the last stage."""
+        if self._place(iteration) == 0:
+            return
+        self._resume_inside_an_outer_batch()
+        if self._table is None or mpu.get_tensor_model_parallel_rank() != 0:
+            return
+        group = data_group()
+        table = self._table if self._complete else self._table.gathered(group)
+        if group.rank() == 0:
+            _write(folder / FILE_NAME, table, {**self._form(), "until": str(self._until)})
+
+    def _resume_inside_an_outer_batch(self) -> None:
+        args = get_args()
+        if self._until is not None or self._place(args.iteration) == 0:
+            return
+        folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
+        self._table, form = _read(folder / FILE_NAME, args.iteration, self._steps)
+        self._until, self._complete = int(form.pop("until")), True
+        own = self._form()
+        changed = [
+            "other data"
+            if name == "data"
+            else f"{flag_of(name)} {own[name]} (was {form.get(name)})"
+            for name in own
+            if form.get(name) != own[name]
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{folder} was saved inside an outer batch of PSFT, which cannot go on with "
+                f"{', '.join(changed)}; resume with the same flags and data"
+            )
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+            self._table = None
+
+    def _place(self, iteration: int) -> int:
+        """Steps of the outer batch that are done before an iteration."""
+        return max(iteration - self._first, 0) % self._steps
+
+    def _form(self) -> dict[str, str]:
+        """What two runs must have in common to share an outer batch."""
+        args = get_args()
+        return {
+            "version": _VERSION,
+            "psft_steps_per_refresh": str(self._steps),
+            "objective_warmup_steps": str(self._first),
+            "global_batch_size": str(args.global_batch_size),
+            "data": self._data,
+        }
+
+
+def _write(file: Path, table: TokenTable, form: dict[str, str]) -> None:
+    """Whole or not at all."""
+    tensors = {"keys": table.keys.cpu(), **{n: v.cpu() for n, v in table.statistics.items()}}
+    with whole_file(file) as stream:
+        stream.write(save(tensors, metadata=form))
+
+
+def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, dict[str, str]]:
+    if not file.is_file():
+        raise CheckpointError(
+            f"iteration {iteration} is inside an outer batch of {steps} steps, but {file} is missing: this "
+            f"checkpoint is not one of PSFT with --psft-steps-per-refresh {steps}. Resume with the flags "
+            "that it was trained with, or start from it anew with --pretrained-checkpoint"
+        )
+    with safe_open(file, framework="pt") as stored:
+        statistic = OldPolicy.statistic
+        values = stored.get_tensor(statistic).cuda()
+        return TokenTable(stored.get_tensor("keys").cuda(), {statistic: values}), stored.metadata()

@@ -1,0 +1,251 @@
+"""The log-probabilities of a frozen reference model, computed once and kept on disk.
+
+They lie in a file of one float32 for each token of the data, in the order of the examples, so that a token
+is found by its record and its position, whatever the packing, the order or the layout. The name of the
+file's folder says what it was made from, so that it serves a later run of the same model and data and no
+other. Every start checks it by its checksum; a damaged one is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import uuid
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+from torch import Tensor
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.folder import CONFIG
+from checkpoint_conversion.hf.model import HFModel
+from megatron_profit.data import DataError, Examples, SFTDataset
+from megatron_profit.data.store.cache import content_digest
+from megatron_profit.data.store.checksums import CheckedFiles, is_usable
+from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.training.checkpoints.hf_weights import load
+from megatron_profit.training.process.console import fail, print_rank_0
+from megatron_profit.training.statistics.score_pass import Rows, data_group, score_rows
+from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.objective_loss import ObjectiveLoss
+
+# Micro-batches of each rank between two writes to the file.
+_MICRO_BATCHES = 64
+_VERSION = "2"
+_VALUES = "ref_log_prob.float32"
+
+
+class ReferenceModel:
+    """Gives `ref_log_prob`.
+
+    Args:
+        model: HuggingFace folder with the weights of the reference, of the architecture that is trained.
+        folder: Where the files are kept.
+        loss: What the run trains with.
+        datasets: Rows of the data by name, "train" and "valid".
+    """
+
+    statistic = "ref_log_prob"
+
+    def __init__(
+        self, model: HFModel, folder: Path, loss: ObjectiveLoss, datasets: Mapping[str, SFTDataset]
+    ) -> None:
+        self._model, self._folder, self._loss = model, folder, loss
+        self._datasets = datasets
+        self._values: dict[str, np.ndarray] = {}
+
+    def before_train_step(self, trained: Trained, iteration: int) -> None:
+        self._prepare(trained)
+
+    def before_evaluation(self, trained: Trained) -> None:
+        self._prepare(trained)
+
+    def with_checkpoint(self, folder: Path, iteration: int) -> None:
+        """Nothing: the files outlive the run."""
+
+    def of(self, batch: Batch) -> Tensor | None:
+        """[B, S] of a micro-batch; None on pipeline stages that compute no loss."""
+        return self.of_data(batch, "train" if torch.is_grad_enabled() else "valid")
+
+    def of_data(self, batch: Batch, name: str) -> Tensor | None:
+        """The same for rows of "train" or "valid", whatever is done with them."""
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+            return None
+        wanted = batch.labels != -100
+        places = _places(batch, self._datasets[name].examples)[wanted].cpu().numpy()
+        values = self._values[name][places]
+        result = torch.zeros(wanted.shape, device=wanted.device)
+        result[wanted] = torch.from_numpy(values).to(wanted.device)
+        return result
+
+    def given(self, batch: Batch, name: str) -> Mapping[str, Tensor]:
+        """`of_data` by name, for a pass that computes other statistics."""
+        values = self.of_data(batch, name)
+        return {} if values is None else {self.statistic: values}
+
+    def _prepare(self, trained: Trained) -> None:
+        """Find the values, or compute them. A collective of all ranks, at the first call."""
+        if self._values:
+            return
+        folders = _from_first_rank(self._folders)
+        # What --valid-split sets aside are examples of the training data: one file holds both.
+        makers = {folder: name for name, folder in reversed(folders.items())}
+        missing = self._missing(makers)
+        if missing:
+            _from_first_rank(lambda: self._check_space([makers[folder] for folder in missing]))
+            with _weights_of(self._model, trained):
+                for folder in missing:
+                    self._compute(trained, makers[folder], folder)
+        for name, folder in folders.items():
+            self._values[name] = np.memmap(folder / _VALUES, dtype=np.float32, mode="r")
+
+    def _folders(self) -> dict[str, Path]:
+        """Where the values of each data set are, or will be."""
+        args = get_args()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            identity = _identity(self._model, self._folder)
+        except (OSError, DataError) as error:
+            fail(f"the reference's log-probabilities need {self._folder}: {error}; see --ref-cache")
+        about = [_VERSION, *identity, str(args.params_dtype), str(args.vocab_size)]
+        return {
+            name: self._folder / _digest(about, dataset.examples)
+            for name, dataset in self._datasets.items()
+        }
+
+    def _missing(self, folders: Collection[Path]) -> list[Path]:
+        """Those without values, or with values that any machine finds damaged. A collective."""
+        try:
+            usable = [folder for folder in folders if is_usable(folder, [_VALUES], print_rank_0)]
+        except OSError as error:
+            fail(f"the reference's log-probabilities cannot be read: {error}")
+        everywhere = _common(usable)
+        return [folder for folder in folders if folder not in everywhere]
+
+    def _check_space(self, names: Collection[str]) -> None:
+        needed = sum(4 * int(self._datasets[name].examples.offsets[-1]) for name in names)
+        if (free := shutil.disk_usage(self._folder).free) < needed:
+            fail(
+                f"the reference's log-probabilities take {needed:,} bytes, and {self._folder} has {free:,} "
+                "left; make room or give another folder with --ref-cache"
+            )
+
+    def _compute(self, trained: Trained, name: str, folder: Path) -> None:
+        """Write the values of a data set, whole or not at all; the first rank of the last stage does."""
+        dataset, args = self._datasets[name], get_args()
+        examples = dataset.examples
+        stride = args.micro_batch_size * mpu.get_data_parallel_world_size()
+        rows = _all_rows(dataset, args)
+        stop = -(-rows.order.rows_until(1) // stride) * stride
+        group = data_group()
+        last_stage = mpu.is_pipeline_last_stage(ignore_virtual=True)
+        writes = last_stage and mpu.get_tensor_model_parallel_rank() == 0 and group.rank() == 0
+        values = np.full(int(examples.offsets[-1]), np.nan, dtype=np.float32) if writes else None
+        for start in range(0, stop, stride * _MICRO_BATCHES):
+            print_rank_0(f"> reference log-probabilities: {name} row {start:,} of {stop:,}")
+            end = min(start + stride * _MICRO_BATCHES, stop)
+            part = Rows(rows, start, end, args.micro_batch_size)
+            wanted = frozenset({"log_prob"})
+            table = score_rows(trained, part, wanted, self._loss, lambda b: _places(b, examples))
+            if table is None:
+                continue
+            table = table.gathered(group)
+            if values is not None:
+                values[table.keys.cpu().numpy()] = table.statistics["log_prob"].cpu().numpy()
+        if values is not None:
+            _write(folder, values)
+        dist.barrier()
+
+
+def _places(batch: Batch, examples: Examples) -> Tensor:
+    """[B, S] int64, the place of each token's target among the ids of the examples."""
+    offsets = torch.from_numpy(examples.offsets).to(batch.labels.device)
+    return offsets[batch.record_index.clamp(min=0)] + batch.position_ids + 1
+
+
+def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
+    """Rows that hold each example once, and empty ones behind them without end."""
+    endless = 2**62
+    return SFTDataset(
+        dataset.examples,
+        dataset.seq_length,
+        endless,
+        shuffle=False,
+        packing=args.packing,
+        pad_multiple=dataset.pad_multiple,
+        period=endless,
+    )
+
+
+@contextlib.contextmanager
+def _weights_of(model: HFModel, trained: Trained) -> Iterator[None]:
+    """The weights of another model in the place of those that are trained, which come back unchanged."""
+    chunks = unwrap_model(trained.model)
+    own = [p.detach().cpu().clone() for chunk in chunks for p in chunk.parameters()]
+    try:
+        load(model, chunks)
+        yield
+    except ConversionError as error:
+        fail(error)
+    finally:
+        with torch.no_grad():
+            parameters = (p for chunk in chunks for p in chunk.parameters())
+            for parameter, value in zip(parameters, own, strict=True):
+                parameter.copy_(value)
+
+
+def _identity(model: HFModel, notes: Path) -> list[str]:
+    """What tells one model from another: the content of its files.
+
+    Args:
+        model: The model.
+        notes: Where is noted what was read, so that files which seem to be the same are read once.
+    """
+    files = [model.folder / CONFIG, *sorted({tensor.file for tensor in model.tensors.values()})]
+    print_rank_0(f"> looking which weights the reference {model.folder} has")
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda file: content_digest(file, notes), files)
+        return [f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)]
+
+
+def _digest(about: list[str], examples: Examples) -> str:
+    digest = hashlib.sha256("\n".join(about).encode())
+    for part in (examples.ids, examples.supervised, examples.offsets):
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()[:24]
+
+
+def _from_first_rank(function: Callable[[], Any]) -> Any:
+    """What the first rank finds, on every rank: file systems may show a new file late elsewhere."""
+    found = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _common(found: list[Path]) -> set[Path]:
+    """What all ranks have found."""
+    everywhere: list[list[Path]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    return set(found).intersection(*everywhere)
+
+
+def _write(folder: Path, values: np.ndarray) -> None:
+    unfinished = folder.with_suffix(f".unfinished-{uuid.uuid4().hex[:8]}")
+    try:
+        with CheckedFiles(unfinished) as files:
+            files.append(_VALUES, values)
+            files.finish()
+        if not folder.exists():  # another run may have written the same
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

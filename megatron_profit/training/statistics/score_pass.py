@@ -1,0 +1,266 @@
+"""Forward-only passes over rows that are trained later, through Megatron's own schedules.
+
+Some objectives need to know, before a token is trained, what no forward pass of its micro-batch tells: how
+it ranks in the whole global batch, or how probable an older model found it. Rows are a pure function of
+their number, so a pass makes its own micro-batches and never touches Megatron's data iterators.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training import get_args
+from megatron.training.training import (
+    disable_forward_pre_hook,
+    enable_forward_pre_hook,
+    should_disable_forward_pre_hook,
+)
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.objectives import Objective, ObjectiveOutput, TokenStatistics
+from megatron_profit.training.statistics.token_table import TokenTable, token_keys
+from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.forward_step import make_forward_step
+from megatron_profit.training.step.objective_loss import MicroBatchLoss, ObjectiveLoss
+
+
+@dataclass(frozen=True)
+class Scores(Objective):
+    """No objective: makes the kernel compute `statistics` and trains nothing."""
+
+    statistics: frozenset[str] = frozenset()
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        return self.statistics
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        nothing = torch.zeros_like(statistics.log_prob)
+        return ObjectiveOutput(nothing, nothing)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a data set in the order in which Megatron's sampler deals them out.
+
+    Attributes:
+        dataset: Gives row i for the same i on every rank.
+        start, stop: The rows; as many as whole micro-batches of all data-parallel ranks take.
+        micro_batch_size: Rows of a micro-batch.
+
+    Raises:
+        ValueError: A micro-batch would not be full.
+    """
+
+    dataset: Dataset
+    start: int
+    stop: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        if (self.stop - self.start) % self._stride:
+            raise ValueError(
+                f"{self.stop - self.start} rows are no multiple of {self._stride}, the micro-batch "
+                f"size {self.micro_batch_size} times the data-parallel size"
+            )
+
+    @property
+    def _stride(self) -> int:
+        return self.micro_batch_size * mpu.get_data_parallel_world_size()
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of each rank."""
+        return (self.stop - self.start) // self._stride
+
+    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
+        """Those of this rank."""
+        shift = mpu.get_data_parallel_rank() * self.micro_batch_size
+        for first in range(self.start + shift, self.stop, self._stride):
+            yield default_collate(
+                [self.dataset[i] for i in range(first, first + self.micro_batch_size)]
+            )
+
+
+class _ScoredBatch:
+    """Keeps the statistics of a micro-batch's supervised tokens."""
+
+    def __init__(self, keys: Tensor, loss: MicroBatchLoss, names: frozenset[str]) -> None:
+        self._keys, self._loss, self._names = keys, loss, names
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        return self._loss.model_kwargs
+
+    def loss_func(self, output_tensor: Tensor, non_loss_data: bool) -> TokenTable:
+        """What a schedule collects with `collect_non_loss_data`."""
+        statistics = self._loss.statistics
+        shape = self._keys.shape
+        supervised = statistics.supervised.view(shape[::-1]).t()
+
+        def of_supervised(values_N: Tensor) -> Tensor:
+            return values_N.view(shape[::-1]).t()[supervised]
+
+        return TokenTable(
+            self._keys[supervised],
+            {name: of_supervised(getattr(statistics, name)) for name in sorted(self._names)},
+        )
+
+
+def keys_of(batch: Batch) -> Tensor:
+    """[B, S] int64, what each token of a micro-batch is found by."""
+    return token_keys(batch.sample_index, batch.position_ids)
+
+
+def data_group() -> dist.ProcessGroup:
+    """The ranks over which the tokens of a global batch are spread."""
+    return mpu.get_data_parallel_group(with_context_parallel=True)
+
+
+def nothing_given(batch: Batch, name: str = "") -> Mapping[str, Tensor]:
+    """No statistic but those that the kernel computes."""
+    return {}
+
+
+class ScorePass:
+    """Computes statistics of rows of the run's data sets under the current weights.
+
+    Args:
+        loss: What the run trains with.
+        given: Those of the statistics that the kernel cannot compute, [B, S] each, for a micro-batch of
+            "train" or "valid".
+    """
+
+    def __init__(
+        self,
+        loss: ObjectiveLoss,
+        given: Callable[[Batch, str], Mapping[str, Tensor]] = nothing_given,
+    ) -> None:
+        self._loss, self._given = loss, given
+        self._train: Dataset | None = None
+        self._valid: Dataset | None = None
+
+    def watching(self, provider: Callable) -> Callable:
+        """A data set provider of Megatron that shows this object what it provides."""
+
+        @functools.wraps(provider)
+        def provide(*args: Any, **kwargs: Any) -> tuple:
+            datasets = provider(*args, **kwargs)
+            self._train, self._valid, _ = datasets
+            return datasets
+
+        return provide
+
+    def of_next_batches(
+        self, trained: Trained, count: int, statistics: frozenset[str]
+    ) -> TokenTable | None:
+        """Statistics of the supervised tokens of the next `count` global batches.
+
+        All ranks call it. Weights, gradients, random numbers and Megatron's data iterators stay as they are.
+
+        Args:
+            trained: The model.
+            count: Global batches of the current size.
+            statistics: Names of vectors of `TokenStatistics`.
+
+        Returns:
+            The tokens of this data-parallel rank on the last pipeline stage, None on the others.
+        """
+        args = get_args()
+        start = args.consumed_train_samples
+        stop = start + count * get_current_global_batch_size()
+        rows = Rows(self._train, start, stop, args.micro_batch_size)
+        return self._of(trained, rows, statistics, "train")
+
+    def of_valid_batch(
+        self, trained: Trained, number: int, statistics: frozenset[str]
+    ) -> TokenTable | None:
+        """The same of one global batch of each evaluation, counted from 0."""
+        args = get_args()
+        start = number * args.eval_global_batch_size
+        stop = start + args.eval_global_batch_size
+        rows = Rows(self._valid, start, stop, args.eval_micro_batch_size)
+        return self._of(trained, rows, statistics, "valid")
+
+    def _of(
+        self, trained: Trained, rows: Rows, statistics: frozenset[str], name: str
+    ) -> TokenTable | None:
+        def given(batch: Batch) -> Mapping[str, Tensor]:
+            return self._given(batch, name)
+
+        return score_rows(trained, rows, statistics, self._loss, keys_of, given)
+
+
+def score_rows(
+    trained: Trained,
+    rows: Rows,
+    statistics: frozenset[str],
+    loss: ObjectiveLoss,
+    keys: Callable[[Batch], Tensor],
+    given: Callable[[Batch], Mapping[str, Tensor]] = nothing_given,
+) -> TokenTable | None:
+    """One forward-only pass over rows; see `ScorePass`.
+
+    Args:
+        trained: The model.
+        rows: What to look at.
+        statistics: Names of vectors of `TokenStatistics`.
+        loss: Gives all but the objective.
+        keys: What the tokens of a micro-batch are to be found by, [B, S].
+        given: Those of the statistics that the kernel cannot compute, [B, S] each.
+    """
+    args = get_args()
+    loss = replace(loss, objective=Scores(statistics - {"log_prob"}), log_entropy=False)
+
+    def begin(batch: Batch) -> _ScoredBatch:
+        return _ScoredBatch(keys(batch), loss.micro_batch(given=given(batch)), statistics)
+
+    chunks = len(trained.model)
+    iterators = [iter(rows.micro_batches()) for _ in range(chunks)]
+    with _evaluating(trained):
+        tables = get_forward_backward_func()(
+            forward_step_func=make_forward_step(begin),
+            data_iterator=iterators if chunks > 1 else iterators[0],
+            model=trained.model,
+            num_microbatches=rows.num_micro_batches,
+            seq_length=args.seq_length,
+            micro_batch_size=rows.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return TokenTable.joined(tables) if tables else None
+
+
+@contextlib.contextmanager
+def _evaluating(trained: Trained) -> Iterator[None]:
+    """Without gradients, dropout, timers and the overlapped gathers of parameters, as `evaluate` does."""
+    modes = [chunk.training for chunk in trained.model]
+    overlapped = should_disable_forward_pre_hook(get_args()) and bool(
+        trained.model[0].remove_forward_pre_hook_handles
+    )
+    if overlapped:
+        disable_forward_pre_hook(trained.model, optimizer=trained.optimizer)
+    timers, trained.config.timers = trained.config.timers, None
+    for chunk in trained.model:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, mode in zip(trained.model, modes, strict=True):
+            chunk.train(mode)
+        trained.config.timers = timers
+        if overlapped:
+            enable_forward_pre_hook(trained.model)

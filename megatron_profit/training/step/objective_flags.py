@@ -1,0 +1,226 @@
+"""The flags of objectives: one for each option of each, made from its definition, and the schedule."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import Field
+from typing import Any
+
+from megatron_profit.objectives import (
+    NORMALIZATIONS,
+    SCHEDULE_SHAPES,
+    Objective,
+    OptionSchedule,
+    ScheduledObjective,
+    build_objective,
+    load_objective,
+    objective_names,
+    objective_options,
+)
+from megatron_profit.ops.tiling import BACKWARDS
+from megatron_profit.training.step.objective_loss import IMPLEMENTATIONS, check_implementation
+from megatron_profit.training.step.token_metrics import ProbQuantiles
+
+
+def load_outside_objective(argv: Sequence[str]) -> None:
+    """Import the objective that a command line asks for, so that its flags exist when it is parsed.
+
+    Raises:
+        ValueError: It cannot be imported.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--objective", nargs="?")
+    chosen = parser.parse_known_args(argv)[0].objective
+    if chosen is not None:
+        load_objective(chosen)
+
+
+def add_objective_flags(group: argparse._ArgumentGroup) -> None:
+    """Add `--objective`, what goes with every objective, and the options of the registered ones.
+
+    Raises:
+        ValueError: Two objectives have an option of the same name that is not the same.
+    """
+    group.add_argument(
+        "--objective",
+        default="profit",
+        metavar="NAME",
+        help=f"What is trained: {', '.join(objective_names())}, the name of an entry point of "
+        "megatron_profit.objectives, or package.module:Class of your own.",
+    )
+    group.add_argument(
+        "--objective-normalization",
+        choices=NORMALIZATIONS,
+        help="Divide the summed loss by all supervised tokens of the global batch (valid) or by those "
+        "that the objective keeps (kept); by default as the objective's source does.",
+    )
+    group.add_argument(
+        "--objective-warmup-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Train the first N steps with plain SFT.",
+    )
+    group.add_argument(
+        "--objective-schedule",
+        nargs=4,
+        action="append",
+        metavar=("OPTION", "SHAPE", "START", "STEPS"),
+        help="Let an option of the objective go from START to the value of its own flag over the first "
+        f"STEPS steps behind the warm-up; SHAPE is {', '.join(SCHEDULE_SHAPES)}. For instance "
+        "prob_threshold linear 0.0 500. May be given once for each option.",
+    )
+    group.add_argument(
+        "--log-entropy",
+        action="store_true",
+        help="Log the mean entropy of the predicted distributions, also where the objective needs none.",
+    )
+    group.add_argument(
+        "--log-quantiles",
+        nargs="+",
+        type=float,
+        metavar="Q",
+        help="Log these quantiles of p over all supervised tokens of the global batch, such as 0.1 0.5.",
+    )
+    group.add_argument(
+        "--objective-implementation",
+        choices=IMPLEMENTATIONS,
+        default="auto",
+        help="fused: the kernel that never holds the logits of all tokens; reference: dense logits and "
+        "plain autograd, slow and large, to compare with; auto is fused.",
+    )
+    group.add_argument(
+        "--objective-backward",
+        choices=BACKWARDS,
+        default="auto",
+        help="What the kernel keeps of the logits for its backward pass: save keeps them, which takes the "
+        "fewest operations; recompute keeps none, which takes the least memory; auto keeps at most as "
+        "much as the output layer's weight, or 256 MB on a CPU and 1.25 GiB on a GPU where that is more.",
+    )
+    for name, owners in _options_by_name().items():
+        group.add_argument(flag_of(name), **_flag_keywords(owners))
+
+
+def flag_of(option: str) -> str:
+    """How the flag of an option or argument is written."""
+    return "--" + option.replace("_", "-")
+
+
+def check_objective(
+    settings: Mapping[str, Any], explicit: Mapping[str, Any]
+) -> tuple[dict[str, Any], Objective | ScheduledObjective]:
+    """Check the flags of the objective together, before anything is loaded.
+
+    Args:
+        settings: All arguments by name.
+        explicit: Those that were given.
+
+    Returns:
+        The options of the chosen objective that were given, and what it is with them.
+
+    Raises:
+        ValueError: An option is missing, out of range, or would be ignored.
+    """
+    chosen = settings["objective"]
+    own = {option.name for option in objective_options(chosen)}
+    for name, owners in _options_by_name().items():
+        if name in explicit and name not in own:
+            raise ValueError(
+                f"{flag_of(name)} is an option of --objective {' and '.join(owners)}, not of {chosen}; "
+                "drop it"
+            )
+    options = {name: explicit[name] for name in sorted(own) if name in explicit}
+    try:
+        objective = _build({**settings, "objective_options": options})
+        _check_effect(settings, objective)
+    except ValueError as error:
+        raise ValueError(f"--objective {chosen}: {error}") from error
+    return options, objective
+
+
+def objective_from_args(args: Namespace) -> Objective | ScheduledObjective:
+    """The objective of a run, from Megatron's arguments."""
+    return _build(vars(args))
+
+
+def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
+    """Refuse a warm-up or a schedule that would leave nothing of an option that was given.
+
+    Args:
+        objective: What the flags ask for.
+        steps: Of the whole run.
+
+    Raises:
+        ValueError: The objective, or the final value of an option, would have no step.
+    """
+    if not isinstance(objective, ScheduledObjective):
+        return
+    left = steps - objective.warmup_steps
+    if left < 1:
+        raise ValueError(
+            f"--objective-warmup-steps {objective.warmup_steps} leaves no step of the run's {steps} for the "
+            f"objective; give fewer than {steps}, or --objective sft"
+        )
+    for schedule in objective.schedules:
+        if schedule.shape == "constant" and schedule.steps >= left:
+            raise ValueError(
+                f"--objective-schedule {schedule.option} constant keeps its start for {schedule.steps} "
+                f"steps, which are all {left} of the run, so {flag_of(schedule.option)} would be "
+                "ignored; give fewer than that, or drop the schedule"
+            )
+
+
+def _build(settings: Mapping[str, Any]) -> Objective | ScheduledObjective:
+    objective = build_objective(settings["objective"], **settings["objective_options"])
+    schedules = tuple(OptionSchedule(*given) for given in settings["objective_schedule"] or ())
+    warmup = settings["objective_warmup_steps"]
+    if not schedules and not warmup:
+        return objective
+    return ScheduledObjective(objective, schedules, warmup)
+
+
+def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledObjective) -> None:
+    """Refuse what would be without effect."""
+    final = objective.objective if isinstance(objective, ScheduledObjective) else objective
+    if settings["objective_normalization"] == "kept" and not final.drops_tokens:
+        raise ValueError(
+            "--objective-normalization kept would change nothing, because this objective drops no "
+            "token; drop the flag"
+        )
+    ProbQuantiles(tuple(settings["log_quantiles"] or ()))
+    check_implementation(settings["objective_implementation"], settings["objective_backward"])
+
+
+def _options_by_name() -> dict[str, dict[str, Field[Any]]]:
+    """Option names to the objectives that have one, in the order of the registry."""
+    options: dict[str, dict[str, Field[Any]]] = {}
+    for objective in objective_names():
+        for option in objective_options(objective):
+            options.setdefault(option.name, {})[objective] = option
+    return options
+
+
+def _flag_keywords(owners: Mapping[str, Field[Any]]) -> dict[str, Any]:
+    """Keywords of `add_argument` for an option, which several objectives may share."""
+    (first, option), *others = owners.items()
+    for other, its_option in others:
+        if _form(its_option) != _form(option):
+            raise ValueError(
+                f"objectives {first} and {other} have different options of the name {option.name}; "
+                "rename one of them"
+            )
+    defaults = {name: option.default for name, option in owners.items()}
+    if len(set(defaults.values())) == 1:
+        default = "" if option.default is None else f" (default {option.default})"
+    else:
+        listed = ", ".join(f"{value} for {name}" for name, value in defaults.items())
+        default = f" (default {listed})"
+    text = f"[{', '.join(owners)}] {option.metadata['help']}{default}".replace("%", "%%")
+    return {**option.metadata, "help": text, "default": None}
+
+
+def _form(option: Field[Any]) -> dict[str, Any]:
+    """What makes two flags the same."""
+    return {key: value for key, value in option.metadata.items() if key != "help"}

@@ -1,0 +1,304 @@
+"""The objective as a Megatron loss: output processor, loss function and metrics.
+
+`ObjectiveLoss` is all that a pretrain script of one's own needs; `megatron_profit.sft` uses the same.
+Megatron calls the output processor in place of output layer and loss (GPTModel.forward), and the loss
+function afterwards on the last pipeline stage. Both see one micro-batch, through one `MicroBatchLoss`.
+
+Shape suffixes: B micro-batch, S sequence, H hidden, N = S * B tokens in sequence-first order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.training import get_args
+
+from megatron_profit.objectives import (
+    NORMALIZATIONS,
+    Objective,
+    ScheduledObjective,
+    token_uniform,
+)
+from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
+from megatron_profit.ops.tiling import BACKWARDS, Backward
+from megatron_profit.training.step.kept_share import KeptShareMonitor
+from megatron_profit.training.step.token_metrics import ProbQuantiles, token_sums
+
+IMPLEMENTATIONS = ("auto", "fused", "reference")
+# Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
+# vanishes next to any real count.
+_NO_TOKEN = 1e-20
+# That of pretrain_gpt.py: how many times the largest of the first losses is a spike.
+_SPIKY_LOSS_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class ObjectiveLoss:
+    """Makes Megatron train `objective` in place of the plain cross-entropy.
+
+    Needs `--calculate-per-token-loss`: the loss is a sum with a count, so that the gradient of a global
+    batch does not depend on how it is split into micro-batches and over data-parallel ranks.
+
+    Attributes:
+        objective: From `megatron_profit.objectives.build_objective`, or one that changes over the steps.
+        normalization: "valid" divides the summed loss by the supervised tokens of the global batch,
+            "kept" by the tokens whose weight is not zero; None is what the objective's source does.
+        vocab_size: Size of the vocabulary without Megatron's padding; None when it is not padded.
+        seed: For objectives that select at random.
+        log_entropy: Whether to compute and log the mean entropy of the predicted distributions, which
+            objectives that need it log anyway.
+        prob_quantiles: Quantiles of p to log.
+        implementation: "fused" is the kernel (`megatron_profit.ops`), on NVIDIA GPUs in Triton;
+            "reference" dense logits of all tokens and plain autograd, for comparison; "auto" is fused.
+        backward: What the kernel keeps for its backward pass, see `ops.linear_objective`.
+
+    Raises:
+        ValueError: For an unknown name, or a strategy of the kernel without the kernel.
+    """
+
+    objective: Objective | ScheduledObjective
+    normalization: str | None = None
+    vocab_size: int | None = None
+    seed: int = 0
+    log_entropy: bool = False
+    prob_quantiles: ProbQuantiles | None = None
+    implementation: str = "auto"
+    backward: Backward = "auto"
+    monitor: KeptShareMonitor = field(default_factory=KeptShareMonitor, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("normalization", self.normalization, (None, *NORMALIZATIONS)),
+            ("implementation", self.implementation, IMPLEMENTATIONS),
+            ("backward", self.backward, BACKWARDS),
+        ):
+            if value not in known:
+                choices = ", ".join(filter(None, known))
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {choices}")
+        check_implementation(self.implementation, self.backward)
+
+    @property
+    def current_objective(self) -> Objective:
+        """That of the step which is trained, or was trained last before an evaluation."""
+        if isinstance(self.objective, ScheduledObjective):
+            return self.objective.at(current_step())
+        return self.objective
+
+    def micro_batch(
+        self,
+        sample_index: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        given: Mapping[str, torch.Tensor] | None = None,
+    ) -> MicroBatchLoss:
+        """Begin a micro-batch.
+
+        Args:
+            sample_index: [B, S] int64, distinct for each time that an example is drawn; only objectives
+                that select at random need it.
+            position_ids: [B, S] int64, position in the example; needed with `sample_index`.
+            given: [B, S] each, statistics that the objective needs and only the caller can know.
+
+        Raises:
+            ValueError: Without `--calculate-per-token-loss`.
+        """
+        if not get_args().calculate_per_token_loss:
+            raise ValueError(
+                "the objective needs --calculate-per-token-loss: without it Megatron averages over "
+                "micro-batches, and a token's weight would depend on which one it is in"
+            )
+        return MicroBatchLoss(self, sample_index, position_ids, given or {})
+
+
+def check_implementation(implementation: str, backward: Backward) -> None:
+    """Refuse a strategy of the kernel where the kernel is not used.
+
+    Raises:
+        ValueError: It would be ignored.
+    """
+    if implementation == "reference" and backward != "auto":
+        raise ValueError(
+            f"--objective-backward {backward} is a strategy of the fused kernel, and "
+            "--objective-implementation reference is plain autograd on dense logits; drop one of them"
+        )
+
+
+class MicroBatchLoss:
+    """The objective on one micro-batch: what the model gets, then what Megatron gets."""
+
+    def __init__(
+        self,
+        loss: ObjectiveLoss,
+        sample_index: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        given: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._loss = loss
+        self._objective = loss.current_objective
+        self._sample_index, self._position_ids = sample_index, position_ids
+        self._given = given
+        self._statistics: LinearObjectiveStatistics | None = None
+
+    @property
+    def statistics(self) -> LinearObjectiveStatistics:
+        """[N] vectors of the micro-batch, known once the model has run on the last pipeline stage."""
+        assert self._statistics is not None, "the model has not run"
+        return self._statistics
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `GPTModel.forward`, beside `labels` (and `loss_mask` where used)."""
+        return {"output_processor": self._process_output}
+
+    def _process_output(
+        self,
+        *,
+        hidden_states: torch.Tensor,
+        output_layer: torch.nn.Module,
+        output_weight: torch.Tensor | None,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Hidden states [S, B, H] (S split over the group under sequence parallelism), labels [B, S]
+        and an optional loss mask [B, S] of zeros and ones to the loss of each token [B, S] in fp32."""
+        # The weight is used without a call of its module, whose hooks wait for the all-gather of
+        # parameters under --overlap-param-gather.
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, ())
+        group = output_layer.tp_group
+        if output_layer.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=group
+            )
+        labels_N = _masked(labels, loss_mask).transpose(0, 1).flatten()
+        weight = output_layer.weight if output_weight is None else output_weight
+        fused = self._loss.implementation != "reference"
+        loss_N, statistics = linear_objective(
+            hidden_states.flatten(0, 1),
+            weight,
+            labels_N,
+            self._objective,
+            group=group if group.size() > 1 else None,
+            vocab_size=self._loss.vocab_size,
+            uniform=self._uniform(),
+            extra_statistics=frozenset({"entropy"} if self._loss.log_entropy else ()),
+            **{name: values.transpose(0, 1).flatten() for name, values in self._given.items()},
+            reduce_hidden_grad=not output_layer.sequence_parallel,
+            implementation="auto" if fused else "reference",
+            backward=self._loss.backward,
+            # Megatron's data parallelism has a buffer for every parameter, and takes what is already
+            # in it whatever --gradient-accumulation-fusion says, which is about its own linear layers.
+            gradient_accumulation_fusion=fused and hasattr(weight, "grad_added_to_main_grad"),
+        )
+        self._statistics = statistics
+        return loss_N.view(labels.size(1), labels.size(0)).transpose(0, 1)
+
+    def _uniform(self) -> torch.Tensor | None:
+        if "uniform" not in self._objective.required_statistics or self._sample_index is None:
+            return None
+        uniform_BS = token_uniform(self._loss.seed, self._sample_index, self._position_ids)
+        return uniform_BS.transpose(0, 1).flatten()
+
+    def loss_func(
+        self, output_tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
+        statistics = self.statistics
+        loss = output_tensor.float().sum()
+        sums = token_sums(statistics, self._objective)
+        num_kept, num_supervised = sums["kept fraction"]
+        if torch.is_grad_enabled() and mpu.get_tensor_model_parallel_rank() == 0:
+            self._loss.monitor.add(num_kept, num_supervised)
+        normalization = self._loss.normalization or self._objective.normalization
+        num_tokens = num_supervised if normalization == "valid" else num_kept
+        _validate(loss, num_tokens)
+        share_of_step = torch.tensor(_share_of_step(), dtype=torch.float64, device=loss.device)
+        metrics = {
+            "objective": (loss, num_tokens),
+            **sums,
+            "supervised tokens": (num_supervised, share_of_step),
+        }
+        # In fp32 a count above 2^24 would lose its last digits.
+        report = {
+            name: torch.stack([total.detach().double(), count.double() + _NO_TOKEN])
+            for name, (total, count) in metrics.items()
+        }
+        if self._loss.prob_quantiles is not None:
+            report |= self._loss.prob_quantiles.add(
+                statistics.log_prob[statistics.supervised],
+                micro_batches_of_window(),
+                mpu.get_data_parallel_group(with_context_parallel=True),
+            )
+        return loss, num_tokens.to(torch.int), report
+
+
+def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tensor:
+    """Labels [B, S] with -100 where the mask [B, S] is 0."""
+    if loss_mask is None:
+        return labels
+    if ((loss_mask != 0) & (loss_mask != 1)).any():
+        raise ValueError(
+            "loss_mask holds values other than 0 and 1; the tokens of an objective are weighted by the "
+            "objective itself"
+        )
+    return labels.masked_fill(loss_mask == 0, -100)
+
+
+def current_step() -> int:
+    """The step that is trained, counted from 0, or the last one that was."""
+    args = get_args()
+    # A run that was already finished when it started evaluates without a step of its own.
+    return max(getattr(args, "curr_iteration", 0), args.iteration - 1)
+
+
+def _share_of_step() -> float:
+    """1 / the micro-batches of a step over all data-parallel ranks, so that Megatron's sum over sum
+    of a metric becomes its total over the step."""
+    ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    return 1.0 / (_micro_batches_of_step() * ranks)
+
+
+def _micro_batches_of_step() -> int:
+    """Of this rank, in a step of training or an iteration of an evaluation."""
+    args = get_args()
+    if torch.is_grad_enabled():  # evaluation runs without
+        return get_num_microbatches()
+    return args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
+
+
+def micro_batches_of_window() -> int:
+    """Of this rank, in a step of training or a whole evaluation."""
+    return _micro_batches_of_step() * (1 if torch.is_grad_enabled() else get_args().eval_iters)
+
+
+def _validate(loss: torch.Tensor, num_tokens: torch.Tensor) -> None:
+    """Show the loss to Megatron's checks, as pretrain_gpt.py does."""
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=is_bad,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss and torch.is_grad_enabled():
+        machine.validate_result(
+            # Of a token: micro-batches differ in how many they train.
+            result=loss.detach() / num_tokens.clamp(min=1),
+            rejection_func=functools.partial(
+                machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
