@@ -49,9 +49,9 @@ lint: $(STAMP)
 
 # Benchmarks write dated files into benchmarks/results; those that need files of one's own are run by hand.
 bench: $(STAMP)
-	$(PYTHON) tools/bench_objective.py --quick
-	$(PYTHON) tools/bench_training_step.py --quick
-	$(PYTHON) tools/bench_conversion.py --sizes 0.6B --scratch build/bench_conversion
+	$(PYTHON) benchmarks/bench_objective.py --quick
+	$(PYTHON) benchmarks/bench_training_step.py --quick
+	$(PYTHON) benchmarks/bench_conversion.py --sizes 0.6B --scratch build/bench_conversion
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from checkpoint_conversion import cli
 from checkpoint_conversion.engine.dtypes import DType, chosen_dtype
 from checkpoint_conversion.engine.output import whole_folder
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
-from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import Config, family_for
+from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.chunks import Chunk
-from checkpoint_conversion.hf.folder import INDEX, read_hf_config, read_weight_map
-from checkpoint_conversion.hf.model import known_name
+from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
 from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
@@ -34,8 +32,6 @@ from checkpoint_conversion.hf.writer import (
     TensorSpec,
     artifacts,
     copy_artifacts,
-    parse_size,
-    split_by_size,
 )
 from checkpoint_conversion.progress import Progress, human
 from checkpoint_conversion.torch_dist.reader import (
@@ -44,8 +40,6 @@ from checkpoint_conversion.torch_dist.reader import (
     open_checkpoint,
 )
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
-
-COMMAND = "megatron_to_hf"
 
 
 @dataclass(frozen=True)
@@ -183,57 +177,6 @@ def megatron_to_hf(
         copy_artifacts(plan.template, folder, plan.stops)
         counter.finish()
     return plan
-
-
-def files_of(
-    template: Path, tensors: Mapping[str, TensorSpec], max_shard_size: str | int | None = None
-) -> dict[str, str]:
-    """The file of each tensor: as asked for, else as in the template, else by the default size.
-
-    Raises:
-        ConversionError: For a template whose index lacks a tensor.
-    """
-    if max_shard_size is not None or not (template / INDEX).exists():
-        return split_by_size(tensors, parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
-    template_map = {
-        known_name(name, tensors): shard
-        for name, shard in (read_weight_map(template) or {}).items()
-    }
-    for name in tensors:
-        if name not in template_map:
-            raise ConversionError(
-                f"{template / INDEX} does not hold {name}; give --max-shard-size to ignore it"
-            )
-    return {name: template_map[name] for name in tensors}
-
-
-def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """The configuration with the dtype that most bytes have.
-
-    The key is `dtype` since transformers 4.56 and `torch_dtype` before; where the template has
-    either, it is kept.
-    """
-    nbytes: Counter[DType] = Counter()
-    for tensor in tensors.values():
-        nbytes[tensor.dtype] += tensor.nbytes
-    name = nbytes.most_common(1)[0][0].torch
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return {**config, **dict.fromkeys(keys, name)}
-
-
-def for_older_readers(config: Config) -> dict[str, Any]:
-    """The configuration with the rotary base and scaling where readers before transformers 5 look.
-
-    transformers 5 writes `rope_parameters` alone. Without `rope_theta` next to it, transformers 4.57 and
-    programs that follow it compute with 10,000, and without `rope_scaling` they scale nothing.
-    """
-    rope = config.get("rope_parameters") or {}
-    found = dict(config)
-    if "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        found["rope_scaling"] = {k: value for k, value in rope.items() if k != "rope_theta"}
-    return found
 
 
 def _print_plan(plan: ExportPlan, workers: int) -> None:

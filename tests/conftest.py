@@ -30,7 +30,7 @@ _WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # Prepared data of the tests, for this process and those that it starts.
 _CACHE = tempfile.TemporaryDirectory(prefix="megatron-profit-tests-")
 os.environ["MEGATRON_PROFIT_CACHE"] = _CACHE.name
-sys.path[:0] = [str(REPOSITORY / "tools"), str(REPOSITORY / "tests" / "distributed")]
+sys.path[:0] = [str(REPOSITORY / name) for name in ("tools", "benchmarks", "tests/distributed")]
 
 
 @pytest.fixture(scope="session")

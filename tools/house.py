@@ -32,7 +32,9 @@ COMMANDS = (
 # One file for each paper.
 ANY_NUMBER_OF_FILES = "megatron_profit/objectives"
 MOST_OFTEN_PER_10_000 = {
-    **dict.fromkeys(("beside", "behind", "those of", "that of", "what is", "what it", "nothing"), 3.0)
+    **dict.fromkeys(
+        ("beside", "behind", "those of", "that of", "what is", "what it", "nothing"), 3.0
+    )
 }
 LEAST_OFTEN_PER_10_000 = {"for example": 8.0}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -63,7 +65,11 @@ class Number:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
-        bound = "" if self.limit is None else f"  (at {'least' if self.at_least else 'most'} {self.limit:g})"
+        bound = (
+            ""
+            if self.limit is None
+            else f"  (at {'least' if self.at_least else 'most'} {self.limit:g})"
+        )
         mark = " " if self.is_kept else "!"
         place = f"  {self.where}" if self.where else ""
         return f"{mark} {self.value:10.4g}  {self.name}{bound}{place}"
@@ -84,7 +90,10 @@ def code_lines(text: str) -> int:
 def docstring_nodes(tree: ast.AST) -> Iterator[ast.Expr]:
     """Yield the expressions that are docstrings."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS))
+            and ast.get_docstring(node) is not None
+        ):
             first = node.body[0]
             assert isinstance(first, ast.Expr)
             yield first
@@ -115,7 +124,9 @@ def files_of_commit(commit: str) -> dict[str, str]:
 
 def files_here() -> dict[str, str]:
     """Return the product's files of this tree: their text by name."""
-    every = (str(file.relative_to(REPOSITORY)) for file in REPOSITORY.rglob("*.py") if not _hidden(file))
+    every = (
+        str(file.relative_to(REPOSITORY)) for file in REPOSITORY.rglob("*.py") if not _hidden(file)
+    )
     return {name: (REPOSITORY / name).read_text("utf-8") for name in sorted(product_files(every))}
 
 
@@ -142,22 +153,25 @@ def functions(files: Mapping[str, str]) -> Iterator[Number]:
         tree = ast.parse(text)
         for node in ast.walk(tree):
             if isinstance(node, FUNCTIONS):
-                lengths[f"{name}:{node.lineno}"] = (node.end_lineno or node.lineno) - node.lineno + 1
+                lengths[f"{name}:{node.lineno}"] = (
+                    (node.end_lineno or node.lineno) - node.lineno + 1
+                )
         bare += [f"{name}:{line}" for line in _bare(tree)]
     longest = max(lengths, key=lengths.__getitem__)
     yield Number("lines of a function, median", median(lengths.values()), 8)
     yield Number("lines of a function, 99th percentile", quantiles(lengths.values(), n=100)[98], 50)
     yield Number("lines of the longest function", lengths[longest], where=longest)
     where = bare[0] if bare else ""
-    yield Number("public functions and classes without annotation or docstring", len(bare), 0, where=where)
+    yield Number(
+        "public functions and classes without annotation or docstring", len(bare), 0, where=where
+    )
 
 
 def _bare(tree: ast.Module) -> Iterator[int]:
     """Yield the lines of public definitions at the top of a module and of its public classes' methods."""
     for node in tree.body:
         if isinstance(node, (ast.ClassDef, *FUNCTIONS)) and not node.name.startswith("_"):
-            if ast.get_docstring(node) is None or not _annotated(node):
-                yield node.lineno
+            yield from () if ast.get_docstring(node) and _annotated(node) else (node.lineno,)
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             for method in node.body:
                 if isinstance(method, FUNCTIONS) and not _annotated(method):
@@ -172,9 +186,14 @@ def _annotated(node: ast.stmt) -> bool:
     return node.returns is not None and all(a.annotation is not None for a in given)
 
 
-def arrows(files: Mapping[str, str], hall: str = "megatron_profit.training") -> set[tuple[str, str]]:
+def arrows(
+    files: Mapping[str, str], hall: str = "megatron_profit.training"
+) -> set[tuple[str, str]]:
     """Return the pairs of rooms of a package of which the first imports the second."""
-    modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): text for name, text in files.items()}
+    modules = {
+        name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): text
+        for name, text in files.items()
+    }
     found: set[tuple[str, str]] = set()
     for module, text in modules.items():
         here = _room(module, hall)
@@ -182,7 +201,11 @@ def arrows(files: Mapping[str, str], hall: str = "megatron_profit.training") -> 
             if isinstance(node, ast.ImportFrom) and node.module:
                 named = [f"{node.module}.{alias.name}" for alias in node.names]
                 targets = [name if name in modules else node.module for name in named]
-                found |= {(here, room) for name in targets if (room := _room(name, hall)) not in ("", here)}
+                found |= {
+                    (here, room)
+                    for name in targets
+                    if (room := _room(name, hall)) not in ("", here)
+                }
     return found
 
 
@@ -226,7 +249,9 @@ def words(text: str) -> Iterator[Number]:
 def main() -> int:
     """Print the numbers."""
     parser = argparse.ArgumentParser(description="Measure the house: rooms, sizes and words.")
-    parser.add_argument("--against", metavar="COMMIT", help="compare the code lines with a commit's")
+    parser.add_argument(
+        "--against", metavar="COMMIT", help="compare the code lines with a commit's"
+    )
     commit = parser.parse_args().against
     files = files_here()
     lines = sum(map(code_lines, files.values()))

@@ -13,10 +13,10 @@ from checkpoint_conversion.engine.output import check_output, whole_folder
 from checkpoint_conversion.families import TensorRule, family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.model import expected_shapes
+from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens
 from checkpoint_conversion.hf.torch_tensors import from_torch
 from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, artifacts, copy_artifacts
-from checkpoint_conversion.megatron_to_hf import COMMAND, files_of, for_older_readers, with_dtype
 
 
 @dataclass(frozen=True)

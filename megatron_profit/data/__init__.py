@@ -15,9 +15,10 @@ from megatron_profit.data.options import DataOptions, PreparedSet, add_data_flag
 from megatron_profit.data.render.renderer import ChatRenderer, RenderedConversation, Training
 from megatron_profit.data.render.template import load_tokenizer
 from megatron_profit.data.render.turn_markers import TurnMarkers
-from megatron_profit.data.report import PackingReport, PreparationReport
+from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sequences.dataset import IGNORED_LABEL, SFTDataset
 from megatron_profit.data.sequences.order import Group
+from megatron_profit.data.sequences.report import PackingReport
 from megatron_profit.data.store.examples import Examples, Prepared
 from megatron_profit.data.store.prepare import Preparation, build_examples
 

@@ -18,9 +18,9 @@ from megatron_profit.data.files.records import VALID_SPLITS
 from megatron_profit.data.files.sources import COLUMNS, Source, read_sources
 from megatron_profit.data.render.renderer import Training
 from megatron_profit.data.render.template_date import parse_day
-from megatron_profit.data.report import PackingReport
 from megatron_profit.data.sequences.dataset import SFTDataset
 from megatron_profit.data.sequences.order import Group
+from megatron_profit.data.sequences.report import PackingReport
 from megatron_profit.data.store.cache import default_cache, prepare
 from megatron_profit.data.store.examples import Prepared
 from megatron_profit.data.store.prepare import Preparation

@@ -1,4 +1,4 @@
-"""`python -m megatron_profit.megatron_patches` prints every change that is made to Megatron-Core or PyTorch."""
+"""`python -m megatron_profit.megatron_patches` prints every change made to Megatron-Core or PyTorch."""
 
 from __future__ import annotations
 

@@ -11,27 +11,92 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 OWN = ("megatron_profit", "checkpoint_conversion")
 
-# Package -> what it may import of this project and of Megatron, beside itself.
-ALLOWED = {
+# Room -> the rooms and packages that it may import besides itself. A room comes before the one that holds it,
+# and after the ones that it imports: so no circle can be written down.
+_TRAINING = "megatron_profit.training"
+_LIBRARIES = (
+    "megatron",
+    "megatron_profit.objectives",
+    "megatron_profit.ops",
+    "megatron_profit.data",
+)
+ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.objectives": (),
     "megatron_profit.ops": ("megatron_profit.objectives",),
     "megatron_profit.parent_death": (),
-    "megatron_profit.data": ("megatron_profit.parent_death",),
-    "megatron_profit.token_report": (
-        "megatron_profit.objectives",
-        "megatron_profit.ops",
-        "megatron_profit.data",
+    "megatron_profit.data.errors": (),
+    "megatron_profit.data.files": ("megatron_profit.data.errors",),
+    "megatron_profit.data.report": ("megatron_profit.data.errors",),
+    "megatron_profit.data.chat": ("megatron_profit.data.errors", "megatron_profit.data.files"),
+    "megatron_profit.data.render": (
+        *("megatron_profit.data.errors", "megatron_profit.data.files"),
+        *("megatron_profit.data.report", "megatron_profit.data.chat"),
     ),
-    "megatron_profit.megatron_patches": (
-        "megatron",
-        "checkpoint_conversion",
-        "megatron_profit.parent_death",
+    "megatron_profit.data.store": (
+        *("megatron_profit.data.errors", "megatron_profit.data.files"),
+        *("megatron_profit.data.report", "megatron_profit.data.chat"),
+        *("megatron_profit.data.render", "megatron_profit.parent_death"),
     ),
+    "megatron_profit.data.sequences": ("megatron_profit.data.store",),
+    "megatron_profit.data": (),
+    "megatron_profit.token_report": _LIBRARIES[1:],
     "megatron_profit.models": ("megatron",),
-    "megatron_profit.training": ("megatron", "megatron_profit", "checkpoint_conversion"),
-    "megatron_profit.sft": ("megatron_profit.megatron_patches", "megatron_profit.training"),
-    "megatron_profit.logits": ("megatron_profit.sft", "megatron_profit.training"),
+    "checkpoint_conversion.errors": (),
+    "checkpoint_conversion.progress": (),
+    "checkpoint_conversion.engine": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.progress"),
+    ),
+    "checkpoint_conversion.families": ("checkpoint_conversion.errors",),
+    "checkpoint_conversion.pickles": ("checkpoint_conversion.engine",),
+    "checkpoint_conversion.hf": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
+    ),
+    "checkpoint_conversion.torch_dist": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
+        "checkpoint_conversion.hf",
+    ),
     "checkpoint_conversion": (),
+    "megatron_profit.megatron_patches": (
+        *("megatron", "checkpoint_conversion", "megatron_profit.parent_death"),
+    ),
+    f"{_TRAINING}.process": (
+        *("megatron", "checkpoint_conversion.errors"),
+        *("megatron_profit.megatron_patches", "megatron_profit.parent_death"),
+    ),
+    f"{_TRAINING}.step": (*_LIBRARIES[:3], "megatron_profit.models"),
+    f"{_TRAINING}.monitoring": (
+        *(*_LIBRARIES, "checkpoint_conversion.engine", "megatron_profit.token_report"),
+        *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
+    ),
+    f"{_TRAINING}.checkpoints": (
+        *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),
+        *(f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
+    ),
+    f"{_TRAINING}.statistics": (
+        *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
+        *(f"{_TRAINING}.process", f"{_TRAINING}.step", f"{_TRAINING}.checkpoints"),
+    ),
+    f"{_TRAINING}.arguments": (
+        *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
+        *(f"{_TRAINING}.step", f"{_TRAINING}.monitoring", f"{_TRAINING}.checkpoints"),
+        f"{_TRAINING}.statistics",
+    ),
+    f"{_TRAINING}.datasets": (
+        *("megatron", "megatron_profit.data", f"{_TRAINING}.process", f"{_TRAINING}.arguments"),
+    ),
+    f"{_TRAINING}.resume": (
+        *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
+        *(f"{_TRAINING}.step", f"{_TRAINING}.checkpoints", f"{_TRAINING}.arguments"),
+        f"{_TRAINING}.datasets",
+    ),
+    _TRAINING: (
+        *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
+        "megatron_profit.models",
+    ),
+    "megatron_profit.sft": ("megatron_profit.megatron_patches", _TRAINING),
+    "megatron_profit.logits": ("megatron_profit.sft", _TRAINING),
 }
 
 
@@ -72,8 +137,17 @@ def test_imports_go_in_one_direction(module, file):
             )
 
 
+def test_rooms_come_after_those_that_they_import():
+    seen: list[str] = []
+    for room, allowed in ALLOWED.items():
+        for other in allowed:
+            known = any(within(earlier, other) for earlier in seen)
+            assert known or other == "megatron", f"{room} may import {other}, which comes later"
+        seen.append(room)
+
+
 def test_megatron_and_torch_are_changed_in_one_place_only():
-    """Assignments to attributes of imported upstream modules belong into `backends`."""
+    """Assignments to attributes of imported upstream modules belong into `megatron_patches`."""
     for module, file in modules():
         if within(module, "megatron_profit.megatron_patches"):
             continue

@@ -1,9 +1,8 @@
 """Before a run begins: one decision for all its ranks on the checkpoint that it starts from.
 
-The first rank looks which checkpoint is whole and, if need be, mends Megatron's tracker file
-(`training/checkpoints/folder.py`). The others help it to compare checksums (`training/checkpoints/shared_check.py`), then wait
-until they see the same file, over a network file system as well. From then on Megatron reads what all agree
-on.
+The first rank finds the newest whole checkpoint and, if need be, mends Megatron's tracker file (`folder.py`).
+The others help it to compare checksums (`shared_check.py`), then wait until they see the same file, over a
+network file system as well. From then on Megatron reads the one that all agree on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Watches a run: guards its steps, and logs what they and the evaluations yield.
 
-`RunMonitor` is the observer of `backends.hooks`. It brings the facts of a step to all ranks, asks the guards
-before the optimizer's update, and names the records of a step that they object to. What is logged are sums
-over counts of all steps of the interval, on the console, in TensorBoard, W&B and the metrics file.
+`RunMonitor` is the observer of `megatron_patches.hooks`. It brings the facts of a step to all ranks, asks the
+guards before the optimizer's update, and names the records of a step that they object to. It logs sums over
+counts of all steps of the interval, on the console, in TensorBoard, W&B and the metrics file.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from checkpoint_conversion.families.layouts import (
     stacked_rows,
 )
 from checkpoint_conversion.hf.folder import read_hf_config
-from checkpoint_conversion.megatron_to_hf import for_older_readers
+from checkpoint_conversion.hf.plan import for_older_readers
 
 # Qwen3-0.6B as published, without what does not matter here.
 CONFIG = {

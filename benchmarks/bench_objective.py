@@ -1,8 +1,8 @@
 """Measure the output layer with ProFit, forward and backward, against what others compute.
 
-    python tools/bench_objective.py --quick
-    python tools/bench_objective.py --full --verl ~/verl      # on GPUs
-    python tools/bench_objective.py --hidden 2560 --masks 0/0 0.5/0.2 --only ours matmuls
+    python benchmarks/bench_objective.py --quick
+    python benchmarks/bench_objective.py --full --verl ~/verl      # on GPUs
+    python benchmarks/bench_objective.py --hidden 2560 --masks 0/0 0.5/0.2 --only ours matmuls
 
 All computations of a configuration get the same tensors and take turns. Those that know no objective
 compute a cross-entropy per token and are masked afterwards, as users of them do. Whatever cannot run here
@@ -566,7 +566,7 @@ def _check_tp(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(argv)
-    command = shlex.join(["python", "tools/bench_objective.py", *argv])
+    command = shlex.join(["python", "benchmarks/bench_objective.py", *argv])
     records: list[dict[str, Any]] = []
     body = EXPLANATION.format(rounds=options.rounds, memory=MEMORY[options.device])
     for config in configurations(options):

@@ -1,6 +1,6 @@
 """Measures the preparation of data: tokens per second and core, and how full packed rows are.
 
-    python tools/bench_data.py --tokenizer Qwen3-0.6B --data a.jsonl b.jsonl --out benchmarks/results
+    python benchmarks/bench_data.py --tokenizer Qwen3-0.6B --data a.jsonl b.jsonl --out benchmarks/results
 
 The peer of the preparation is `datasets.map` with the bare tokenizer, on texts that are rendered already: it
 reads no chat, applies no template and makes no mask, but writes a file. The tokenizer alone, on lists of

@@ -1,4 +1,4 @@
-"""The backends: what is changed upstream, when, and what is refused."""
+"""The patches: what is changed upstream, when, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_profit import megatron_patches as backends
+from megatron_profit import megatron_patches
 from megatron_profit.megatron_patches import patch
 
 
@@ -21,7 +21,7 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_every_patch_says_what_it_changes_and_why():
-    patches = backends.all_patches()
+    patches = megatron_patches.all_patches()
     assert len({p.name for p in patches}) == len(patches)
     for p in patches:
         assert p.upstream.split()[0] in ("megatron-core", "torch")
@@ -49,13 +49,13 @@ def test_another_megatron_version_is_refused(tmp_path, found):
 
 def test_unknown_devices_are_refused():
     with pytest.raises(ValueError, match=r"tpu.*auto, cpu, cuda"):
-        backends.activate("tpu")
+        megatron_patches.activate("tpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="no GPU"):
-        backends.activate("cuda")
+        megatron_patches.activate("cuda")
 
 
 def test_the_cpu_backend_says_so_and_makes_cuda_mean_the_cpu():
@@ -148,8 +148,8 @@ def test_transformer_engine_is_to_find_the_cudnn_that_torch_was_installed_with(
     (tmp_path / "nvidia" / "cudnn").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("CUDNN_PATH", "one of the user's")
-    backends._keep_to_the_cudnn_of_torch()
+    megatron_patches._keep_to_the_cudnn_of_torch()
     assert "CUDNN_HOME" not in os.environ
     monkeypatch.delenv("CUDNN_PATH")
-    backends._keep_to_the_cudnn_of_torch()
+    megatron_patches._keep_to_the_cudnn_of_torch()
     assert os.environ["CUDNN_HOME"] == str(tmp_path / "nvidia" / "cudnn")

@@ -1,6 +1,6 @@
 """Training steps on packed rows against Megatron's stock SFT: supervised tokens a second on the same files.
 
-    python tools/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… [--out benchmarks/results]
+    python benchmarks/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE…
 
 Three runs of each file in turn, each a real run on the CPU in a process of its own: Megatron-LM's
 pretrain_gpt.py with --sft, which pads every record to a row; our entry with a record to a row; our entry
@@ -116,7 +116,7 @@ def main() -> None:
     import torch
 
     record: dict = {
-        "command": "python tools/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… "
+        "command": "python benchmarks/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE… "
         + (f"--seq-length {options.seq_length} " if options.seq_length else "")
         + f"--rows {options.rows} --steps {options.steps} --rounds {options.rounds} "
         f"--hidden-size {options.hidden_size} --layers {options.layers}",

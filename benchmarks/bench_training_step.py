@@ -1,8 +1,8 @@
 """Measure whole training steps: a Megatron run with stock SFT, with ProFit masked afterwards, with ours.
 
-    python tools/bench_training_step.py --quick
-    python tools/bench_training_step.py --layers 28 --seq-length 4096 --micro-batch-size 2   # on a GPU
-    python tools/bench_training_step.py --processes 2 -- --tensor-model-parallel-size 2 --sequence-parallel
+    python benchmarks/bench_training_step.py --quick
+    python benchmarks/bench_training_step.py --layers 28 --seq-length 4096 --micro-batch-size 2  # on a GPU
+    python benchmarks/bench_training_step.py --processes 2 -- --tensor-model-parallel-size 2
 
 A model of Qwen3-0.6B's shape (few layers on a CPU, the whole vocabulary) with random weights trains through
 `megatron_profit.sft`'s own entry; only the loss differs:
@@ -32,9 +32,12 @@ from typing import Any
 
 import benchmarking
 import torch
-from make_tiny_model import TinyShape, make_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / "tools"))
+
+from make_tiny_model import TinyShape, make_tiny_model
+
 LOSSES = ("ours", "stock", "masked", "official")
 QWEN3_06B = {
     "hidden_size": 1024,
@@ -291,7 +294,7 @@ def main(argv: Sequence[str]) -> int:
     environment = benchmarking.environment(torch.device(options.device))
     record = {
         "environment": {**environment, "threads": options.threads, "processes": options.processes},
-        "command": shlex.join(["python", "tools/bench_training_step.py", *argv]),
+        "command": shlex.join(["python", "benchmarks/bench_training_step.py", *argv]),
         "settings": {k: str(v) for k, v in vars(options).items() if k != "out"},
         "results": results,
     }

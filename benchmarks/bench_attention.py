@@ -1,7 +1,7 @@
 """Measure attention over packed rows, forward and backward: Transformer Engine's kernel and torch's.
 
-    python tools/bench_attention.py                                        # on a GPU
-    python tools/bench_attention.py --seq-length 1024 --rows 3 --device cpu
+    python benchmarks/bench_attention.py                                        # on a GPU
+    python benchmarks/bench_attention.py --seq-length 1024 --rows 3 --device cpu
 
 Each row holds records of other lengths (log-normal, as chats have), so that its shapes are new, as those of
 every micro-batch are; then the same row is measured again. What prepares itself for each new shape shows in
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         }
     record = {
         "command": " ".join(
-            ["python tools/bench_attention.py", *(sys.argv[1:] if argv is None else argv)]
+            ["python benchmarks/bench_attention.py", *(sys.argv[1:] if argv is None else argv)]
         ),
         "environment": environment(device, ("transformer-engine", "flash-attn"))
         | ({"cuDNN": torch.backends.cudnn.version()} if device.type == "cuda" else {}),

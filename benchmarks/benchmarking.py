@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 1 << 20
 
 

@@ -1,6 +1,6 @@
 """Conversion both ways against `cp` of the same files: time, bytes per second, CPU time and peak memory.
 
-    python tools/bench_conversion.py --sizes 0.6B 4B --scratch FOLDER
+    python benchmarks/bench_conversion.py --sizes 0.6B 4B --scratch FOLDER
 
 Makes models of published Qwen3 shapes with random weights. Before each command, which runs in a process of
 its own, outputs of earlier ones are removed, and what it reads is brought into the page cache as far as it
@@ -271,7 +271,7 @@ def main() -> None:
     )
     record = {
         "environment": facts,
-        "command": "python tools/bench_conversion.py --scratch FOLDER --sizes "
+        "command": "python benchmarks/bench_conversion.py --scratch FOLDER --sizes "
         + " ".join(result["size"] for result in results),
         "start": start,
         "results": results,

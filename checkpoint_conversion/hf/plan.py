@@ -1,0 +1,74 @@
+"""The files and the config.json of a folder to write, decided from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.engine.dtypes import DType
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import Config
+from checkpoint_conversion.hf.folder import INDEX, read_weight_map
+from checkpoint_conversion.hf.model import known_name
+from checkpoint_conversion.hf.writer import (
+    DEFAULT_SHARD_SIZE,
+    TensorSpec,
+    parse_size,
+    split_by_size,
+)
+
+# The command that a folder was written by, whichever way; --overwrite replaces its outputs.
+COMMAND = "megatron_to_hf"
+
+
+def files_of(
+    template: Path, tensors: Mapping[str, TensorSpec], max_shard_size: str | int | None = None
+) -> dict[str, str]:
+    """The file of each tensor: as asked for, else as in the template, else by the default size.
+
+    Raises:
+        ConversionError: For a template whose index lacks a tensor.
+    """
+    if max_shard_size is not None or not (template / INDEX).exists():
+        return split_by_size(tensors, parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
+    template_map = {
+        known_name(name, tensors): shard
+        for name, shard in (read_weight_map(template) or {}).items()
+    }
+    for name in tensors:
+        if name not in template_map:
+            raise ConversionError(
+                f"{template / INDEX} does not hold {name}; give --max-shard-size to ignore it"
+            )
+    return {name: template_map[name] for name in tensors}
+
+
+def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """The configuration with the dtype that most bytes have.
+
+    The key is `dtype` since transformers 4.56 and `torch_dtype` before; where the template has
+    either, it is kept.
+    """
+    nbytes: Counter[DType] = Counter()
+    for tensor in tensors.values():
+        nbytes[tensor.dtype] += tensor.nbytes
+    name = nbytes.most_common(1)[0][0].torch
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **dict.fromkeys(keys, name)}
+
+
+def for_older_readers(config: Config) -> dict[str, Any]:
+    """The configuration with the rotary base and scaling where readers before transformers 5 look.
+
+    transformers 5 writes `rope_parameters` alone. Without `rope_theta` next to it, transformers 4.57 and
+    programs that follow it compute with 10,000, and without `rope_scaling` they scale nothing.
+    """
+    rope = config.get("rope_parameters") or {}
+    found = dict(config)
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        found["rope_scaling"] = {k: value for k, value in rope.items() if k != "rope_theta"}
+    return found
