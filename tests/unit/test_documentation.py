@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from run_shape import published_config
 from training_commands import read_command
+
+from megatron_profit.commands.run_shape import published_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepare_data import main
 
+from megatron_profit.commands.prepare_data import main
 from megatron_profit.data import (
     BrokenRecord,
     ChatRenderer,

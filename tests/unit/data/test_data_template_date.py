@@ -3,8 +3,8 @@
 from datetime import date
 
 import pytest
-from prepare_data import main
 
+from megatron_profit.commands.prepare_data import main
 from megatron_profit.data import ChatRenderer, DataError, Preparation, Source
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.data.store import cache

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from estimate_memory import GIB, estimate
-from run_shape import published_config, read_run
 from training_commands import read_command
+
+from megatron_profit.commands.estimate_memory import GIB, estimate
+from megatron_profit.commands.run_shape import published_config, read_run
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])

@@ -14,8 +14,9 @@ from estimate_communication import (
     step_flops,
     step_time,
 )
-from estimate_memory import GIB, estimate
-from run_shape import read_run
+
+from megatron_profit.commands.estimate_memory import GIB, estimate
+from megatron_profit.commands.run_shape import read_run
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "scaling.md"
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()

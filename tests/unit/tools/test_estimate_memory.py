@@ -7,14 +7,20 @@ import json
 import math
 from types import SimpleNamespace
 
-import estimate_memory
 import pytest
-from estimate_memory import GIB, chunks_under_way, estimate, layer_activations, stage_parameters
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
-from run_shape import PUBLISHED, ShapeError, published_config, read_run
 
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.model import expected_shapes
+from megatron_profit.commands import estimate_memory
+from megatron_profit.commands.estimate_memory import (
+    GIB,
+    chunks_under_way,
+    estimate,
+    layer_activations,
+    stage_parameters,
+)
+from megatron_profit.commands.run_shape import PUBLISHED, ShapeError, published_config, read_run
 from megatron_profit.training.arguments.sft_arguments import ArgumentsError
 
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()

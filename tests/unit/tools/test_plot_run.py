@@ -3,9 +3,10 @@
 import json
 
 import matplotlib.image
-import plot_run
 import pytest
 from torch.utils.tensorboard import SummaryWriter
+
+from megatron_profit.commands import plot_run
 
 SFT = {"lm loss": (3.0, 1.0), "objective": (3.0, 1.0), "kept fraction": (1.0, 1.0)}
 PROFIT = {

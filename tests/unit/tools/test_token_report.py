@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import token_report
 from make_tiny_model import main as make_tiny_model
 
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from megatron_profit.commands import token_report
 
 
 @pytest.fixture(scope="module")

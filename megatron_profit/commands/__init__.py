@@ -1,0 +1,1 @@
+"""The commands that users type, installed with the package: `megatron-profit COMMAND …`."""

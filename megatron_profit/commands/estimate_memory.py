@@ -1,0 +1,443 @@
+"""GPU memory of a training run before it is started, by the same flags or for a published model.
+
+    megatron-profit estimate --model Qwen3-14B --gpus 8 --gpu-memory 80 --seq-length 8192 \
+        --micro-batch-size 1 --global-batch-size 32 --tensor-model-parallel-size 4 --sequence-parallel \
+        --use-distributed-optimizer --bf16
+
+All flags but those of this tool are the training's own (`-m megatron_profit.sft`), read by its parser, so a
+command line can be pasted as it is. For each pipeline rank it shows weights, gradients, optimizer,
+activations and the output layer, and whether the largest fits; beside them Megatron's own estimate
+(megatron/training/theoretical_memory_usage.py) and why the two differ.
+
+Rows count as full, which packed rows are; with --no-packing the numbers are an upper bound.
+Weights, gradients and optimizer state are counted; activations are what the layers of Transformer Engine, or
+Megatron's local ones on a GPU, keep for the backward pass, tensor by tensor (docs/scaling.md says what was
+compared with real runs). Not known: fp8, offloading, a free pipeline layout, a reference model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
+
+GIB = 2**30
+# CUDA context, NCCL's buffers, cuBLAS's workspaces; an assumption, not a measurement.
+RUNTIME_BYTES = 4 * GIB
+# What the allocator may be unable to use of what it holds; likewise.
+FRAGMENTATION = 0.05
+_DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters on a rank.
+
+    Attributes:
+        dense: All but the experts'.
+        experts: Those of the rank's experts.
+    """
+
+    dense: int = 0
+    experts: int = 0
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(self.dense + other.dense, self.experts + other.experts)
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the GPUs of a pipeline rank.
+
+    Attributes:
+        stage: The pipeline rank.
+        parameters: Their number.
+        weights, gradients, optimizer: State that lasts.
+        activations: Kept for the backward passes of all micro-batches under way.
+        working: What a layer's computation, or the output layer's, needs beside them at its peak.
+        runtime: CUDA, NCCL, cuBLAS and the allocator's losses, assumed.
+    """
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activations + self.working + self.runtime
+
+
+def estimate(
+    run: RunShape, supervised_share: float = 1.0, expert_load: float = 1.5
+) -> list[Memory]:
+    """The memory of each pipeline rank.
+
+    Args:
+        run: The run.
+        supervised_share: Supervised tokens over all; the output layer works on no others.
+        expert_load: Tokens at the busiest rank's experts over the mean.
+    """
+    return [_stage(run, stage, supervised_share, expert_load) for stage in range(run.pp)]
+
+
+def _stage(run: RunShape, stage: int, supervised_share: float, expert_load: float) -> Memory:
+    parameters = stage_parameters(run, stage)
+    activations, working = _activations(run, stage, expert_load)
+    if stage == run.pp - 1:
+        kept, peak = output_bytes(run, supervised_share)
+        activations, working = activations + kept, max(working, peak)
+    memory = Memory(
+        stage=stage,
+        parameters=parameters.total,
+        weights=parameters.total * run.bytes_per_number,
+        gradients=parameters.total * gradient_bytes(run.args),
+        optimizer=optimizer_state(run, parameters),
+        activations=activations,
+        working=working,
+        runtime=0,
+    )
+    return replace(memory, runtime=RUNTIME_BYTES + int(FRAGMENTATION * memory.total))
+
+
+def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
+    """Parameters of a layer on a rank."""
+    args, hidden = run.args, run.args.hidden_size
+    qkv = run.query_size + 2 * run.key_value_size
+    dense = (hidden * qkv + run.query_size * hidden) // run.tp + 2 * hidden
+    if args.add_qkv_bias:
+        dense += qkv // run.tp
+    if args.qk_layernorm:
+        dense += 2 * args.kv_channels
+    if not has_experts:
+        return Parameters(dense + 3 * hidden * args.ffn_hidden_size // run.tp)
+    expert = 3 * hidden * args.moe_ffn_hidden_size // run.etp
+    return Parameters(dense + hidden * args.num_experts, args.num_experts // run.ep * expert)
+
+
+def stage_parameters(run: RunShape, stage: int) -> Parameters:
+    """Parameters of a pipeline rank: its layers, and embedding, last norm and output layer where they are."""
+    args = run.args
+    total = Parameters()
+    for layer in run.layers_of(stage):
+        total += layer_parameters(run, run.expert_layers[layer])
+    vocabulary = args.padded_vocab_size // run.tp * args.hidden_size
+    last = stage == run.pp - 1
+    if stage == 0:
+        total += Parameters(vocabulary)
+    if last:
+        total += Parameters(args.hidden_size)
+    # Tied embeddings are one tensor on one rank, and a copy on the last of several.
+    if last and (args.untie_embeddings_and_output_weights or run.pp > 1):
+        total += Parameters(vocabulary)
+    return total
+
+
+def gradient_bytes(args: Namespace) -> int:
+    """Bytes of a parameter's gradient in Megatron's buffer."""
+    if args.bf16:
+        fp32 = args.accumulate_allreduce_grads_in_fp32 or args.main_grads_dtype == "fp32"
+        return 4 if fp32 and not args.grad_reduce_in_bf16 else 2
+    return 2 if args.fp16 and not args.accumulate_allreduce_grads_in_fp32 else 4
+
+
+def optimizer_bytes(args: Namespace) -> int:
+    """Bytes of Adam's state of a parameter: two moments, and in half precision a main copy in fp32."""
+    if not (args.bf16 or args.fp16):
+        return 8
+    if not args.use_precision_aware_optimizer:
+        # Gradients in half precision are copied to fp32 for the step.
+        return 12 + (4 if gradient_bytes(args) == 2 else 0)
+    moments = _DTYPE_BYTES[args.exp_avg_dtype] + _DTYPE_BYTES[args.exp_avg_sq_dtype]
+    # A main copy in fp32 is kept as what the bf16 parameter lacks of it.
+    main = (
+        2
+        if args.bf16 and args.main_params_dtype == "fp32"
+        else _DTYPE_BYTES[args.main_params_dtype]
+    )
+    return moments + main
+
+
+def optimizer_state(run: RunShape, parameters: Parameters) -> int:
+    """Bytes of the optimizer on a rank, which the distributed one splits over the data-parallel group."""
+    bytes_per_parameter = optimizer_bytes(run.args)
+    if not run.args.use_distributed_optimizer:
+        return parameters.total * bytes_per_parameter
+    instances = run.args.num_distributed_optimizer_instances
+    dense = parameters.dense / (run.dp * run.cp // instances)
+    experts = parameters.experts / max(1, run.expert_dp // instances)
+    return math.ceil((dense + experts) * bytes_per_parameter)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes that a layer keeps of a micro-batch for its backward pass.
+
+    Attributes:
+        entry: Its input, the residual stream.
+        norms: The outputs of the two norms, and what they keep inside.
+        attention: Queries, keys and values before and after norm and rotation, context, log-sum-exp.
+        middle: The residual stream behind attention.
+        mlp: What enters the activation function, and what leaves it.
+        router: Logits, probabilities and the experts' inputs.
+    """
+
+    entry: int
+    norms: int
+    attention: int
+    middle: int
+    mlp: int
+    router: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.entry + self.norms + self.attention + self.middle + self.mlp + self.router
+
+
+def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> LayerActivations:
+    """What a layer keeps, before any recomputation."""
+    args, number, tokens = run.args, run.bytes_per_number, run.tokens
+    stream = tokens * args.hidden_size * number // run.sequence_split
+    heads = args.num_attention_heads // run.tp
+    query, key_value = run.query_size // run.tp, run.key_value_size // run.tp
+    # Under context parallelism keys and values of whole rows are gathered (docs/training.md).
+    keys = args.seq_length * args.micro_batch_size if run.cp > 1 else tokens
+    # The projection's output, the norm's copy of its queries, rotated queries, keys, values, context.
+    copied = query if args.qk_layernorm else 0
+    attention = (tokens * (3 * query + 2 * key_value + copied) + keys * 2 * key_value) * number
+    attention += tokens * heads * 4
+    norms = 2 * stream
+    if not run.fused:  # a norm of single operations keeps what it has normalised, before its weight
+        norms += 2 * stream + (tokens * (query + key_value) * number if args.qk_layernorm else 0)
+    if not has_experts:
+        mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
+        return LayerActivations(stream, norms, attention, stream, mlp)
+    # Each token goes to `topk` experts; the ranks that share an expert gather its tokens.
+    local = tokens / run.sequence_split * args.moe_router_topk * run.etp * expert_load
+    expert = _gated_mlp(run, args.moe_ffn_hidden_size // run.etp)
+    router = tokens // run.sequence_split * args.num_experts * 4 * 2
+    router += int(local * args.hidden_size * number)
+    return LayerActivations(stream, norms, attention, stream, int(local * expert * number), router)
+
+
+def _gated_mlp(run: RunShape, size: int) -> int:
+    """Numbers of a token: gate, up and their product; unfused, silu(gate) and up once more as well."""
+    return size * (3 if run.fused else 5)
+
+
+def kept_activations(run: RunShape, has_experts: bool, expert_load: float) -> int:
+    """What a layer keeps that is not fully recomputed."""
+    parts = layer_activations(run, has_experts, expert_load)
+    if run.args.recompute_granularity != "selective":
+        return parts.total
+    modules = run.args.recompute_modules or ["core_attn"]
+    if "core_attn" in modules:
+        heads = run.args.num_attention_heads // run.tp
+        parts = replace(parts, attention=parts.attention - run.tokens * heads * 4)
+    if "layernorm" in modules:
+        parts = replace(parts, norms=0)
+    if ("moe" if has_experts else "mlp") in modules:
+        parts = replace(parts, mlp=0, router=0)
+    elif has_experts and "moe_act" in modules:
+        parts = replace(parts, mlp=parts.mlp * 2 // 3)
+    return parts.total
+
+
+def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float) -> tuple[int, int]:
+    """Bytes that a model chunk keeps of a micro-batch, and those that recomputing makes at one time."""
+    args = run.args
+    kept = [kept_activations(run, run.expert_layers[layer], expert_load) for layer in layers]
+    if args.recompute_granularity != "full":
+        return sum(kept), 0
+    split = run.tp if args.distribute_saved_activations else run.sequence_split
+    entry = run.tokens * args.hidden_size * run.bytes_per_number // split
+    together = args.recompute_num_layers or 1
+    if args.recompute_method == "block":
+        return entry * min(together, len(layers)) + sum(kept[together:]), max(kept)
+    return entry * math.ceil(len(layers) / together), max(kept) * min(together, len(layers))
+
+
+def chunks_under_way(run: RunShape, stage: int) -> int:
+    """Model chunks whose activations a pipeline rank holds at its peak
+    (megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches)."""
+    chunks = run.micro_batches * run.virtual_stages
+    if run.pp == 1:
+        return 1
+    behind = run.pp - stage - 1
+    if run.virtual_stages == 1:
+        return min(behind + 1, chunks)
+    group = run.args.microbatch_group_size_per_vp_stage or run.pp
+    return min(2 * behind + (run.virtual_stages - 1) * group + 1, chunks)
+
+
+def _activations(run: RunShape, stage: int, expert_load: float) -> tuple[int, int]:
+    """Kept by a pipeline rank, and needed beside by the layer that is computed."""
+    chunks = (_chunk_activations(run, chunk, expert_load) for chunk in run.chunks_of(stage))
+    kept, recomputed = map(max, zip(*chunks, strict=True))
+    has_experts = any(run.expert_layers[layer] for layer in run.layers_of(stage))
+    working = recomputed + _layer_working(run, has_experts, expert_load)
+    return kept * chunks_under_way(run, stage), working
+
+
+def _layer_working(run: RunShape, has_experts: bool, expert_load: float) -> int:
+    """The backward pass of an MLP: its gathered input, that one's gradient and those of its inside."""
+    parts = layer_activations(run, has_experts, expert_load)
+    gathered = 2 * run.tokens * run.args.hidden_size * run.bytes_per_number
+    return gathered + parts.mlp + 2 * parts.router
+
+
+def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
+    """The last norm and the linear objective (docs/kernel.md) on a micro-batch.
+
+    Returns:
+        What lasts until the backward pass, and the peak of that pass beside it.
+    """
+    from megatron_profit.ops.tiling import Tiling
+
+    args, tokens = run.args, run.tokens
+    dtype = torch.float32 if run.bytes_per_number == 4 else torch.bfloat16
+    rows = math.ceil(tokens * supervised_share)
+    vocab, hidden, number = args.padded_vocab_size // run.tp, args.hidden_size, run.bytes_per_number
+    weight = torch.empty(vocab, hidden, dtype=dtype, device="meta")
+    tiling = Tiling.of(weight, rows, None, args.objective_backward)
+    norm = (2 if run.fused else 3) * tokens * hidden * number // run.sequence_split
+    gathered = tokens * hidden * number if run.sequence_split > 1 else 0
+    kept = norm + gathered + tiling.kept_rows * vocab * number
+    block = rows * min(tiling.columns, vocab) * number
+    # Supervised rows, their gradient in fp32 and all rows' gradient; what autograd gets for the weight.
+    gradients = rows * hidden * (number + 4) + tokens * hidden * number + vocab * hidden * number
+    return kept, block + gradients
+
+
+def megatron_estimate(run: RunShape) -> dict[str, float]:
+    """Megatron's own estimate of the most loaded rank, in bytes."""
+    from megatron.training import theoretical_memory_usage as theirs
+
+    args = Namespace(**vars(run.args))
+    args.data_parallel_size, args.world_size = run.dp, run.gpus
+    args.expert_tensor_parallel_size = run.etp
+    args.virtual_pipeline_model_parallel_size = (
+        run.virtual_stages if run.virtual_stages > 1 else None
+    )
+    if args.num_query_groups is None or not args.group_query_attention:
+        args.num_query_groups = args.num_attention_heads
+    state = theirs.compute_weight_and_optimizer_memory(args)
+    with_sp = args.sequence_parallel and args.recompute_granularity == "selective"
+    activations = (
+        theirs.compute_activation_memory if with_sp else theirs.compute_activation_memory_without_sp
+    )(args, num_microbatches=run.micro_batches)
+    return {"state": state, "activations": activations, "total": state + activations}
+
+
+DIFFERENCES = """\
+Why they differ: Megatron's estimate counts 18 bytes a parameter (6 and 12 / dp with the distributed
+optimizer) as this one does in bf16, but not context parallelism in dp, nor other precisions. Its
+activations have neither the gated MLP's real size, nor grouped-query attention, experts, context
+parallelism or full recomputation, and its output layer holds logits of all tokens, which the linear
+objective never has. It leaves out working memory and runtime."""
+
+
+def table(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -> str:
+    """The estimate for people."""
+    names = ("weights", "gradients", "optimizer", "activations", "working", "runtime", "total")
+    lines = [
+        f"{run.gpus} GPUs: tensor {run.tp}, pipeline {run.pp} (x {run.virtual_stages} chunks), "
+        f"context {run.cp}, data {run.dp}, expert {run.ep} x tensor {run.etp}",
+        f"{run.micro_batches} micro-batches of {run.args.micro_batch_size} x {run.args.seq_length} tokens",
+        "",
+        f"{'GiB a GPU':<16}{'parameters':>12}" + "".join(f"{name:>13}" for name in names),
+    ]
+    for memory in memories:
+        cells = "".join(f"{getattr(memory, name) / GIB:>13.2f}" for name in names)
+        lines.append(f"pipeline rank {memory.stage:<2}{memory.parameters / 1e9:>10.3f} B{cells}")
+    theirs = megatron_estimate(run)
+    largest = max(memories, key=lambda memory: memory.total)
+    lines += [
+        "",
+        f"Megatron's own estimate: {theirs['state'] / GIB:.2f} weights, gradients and optimizer + "
+        f"{theirs['activations'] / GIB:.2f} activations = {theirs['total'] / GIB:.2f} GiB.",
+        DIFFERENCES,
+    ]
+    if gpu_memory is not None:
+        fits = largest.total <= gpu_memory * GIB
+        verdict = "fits" if fits else "does NOT fit"
+        lines += ["", f"{largest.total / GIB:.1f} GiB {verdict} a GPU of {gpu_memory:g} GiB."]
+    return "\n".join(lines)
+
+
+def as_json(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -> str:
+    """The estimate for programs, in bytes."""
+    largest = max(memory.total for memory in memories)
+    fits = None if gpu_memory is None else largest <= gpu_memory * GIB
+    ranks = [{**asdict(memory), "total": memory.total} for memory in memories]
+    result = {"largest": largest, "fits": fits, "ranks": ranks, "megatron": megatron_estimate(run)}
+    return json.dumps(result, indent=2)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """This tool's arguments, and the training's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage="megatron-profit estimate --gpus N [--model NAME] [options] [training flags]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, required=True, help="processes of the whole run")
+    parser.add_argument(
+        "--model", help="a published model, such as Qwen3-14B, in place of --hf-model"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="of a GPU; exit code 1 if too small"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
+    parser.add_argument(
+        "--supervised-share", type=float, default=1.0, help="supervised tokens over all (default 1)"
+    )
+    parser.add_argument(
+        "--expert-load", type=float, default=1.5, help="tokens at the busiest experts over the mean"
+    )
+    options, training = parser.parse_known_args(argv)
+    if options.gpus < 1:
+        parser.error(f"--gpus is {options.gpus}; it must be at least 1")
+    if not 0 < options.supervised_share <= 1:
+        parser.error(f"--supervised-share is {options.supervised_share}; it must be in (0, 1]")
+    if options.expert_load < 1:
+        parser.error(f"--expert-load is {options.expert_load}; it must be at least 1")
+    return options, training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the estimate; 0 if it fits, 1 if not, 2 for bad input."""
+    options, training = parse_arguments(sys.argv[1:] if argv is None else argv)
+    with contextlib.redirect_stdout(io.StringIO()):  # of Megatron's import
+        from megatron_profit.training.arguments.sft_arguments import ArgumentsError
+    from checkpoint_conversion.errors import ConversionError
+    from megatron_profit.data import DataError
+
+    try:
+        run = read_run(training, options.gpus, options.model)
+    except (ShapeError, ArgumentsError, ConversionError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    memories = estimate(run, options.supervised_share, options.expert_load)
+    print((as_json if options.json else table)(run, memories, options.gpu_memory))
+    largest = max(memory.total for memory in memories)
+    return int(options.gpu_memory is not None and largest > options.gpu_memory * GIB)

@@ -1,0 +1,348 @@
+"""Show what an objective trains: every token of chosen records with its probability, kept or dropped.
+
+    megatron-profit report --model Qwen3-0.6B-Base --data chats.jsonl --out report.html
+    megatron-profit report --megatron runs/14b --hf-template Qwen3-14B-Base --data chats.jsonl \
+        --records 0-9,250 --objective "profit prob_threshold=0.1 threshold_direction=higher" --terminal
+
+The page holds all it needs: a threshold slider, the objectives side by side, a histogram of the
+probabilities, search, and each record as text and as a table. Objectives that rank do so over the
+records of the page.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.megatron_to_hf import megatron_to_hf
+from megatron_profit.data import (
+    BrokenRecord,
+    ChatRenderer,
+    Conversation,
+    DataError,
+    RawRecord,
+    RenderedConversation,
+    Source,
+    Training,
+    load_tokenizer,
+    normalise,
+    read_records,
+    read_sources,
+)
+from megatron_profit.data.chat.conversations import read_fields
+from megatron_profit.data.errors import printable
+from megatron_profit.data.options import add_rendering_flags
+from megatron_profit.data.render.template_date import parse_day
+from megatron_profit.objectives import Objective, build_objective, objective_options
+from megatron_profit.token_report import page, score_records, terminal_text
+
+OBJECTIVES = (
+    "profit prob_threshold=0.1 threshold_direction=higher",
+    "dft",
+    "entropy",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ReportError(ValueError):
+    """The report cannot be made; the message says what to do."""
+
+
+def parse_objective(text: str) -> tuple[str, Objective]:
+    """An objective from "name option=value ..."; several values of one option are joined by commas.
+
+    Raises:
+        ReportError: an unknown name or option, or a value that does not fit.
+    """
+    name, *settings = text.split() or [""]
+    try:
+        types = {
+            option.name: option.metadata.get("type", str) for option in objective_options(name)
+        }
+        options = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"{setting!r} is not of the form option=value")
+            options[key] = types.get(key, str)(value)
+        return text, build_objective(name, **options)
+    except ValueError as error:
+        raise ReportError(f"--objective {text!r}: {error}") from error
+
+
+def parse_records(text: str) -> list[range]:
+    """Positions from "0-9,250".
+
+    Raises:
+        ReportError: not of that form.
+    """
+    chosen = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            chosen.append(range(int(first), int(last if dash else first) + 1))
+        except ValueError:
+            raise ReportError(
+                f"--records {text!r}: {part!r} is neither a number nor a range"
+            ) from None
+        if not chosen[-1]:
+            raise ReportError(
+                f"--records {text!r}: {part!r} chooses no record; write the smaller number first"
+            )
+    return chosen
+
+
+def chosen_records(
+    sources: Sequence[Source], positions: Sequence[range], renderer: ChatRenderer, max_tokens: int
+) -> list[tuple[str, RenderedConversation]]:
+    """The records at the positions, counted over all sources, that can be rendered.
+
+    Raises:
+        ReportError: a position or a range that begins behind the last record, or no usable record.
+        DataError: a file cannot be read, or its first record is in no known format.
+    """
+    found, read = [], 0
+    everything = ((source, record) for source in sources for record in source_records(source))
+    stop = max(part.stop for part in positions)
+    for read, (source, record) in enumerate(islice(everything, stop), 1):
+        chosen = any(read - 1 in part for part in positions)
+        if not chosen and not record.first:  # the first one shows whether the format is known
+            continue
+        try:
+            talk = normalise(record, source.layout)
+            if chosen:
+                found += rendered_examples(record, talk, renderer, max_tokens)
+        except BrokenRecord as error:
+            if chosen:
+                left_out(f"{record.where}: {error}")
+    last = max(part.start for part in positions)
+    if last >= read:
+        raise ReportError(f"--records {last}: there are only {read} records (0 to {read - 1})")
+    if not found:
+        raise ReportError("none of the chosen records can be used; choose others with --records")
+    return found
+
+
+def rendered_examples(
+    record: RawRecord, talk: Conversation, renderer: ChatRenderer, max_tokens: int
+) -> list[tuple[str, RenderedConversation]]:
+    """The examples of a record with their names; one, unless each of its turns is trained by itself.
+
+    Raises:
+        BrokenRecord: one of them cannot be rendered.
+    """
+    examples = renderer.training.examples(talk)
+    found = []
+    for number, example in enumerate(examples, 1):
+        whole = renderer.render(example)
+        cut = RenderedConversation(whole.ids[:max_tokens], whole.supervised[:max_tokens])
+        turn = f", turn {number}" if len(examples) > 1 else ""
+        if cut.supervised[1:].any():
+            name = f"{Path(record.file).name}, {record.unit} {record.number}{turn}"
+            found.append((printable(name), cut))
+        else:
+            left_out(f"{record.where}{turn}: nothing supervised in {max_tokens} tokens")
+    return found
+
+
+def left_out(what: str) -> None:
+    print(f"left out {printable(what)}", file=sys.stderr)
+
+
+def source_records(source: Source) -> Iterator[RawRecord]:
+    """The records of a source in the order of its files."""
+    columns = read_fields(source.layout)
+    return (
+        record for file in source.files() for record in read_records(file, source.split, columns)
+    )
+
+
+@contextmanager
+def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
+    """The Megatron checkpoint as a HuggingFace folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="token_report_") as scratch:
+        out = Path(scratch) / "hf"
+        megatron_to_hf(megatron, template, out, progress=sys.stderr)
+        yield str(out)
+
+
+def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A transformers model for evaluation, on the GPU where there is one."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # A config.json may name kernels of somebody's repository.
+            attn_implementation="sdpa",
+        )
+    except Exception as error:  # whatever transformers raises for a config.json that it cannot use
+        raise ReportError(f"{folder} cannot be loaded: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="HuggingFace folder of the model")
+    source.add_argument(
+        "--megatron", metavar="DIR", help="Megatron checkpoint; needs --hf-template"
+    )
+    parser.add_argument(
+        "--hf-template", metavar="DIR", help="HuggingFace folder with its config and tokenizer"
+    )
+    parser.add_argument(
+        "--ref-model", metavar="DIR", help="HuggingFace folder of a reference model"
+    )
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="FILE", help="chat files, as in training"
+    )
+    add_rendering_flags(parser)
+    parser.add_argument(
+        "--records", default="0-19", help="positions over all files, e.g. 0-9,250 (default 0-19)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=8192, help="longer records lose their end (default 8192)"
+    )
+    parser.add_argument(
+        "--objective",
+        action="append",
+        metavar="'NAME OPTION=VALUE …'",
+        help="an objective to compare; may be repeated (default: profit at 0.1, dft, entropy)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the forward pass")
+    parser.add_argument("--seed", type=int, default=1234, help="of objectives that draw")
+    parser.add_argument("--title", help="heading of the page (default: the model's folder)")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="page to write")
+    parser.add_argument(
+        "--terminal",
+        action="store_true",
+        help="print the records in colour, marked by the first objective",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.megatron) != bool(arguments.hf_template):
+        parser.error("--megatron and --hf-template go together")
+    if arguments.out is None and not arguments.terminal:
+        parser.error("nothing to make: give --out FILE.html, --terminal or both")
+    if arguments.max_tokens < 2:
+        parser.error(f"--max-tokens is {arguments.max_tokens}; it must be at least 2")
+    return arguments
+
+
+def check_output(path: Path | None, overwrite: bool) -> None:
+    """Refuse an output that cannot be written before the model is loaded."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise ReportError(f"--out {path}: the folder {path.parent} does not exist")
+    if path.exists() and not overwrite:
+        raise ReportError(f"--out {path} exists; give --overwrite to replace it")
+
+
+def slider(objectives: Sequence[Objective]) -> dict[str, object]:
+    """Where the page's threshold begins: at the first thresholded ProFit that was asked for."""
+    for objective in objectives:
+        if getattr(objective, "prob_threshold", None) and hasattr(objective, "threshold_direction"):
+            return {
+                "threshold": objective.prob_threshold,
+                "direction": objective.threshold_direction,
+            }
+    return {}
+
+
+def make_report(arguments: argparse.Namespace) -> None:
+    """All of it; errors say what to do.
+
+    Raises:
+        ReportError, DataError, ConversionError: for input that cannot be used.
+    """
+    check_output(arguments.out, arguments.overwrite)
+    objectives = dict(map(parse_objective, arguments.objective or OBJECTIVES))
+    positions = parse_records(arguments.records)
+    folder = arguments.hf_template or arguments.model
+    read_hf_config(folder)
+    tokenizer = load_tokenizer(Path(folder))
+    sources = read_sources(
+        arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info
+    )
+    training = Training(arguments.train_on, arguments.train_think)
+    renderer = ChatRenderer(
+        tokenizer,
+        training,
+        parse_day(arguments.template_date),
+        arguments.allow_special_tokens or (),
+    )
+    records = chosen_records(sources, positions, renderer, arguments.max_tokens)
+    dtype = DTYPES[arguments.dtype]
+    source = (
+        megatron_as_hf(arguments.megatron, arguments.hf_template)
+        if arguments.megatron
+        else nullcontext(arguments.model)
+    )
+    with source as model_folder:
+        scored = score_records(
+            load_model(model_folder, dtype),
+            tokenizer,
+            records,
+            objectives,
+            ref_model=load_model(arguments.ref_model, dtype) if arguments.ref_model else None,
+            seed=arguments.seed,
+            progress=lambda line: print(line, file=sys.stderr),
+        )
+    if arguments.out is not None:
+        title = (
+            arguments.title or f"Token report: {Path(arguments.megatron or arguments.model).name}"
+        )
+        files = ", ".join(Path(file).name for file in arguments.data)
+        subtitle = f"{len(scored)} records of {files}; {arguments.dtype}"
+        write_whole(
+            arguments.out,
+            page(scored, title=title, subtitle=subtitle, **slider(list(objectives.values()))),
+        )
+        print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)", file=sys.stderr)
+    if arguments.terminal:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        for record in scored:
+            print(
+                terminal_text(record, next(iter(objectives)), color=color), end="\n\n", flush=True
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    disable_progress_bar()
+    arguments = parse_arguments(argv)
+    try:
+        make_report(arguments)
+    except BrokenPipeError:  # whoever read the terminal form has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ReportError, DataError, ConversionError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
