@@ -27,8 +27,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-import torch
-
 from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
 
 GIB = 2**30
@@ -314,6 +312,8 @@ def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
     from megatron_profit.ops.tiling import Tiling
 
     args, tokens = run.args, run.tokens
+    import torch
+
     dtype = torch.float32 if run.bytes_per_number == 4 else torch.bfloat16
     rows = math.ceil(tokens * supervised_share)
     vocab, hidden, number = args.padded_vocab_size // run.tp, args.hidden_size, run.bytes_per_number

@@ -6,23 +6,17 @@ A run is a metrics file, a folder with one (`metrics.jsonl`, as in --save), or a
 events. Without a label it is called after its folder.
 
 There is a panel for each group of metrics that any of the runs has: losses, kept fraction, probabilities,
-gradient norm, learning rate, throughput. The figure is written beside its place and renamed.
+gradient norm, learning rate, throughput. The figure appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.training.monitoring.metrics_file import read_metrics
 
 Curve = tuple[list[int], list[float]]
@@ -87,6 +81,8 @@ def _points(run: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _points_of_events(folder: Path) -> Iterator[tuple[str, int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
@@ -113,6 +109,8 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: See `read_curves`; and when a run holds none of the metrics.
     """
+    from matplotlib.figure import Figure
+
     curves = {label: _telling(read_curves(run)) for label, run in runs.items()}
     panels = [
         (title, names)
@@ -123,7 +121,8 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
         raise ValueError(f"{', '.join(map(str, runs.values()))}: none of the metrics to draw")
     columns, rows = min(len(panels), _COLUMNS), -(-len(panels) // _COLUMNS)
     size = (13 * columns / _COLUMNS, 3.8 * rows)
-    figure, _ = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    figure.subplots(rows, columns)
     for axis, (title, names) in zip(figure.axes, panels, strict=False):
         for (label, found), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
             for (name, short), style in zip(names.items(), STYLES, strict=False):
@@ -137,10 +136,8 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
     for axis in figure.axes[len(panels) :]:
         axis.remove()
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.partial")
-    figure.savefig(beside, format="png", dpi=130)
-    plt.close(figure)
-    os.replace(beside, out)
+    with whole_file(out) as stream:
+        figure.savefig(stream, format="png", dpi=130)
     return out
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.data import (
     DataError,
     DataOptions,
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.report:
-        _write_report(arguments.report, json.dumps(_as_json(sets), indent=1) + "\n")
+        with whole_file(arguments.report) as report:
+            report.write(json.dumps(_as_json(sets), indent=1).encode() + b"\n")
     try:
         for name, found in sets.items():
             print(describe(name, sets))
@@ -68,13 +70,6 @@ def _check_report(file: Path) -> None:
         raise DataError(f"--report: the folder {file.parent} does not exist")
     if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
         raise DataError(f"--report {file} cannot be written; name another file")
-
-
-def _write_report(file: Path, text: str) -> None:
-    """Write the report, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def describe(name: str, sets: dict[str, PreparedSet]) -> str:

@@ -2,8 +2,10 @@
 
 import json
 
+import matplotlib.figure
 import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_profit.commands import plot_run
@@ -33,15 +35,15 @@ def write(tmp_path):
 
 @pytest.fixture
 def figure(monkeypatch):
-    """The figure as it was saved: plot_run closes it, which leaves the object as it is."""
+    """The figures that are made, as they were saved."""
     made = []
-    subplots = plot_run.plt.subplots
 
-    def keep(*arguments, **options):
-        made.append(subplots(*arguments, **options)[0])
-        return made[-1], made[-1].axes
+    class Kept(Figure):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
 
-    monkeypatch.setattr(plot_run.plt, "subplots", keep)
+    monkeypatch.setattr(matplotlib.figure, "Figure", Kept)
     return made
 
 
