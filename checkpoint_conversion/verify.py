@@ -17,23 +17,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TextIO
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from checkpoint_conversion import cli
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.chunks import CHUNK_BYTES
 from checkpoint_conversion.hf.folder import HFTensor
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
-from checkpoint_conversion.hf.torch_tensors import TORCH, read_chunk, tensor_bytes
-from checkpoint_conversion.logits import PROMPTS, compare_logits, read_prompts
 from checkpoint_conversion.progress import Progress
 from checkpoint_conversion.torch_dist.reader import find_checkpoint, open_checkpoint
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
 
+if TYPE_CHECKING:  # the command's help needs no torch
+    import torch
+
 TOLERANCE = 1e-3
-_BITS = {2: torch.int16, 4: torch.int32}
 
 
 class Rows(NamedTuple):
@@ -117,6 +115,8 @@ def verify(
 
 
 def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[Rows]:
+    from checkpoint_conversion.hf.torch_tensors import TORCH, read_chunk
+
     checkpoint = open_checkpoint(folder, model.rules)
     for rule in checkpoint.rules:
         for chunk in checkpoint.chunks(rule):
@@ -141,6 +141,10 @@ def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterat
 
 def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
     """Rows of a tensor as a matrix."""
+    import torch
+
+    from checkpoint_conversion.hf.torch_tensors import TORCH, tensor_bytes
+
     width = tensor.row_bytes // TORCH[tensor.dtype].itemsize
     result = torch.empty((rows, width), dtype=TORCH[tensor.dtype])
     tensor.read_rows(start, rows, tensor_bytes(result))
@@ -184,6 +188,9 @@ class _Count:
 
 
 def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
+    import torch
+
+    bits_of = {2: torch.int16, 4: torch.int32}
     counts: dict[str, _Count] = {}
     for name, left, right in pairs:
         count = counts.setdefault(name, _Count())
@@ -192,7 +199,7 @@ def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
         if left.dtype != right.dtype:
             count.dtypes = f"{left.dtype} / {right.dtype}".replace("torch.", "")
             left, right = left.float(), right.float()
-        bits = _BITS[left.dtype.itemsize]
+        bits = bits_of[left.dtype.itemsize]
         different = left.view(bits) != right.view(bits)
         if different.any():
             distance = (left[different].float() - right[different].float()).abs().max().item()
@@ -237,6 +244,8 @@ def main() -> int:
 
 
 def _verify_logits(options: argparse.Namespace) -> int:
+    from checkpoint_conversion.logits import PROMPTS, compare_logits, read_prompts
+
     if len(options.hf) == 2 and options.megatron is not None:
         raise ConversionError("give a second HuggingFace folder or a Megatron checkpoint, not both")
     report = compare_logits(
