@@ -61,7 +61,9 @@ class SFTData:
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
             # One batch more than is drawn: Megatron's sampler refuses a run that is started again
             # after its last step, although there is nothing left to do.
-            train = self.train.with_samples(_train_rows(args, num_samples[0]) + args.global_batch_size)
+            train = self.train.with_samples(
+                _train_rows(args, num_samples[0]) + args.global_batch_size
+            )
             train.split = Split.train
             if self.valid is None or args.eval_iters == 0:
                 return train, None, None
