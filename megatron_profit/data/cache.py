@@ -277,17 +277,18 @@ def content_digest(path: Path, cache: Path) -> str:
         with _lock(note.with_suffix(".lock"), uuid.uuid4().hex, None) as mine:
             if mine:
                 found = [(str(file.relative_to(path)), _hash_file(file)) for file in inner]
-                _write_whole(note, sha256(repr(found).encode()).hexdigest())
+                _write_whole(note, f"{note.name} {sha256(repr(found).encode()).hexdigest()}")
     return digest
 
 
 def _noted(note: Path) -> str:
-    """The digest in a note; "" where there is none, or half of one."""
+    """The digest in a note; "" where there is none, half of one, or that of another note."""
     try:
-        digest = note.read_text(encoding="ascii")
+        text = note.read_text(encoding="ascii")
     except (FileNotFoundError, ValueError):
         return ""
-    return digest if re.fullmatch("[0-9a-f]{64}", digest) else ""
+    found = re.fullmatch(f"{note.name} ([0-9a-f]{{64}})", text)
+    return found[1] if found else ""
 
 
 def _hash_file(path: Path) -> str:

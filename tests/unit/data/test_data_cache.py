@@ -421,10 +421,12 @@ def test_a_file_that_seems_the_same_is_read_once_and_a_damaged_note_is_written_a
     assert cache.content_digest(file, notes) == digest
     assert hashed == [file]
     (note,) = (notes / "files").iterdir()
-    for damaged in (b"", digest[:-1].encode(), b"g" * 64, b"\xff" * 64):
+    whole, name = note.read_bytes(), note.name.encode()
+    of_another = b"f" + whole[1:] if whole[:1] != b"f" else b"e" + whole[1:]
+    for damaged in (b"", whole[:-1], name + b" " + b"g" * 64, b"\xff" * 64, of_another):
         note.write_bytes(damaged)
         assert cache.content_digest(file, notes) == digest
-    assert len(hashed) == 5
+    assert len(hashed) == 6
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(prepared, sources, tmp_path, monkeypatch):
