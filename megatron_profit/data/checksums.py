@@ -1,7 +1,7 @@
 """Folders whose files are checked before use: a disk, a copy or another program may have changed them.
 
-`checksums.json` holds the size and the CRC-32 of each file, and the name of the folder, so that another one in
-its place shows. Damage to that file itself shows as well: another file does not fit then.
+`checksums.json` holds the size and the CRC-32 of each file, and the name of the folder, so that another one
+in its place shows. Damage to that file itself shows as well: another file does not fit then.
 """
 
 from __future__ import annotations

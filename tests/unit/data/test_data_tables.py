@@ -125,6 +125,22 @@ def test_a_damaged_column_that_nothing_reads_stops_nothing(tmp_path):
     assert [record.value["output"] for record in wanted] == ["a", "b", "c"]
 
 
+@every_kind
+def test_fields_that_are_null_throughout_are_read(write, kind):
+    talk = [{"role": "user", "content": "q", "name": None, "parts": [{"a": [None, None]}, None]}]
+    rows = [talk * count for count in (3, 0, 2)]
+    table = pyarrow.table({"messages": rows, "all": [[None] * 2, [], None], "none": [None] * 3})
+    found = [record.value for record in read_records(write(table, kind))]
+    (message,) = {json.dumps(m, sort_keys=True) for row in found for m in row["messages"]}
+    assert json.loads(message) == {
+        "role": "user",
+        "content": "q",
+        "parts": [{"a": [None, None]}, None],
+    }
+    assert [len(row["messages"]) for row in found] == [3, 0, 2]
+    assert [row["all"] for row in found] == [[None, None], [], None]
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path):
     schema = pyarrow.schema([("output", pyarrow.string())] * 2)
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, schema=schema)
