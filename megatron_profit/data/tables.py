@@ -291,7 +291,7 @@ def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _unpacked(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """Of a dictionary the type of its values; of nulls another one, since casts give theirs a wrong length."""
+    """Of a dictionary the type of its values; of nulls another one, as casts give them a wrong length."""
     if types.is_null(kind):
         return pyarrow.bool_()
     return _mapped(kind.value_type, _unpacked) if types.is_dictionary(kind) else kind

@@ -78,8 +78,8 @@ def check_space(save: Path, size: int) -> None:
     if free < size * (1 + _SPARE_SHARE) + _SPARE_BYTES:
         raise CheckpointError(
             f"it takes {human(size)}, and {save} has {human(free)} left; the checkpoints there are as they "
-            f"were. Free some space, and give the same command again, with --load {save}; --keep-last N removes "
-            "older checkpoints"
+            f"were. Free some space, and give the same command again, with --load {save}; --keep-last N "
+            "removes older checkpoints"
         )
 
 
