@@ -38,6 +38,9 @@ MESSAGE_FIELDS = (*FIELDS, _MASKED, _MASK, *_DETAILS)
 # A name that may say so in the words of yet another trainer.
 _LIKE_A_MASK = re.compile(r"loss|mask|train|weight|learn|superv|ignore|exclu|skip", re.IGNORECASE)
 
+# Of these names, the ones that exclude where they are true; a mask may in either case.
+_EXCLUDES = re.compile(r"mask|ignore|exclu|skip|no_?loss|untrain", re.IGNORECASE)
+
 _WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -86,12 +89,13 @@ def check_record(fields: Mapping[str, Any]) -> None:
         fields: Fields of the record.
 
     Raises:
-        BrokenRecord: One says so, or is a list, which masks parts of the record.
+        BrokenRecord: One says so, or is a list, which masks parts of the record; or one of an unknown name
+            may do either.
     """
-    lists = [(name, value) for name, value in fields.items() if isinstance(value, list)]
-    _check_unknown(lists, "give each message its own weight, or remove the field")
-    for name in FIELDS:
-        if _value(fields.get(name)) is False:
+    remedy = "give each message that is not trained the weight 0, or remove the field"
+    _check_unknown([item for item in fields.items() if _may_exclude(*item)], remedy)
+    for name in (*FIELDS, _MASKED):
+        if _value(fields.get(name)) is (name == _MASKED):
             raise BrokenRecord(NOTHING_TRAINED, f"the record's {name} is {shown(fields[name])}")
         if isinstance(fields.get(name), list | dict):
             raise BrokenRecord(
@@ -99,6 +103,13 @@ def check_record(fields: Mapping[str, Any]) -> None:
             )
     if fields.get(_MASK) is not None and not isinstance(fields[_MASK], str):  # NeMo's is a role
         raise BrokenRecord(UNCLEAR, f"the record's mask is {shown(fields[_MASK])}; write weight")
+
+
+def _may_exclude(name: str, value: Any) -> bool:
+    """Whether a field of the record may leave out some of it, if it is a mask at all."""
+    if isinstance(value, bool):
+        return "mask" in name.lower() or value is bool(_EXCLUDES.search(name))
+    return isinstance(value, list)
 
 
 def _check_unknown(fields: Iterable[tuple[str, Any]], remedy: str) -> None:

@@ -88,12 +88,26 @@ def test_names_and_values_that_only_resemble_a_mask_are_told():
         assert read(talk(**fields)).unread == {f"messages.{name}" for name in fields}
 
 
-def test_a_list_of_the_record_that_looks_like_a_mask_leaves_it_out():
-    for fields in ({"weights": [0, 1]}, {"assistant_masks": [[0], [1]]}, {"loss_masks": [True]}):
+def test_a_field_of_the_record_that_looks_like_a_mask_leaves_it_out():
+    for fields in (
+        {"weights": [0, 1]},
+        {"assistant_masks": [[0], [1]]},
+        {"loss_masks": [True]},
+        {"is_trainable": False},
+        {"skip": True},
+        {"loss_masked": True},
+        {"assistant_mask": False},
+    ):
         with pytest.raises(BrokenRecord) as error:
             read({**talk(), **fields})
         assert error.value.reason == masks.UNCLEAR
-    for fields in ({"training_topics": ["sums"]}, {"skip": 0}, {"losses": [0.8, 0.3]}):
+    for fields in (
+        {"training_topics": ["sums"]},
+        {"losses": [0.8, 0.3]},
+        {"training_step": 0},
+        {"is_train": True},
+        {"skip": False},
+    ):
         assert read({**talk(), **fields}).unread == set(fields)
 
 
@@ -118,7 +132,7 @@ def test_a_question_is_never_trained_and_that_is_told():
     ],
 )
 def test_a_whole_record_may_be_excluded(record):
-    for name, value in (("weight", 0), ("train", "false"), ("loss_mask", False)):
+    for name, value in (("weight", 0), ("train", "false"), ("loss_mask", False), ("masked", 1)):
         with pytest.raises(BrokenRecord) as error:
             read({**record, name: value})
         assert error.value.reason == masks.NOTHING_TRAINED
