@@ -33,9 +33,8 @@ from megatron_profit.data.files import open_regular
 from megatron_profit.data.prepare import Preparation, default_workers, file_names, prepared_chunks
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.sources import Source
-from megatron_profit.data.tokenizer_files import tokenizer_paths
+from megatron_profit.data.tokenizer_files import decides_ids, tokenizer_paths
 
-_NOT_OF_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _BLOCK = 8 * 2**20
 
 POLL_SECONDS = 0.2
@@ -208,7 +207,7 @@ def tokenizer_files(tokenizer: Path) -> list[list[str]]:
     return [
         [str(path.relative_to(tokenizer)), _hash_file(path)]
         for path in tokenizer_paths(tokenizer)
-        if path.name not in _NOT_OF_THE_TOKENIZER
+        if decides_ids(path)
     ]
 
 

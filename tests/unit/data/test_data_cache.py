@@ -295,6 +295,17 @@ def test_a_process_that_was_taken_for_dead_and_cleaned_up_behind_starts_again(
     assert len(calls) == 2
 
 
+def test_only_the_files_of_the_tokenizer_tell_it_from_another(tokenizer):
+    before = cache.tokenizer_files(tokenizer)
+    for name in ("config.json", "trainer_state.json", "LICENSE.txt", "model.bin.index.json"):
+        (tokenizer / name).write_text("{}")
+    assert cache.tokenizer_files(tokenizer) == before
+    for name in ("special_tokens_map.json", "vocab.txt", "merges.txt", "spiece.model", "a.jinja"):
+        (tokenizer / name).write_text("{}")
+        names = [file for file, _ in cache.tokenizer_files(tokenizer)]
+        assert name in names
+
+
 def test_the_tokenizers_other_templates_and_our_code_count(
     prepared, sources, tokenizer, tmp_path, monkeypatch
 ):
