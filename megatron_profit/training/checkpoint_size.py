@@ -17,7 +17,6 @@ from megatron_profit.training.console import print_rank_0
 
 # Metadata, random generators and torch's header of each tensor.
 _SPARE_SHARE, _SPARE_BYTES = 0.01, 1 << 20
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 # Values that an optimizer keeps of each parameter, besides the parameter itself.
 _MOMENTS = {"adam": 2, "sgd": 1, "lion": 1}
 
