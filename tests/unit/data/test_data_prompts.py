@@ -150,3 +150,11 @@ def test_answers_that_end_before_another_answer_are_counted(
     renderer = ChatRenderer(make_tokenizer(templates.chatml), Training(**training))
     finding = renderer.render(conversation(*turns)).findings[render.ENDS_BEFORE_ANSWER]
     assert finding.count == found
+
+
+def test_a_lone_question_may_end_in_the_end_of_the_text(make_tokenizer, trained, templates):
+    with_eos = "{%- else %}{{- eos_token }}{%- endif %}"
+    tokenizer = make_tokenizer(templates.chatml.replace("{%- endif %}", with_eos))
+    tokenizer.eos_token = "</s>"
+    texts, *_ = trained(tokenizer, QUESTION, ANSWER, QUESTION, ANSWER)
+    assert texts == ["It is forty-two.<|im_end|>"] * 2
