@@ -297,10 +297,10 @@ def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list
         DataError: the file cannot be read, or its first record is in no known format.
     """
     from megatron_profit.data import BrokenRecord, Layout, normalise, read_records
-    from megatron_profit.data.chat import read_fields
+    from megatron_profit.data.chat import is_read
 
     layout, questions, unusable = Layout.of_columns(columns), [], 0
-    for record in read_records(file, columns=read_fields(layout)):
+    for record in read_records(file, wanted=is_read(layout)):
         try:
             *asked, reference = normalise(record, layout).messages
         except BrokenRecord:
