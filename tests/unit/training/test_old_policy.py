@@ -79,7 +79,11 @@ FORM = {"until": "4"}
         ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "1"}, "steps up to 1"),
         ({"old_log_prob": VALUES}, FORM, "does not contain tensor keys"),
         ({"keys": KEYS}, FORM, "does not contain tensor old_log_prob"),
-        ({"keys": KEYS, "old_log_prob": VALUES[:3]}, FORM, r"has 5 keys, and values of shape \[3\]"),
+        (
+            {"keys": KEYS, "old_log_prob": VALUES[:3]},
+            FORM,
+            r"has 5 keys, and values of shape \[3\]",
+        ),
         ({"keys": KEYS.float(), "old_log_prob": VALUES}, FORM, r"its keys are torch.float32 \[5\]"),
         ({"keys": KEYS[None], "old_log_prob": VALUES[None]}, FORM, r"torch.int64 \[1, 5\]"),
         ({"keys": KEYS, "old_log_prob": VALUES.long()}, FORM, "its values torch.int64"),
