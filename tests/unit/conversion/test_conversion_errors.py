@@ -400,6 +400,15 @@ def test_a_configuration_of_100_mb_is_not_read(qwen3):
     _assert_refused(qwen3, r"config\.json: larger than 100 MB")
 
 
+@pytest.mark.parametrize("levels", [150, 900, 100_000])
+@pytest.mark.parametrize(("before", "after"), [("[", "]"), ('{"a":', "}")], ids=["list", "object"])
+def test_deep_values_are_refused_before_anything_walks_through_them(qwen3, levels, before, after):
+    inner = before * levels + "1" + after * levels
+    text = (qwen3 / "config.json").read_text().rstrip().removesuffix("}")
+    (qwen3 / "config.json").write_text(f'{text}, "extra": {inner}}}')
+    _assert_refused(qwen3, r"config\.json: (nested deeper than 100 levels|broken JSON: maximum)")
+
+
 def test_links_in_a_circle_are_named(qwen3, tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     (qwen3 / "model.safetensors").unlink()
