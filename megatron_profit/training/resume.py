@@ -36,6 +36,8 @@ from megatron_profit.training.shared_check import shared_check
 
 # How long a network file system may take to show a machine what another one has written.
 _PATIENCE_SECONDS = 90
+# Iterations have at most 15 digits (`checkpoint_conversion.megatron_reader.is_iteration`).
+_ITERATIONS = 10**15
 # The store that Megatron's process group will use too; where a rank hosts it, it ends with its last user.
 _store: Store | None = None
 
@@ -105,8 +107,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
     for name in ("--finetune", "--overwrite", "--skip-checksums"):
         parser.add_argument(name, action="store_true")
     flags = parser.parse_known_args(argv)[0]
-    if flags.ckpt_step is not None and flags.ckpt_step < 1:
-        raise CheckpointError(f"--ckpt-step is {flags.ckpt_step}; it must be at least 1")
+    if flags.ckpt_step is not None and not 0 < flags.ckpt_step < _ITERATIONS:
+        raise CheckpointError(
+            f"--ckpt-step is {flags.ckpt_step}; it must be at least 1 and below {_ITERATIONS}"
+        )
     return flags
 
 
@@ -115,10 +119,13 @@ def _claim(flags: Namespace) -> None:
     if not is_first_rank():
         return
     start, overwrite = flags.pretrained_checkpoint, flags.overwrite
-    check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
-    if flags.save.is_dir() and hold(flags.save):
-        # Another run may have left it just now.
+    try:
         check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+        if flags.save.is_dir() and hold(flags.save):
+            # Another run may have left it just now.
+            check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        raise CheckpointError(f"--save {flags.save} cannot be used: {error}") from error
 
 
 def _decide(flags: Namespace, inspect: Inspect) -> str:
