@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, rendezvous
 
-from checkpoint_conversion.saved_arguments import read_saved_arguments
+from checkpoint_conversion.saved_arguments import read_saved_arguments, read_saved_iteration
 from megatron_profit.training.checkpoints import (
     CheckpointError,
     Inspect,
@@ -95,8 +95,17 @@ def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
     named = str(flags.ckpt_step or decided)
     if flags.finetune or not named.isdigit():
         return None
-    saved = read_saved_arguments(flags.load, named)
-    return Resumed(folder_of(flags.load, int(named)), int(named), saved)
+    folder, iteration = folder_of(flags.load, int(named)), int(named)
+    _check_iteration(folder, iteration, read_saved_iteration(flags.load, named))
+    return Resumed(folder, iteration, read_saved_arguments(flags.load, named))
+
+
+def _check_iteration(folder: Path, iteration: int, saved: Any) -> None:
+    """Refuse a checkpoint in the folder of another iteration: Megatron would go on from its own number."""
+    if saved in (None, iteration):
+        return
+    remedy = f"; rename the folder to {folder_of(Path(), saved)}" if type(saved) is int else ""
+    raise CheckpointError(f"{folder} holds the checkpoint of iteration {saved!r}{remedy}")
 
 
 def _parse(argv: Sequence[str]) -> Namespace:

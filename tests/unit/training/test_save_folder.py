@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_profit.training import resume
 from megatron_profit.training.checkpoints import MARKER, CheckpointError
 from megatron_profit.training.resume import settle_checkpoints
 from megatron_profit.training.save_folder import check_save_folder, clear_save_folder
@@ -125,3 +126,16 @@ def test_a_folder_that_cannot_be_is_named(tmp_path, name):
 def test_a_step_that_is_no_iteration_is_refused(tmp_path, step):
     with pytest.raises(CheckpointError, match=rf"--ckpt-step is {step}; it must be at least 1"):
         settle_checkpoints(["--load", str(tmp_path), "--ckpt-step", step])
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [(6, "iteration 6; rename the folder to iter_0000006$"), ("6", "iteration '6'$")],
+)
+def test_a_checkpoint_in_the_folder_of_another_iteration_is_refused(tmp_path, said, message):
+    """A copied or renamed folder: Megatron would go on, and count, from the number inside."""
+    folder = tmp_path / "iter_0000004"
+    with pytest.raises(CheckpointError, match=message):
+        resume._check_iteration(folder, 4, said)
+    resume._check_iteration(folder, 4, 4)
+    resume._check_iteration(folder, 4, None)
