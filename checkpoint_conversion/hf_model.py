@@ -178,8 +178,8 @@ def _wrapper(names: Iterable[str], missing: str) -> str:
                 )
         if name != missing and _WRAPPED.sub("", name) == missing:
             return (
-                f"; it is there as {name}, a name to which a wrapper has added (torch.compile, FSDP, activation "
-                "checkpointing): save the model inside it, or rename the tensors"
+                f"; it is there as {name}, a name to which a wrapper has added (torch.compile, FSDP, "
+                "activation checkpointing): save the model inside it, or rename the tensors"
             )
     return ""
 
