@@ -257,8 +257,12 @@ def answer(plan: Plan, file: Path, folder: Path) -> tuple[float, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    local = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **local)
+    # Its config.json is that of the base, which may name kernels of somebody's repository.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, attn_implementation="sdpa", **local
+    ).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     questions, _ = questions_in(file, plan.columns, plan.answer_pattern)
     texts: list[str] = []
