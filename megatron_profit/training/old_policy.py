@@ -23,6 +23,7 @@ from checkpoint_conversion.output import whole_file
 from megatron_profit.backends.hooks import Trained
 from megatron_profit.training.batch import Batch
 from megatron_profit.training.checkpoints import CheckpointError
+from megatron_profit.training.console import print_rank_0
 from megatron_profit.training.objective_flags import flag_of
 from megatron_profit.training.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.token_table import TokenTable
@@ -83,6 +84,11 @@ class OldPolicy:
         self._resume_inside_an_outer_batch()
         if iteration < (self._first if self._until is None else self._until):
             return
+        if self._place(iteration):
+            print_rank_0(
+                f"> the old policy is refreshed at step {iteration + 1}, inside an outer batch of {self._steps} "
+                "steps: the run before was to end here"
+            )
         until = min(iteration - self._place(iteration) + self._steps, get_args().train_iters)
         table = self._score_pass.of_next_batches(
             trained, until - iteration, frozenset({"log_prob"})
