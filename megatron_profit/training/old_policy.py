@@ -86,8 +86,8 @@ class OldPolicy:
             return
         if self._place(iteration):
             print_rank_0(
-                f"> the old policy is refreshed at step {iteration + 1}, inside an outer batch of {self._steps} "
-                "steps: the run before was to end here"
+                f"> the old policy is refreshed at step {iteration + 1}, inside an outer batch of "
+                f"{self._steps} steps: the run before was to end here"
             )
         until = min(iteration - self._place(iteration) + self._steps, get_args().train_iters)
         table = self._score_pass.of_next_batches(
