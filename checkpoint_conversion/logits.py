@@ -140,9 +140,9 @@ def _tokenise(hf: str | Path, prompts: Sequence[str]) -> tuple[torch.Tensor, lis
         tokenizer = AutoTokenizer.from_pretrained(
             hf, local_files_only=True, trust_remote_code=False
         )
+        rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ConversionError(f"{hf}: its tokenizer cannot be loaded: {error}") from error
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     tokens = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     for target, row in zip(tokens, rows, strict=True):
         target[: len(row)] = torch.tensor(row)

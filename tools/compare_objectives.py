@@ -257,8 +257,12 @@ def answer(plan: Plan, file: Path, folder: Path) -> tuple[float, float]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    local = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **local)
+    # Its config.json is that of the base, which may name kernels of somebody's repository.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, attn_implementation="sdpa", **local
+    ).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     questions, _ = questions_in(file, plan.columns, plan.answer_pattern)
     texts: list[str] = []
@@ -297,10 +301,10 @@ def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list
         DataError: the file cannot be read, or its first record is in no known format.
     """
     from megatron_profit.data import BrokenRecord, Layout, normalise, read_records
-    from megatron_profit.data.chat.conversations import read_fields
+    from megatron_profit.data.chat.conversations import is_read
 
     layout, questions, unusable = Layout.of_columns(columns), [], 0
-    for record in read_records(file, columns=read_fields(layout)):
+    for record in read_records(file, wanted=is_read(layout)):
         try:
             *asked, reference = normalise(record, layout).messages
         except BrokenRecord:

@@ -141,6 +141,8 @@ class ConfigReader:
         """The factor of Llama 3's scaling; None for rotary parameters without scaling."""
         is_known = isinstance(rope, dict)
         kind = rope.get("rope_type", rope.get("type", "default")) if is_known else None
+        if is_known and rope.get("type", kind) != kind:
+            raise self.refused(key, rope, "one value for rope_type and type, its older name")
         if kind == "llama3" and self.llama3_rope:
             self._check_rope(key, rope, {**_LLAMA3, "factor": None})
             return self._number(f"{key}.factor", rope.get("factor"), 1.0)

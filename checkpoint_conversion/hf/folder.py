@@ -43,6 +43,8 @@ _OTHER_SIZES = {
 }
 _ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
+# Deeper values end whatever walks through them, at Python's limit for calls within calls.
+_MOST_LEVELS = 100
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes, origin: str) -> dict[str, Any]:
-    """The JSON object in `text`; a key that occurs twice is an error, as is anything not an object.
+    """The JSON object in `text`; a key that occurs twice is an error, as is anything not an object, or one
+    that is nested deeper than any description.
 
     Raises:
         ConversionError: Naming `origin`.
@@ -154,7 +157,23 @@ def parse_json_object(text: bytes, origin: str) -> dict[str, Any]:
         raise ConversionError(f"{origin}: broken JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{origin}: expected a JSON object, found {type(content).__name__}")
+    if _is_deep(content):
+        raise ConversionError(f"{origin}: nested deeper than {_MOST_LEVELS} levels")
     return content
+
+
+def _is_deep(content: dict[str, Any]) -> bool:
+    level: list[Any] = [content]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def list_tensors(folder: str | Path, allow_pickle: bool = False) -> dict[str, HFTensor]:

@@ -17,7 +17,11 @@ from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_conf
 
 _BASE = "model."
 # A buffer that old Llama checkpoints hold, and that is computed from the configuration.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq")
+_COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# Parts that wrappers put between the names of modules.
+_WRAPPED = re.compile(
+    r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,8 @@ def expected_shapes(rules: Iterable[TensorRule]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _prefix(names: Iterable[str], missing: str) -> str:
-    """What a wrapper has put in front of all names, for the message on one that is missing."""
+def _wrapper(names: Iterable[str], missing: str) -> str:
+    """What a wrapper has put in front of all names or into one, for the message on one that is missing."""
     names = list(names)
     inner = missing.removeprefix(_BASE)
     for name in names:
@@ -172,6 +176,11 @@ def _prefix(names: Iterable[str], missing: str) -> str:
                     f"; all {len(names)} names begin with {prefix!r}, which a wrapper adds (torch.compile, "
                     "data parallelism): save the model inside it, or rename the tensors"
                 )
+        if name != missing and _WRAPPED.sub("", name) == missing:
+            return (
+                f"; it is there as {name}, a name to which a wrapper has added (torch.compile, FSDP, "
+                "activation checkpointing): save the model inside it, or rename the tensors"
+            )
     return ""
 
 
@@ -181,7 +190,7 @@ def _check_tensors(
     for name, shape in expected.items():
         if name not in tensors:
             raise ConversionError(
-                f"{folder}: no tensor {name}, which config.json calls for{_prefix(tensors, name)}"
+                f"{folder}: no tensor {name}, which config.json calls for{_wrapper(tensors, name)}"
             )
         tensor = tensors[name]
         if tensor.shape != shape:

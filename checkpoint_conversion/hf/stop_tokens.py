@@ -44,8 +44,8 @@ class StopTokens:
     def __str__(self) -> str:
         ids = ", ".join(map(str, self.ids))
         return (
-            f"{_KEY} in {CONFIG} and {GENERATION_CONFIG}: [{ids}], with {self.added} added, the token that "
-            "ends a turn in training"
+            f"{_KEY} in {CONFIG} and {GENERATION_CONFIG} names {self.added}, the token that ends a turn in "
+            f"training; generation stops at [{ids}]"
         )
 
 

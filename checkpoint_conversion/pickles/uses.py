@@ -342,13 +342,14 @@ def _nested_storage(named: Named, arguments: tuple[Any, ...]) -> Call:
 def check_old_storage(content: bytes) -> None:
     """Check what torch.save wrote of a storage in its format before zip archives.
 
-    Four pickles come before the bytes: a magic number, a version, sizes of numbers, and the storage.
+    Five pickles come before the bytes: a magic number, a version, sizes of numbers, the storage, and a list
+    with its key.
 
     Raises:
         PickleError: It is something else.
     """
     end, uses = 0, within(STORAGE_TYPES)
-    for _ in range(4):
+    for _ in range(5):
         _, end = read_first_pickle(content, uses, _old_reference, end)
 
 

@@ -484,7 +484,7 @@ def check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
     for file, end in ends:
         if file not in sizes:
             if not file.is_file():
-                raise ConversionError(f"{file}: missing; {key} is in it")
+                raise ConversionError(f"{file}: missing, or no regular file; {key} is in it")
             sizes[file] = file.stat().st_size
         if end > sizes[file]:
             raise ConversionError(f"{file}: truncated; {key} does not end in it")

@@ -62,6 +62,15 @@ def read_saved_arguments(folder: Path, iteration: str | int | None = None) -> di
     return _arguments(find_checkpoint(folder, iteration))
 
 
+def read_saved_iteration(folder: Path, iteration: str | int | None = None) -> Any:
+    """The number of steps that a checkpoint says that it has; None where it does not say.
+
+    Takes the same arguments as `read_saved_arguments` and raises the same.
+    """
+    common = _common_state(find_checkpoint(folder, iteration))
+    return common.get("iteration") if isinstance(common, dict) else None
+
+
 def check_architecture(
     saved: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: Path, hf_folder: Path
 ) -> None:

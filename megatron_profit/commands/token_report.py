@@ -39,7 +39,7 @@ from megatron_profit.data import (
     read_records,
     read_sources,
 )
-from megatron_profit.data.chat.conversations import read_fields
+from megatron_profit.data.chat.conversations import is_read
 from megatron_profit.data.errors import printable
 from megatron_profit.data.options import add_rendering_flags
 from megatron_profit.data.render.template_date import parse_day
@@ -161,9 +161,9 @@ def left_out(what: str) -> None:
 
 def source_records(source: Source) -> Iterator[RawRecord]:
     """The records of a source in the order of its files."""
-    columns = read_fields(source.layout)
+    wanted = is_read(source.layout)
     return (
-        record for file in source.files() for record in read_records(file, source.split, columns)
+        record for file in source.files() for record in read_records(file, source.split, wanted)
     )
 
 

@@ -1,6 +1,7 @@
 """Two ways for data to be wrong: `DataError` stops the preparation, `BrokenRecord` leaves one
 out."""
 
+import logging
 import reprlib
 
 # Bounded in depth and length: what is shown may be a whole record, and may nest without end.
@@ -45,3 +46,14 @@ def printable(text: object, keep: str = "") -> str:
     """A name or text from outside in a message: characters that a terminal obeys, line breaks and lone
     surrogates as escapes, except for those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))
+
+
+def escape_logs(library: str) -> None:
+    """Let what a library logs be one printable line a record: it may quote what stands in a file."""
+    for handler in logging.getLogger(library).handlers:
+        handler.addFilter(_escaped)
+
+
+def _escaped(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True

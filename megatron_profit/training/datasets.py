@@ -61,17 +61,27 @@ class SFTData:
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
             # One batch more than is drawn: Megatron's sampler refuses a run that is started again
             # after its last step, although there is nothing left to do.
-            train = self.train.with_samples(num_samples[0] + args.global_batch_size)
+            train = self.train.with_samples(
+                _train_rows(args, num_samples[0]) + args.global_batch_size
+            )
             train.split = Split.train
             if self.valid is None or args.eval_iters == 0:
                 return train, None, None
             period = args.eval_iters * args.eval_global_batch_size
-            valid = self.valid.with_samples(num_samples[1] + period, period)
+            # Those of earlier evaluations too, which may have been of another size or more often.
+            rows = args.consumed_valid_samples + num_samples[1] + period
+            valid = self.valid.with_samples(rows, period)
             valid.split = Split.valid
             return train, valid, None
 
         provide.is_distributed = True
         return provide
+
+
+def _train_rows(args: Namespace, counted: int) -> int:
+    """Rows up to the last step: Megatron has `counted` them as if all batches had the size of now."""
+    left = max(args.train_iters - args.iteration, 0)
+    return max(counted, args.consumed_train_samples + left * args.global_batch_size)
 
 
 def prepare_data(arguments: SFTArguments) -> SFTData:

@@ -111,3 +111,13 @@ def test_momenta_of_sgd_come_back(sft, flags, tmp_path):
     run = [*command, "--load", tmp_path / "run", "--save", tmp_path / "run"]
     first = losses(sft(1, *run, "--train-iters", 2).stdout)
     assert first | losses(sft(1, *run, "--train-iters", 4).stdout) == whole
+
+
+def test_a_run_goes_on_with_smaller_batches_and_rarer_evaluations(sft, flags, tmp_path):
+    run = [*flags, "--load", tmp_path / "run", "--save", tmp_path / "run", "--valid-split", 0.1]
+    sft(1, *run, "--train-iters", 4, "--eval-interval", 1)
+    smaller = ("--micro-batch-size", 2, "--global-batch-size", 2, "--eval-interval", 3)
+    more = sft(1, *run, *smaller, "--train-iters", 6).stdout
+    assert "the next row is number 32" in more
+    assert list(losses(more)) == [5, 6]
+    assert "validation loss at iteration 6" in more

@@ -34,6 +34,7 @@ from megatron_profit.data.files.sources import Layout
 EMPTY_ASSISTANT = "an assistant turn is empty"
 NO_ASSISTANT = "there is no assistant turn"
 THOUGHTS_END_INSIDE = "a reasoning text holds the tag that ends it"
+THOUGHTS_NEVER_END = "an answer begins with <think> and never ends its thoughts"
 NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
 UNKNOWN_FORMAT = "the format is not known"
 TWO_LISTS = "a record has both tools and functions"
@@ -55,10 +56,10 @@ FORMATS = (
 )
 
 
-def read_fields(layout: Layout) -> frozenset[str]:
-    """Names of the fields of a record that `normalise` reads."""
+def is_read(layout: Layout) -> Callable[[str], bool]:
+    """Return what tells by its name whether `normalise` reads a field of a record."""
     named = frozenset(layout.columns.values()) or frozenset().union(*_RECORD_FIELDS.values())
-    return named | set(masks.FIELDS)
+    return lambda name: name in named or masks.may_mask(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,8 @@ def _check(conversation: Conversation) -> None:
         answer = conversation.messages[position]
         if position not in conversation.untrained and is_empty(answer):
             raise BrokenRecord(EMPTY_ASSISTANT, f"content is {shown(answer['content'])}")
+        if position not in conversation.untrained and thoughts.never_end(answer["content"]):
+            raise BrokenRecord(THOUGHTS_NEVER_END, f"content is {shown(answer['content'])}")
         if thoughts.CLOSE in answer.get("reasoning_content", ""):
             raise BrokenRecord(
                 THOUGHTS_END_INSIDE, f"{thoughts.CLOSE} in {shown(answer['reasoning_content'])}"

@@ -3,7 +3,8 @@
 A turn that its author excluded is never trained: a value that cannot be read leaves the record out.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, shown
@@ -34,6 +35,12 @@ _MASK = "mask"
 _DETAILS = ("train_detail", "training_detail")
 MESSAGE_FIELDS = (*FIELDS, _MASKED, _MASK, *_DETAILS)
 
+# A name that may say so in the words of yet another trainer.
+_LIKE_A_MASK = re.compile(r"loss|mask|train|weight|learn|superv|ignore|exclu|skip", re.IGNORECASE)
+
+# Of these names, the ones that exclude where they are true; a mask may in either case.
+_EXCLUDES = re.compile(r"mask|ignore|exclu|skip|no_?loss|untrain", re.IGNORECASE)
+
 _WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -41,8 +48,12 @@ def trained(answer: Mapping[str, Any]) -> bool:
     """Return whether an assistant message is trained; one that no field speaks of is.
 
     Raises:
-        BrokenRecord: A field has another value than 0 or 1, true or false, or two contradict each other.
+        BrokenRecord: A field has another value than 0 or 1, true or false, two contradict each other, or one
+            of an unknown name may be of their kind.
     """
+    _check_unknown(
+        answer.items(), "name it weight, with 1 for an answer that is trained, or remove it"
+    )
     for name in (_MASK, *_DETAILS):
         if answer.get(name) or (name == _MASK and name in answer):
             raise BrokenRecord(
@@ -64,6 +75,11 @@ def unheeded(message: Mapping[str, Any]) -> set[str]:
     return (message.keys() & set(MESSAGE_FIELDS)) - excluded - {_MASKED}
 
 
+def may_mask(name: str) -> bool:
+    """Return whether a field of this name may say what is trained."""
+    return name in MESSAGE_FIELDS or bool(_LIKE_A_MASK.search(name))
+
+
 def check_record(fields: Mapping[str, Any]) -> None:
     """Refuse a record of which a field of its own says that it is not trained.
 
@@ -73,10 +89,13 @@ def check_record(fields: Mapping[str, Any]) -> None:
         fields: Fields of the record.
 
     Raises:
-        BrokenRecord: One says so, or is a list, which masks parts of the record.
+        BrokenRecord: One says so, or is a list, which masks parts of the record; or one of an unknown name
+            may do either.
     """
-    for name in FIELDS:
-        if _value(fields.get(name)) is False:
+    remedy = "give each message that is not trained the weight 0, or remove the field"
+    _check_unknown([item for item in fields.items() if _may_exclude(*item)], remedy)
+    for name in (*FIELDS, _MASKED):
+        if _value(fields.get(name)) is (name == _MASKED):
             raise BrokenRecord(NOTHING_TRAINED, f"the record's {name} is {shown(fields[name])}")
         if isinstance(fields.get(name), list | dict):
             raise BrokenRecord(
@@ -84,6 +103,26 @@ def check_record(fields: Mapping[str, Any]) -> None:
             )
     if fields.get(_MASK) is not None and not isinstance(fields[_MASK], str):  # NeMo's is a role
         raise BrokenRecord(UNCLEAR, f"the record's mask is {shown(fields[_MASK])}; write weight")
+
+
+def _may_exclude(name: str, value: Any) -> bool:
+    """Whether a field of the record may leave out some of it, if it is a mask at all."""
+    if isinstance(value, bool):
+        return "mask" in name.lower() or value is bool(_EXCLUDES.search(name))
+    return isinstance(value, list)
+
+
+def _check_unknown(fields: Iterable[tuple[str, Any]], remedy: str) -> None:
+    """Refuse fields that are not read and whose name and value look like a mask.
+
+    Other numbers and texts are taken for something else, such as a measured loss.
+    """
+    for name, value in fields:
+        if name in MESSAGE_FIELDS or not may_mask(name):
+            continue
+        values = value if isinstance(value, list) else [value]
+        if values and all(_value(item) is not None or isinstance(item, list) for item in values):
+            raise BrokenRecord(UNCLEAR, f"{name} is {shown(value)} and is not read; {remedy}")
 
 
 def _said(name: str, value: Any) -> bool:

@@ -10,6 +10,7 @@ from megatron_profit.data.errors import BrokenRecord, shown
 from megatron_profit.data.files.fields import WRONG_TYPE, either, listed, read, text, typed
 
 UNKNOWN_ROLE = "a role is not known"
+TWO_THOUGHTS = "a message has a reasoning field and other thoughts in its content"
 TWO_CALLS = "a message has both tool_calls and function_call"
 
 ROLES = {
@@ -132,7 +133,22 @@ def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
     reasons = (typed(entry, name, str, default="") for name in REASONING)
     if reasoning := next(filter(None, reasons), None):
         message["reasoning_content"] = reasoning
+        message["content"] = _without_thoughts(message["content"], reasoning)
     return Turn(message, masks.trained(entry), frozenset(entry.keys() - known), nulls)
+
+
+def _without_thoughts(content: str, reasoning: str) -> str:
+    """The content without a think block that repeats the reasoning, which a template would write twice.
+
+    Raises:
+        BrokenRecord: The block holds other thoughts.
+    """
+    if not content.lstrip().startswith(thoughts.OPEN):
+        return content
+    block, answer = thoughts.split(content)
+    if block.strip() not in ("", reasoning.strip()):
+        raise BrokenRecord(TWO_THOUGHTS, f"{shown(reasoning)} and {shown(block)}")
+    return answer.lstrip("\r\n")
 
 
 def _thoughts_and_rest(value: Any) -> tuple[str, Any]:

@@ -20,6 +20,11 @@ def split(content: str) -> tuple[str, str]:
     return content[: closing.start()], content[closing.end() :]
 
 
+def never_end(content: str) -> bool:
+    """Return whether an answer begins with a block that is not closed, as one that was cut off."""
+    return content.lstrip().startswith(OPEN) and CLOSE not in content
+
+
 def without_tags(header: str) -> str:
     """Return the text before the first tag; all of the header where that is blank."""
     before = re.split(f"{OPEN}|{CLOSE}", header, maxsplit=1)[0]

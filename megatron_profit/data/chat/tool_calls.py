@@ -44,18 +44,30 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]] | None, bool]:
     Nulls are left out as in `read_calls`.
 
     Args:
-        value: One tool or a list of them; each may be JSON text.
+        value: One tool or a list of them; each of them, its function and the parameters of that may be JSON
+            text.
 
     Raises:
-        BrokenRecord: Something in it is no object.
+        BrokenRecord: Something in it is no object, or a function has no name.
     """
-    given, tools = listed(value), listed(without_nulls(value))
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise BrokenRecord(WRONG_TYPE, f"tools is {shown(tools)}, not a list of objects")
+    given, tools = ([_tool(tool) for tool in listed(v)] for v in (value, without_nulls(value)))
     check_finite(tools)
-    # Some data sets leave the outer object out; models were trained with it.
-    whole = [tool if "type" in tool else {"type": "function", "function": tool} for tool in tools]
-    return whole or None, tools != given
+    return tools or None, tools != given
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    """The tool with its outer object, which some data sets leave out; models were trained with it."""
+    if not isinstance(tool, dict):
+        raise BrokenRecord(WRONG_TYPE, f"a tool is {shown(tool)}, not an object")
+    if "type" in tool and "function" not in tool:  # one of another kind
+        return tool
+    function = read(tool.get("function", tool))
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BrokenRecord(MISSING_FIELD, f"a tool has no name: {shown(tool)}")
+    if isinstance(function.get("parameters"), str):
+        function = {**function, "parameters": read(function["parameters"]) or {}}
+    outer = tool if "function" in tool else {}
+    return {"type": "function", **outer, "function": function}
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -69,7 +81,8 @@ def _call(call: Any) -> dict[str, Any]:
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call; none where it has a name only."""
-    given = next((function[name] for name in _ARGUMENTS if name in function), None)
+    named = (function.get(name) for name in _ARGUMENTS)
+    given = next((value for value in named if value is not None), None)
     if given is None and (others := function.keys() - _OF_A_CALL):
         raise BrokenRecord(
             MISSING_FIELD, f"a tool call has {shown(sorted(others))} and no arguments"

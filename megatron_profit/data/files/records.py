@@ -10,7 +10,7 @@ import codecs
 import json
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -95,7 +95,7 @@ class RawRecord:
 def read_records(
     files: str | Path | Sequence[str | Path],
     split: Split = "train",
-    columns: Collection[str] | None = None,
+    wanted: Wanted | None = None,
 ) -> Iterator[RawRecord]:
     """Yields the records of all files, in the order of the files and of the records in them.
 
@@ -104,8 +104,8 @@ def read_records(
             these followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
             `datasets.Dataset.save_to_disk` wrote.
         split: The split to read of a folder that holds several; of several splits the first that it has.
-        columns: The columns of tables (parquet, arrow) whose values are wanted, None for all. Where another
-            one holds something, its value is True.
+        wanted: Tells the columns of tables (parquet, arrow) whose values are wanted, None for all. Where
+            another one holds something, its value is True.
 
     Raises:
         DataError: No file, a file that is missing, unreadable, cut off, empty or of unknown suffix, or a
@@ -116,9 +116,8 @@ def read_records(
     if not paths:
         raise DataError("no data file was given; name at least one .json, .jsonl or .parquet file")
     inner = [file for path in paths for file in data_files(path, split)]
-    wanted = _any if columns is None else columns.__contains__
     for path in inner:
-        yield from _read_file(path, split, wanted)
+        yield from _read_file(path, split, wanted or _any)
 
 
 def _any(name: str) -> bool:

@@ -291,7 +291,9 @@ def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _unpacked(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """The type of a leaf's values where it is a dictionary."""
+    """Of a dictionary the type of its values; of nulls another one, as casts give them a wrong length."""
+    if types.is_null(kind):
+        return pyarrow.bool_()
     return _mapped(kind.value_type, _unpacked) if types.is_dictionary(kind) else kind
 
 
@@ -302,8 +304,36 @@ def _checked(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarro
         pyarrow.ArrowInvalid: An offset or an index points outside of a column.
     """
     for column in columns:
-        column.view(_mapped(column.type, _as_bytes)).validate(full=True)
+        column.validate()
+        _check_values(column)
     return _batch(columns, schema)
+
+
+def _check_values(array: pyarrow.Array) -> None:
+    """Check all that the values of an array refer to; its buffers have been found long enough.
+
+    A view of a whole array would do, if pyarrow did not give nulls within lists a wrong length in it.
+
+    Raises:
+        pyarrow.ArrowInvalid: An offset or an index points outside of it.
+    """
+    kind = array.type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        _check_values(array.storage)
+    elif types.is_struct(kind):
+        for index in range(kind.num_fields):
+            _check_values(array.field(index))
+    elif types.is_fixed_size_list(kind):
+        _check_values(array.values)
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        parts = (array.keys, array.items) if types.is_map(kind) else (array.values,)
+        ends = array.offsets.to_numpy()
+        if len(array) and (ends[0] < 0 or ends[-1] > len(parts[0]) or (ends[1:] < ends[:-1]).any()):
+            raise pyarrow.ArrowInvalid("the offset of a list points outside of its values")
+        for part in parts:
+            _check_values(part)
+    else:
+        array.view(_as_bytes(kind)).validate(full=True)
 
 
 def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:

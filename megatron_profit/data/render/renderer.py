@@ -45,6 +45,7 @@ NOT_AS_PROMPTED = "answers that do not begin as the generation prompt ends"
 NEVER_AS_PROMPTED = (
     "context of inference that is never trained: no answer begins as the prompt ends"
 )
+ENDS_BEFORE_ANSWER = "answers that end a turn although the next message is an answer again"
 CONTEXT_LEFT_OUT = "messages or tools before the answer that the chat template leaves out"
 TEXT_DROPPED = "text that the tokenizer drops or has no token for"
 
@@ -224,7 +225,9 @@ class ChatRenderer:
         dropped, kept = reasoning.count(False), reasoning.count(True)
         trained = {turn.position for turn in turns}
         lost = leaves_out_context(conversation, text, trained)
+        early = len({position - 1 for position in conversation.positions} & trained)
         findings = {
+            ENDS_BEFORE_ANSWER: Finding(early, len(turns), "trained turns"),
             REASONING_LEFT_OUT: Finding(dropped, dropped + kept, "turns with reasoning"),
             CONTEXT_LEFT_OUT: Finding(int(lost)),
             UNMARKED_IN_TEXT: control,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_profit.data.chat.messages import Message
-from megatron_profit.data.errors import DataError, shown
+from megatron_profit.data.errors import DataError, escape_logs, shown
 from megatron_profit.data.render.template_date import check_day, with_day
 from megatron_profit.data.render.tokenizer_files import check_tokenizer_files
 
@@ -34,14 +34,19 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             f"{shown(found) if found else 'no file'}); copy the file from the model's repository, or "
             "make it from the model's other tokenizer files with save_pretrained of its fast tokenizer"
         )
+    escape_logs("transformers")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer("text", verbose=False)  # some settings are first looked at here
     except Exception as error:  # the tokenizers library raises bare Exceptions
         size = f"tokenizer.json has {file.stat().st_size:,} bytes"
         raise DataError(
             f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error}; {size}); copy its "
             "files from the model's repository anew"
         ) from error
+    return tokenizer
 
 
 class ChatTemplate:

@@ -19,6 +19,14 @@ _READ = (
     "tokenizer_config.json",
     "vocab.json",
 )
+# Words in the names of JSON and text files that belong to a tokenizer; a model's folder holds others, such as
+# trainer_state.json or LICENSE.txt.
+_WORDS = ("token", "vocab", "merges", "template", "tekken")
+
+
+def decides_ids(path: Path) -> bool:
+    """Whether token ids or the chat template may depend on a file, to judge by its name."""
+    return path.suffix not in (".json", ".txt") or any(word in path.name for word in _WORDS)
 
 
 def tokenizer_paths(folder: Path) -> list[Path]:

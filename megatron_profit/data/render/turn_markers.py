@@ -51,12 +51,13 @@ def learn_markers(template: ChatTemplate) -> TurnMarkers:
             f"followed by {probe.after_earlier!r}, the last one by {probe.after_last!r}; "
             "write the same end-of-turn token after both"
         )
-    header = _header(template, probe)
+    question_end = _question_end(template, probe)
+    header = _header(template, probe, question_end)
     opening = _common_tokens(template, probe.after_earlier.removeprefix(common), header)
     end = common.rstrip()
     return TurnMarkers(
         header,
-        probe.prompt.removeprefix(probe.after_question),
+        probe.prompt.removeprefix(question_end),
         end,
         # Ordinary text, such as "###", may well stand in an answer; it would not tell turns apart.
         opening if template.added(opening) else "",
@@ -106,15 +107,22 @@ def _probe(template: ChatTemplate) -> _Probe:
         ) from error
 
 
-def _header(template: ChatTemplate, probe: _Probe) -> str:
+def _question_end(template: ChatTemplate, probe: _Probe) -> str:
+    """What ends a question; a lone one may end otherwise: Phi-3's template writes the end of the text."""
+    if probe.prompt.startswith(probe.after_question):
+        return probe.after_question
+    return _common_tokens(template, probe.after_question, probe.prompt)
+
+
+def _header(template: ChatTemplate, probe: _Probe, question_end: str) -> str:
     """What the generation prompt, an earlier answer's beginning and the last one's share.
 
     A think block belongs to the turn, not to the header: other answers may be written with another one.
     """
     beginnings = [probe.prompt, probe.before_earlier, probe.before_last]
     bracket = _common_prefix(beginnings)
-    header = thoughts.without_tags(bracket.removeprefix(probe.after_question))
-    if not header.strip() or not bracket.startswith(probe.after_question):
+    header = thoughts.without_tags(bracket.removeprefix(question_end))
+    if not header.strip() or not bracket.startswith(question_end):
         raise DataError(
             f"the chat template of {template.name} writes no header before what the "
             "assistant says: a question is followed by "

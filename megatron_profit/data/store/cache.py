@@ -29,7 +29,7 @@ from typing import Any
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.files.bounded import open_regular
 from megatron_profit.data.files.sources import Source
-from megatron_profit.data.render.tokenizer_files import tokenizer_paths
+from megatron_profit.data.render.tokenizer_files import decides_ids, tokenizer_paths
 from megatron_profit.data.report import PreparationReport
 from megatron_profit.data.store.checksums import is_usable
 from megatron_profit.data.store.examples import ABOUT, FILES, Prepared, load, write
@@ -40,7 +40,6 @@ from megatron_profit.data.store.prepare import (
     prepared_chunks,
 )
 
-_NOT_OF_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _BLOCK = 8 * 2**20
 
 POLL_SECONDS = 0.2
@@ -213,7 +212,7 @@ def tokenizer_files(tokenizer: Path) -> list[list[str]]:
     return [
         [str(path.relative_to(tokenizer)), _hash_file(path)]
         for path in tokenizer_paths(tokenizer)
-        if path.name not in _NOT_OF_THE_TOKENIZER
+        if decides_ids(path)
     ]
 
 
@@ -282,17 +281,18 @@ def content_digest(path: Path, cache: Path) -> str:
         with _lock(note.with_suffix(".lock"), uuid.uuid4().hex, None) as mine:
             if mine:
                 found = [(str(file.relative_to(path)), _hash_file(file)) for file in inner]
-                _write_whole(note, sha256(repr(found).encode()).hexdigest())
+                _write_whole(note, f"{note.name} {sha256(repr(found).encode()).hexdigest()}")
     return digest
 
 
 def _noted(note: Path) -> str:
-    """The digest in a note; "" where there is none, or half of one."""
+    """The digest in a note; "" where there is none, half of one, or that of another note."""
     try:
-        digest = note.read_text(encoding="ascii")
+        text = note.read_text(encoding="ascii")
     except (FileNotFoundError, ValueError):
         return ""
-    return digest if re.fullmatch("[0-9a-f]{64}", digest) else ""
+    found = re.fullmatch(f"{note.name} ([0-9a-f]{{64}})", text)
+    return found[1] if found else ""
 
 
 def _hash_file(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Folders whose files are checked before use: a disk, a copy or another program may have changed them.
 
-`checksums.json` holds the size and the CRC-32 of each file. Damage to that file itself shows as well: another
-file does not fit then.
+`checksums.json` holds the size and the CRC-32 of each file, and the name of the folder, so that another one
+in its place shows. Damage to that file itself shows as well: another file does not fit then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from megatron_profit.data.errors import DataError, printable, shown
 from megatron_profit.data.files.bounded import check_regular, read_json
 
 _CHECKSUMS = "checksums.json"
+# The entry of the folder's name, which no file has.
+_FOLDER = "/"
 _BLOCK = 8 * 2**20
 _PROGRESS_SECONDS = 2.0
 
@@ -44,6 +46,9 @@ class CheckedFiles:
 
     def __init__(self, folder: Path) -> None:
         """Make the folder.
+
+        Args:
+            folder: Its name without the suffix is the one that it is used under.
 
         Raises:
             OSError: It cannot be made; so do the methods, when the disk is full.
@@ -64,10 +69,11 @@ class CheckedFiles:
 
     def finish(self) -> None:
         """Write the checksums, and bring everything to the disk."""
-        entries = {
+        entries: dict[str, Any] = {
             name: {"bytes": file.tell(), "crc32": f"{self._checksums[name]:08x}"}
             for name, file in self._files.items()
         }
+        entries[_FOLDER] = self._folder.stem
         self.append(_CHECKSUMS, json.dumps(entries, indent=1).encode())
         for file in self._files.values():
             file.flush()
@@ -181,8 +187,11 @@ def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]
     try:
         entries = read_json(folder / _CHECKSUMS)
         expected = {name: (entries[name]["bytes"], entries[name]["crc32"]) for name in names}
+        written = entries[_FOLDER]
     except (DataError, KeyError, TypeError) as error:
         raise DamagedError(f"{_CHECKSUMS} cannot be used: {error}") from error
+    if written != folder.name:
+        raise DamagedError(f"it holds what was written as {shown(written)}")
     for name, (size, _) in expected.items():
         try:
             check_regular(folder / name)

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.chat.conversations import Conversation, normalise, read_fields
+from megatron_profit.data.chat.conversations import Conversation, is_read, normalise
 from megatron_profit.data.chat.masks import NOTHING_TRAINED
 from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.files.records import RawRecord, read_records
@@ -198,7 +198,7 @@ def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
     for source_number, source in enumerate(sources):
         missing = set(source.layout.columns.values())
         for file, number in zip(files[source_number], numbers, strict=False):
-            records = read_records(file, source.split, read_fields(source.layout))
+            records = read_records(file, source.split, is_read(source.layout))
             for batch in _batches(_noting_keys(records, missing)):
                 yield _Task(source_number, number, source.layout, batch)
         if missing and not source.layout.optional >= missing:

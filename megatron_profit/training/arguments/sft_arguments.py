@@ -283,7 +283,7 @@ class SFTArguments:
             )
         stops = plan_stop_tokens(self.hf_model, read_hf_config(self.hf_model), token)
         if stops.added is not None:
-            tell(f"> an export gets {stops}")
+            tell(f"> in an export, {stops}")
         return self if self.export is None else replace(self, export=self.export.stopping_at(token))
 
     def _with_another_batch_size(

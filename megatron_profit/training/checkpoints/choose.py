@@ -17,7 +17,10 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, rendezvous
 
-from checkpoint_conversion.torch_dist.saved_arguments import read_saved_arguments
+from checkpoint_conversion.torch_dist.saved_arguments import (
+    read_saved_arguments,
+    read_saved_iteration,
+)
 from megatron_profit.training.checkpoints.folder import (
     CheckpointError,
     Inspect,
@@ -35,6 +38,8 @@ from megatron_profit.training.process.console import StrictParser, is_first_rank
 
 # How long a network file system may take to show a machine what another one has written.
 _PATIENCE_SECONDS = 90
+# Iterations have at most 15 digits (`checkpoint_conversion.megatron_reader.is_iteration`).
+_ITERATIONS = 10**15
 # The store that Megatron's process group will use too; where a rank hosts it, it ends with its last user.
 _store: Store | None = None
 
@@ -92,8 +97,17 @@ def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
     named = str(flags.ckpt_step or decided)
     if flags.finetune or not named.isdigit():
         return None
-    saved = read_saved_arguments(flags.load, named)
-    return Resumed(folder_of(flags.load, int(named)), int(named), saved)
+    folder, iteration = folder_of(flags.load, int(named)), int(named)
+    _check_iteration(folder, iteration, read_saved_iteration(flags.load, named))
+    return Resumed(folder, iteration, read_saved_arguments(flags.load, named))
+
+
+def _check_iteration(folder: Path, iteration: int, saved: Any) -> None:
+    """Refuse a checkpoint in the folder of another iteration: Megatron would go on from its own number."""
+    if saved in (None, iteration):
+        return
+    remedy = f"; rename the folder to {folder_of(Path(), saved)}" if type(saved) is int else ""
+    raise CheckpointError(f"{folder} holds the checkpoint of iteration {saved!r}{remedy}")
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
@@ -104,8 +118,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
     for name in ("--finetune", "--overwrite", "--skip-checksums"):
         parser.add_argument(name, action="store_true")
     flags = parser.parse_known_args(argv)[0]
-    if flags.ckpt_step is not None and flags.ckpt_step < 1:
-        raise CheckpointError(f"--ckpt-step is {flags.ckpt_step}; it must be at least 1")
+    if flags.ckpt_step is not None and not 0 < flags.ckpt_step < _ITERATIONS:
+        raise CheckpointError(
+            f"--ckpt-step is {flags.ckpt_step}; it must be at least 1 and below {_ITERATIONS}"
+        )
     return flags
 
 
@@ -114,10 +130,13 @@ def _claim(flags: Namespace) -> None:
     if not is_first_rank():
         return
     start, overwrite = flags.pretrained_checkpoint, flags.overwrite
-    check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
-    if flags.save.is_dir() and hold(flags.save):
-        # Another run may have left it just now.
+    try:
         check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+        if flags.save.is_dir() and hold(flags.save):
+            # Another run may have left it just now.
+            check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        raise CheckpointError(f"--save {flags.save} cannot be used: {error}") from error
 
 
 def _decide(flags: Namespace, inspect: Inspect) -> str:

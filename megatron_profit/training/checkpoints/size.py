@@ -17,7 +17,6 @@ from megatron_profit.training.process.console import print_rank_0
 
 # Metadata, random generators and torch's header of each tensor.
 _SPARE_SHARE, _SPARE_BYTES = 0.01, 1 << 20
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 # Values that an optimizer keeps of each parameter, besides the parameter itself.
 _MOMENTS = {"adam": 2, "sgd": 1, "lion": 1}
 
@@ -78,7 +77,8 @@ def check_space(save: Path, size: int) -> None:
     if free < size * (1 + _SPARE_SHARE) + _SPARE_BYTES:
         raise CheckpointError(
             f"it takes {human(size)}, and {save} has {human(free)} left; the checkpoints there are as they "
-            "were. Free some space, and give the same command again; --keep-last N removes older checkpoints"
+            f"were. Free some space, and give the same command again, with --load {save}; --keep-last N "
+            "removes older checkpoints"
         )
 
 

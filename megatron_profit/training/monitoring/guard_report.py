@@ -72,5 +72,6 @@ def _consequence(event: Event, step: int) -> str:
         return "No optimizer step is taken; the run goes on."
     return (
         f"No optimizer step is taken and the run ends with code {EXIT_CODE}; its checkpoints are as they "
-        f"were. To pass over this step, give the same command again with --iterations-to-skip {step}."
+        f"were. To pass over this step, give the same command again with --iterations-to-skip {step}, and "
+        "with --load of the --save folder."
     )

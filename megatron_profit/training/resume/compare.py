@@ -70,7 +70,7 @@ def check_resume(
     if "batch" in changed:
         tell(f"> the order of the rows stays as it is; the next row is number {resumed.done[1]}")
     if changed & {"schedule", "length", "batch"} and not is_finished:
-        tell(schedule_line(args, resumed.iteration))
+        tell(schedule_line(args, resumed))
     if "length" in changed and not changed & {"data", "seed"}:
         _tell_of_passed_rows(resumed, saved.length.get("epochs"), rows_until, tell)
 
@@ -90,8 +90,8 @@ def _tell_of_passed_rows(
         )
 
 
-def schedule_line(args: Namespace, iteration: int) -> str:
-    """What the learning rate is from a step on, in words."""
+def schedule_line(args: Namespace, resumed: Resumed) -> str:
+    """The learning rate from the next step on, in words; in rows where earlier steps had more or fewer."""
     if args.use_checkpoint_opt_param_scheduler:
         return (
             "> learning rate and weight decay follow the checkpoint's schedule, whatever the flags say "
@@ -103,11 +103,15 @@ def schedule_line(args: Namespace, iteration: int) -> str:
     warmup = getattr(args, f"lr_warmup_{kind}")
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * length
+    steps, rows = resumed.done
+    if args.train_iters and rows != steps * args.global_batch_size:
+        unit = f"rows ({rows} are taken)"
+        length, warmup = length * args.global_batch_size, warmup * args.global_batch_size
     if args.lr_decay_style == "constant":
         course = f"constant at {args.lr}"
     else:
         course = f"{args.lr_decay_style} from {args.lr} to {args.min_lr} over {length} {unit}"
-    return f"> learning rate from step {iteration + 1} on: {course}, {warmup:g} of warm-up"
+    return f"> learning rate from step {resumed.iteration + 1} on: {course}, {warmup:g} of warm-up"
 
 
 def check_length(resumed: Resumed, arguments: SFTArguments, tell: Tell) -> None:

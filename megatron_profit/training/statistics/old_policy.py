@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.training import get_args
 from megatron.training.checkpointing import get_checkpoint_name
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.megatron_patches.hooks import Trained
 from megatron_profit.training.checkpoints.folder import CheckpointError
+from megatron_profit.training.process.console import print_rank_0
 from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
@@ -82,6 +84,11 @@ class OldPolicy:
         self._resume_inside_an_outer_batch()
         if iteration < (self._first if self._until is None else self._until):
             return
+        if self._place(iteration):
+            print_rank_0(
+                f"> the old policy is refreshed at step {iteration + 1}, inside an outer batch of "
+                f"{self._steps} steps: the run before was to end here"
+            )
         until = min(iteration - self._place(iteration) + self._steps, get_args().train_iters)
         table = self._score_pass.of_next_batches(
             trained, until - iteration, frozenset({"log_prob"})
@@ -117,8 +124,8 @@ class OldPolicy:
         if self._until is not None or self._place(args.iteration) == 0:
             return
         folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
-        self._table, form = _read(folder / FILE_NAME, args.iteration, self._steps)
-        self._until, self._complete = int(form.pop("until")), True
+        self._table, self._until, form = _read(folder / FILE_NAME, args.iteration, self._steps)
+        self._complete = True
         own = self._form()
         changed = [
             "other data"
@@ -158,14 +165,48 @@ def _write(file: Path, table: TokenTable, form: dict[str, str]) -> None:
         stream.write(save(tensors, metadata=form))
 
 
-def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, dict[str, str]]:
+def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, int, dict[str, str]]:
+    """The table, the first iteration for which it holds nothing, and the form of the run that wrote it."""
     if not file.is_file():
         raise CheckpointError(
             f"iteration {iteration} is inside an outer batch of {steps} steps, but {file} is missing: this "
             f"checkpoint is not one of PSFT with --psft-steps-per-refresh {steps}. Resume with the flags "
             "that it was trained with, or start from it anew with --pretrained-checkpoint"
         )
-    with safe_open(file, framework="pt") as stored:
-        statistic = OldPolicy.statistic
-        values = stored.get_tensor(statistic).cuda()
-        return TokenTable(stored.get_tensor("keys").cuda(), {statistic: values}), stored.metadata()
+    try:
+        with safe_open(file, framework="pt") as stored:
+            keys, values = (stored.get_tensor(name) for name in ("keys", OldPolicy.statistic))
+            form = stored.metadata() or {}
+            until = int(form["until"])
+        _check_table(keys, values)
+        if not iteration <= until <= iteration + steps:
+            raise ValueError(f"it is for steps up to {until}, which is not in this outer batch")
+    except KeyError as error:
+        raise _damaged(file, f"it does not say {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+    return TokenTable(keys.cuda(), {OldPolicy.statistic: values.cuda()}), until, form
+
+
+def _check_table(keys: Tensor, values: Tensor) -> None:
+    """Refuse keys [T] and values [T] that no table has.
+
+    Raises:
+        ValueError: Says what is wrong.
+    """
+    if keys.dtype != torch.int64 or values.dtype != torch.float32 or keys.dim() != 1:
+        raise ValueError(
+            f"its keys are {keys.dtype} {list(keys.shape)}, its values {values.dtype}; expected a row of "
+            "int64 and a row of float32"
+        )
+    if keys.shape != values.shape:
+        raise ValueError(f"it has {len(keys)} keys, and values of shape {list(values.shape)}")
+    if (keys.diff() < 0).any():
+        raise ValueError("its keys are not in ascending order")
+
+
+def _damaged(file: Path, why: object) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is damaged: {why}. Resume from an earlier checkpoint (--ckpt-step), or start from this one "
+        "anew with --pretrained-checkpoint"
+    )

@@ -250,8 +250,21 @@ def test_a_prefix_that_all_names_have_is_named(qwen3):
 
 
 def test_a_prefix_of_some_names_is_not(qwen3):
-    _prefixed("module.", ["model.norm.weight"])(qwen3)
+    _prefixed("other.", ["model.norm.weight"])(qwen3)
     _assert_refused(qwen3, r"no tensor model\.norm\.weight, which config\.json calls for$")
+
+
+@pytest.mark.parametrize(
+    "part", ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module."]
+)
+def test_a_name_to_which_a_wrapper_has_added_is_named(qwen3, part):
+    name = "model.layers.1.mlp.up_proj.weight"
+    wrapped = name.replace("mlp", f"{part}mlp")
+    _tensors(lambda t: t.update({wrapped: t.pop(name)}))(qwen3)
+    _assert_refused(
+        qwen3,
+        f"no tensor {name}, .*; it is there as {wrapped}, a name to which a wrapper has added",
+    )
 
 
 @pytest.mark.parametrize("with_head", [False, True])
@@ -302,6 +315,12 @@ def test_buffers_that_transformers_computes_are_left_out(qwen3, tmp_path):
     hf_to_megatron(qwen3, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", qwen3, tmp_path / "back")
     assert name not in load_file(tmp_path / "back" / "model.safetensors")
+
+
+def test_a_tensor_with_a_name_like_that_of_a_buffer_is_not_left_out(qwen3):
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq_scale"
+    _tensors(lambda t: t.update({name: torch.ones(16)}))(qwen3)
+    _assert_refused(qwen3, f"unknown tensor {name}; it would be lost")
 
 
 def test_an_adapter_is_not_taken_for_a_model(qwen3):
@@ -398,6 +417,15 @@ def test_a_configuration_of_100_mb_is_not_read(qwen3):
     with (qwen3 / "config.json").open("r+b") as file:
         file.truncate(100_000_001)
     _assert_refused(qwen3, r"config\.json: larger than 100 MB")
+
+
+@pytest.mark.parametrize("levels", [150, 900, 100_000])
+@pytest.mark.parametrize(("before", "after"), [("[", "]"), ('{"a":', "}")], ids=["list", "object"])
+def test_deep_values_are_refused_before_anything_walks_through_them(qwen3, levels, before, after):
+    inner = before * levels + "1" + after * levels
+    text = (qwen3 / "config.json").read_text().rstrip().removesuffix("}")
+    (qwen3 / "config.json").write_text(f'{text}, "extra": {inner}}}')
+    _assert_refused(qwen3, r"config\.json: (nested deeper than 100 levels|broken JSON: maximum)")
 
 
 def test_links_in_a_circle_are_named(qwen3, tmp_path):

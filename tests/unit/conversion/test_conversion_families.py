@@ -116,6 +116,7 @@ def test_every_argument_is_one_of_megatron():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": [1]}, r"rope_scaling=\[1\]"),
         ({"rope_scaling": {"rope_type": ["default"]}}, "no scaling"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "one value for rope_type"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),

@@ -27,6 +27,8 @@ from hostile_files import PAYLOADS, Creates, archive, build, byte_tensor, saved
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.pickles.reader import PickleError
+from checkpoint_conversion.pickles.uses import check_old_storage
 from checkpoint_conversion.torch_dist import integrity
 from checkpoint_conversion.torch_dist.checksum_list import CHECKSUMS, write_checksums
 from checkpoint_conversion.torch_dist.integrity import check_content, check_present, check_whole
@@ -307,6 +309,27 @@ def test_a_recipe_with_a_function_is_refused(checkpoint, recipe, function):
     (checkpoint / CHECKSUMS).unlink()
     with pytest.raises(ConversionError, match=r"_extra_state/shard_0_2 cannot be loaded"):
         check_whole(checkpoint)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_every_pickle_of_a_storage_in_the_old_format_is_vetted(tmp_path, place):
+    canary = tmp_path / "canary"
+    stream = io.BytesIO()
+    torch.save(torch.ones(3).untyped_storage(), stream, _use_new_zipfile_serialization=False)
+    content = stream.getvalue()
+    check_old_storage(content)
+    starts = [0]
+    for _ in range(5):
+        stream.seek(starts[-1])
+        unpickler = pickle.Unpickler(stream)
+        unpickler.persistent_load = lambda identity: identity
+        unpickler.load()
+        starts.append(stream.tell())
+    evil = pickle.dumps(Creates(canary))
+    with pytest.raises(PickleError, match="open, which has no place in it"):
+        check_old_storage(content[: starts[place]] + evil + content[starts[place + 1] :])
+    with pytest.raises(PickleError, match="broken"):
+        check_old_storage(content[: starts[place]])
 
 
 def test_bytes_that_are_seen_in_another_order_are_refused(checkpoint, tmp_path):

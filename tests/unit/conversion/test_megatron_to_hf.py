@@ -384,7 +384,10 @@ BROKEN = {
         lambda c: (c / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
         "'zarr'",
     ),
-    "missing file": (lambda c: _largest_file(c).unlink(), r"distcp: missing; .* is in it"),
+    "missing file": (
+        lambda c: _largest_file(c).unlink(),
+        r"distcp: missing, or no regular file; .* is in it",
+    ),
     "truncated file": (_truncate, r"distcp: truncated"),
     "broken file": (_corrupt, "cannot read"),
     "flipped bit": (

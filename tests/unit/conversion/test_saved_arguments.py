@@ -21,6 +21,7 @@ from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
 from checkpoint_conversion.torch_dist.saved_arguments import (
     check_checkpoint_matches,
     read_saved_arguments,
+    read_saved_iteration,
 )
 from checkpoint_conversion.verify import verify
 
@@ -93,6 +94,7 @@ def test_numbered_checkpoint(qwen3, tmp_path, legacy):
         read_saved_arguments(checkpoint),
     ):
         assert saved == {**_expected(qwen3), "seed": 5, "load": None}
+    assert read_saved_iteration(tmp_path) == read_saved_iteration(checkpoint) == 7
     _check(tmp_path, qwen3, "7")
     with pytest.raises(ConversionError, match="iter_0000008: no such checkpoint"):
         read_saved_arguments(tmp_path, 8)
@@ -172,6 +174,7 @@ def test_without_grouped_queries_each_head_is_a_group(qwen3, tmp_path, heads):
 def test_absent_arguments_are_accepted(qwen3, tmp_path, state):
     _save_run(tmp_path, qwen3, state)
     assert read_saved_arguments(tmp_path) == {}
+    assert read_saved_iteration(tmp_path) == (7 if state == {"iteration": 7} else None)
     _check(tmp_path, qwen3)
 
 

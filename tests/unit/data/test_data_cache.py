@@ -297,6 +297,17 @@ def test_a_process_that_was_taken_for_dead_and_cleaned_up_behind_starts_again(
     assert len(calls) == 2
 
 
+def test_only_the_files_of_the_tokenizer_tell_it_from_another(tokenizer):
+    before = cache.tokenizer_files(tokenizer)
+    for name in ("config.json", "trainer_state.json", "LICENSE.txt", "model.bin.index.json"):
+        (tokenizer / name).write_text("{}")
+    assert cache.tokenizer_files(tokenizer) == before
+    for name in ("special_tokens_map.json", "vocab.txt", "merges.txt", "spiece.model", "a.jinja"):
+        (tokenizer / name).write_text("{}")
+        names = [file for file, _ in cache.tokenizer_files(tokenizer)]
+        assert name in names
+
+
 def test_the_tokenizers_other_templates_and_our_code_count(
     prepared, sources, tokenizer, tmp_path, monkeypatch
 ):
@@ -423,10 +434,12 @@ def test_a_file_that_seems_the_same_is_read_once_and_a_damaged_note_is_written_a
     assert cache.content_digest(file, notes) == digest
     assert hashed == [file]
     (note,) = (notes / "files").iterdir()
-    for damaged in (b"", digest[:-1].encode(), b"g" * 64, b"\xff" * 64):
+    whole, name = note.read_bytes(), note.name.encode()
+    of_another = b"f" + whole[1:] if whole[:1] != b"f" else b"e" + whole[1:]
+    for damaged in (b"", whole[:-1], name + b" " + b"g" * 64, b"\xff" * 64, of_another):
         note.write_bytes(damaged)
         assert cache.content_digest(file, notes) == digest
-    assert len(hashed) == 5
+    assert len(hashed) == 6
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(prepared, sources, tmp_path, monkeypatch):

@@ -81,6 +81,21 @@ def test_every_single_bit_counts(folder, monkeypatch):
         assert not is_usable(folder, NAMES)
 
 
+def test_a_whole_folder_in_the_place_of_another_is_found(folder, capsys):
+    other = folder.with_name("other")
+    folder.rename(other)
+    assert not is_usable(other, NAMES)
+    assert "other is damaged (it holds what was written as 'folder')" in capsys.readouterr().err
+
+
+def test_a_folder_is_written_under_another_suffix(tmp_path):
+    with CheckedFiles(tmp_path / "abc.unfinished-1") as files:
+        files.append("ids", b"1")
+        files.finish()
+    (tmp_path / "abc.unfinished-1").rename(tmp_path / "abc")
+    assert is_usable(tmp_path / "abc", ["ids"])
+
+
 def test_an_unfinished_folder_is_not_usable(tmp_path, capsys):
     with CheckedFiles(tmp_path / "folder") as files:
         files.append("ids", b"1")

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_profit.commands.prepare_data import main
@@ -18,6 +18,7 @@ from megatron_profit.data import (
     Source,
     Training,
     prepare_sets,
+    thoughts,
 )
 from megatron_profit.data.store.prepare import TOO_LONG
 
@@ -76,7 +77,6 @@ def test_messages_of_weight_0_are_context(trained):
         ("</think> <think>a</think>Paris", "</think> <think>a</think>Paris<|im_end|>"),
         ("Paris", "Paris<|im_end|>"),
         ("Paris <think>no</think> it is", "Paris <think>no</think> it is<|im_end|>"),
-        ("<think>endless", "<think>endless<|im_end|>"),
         ("<think>\nhm\n</think>\n\n  Paris", "  Paris<|im_end|>"),
     ],
 )
@@ -110,6 +110,7 @@ def test_the_mask_agrees_with_the_offsets_of_every_token(
 ):
     """The bisection against the definition: a token is trained if it begins inside a span."""
     answers = ["".join(first) + ".", "".join(second) + "."]
+    assume(not any(map(thoughts.never_end, answers)))  # such records are left out
     talk = conversation(
         ("user", "q"), ("assistant", answers[0]), ("user", "r"), ("assistant", answers[1])
     )

@@ -59,6 +59,59 @@ def test_what_cannot_be_read_leaves_the_record_out(fields, reason):
     assert next(iter(fields)) in error.value.detail
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weights", 0),
+        ("is_trainable", False),
+        ("train_on_turn", "false"),
+        ("no_loss", True),
+        ("Loss", 0),
+        ("lossWeight", 0.0),
+        ("response_mask", [0, 0, 1]),
+        ("loss_masked", 1),
+        ("supervised", False),
+        ("skip", True),
+        ("exclude", "true"),
+        ("ignore_index", [[0, 1]]),
+    ],
+)
+def test_what_looks_like_a_mask_and_is_not_known_leaves_the_record_out(name, value):
+    with pytest.raises(BrokenRecord) as error:
+        read(talk(**{name: value}))
+    assert error.value.reason == masks.UNCLEAR
+    assert name in error.value.detail
+    assert "weight" in error.value.detail
+
+
+def test_names_and_values_that_only_resemble_a_mask_are_told():
+    for fields in ({"train_loss": 0.83}, {"trainer": "x"}, {"score": 0}, {"weights": []}):
+        assert read(talk(**fields)).unread == {f"messages.{name}" for name in fields}
+
+
+def test_a_field_of_the_record_that_looks_like_a_mask_leaves_it_out():
+    for fields in (
+        {"weights": [0, 1]},
+        {"assistant_masks": [[0], [1]]},
+        {"loss_masks": [True]},
+        {"is_trainable": False},
+        {"skip": True},
+        {"loss_masked": True},
+        {"assistant_mask": False},
+    ):
+        with pytest.raises(BrokenRecord) as error:
+            read({**talk(), **fields})
+        assert error.value.reason == masks.UNCLEAR
+    for fields in (
+        {"training_topics": ["sums"]},
+        {"losses": [0.8, 0.3]},
+        {"training_step": 0},
+        {"is_train": True},
+        {"skip": False},
+    ):
+        assert read({**talk(), **fields}).unread == set(fields)
+
+
 def test_empty_and_null_masks_say_nothing():
     assert read(talk(loss=None, train_detail=[], mask=None)).untrained == frozenset()
 
@@ -80,7 +133,7 @@ def test_a_question_is_never_trained_and_that_is_told():
     ],
 )
 def test_a_whole_record_may_be_excluded(record):
-    for name, value in (("weight", 0), ("train", "false"), ("loss_mask", False)):
+    for name, value in (("weight", 0), ("train", "false"), ("loss_mask", False), ("masked", 1)):
         with pytest.raises(BrokenRecord) as error:
             read({**record, name: value})
         assert error.value.reason == masks.NOTHING_TRAINED

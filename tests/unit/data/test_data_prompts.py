@@ -134,3 +134,28 @@ def test_an_answer_before_any_question_takes_the_usual_prompt(
     rendered = ChatRenderer(tokenizer).render(conversation(ANSWER, QUESTION, ANSWER))
     assert supervised_texts(tokenizer, rendered) == ["It is forty-two.<|im_end|>"] * 2
     assert rendered.findings[render.NOT_AS_PROMPTED].count == 0
+
+
+@pytest.mark.parametrize(
+    ("turns", "training", "found"),
+    [
+        ((QUESTION, ANSWER, ANSWER, QUESTION, ANSWER), {}, 1),
+        ((QUESTION, ANSWER, ANSWER, ANSWER), {}, 2),
+        ((QUESTION, ANSWER, ANSWER), {"turns": "last"}, 0),
+        ((ANSWER, QUESTION, ANSWER), {}, 0),
+    ],
+)
+def test_answers_that_end_before_another_answer_are_counted(
+    make_tokenizer, templates, conversation, turns, training, found
+):
+    renderer = ChatRenderer(make_tokenizer(templates.chatml), Training(**training))
+    finding = renderer.render(conversation(*turns)).findings[render.ENDS_BEFORE_ANSWER]
+    assert finding.count == found
+
+
+def test_a_lone_question_may_end_in_the_end_of_the_text(make_tokenizer, trained, templates):
+    with_eos = "{%- else %}{{- eos_token }}{%- endif %}"
+    tokenizer = make_tokenizer(templates.chatml.replace("{%- endif %}", with_eos))
+    tokenizer.eos_token = "</s>"
+    texts, *_ = trained(tokenizer, QUESTION, ANSWER, QUESTION, ANSWER)
+    assert texts == ["It is forty-two.<|im_end|>"] * 2

@@ -12,8 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_profit.data import DataError, Layout, build_examples, read_records
-from megatron_profit.data.chat.conversations import read_fields
+from megatron_profit.data import (
+    BrokenRecord,
+    DataError,
+    Layout,
+    build_examples,
+    normalise,
+    read_records,
+)
+from megatron_profit.data.chat.conversations import is_read
 from megatron_profit.data.files import records, tables
 from megatron_profit.data.files.bounded import LARGEST_RECORD
 from megatron_profit.data.files.tables import portions
@@ -70,7 +77,7 @@ def test_where_it_is_read_the_record_is_left_out_with_column_and_place(write, ki
 def test_of_other_columns_only_is_said_where_they_hold_something(write, kind):
     nested = [{"x": 1}, None, {"x": None}]
     table = far_table(all=[1, 2, 3], some=["", None, "x"], none=[None] * 3, nested=nested)
-    found = list(read_records(write(table, kind), columns=["instruction", "output"]))
+    found = list(read_records(write(table, kind), wanted=["instruction", "output"].__contains__))
     filled = [{k: v for k, v in record.value.items() if v is not None} for record in found]
     assert filled == [
         {"instruction": "q", "output": "a", "all": True, "some": True, "nested": True},
@@ -80,10 +87,26 @@ def test_of_other_columns_only_is_said_where_they_hold_something(write, kind):
 
 
 def test_the_fields_that_are_read_follow_the_layout():
-    assert {"messages", "instruction", "prompt", "tools"} <= read_fields(Layout())
-    named = Layout.of_columns(["prompt=question", "response=answer"])
-    assert {"question", "answer"} <= read_fields(named)
-    assert not {"instruction", "messages"} & read_fields(named)
+    assert all(map(is_read(Layout()), ("messages", "instruction", "prompt", "tools")))
+    named = is_read(Layout.of_columns(["prompt=question", "response=answer"]))
+    assert all(map(named, ("question", "answer", "weight", "masked", "assistant_masks")))
+    assert not any(map(named, ("instruction", "messages")))
+
+
+@every_kind
+def test_a_column_that_may_mask_is_read_as_in_json_lines(write, kind):
+    table = pyarrow.table(
+        {
+            "prompt": ["q"] * 3,
+            "completion": ["a"] * 3,
+            "weights": [[0, 1], None, []],
+            "mask": [None, "User", None],
+        }
+    )
+    broken, *kept = list(read_records(write(table, kind), wanted=is_read(Layout())))
+    with pytest.raises(BrokenRecord, match=r"weights is \[0, 1\] and is not read"):
+        normalise(broken)
+    assert [normalise(record).unread for record in kept] == [{"mask"}, {"weights"}]
 
 
 def test_a_damaged_column_that_nothing_reads_stops_nothing(tmp_path):
@@ -97,8 +120,24 @@ def test_a_damaged_column_that_nothing_reads_stops_nothing(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.parquet"):
         list(read_records(path))
-    wanted = read_records(path, columns=["instruction", "output"])
+    wanted = read_records(path, wanted=["instruction", "output"].__contains__)
     assert [record.value["output"] for record in wanted] == ["a", "b", "c"]
+
+
+@every_kind
+def test_fields_that_are_null_throughout_are_read(write, kind):
+    talk = [{"role": "user", "content": "q", "name": None, "parts": [{"a": [None, None]}, None]}]
+    rows = [talk * count for count in (3, 0, 2)]
+    table = pyarrow.table({"messages": rows, "all": [[None] * 2, [], None], "none": [None] * 3})
+    found = [record.value for record in read_records(write(table, kind))]
+    (message,) = {json.dumps(m, sort_keys=True) for row in found for m in row["messages"]}
+    assert json.loads(message) == {
+        "role": "user",
+        "content": "q",
+        "parts": [{"a": [None, None]}, None],
+    }
+    assert [len(row["messages"]) for row in found] == [3, 0, 2]
+    assert [row["all"] for row in found] == [[None, None], [], None]
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -175,7 +214,7 @@ def test_types_that_are_not_read_are_named_where_they_are_wanted(tmp_path):
     stream(path, [pyarrow.RecordBatch.from_arrays([pyarrow.array(["a"]), nested], ["output", "x"])])
     with pytest.raises(DataError, match=r"a\.arrow: the column 'x' has the type .*union.*not read"):
         list(read_records(path))
-    (record,) = read_records(path, columns=["output"])
+    (record,) = read_records(path, wanted=["output"].__contains__)
     assert record.value == {"output": "a", "x": True}
 
 

@@ -1,6 +1,9 @@
 """Control tokens that a record's text would become, and text that a tokenizer drops."""
 
+import contextlib
+import io
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -238,6 +241,28 @@ def test_a_damaged_tokenizer_json_is_named(folder, text):
         DataError, match=rf"cannot be loaded .* tokenizer\.json has {len(text):,} bytes"
     ):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("length", [[], {}, "many"])
+def test_a_setting_that_no_text_can_be_tokenized_with_is_named(folder, length):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": length}))
+    with pytest.raises(DataError, match=r"its tokenizer cannot be loaded \(TypeError"):
+        load_tokenizer(folder)
+
+
+def test_what_the_library_logs_of_a_file_is_printable(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "\x1b[31mqwen\nINFO"}))
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with contextlib.suppress(DataError):
+            load_tokenizer(folder)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert r"\x1b[31mqwen\nINFO" in output.getvalue()
+    assert "\x1b" not in output.getvalue()
 
 
 def test_code_in_the_folder_is_not_run(folder, tmp_path):

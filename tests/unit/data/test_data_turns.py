@@ -115,6 +115,27 @@ def test_reasoning_that_holds_the_tag_which_ends_it_is_left_out():
     assert error.value.reason == chat.THOUGHTS_END_INSIDE
 
 
+@pytest.mark.parametrize(
+    "block", [THOUGHT, "<think>I need the tool.</think>\n", "<think>\n\n</think>"]
+)
+def test_thoughts_in_two_places_are_trained_once(block):
+    given = answer(f"{block}3.", reasoning_content="I need the tool.")
+    assert said(given) == [answer("3.", reasoning_content="I need the tool.")]
+    with pytest.raises(BrokenRecord) as error:
+        said({**given, "content": "<think>Other thoughts.</think>3."})
+    assert error.value.reason == messages.TWO_THOUGHTS
+
+
+def test_thoughts_that_are_cut_off_are_no_answer():
+    cut = answer("<think>\nI need")
+    for turn in (cut, {**cut, "tool_calls": calling("Oslo")}):
+        with pytest.raises(BrokenRecord) as error:
+            said(answer("a"), QUESTION, turn)
+        assert error.value.reason == chat.THOUGHTS_NEVER_END
+    assert said({**cut, "weight": 0}, QUESTION, answer("a")) == [cut, answer("a")]
+    assert said(answer("The tag <think> begins it.")) == [answer("The tag <think> begins it.")]
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 @pytest.mark.parametrize("content", [None, "", "I look."])
 def test_the_older_form_of_a_call(content, as_text):
@@ -190,6 +211,7 @@ def test_lists_may_be_json_text(record):
         as_text(call("Oslo")),
         [{"function": as_text(call("Oslo"))}],
         {"name": "weather", "arguments": as_text({"city": "Oslo"})},
+        as_text({"name": "weather", "arguments": None, "parameters": {"city": "Oslo"}}),
     ],
 )
 def test_calls_may_be_json_text(calls):
@@ -197,11 +219,36 @@ def test_calls_may_be_json_text(calls):
 
 
 @pytest.mark.parametrize(
-    "tools", [[TOOL], as_text([TOOL]), [as_text(TOOL)], TOOL, as_text(TOOL), TOOL["function"]]
+    "tools",
+    [
+        [TOOL],
+        as_text([TOOL]),
+        [as_text(TOOL)],
+        TOOL,
+        as_text(TOOL),
+        TOOL["function"],
+        {"function": TOOL["function"]},
+        [{**TOOL, "function": as_text(TOOL["function"])}],
+        [{**TOOL, "function": {"name": "weather", "parameters": '{"type": "object"}'}}],
+        [{"name": "weather", "parameters": '{"type": "object"}'}],
+    ],
 )
 def test_tools_may_be_json_text_or_one_tool(tools):
     record = {"messages": [QUESTION, answer("a")], "tools": tools}
     assert normalise(RawRecord(record, "data.jsonl", 1, "line")).tools == [TOOL]
+
+
+@pytest.mark.parametrize(
+    "tools", [[1], ["f"], {"weather": {"parameters": {}}}, [{"type": "function", "function": []}]]
+)
+def test_what_is_no_tool_leaves_the_record_out(tools):
+    with pytest.raises(BrokenRecord):
+        said(answer("a"), tools=tools)
+
+
+def test_tools_of_another_kind_stay_as_they_are():
+    record = {"messages": [QUESTION, answer("a")], "tools": [{"type": "code_interpreter"}]}
+    assert normalise(RawRecord(record, "data.jsonl", 1, "line")).tools == record["tools"]
 
 
 @pytest.mark.parametrize("history", [[["q", "a"]], '[["q", "a"]]', ['["q", "a"]']])

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_profit.training import main
 from megatron_profit.training.process import interrupts
 from megatron_profit.training.process.exit_signals import ExitSignals
 
@@ -175,3 +177,12 @@ def test_ctrl_c_before_anything_is_imported_ends_with_one_line():
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == line
         assert process.returncode == 130
+
+
+def test_an_end_of_megatron_without_an_exit_code_is_an_error(capsys):
+    """Megatron prints that it cannot load a part of a checkpoint, and calls `sys.exit()`."""
+    signals = SimpleNamespace(forward=lambda: None)
+    with pytest.raises(SystemExit) as end, main._known_ends(signals):
+        sys.exit()
+    assert end.value.code == 2
+    assert "error: Megatron has ended the run; its last line above" in capsys.readouterr().err

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.statistics import old_policy
 from megatron_profit.training.statistics.old_policy import FILE_NAME, OldPolicy, check_old_policy
 from megatron_profit.training.statistics.token_table import TokenTable
@@ -62,3 +63,42 @@ def test_a_checkpoint_after_a_resume_holds_each_token_once(resumable, monkeypatc
 def test_other_data_cannot_continue_an_outer_batch(resumable):
     with pytest.raises(ValueError, match="resume with the same flags and data"):
         OldPolicy(None, 4, data="another").with_checkpoint(resumable, 3)
+
+
+KEYS, VALUES = torch.arange(5), -torch.arange(5.0)
+FORM = {"until": "4"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "form", "message"),
+    [
+        ({"keys": KEYS, "old_log_prob": VALUES}, None, "it does not say 'until'"),
+        ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "4e0"}, "invalid literal"),
+        ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "9" * 5000}, "5000 digits"),
+        ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "600"}, "steps up to 600"),
+        ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "1"}, "steps up to 1"),
+        ({"old_log_prob": VALUES}, FORM, "does not contain tensor keys"),
+        ({"keys": KEYS}, FORM, "does not contain tensor old_log_prob"),
+        (
+            {"keys": KEYS, "old_log_prob": VALUES[:3]},
+            FORM,
+            r"has 5 keys, and values of shape \[3\]",
+        ),
+        ({"keys": KEYS.float(), "old_log_prob": VALUES}, FORM, r"its keys are torch.float32 \[5\]"),
+        ({"keys": KEYS[None], "old_log_prob": VALUES[None]}, FORM, r"torch.int64 \[1, 5\]"),
+        ({"keys": KEYS, "old_log_prob": VALUES.long()}, FORM, "its values torch.int64"),
+        ({"keys": KEYS.flip(0), "old_log_prob": VALUES}, FORM, "not in ascending order"),
+        ({}, FORM, "does not contain tensor keys"),
+    ],
+)
+def test_a_damaged_file_is_named(resumable, tensors, form, message):
+    save_file({n: t.contiguous() for n, t in tensors.items()}, resumable / FILE_NAME, form)
+    with pytest.raises(CheckpointError, match=rf"{FILE_NAME} is damaged: .*{message}"):
+        OldPolicy(None, 4, data="digest").with_checkpoint(resumable, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{"])
+def test_a_file_that_holds_no_tensors_is_named(resumable, content):
+    (resumable / FILE_NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{FILE_NAME} is damaged: .*--ckpt-step"):
+        OldPolicy(None, 4, data="digest").with_checkpoint(resumable, 3)

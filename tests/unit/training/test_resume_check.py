@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,7 @@ ARGS = {
     **dict(lr=0.001, min_lr=0.0, lr_decay_style="cosine", lr_warmup_iters=2, lr_decay_iters=None),
     **dict(lr_warmup_fraction=None, use_checkpoint_opt_param_scheduler=False),
     **dict(optimizer="adam", use_distributed_optimizer=False, bf16=False, fp16=False),
-    **dict(decoupled_lr=None, dist_ckpt_optim_fully_reshardable=False),
+    **dict(decoupled_lr=None, dist_ckpt_optim_fully_reshardable=False, global_batch_size=4),
     **dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1),
 }
 
@@ -250,7 +251,14 @@ def test_a_run_that_has_made_its_steps_is_told_so_and_one_that_has_made_more_is_
             "linear from 0.001 to 0.0 over 50 steps, 5 of warm-up",
         ),
         ({"use_checkpoint_opt_param_scheduler": True}, "follow the checkpoint's schedule"),
+        (
+            {"global_batch_size": 2, "lr_decay_iters": 16, "lr_warmup_iters": 3},
+            "cosine from 0.001 to 0.0 over 32 rows (24 are taken), 6 of warm-up",
+        ),
     ],
 )
 def test_the_schedule_in_words(flags, line):
-    assert line in schedule_line(Namespace(**{**ARGS, **flags}), 6)
+    resumed = Resumed(Path("iter_0000006"), 6, {"consumed_train_samples": 24})
+    told = schedule_line(Namespace(**{**ARGS, **flags}), resumed)
+    assert line in told
+    assert told.startswith("> learning rate")

@@ -54,7 +54,7 @@ def test_an_event_tells_what_where_and_what_follows():
         "    found NaN in local grad norm",
     ]
     assert "code 17" in lines[4]
-    assert lines[4].endswith("--iterations-to-skip 5.")
+    assert "--iterations-to-skip 5, and with --load" in lines[4]
 
 
 def test_long_lists_are_cut():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_profit.training.checkpoints import choose as resume
+from megatron_profit.training.checkpoints.choose import settle_checkpoints
 from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError
 from megatron_profit.training.checkpoints.save_folder import check_save_folder, clear_save_folder
 
@@ -110,3 +112,30 @@ def test_many_checkpoints_are_named_in_short(tmp_path):
         checkpoint(tmp_path / "run", f"iter_{iteration:07d}")
     with pytest.raises(CheckpointError, match=r"\(iter_0000007, iter_0000006, ..., iter_0000001\)"):
         check_save_folder(tmp_path / "run", None, overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "circle"])
+def test_a_folder_that_cannot_be_is_named(tmp_path, name):
+    (tmp_path / "circle").symlink_to("circle")
+    folder = str(tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"^--save {folder} cannot be used: "):
+        settle_checkpoints(["--save", folder, "--load", folder])
+
+
+@pytest.mark.parametrize("step", ["0", "-1", "1" + "0" * 15, "9" * 400])
+def test_a_step_that_is_no_iteration_is_refused(tmp_path, step):
+    with pytest.raises(CheckpointError, match=rf"--ckpt-step is {step}; it must be at least 1"):
+        settle_checkpoints(["--load", str(tmp_path), "--ckpt-step", step])
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [(6, "iteration 6; rename the folder to iter_0000006$"), ("6", "iteration '6'$")],
+)
+def test_a_checkpoint_in_the_folder_of_another_iteration_is_refused(tmp_path, said, message):
+    """A copied or renamed folder: Megatron would go on, and count, from the number inside."""
+    folder = tmp_path / "iter_0000004"
+    with pytest.raises(CheckpointError, match=message):
+        resume._check_iteration(folder, 4, said)
+    resume._check_iteration(folder, 4, 4)
+    resume._check_iteration(folder, 4, None)
