@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         network_bandwidth=options.network_bandwidth,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # of Megatron's import
-        from megatron_profit.training.arguments.sft_arguments import ArgumentsError
+        from megatron_profit.training.arguments.errors import ArgumentsError
     from checkpoint_conversion.errors import ConversionError
     from megatron_profit.data import DataError
 

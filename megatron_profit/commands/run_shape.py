@@ -258,7 +258,7 @@ def _parser() -> ArgumentParser:
     """Of all flags of the training; it takes long to make."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_profit.training.arguments.sft_arguments import add_arguments
+    from megatron_profit.training.arguments.command_line import add_arguments
 
     return add_megatron_arguments(add_arguments(ArgumentParser(allow_abbrev=False)))
 

@@ -23,7 +23,8 @@ from megatron.training.training import setup_model_and_optimizer
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.training.arguments.sft_arguments import ArgumentsError, read_arguments
+from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.training.arguments.sft_arguments import read_arguments
 from megatron_profit.training.checkpoints.choose import check_checkpoints
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.hf_weights import load_hook

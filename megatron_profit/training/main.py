@@ -27,11 +27,8 @@ from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.megatron_patches.hooks import RunFailure, listen, observe, on_evaluation
 from megatron_profit.megatron_patches.saving import reason_of_all_ranks
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.training.arguments.sft_arguments import (
-    ArgumentsError,
-    SFTArguments,
-    read_arguments,
-)
+from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.training.arguments.sft_arguments import SFTArguments, read_arguments
 from megatron_profit.training.checkpoints.choose import Resumed, settle_checkpoints
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.hf_weights import (

@@ -6,7 +6,8 @@ import pytest
 from make_tiny_model import TinyShape, make_tiny_model
 
 from megatron_profit.training.arguments import sft_arguments as arguments
-from megatron_profit.training.arguments.sft_arguments import ArgumentsError, read_arguments
+from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.training.arguments.sft_arguments import read_arguments
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from megatron.training.arguments import add_megatron_arguments
 from torch.utils.data import default_collate
 
 from megatron_profit.data import Examples, SFTDataset
-from megatron_profit.training.arguments.sft_arguments import add_arguments
+from megatron_profit.training.arguments.command_line import add_arguments
 from megatron_profit.training.step.row_length import (
     cut_rows,
     length_of_rows,

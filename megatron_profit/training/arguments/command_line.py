@@ -1,0 +1,191 @@
+"""The flags: our own next to every native Megatron flag, parsed before Megatron starts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_profit.data import add_data_flags
+from megatron_profit.megatron_patches import DEVICES
+from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.training.checkpoints.keeping import add_keep_flags
+from megatron_profit.training.checkpoints.run_record import GUARDED
+from megatron_profit.training.monitoring.evaluation_report import DEFAULT_RECORDS
+from megatron_profit.training.monitoring.guards import add_guard_flags
+from megatron_profit.training.statistics.old_policy import DEFAULT_STEPS
+from megatron_profit.training.step.objective_flags import (
+    add_objective_flags,
+    flag_of,
+    load_outside_objective,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ArgumentsError(message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows the help of Megatron's flags, some of which hold a percent sign that argparse trips over."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except ValueError:
+            return action.help or ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of this project to a parser, among them one for each option of an objective."""
+    group = parser.add_argument_group(title="megatron_profit")
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="Where to train; auto is CUDA where there is a GPU, else the CPU backend.",
+    )
+    group.add_argument(
+        "--hf-model",
+        metavar="DIR",
+        help="HuggingFace folder: its config.json gives the architecture, and its tokenizer is used. "
+        "Its weights are read too, unless --load or --pretrained-checkpoint holds a checkpoint.",
+    )
+    group.add_argument(
+        "--random-init",
+        action="store_true",
+        help="Start from random weights, not from those of --hf-model, where --load and "
+        "--pretrained-checkpoint hold no checkpoint.",
+    )
+    group.add_argument(
+        "--export-hf",
+        metavar="DIR",
+        help="HuggingFace folder to write after the last step; it must not exist yet, unless a run with a "
+        "checkpoint in --save goes on and an export was all that wrote there.",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Let this run take the place of one in --save, whose checkpoints and metrics are removed when "
+        "the new run is ready for its first step, and of an earlier export in --export-hf.",
+    )
+    group.add_argument(
+        "--allow-change",
+        nargs="+",
+        choices=GUARDED,
+        default=(),
+        metavar="NAME",
+        help="Go on from a checkpoint of a run in which these were others, which is an error without it: "
+        f"{', '.join(GUARDED)}.",
+    )
+    group.add_argument(
+        "--skip-checksums",
+        action="store_true",
+        help="Load a checkpoint without comparing its checksums first, which reads all of it once.",
+    )
+    add_keep_flags(group)
+    add_data_flags(group)
+    group.add_argument(
+        "--epochs",
+        type=int,
+        metavar="E",
+        help="Train every record this often, in place of --train-iters or --train-samples.",
+    )
+    add_objective_flags(group)
+    add_guard_flags(group)
+    group.add_argument(
+        "--metrics-file",
+        metavar="FILE",
+        help="JSON lines with the metrics of each logged step and each evaluation; by default "
+        "metrics.jsonl in --save.",
+    )
+    group.add_argument(
+        "--token-report",
+        metavar="DIR",
+        help="Write a token report of some validation records at each evaluation.",
+    )
+    group.add_argument(
+        "--token-report-records",
+        type=int,
+        default=DEFAULT_RECORDS,
+        metavar="N",
+        help="How many records the token report shows.",
+    )
+    group.add_argument(
+        "--psft-steps-per-refresh",
+        type=int,
+        metavar="K",
+        default=DEFAULT_STEPS,
+        help="Optimizer steps of an outer batch, before which --objective psft refreshes its old policy.",
+    )
+    group.add_argument(
+        "--ref-hf-model",
+        metavar="DIR",
+        help="HuggingFace folder with the weights of the reference model, for the objectives that have one; "
+        "by default --hf-model.",
+    )
+    group.add_argument(
+        "--ref-cache",
+        metavar="DIR",
+        help="Where the reference's log-probabilities are kept, to be computed only once; by default "
+        "ref_log_prob in --save.",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line.
+
+    Attributes:
+        explicit: The flags that were given, by argument name.
+        defaults: The defaults of all flags.
+        options: How each flag is written.
+    """
+
+    explicit: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    options: Mapping[str, str]
+
+    def option(self, name: str) -> str:
+        """How the flag of an argument is written."""
+        return self.options.get(name, flag_of(name))
+
+    def changes(self, name: str) -> bool:
+        """Whether the flag was given with another value than its default."""
+        return name in self.explicit and self.explicit[name] != self.defaults[name]
+
+    def refuse_contradictions(self, derived: Mapping[str, Any], source: str) -> None:
+        for name, value in derived.items():
+            if name in self.explicit and self.explicit[name] != value:
+                raise ArgumentsError(
+                    f"{self.option(name)} gives {name}={self.explicit[name]!r}, but {source} {value!r}; "
+                    "drop the flag"
+                )
+
+
+def parse_command_line(argv: list[str]) -> CommandLine:
+    parser = _Parser(
+        prog="megatron-profit-sft",
+        usage="torchrun … -m megatron_profit.sft --hf-model DIR --data FILE… [flags]",
+        description="Supervised fine-tuning on Megatron-Core. Every native Megatron flag works too.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    try:
+        load_outside_objective(argv)
+        parser = add_megatron_arguments(add_arguments(parser))
+    except ValueError as error:
+        raise ArgumentsError(f"--objective: {error}") from error
+    except argparse.ArgumentError as error:
+        raise ArgumentsError(
+            f"an option of an objective has the name of a native flag ({error}); rename it"
+        ) from error
+    defaults = {action.dest: action.default for action in parser._actions}
+    options = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return CommandLine(vars(parser.parse_args(argv)), defaults, options)

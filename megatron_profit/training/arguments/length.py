@@ -1,0 +1,57 @@
+"""The length of a run in steps, and the schedules that must end within it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_profit.objectives import Objective, ScheduledObjective
+from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.training.step.objective_flags import (
+    check_steps,
+)
+
+
+def scheduler_of_flags(explicit: Mapping[str, Any]) -> dict[str, Any]:
+    """Let the flags decide the schedule of the learning rate after a resume too, unless they name the
+    checkpoint's."""
+    checkpoint, flags = "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"
+    if explicit.get(checkpoint) and explicit.get(flags):
+        raise ArgumentsError(
+            "--use-checkpoint-opt_param-scheduler and --override-opt_param-scheduler contradict each other; "
+            "drop one"
+        )
+    return {} if explicit.get(checkpoint) else {flags: True}
+
+
+def steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
+    """Steps of the run where flags alone say it: not with epochs, nor where the batch size changes."""
+    if settings["train_samples"] is None:
+        return settings["train_iters"]
+    return None if batch_size_changes(settings) else settings["train_samples"] // batch_size
+
+
+def batch_size_changes(settings: Mapping[str, Any]) -> bool:
+    """Whether the batch size changes during the run, so that Megatron itself counts rows."""
+    return bool(settings["rampup_batch_size"] or settings["step_batch_size_schedule"])
+
+
+def check_run_steps(
+    settings: Mapping[str, Any], objective: Objective | ScheduledObjective, steps: int
+) -> None:
+    if steps < 1:
+        raise ArgumentsError(
+            f"--train-samples {settings['train_samples']} is less than a global batch; there is no step"
+        )
+    unit = "iters" if settings["train_samples"] is None else "samples"
+    length = settings["train_samples"] or steps
+    warmup, decay = settings[f"lr_warmup_{unit}"], settings[f"lr_decay_{unit}"] or length
+    if warmup >= decay:
+        raise ArgumentsError(
+            f"--lr-warmup-{unit} {warmup} leaves none of the {decay} {unit} for the decay of the learning "
+            f"rate; give fewer than {decay}"
+        )
+    try:
+        check_steps(objective, steps)
+    except ValueError as error:
+        raise ArgumentsError(str(error)) from error

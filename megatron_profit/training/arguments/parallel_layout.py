@@ -1,0 +1,112 @@
+"""Whether the model, the batch and the rows can be split as the flags say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.training.step.objective_flags import (
+    flag_of,
+)
+
+
+def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
+    """Refuse a parallel layout that the model or the number of processes cannot be split into.
+
+    Returns:
+        The data-parallel size.
+    """
+    tp, pp, cp = (
+        settings[f"{kind}_parallel_size"] for kind in ("tensor_model", "pipeline_model", "context")
+    )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        _check_divides("--tensor-model-parallel-size", tp, f"the model's {name}", settings[name])
+    _check_pipeline(settings, pp)
+    _check_divides(
+        "tensor x pipeline x context parallel size"
+        if cp > 1
+        else "tensor x pipeline parallel size",
+        tp * pp * cp,
+        "the number of processes",
+        world_size,
+    )
+    data_parallel = world_size // (tp * pp * cp)
+    for batch, micro in (
+        ("global_batch_size", "micro_batch_size"),
+        ("eval_global_batch_size", "eval_micro_batch_size"),
+    ):
+        if settings[batch] is not None:
+            micro_size = settings[micro] or settings["micro_batch_size"]
+            _check_divides(
+                f"{flag_of(micro)} x data-parallel size",
+                micro_size * data_parallel,
+                flag_of(batch),
+                settings[batch],
+            )
+    _check_split_of_rows(settings, tp, cp)
+    limit = settings["max_position_embeddings"]
+    if not 0 < settings["seq_length"] <= limit:
+        raise ArgumentsError(
+            f"--seq-length {settings['seq_length']} is outside 1..{limit}, the model's positions "
+            "(max_position_embeddings)"
+        )
+    return data_parallel
+
+
+def _check_split_of_rows(settings: Mapping[str, Any], tp: int, cp: int) -> None:
+    """Refuse rows that sequence and context parallelism cannot split evenly."""
+    seq_length = settings["seq_length"]
+    parts = 2 * cp if cp > 1 else 1
+    if seq_length % parts:
+        raise ArgumentsError(
+            f"--seq-length {seq_length} is not a multiple of {parts}: with --context-parallel-size {cp} each "
+            "rank holds two equal chunks of a row"
+        )
+    if settings["sequence_parallel"]:
+        _check_divides(
+            "--sequence-parallel with tensor parallel size",
+            tp,
+            "--seq-length" if cp == 1 else f"the positions of one of {cp} context-parallel ranks",
+            seq_length // cp,
+        )
+    gathers = settings["packing"] or settings["transformer_impl"] == "local"
+    if cp > 1 and gathers and settings["cp_comm_type"] not in (["p2p"], ["all_gather"]):
+        raise ArgumentsError(
+            f"--cp-comm-type {' '.join(settings['cp_comm_type'])} needs Transformer Engine and rows that "
+            "are not packed; otherwise keys and values are gathered: drop the flag"
+        )
+
+
+def _check_pipeline(settings: Mapping[str, Any], pp: int) -> None:
+    """Refuse layers that do not split evenly, where the flags do not say how they split."""
+    given = (
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+    )
+    if any(settings[name] for name in given):
+        return
+    ends = [
+        end for end in ("embedding", "loss") if settings[f"account_for_{end}_in_pipeline_split"]
+    ]
+    layers = settings["num_layers"] + len(ends)
+    what = " and ".join(["the model's num_layers", *ends])
+    _check_divides("--pipeline-model-parallel-size", pp, what, layers)
+    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        if settings[name]:
+            of = "the layers of a pipeline rank"
+            _check_divides(flag_of(name), settings[name], of, layers // pp)
+
+
+def _check_divides(what: str, size: int, of: str, total: int) -> None:
+    if size < 1 or total % size:
+        allowed = [d for d in range(1, total + 1) if total % d == 0]
+        raise ArgumentsError(
+            f"{what} {size} does not divide {of} {total}; it can be {_listed(allowed)}"
+        )
+
+
+def _listed(values: list[int]) -> str:
+    shown = values if len(values) <= 12 else [*values[:11], "...", values[-1]]
+    return ", ".join(map(str, shown))

@@ -1,0 +1,146 @@
+"""Flags that this entry would have to ignore, or that contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_profit.training.arguments.command_line import (
+    CommandLine,
+)
+from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.training.step import experts
+
+# Native flags that this entry would have to ignore, with what to do instead.
+_REFUSED = {
+    "sft": "this entry replaces Megatron's stock SFT; drop the flag",
+    **dict.fromkeys(
+        (
+            *("data_path", "data_args_path", "train_data_path", "per_split_data_args_path"),
+            *("split", "mock_data", "fim_data"),
+        ),
+        "give chat files with --data",
+    ),
+    **dict.fromkeys(
+        ("valid_data_path", "test_data_path", "multiple_validation_sets", "full_validation"),
+        "give chat files with --valid-data, all of which is evaluated",
+    ),
+    **dict.fromkeys(
+        ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),
+        "--packing keeps the records of a row apart",
+    ),
+    "eod_mask_loss": "what is trained is decided by the roles of the chat",
+    **dict.fromkeys(
+        (
+            *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "chat_template"),
+            *("sft_tokenizer_prompt_format", "use_tokenizer_model_from_checkpoint_args"),
+        ),
+        "tokenizer and chat template come from --hf-model",
+    ),
+    **dict.fromkeys(
+        ("use_checkpoint_args", "use_mp_args_from_checkpoint_args", "yaml_cfg"),
+        "the architecture comes from --hf-model and the layout from the flags",
+    ),
+    **dict.fromkeys(
+        (
+            *("cross_entropy_loss_fusion", "fp16_lm_cross_entropy", "logits_load_dir"),
+            *("logits_save_dir", "mtp_num_layers"),
+        ),
+        "the loss is computed by --objective, in fp32",
+    ),
+    "defer_embedding_wgrad_compute": "the objective computes the output layer's gradient itself",
+    "overlap_moe_expert_parallel_comm": "the forward step has no schedule plan",
+    "optimizer_cuda_graph": "a guard decides between the gradient and the optimizer's update",
+    "perform_rl_step": "this entry trains on data sets",
+    "dataloader_type": "the order of the records is drawn from --seed",
+    **dict.fromkeys(
+        ("non_persistent_save_interval", "non_persistent_ckpt_type"),
+        "a shorter --save-interval with --keep-last N does the same, and its checkpoints are found again",
+    ),
+    **dict.fromkeys(
+        ("ckpt_format", "auto_detect_ckpt_format"),
+        "checkpoints are written and read in the format torch_dist",
+    ),
+    "enable_msc": "checkpoints are read from folders; mount the storage",
+    "trust_remote_code": "code in a model folder is not run",
+    "exit_signal_handler_for_training": "SIGTERM saves a checkpoint and ends the run",
+    "hybrid_context_parallel": "--context-parallel-size splits every row alike",
+    **dict.fromkeys(
+        ("use_torch_fsdp2", "use_megatron_fsdp"),
+        "the objective reads the output layer's weight, which FSDP shards; use "
+        "--use-distributed-optimizer",
+    ),
+}
+# Flags of an architecture that no family of this project has. The model is what config.json says it is.
+OTHER_ARCHITECTURES = (
+    *experts.ARCHITECTURE,
+    *("multi_latent_attention", "hybrid_layer_pattern"),
+    *("hybrid_override_pattern", "is_hybrid_model", "experimental_attention_variant", "use_mup"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+    *("encoder_num_layers", "decoder_num_layers", "encoder_seq_length", "decoder_seq_length"),
+    *(
+        "rotary_interleaved",
+        "rotary_seq_len_interpolation_factor",
+        "rope_scaling_factor",
+        "rope_type",
+    ),
+    *("no_rope_freq", "mrope_section", "rotary_scaling_factor", "add_position_embedding"),
+    *(
+        "openai_gelu",
+        "squared_relu",
+        "quick_geglu",
+        "glu_linear_offset",
+        "activation_func_clamp_value",
+    ),
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "qk_l2_norm"),
+    *("softmax_type", "window_size", "window_attn_skip_freq", "attention_output_gate"),
+    *("apply_query_key_layer_scaling", "padded_vocab_size"),
+)
+
+
+def check_given(flags: CommandLine) -> None:
+    """Refuse flags that would be ignored, and miss those that are needed."""
+    explicit = flags.explicit
+    for name, remedy in _REFUSED.items():
+        if flags.changes(name):
+            raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
+    for name in ("hf_model", "data", "seq_length", "micro_batch_size", "lr"):
+        if explicit.get(name) is None:
+            raise ArgumentsError(f"{flags.option(name)} is missing")
+    spans = ("train_iters", "train_samples", "epochs")
+    given = [flags.option(name) for name in spans if explicit.get(name) is not None]
+    if not given:
+        raise ArgumentsError("--train-iters (or --epochs, or --train-samples) is missing")
+    if len(given) > 1:
+        raise ArgumentsError(f"{' and '.join(given)} contradict each other; give one of them")
+    if explicit.get("eval_iters") and not (
+        explicit.get("valid_data") or explicit.get("valid_split")
+    ):
+        raise ArgumentsError(
+            f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data or "
+            "--valid-split"
+        )
+    if explicit.get("eval_iters") == 0 and explicit.get("valid_split"):
+        raise ArgumentsError(
+            f"--valid-split {explicit['valid_split']} sets records aside to evaluate on, and --eval-iters 0 "
+            "evaluates on none; drop one"
+        )
+    if explicit.get("overwrite") and not (explicit.get("save") or explicit.get("export_hf")):
+        raise ArgumentsError(
+            "--overwrite is about what --save and --export-hf hold, and neither is given; drop it"
+        )
+    _check_token_report(explicit)
+
+
+def _check_token_report(explicit: Mapping[str, Any]) -> None:
+    count, folder = explicit.get("token_report_records"), explicit.get("token_report")
+    if count is not None and folder is None:
+        raise ArgumentsError("--token-report-records is for --token-report, which is missing")
+    if count is not None and count < 1:
+        raise ArgumentsError(f"--token-report-records is {count}; it must be at least 1")
+    evaluates = explicit.get("valid_data") or explicit.get("valid_split")
+    if folder is not None and (not evaluates or explicit.get("eval_iters") == 0):
+        raise ArgumentsError(
+            f"--token-report {folder} is written at evaluations, and there are none; give --valid-data "
+            "or --valid-split"
+        )
