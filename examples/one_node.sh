@@ -3,7 +3,7 @@
 #
 #   MODEL=Qwen3-14B-Base DATA=chats.jsonl examples/one_node.sh
 #
-# GPU: 80 GiB. Other models: give a layout, which `python tools/estimate_memory.py --help` helps to find.
+# GPU: 80 GiB. Other models: give a layout, which `megatron-profit estimate --help` helps to find.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from training_commands import read_command
 
+from megatron_profit.commands.cli import COMMANDS
 from megatron_profit.commands.run_shape import published_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,6 +46,8 @@ def test_every_command_names_something_that_exists():
     for command in commands():
         if command[0] == "make":
             assert f"\n{command[1]}:" in makefile, command
+        elif command[0] == "megatron-profit":
+            assert command[1] in COMMANDS, command
         elif command[0] == "python" and command[1] != "-m":
             assert (REPOSITORY / command[1]).is_file(), command
         elif "-m" in command:

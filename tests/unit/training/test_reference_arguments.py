@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from make_tiny_model import TinyShape, make_tiny_model
 
-from megatron_profit.training.arguments import sft_arguments as arguments
+from megatron_profit.training.arguments import disk
 from megatron_profit.training.arguments.errors import ArgumentsError
 from megatron_profit.training.arguments.sft_arguments import read_arguments
 
@@ -66,7 +66,7 @@ def test_a_ranking_by_excess_loss_needs_another_model(models, scope):
 
 def test_the_default_reference_is_not_another_checkpoint(models, tmp_path, monkeypatch):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    monkeypatch.setattr(arguments, "check_checkpoint_matches", lambda *_: None)
+    monkeypatch.setattr(disk, "check_checkpoint_matches", lambda *_: None)
     flags = ["--objective", "stm", "--ref-cache", "x", "--pretrained-checkpoint", tmp_path]
     with pytest.raises(ArgumentsError, match="name the reference with --ref-hf-model"):
         read(models, *flags)
