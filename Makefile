@@ -57,17 +57,21 @@ format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-# Unit tests share the cores; the others start several processes each, so they run one after the other.
+# Unit tests share the cores. The others start several processes each, so two of them run at a time; tests on
+# a GPU run one after the other.
 UNIT := tests/unit --numprocesses logical --dist loadfile
-RUNS := tests/distributed tests/integration tests/gpu
+RUNS := tests/distributed tests/integration --numprocesses 2 --dist loadfile
+GPU := tests/gpu
 
 test: lint
 	$(PYTEST) $(UNIT) -m "not slow"
 	$(PYTEST) $(RUNS) -m "not slow"
+	$(PYTEST) $(GPU) -m "not slow"
 
 test-all: lint
 	$(PYTEST) $(UNIT)
 	$(PYTEST) $(RUNS)
+	$(PYTEST) $(GPU)
 
 quickstart: $(STAMP)
 	$(PYTHON) examples/quickstart.py
