@@ -25,7 +25,7 @@ ifneq ($(USABLE),True)
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): setup.py constraints.txt .python-version
+$(STAMP): pyproject.toml constraints.txt .python-version
 ifneq ($(USABLE),True)
 	@candidate=$$(for p in python3.12 python3 python; do \
 	    "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; \

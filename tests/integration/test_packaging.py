@@ -88,6 +88,13 @@ def test_the_installed_command_shows_its_help_from_another_folder(installed, tmp
         assert flag in help_text
 
 
+def test_the_installed_console_command_lists_its_commands(installed, tmp_path):
+    listed = run_elsewhere(installed, tmp_path, installed / "bin" / "megatron-profit")
+    assert "to-hf" in listed
+    command = (installed / "bin" / "megatron-profit", "to-hf", "--help")
+    assert "--hf-template" in run_elsewhere(installed, tmp_path, *command)
+
+
 @pytest.mark.parametrize("name", ["hf_to_megatron", "megatron_to_hf"])
 def test_the_installed_converters_show_their_help_from_another_folder(installed, tmp_path, name):
     module = f"checkpoint_conversion.{name}"
