@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.megatron_patches.callbacks import RunFailure
 from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason, warn
-from megatron_profit.megatron_patches.hooks import RunFailure
 from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch, replaced
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"

@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.megatron_patches.callbacks import TrainContext, callbacks
 from megatron_profit.megatron_patches.checkpoint_loading import CHECKPOINT_PATCHES
-from megatron_profit.megatron_patches.hooks import Trained, listeners
 from megatron_profit.megatron_patches.loggers import LOGGER_PATCHES
 from megatron_profit.megatron_patches.observation import OBSERVATION_PATCHES
 from megatron_profit.megatron_patches.optimizer.block_norm import block_norm
@@ -237,8 +237,8 @@ def _announce_train_steps() -> None:
         iteration: int,
         **kwargs: Any,
     ) -> Any:
-        for listener in listeners():
-            listener.before_train_step(Trained(model, config, optimizer), iteration)
+        for callback in callbacks():
+            callback.before_train_step(TrainContext(model, config, optimizer), iteration)
         return original(
             forward_step_func,
             data_iterator,
@@ -269,8 +269,8 @@ def _announce_evaluations() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        for listener in listeners():
-            listener.before_evaluation(Trained(model, config))
+        for callback in callbacks():
+            callback.before_evaluation(TrainContext(model, config))
         return original(
             forward_step_func,
             data_iterator,
@@ -292,8 +292,8 @@ def _announce_training() -> None:
 
     @functools.wraps(original)
     def train(*args: Any, **kwargs: Any) -> Any:
-        for listener in listeners():
-            listener.before_training(get_args().iteration)
+        for callback in callbacks():
+            callback.before_training(get_args().iteration)
         return original(*args, **kwargs)
 
     training.train = train

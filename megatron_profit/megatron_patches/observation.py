@@ -1,7 +1,7 @@
 """Changes to Megatron's training loop that let a run see, judge and log what each step yields.
 
-Everything here calls the observer and the evaluation listeners of `hooks.py`; without them Megatron does
-what it always does, but for two defects of its lines.
+Everything here calls the callbacks of `callbacks.py`; without them Megatron does what it always does, but for
+two defects of its lines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megatron_profit.megatron_patches.hooks import LoggedStep, evaluation_listeners, observer
+from megatron_profit.megatron_patches.callbacks import LoggedStep, callbacks
 from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch, replaced
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
@@ -43,7 +43,7 @@ def _log_the_first_step_like_any_other() -> None:
     training.training_log = training_log
 
 
-def _let_the_observer_log() -> None:
+def _let_callbacks_log() -> None:
     from megatron.training import training
     from megatron.training.global_vars import get_args
 
@@ -68,11 +68,12 @@ def _let_the_observer_log() -> None:
             *(learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm),
             *(params_norm, num_zeros_in_grad, *args),
         )
-        here = observer()
-        if here is None:
+        given = [callback.scalars(iteration, bool(skipped_iter)) for callback in callbacks()]
+        found = [scalars for scalars in given if scalars is not None]
+        if not found:
             return original(loss_dict, total_loss_dict, *positional, **kwargs)
         lines: list[str] = []
-        scalars = here.scalars(iteration, bool(skipped_iter))
+        scalars = {name: value for part in found for name, value in part.items()}
         with replaced(training, print_rank_last=lines.append):
             result = original(scalars, total_loss_dict, *positional, **kwargs)
         # As in the loop: all ranks agree on these.
@@ -87,21 +88,21 @@ def _let_the_observer_log() -> None:
             "params norm": params_norm,
             "num zeros": num_zeros_in_grad,
         }
-        here.log(
-            LoggedStep(
-                iteration=iteration,
-                skipped=bool(skipped_iter),
-                values={name: float(v) for name, v in values.items() if v is not None},
-                tokens=batch_size * settings.seq_length if tokens is None else tokens,
-                floating_point_operations=training.num_floating_point_operations(
-                    settings,
-                    batch_size,
-                    seqlen_squared_sum_in_batch=squares,
-                    total_real_tokens_in_batch=tokens,
-                ),
-                line=fields_of_line(lines[0]) if lines else None,
-            )
+        step = LoggedStep(
+            iteration=iteration,
+            skipped=bool(skipped_iter),
+            values={name: float(v) for name, v in values.items() if v is not None},
+            tokens=batch_size * settings.seq_length if tokens is None else tokens,
+            floating_point_operations=training.num_floating_point_operations(
+                settings,
+                batch_size,
+                seqlen_squared_sum_in_batch=squares,
+                total_real_tokens_in_batch=tokens,
+            ),
+            line=fields_of_line(lines[0]) if lines else None,
         )
+        for callback in callbacks():
+            callback.log(step)
         return result
 
     training.training_log = training_log
@@ -154,15 +155,14 @@ def _judge_steps() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        here = observer()
-        if here is not None:
-            passes = forward_backward_func
+        @functools.wraps(forward_backward_func)
+        def reduced(*args: Any, **kwargs: Any) -> Any:
+            losses = forward_backward_func(*args, **kwargs)
+            for callback in callbacks():
+                losses = callback.reduce_losses(losses)
+            return losses
 
-            @functools.wraps(passes)
-            def forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-                return here.reduce_losses(passes(*args, **kwargs))
-
-            _ask_before_updates(optimizer)
+        _ask_before_updates(optimizer)
         result = original(
             forward_step_func,
             data_iterator,
@@ -170,24 +170,23 @@ def _judge_steps() -> None:
             optimizer,
             opt_param_scheduler,
             config,
-            forward_backward_func,
+            reduced,
             *args,
             **kwargs,
         )
-        if here is None:
-            return result
         losses, skipped, should_checkpoint, should_exit, exit_code, *rest = result
-        code = here.exit_code(bool(skipped))
-        if code is not None and not should_exit:
-            should_checkpoint, should_exit, exit_code = False, True, code
+        for callback in callbacks():
+            code = callback.exit_code(bool(skipped))
+            if code is not None and not should_exit:
+                should_checkpoint, should_exit, exit_code = False, True, code
         return losses, skipped, should_checkpoint, should_exit, exit_code, *rest
 
     training.train_step = train_step
 
 
 def _ask_before_updates(optimizer: Any) -> None:
-    """Let the observer decide between norm and update, where the fp16 loss scaler skips as well."""
-    if getattr(optimizer, "asks_observer", False):
+    """Let the callbacks decide between norm and update, where the fp16 loss scaler skips as well."""
+    if getattr(optimizer, "asks_callbacks", False):
         return
     norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
     latest = 0.0
@@ -198,12 +197,12 @@ def _ask_before_updates(optimizer: Any) -> None:
         return latest
 
     def step_with_ready_grads() -> bool:
-        here = observer()
-        return (here is None or here.allows_update(float(latest))) and update()
+        answers = [callback.allows_update(float(latest)) for callback in callbacks()]
+        return all(answers) and update()
 
     optimizer.get_grad_norm = get_grad_norm
     optimizer.step_with_ready_grads = step_with_ready_grads
-    optimizer.asks_observer = True
+    optimizer.asks_callbacks = True
 
 
 def _hand_over_rejections() -> None:
@@ -221,11 +220,12 @@ def _hand_over_rejections() -> None:
         tolerance: float = 0.0,
         fatal: bool = True,
     ) -> None:
-        here = observer()
-        if here is None or self.mode != RerunMode.DISABLED:
-            original(self, result, rejection_func, message, comparison_func, tolerance, fatal)
-        elif rejection_func(result):
-            here.rejected(message, fatal)
+        disabled = self.mode == RerunMode.DISABLED
+        if disabled and callbacks() and not rejection_func(result):
+            return
+        if disabled and any([callback.rejected(message, fatal) for callback in callbacks()]):
+            return
+        original(self, result, rejection_func, message, comparison_func, tolerance, fatal)
 
     RerunStateMachine.validate_result = validate_result
 
@@ -289,14 +289,14 @@ def _tell_of_evaluations() -> None:
             get_tensorboard_writer=writer,
         ):
             original(prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs)
-        if evaluation_listeners() and found is not None:
+        if callbacks() and found is not None:
             # The last rank is on the last pipeline stage, which alone has metrics.
             everyone = [found]
             torch.distributed.broadcast_object_list(
                 everyone, torch.distributed.get_world_size() - 1
             )
-            for listener in evaluation_listeners():
-                listener(iteration, everyone[0])
+            for callback in callbacks():
+                callback.after_evaluation(iteration, everyone[0])
 
     training.evaluate_and_print_results = evaluate_and_print_results
 
@@ -368,7 +368,7 @@ OBSERVATION_PATCHES = (
         file=_TRAINING,
         reason="training_log averages the means of the steps of an interval, shares no value with anybody "
         "but its own long line, and knows no other logger than TensorBoard and W&B.",
-        apply=_let_the_observer_log,
+        apply=_let_callbacks_log,
     ),
     Patch(
         name="first-log-line",

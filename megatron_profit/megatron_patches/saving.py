@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.megatron_patches.callbacks import RunFailure, callbacks
 from megatron_profit.megatron_patches.enduring import reason
-from megatron_profit.megatron_patches.hooks import RunFailure, listeners
 from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
@@ -30,8 +30,8 @@ def _announce_checkpoints() -> None:
         iteration, folder = sharded_state_dict.get("iteration"), Path(checkpoint_dir)
         if iteration is not None:
             size = _size_of_all_ranks(sharded_state_dict)
-            for listener in listeners():
-                listener.before_checkpoint(folder, iteration, size)
+            for callback in callbacks():
+                callback.before_checkpoint(folder, iteration, size)
             torch.distributed.barrier()
             _on_all_ranks(functools.partial(_write_own_files, folder, iteration))
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
@@ -41,8 +41,8 @@ def _announce_checkpoints() -> None:
 
 def _write_own_files(folder: Path, iteration: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for listener in listeners():
-        listener.with_checkpoint(folder, iteration)
+    for callback in callbacks():
+        callback.with_checkpoint(folder, iteration)
 
 
 def _on_all_ranks(write: Callable[[], None]) -> None:
@@ -91,8 +91,8 @@ def _announce_saved_checkpoints() -> None:
     saving = 0
 
     def announce(iteration: int) -> None:
-        for listener in listeners():
-            listener.after_checkpoint(iteration)
+        for callback in callbacks():
+            callback.after_checkpoint(iteration)
 
     @functools.wraps(original)
     def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:

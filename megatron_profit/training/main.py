@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data import DataError, load_tokenizer
-from megatron_profit.megatron_patches.hooks import RunFailure, listen, observe, on_evaluation
+from megatron_profit.megatron_patches.callbacks import RunFailure, register
 from megatron_profit.megatron_patches.saving import reason_of_all_ranks
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments.errors import ArgumentsError
@@ -52,7 +52,7 @@ from megatron_profit.training.process.shutdown import end_communication
 from megatron_profit.training.resume.compare import check_length, check_resume
 from megatron_profit.training.resume.this_run import describe_run
 from megatron_profit.training.resume.wandb_run import WandbRun, resume_wandb_run
-from megatron_profit.training.statistics.given_statistics import GivenStatistics, Source
+from megatron_profit.training.statistics.given_statistics import GivenStatistics, StatisticProvider
 from megatron_profit.training.statistics.global_ranking import GlobalRanking
 from megatron_profit.training.statistics.old_policy import OldPolicy
 from megatron_profit.training.statistics.reference_model import ReferenceModel
@@ -141,16 +141,14 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
     model_config.pre_wrap_hooks.append(keep_in(chunks))
     reference = _reference(arguments, loss, data)
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
-    given = GivenStatistics(loss, sources_from_args(args, loss, score_pass, reference, data.digest))
+    providers = providers_from_args(args, loss, score_pass, reference, data.digest)
+    given = GivenStatistics(loss, providers)
     keeper = CheckpointKeeper(arguments.keep, record)
     report = None if args.token_report is None else evaluation_report(args, data)
     signals = ExitSignals(args.exit_signal)
-    listen(given, keeper, WandbRun(), *filter(None, [report]), signals)
-    on_evaluation(keeper.after_evaluation)
     begin = given.begin if report is None else report.watching(given.begin)
     monitor = run_monitor(args, arguments, data)
-    observe(monitor)
-    on_evaluation(monitor.evaluated)
+    register(*providers, keeper, WandbRun(), *filter(None, [report]), signals, monitor)
     with _known_ends(signals):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -259,20 +257,20 @@ def _reference(
     return ReferenceModel(*arguments.reference, loss, datasets)
 
 
-def sources_from_args(
+def providers_from_args(
     args: Namespace,
     loss: ObjectiveLoss,
     score_pass: ScorePass,
     reference: ReferenceModel | None,
     data_digest: str,
-) -> tuple[Source, ...]:
+) -> tuple[StatisticProvider, ...]:
     """Where the statistics come from that the objective needs and the kernel cannot compute."""
     # The reference is first: a ranking may need it.
-    sources: list[Source] = [] if reference is None else [reference]
+    providers: list[StatisticProvider] = [] if reference is None else [reference]
     required = loss.objective.required_statistics
     if "old_log_prob" in required:
         steps, first = args.psft_steps_per_refresh, args.objective_warmup_steps
-        sources.append(OldPolicy(score_pass, steps, first, data_digest))
+        providers.append(OldPolicy(score_pass, steps, first, data_digest))
     if "selected" in required:
-        sources.append(GlobalRanking(loss, score_pass))
-    return tuple(sources)
+        providers.append(GlobalRanking(loss, score_pass))
+    return tuple(providers)

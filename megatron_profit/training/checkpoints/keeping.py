@@ -18,8 +18,8 @@ import torch
 from megatron.training import get_args
 
 from checkpoint_conversion.errors import ConversionError
+from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason, warn
-from megatron_profit.megatron_patches.hooks import RunListener
 from megatron_profit.training.checkpoints.folder import (
     BETTER,
     MARKER,
@@ -187,7 +187,7 @@ class Progress:
         return replace(self, iteration=iteration, without_best=self.without_best + 1)
 
 
-class CheckpointKeeper(RunListener):
+class CheckpointKeeper(Callback):
     """Marks the checkpoints of a run, removes those that are not kept, and ends the run early.
 
     Args:

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.data import Prepared, SFTDataset
+from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason, warn
-from megatron_profit.megatron_patches.hooks import RunListener
 from megatron_profit.objectives import TokenStatistics
 from megatron_profit.token_report import TokenRecord, page, token_texts
 from megatron_profit.training.process.console import print_rank_0
@@ -38,7 +38,7 @@ _RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT = range(5)
 
 
 @dataclass
-class EvaluationReport(RunListener):
+class EvaluationReport(Callback):
     """Collects and writes.
 
     Attributes:

@@ -1,8 +1,8 @@
 """Watches a run: guards its steps, and logs what they and the evaluations yield.
 
-`RunMonitor` is the observer of `megatron_patches.hooks`. It brings the facts of a step to all ranks, asks the
-guards before the optimizer's update, and names the records of a step that they object to. It logs sums over
-counts of all steps of the interval, on the console, in TensorBoard, W&B and the metrics file.
+`RunMonitor` brings the facts of a step to all ranks, asks the guards before the optimizer's update, and names
+the records of a step that they object to. It logs sums over counts of all steps of the interval, on the
+console, in TensorBoard, W&B and the metrics file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from megatron_profit.megatron_patches import active_device
+from megatron_profit.megatron_patches.callbacks import Callback, LoggedStep
 from megatron_profit.megatron_patches.enduring import reason, warn
-from megatron_profit.megatron_patches.hooks import LoggedStep
 from megatron_profit.training.monitoring.guard_report import Suspect, chosen_suspects, event_text
 from megatron_profit.training.monitoring.guards import EXIT_CODE, Event, Guards, StepFacts
 from megatron_profit.training.monitoring.metrics_file import MetricsFile
@@ -32,7 +32,7 @@ from megatron_profit.training.step.batch import Batch
 
 
 @dataclass
-class RunMonitor:
+class RunMonitor(Callback):
     """One for each process.
 
     Attributes:
@@ -67,13 +67,14 @@ class RunMonitor:
 
         return watched
 
-    def rejected(self, message: str, fatal: bool) -> None:
-        """See `RunObserver`."""
+    def rejected(self, message: str, fatal: bool) -> bool:
+        """See `Callback`."""
         if torch.is_grad_enabled():
             self._rejections.append((message, fatal))
+        return True
 
     def reduce_losses(self, losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """See `RunObserver`."""
+        """See `Callback`."""
         self._step, self._pairs = None, {}
         if losses:
             group = mpu.get_data_parallel_group(with_context_parallel=True)
@@ -111,7 +112,7 @@ class RunMonitor:
     # What is done about it.
 
     def allows_update(self, grad_norm: float) -> bool:
-        """See `RunObserver`."""
+        """See `Callback`."""
         assert self._facts is not None, "the step has had no forward pass"
         finite = math.isfinite(grad_norm)
         bad, norm = _largest([not finite, grad_norm if finite else 0.0])
@@ -125,7 +126,7 @@ class RunMonitor:
         self._events = self.guards.judge(self._facts)
 
     def exit_code(self, skipped: bool) -> int | None:
-        """See `RunObserver`."""
+        """See `Callback`."""
         if self._events is None:
             # The loss scaler has left the step out already, or Megatron ends the run.
             self._judge(None)
@@ -179,7 +180,7 @@ class RunMonitor:
     # What is logged.
 
     def scalars(self, iteration: int, skipped: bool) -> dict[str, Any]:
-        """See `RunObserver`."""
+        """See `Callback`."""
         self._names.update(self._pairs)
         for interval in (self._scalars, self._logged):
             interval.add(self._pairs, skipped=skipped)
@@ -189,7 +190,7 @@ class RunMonitor:
         return {name: torch.tensor(value, device="cuda") for name, value in means.items()}
 
     def log(self, step: LoggedStep) -> None:
-        """See `RunObserver`."""
+        """See `Callback`."""
         interval, args = self._logged, get_args()
         interval.tokens += step.tokens
         interval.floating_point_operations += step.floating_point_operations
@@ -230,8 +231,8 @@ class RunMonitor:
         if (wandb := get_wandb_writer()) is not None:
             wandb.log(dict(values), iteration)
 
-    def evaluated(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """An `EvaluationListener`."""
+    def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """See `Callback`."""
         self._write("evaluation", iteration, {"time": time.time(), **metrics})
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

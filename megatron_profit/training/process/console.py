@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from checkpoint_conversion.errors import printable
-from megatron_profit.megatron_patches.hooks import LoggedStep
+from megatron_profit.megatron_patches.callbacks import LoggedStep
 
 # By then torchrun has ended this process, where the first one of the machine met the same error.
 _PATIENCE_SECONDS = 30

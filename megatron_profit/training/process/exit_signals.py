@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from megatron.training.global_vars import get_args, get_signal_handler
 
-from megatron_profit.megatron_patches.hooks import RunListener
+from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.training.process import interrupts
 from megatron_profit.training.process.console import print_rank_0
 from megatron_profit.training.process.shutdown import end_communication
@@ -25,7 +25,7 @@ from megatron_profit.training.process.shutdown import end_communication
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-class ExitSignals(RunListener):
+class ExitSignals(Callback):
     """Those that this rank has received.
 
     Args:

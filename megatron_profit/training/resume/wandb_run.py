@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron.training import get_args, get_wandb_writer
 
+from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason, warn
-from megatron_profit.megatron_patches.hooks import RunListener
 from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.checkpoints.folder import read_json, same_folder, write_json
 from megatron_profit.training.checkpoints.save_folder import WANDB_RUN
@@ -35,7 +35,7 @@ def resume_wandb_run(settings: Mapping[str, Any], resumed: Resumed | None) -> No
         os.environ.setdefault("WANDB_RESUME", "allow")
 
 
-class WandbRun(RunListener):
+class WandbRun(Callback):
     """Notes the id of the run, on the rank that logs to W&B."""
 
     def before_training(self, iteration: int) -> None:

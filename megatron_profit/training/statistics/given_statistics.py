@@ -1,20 +1,18 @@
 """Statistics that an objective reads and no forward pass of a single micro-batch can compute.
 
-`GivenStatistics` begins each micro-batch of a run with them, and listens to Megatron's loop to have them
-in time.
+`GivenStatistics` begins each micro-batch of a run with them. Their providers are callbacks of Megatron's loop,
+so that they have them in time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_profit.megatron_patches.hooks import RunListener, Trained
+from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.objectives import (
     Objective,
     RankedObjective,
@@ -25,26 +23,32 @@ from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import MicroBatchLoss, ObjectiveLoss
 
 
-class Source(RunListener, Protocol):
-    """Where one of the given statistics comes from."""
+class StatisticProvider(Callback):
+    """Provides a statistic that an objective reads and the kernel cannot compute.
+
+    Attributes:
+        statistic: Its name in `TokenStatistics`.
+    """
 
     statistic: str
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] of a micro-batch; None on pipeline stages that compute no loss."""
+        """Return the statistic [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class GivenStatistics(RunListener):
+class GivenStatistics:
     """Begins the micro-batches of a run.
 
     Attributes:
-        loss: What the run trains with.
-        sources: One for each given statistic that its objective requires.
+        loss: The loss of the run.
+        providers: One for each given statistic that its objective requires; the run registers them as
+            callbacks.
     """
 
     loss: ObjectiveLoss
-    sources: Sequence[Source]
+    providers: Sequence[StatisticProvider]
 
     def begin(self, batch: Batch) -> MicroBatchLoss:
         """Begin a micro-batch of training or evaluation."""
@@ -53,23 +57,11 @@ class GivenStatistics(RunListener):
             # In an evaluation the old policy is the current one, where PSFT is plain SFT.
             loss, required = replace(loss, objective=build_objective("sft")), frozenset()
         given = {
-            source.statistic: values
-            for source in self.sources
-            if source.statistic in required and (values := source.of(batch)) is not None
+            provider.statistic: values
+            for provider in self.providers
+            if provider.statistic in required and (values := provider.of(batch)) is not None
         }
         return loss.micro_batch(batch.sample_index, batch.position_ids, given)
-
-    def before_train_step(self, trained: Trained, iteration: int) -> None:
-        for source in self.sources:
-            source.before_train_step(trained, iteration)
-
-    def before_evaluation(self, trained: Trained) -> None:
-        for source in self.sources:
-            source.before_evaluation(trained)
-
-    def with_checkpoint(self, folder: Path, iteration: int) -> None:
-        for source in self.sources:
-            source.with_checkpoint(folder, iteration)
 
 
 def needed_statistics(objective: Objective | ScheduledObjective) -> frozenset[str]:

@@ -7,21 +7,21 @@ of all ranks are gathered and ranked. The mask depends on the layout only by the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.objectives import RankedObjective, TokenStatistics, top_share
+from megatron_profit.training.statistics.given_statistics import StatisticProvider
 from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
 
-class GlobalRanking:
+class GlobalRanking(StatisticProvider):
     """Gives `selected` for objectives that rank over the global batch.
 
     An evaluation ranks each of its own global batches.
@@ -38,19 +38,19 @@ class GlobalRanking:
         self._train: TokenTable | None = None
         self._valid: TokenTable | None = None
 
-    def before_train_step(self, trained: Trained, iteration: int) -> None:
+    def before_train_step(self, context: TrainContext, iteration: int) -> None:
         objective = self._loss.current_objective
         if isinstance(objective, RankedObjective):
             wanted = objective.score_statistics | {"log_prob"}
-            scored = self._score_pass.of_next_batches(trained, 1, wanted)
+            scored = self._score_pass.of_next_batches(context, 1, wanted)
             self._train = _selected([scored], objective)
 
-    def before_evaluation(self, trained: Trained) -> None:
+    def before_evaluation(self, context: TrainContext) -> None:
         objective = self._loss.current_objective
         if isinstance(objective, RankedObjective):
             wanted = objective.score_statistics | {"log_prob"}
             batches = range(get_args().eval_iters)
-            scored = [self._score_pass.of_valid_batch(trained, b, wanted) for b in batches]
+            scored = [self._score_pass.of_valid_batch(context, b, wanted) for b in batches]
             self._valid = _selected(scored, objective)
 
     def of(self, batch: Batch) -> Tensor | None:
@@ -59,9 +59,6 @@ class GlobalRanking:
         if table is None:
             return None
         return table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
-
-    def with_checkpoint(self, folder: Path, iteration: int) -> None:
-        """Nothing: the next step ranks anew."""
 
 
 def _selected(scored: Iterable[TokenTable | None], objective: RankedObjective) -> TokenTable | None:

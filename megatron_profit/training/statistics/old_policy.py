@@ -20,9 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from checkpoint_conversion.engine.output import whole_file
-from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.statistics.given_statistics import StatisticProvider
 from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
@@ -58,7 +59,7 @@ def check_old_policy(settings: Mapping[str, Any]) -> None:
             )
 
 
-class OldPolicy:
+class OldPolicy(StatisticProvider):
     """Gives `old_log_prob`, and refreshes it every `steps` optimizer steps.
 
     Args:
@@ -79,7 +80,7 @@ class OldPolicy:
         # The first iteration for which the table holds nothing; None until there is one.
         self._until: int | None = None
 
-    def before_train_step(self, trained: Trained, iteration: int) -> None:
+    def before_train_step(self, context: TrainContext, iteration: int) -> None:
         """Refresh the old policy at the start of an outer batch."""
         self._resume_inside_an_outer_batch()
         if iteration < (self._first if self._until is None else self._until):
@@ -91,15 +92,12 @@ class OldPolicy:
             )
         until = min(iteration - self._place(iteration) + self._steps, get_args().train_iters)
         table = self._score_pass.of_next_batches(
-            trained, until - iteration, frozenset({"log_prob"})
+            context, until - iteration, frozenset({"log_prob"})
         )
         if table is not None:
             self._table = TokenTable(table.keys, {self.statistic: table.statistics["log_prob"]})
             self._complete = False
         self._until = until
-
-    def before_evaluation(self, trained: Trained) -> None:
-        """Nothing: an evaluation is one step, in which the old policy is the current one."""
 
     def of(self, batch: Batch) -> Tensor | None:
         """[B, S] of a micro-batch that is trained; None where no loss is computed."""

@@ -32,9 +32,10 @@ from checkpoint_conversion.hf.model import HFModel
 from megatron_profit.data import DataError, Examples, SFTDataset
 from megatron_profit.data.store.cache import content_digest
 from megatron_profit.data.store.checksums import CheckedFiles, is_usable
-from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.hf_weights import load
 from megatron_profit.training.process.console import fail, print_rank_0
+from megatron_profit.training.statistics.given_statistics import StatisticProvider
 from megatron_profit.training.statistics.score_pass import Rows, data_group, score_rows
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
@@ -45,7 +46,7 @@ _VERSION = "2"
 _VALUES = "ref_log_prob.float32"
 
 
-class ReferenceModel:
+class ReferenceModel(StatisticProvider):
     """Gives `ref_log_prob`.
 
     Args:
@@ -64,14 +65,11 @@ class ReferenceModel:
         self._datasets = datasets
         self._values: dict[str, np.ndarray] = {}
 
-    def before_train_step(self, trained: Trained, iteration: int) -> None:
-        self._prepare(trained)
+    def before_train_step(self, context: TrainContext, iteration: int) -> None:
+        self._prepare(context)
 
-    def before_evaluation(self, trained: Trained) -> None:
-        self._prepare(trained)
-
-    def with_checkpoint(self, folder: Path, iteration: int) -> None:
-        """Nothing: the files outlive the run."""
+    def before_evaluation(self, context: TrainContext) -> None:
+        self._prepare(context)
 
     def of(self, batch: Batch) -> Tensor | None:
         """[B, S] of a micro-batch; None on pipeline stages that compute no loss."""
@@ -93,7 +91,7 @@ class ReferenceModel:
         values = self.of_data(batch, name)
         return {} if values is None else {self.statistic: values}
 
-    def _prepare(self, trained: Trained) -> None:
+    def _prepare(self, context: TrainContext) -> None:
         """Find the values, or compute them. A collective of all ranks, at the first call."""
         if self._values:
             return
@@ -103,9 +101,9 @@ class ReferenceModel:
         missing = self._missing(makers)
         if missing:
             _from_first_rank(lambda: self._check_space([makers[folder] for folder in missing]))
-            with _weights_of(self._model, trained):
+            with _weights_of(self._model, context):
                 for folder in missing:
-                    self._compute(trained, makers[folder], folder)
+                    self._compute(context, makers[folder], folder)
         for name, folder in folders.items():
             self._values[name] = np.memmap(folder / _VALUES, dtype=np.float32, mode="r")
 
@@ -140,7 +138,7 @@ class ReferenceModel:
                 "left; make room or give another folder with --ref-cache"
             )
 
-    def _compute(self, trained: Trained, name: str, folder: Path) -> None:
+    def _compute(self, context: TrainContext, name: str, folder: Path) -> None:
         """Write the values of a data set, whole or not at all; the first rank of the last stage does."""
         dataset, args = self._datasets[name], get_args()
         examples = dataset.examples
@@ -156,7 +154,7 @@ class ReferenceModel:
             end = min(start + stride * _MICRO_BATCHES, stop)
             part = Rows(rows, start, end, args.micro_batch_size)
             wanted = frozenset({"log_prob"})
-            table = score_rows(trained, part, wanted, self._loss, lambda b: _places(b, examples))
+            table = score_rows(context, part, wanted, self._loss, lambda b: _places(b, examples))
             if table is None:
                 continue
             table = table.gathered(group)
@@ -188,9 +186,9 @@ def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
 
 
 @contextlib.contextmanager
-def _weights_of(model: HFModel, trained: Trained) -> Iterator[None]:
+def _weights_of(model: HFModel, context: TrainContext) -> Iterator[None]:
     """The weights of another model in the place of those that are trained, which come back unchanged."""
-    chunks = unwrap_model(trained.model)
+    chunks = unwrap_model(context.model)
     own = [p.detach().cpu().clone() for chunk in chunks for p in chunk.parameters()]
     try:
         load(model, chunks)

@@ -27,7 +27,7 @@ from megatron.training.training import (
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from megatron_profit.megatron_patches.hooks import Trained
+from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.objectives import Objective, ObjectiveOutput, TokenStatistics
 from megatron_profit.training.statistics.token_table import TokenTable, token_keys
 from megatron_profit.training.step.batch import Batch
@@ -163,14 +163,14 @@ class ScorePass:
         return provide
 
     def of_next_batches(
-        self, trained: Trained, count: int, statistics: frozenset[str]
+        self, context: TrainContext, count: int, statistics: frozenset[str]
     ) -> TokenTable | None:
         """Statistics of the supervised tokens of the next `count` global batches.
 
         All ranks call it. Weights, gradients, random numbers and Megatron's data iterators stay as they are.
 
         Args:
-            trained: The model.
+            context: The model in training.
             count: Global batches of the current size.
             statistics: Names of vectors of `TokenStatistics`.
 
@@ -181,29 +181,29 @@ class ScorePass:
         start = args.consumed_train_samples
         stop = start + count * get_current_global_batch_size()
         rows = Rows(self._train, start, stop, args.micro_batch_size)
-        return self._of(trained, rows, statistics, "train")
+        return self._of(context, rows, statistics, "train")
 
     def of_valid_batch(
-        self, trained: Trained, number: int, statistics: frozenset[str]
+        self, context: TrainContext, number: int, statistics: frozenset[str]
     ) -> TokenTable | None:
         """The same of one global batch of each evaluation, counted from 0."""
         args = get_args()
         start = number * args.eval_global_batch_size
         stop = start + args.eval_global_batch_size
         rows = Rows(self._valid, start, stop, args.eval_micro_batch_size)
-        return self._of(trained, rows, statistics, "valid")
+        return self._of(context, rows, statistics, "valid")
 
     def _of(
-        self, trained: Trained, rows: Rows, statistics: frozenset[str], name: str
+        self, context: TrainContext, rows: Rows, statistics: frozenset[str], name: str
     ) -> TokenTable | None:
         def given(batch: Batch) -> Mapping[str, Tensor]:
             return self._given(batch, name)
 
-        return score_rows(trained, rows, statistics, self._loss, keys_of, given)
+        return score_rows(context, rows, statistics, self._loss, keys_of, given)
 
 
 def score_rows(
-    trained: Trained,
+    context: TrainContext,
     rows: Rows,
     statistics: frozenset[str],
     loss: ObjectiveLoss,
@@ -213,7 +213,7 @@ def score_rows(
     """One forward-only pass over rows; see `ScorePass`.
 
     Args:
-        trained: The model.
+        context: The model in training.
         rows: What to look at.
         statistics: Names of vectors of `TokenStatistics`.
         loss: Gives all but the objective.
@@ -226,13 +226,13 @@ def score_rows(
     def begin(batch: Batch) -> _ScoredBatch:
         return _ScoredBatch(keys(batch), loss.micro_batch(given=given(batch)), statistics)
 
-    chunks = len(trained.model)
+    chunks = len(context.model)
     iterators = [iter(rows.micro_batches()) for _ in range(chunks)]
-    with _evaluating(trained):
+    with _evaluating(context):
         tables = get_forward_backward_func()(
             forward_step_func=make_forward_step(begin),
             data_iterator=iterators if chunks > 1 else iterators[0],
-            model=trained.model,
+            model=context.model,
             num_microbatches=rows.num_micro_batches,
             seq_length=args.seq_length,
             micro_batch_size=rows.micro_batch_size,
@@ -244,23 +244,23 @@ def score_rows(
 
 
 @contextlib.contextmanager
-def _evaluating(trained: Trained) -> Iterator[None]:
+def _evaluating(context: TrainContext) -> Iterator[None]:
     """Without gradients, dropout, timers and the overlapped gathers of parameters, as `evaluate` does."""
-    modes = [chunk.training for chunk in trained.model]
+    modes = [chunk.training for chunk in context.model]
     overlapped = should_disable_forward_pre_hook(get_args()) and bool(
-        trained.model[0].remove_forward_pre_hook_handles
+        context.model[0].remove_forward_pre_hook_handles
     )
     if overlapped:
-        disable_forward_pre_hook(trained.model, optimizer=trained.optimizer)
-    timers, trained.config.timers = trained.config.timers, None
-    for chunk in trained.model:
+        disable_forward_pre_hook(context.model, optimizer=context.optimizer)
+    timers, context.config.timers = context.config.timers, None
+    for chunk in context.model:
         chunk.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for chunk, mode in zip(trained.model, modes, strict=True):
+        for chunk, mode in zip(context.model, modes, strict=True):
             chunk.train(mode)
-        trained.config.timers = timers
+        context.config.timers = timers
         if overlapped:
-            enable_forward_pre_hook(trained.model)
+            enable_forward_pre_hook(context.model)

@@ -11,7 +11,7 @@ from megatron.training import global_vars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_profit.megatron_patches import loggers
-from megatron_profit.megatron_patches.hooks import RunFailure
+from megatron_profit.megatron_patches.callbacks import RunFailure
 
 
 @pytest.fixture

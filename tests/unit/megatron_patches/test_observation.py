@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_profit.megatron_patches import hooks
+from megatron_profit.megatron_patches.callbacks import Callback, register
 from megatron_profit.megatron_patches.observation import (
     _ask_before_updates,
     _WithoutPerplexities,
@@ -83,8 +83,8 @@ class Optimizer:
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_the_observer_decides_on_an_update_by_the_norm(allowed):
-    class Observer:
+def test_callbacks_decide_on_an_update_by_the_norm(allowed):
+    class Judge(Callback):
         def allows_update(self, grad_norm):
             assert grad_norm == 2.5
             return allowed
@@ -92,10 +92,10 @@ def test_the_observer_decides_on_an_update_by_the_norm(allowed):
     optimizer = Optimizer()
     _ask_before_updates(optimizer)
     _ask_before_updates(optimizer)
-    hooks.observe(Observer())
+    register(Callback(), Judge())
     try:
         assert optimizer.step() is allowed
     finally:
-        hooks.observe(None)
+        register()
     assert optimizer.updates == allowed
-    assert optimizer.step(), "without an observer every update is made"
+    assert optimizer.step(), "without callbacks every update is made"

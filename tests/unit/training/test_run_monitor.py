@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_profit.megatron_patches.hooks import LoggedStep
+from megatron_profit.megatron_patches.callbacks import LoggedStep
 from megatron_profit.training.monitoring import run_monitor
 from megatron_profit.training.monitoring.guard_report import (
     Suspect,
