@@ -6,10 +6,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.megatron_patches.callbacks import TrainContext, callbacks
 from megatron_profit.megatron_patches.checkpoint_loading import CHECKPOINT_PATCHES
 from megatron_profit.megatron_patches.loggers import LOGGER_PATCHES
-from megatron_profit.megatron_patches.observation import OBSERVATION_PATCHES
+from megatron_profit.megatron_patches.loop import LOOP_PATCHES
 from megatron_profit.megatron_patches.optimizer.block_norm import block_norm
 from megatron_profit.megatron_patches.optimizer.chained_optimizer import regrouped
 from megatron_profit.megatron_patches.optimizer.param_groups import adapt_groups
@@ -220,85 +219,6 @@ def _add_up_norms_in_blocks() -> None:
             setattr(module, name, l2_norm)
 
 
-def _announce_train_steps() -> None:
-    from megatron.training import training
-
-    original = training.train_step
-
-    @functools.wraps(original)
-    def train_step(
-        forward_step_func: Any,
-        data_iterator: Any,
-        model: Any,
-        optimizer: Any,
-        opt_param_scheduler: Any,
-        config: Any,
-        *args: Any,
-        iteration: int,
-        **kwargs: Any,
-    ) -> Any:
-        for callback in callbacks():
-            callback.before_train_step(TrainContext(model, config, optimizer), iteration)
-        return original(
-            forward_step_func,
-            data_iterator,
-            model,
-            optimizer,
-            opt_param_scheduler,
-            config,
-            *args,
-            iteration=iteration,
-            **kwargs,
-        )
-
-    training.train_step = train_step
-
-
-def _announce_evaluations() -> None:
-    from megatron.training import training
-
-    original = training.evaluate
-
-    @functools.wraps(original)
-    def evaluate(
-        forward_step_func: Any,
-        data_iterator: Any,
-        model: Any,
-        process_non_loss_data_func: Any,
-        config: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        for callback in callbacks():
-            callback.before_evaluation(TrainContext(model, config))
-        return original(
-            forward_step_func,
-            data_iterator,
-            model,
-            process_non_loss_data_func,
-            config,
-            *args,
-            **kwargs,
-        )
-
-    training.evaluate = evaluate
-
-
-def _announce_training() -> None:
-    from megatron.training import training
-    from megatron.training.global_vars import get_args
-
-    original = training.train
-
-    @functools.wraps(original)
-    def train(*args: Any, **kwargs: Any) -> Any:
-        for callback in callbacks():
-            callback.before_training(get_args().iteration)
-        return original(*args, **kwargs)
-
-    training.train = train
-
-
 def _save_no_checkpoint_twice() -> None:
     from megatron.training import checkpointing, training
     from megatron.training.global_vars import get_args
@@ -393,29 +313,6 @@ MEGATRON_PATCHES = (
         "where a layout splits them, so that clipping depends on the layout.",
         apply=_add_up_norms_in_blocks,
     ),
-    Patch(
-        name="before-train-step",
-        upstream=_MEGATRON,
-        file="megatron/training/training.py",
-        reason="The training loop calls nobody before an optimizer step, where objectives that look at "
-        "a whole global batch need forward passes of their own.",
-        apply=_announce_train_steps,
-    ),
-    Patch(
-        name="before-evaluation",
-        upstream=_MEGATRON,
-        file="megatron/training/training.py",
-        reason="evaluate calls nobody before it begins, where the same objectives need the same.",
-        apply=_announce_evaluations,
-    ),
-    Patch(
-        name="before-training",
-        upstream=_MEGATRON,
-        file="megatron/training/training.py",
-        reason="Nothing is called between the loading of a checkpoint and the first step, where a run "
-        "that has stopped early must be kept from going on.",
-        apply=_announce_training,
-    ),
     *SAVING_PATCHES,
     Patch(
         name="no-checkpoint-twice",
@@ -445,6 +342,6 @@ MEGATRON_PATCHES = (
         apply=_keep_the_queue_of_results,
     ),
     *CHECKPOINT_PATCHES,
-    *OBSERVATION_PATCHES,
+    *LOOP_PATCHES,
     *LOGGER_PATCHES,
 )

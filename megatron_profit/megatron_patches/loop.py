@@ -1,4 +1,4 @@
-"""Changes to Megatron's training loop that let a run see, judge and log what each step yields.
+"""Changes to Megatron's training loop: callbacks before, within and after steps and evaluations.
 
 Everything here calls the callbacks of `callbacks.py`; without them Megatron does what it always does, but for
 two defects of its lines.
@@ -7,11 +7,12 @@ two defects of its lines.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_profit.megatron_patches.callbacks import LoggedStep, callbacks
+from megatron_profit.megatron_patches.callbacks import LoggedStep, TrainContext, callbacks
 from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch, replaced
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
@@ -20,161 +21,39 @@ _TRAINING = "megatron/training/training.py"
 _CROSS_ENTROPY = "lm loss"
 
 
-def _log_the_first_step_like_any_other() -> None:
+def _call_before_training() -> None:
     from megatron.training import training
     from megatron.training.global_vars import get_args
 
-    original = training.training_log
+    original = training.train
 
     @functools.wraps(original)
-    def training_log(
-        loss_dict: Any,
-        total_loss_dict: dict,
-        learning_rate: Any,
-        iteration: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        kwargs["is_first_iteration"] = bool(
-            kwargs.get("is_first_iteration") and iteration % get_args().log_interval
-        )
-        return original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-
-    training.training_log = training_log
-
-
-def _let_callbacks_log() -> None:
-    from megatron.training import training
-    from megatron.training.global_vars import get_args
-
-    original = training.training_log
-
-    @functools.wraps(original)
-    def training_log(
-        loss_dict: Any,
-        total_loss_dict: dict,
-        learning_rate: Any,
-        iteration: int,
-        loss_scale: float,
-        report_memory_flag: bool,
-        skipped_iter: int,
-        grad_norm: Any,
-        params_norm: Any,
-        num_zeros_in_grad: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        positional = (
-            *(learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm),
-            *(params_norm, num_zeros_in_grad, *args),
-        )
-        given = [callback.scalars(iteration, bool(skipped_iter)) for callback in callbacks()]
-        found = [scalars for scalars in given if scalars is not None]
-        if not found:
-            return original(loss_dict, total_loss_dict, *positional, **kwargs)
-        lines: list[str] = []
-        scalars = {name: value for part in found for name, value in part.items()}
-        with replaced(training, print_rank_last=lines.append):
-            result = original(scalars, total_loss_dict, *positional, **kwargs)
-        # As in the loop: all ranks agree on these.
-        settings = get_args()
-        tokens = kwargs.get("total_real_tokens_in_batch")
-        squares = kwargs.get("seqlen_squared_sum_in_batch")
-        batch_size = training.get_current_global_batch_size()
-        values = {
-            "learning rate": learning_rate,
-            "loss scale": loss_scale,
-            "grad norm": grad_norm,
-            "params norm": params_norm,
-            "num zeros": num_zeros_in_grad,
-        }
-        step = LoggedStep(
-            iteration=iteration,
-            skipped=bool(skipped_iter),
-            values={name: float(v) for name, v in values.items() if v is not None},
-            tokens=batch_size * settings.seq_length if tokens is None else tokens,
-            floating_point_operations=training.num_floating_point_operations(
-                settings,
-                batch_size,
-                seqlen_squared_sum_in_batch=squares,
-                total_real_tokens_in_batch=tokens,
-            ),
-            line=fields_of_line(lines[0]) if lines else None,
-        )
+    def train(*args: Any, **kwargs: Any) -> Any:
         for callback in callbacks():
-            callback.log(step)
-        return result
+            callback.before_training(get_args().iteration)
+        return original(*args, **kwargs)
 
-    training.training_log = training_log
-
-
-def fields_of_line(line: str) -> dict[str, float]:
-    """The numbers of a console line of Megatron by name: some are said nowhere else."""
-    pairs = re.findall(r"([^|\]]+): +([-+.\deE]+|nan|inf|-inf) *(?=\|)", line)
-    return {name.strip(): float(value) for name, value in pairs}
+    training.train = train
 
 
-def _print_negative_averages() -> None:
-    from megatron.training import training
-
-    original_log = training.training_log
-
-    @functools.wraps(original_log)
-    def training_log(loss_dict: Any, total_loss_dict: dict, *args: Any, **kwargs: Any) -> Any:
-        def total(name: str) -> Any:
-            return original_totals.get(name, 0) + (0 if skipped else loss_dict.get(name, 0))
-
-        def print_rank_last(message: str) -> None:
-            steps = max(1, original_totals.get("advanced iterations", 0) + (not skipped))
-            averages = {name: float(total(name)) / steps for name in loss_dict}
-            negative = (f" {name}: {x:.6E} |" for name, x in averages.items() if x < 0)
-            original_print(message + "".join(negative))
-
-        original_print = training.print_rank_last
-        original_totals, skipped = dict(total_loss_dict), args[4]
-        with replaced(training, print_rank_last=print_rank_last):
-            return original_log(loss_dict, total_loss_dict, *args, **kwargs)
-
-    training.training_log = training_log
-
-
-def _judge_steps() -> None:
+def _call_around_train_steps() -> None:
     from megatron.training import training
 
     original = training.train_step
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def train_step(
-        forward_step_func: Any,
-        data_iterator: Any,
-        model: Any,
-        optimizer: Any,
-        opt_param_scheduler: Any,
-        config: Any,
-        forward_backward_func: Callable,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        @functools.wraps(forward_backward_func)
-        def reduced(*args: Any, **kwargs: Any) -> Any:
-            losses = forward_backward_func(*args, **kwargs)
-            for callback in callbacks():
-                losses = callback.reduce_losses(losses)
-            return losses
-
-        _ask_before_updates(optimizer)
-        result = original(
-            forward_step_func,
-            data_iterator,
-            model,
-            optimizer,
-            opt_param_scheduler,
-            config,
-            reduced,
-            *args,
-            **kwargs,
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
+        context = TrainContext(given["model"], given["config"], given["optimizer"])
+        for callback in callbacks():
+            callback.before_train_step(context, given["iteration"])
+        given["forward_backward_func"] = _reducing(given["forward_backward_func"])
+        _ask_before_updates(given["optimizer"])
+        losses, skipped, should_checkpoint, should_exit, exit_code, *rest = original(
+            *call.args, **call.kwargs
         )
-        losses, skipped, should_checkpoint, should_exit, exit_code, *rest = result
         for callback in callbacks():
             code = callback.exit_code(bool(skipped))
             if code is not None and not should_exit:
@@ -182,6 +61,88 @@ def _judge_steps() -> None:
         return losses, skipped, should_checkpoint, should_exit, exit_code, *rest
 
     training.train_step = train_step
+
+
+def _reducing(forward_backward_func: Callable) -> Callable:
+    """Return the same passes, whose reports go through the callbacks."""
+
+    @functools.wraps(forward_backward_func)
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        losses = forward_backward_func(*args, **kwargs)
+        for callback in callbacks():
+            losses = callback.reduce_losses(losses)
+        return losses
+
+    return reduced
+
+
+def _let_callbacks_log() -> None:
+    from megatron.training import training
+    from megatron.training.global_vars import get_args
+
+    original = training.training_log
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
+        iteration, skipped = given["iteration"], bool(given["skipped_iter"])
+        # With True, Megatron keeps its sums and its clock, and the next line shows the mean of two steps.
+        given["is_first_iteration"] = bool(
+            given.get("is_first_iteration") and iteration % get_args().log_interval
+        )
+        scalars = [callback.scalars(iteration, skipped) for callback in callbacks()]
+        found = [values for values in scalars if values is not None]
+        if not found:
+            return original(*call.args, **call.kwargs)
+        given["loss_dict"] = {name: value for values in found for name, value in values.items()}
+        lines: list[str] = []
+        with replaced(training, print_rank_last=lines.append):
+            result = original(*call.args, **call.kwargs)
+        step = _logged_step(given, lines)
+        for callback in callbacks():
+            callback.log(step)
+        return result
+
+    training.training_log = training_log
+
+
+def _logged_step(given: Mapping[str, Any], lines: Sequence[str]) -> LoggedStep:
+    """Return the values of a step from the arguments of `training_log`; all ranks agree on them."""
+    from megatron.training import training
+    from megatron.training.global_vars import get_args
+
+    settings = get_args()
+    tokens = given.get("total_real_tokens_in_batch")
+    batch_size = training.get_current_global_batch_size()
+    names = {
+        "learning rate": "learning_rate",
+        "loss scale": "loss_scale",
+        "grad norm": "grad_norm",
+        "params norm": "params_norm",
+        "num zeros": "num_zeros_in_grad",
+    }
+    values = {name: given[argument] for name, argument in names.items()}
+    return LoggedStep(
+        iteration=given["iteration"],
+        skipped=bool(given["skipped_iter"]),
+        values={name: float(value) for name, value in values.items() if value is not None},
+        tokens=batch_size * settings.seq_length if tokens is None else tokens,
+        floating_point_operations=training.num_floating_point_operations(
+            settings,
+            batch_size,
+            seqlen_squared_sum_in_batch=given.get("seqlen_squared_sum_in_batch"),
+            total_real_tokens_in_batch=tokens,
+        ),
+        line=fields_of_line(lines[0]) if lines else None,
+    )
+
+
+def fields_of_line(line: str) -> dict[str, float]:
+    """The numbers of a console line of Megatron by name: some are said nowhere else."""
+    pairs = re.findall(r"([^|\]]+): +([-+.\deE]+|nan|inf|-inf) *(?=\|)", line)
+    return {name.strip(): float(value) for name, value in pairs}
 
 
 def _ask_before_updates(optimizer: Any) -> None:
@@ -247,7 +208,23 @@ def _skip_batches_on_every_rank() -> None:
     training.dummy_train_step = dummy_train_step
 
 
-def _tell_of_evaluations() -> None:
+def _call_before_evaluations() -> None:
+    from megatron.training import training
+
+    original = training.evaluate
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for callback in callbacks():
+            callback.before_evaluation(TrainContext(given["model"], given["config"]))
+        return original(*args, **kwargs)
+
+    training.evaluate = evaluate
+
+
+def _call_after_evaluations() -> None:
     import torch
     from megatron.training import training
 
@@ -361,38 +338,32 @@ class _WithoutPerplexities:
         return getattr(self._writer, name)
 
 
-OBSERVATION_PATCHES = (
+LOOP_PATCHES = (
     Patch(
-        name="observed-log",
+        name="before-training",
+        upstream=_MEGATRON,
+        file=_TRAINING,
+        reason="Nothing of a program is called between the load of a checkpoint and the first step.",
+        apply=_call_before_training,
+    ),
+    Patch(
+        name="train-step",
+        upstream=_MEGATRON,
+        file=_TRAINING,
+        reason="Nobody is asked before a step, nor between the gradient and the optimizer's update, where a "
+        "step that would do harm can still be left out; sums over micro-batches and ranks are divided and "
+        "thrown away.",
+        apply=_call_around_train_steps,
+    ),
+    Patch(
+        name="training-log",
         upstream=_MEGATRON,
         file=_TRAINING,
         reason="training_log averages the means of the steps of an interval, shares no value with anybody "
-        "but its own long line, and knows no other logger than TensorBoard and W&B.",
+        "but its own long line, and knows no other logger than TensorBoard and W&B. After the first step of "
+        "a process it keeps its sums and its clock, so that with --log-interval 1 the second line shows the "
+        "mean of the first two steps.",
         apply=_let_callbacks_log,
-    ),
-    Patch(
-        name="first-log-line",
-        upstream=_MEGATRON,
-        file=_TRAINING,
-        reason="After the first step of a process, training_log keeps its sums and its clock, so that with "
-        "--log-interval 1 the second line shows the mean of the first two steps.",
-        apply=_log_the_first_step_like_any_other,
-    ),
-    Patch(
-        name="negative-averages",
-        upstream=_MEGATRON,
-        file=_TRAINING,
-        reason="training_log leaves out of the console line every average below 0, which the loss of "
-        "PSFT always is.",
-        apply=_print_negative_averages,
-    ),
-    Patch(
-        name="judged-step",
-        upstream=_MEGATRON,
-        file=_TRAINING,
-        reason="Nobody is asked between the gradient and the optimizer's update, where a step that would "
-        "do harm can still be left out, and sums over micro-batches and ranks are divided and thrown away.",
-        apply=_judge_steps,
     ),
     Patch(
         name="rejected-results",
@@ -412,11 +383,19 @@ OBSERVATION_PATCHES = (
         apply=_skip_batches_on_every_rank,
     ),
     Patch(
+        name="before-evaluation",
+        upstream=_MEGATRON,
+        file=_TRAINING,
+        reason="An objective that compares with another model needs its statistics before the iterations of "
+        "an evaluation.",
+        apply=_call_before_evaluations,
+    ),
+    Patch(
         name="after-evaluation",
         upstream=_MEGATRON,
         file=_TRAINING,
         reason="The metrics of an evaluation are added up in fp32, where counts above 2^24 lose digits, "
         "printed and thrown away, each with a perplexity, which only the cross-entropy has.",
-        apply=_tell_of_evaluations,
+        apply=_call_after_evaluations,
     ),
 )

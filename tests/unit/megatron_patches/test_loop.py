@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_profit.megatron_patches.callbacks import Callback, register
-from megatron_profit.megatron_patches.observation import (
+from megatron_profit.megatron_patches.loop import (
     _ask_before_updates,
     _WithoutPerplexities,
     fields_of_line,
