@@ -46,8 +46,9 @@ from megatron_profit.training.datasets import SFTData, prepare_data
 from megatron_profit.training.monitoring.evaluation_report import EvaluationReport, first_records
 from megatron_profit.training.monitoring.guards import GuardOptions, Guards
 from megatron_profit.training.monitoring.run_monitor import RunMonitor
-from megatron_profit.training.process.console import fail, is_first_rank, print_rank_0
+from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.exit_signals import ExitSignals
+from megatron_profit.training.process.ranks import is_first_rank
 from megatron_profit.training.process.shutdown import end_communication
 from megatron_profit.training.resume.compare import check_length, check_resume
 from megatron_profit.training.resume.this_run import describe_run

@@ -34,7 +34,8 @@ from megatron_profit.training.checkpoints.folder import (
 from megatron_profit.training.checkpoints.save_folder import check_save_folder
 from megatron_profit.training.checkpoints.save_lock import hold
 from megatron_profit.training.checkpoints.shared_check import shared_check
-from megatron_profit.training.process.console import StrictParser, is_first_rank, print_rank_0
+from megatron_profit.training.process.console import StrictParser, print_rank_0
+from megatron_profit.training.process.ranks import is_first_rank
 
 # How long a network file system may take to show a machine what another one has written.
 _PATIENCE_SECONDS = 90

@@ -34,6 +34,7 @@ from checkpoint_conversion.hf.shards import Rules, Shard, read_shard, write_shar
 from checkpoint_conversion.progress import human
 from megatron_profit.training.checkpoints.shared_check import check_together
 from megatron_profit.training.process.console import fail, print_rank_0
+from megatron_profit.training.process.ranks import is_first_rank
 
 Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 
@@ -97,7 +98,7 @@ def _check_alias(model: HFModel) -> None:
     if model.alias is None:
         return
     outcome: list[ConversionError | None] = [None]
-    if torch.distributed.get_rank() == 0:
+    if is_first_rank():
         try:
             model.check_alias()
         except ConversionError as error:
@@ -146,7 +147,7 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
     """
     start = time.monotonic()
     rules = Rules(output.rules)
-    with output.create() if torch.distributed.get_rank() == 0 else nullcontext() as created:
+    with output.create() if is_first_rank() else nullcontext() as created:
         place = [created]
         torch.distributed.broadcast_object_list(place, src=0)
         tensors = list_tensors(place[0])

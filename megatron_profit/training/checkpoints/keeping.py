@@ -41,6 +41,7 @@ from megatron_profit.training.checkpoints.save_folder import clear_save_folder, 
 from megatron_profit.training.checkpoints.save_lock import hold_still
 from megatron_profit.training.checkpoints.size import check_space
 from megatron_profit.training.process.console import fail, print_rank_0
+from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 
 _FORMAT = 1
 
@@ -215,14 +216,14 @@ class CheckpointKeeper(Callback):
         if self._progress is None:
             return
         file = folder_of(load, iteration) / MARKER
-        saved = _from_first_rank(_saved_progress(file) if _is_first_rank() else None)
+        saved = from_first_rank(lambda: _saved_progress(file))
         if saved is not None and saved.metric == self._progress.metric:
             self._progress = saved
             self._stop_if_patience_has_ended(iteration)
 
     def _replace_run(self, save: Path) -> None:
         """Only now that the weights are loaded: until here, a failure leaves the old run as it was."""
-        if _is_first_rank():
+        if is_first_rank():
             try:
                 removed = clear_save_folder(save)
             except OSError as error:
@@ -237,18 +238,18 @@ class CheckpointKeeper(Callback):
             return
         self._evaluated = (iteration, metrics)
         here = Saved(iteration, folder_of(Path(get_args().save), iteration))
-        if _is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
+        if is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
             _note(here.folder / VALIDATION, metrics)
         self._progress = self._progress.after(iteration, metrics[self._progress.metric])
         self._stop_if_patience_has_ended(iteration)
 
     def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:
-        problem = _from_first_rank(_prepare(folder, size) if _is_first_rank() else None)
+        problem = from_first_rank(lambda: _prepare(folder, size))
         if problem is not None:
             raise CheckpointError(f"no checkpoint of step {iteration} was written: {problem}")
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
-        if not _is_first_rank():
+        if not is_first_rank():
             return
         progress = None if self._progress is None else asdict(self._progress)
         content = {"format": _FORMAT, "iteration": iteration, "progress": progress}
@@ -258,7 +259,7 @@ class CheckpointKeeper(Callback):
             write_json(folder / VALIDATION, metrics)
 
     def after_checkpoint(self, iteration: int) -> None:
-        if not _is_first_rank():
+        if not is_first_rank():
             return
         save, options = Path(get_args().save), self._options
         try:
@@ -279,7 +280,7 @@ class CheckpointKeeper(Callback):
         """
         assert self._progress is not None
         save, metric = get_args().save, self._progress.metric
-        found = _from_first_rank(best(Path(save), metric) if _is_first_rank() else None)
+        found = from_first_rank(lambda: best(Path(save), metric))
         if found is None:
             raise ConversionError(
                 f"no checkpoint in {save} has an evaluation with a finite {metric}"
@@ -335,13 +336,3 @@ def _saved_progress(file: Path) -> Progress | None:
         return Progress(**saved).checked()
     except TypeError as error:
         raise CheckpointError(f"{file} is damaged: its progress is {saved!r}") from error
-
-
-def _is_first_rank() -> bool:
-    return torch.distributed.get_rank() == 0
-
-
-def _from_first_rank(value: Any) -> Any:
-    shared = [value]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]

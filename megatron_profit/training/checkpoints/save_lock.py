@@ -16,7 +16,8 @@ from checkpoint_conversion.engine.regular_files import open_to_append
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.save_folder import checkpoints_in
-from megatron_profit.training.process.console import is_first_rank, print_rank_0
+from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.ranks import is_first_rank
 
 NAME = ".in_use"
 # How long a run that is being stopped may take to leave; a network file system finds out later that one died.

@@ -23,6 +23,7 @@ from megatron_profit.megatron_patches.enduring import reason, warn
 from megatron_profit.objectives import TokenStatistics
 from megatron_profit.token_report import TokenRecord, page, token_texts
 from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.ranks import is_first_rank
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import (
     MicroBatchLoss,
@@ -60,7 +61,7 @@ class EvaluationReport(Callback):
 
     def before_training(self, iteration: int) -> None:
         """Set aside the pages of later steps, which an earlier process or another run has written."""
-        if torch.distributed.get_rank() == 0:
+        if is_first_rank():
             self._endure(lambda: _set_aside(self.folder, iteration))
 
     def _endure(self, write: Callable[[], None]) -> None:

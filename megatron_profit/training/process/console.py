@@ -12,14 +12,10 @@ from typing import NoReturn
 
 from checkpoint_conversion.errors import printable
 from megatron_profit.megatron_patches.callbacks import LoggedStep
+from megatron_profit.training.process.ranks import is_first_rank
 
 # By then torchrun has ended this process, where the first one of the machine met the same error.
 _PATIENCE_SECONDS = 30
-
-
-def is_first_rank() -> bool:
-    """Whether this is the first process of the run, also before there is a process group."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def print_rank_0(message: str) -> None:

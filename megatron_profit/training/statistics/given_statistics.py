@@ -1,7 +1,7 @@
 """Statistics that an objective reads and no forward pass of a single micro-batch can compute.
 
-`GivenStatistics` begins each micro-batch of a run with them. Their providers are callbacks of the loop, so that
-they have them in time.
+`GivenStatistics` begins each micro-batch of a run with them. Their providers are callbacks of the loop, so
+that they have them in time.
 """
 
 from __future__ import annotations

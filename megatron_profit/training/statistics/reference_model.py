@@ -13,10 +13,9 @@ import hashlib
 import shutil
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from megatron_profit.data.store.checksums import CheckedFiles, is_usable
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.hf_weights import load
 from megatron_profit.training.process.console import fail, print_rank_0
+from megatron_profit.training.process.ranks import from_first_rank
 from megatron_profit.training.statistics.given_statistics import StatisticProvider
 from megatron_profit.training.statistics.score_pass import Rows, data_group, score_rows
 from megatron_profit.training.step.batch import Batch
@@ -95,12 +95,12 @@ class ReferenceModel(StatisticProvider):
         """Find the values, or compute them. A collective of all ranks, at the first call."""
         if self._values:
             return
-        folders = _from_first_rank(self._folders)
+        folders = from_first_rank(self._folders)
         # What --valid-split sets aside are examples of the training data: one file holds both.
         makers = {folder: name for name, folder in reversed(folders.items())}
         missing = self._missing(makers)
         if missing:
-            _from_first_rank(lambda: self._check_space([makers[folder] for folder in missing]))
+            from_first_rank(lambda: self._check_space([makers[folder] for folder in missing]))
             with _weights_of(self._model, context):
                 for folder in missing:
                     self._compute(context, makers[folder], folder)
@@ -221,13 +221,6 @@ def _digest(about: list[str], examples: Examples) -> str:
     for part in (examples.ids, examples.supervised, examples.offsets):
         digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()[:24]
-
-
-def _from_first_rank(function: Callable[[], Any]) -> Any:
-    """What the first rank finds, on every rank: file systems may show a new file late elsewhere."""
-    found = [function() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
 
 
 def _common(found: list[Path]) -> set[Path]:
