@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The longest part of a message that may come from a name or value of somebody else, and its tail.
+# Characters of a printed text: the most in all, and at the end of one that is cut.
 _LONGEST, _TAIL = 2000, 400
 
 

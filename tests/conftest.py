@@ -35,9 +35,7 @@ sys.path[:0] = [str(REPOSITORY / name) for name in ("tools", "benchmarks", "test
 
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
-    """Return the folder of real data and the Qwen3 tokenizer; it is next to the repository on some
-    machines.
-    """
+    """Return the folder of real data and the Qwen3 tokenizer, next to the repository on some machines."""
     if not SHARED.is_dir():
         pytest.skip(f"the real inputs are absent: {SHARED} does not exist")
     return SHARED

@@ -76,7 +76,7 @@ def whole_folder(
 def check_output(
     out: Path, sources: Iterable[Path], overwrite: bool, command: str, needed: int
 ) -> None:
-    """Check before the work whether a folder can be written at its end.
+    """Check before some work whether its output folder can be written at the end.
 
     Args:
         out, sources, overwrite, command, needed: As `whole_folder` will be given them.

@@ -69,9 +69,9 @@ class OpenFiles:
 class NewFile:
     """A file to write, which goes to the disk while it grows. Threads may share it, except for `append`.
 
-    Without that, the disk would wait for the last byte, and then the threads would wait for the disk.
-    The flush at the end took a third of a conversion's time. A write to the disk that begins early is
-    not waited for; its error comes up in `flush`. All errors name the file.
+    Otherwise the disk would wait for the last byte, and then the threads would wait for the disk. The
+    flush at the end took a third of a conversion's time. The writer does not wait for a write to the
+    disk that began early; its error comes up in `flush`. All errors name the file.
     """
 
     def __init__(self, path: Path) -> None:

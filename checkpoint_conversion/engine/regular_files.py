@@ -93,7 +93,7 @@ def open_to_append(file: Path) -> int:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a model folder that holds an irregular file, before another library opens it.
+    """Refuse a model folder that holds a pipe, device or the like, before another library opens it.
 
     Raises:
         ConversionError: Names the entry, or a JSON file that is too large.

@@ -1,7 +1,7 @@
 """The decoder that the families share: its sizes, Megatron arguments and name tables.
 
 Megatron names follow the Transformer Engine layers. Megatron-Core 0.19 gives the same names to its
-local layers in a checkpoint. The norm before a linear layer is part of it, for example
+local layers in a checkpoint. The norm before a linear layer is part of that layer, for example
 `linear_qkv.layer_norm_weight`. HuggingFace names follow Llama, which the families repeat
 (transformers/models/llama/modeling_llama.py).
 """
@@ -182,8 +182,8 @@ def expert_mlp(model: Decoder, experts: int, ffn: int) -> list[Part]:
     """Return the name table of the experts, their router, and the norm before it.
 
     Megatron's sequential and grouped experts have the same names and shapes in a checkpoint.
-    Transformer Engine's layers call the norm `pre_mlp_layernorm.weight`. The local layers call it like
-    the norm of a dense MLP.
+    Transformer Engine's layers call the norm `pre_mlp_layernorm.weight`. The local layers name it like
+    a dense MLP's norm.
     """
     return [
         Part(

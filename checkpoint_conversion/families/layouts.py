@@ -41,10 +41,11 @@ def stacked_rows(*rows: int) -> Layout:
 def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Layout:
     """Lay out query, key and value projections, grouped per KV head.
 
-    HuggingFace: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden]. Megatron: [(heads
-    + 2 * kv_heads) * head_dim, hidden]. For each KV head come the rows of its heads / kv_heads query
-    heads, then of its key, then of its value. For example, 4 heads and 2 KV heads give q0 q1 k0 v0 q2
-    q3 k1 v1.
+    HuggingFace: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden].
+
+    Megatron: [(heads + 2 * kv_heads) * head_dim, hidden]. For each KV head come the rows of its heads /
+    kv_heads query heads, then of its key, then of its value. For example, 4 heads and 2 KV heads give
+    q0 q1 k0 v0 q2 q3 k1 v1.
     """
     q_rows = heads // kv_heads * head_dim
     return tuple(

@@ -1,7 +1,8 @@
 """Qwen3-MoE (Qwen3MoeForCausalLM): Qwen3's attention; experts in all or in some of the layers.
 
-The names are the published checkpoints'. `save_pretrained` of transformers 5 writes them too, although
-it holds the experts fused in memory (transformers/models/qwen3_moe/modeling_qwen3_moe.py).
+The names are the ones in the published checkpoints. `save_pretrained` of transformers 5 writes them
+too, although it holds the experts fused in memory
+(transformers/models/qwen3_moe/modeling_qwen3_moe.py).
 """
 
 from __future__ import annotations

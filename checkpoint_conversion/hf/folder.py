@@ -43,7 +43,7 @@ _OTHER_SIZES = {
 }
 _ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
-# A deeper value breaks every recursive function, at Python's limit for calls within calls.
+# Much deeper values break recursive functions, at Python's limit of nested calls.
 _MOST_LEVELS = 100
 
 

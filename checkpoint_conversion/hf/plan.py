@@ -63,8 +63,8 @@ def for_older_readers(config: Config) -> dict[str, Any]:
     """Copy the rotary base and scaling to where readers before transformers 5 look.
 
     transformers 5 writes `rope_parameters` alone. transformers 4.57 and programs that follow it look
-    next to it. Without `rope_theta` there they compute with 10,000, and without `rope_scaling` they do
-    not scale.
+    for `rope_theta` and `rope_scaling` next to it. Without the first they compute with 10,000; without
+    the second they do not scale.
     """
     rope = config.get("rope_parameters") or {}
     found = dict(config)

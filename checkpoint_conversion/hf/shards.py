@@ -1,7 +1,7 @@
 """One rank's block of a Megatron tensor, read from or written to a HuggingFace folder.
 
-The name tables and layouts are a conversion's, without a checkpoint in between. A block spans rows and,
-in a layer that is split by columns, only some of the columns. Then whole rows are read through a
+It uses the name tables and layouts of a conversion, without a checkpoint in between. A block spans rows
+and, in a layer that is split by columns, only some of the columns. Then whole rows are read through a
 buffer: parts of a few kB would each cost a round trip to a network file system.
 """
 

@@ -53,7 +53,7 @@ class StopTokens:
 def plan_stop_tokens(template: Path, config: Config, turn_end: int | None) -> StopTokens:
     """Add the token that ends a turn to the stop tokens of a template.
 
-    The new id comes first and the known ones stay. For example, 151643 and the new 151645 give [151645,
+    The new id comes first; known ids stay. For example, 151643 and the new 151645 give [151645,
     151643].
 
     Args:
