@@ -1,8 +1,8 @@
 """The zip archives that torch.save writes, read strictly (PKWARE's APPNOTE 4.3).
 
-A zip archive states twice where its records are and how they are called: in a directory at its end, and
-before each record. Programs differ in which of the two they believe. So an archive is accepted here
-only on these conditions:
+A zip archive states the places and names of its records twice: in a directory at its end, and before
+each record. Programs differ in which of the two they believe. So an archive is accepted here only on
+these conditions:
 
 - The two agree.
 - The records fill it from its first byte on without gaps.
