@@ -3,10 +3,10 @@
     python benchmarks/bench_attention.py                                        # on a GPU
     python benchmarks/bench_attention.py --seq-length 1024 --rows 3 --device cpu
 
-Each row holds records of other lengths (log-normal, as chats have), so that its shapes are new, as those of
-every micro-batch are; then the same row is measured again. What prepares itself for each new shape shows in
-the difference. Kernels are loaded before, by a row that is not counted. One record that fills the row is
-measured beside it. The results go to benchmarks/results.
+Each row holds records of other lengths (log-normal, as in chats), so its shapes are new, as in every
+micro-batch. Then the same row is measured again. The difference shows the cost of preparing for a new
+shape. Kernels are loaded before, by a row that is not counted. For comparison, one record that fills
+the row is measured too. The results go to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def packed_rows(count: int, seq_length: int) -> list[torch.Tensor]:
-    """Position ids [1, S] of rows that records fill, the last of them cut."""
+    """Return position ids [1, S] of rows that records fill; the last record of each row is cut."""
     rows = []
     lengths = iter(synthetic_lengths(count * seq_length, seq_length))
     for _ in range(count):
@@ -77,7 +77,7 @@ def packed_rows(count: int, seq_length: int) -> list[torch.Tensor]:
 
 
 def cores(options: argparse.Namespace) -> dict[str, torch.nn.Module]:
-    """The core attentions that can run here."""
+    """Return the core attentions that can run here."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -100,7 +100,10 @@ def cores(options: argparse.Namespace) -> dict[str, torch.nn.Module]:
 
 
 def timed(core: torch.nn.Module, position_ids: torch.Tensor, options: argparse.Namespace) -> float:
-    """Milliseconds of a forward and a backward pass over one row, from where its records lie."""
+    """Return the milliseconds of a forward and a backward pass over one row.
+
+    The time includes finding where the row's records lie.
+    """
     from megatron.core.transformer.enums import AttnMaskType
 
     def random(heads: int) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""Conversion both ways against `cp` of the same files: time, bytes per second, CPU time and peak memory.
+"""Measure conversion both ways against `cp` of the same files: time, bytes a second, CPU time, peak memory.
 
     python benchmarks/bench_conversion.py --sizes 0.6B 4B --scratch FOLDER
 
-Makes models of published Qwen3 shapes with random weights. Before each command, which runs in a process of
-its own, outputs of earlier ones are removed, and what it reads is brought into the page cache as far as it
-fits. Each way is compared with `cp` of the folder that it reads. The disk needs twice the size of the model.
-Writes benchmarks/results/<date>-conversion.json and .md.
+It makes models of published Qwen3 shapes with random weights. Each command runs in a process of its
+own. Before it, the outputs of earlier commands are removed, and its input is brought into the page
+cache as far as it fits. Each way is compared with `cp` of the folder that it reads. The disk needs
+twice the size of the model. It writes benchmarks/results/<date>-conversion.json and .md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Run:
-    """What one command took.
+    """The cost of one command.
 
     Attributes:
         seconds: Wall time, from the start of the process to its end.
@@ -76,8 +76,10 @@ def measured(command: list[str]) -> Run:
 
 
 class _PeakSampler(threading.Thread):
-    """Reads the high-water mark of a process's resident memory until it ends. The one that wait4 gives
-    begins with the memory of the process that started it."""
+    """Reader of the high-water mark of a process's resident memory, until the process ends.
+
+    wait4 would give another mark, which begins with the memory of the process that started it.
+    """
 
     def __init__(self, pid: int) -> None:
         super().__init__()
@@ -95,14 +97,14 @@ class _PeakSampler(threading.Thread):
             self._peak = max([self._peak, *marks])
 
     def finish(self) -> int:
-        """The mark in bytes."""
+        """Return the mark in bytes."""
         self._ended.set()
         self.join()
         return self._peak * 1024
 
 
 def make_model(folder: Path, size: str) -> int:
-    """A bf16 model of random weights; the bytes of its tensors."""
+    """Make a bf16 model of random weights; return the bytes of its tensors."""
     hidden, mlp, layers, heads, tied = SIZES[size]
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -147,7 +149,7 @@ def warm(folder: Path) -> None:
 
 
 def bench(scratch: Path, size: str, repeats: int) -> dict:
-    """All measurements of one size, each way beside `cp` of what it reads.
+    """Measure everything for one size, each way together with `cp` of the folder that it reads.
 
     The disk holds two copies of the model at a time: its weights are deleted before the way back.
     """
@@ -185,7 +187,7 @@ def bench(scratch: Path, size: str, repeats: int) -> dict:
 def measured_beside_cp(
     name: str, command: list[str], source: Path, out: Path, repeats: int
 ) -> dict[str, list[Run]]:
-    """A conversion from one folder to another, `cp` of the same folder, and `cp` with sync, in turn."""
+    """Measure in turn a conversion of a folder, `cp` of the same folder, and `cp` with sync."""
     copy = out.with_name("copy")
     commands = {
         f"cp before {name}": ["cp", "-r", str(source), str(copy)],
@@ -207,7 +209,7 @@ def measured_beside_cp(
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A digest of each file of weights."""
+    """Return a digest of each file of weights."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -216,13 +218,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def start_time() -> float:
-    """Seconds that the interpreter needs to import the converter."""
+    """Return the seconds that the interpreter needs to import the converter."""
     command = [sys.executable, "-c", "import checkpoint_conversion.hf_to_megatron"]
     return statistics.median(measured(command).seconds for _ in range(5))
 
 
 def rows(results: list[dict], start: float) -> list[list[str]]:
-    """The lines of the table: medians.
+    """Return the lines of the table: medians.
 
     Args:
         start: Seconds until the interpreter has imported a converter.
@@ -248,6 +250,7 @@ def _row(name: str, result: dict, start: float) -> list[str]:
 
 
 def main() -> None:
+    """Measure all sizes that are asked for, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.6B", "4B"])
     parser.add_argument("--scratch", type=Path, required=True, help="folder to work in; is removed")

@@ -1,10 +1,11 @@
-"""Measures the preparation of data: tokens per second and core, and how full packed rows are.
+"""Measure the preparation of data: tokens per second and core, and how full packed rows are.
 
     python benchmarks/bench_data.py --tokenizer Qwen3-0.6B --data a.jsonl b.jsonl --out benchmarks/results
 
-The peer of the preparation is `datasets.map` with the bare tokenizer, on texts that are rendered already: it
-reads no chat, applies no template and makes no mask, but writes a file. The tokenizer alone, on lists of
-texts in memory, is the bound. All run in one process and one thread, the fastest of `--repeats` runs counts.
+The preparation is compared with `datasets.map` and the bare tokenizer, on texts that are rendered
+already. That reads no chat, applies no template and makes no mask, but writes a file. The tokenizer
+alone, on lists of texts in memory, is the bound. All run in one process and one thread. The fastest of
+`--repeats` runs counts.
 """
 
 from __future__ import annotations
@@ -94,13 +95,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _layout_for(path: Path, layout: Layout) -> Layout:
-    """The layout, if the file's first record has its columns."""
+    """Return the layout, if the file's first record has its columns."""
     first = next(read_records(path)).value
     return layout if all(column in first for column in layout.columns.values()) else Layout()
 
 
 def synthetic_lengths(count: int, seq_length: int) -> np.ndarray:
-    """[count] lengths of a log-normal distribution, median 400 and a long tail, as chats have."""
+    """Return [count] lengths of a log-normal distribution, median 400 and a long tail, as chats have."""
     draws = np.random.default_rng(0).lognormal(np.log(400), 1.0, count)
     return np.clip(draws, 8, seq_length).astype(np.int64)
 
@@ -140,7 +141,7 @@ def _measure_file(
 
 
 def _bare_map(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[], Any]:
-    """`datasets.map` with the tokenizer alone, which writes its cache file as always."""
+    """Return a run of `datasets.map` with the tokenizer alone, which writes its cache file as always."""
     data = datasets.Dataset.from_dict({"text": texts})
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _bare_map(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Callable[
 
 
 def _tokenizer_alone(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[], Any]:
-    """The tokenizer on batches as large as those of `datasets.map`, results dropped."""
+    """Return a run of the tokenizer, on batches as large as `datasets.map`'s, with its results dropped."""
 
     def run() -> None:
         for begin in range(0, len(texts), 1000):
@@ -186,7 +187,10 @@ def _measure_packing(lengths: np.ndarray, seq_length: int) -> dict[str, Any]:
 
 
 def _fastest(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """CPU seconds of the fastest run of each, taken in turn so that a busy machine disturbs all alike."""
+    """Return the CPU seconds of the fastest run of each.
+
+    They run in turn, so that a busy machine disturbs all alike.
+    """
     best = [float("inf")] * len(runs)
     for _ in range(repeats):
         for number, run in enumerate(runs):

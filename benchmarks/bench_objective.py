@@ -1,13 +1,13 @@
-"""Measure the output layer with ProFit, forward and backward, against what others compute.
+"""Measure the output layer with ProFit, forward and backward, against other implementations.
 
     python benchmarks/bench_objective.py --quick
     python benchmarks/bench_objective.py --full --verl ~/verl      # on GPUs
     python benchmarks/bench_objective.py --hidden 2560 --masks 0/0 0.5/0.2 --only ours matmuls
 
-All computations of a configuration get the same tensors and take turns. Those that know no objective
-compute a cross-entropy per token and are masked afterwards, as users of them do. Whatever cannot run here
-is listed with the reason. The results go to benchmarks/results as a dated JSON and Markdown file, which is
-written anew after each configuration, so that a run that is cut off has one.
+All computations of a configuration get the same tensors and take turns. Some know no objective. They
+compute a cross-entropy per token and are masked afterwards, as their users do. A computation that
+cannot run here is listed with the reason. The results go to benchmarks/results as a dated JSON and
+Markdown file. It is written anew after each configuration, so an interrupted run has one too.
 
 Shape suffixes: N tokens, M supervised tokens, H hidden, V vocabulary rows of this rank.
 """
@@ -41,7 +41,7 @@ from megatron_profit.training.process.shutdown import end_communication
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QWEN3_VOCAB = 151936
-# What is measured where the flags do not say: two sizes for 2 CPU cores, and the whole grid.
+# Defaults of the flags: two sizes for 2 CPU cores, and the whole grid.
 DEFAULTS: dict[str, Any] = {
     "vocab": [QWEN3_VOCAB],
     "hidden": [1024],
@@ -79,7 +79,7 @@ class Configuration:
         vocab: Vocabulary over all ranks.
         hidden: H.
         tokens: N.
-        prompt: Share of the tokens that has no label.
+        prompt: Share of the tokens without a label.
         dropped: Share of the labelled tokens that ProFit drops.
         dtype: A name from `DTYPES`.
         tp: Tensor-parallel ranks that the vocabulary is split over.
@@ -104,8 +104,9 @@ class Configuration:
 class Problem:
     """The tensors of a configuration on one rank.
 
-    Kept tokens have the row's most probable label and dropped ones its least probable: p >= 1/V and
-    p <= 1/V. So tau = 1/V drops exactly the wanted share, however logits are rounded.
+    Kept tokens have the row's most probable label and dropped ones its least probable. So p >= 1/V for
+    kept tokens and p <= 1/V for dropped ones. Then tau = 1/V drops exactly the wanted share, however
+    logits are rounded.
     """
 
     hidden: Tensor  # [N, H]
@@ -117,6 +118,7 @@ class Problem:
 
     @classmethod
     def of(cls, config: Configuration, device: torch.device) -> Problem:
+        """Make the tensors of a configuration; the same seed on every rank."""
         generator = torch.Generator(device).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
@@ -166,6 +168,8 @@ class Absent(Exception):
 
 
 def ours(**options: Any) -> Step:
+    """Return a step of this project's objective, with options of `linear_objective`."""
+
     def step(problem: Problem) -> Tensor:
         objective = build_objective(
             "profit", prob_threshold=problem.tau, threshold_direction="higher"
@@ -184,7 +188,10 @@ def ours(**options: Any) -> Step:
 
 
 def matmuls(problem: Problem) -> None:
-    """The three matrix products alone: logits of the supervised rows, both gradients of the kept ones."""
+    """Compute the three matrix products alone.
+
+    These are the logits of the supervised rows, and both gradients of the kept rows.
+    """
     with torch.no_grad():
         logits = problem.hidden[problem.supervised] @ problem.weight.t()
         kept_hidden = problem.hidden[problem.kept]
@@ -194,7 +201,7 @@ def matmuls(problem: Problem) -> None:
 
 
 def official(hidden: Tensor, weight: Tensor, labels: Tensor, tau: float) -> Tensor:
-    """ProFit as its released code computes it: fp32 logits, a softmax for p, then a cross-entropy."""
+    """Compute ProFit as its released code does: fp32 logits, a softmax for p, then a cross-entropy."""
     logits = functional.linear(hidden, weight).float()
     with torch.no_grad():
         p = logits.softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
@@ -205,6 +212,8 @@ def official(hidden: Tensor, weight: Tensor, labels: Tensor, tau: float) -> Tens
 
 
 def one_process(function: Callable[..., Tensor]) -> Step:
+    """Return a step of a function that knows no tensor parallelism."""
+
     def step(problem: Problem) -> Tensor:
         return function(problem.hidden, problem.weight, problem.labels, problem.tau)
 
@@ -212,7 +221,7 @@ def one_process(function: Callable[..., Tensor]) -> Step:
 
 
 def masked_afterwards(token_loss: Callable[[Problem], Tensor]) -> Step:
-    """ProFit on a cross-entropy that knows no objective: each token's loss tells its p."""
+    """Return a step of ProFit on a cross-entropy that knows no objective: each token's loss gives its p."""
 
     def step(problem: Problem) -> Tensor:
         loss = token_loss(problem)
@@ -223,14 +232,17 @@ def masked_afterwards(token_loss: Callable[[Problem], Tensor]) -> Step:
 
 
 def replicated(problem: Problem) -> Tensor:
-    """Hidden states [N, H] whose gradient is summed over the ranks, as Megatron's output layer does."""
+    """Return hidden states [N, H] whose gradient is summed over the ranks, as in Megatron's output layer."""
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
     return copy_to_tensor_model_parallel_region(problem.hidden, group=problem.group)
 
 
 def megatron(name: str) -> Callable[[Problem], Tensor]:
-    """Megatron's cross-entropy on sharded logits; "native" is --cross-entropy-fusion-impl native."""
+    """Return Megatron's cross-entropy on sharded logits.
+
+    "native" is --cross-entropy-fusion-impl native.
+    """
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -244,6 +256,7 @@ def megatron(name: str) -> Callable[[Problem], Tensor]:
 
 
 def liger() -> Callable[[Problem], Tensor]:
+    """Return Liger's fused linear cross-entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def token_loss(problem: Problem) -> Tensor:
@@ -255,6 +268,7 @@ def liger() -> Callable[[Problem], Tensor]:
 
 
 def cut_cross_entropy() -> Callable[[Problem], Tensor]:
+    """Return the Cut Cross-Entropy of its package."""
     from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
 
     def token_loss(problem: Problem) -> Tensor:
@@ -272,7 +286,7 @@ def cut_cross_entropy() -> Callable[[Problem], Tensor]:
 
 
 def verl(repository: Path | None) -> Callable[[Problem], Tensor]:
-    """verl's kernel from a checkout, without the package's own imports (Ray and more)."""
+    """Return verl's kernel from a checkout, without the imports of its package (Ray and more)."""
     if repository is None:
         raise Absent("no checkout given (--verl DIR)")
     for name in ("verl", "verl.utils"):
@@ -298,7 +312,7 @@ def verl(repository: Path | None) -> Callable[[Problem], Tensor]:
 def computations(
     options: argparse.Namespace, device: torch.device, tp: int
 ) -> dict[str, Step | Absent]:
-    """All that can be measured, by name; in place of what cannot run here, the reason."""
+    """Return all computations by name; for one that cannot run here, the reason."""
 
     def single(make: Callable[[], Step]) -> Step:
         if tp > 1:
@@ -340,7 +354,7 @@ def _built(build: Callable[[], Step]) -> Step | Absent:
 
 
 def ours_variants(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Names and keyword arguments of `linear_objective` from texts such as "chunk_vocab=4096,…"."""
+    """Parse names and keyword arguments of `linear_objective`, for example from "chunk_vocab=4096,…"."""
     known = inspect.signature(linear_objective).parameters
     variants: dict[str, dict[str, Any]] = {"ours": {}}
     for text in given:
@@ -357,14 +371,14 @@ def ours_variants(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 def run_configuration(
     options: argparse.Namespace, config: Configuration, device: torch.device
 ) -> dict[str, Any]:
-    """Results by name: seconds, peak bytes and gradient difference, or why there are none."""
+    """Return results by name: seconds, peak bytes and gradient difference, or why there are none."""
     torch._dynamo.reset()
     problem = Problem.of(config, device)
     results: dict[str, Any] = {}
     ready: dict[str, Callable[[], None]] = {}
     reference: tuple[Tensor, Tensor] | None = None
     steps = computations(options, device, config.tp)
-    # The first that knows the objective judges the gradients of the others.
+    # The first of these that knows the objective judges the gradients of the others.
     for name in sorted(steps, key=lambda n: (n != "official", n != "megatron")):
         step = steps[name]
         try:
@@ -398,7 +412,7 @@ def run_configuration(
 
 
 def _first_run(step: Step, problem: Problem) -> tuple[Tensor, Tensor] | None:
-    """One run, which also compiles and tunes what there is to, and the gradients that it leaves."""
+    """Run a step once, which also compiles and tunes, and return the gradients that it leaves."""
     _repeatable(step, problem, clear=False)()
     hidden, weight = problem.hidden.grad, problem.weight.grad
     _clear(problem)
@@ -421,7 +435,7 @@ def _clear(problem: Problem) -> None:
 
 
 def _difference(gradients: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> float:
-    """Norm of the difference to the reference over the reference's norm, the larger of the two."""
+    """Return the norm of the difference to the reference over the reference's norm, the larger of the two."""
 
     def norm(tensor: Tensor) -> Tensor:
         return torch.linalg.vector_norm(tensor, dtype=torch.float32)
@@ -435,7 +449,7 @@ def _difference(gradients: tuple[Tensor, Tensor], reference: tuple[Tensor, Tenso
 def run_rank(
     rank: int, world: int, options: argparse.Namespace, config: Configuration, out: str
 ) -> None:
-    """A configuration on one of its tensor-parallel ranks."""
+    """Run a configuration on one of its tensor-parallel ranks."""
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -455,7 +469,7 @@ def run_rank(
 
 
 def table(record: dict[str, Any]) -> str:
-    """A configuration as Markdown."""
+    """Return a configuration as Markdown."""
     results, ours_median = record["results"], record["results"].get("ours", {}).get("median")
     rows = []
     for name, result in results.items():
@@ -495,6 +509,7 @@ MEMORY = {
 
 
 def configurations(options: argparse.Namespace) -> Iterator[Configuration]:
+    """Yield every combination of the sizes that are asked for."""
     for vocab, hidden, tokens, (prompt, dropped), dtype, tp in itertools.product(
         *(getattr(options, name) for name in ("vocab", "hidden", "tokens", "masks", "dtype", "tp"))
     ):
@@ -502,7 +517,7 @@ def configurations(options: argparse.Namespace) -> Iterator[Configuration]:
 
 
 def shares(text: str) -> tuple[float, float]:
-    """PROMPT/DROPPED of the command line."""
+    """Parse PROMPT/DROPPED of the command line, for example 0.5/0.2."""
     prompt, dropped = (float(share) for share in text.split("/"))
     if not (0 <= prompt < 1 and 0 <= dropped < 1):
         raise argparse.ArgumentTypeError(f"{text} has a share that is not in [0, 1)")
@@ -510,6 +525,7 @@ def shares(text: str) -> tuple[float, float]:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -564,6 +580,7 @@ def _check_tp(parser: argparse.ArgumentParser, options: argparse.Namespace) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all configurations, and write the results after each."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_arguments(argv)
     command = shlex.join(["python", "benchmarks/bench_objective.py", *argv])

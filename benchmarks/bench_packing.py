@@ -1,19 +1,24 @@
-"""Training steps on packed rows against Megatron's stock SFT: supervised tokens a second on the same files.
+"""Measure training on packed rows against Megatron's stock SFT: supervised tokens a second on the same files.
 
     python benchmarks/bench_packing.py --megatron-lm DIR --tokenizer DIR --data FILE…
 
-Three runs of each file in turn, each a real run on the CPU in a process of its own: Megatron-LM's
-pretrain_gpt.py with --sft, which pads every record to a row; our entry with a record to a row; our entry
-with --packing. Between the first and the second lies what is saved by computing logits of supervised tokens
-only, between the second and the third what packing saves. The result is written anew after each round of a
-file, so that a run that is cut off has one.
+Each file has three runs, which take turns. Each is a real run on the CPU in a process of its own:
 
-Rows are as long as the longest record needs, rounded up to a power of two, so that none loses its end;
-longer ones (--seq-length) are in favour of packing, shorter ones cut records.
+1. Megatron-LM's pretrain_gpt.py with --sft, which pads every record to a row;
+2. this project's entry with a record to a row;
+3. this project's entry with --packing.
 
-Stock SFT needs Transformer Engine for its attention, which a CPU has not. It gets the same kernel as ours,
-one call for each of its sequences. A record counts as many supervised tokens there as here, those of the
-assistant: stock SFT trains the prompt too, which is not counted in its favour.
+The second run saves time over the first by computing logits of supervised tokens only. The third saves
+time over the second by packing. The result is written anew after each round of a file, so an
+interrupted run has one too.
+
+Rows are as long as the longest record needs, rounded up to a power of two, so that no record loses its
+end. Longer rows (--seq-length) favour packing; shorter ones cut records.
+
+Stock SFT needs Transformer Engine for its attention, which is not available on a CPU. It gets the same
+kernel as the other runs, with one call for each of its sequences. A record counts the same number of
+supervised tokens in all runs: the assistant's. Stock SFT trains the prompt too, which is not counted in
+its favour.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ class Shape:
     head_dim: int = 64
 
     def config(self) -> dict:
-        """config.json of HuggingFace."""
+        """Return HuggingFace's config.json."""
         heads = self.hidden_size // self.head_dim
         return {
             "architectures": ["Qwen3ForCausalLM"],
@@ -75,12 +80,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Run:
-    """What was measured.
+    """The measurements of a run.
 
     Attributes:
         seconds: Of each counted step of all rounds.
-        tokens_per_step: Supervised tokens: of the counted steps where rows are packed; else, where a step
-            holds a few records, those of the file's records on average.
+        tokens_per_step: Supervised tokens. With packed rows, the counted steps' tokens; else, where a
+            step holds a few records, the mean of the file's records.
     """
 
     seconds: tuple[float, ...]
@@ -101,8 +106,8 @@ class Job:
 
     Attributes:
         commands: Name of a run -> its command, without the seed.
-        about: What is in the file, and how it is put into rows.
-        logs: Name of a run -> what it printed in each round.
+        about: The content of the file, and how it is put into rows.
+        logs: Name of a run -> its output in each round.
     """
 
     commands: dict[str, list[object]]
@@ -111,6 +116,7 @@ class Job:
 
 
 def main() -> None:
+    """Measure all files, and write the results after each round."""
     options = _parser().parse_args()
     shape = Shape(options.hidden_size, options.layers)
     import torch
@@ -144,7 +150,7 @@ def main() -> None:
 
 
 def job(options: argparse.Namespace, shape: Shape, model: Path, data: Path, folder: Path) -> Job:
-    """The three runs of a file."""
+    """Return the three runs of a file."""
     from transformers import AutoTokenizer
 
     from megatron_profit.data import ChatRenderer, build_examples, normalise, read_records
@@ -183,7 +189,7 @@ def job(options: argparse.Namespace, shape: Shape, model: Path, data: Path, fold
 
 
 def results(job: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """What the rounds so far have measured."""
+    """Return the measurements of the rounds so far."""
     average = job.about["supervised tokens of a record"] * options.rows
     steps = WARM_UP + options.steps
     runs = {
@@ -246,7 +252,7 @@ def _run(command: Sequence[object]) -> str:
 
 
 def _read(logs: Sequence[str], steps: int, tokens_per_step: float | None) -> Run:
-    """The steps of all rounds by what they logged; their tokens too, unless they are given."""
+    """Read the steps of all rounds from their logs; their tokens too, unless they are given."""
     seconds: list[float] = []
     tokens: list[float] = []
     for log in logs:
@@ -286,7 +292,7 @@ def _table(files: dict) -> str:
 
 
 def run_stock(checkout: str, flags: list[str]) -> None:
-    """Megatron-LM's pretrain_gpt.py as it is, on the CPU backend and with an attention that a CPU has."""
+    """Run Megatron-LM's pretrain_gpt.py as it is, on the CPU backend and with an attention for CPUs."""
     from megatron_profit.megatron_patches import activate
 
     activate("cpu")

@@ -4,15 +4,16 @@
     python benchmarks/bench_training_step.py --layers 28 --seq-length 4096 --micro-batch-size 2  # on a GPU
     python benchmarks/bench_training_step.py --processes 2 -- --tensor-model-parallel-size 2
 
-A model of Qwen3-0.6B's shape (few layers on a CPU, the whole vocabulary) with random weights trains through
-`megatron_profit.sft`'s own entry; only the loss differs:
+A model of Qwen3-0.6B's shape (few layers on a CPU, the whole vocabulary) with random weights trains
+through the entry `megatron_profit.sft`. Only the loss differs:
 
     stock      Megatron's own cross-entropy, every supervised token
     masked     the same, its loss masked by p >= tau afterwards
     official   ProFit as its released code computes it, on all logits (one tensor-parallel rank only)
     ours       the objective of this project
 
-Runs are short and take turns. What follows `--` goes to Megatron. The results go to benchmarks/results.
+Runs are short and take turns. Arguments after `--` go to Megatron. The results go to
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ REPORT = "benchmark: "
 
 
 def write_inputs(folder: Path, options: argparse.Namespace) -> None:
-    """A HuggingFace folder of the wanted shape without weights, and chats of the wanted lengths."""
+    """Write a HuggingFace folder of the wanted shape without weights, and chats of the wanted lengths."""
     texts = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
     make_tiny_model(folder / "hf", texts, TinyShape())
     (folder / "hf" / "model.safetensors").unlink()
@@ -87,7 +88,7 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
 
 
 def training_flags(folder: Path, options: argparse.Namespace) -> list[str]:
-    """The flags of every run. The learning rate is next to none, so that p stays what it is."""
+    """Return the flags of every run. The learning rate is almost 0, so that p does not change."""
     flags = {
         "--hf-model": folder / "hf",
         "--data": folder / "chats.jsonl",
@@ -109,7 +110,7 @@ def training_flags(folder: Path, options: argparse.Namespace) -> list[str]:
 
 
 def run_once(loss: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One run in fresh processes: seconds of each counted step, peak bytes, kept fraction."""
+    """Run once in fresh processes; return the seconds of each counted step, peak bytes and kept fraction."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(options.processes), __file__, "--worker", loss]
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads // options.processes or 1)}
@@ -138,7 +139,7 @@ def run_once(loss: str, folder: Path, options: argparse.Namespace) -> dict[str, 
 
 
 def worker(loss: str) -> None:
-    """A training process: the project's entry with another loss, and a report of its memory at the end."""
+    """Run a training process: the project's entry with another loss. At the end it reports its memory."""
     from megatron_profit.megatron_patches import activate
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -173,7 +174,7 @@ def worker(loss: str) -> None:
 
 
 class PeerLoss:
-    """A micro-batch [B, S] with Megatron's own output layer and cross-entropy, or the official formula."""
+    """A micro-batch [B, S] with Megatron's output layer and cross-entropy, or the official formula."""
 
     def __init__(self, loss: str, labels: torch.Tensor) -> None:
         self._loss, self._supervised = loss, labels != -100
@@ -199,7 +200,7 @@ def official(
     labels: torch.Tensor,
     **_: Any,
 ) -> torch.Tensor:
-    """Per-token loss [B, S] from fp32 logits, after the softmax that the released code takes p from."""
+    """Return the per-token loss [B, S] from fp32 logits, after the released code's softmax for p."""
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     logits = logits.transpose(0, 1).flatten(0, 1).float()
     labels_N = labels.flatten()
@@ -210,6 +211,7 @@ def official(
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the measurements of several runs of one loss."""
     seconds = [value for run in runs for value in run["seconds"]]
     return {
         **{key: runs[0][key] for key in ("kept", "tokens")},
@@ -221,6 +223,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the results as a Markdown table."""
     ours = results["ours"]["median"]
     rows = []
     for name, result in results.items():
@@ -243,6 +246,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
     own, _, megatron = " ".join(map(shlex.quote, argv)).partition(" -- ")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -277,6 +281,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Measure all losses in turn, print a table, and write it with its JSON."""
     options = parse_arguments(argv)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.losses}
     absent: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""What the benchmarks share: measuring side by side, memory that is really used, results as dated files.
+"""Shared parts of the benchmarks: measuring in turn, memory in real use, results as dated files.
 
-Time and memory are taken together, in rounds: every computation runs once before any runs again, so that a
-machine that gets slower or faster meets all of them alike. Medians are reported.
+Time and memory are measured together, in rounds. Every computation runs once before any runs again, so
+a machine that gets slower or faster affects all of them alike. Medians are reported.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Measurement:
 
     Attributes:
         seconds: Of each run; under tensor parallelism the slowest rank's.
-        peak_bytes: The most memory that a run needed beyond what was there before it; under tensor
+        peak_bytes: The most memory that a run needed beyond the memory in use before it; under tensor
             parallelism the largest rank's.
     """
 
@@ -49,8 +49,11 @@ class Measurement:
 def interleaved(
     computations: Mapping[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, Measurement]:
-    """Runs every computation once in each round. Each has to leave memory as it found it, and to have
-    run before, so that nothing is compiled or tuned here."""
+    """Run every computation once in each round.
+
+    Each has to leave memory as it found it. Each must have run before, so that no code is compiled or
+    tuned here.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in computations}
     peaks: dict[str, int] = dict.fromkeys(computations, 0)
     for _ in range(rounds):
@@ -62,7 +65,7 @@ def interleaved(
 
 
 def measured(run: Callable[[], None], device: torch.device) -> tuple[float, int]:
-    """Seconds and peak extra bytes of one run, the largest over the ranks."""
+    """Return the seconds and peak extra bytes of one run, the largest over the ranks."""
     memory = peak_memory(device.type)
     if dist.is_initialized():
         dist.barrier()
@@ -87,7 +90,7 @@ class PeakMemory:
     before: int
 
     def peak(self) -> int:
-        """Bytes beyond `before`."""
+        """Return the bytes beyond `before`."""
         raise NotImplementedError
 
 
@@ -105,11 +108,11 @@ class _CudaMemory(PeakMemory):
 
 
 class _ProcessMemory(PeakMemory):
-    """Resident memory of this process, from the kernel's own high-water mark.
+    """Resident memory of this process, from the kernel's high-water mark.
 
-    A tracker of torch's allocations would miss what compiled code and the operators allocate inside; the
-    high-water mark misses nothing. Linux resets it on request, and free memory that the C library holds
-    back is returned first, so that it does not hide what a run takes.
+    A tracker of torch's allocations would miss the allocations inside compiled code and operators. The
+    high-water mark includes all of them. Linux resets it on request. Before that, free memory that the
+    C library holds back is returned, so that it does not hide a run's memory.
     """
 
     def __init__(self) -> None:
@@ -123,33 +126,33 @@ class _ProcessMemory(PeakMemory):
 
 
 def peak_memory(device: str) -> PeakMemory:
-    """Begins to watch the memory of this process on "cpu" or "cuda"."""
+    """Begin to watch the memory of this process on "cpu" or "cuda"."""
     return _CudaMemory() if device == "cuda" else _ProcessMemory()
 
 
 def _status(name: str) -> int:
-    """Bytes from /proc/self/status."""
+    """Return bytes from /proc/self/status."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found.group(1)) * 1024
 
 
 def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Where and with what was measured; packages that are not installed are named as absent."""
+    """Describe the machine and the versions of a measurement; packages that are not installed are absent."""
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     cores = len(os.sched_getaffinity(0))
     return {
         "date": date.today().isoformat(),
         "hardware": f"{gpus} x {torch.cuda.get_device_name(device)}" if gpus else cpu_name(),
         "cpu_cores": cores,
-        "load_average": round(os.getloadavg()[0], 1),  # the machine's, of the last minute
+        "load_average": round(os.getloadavg()[0], 1),  # of the machine, over the last minute
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "megatron-core", *packages)},
     }
 
 
 def cpu_name() -> str:
-    """The processor's name, with its matrix units for half precision."""
+    """Return the processor's name, with its matrix units for half precision."""
     text = Path("/proc/cpuinfo").read_text()
     name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
     units = [unit for unit in ("avx512_bf16", "amx_bf16") if f" {unit}" in text]
@@ -164,7 +167,7 @@ def _version(package: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
+    """Return a table; the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -172,7 +175,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_results(
     folder: Path, name: str, record: Mapping[str, Any], title: str, body: str
 ) -> Path:
-    """Writes `<date>-<name>.json` and `.md`, each whole or not at all; returns the latter."""
+    """Write `<date>-<name>.json` and `.md`, each whole or not at all; return the latter's path."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = "".join(f"- {key}: {value}\n" for key, value in record["environment"].items())
     command = f"```bash\n{record['command']}\n```\n"

@@ -1,4 +1,4 @@
-"""What the three commands share."""
+"""Options, tables and error handling that the three commands share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IGNORE_ARGUMENTS = "do not compare the arguments that the checkpoint keeps with 
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the commands that write a folder."""
+    """Add the options of the commands that write a folder."""
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--dtype", choices=CHOICES, default="source", help="dtype to write (default: as it is)"
@@ -40,7 +40,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def part_bytes(shape: Sequence[int], dtype: DType) -> int:
-    """Bytes of a tensor that are moved at a time: whole rows."""
+    """Return how many bytes of a tensor are moved at a time: whole rows."""
     row = math.prod(shape[1:]) * dtype.itemsize
     return min(max(TRANSFER_BYTES, row), shape[0] * row)
 
@@ -49,7 +49,7 @@ def print_totals(count: str, nbytes: int, workers: int, parts: Sequence[tuple[in
     """Print the last line of a dry run.
 
     Args:
-        parts: What is moved of each tensor at a time, and whether its dtype changes.
+        parts: For each tensor, the bytes that are moved at a time, and whether its dtype changes.
     """
     largest, converts = max(size for size, _ in parts), any(changes for _, changes in parts)
     peak = human(peak_memory(workers, largest, converts))
@@ -59,7 +59,8 @@ def print_totals(count: str, nbytes: int, workers: int, parts: Sequence[tuple[in
 def run(main: Callable[[], int]) -> None:
     """Run a command; print an error instead of a traceback and exit with code 2.
 
-    Ctrl-C and SIGTERM (a job's time limit, say) stop it like an error, so that it can clean up.
+    Ctrl-C and SIGTERM stop the command like an error, so that it can clean up. A scheduler sends
+    SIGTERM, for example, when a job's time limit is reached.
     """
     before = signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):

@@ -1,17 +1,17 @@
-"""The one exception of this package, and texts that are safe to print."""
+"""The only exception class of this package, and texts that are safe to print."""
 
 from __future__ import annotations
 
-# What a message may take of a name or a value that somebody else chose.
+# Characters of a printed text: the most in all, and at the end of one that is cut.
 _LONGEST, _TAIL = 2000, 400
 
 
 class ConversionError(Exception):
     """A folder, a tensor or an option that cannot be converted.
 
-    The message names the file, the tensor and the value, and says what to do. It is one printable line,
-    whatever characters the names in it have. Commands print it and exit with code 2; nothing has been
-    written then.
+    The message names the file, the tensor and the value, and says how to solve the problem. It is one
+    printable line, whatever characters the names in it have. Commands print it and exit with code 2,
+    and then no output has been written.
 
     Args:
         message: The message.
@@ -28,10 +28,10 @@ class ConversionError(Exception):
 
 
 def printable(text: object) -> str:
-    """A text without characters that move the cursor, colour the terminal, end the line or hide others.
+    r"""Escape characters that move the cursor, colour the terminal, end the line or hide others.
 
-    Such a character appears as its escape sequence: a newline as `\\n`, U+202E as `\\u202e`. A very long
-    text loses its middle.
+    Such a character appears as its escape sequence, for example a newline as `\n` and U+202E as
+    `\u202e`. A very long text loses its middle.
     """
     shown = str(text)
     if len(shown) > _LONGEST:

@@ -1,8 +1,8 @@
-"""HuggingFace -> Megatron torch_dist.
+"""Convert a HuggingFace folder to a Megatron torch_dist checkpoint.
 
     python -m checkpoint_conversion.hf_to_megatron --hf DIR --out DIR
 
-Reads safetensors and writes DIR/release and DIR/latest_checkpointed_iteration.txt, which Megatron
+It reads safetensors and writes DIR/release and DIR/latest_checkpointed_iteration.txt, which Megatron
 loads at any tensor and pipeline parallel size.
 """
 
@@ -78,13 +78,13 @@ def hf_to_megatron(
         check_finite: Refuse NaN and infinity.
         allow_pickle: Accept pytorch_model.bin where there are no safetensors.
         workers: Number of threads; None for one per core, at most 8.
-        progress: Where progress lines go.
+        progress: Stream for progress lines.
 
     Returns:
-        What was written.
+        The plan that was carried out.
 
     Raises:
-        ConversionError: For anything that cannot be converted; nothing is written then.
+        ConversionError: For anything that cannot be converted; then no output is written.
     """
     plan = plan_import(hf, dtype, allow_pickle)
     threads = worker_count(workers)
@@ -130,6 +130,7 @@ def _print_plan(plan: ImportPlan, workers: int) -> None:
 
 
 def main() -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.hf_to_megatron")
     parser.add_argument("--hf", required=True, metavar="DIR", help="HuggingFace model folder")
     cli.add_output_options(parser)

@@ -1,8 +1,9 @@
-"""Whether two models compute the same: their logits for some prompts, in fp32 on the CPU.
+"""Comparison of two models by their logits for some prompts, in fp32 on the CPU.
 
-The tensors of a conversion can be right and the model wrong: a rotary base, a norm's epsilon or the
-order of heads is in no tensor. So one side is transformers, and the other is Megatron's own forward
-pass, in a process of its own (`megatron_profit.logits`); nothing here imports Megatron.
+The tensors of a conversion can be right and the model wrong. For example, no tensor shows a rotary
+base, a norm's epsilon or the order of heads. So one side is transformers, and the other is Megatron's
+own forward pass. Megatron runs in a process of its own (`megatron_profit.logits`); this module does not
+import it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """How far two models are apart.
+    """The distance between two models.
 
     Attributes:
         prompts: Number of prompts.
@@ -70,7 +71,7 @@ def compare_logits(
     iteration: str | int | None = None,
     prompts: Sequence[str] = PROMPTS,
 ) -> LogitsReport:
-    """Compare a HuggingFace model as transformers computes it with another computation.
+    """Compare a HuggingFace model, computed by transformers, with another computation.
 
     Args:
         hf: HuggingFace folder with a tokenizer.
@@ -78,7 +79,7 @@ def compare_logits(
         megatron: Megatron's save folder, or a checkpoint in it, which Megatron computes. With neither,
             Megatron computes the weights of `hf`, as a run does that starts from them.
         iteration: A number or "release"; None for the latest.
-        prompts: What to compute.
+        prompts: Texts to compute logits for.
 
     Raises:
         ConversionError: When a side cannot be computed.
@@ -95,7 +96,7 @@ def compare_logits(
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The prompts in a text file, one to a line.
+    """Return the prompts in a text file, one to a line.
 
     Raises:
         ConversionError: For a file that cannot be read or holds none.
@@ -133,7 +134,7 @@ def _compare(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> LogitsReport
 
 
 def _tokenise(hf: str | Path, prompts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-    """Ids [N, S] padded on the right with 0, and the length of each prompt."""
+    """Return ids [N, S] padded on the right with 0, and the length of each prompt."""
     from transformers import AutoTokenizer
 
     try:
@@ -152,7 +153,7 @@ def _tokenise(hf: str | Path, prompts: Sequence[str]) -> tuple[torch.Tensor, lis
 def _by_transformers(
     hf: str | Path, tokens: torch.Tensor, lengths: Sequence[int]
 ) -> Iterator[torch.Tensor]:
-    """The logits [length, vocabulary] of each prompt, fp32."""
+    """Yield the logits [length, vocabulary] of each prompt, fp32."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -162,10 +163,10 @@ def _by_transformers(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            # A config.json may name kernels of somebody's repository.
+            # A config.json may name kernels of somebody's repository, so this names torch's.
             attn_implementation="sdpa",
         )
-    except Exception as error:  # whatever transformers raises for a config.json that it cannot use
+    except Exception as error:  # a bad config.json can raise any class of error
         raise ConversionError(f"{hf}: transformers cannot load it: {error}") from error
     for row, length in zip(tokens, lengths, strict=True):
         with torch.no_grad():
@@ -178,7 +179,7 @@ def _by_megatron(
     tokens: torch.Tensor,
     lengths: Sequence[int],
 ) -> Iterator[torch.Tensor]:
-    """The logits [length, vocabulary] of each prompt, fp32."""
+    """Yield the logits [length, vocabulary] of each prompt, fp32."""
     if importlib.util.find_spec("megatron") is None:
         raise ConversionError(
             "--logits needs Megatron: pip install 'megatron-core[training]', or install this project "
@@ -191,7 +192,7 @@ def _by_megatron(
         command += ["--hf-model", str(hf)]
         if checkpoint is not None:
             command += ["--load", str(_save_folder(Path(folder), checkpoint))]
-        # Not as one of several processes, should this be run under torchrun.
+        # If this is run under torchrun, the new process must not take itself for one of several.
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         done = subprocess.run(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -206,8 +207,10 @@ def _by_megatron(
 
 
 def _save_folder(folder: Path, checkpoint: Path) -> Path:
-    """What Megatron takes for a save folder whose latest checkpoint is the given one, whatever its
-    name and whichever lie beside it."""
+    """Make a save folder, as Megatron defines it, whose latest checkpoint is the given one.
+
+    The name of the checkpoint and other checkpoints next to it do not matter.
+    """
     (folder / RELEASE).symlink_to(checkpoint.resolve())
     (folder / TRACKER).write_text(RELEASE)
     return folder

@@ -1,9 +1,9 @@
-"""Megatron torch_dist -> HuggingFace.
+"""Convert a Megatron torch_dist checkpoint to a HuggingFace folder.
 
     python -m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template DIR --out DIR
 
-The template is the HuggingFace folder that training started from: it gives the architecture, the
-tokenizer and everything else but the weights. Optimizer state in the checkpoint is ignored, rows
+The template is the HuggingFace folder that training started from. It gives the architecture, the
+tokenizer and everything else but the weights. Optimizer state in the checkpoint is ignored, and rows
 that pad the vocabulary are dropped.
 """
 
@@ -64,7 +64,7 @@ class ExportPlan:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def dtype_of(self, chunk: Chunk) -> DType:
-        """The dtype to write for a part of a Megatron tensor."""
+        """Return the dtype to write for a part of a Megatron tensor."""
         return self.tensors[chunk.piece.hf[0]].dtype
 
 
@@ -127,19 +127,19 @@ def megatron_to_hf(
         out: Folder to write; it appears whole or not at all.
         iteration: A number or "release"; None for the latest.
         dtype: "source" (as in the checkpoint), "fp32", "bf16" or "fp16".
-        max_shard_size: Such as "5GB". None: the files of the template when it has an index, else
-            at most 5 GB each.
+        max_shard_size: For example "5GB". None: the files of the template when it has an index, else at
+            most 5 GB each.
         ignore_arguments: Do not compare the arguments that the checkpoint keeps with the template.
         overwrite: Replace an earlier output in `out`.
         check_finite: Refuse NaN and infinity.
         workers: Number of threads; None for one per core, at most 8.
-        progress: Where progress lines go.
+        progress: Stream for progress lines.
 
     Returns:
-        What was written.
+        The plan that was carried out.
 
     Raises:
-        ConversionError: For anything that cannot be converted; nothing is written then.
+        ConversionError: For anything that cannot be converted; then no output is written.
     """
     plan = plan_export(
         megatron,
@@ -197,6 +197,7 @@ def _print_plan(plan: ExportPlan, workers: int) -> None:
 
 
 def main() -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.megatron_to_hf")
     parser.add_argument("--megatron", required=True, metavar="DIR", help="Megatron save folder")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What a conversion tells while it runs."""
+"""Progress lines of a running conversion."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 def human(nbytes: float) -> str:
-    """A number of bytes with a decimal unit, such as "1.50 GB"."""
+    """Return a number of bytes with a decimal unit, for example "1.50 GB"."""
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}"
@@ -17,7 +17,7 @@ def human(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time such as "3 min 20 s"."""
+    """Return a time as text, for example "3 min 20 s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -26,12 +26,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts tensors and bytes, and writes at most one line per interval. May be shared by threads.
+    """Counter of tensors and bytes, which writes at most one line per interval. Threads may share it.
 
     Args:
         tensors: Number of tensors in all.
         nbytes: Number of bytes in all.
-        stream: Where lines go; None for nowhere.
+        stream: Destination of the lines; None for none.
         interval: Seconds between lines.
     """
 

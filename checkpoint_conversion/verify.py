@@ -1,12 +1,13 @@
-"""Compare a HuggingFace folder with a Megatron checkpoint, or two HuggingFace folders: bit by bit, or by
-the logits that they give.
+"""Compare a HuggingFace folder with a Megatron checkpoint, or two HuggingFace folders.
+
+The comparison is bit by bit, or by the logits that the models give.
 
     python -m checkpoint_conversion.verify --hf DIR --megatron DIR
     python -m checkpoint_conversion.verify --hf DIR DIR
     python -m checkpoint_conversion.verify --hf DIR --megatron DIR --logits
 
-Exit code: 0 when all tensors are equal (the logits within the tolerance), 1 when they are not, 2 when
-something cannot be read.
+Exit code: 0 when all tensors are equal (the logits within the tolerance), 1 when they differ, 2 when an
+input cannot be read.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Rows(NamedTuple):
 
 @dataclass
 class Difference:
-    """How a tensor (or a configuration value) differs.
+    """A difference of a tensor (or a configuration value).
 
     Attributes:
         what: "values", "dtype", "shape", "missing" or "config".
@@ -58,7 +59,7 @@ class Difference:
 
 @dataclass
 class Report:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     tensors: int
     nbytes: int
@@ -84,10 +85,10 @@ def verify(
         megatron: Megatron's save folder, or a checkpoint in it.
         iteration: A number or "release"; None for the latest.
         ignore_arguments: Do not compare the arguments that the checkpoint keeps with config.json.
-        progress: Where progress lines go.
+        progress: Stream for progress lines.
 
     Raises:
-        ConversionError: When something cannot be read, is incomplete or is of another architecture.
+        ConversionError: When an input cannot be read, is incomplete or is of another architecture.
     """
     if (other_hf is None) == (megatron is None):
         raise ConversionError(
@@ -140,7 +141,7 @@ def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterat
 
 
 def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
-    """Rows of a tensor as a matrix."""
+    """Return rows of a tensor as a matrix."""
     import torch
 
     from checkpoint_conversion.hf.torch_tensors import TORCH, tensor_bytes
@@ -152,7 +153,7 @@ def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
 
 
 def _structural(left: HFModel, right: HFModel) -> list[Difference]:
-    """Differences between two folders that need no tensor data."""
+    """Return the differences between two folders that need no tensor data."""
     one, other = (m.family.megatron_arguments(m.config) for m in (left, right))
     found = [
         Difference(key, "config", f"{one.get(key)} / {other.get(key)}")
@@ -172,7 +173,7 @@ def _structural(left: HFModel, right: HFModel) -> list[Difference]:
 
 @dataclass
 class _Count:
-    """What differs in one tensor so far."""
+    """The differences found in one tensor so far."""
 
     dtypes: str = ""
     elements: int = 0
@@ -209,6 +210,7 @@ def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
 
 
 def main() -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.verify")
     parser.add_argument(
         "--hf", required=True, nargs="+", action="extend", metavar="DIR", help="one or two folders"

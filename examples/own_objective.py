@@ -1,4 +1,4 @@
-r"""An objective of one's own: focal loss, which trains what the model does not know yet.
+r"""An example of a user's objective: focal loss, which trains the tokens that the model finds improbable.
 
     PYTHONPATH=examples torchrun ... -m megatron_profit.sft ... \
         --objective own_objective:FocalLoss --focal-gamma 2
@@ -30,7 +30,7 @@ class FocalLoss(Objective):
 
     drops_tokens: ClassVar[bool] = False
 
-    # The field is the option of build_objective and the flag --focal-gamma.
+    # The field is also an option of build_objective and the flag --focal-gamma.
     focal_gamma: float = option("gamma of the focal loss, at least 1", default=2.0, type=float)
 
     def __post_init__(self) -> None:

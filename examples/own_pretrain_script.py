@@ -1,7 +1,6 @@
-"""A pretrain script of one's own, with an objective added in three lines (marked 1, 2 and 3).
+r"""An example of a user's pretrain script, with an objective added in three lines (marked 1, 2 and 3).
 
-Everything else is what such scripts look like anyway. It trains on Megatron's mock data, here on two
-processes:
+The other lines are typical of such scripts. It trains on Megatron's mock data, here on two processes:
 
     torchrun --standalone --nproc-per-node 2 examples/own_pretrain_script.py \
         --tensor-model-parallel-size 2 --num-layers 2 --hidden-size 64 --num-attention-heads 4 \
@@ -9,11 +8,11 @@ processes:
         --lr-decay-style constant --log-interval 1 --eval-iters 0 --eval-interval 10 \
         --tokenizer-type NullTokenizer --vocab-size 511 --mock-data --calculate-per-token-loss
 
-On a machine without a GPU add --distributed-backend gloo, and without Transformer Engine add
+On a machine without a GPU add --distributed-backend gloo. Without Transformer Engine add
 --transformer-impl local and the --no-…-fusion flags that Megatron then asks for.
 
-The data set gives every token a label and says in `loss_mask` which tokens count. Both that form and
-labels of -100 are understood. `--calculate-per-token-loss` is needed.
+The data set gives every token a label and marks in `loss_mask` which tokens count. The objective
+accepts this form and labels of -100. `--calculate-per-token-loss` is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import os
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-# Only so that the script also runs without a GPU; before anything imports Megatron.
+# Only needed so that the script also runs without a GPU. It comes before any import of Megatron.
 from megatron_profit.megatron_patches import activate
 
 activate()
@@ -48,26 +47,29 @@ OBJECTIVES = {
 
 @functools.cache
 def objective_loss(name):
-    # 1: what to train. The rows that Megatron adds to the tokenizer's vocabulary stay out of the softmax.
+    # 1: the objective. The rows that Megatron adds to the vocabulary stay out of the softmax.
     return ObjectiveLoss(OBJECTIVES[name], vocab_size=get_tokenizer().vocab_size)
 
 
 def stock_loss(output_tensor, loss_mask):
+    """Return the loss, its token count and the report, as Megatron's scripts do."""
     loss, count = (output_tensor.float() * loss_mask).sum(), loss_mask.sum()
     return loss, count.int(), {"lm loss": torch.stack([loss.detach(), count])}
 
 
 def forward_step(data_iterator, model):
+    """Run the model on a micro-batch; return its output and the loss function."""
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
     inputs = (batch["tokens"], batch["position_ids"], None)
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
     if get_args().loss == "stock":
         return model(*inputs, **targets), lambda out: stock_loss(out, batch["loss_mask"])
-    loss = objective_loss(get_args().loss).micro_batch()  # 2: in place of the loss function,
-    return model(*inputs, **targets, **loss.model_kwargs), loss.loss_func  # 3: and of the output.
+    loss = objective_loss(get_args().loss).micro_batch()  # 2: for each micro-batch
+    return model(*inputs, **targets, **loss.model_kwargs), loss.loss_func  # 3: in output and loss
 
 
 def train_valid_test_datasets_provider(num_samples, vp_stage=None):
+    """Build Megatron's mock data sets."""
     args = get_args()
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -86,6 +88,7 @@ train_valid_test_datasets_provider.is_distributed = True
 
 
 def add_arguments(parser):
+    """Add the flag that chooses the loss."""
     parser.add_argument("--loss", choices=["profit", "sft", "stock"], default="profit")
     return parser
 

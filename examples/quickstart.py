@@ -1,23 +1,24 @@
-"""The whole job on this machine, without a GPU and without a download: `make quickstart`.
+"""Run the whole job on this machine, without a GPU and without a download: `make quickstart`.
 
-A small Qwen3 learns to add numbers in words. It needs a base first: a model with random weights gives
-every token a small probability, so ProFit, which keeps the tokens above a threshold, would train nothing.
-The answers of the second file open and close with varied phrases, which the base finds improbable: ProFit
-drops them and trains the sums. The steps are those of a real run, with the same commands (they are printed):
+A small Qwen3 learns to add numbers in words. It needs a base first. A model with random weights gives
+every token a small probability, so ProFit, which keeps the tokens above a threshold, would train none.
+The answers of the second file open and close with varied phrases, which the base finds improbable.
+ProFit drops the phrases and trains the sums. The steps are a real run's, with the same commands (they
+are printed):
 
  1. make a Qwen3 with random weights and a tokenizer of its own, as a HuggingFace folder
  2. plain SFT from random weights, which makes the base model
  3. export the base to HuggingFace
- 4. convert HuggingFace -> Megatron, as one does with a downloaded model
+ 4. convert HuggingFace -> Megatron, as for a downloaded model
  5. ProFit on two processes with tensor parallelism, interrupted half-way
  6. the same command again: it resumes from its checkpoint
  7. export the result to HuggingFace
  8. load it with transformers and answer questions that were not in the training data
  9. draw the curves
 
-What a step has written is kept, so a second start continues where the first ended. A step whose command
-has changed since is redone, and with it all that follow: `steps.json` in the output folder remembers the
-commands. Remove the folder to start afresh after a change of code or data.
+The results of each step are kept, so a second start continues where the first ended. If the command of
+a step has changed since, this step and all later ones are redone. `steps.json` in the output folder
+remembers the commands. Remove the folder to start afresh after a change of code or data.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TRAIN = [
     *("-m", "megatron_profit.sft", "--device", "cpu"),  # two processes would share one GPU
 ]
 SETTINGS = [
-    # Rows of 40 positions hold one sum each: there is nothing to pack.
+    # Rows of 40 positions hold one sum each, so there are no records to pack.
     *(
         "--seq-length",
         "40",
@@ -63,12 +64,12 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Step:
-    """A command and what it writes."""
+    """A command and its result."""
 
     title: str
     result: Path
     command: Sequence[str]
-    resumes: bool = False  # goes on in the result of the step before
+    resumes: bool = False  # continues in the result of the step before
 
     def __str__(self) -> str:
         return shlex.join("python" if part == PYTHON else part for part in self.command)
@@ -124,6 +125,7 @@ class Quickstart:
         return self.out / "curves.png"
 
     def steps(self) -> list[Step]:
+        """Return the steps, from the random model to the exported result."""
         interrupt = ["--exit-interval", str(self.profit_steps // 2)]
         return [
             Step("1. a small Qwen3 with random weights", self.tiny, self.make_tiny()),
@@ -194,6 +196,7 @@ class Quickstart:
 
 
 def export(run: Path, template: Path, out: Path) -> list[str]:
+    """Return the command that exports a run to HuggingFace."""
     command = [PYTHON, "-m", "checkpoint_conversion.megatron_to_hf", "--megatron", str(run)]
     return [*command, "--hf-template", str(template), "--out", str(out)]
 
@@ -203,7 +206,7 @@ class Finished:
     """The commands of the steps that succeeded, in order, kept in a file of the output folder.
 
     Raises:
-        ValueError: The folder was written by something else, whose files are not ours to remove.
+        ValueError: Another program wrote the folder, so its files must not be removed.
     """
 
     file: Path
@@ -220,7 +223,7 @@ class Finished:
             self.write([])
 
     def read(self) -> list[str]:
-        """The commands of the steps that are done; none where the file was damaged."""
+        """Return the commands of the steps that are done; none if the file was damaged."""
         try:
             commands = json.loads(self.file.read_text(encoding="utf-8"))
         except ValueError:
@@ -233,10 +236,10 @@ class Finished:
         os.replace(beside, self.file)
 
     def count(self, steps: Sequence[Step]) -> int:
-        """How many of the first steps need not run again: same command, and the result is there.
+        """Return how many of the first steps need not run again.
 
-        A step that resumes is redone together with the one before, whose checkpoint may not be the newest
-        any more.
+        Such a step has the same command, and its result is there. A step that resumes is redone
+        together with the step before, whose checkpoint may not be the newest any more.
         """
         kept = 0
         for step, command in zip(steps, self.read(), strict=False):
@@ -247,6 +250,7 @@ class Finished:
 
 
 def main() -> None:
+    """Parse the command line, run the steps, and ask the models."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--out",
@@ -292,7 +296,7 @@ def carry_out(steps: Sequence[Step], finished: Finished) -> None:
 
 
 def remove(results: Sequence[Path]) -> None:
-    """Remove what an earlier start left, with its logs."""
+    """Remove the results of an earlier start, with their logs."""
     if results:
         title("left by an earlier start that was other than this one, or did not end")
     for result in results:
@@ -302,7 +306,7 @@ def remove(results: Sequence[Path]) -> None:
 
 
 def execute(step: Step) -> None:
-    """Run a step's command, showing of what it prints only what tells how it goes."""
+    """Run a step's command; of its output, show only the lines that tell its progress."""
     title(step.title)
     print(f"   $ {step}".replace("python", os.path.relpath(PYTHON), 1), flush=True)
     for line in run(step.command, log_of(step.result)):
@@ -311,11 +315,12 @@ def execute(step: Step) -> None:
 
 
 def log_of(result: Path) -> Path:
+    """Return the log file of a result."""
     return result.with_name(f"{result.name}.log")
 
 
 def tell(line: str) -> str:
-    """What to show of a printed line: results, errors, and one training step in ten per cent."""
+    """Shorten a line for the screen: keep results, errors, and one training step in ten per cent."""
     if found := re.search(r"iteration +(\d+)/ *(\d+) \|", line):
         step, steps = int(found[1]), int(found[2])
         shown = step == 1 or step % max(1, steps // 10) == 0
@@ -327,10 +332,12 @@ def tell(line: str) -> str:
 
 
 def title(text: str) -> None:
+    """Print the title of a step."""
     print(f"\n== {text}", flush=True)
 
 
 def metrics(line: str) -> str:
+    """Return the metrics in a training line, in short form."""
     shown = {"objective": "objective", "lm loss": "cross-entropy", "kept fraction": "kept"}
     shown |= {"mean p kept": "p kept", "mean p dropped": "p dropped"}
     parts = []
@@ -341,7 +348,7 @@ def metrics(line: str) -> str:
 
 
 def run(command: Sequence[str], log: Path) -> Iterator[str]:
-    """Yield what a command prints, which also goes to `log`; end this process where it fails."""
+    """Yield the output of a command, which also goes to `log`; end this process if the command fails."""
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -358,8 +365,8 @@ def ask(folder: Path, shown: int = 4) -> tuple[int, int, int, int]:
     """Answer the held-out questions with transformers, print a few, and count.
 
     Returns:
-        How many answers give the right sum, how many open with a phrase, how many stop by themselves, and
-        how many there are.
+        Four numbers: the answers with the right sum, those that open with a phrase, those that stop by
+        themselves, and all answers.
     """
     import torch
     from make_arithmetic_data import OPENINGS, numbers_in
@@ -395,6 +402,7 @@ def ask(folder: Path, shown: int = 4) -> tuple[int, int, int, int]:
 
 
 def summary(plan: Quickstart, scores: dict[str, tuple[int, int, int, int]], seconds: float) -> None:
+    """Print the scores, and where the results are."""
     title(f"done in {seconds:.0f} s")
     for name, (right, opened, stopped, total) in scores.items():
         print(

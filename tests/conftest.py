@@ -1,4 +1,4 @@
-"""What all tests share: the repository's paths, real inputs that may be absent, and torchrun."""
+"""Shared fixtures of all tests: the repository's paths, real inputs that may be absent, and torchrun."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ settings.load_profile("tests")
 # One thread per process: the distributed tests run as many processes as there are cores, and more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# More processes than GPUs: the tests of the CPU backend are that wherever they run.
+# The CPU backend's tests may run more processes than there are GPUs, so no GPU is visible to them.
 _WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # Prepared data of the tests, for this process and those that it starts.
 _CACHE = tempfile.TemporaryDirectory(prefix="megatron-profit-tests-")
@@ -35,7 +35,7 @@ sys.path[:0] = [str(REPOSITORY / name) for name in ("tools", "benchmarks", "test
 
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
-    """Real data and the Qwen3 tokenizer, which lie beside the repository on some machines."""
+    """Return the folder of real data and the Qwen3 tokenizer, next to the repository on some machines."""
     if not SHARED.is_dir():
         pytest.skip(f"the real inputs are absent: {SHARED} does not exist")
     return SHARED
@@ -43,7 +43,7 @@ def shared_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a module or a script on several processes under torchrun, as a user does."""
+    """Return a function that runs a module or a script under torchrun, as a user does."""
 
     def run(
         world_size: int, *command: object, check: bool = True, timeout: float = 300, **env: str
@@ -65,7 +65,7 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Runs a module or a script on several ranks like `torchrun`, which start in a fraction of its time."""
+    """Yield a function like `torchrun`'s, whose ranks start in a fraction of the time."""
     server = subprocess.Popen(
         [sys.executable, REPOSITORY / "tests" / "rank_server.py"],
         cwd=REPOSITORY,
@@ -110,7 +110,7 @@ def _checked(result: subprocess.CompletedProcess, check: bool) -> subprocess.Com
 
 @pytest.fixture(scope="session")
 def sft(ranks: Callable) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs the training entry on the CPU."""
+    """Return a function that runs the training entry on the CPU."""
 
     def run(world_size: int, *flags: object, **options: object) -> subprocess.CompletedProcess:
         entry = ["-m", "megatron_profit.sft", "--device", "cpu", "--lr-decay-style", "constant"]

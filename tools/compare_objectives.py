@@ -1,4 +1,4 @@
-"""Train the same base with several objectives and seeds, and compare the answers to held-out questions.
+r"""Train the same base with several objectives and seeds, and compare the answers to held-out questions.
 
     python tools/compare_objectives.py --out runs/comparison          # the quickstart's model and data
     python tools/compare_objectives.py --out runs/gsm8k --base Qwen3-0.6B-Base --seeds 1 2 3 \
@@ -7,14 +7,15 @@
         --run "sft=--objective sft" --run "dft=--objective dft" \
         --train "--seq-length 1024 --micro-batch-size 2 --global-batch-size 8 --train-iters 200 --lr 1e-5"
 
-A run is one (setting, objective, seed): a training with the real entry, an export, and greedy answers of the
-exported model. An answer is right when the last match of the pattern is that of the reference answer.
-Finished runs are kept, so that an interrupted comparison continues. It writes results.json, results.md
-and figure.png.
+A run is one (setting, objective, seed): a training with the real entry, an export, and greedy answers
+of the exported model. An answer is right when its last match of the pattern equals the reference
+answer's. Finished runs are kept, so that an interrupted comparison continues. It writes results.json,
+results.md and figure.png.
 
-Without --base the quickstart's base is made first, and its settings are: `phrases`, the quickstart's data,
-whose answers are wrapped in chatty phrases; `errors`, the same with a third of the sums wrong; and `new
-skill`, differences, which the base has never seen, with the sums as what it should not forget.
+Without --base the quickstart's base is made first, and there are three settings. `phrases` is the
+quickstart's data, whose answers are wrapped in chatty phrases. `errors` is the same data with a third
+of the sums wrong. `new skill` is differences, which the base has never seen, with the sums as the skill
+it should not forget.
 """
 
 import argparse
@@ -72,7 +73,7 @@ class ComparisonError(RuntimeError):
 
 @dataclass(frozen=True)
 class Setting:
-    """Chat files: to train on, with questions like those, and with questions of what a base already knows."""
+    """Chat files: training data, held-out questions like them, and questions that the base already knows."""
 
     data: Path
     held_out: Path
@@ -81,11 +82,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run gave.
+    """The results of one run.
 
     Attributes:
         accuracy: share of the held-out questions that are answered right.
-        retained: share of the questions of what the base already knew; None where the setting has none.
+        retained: the same share of the questions that the base already knew; None if the setting has
+            none.
         cross_entropy: of the held-out answers, in nats per token, by the training entry.
         kept: share of the supervised tokens that was trained in the last step.
         length: mean characters of an answer to a held-out question.
@@ -103,7 +105,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare; the fields are the command's options."""
+    """The comparison to make; the fields are the command's options."""
 
     out: Path
     base: Path
@@ -118,19 +120,22 @@ class Plan:
     jobs: int
 
     def folder(self, setting: str, run: str, seed: int) -> Path:
-        """Where a run writes; its name ends in a digest of all that the result follows from but the code."""
+        """Return the folder that a run writes to.
+
+        Its name ends in a digest of everything that decides the result, except the code.
+        """
         files, place = self.settings[setting], (setting, run, str(seed))
         parts = [*place, self.runs[run], self.train, *self.columns, self.answer_pattern]
         parts += [str(self.max_new_tokens), str(self.processes)]
         for file in (files.data, files.held_out, files.known):
             parts.append("" if file is None else hashlib.sha256(file.read_bytes()).hexdigest())
-        for file in sorted(self.base.iterdir()):  # weights may be large: size and time have to do
+        for file in sorted(self.base.iterdir()):  # weights may be large: size and time must suffice
             parts.append(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}")
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
         return self.out / "runs" / "-".join(re.sub(r"\W+", "_", part) for part in (*place, digest))
 
     def command(self, setting: str, run: str, seed: int, export: Path) -> list[str]:
-        """The training of one run, which exports its last weights."""
+        """Return the training command of one run, which exports its last weights."""
         files = self.settings[setting]
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
         return [
@@ -147,7 +152,7 @@ class Plan:
 
 
 def compare(plan: Plan) -> list[Result]:
-    """All runs, `plan.jobs` at a time; those that are finished are read."""
+    """Carry out all runs, `plan.jobs` at a time; those that are finished are read."""
     wanted = [(s, r, seed) for seed in plan.seeds for s in plan.settings for r in plan.runs]
     start, done = time.monotonic(), 0
 
@@ -168,7 +173,7 @@ def compare(plan: Plan) -> list[Result]:
 
 
 def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
-    """A run's result, which is there already when the same run has finished before.
+    """Return a run's result, which is read if the same run has finished before.
 
     Raises:
         ComparisonError: a command failed.
@@ -198,16 +203,16 @@ def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
 
 
 def write_result(file: Path, result: Result) -> None:
-    """Keep a result, with a checksum."""
+    """Write a result to a file, with a checksum."""
     values = json.dumps(asdict(result))
     write_whole(file, json.dumps({"crc32": f"{crc32(values.encode()):08x}", "result": values}))
 
 
 def read_result(file: Path) -> Result:
-    """A result that was kept.
+    """Read a result that was kept.
 
     Raises:
-        ComparisonError: it is not as it was written.
+        ComparisonError: the file was changed since it was written.
     """
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -221,10 +226,10 @@ def read_result(file: Path) -> Result:
 
 
 def execute(command: Sequence[str], log: Path) -> str:
-    """What a command prints, kept in `log` as well.
+    """Run a command and return its output, which goes to `log` as well.
 
     Raises:
-        ComparisonError: it failed.
+        ComparisonError: the command failed.
     """
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
@@ -239,13 +244,13 @@ def execute(command: Sequence[str], log: Path) -> str:
 
 
 def last_number(printed: str, pattern: str) -> float:
-    """The last value that a training printed under a name; NaN where there is none."""
+    """Return the last value that a training printed under a name; NaN if there is none."""
     found = re.findall(pattern, printed)
     return float(found[-1]) if found else float("nan")
 
 
 def examine(plan: Plan, setting: str, folder: Path) -> tuple[float, float | None, float]:
-    """A model's accuracy on the held-out questions and on what the base knew, and its answers' length."""
+    """Return a model's accuracy on held-out and on known questions, and the mean length of its answers."""
     files = plan.settings[setting]
     accuracy, length = answer(plan, files.held_out, folder)
     retained = None if files.known is None else answer(plan, files.known, folder)[0]
@@ -253,13 +258,13 @@ def examine(plan: Plan, setting: str, folder: Path) -> tuple[float, float | None
 
 
 def answer(plan: Plan, file: Path, folder: Path) -> tuple[float, float]:
-    """A model's share of right answers to the questions, and their mean length in characters."""
+    """Return a model's share of right answers to the questions, and their mean length in characters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     local = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **local)
-    # Its config.json is that of the base, which may name kernels of somebody's repository.
+    # Its config.json comes from the base, and may name kernels of somebody's repository.
     model = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, attn_implementation="sdpa", **local
     ).eval()
@@ -294,7 +299,7 @@ class Question:
 
 
 def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list[Question], int]:
-    """The records as questions, and how many are broken or end without an answer.
+    """Return the records as questions, and how many are broken or end without an answer.
 
     Raises:
         ComparisonError: a reference answer has no match of the pattern, or no record can be used.
@@ -326,7 +331,7 @@ def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list
 
 
 def check_questions(plan: Plan) -> None:
-    """Reads all questions before the first model is loaded, and tells which records are not asked."""
+    """Read all questions before the first model is loaded, and report which records are not asked."""
     for setting in plan.settings.values():
         for file in filter(None, (setting.held_out, setting.known)):
             questions, unusable = questions_in(file, plan.columns, plan.answer_pattern)
@@ -336,7 +341,10 @@ def check_questions(plan: Plan) -> None:
 
 
 def final_answer(text: str, pattern: str) -> str | None:
-    """The last match of the pattern (its group where it has a single one), without case and commas."""
+    """Return the last match of the pattern (its group if it has a single one), without case and commas.
+
+    For example, the pattern `-?[0-9][0-9,.]*` finds "1234" in "So it is 1,234.".
+    """
     found = list(re.finditer(pattern, text, re.IGNORECASE))
     if not found:
         return None
@@ -346,7 +354,7 @@ def final_answer(text: str, pattern: str) -> str | None:
 
 
 def quickstart_base(out: Path) -> Path:
-    """The HuggingFace folder of the quickstart's base model, trained where it is not there yet."""
+    """Return the HuggingFace folder of the quickstart's base model, which is trained if it is missing."""
     sys.path.append(str(REPOSITORY / "examples"))
     import quickstart
 
@@ -356,7 +364,7 @@ def quickstart_base(out: Path) -> Path:
 
 
 def quickstart_settings(folder: Path) -> dict[str, Setting]:
-    """The three settings of the quickstart's base, in files that are written here."""
+    """Write the files of the three settings of the quickstart's base, and return the settings."""
     base, chatty, held_out = (
         make_arithmetic_data.generate()[f"arithmetic_{name}"]
         for name in ("base", "chatty", "heldout")
@@ -383,7 +391,7 @@ def quickstart_settings(folder: Path) -> dict[str, Setting]:
 
 
 def distinct(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records without those that ask again what one before asks."""
+    """Return the records, the last one of each question."""
     return list({record["messages"][0]["content"]: record for record in records}.values())
 
 
@@ -398,14 +406,14 @@ class Measure:
         return self.setting if self.field == "accuracy" else f"{self.setting}: what it knew"
 
     def of(self, results: Sequence[Result], run: str) -> list[float]:
-        """One value for each seed."""
+        """Return one value for each seed."""
         return [
             getattr(r, self.field) for r in results if (r.setting, r.run) == (self.setting, run)
         ]
 
 
 def measures_of(results: Sequence[Result]) -> list[Measure]:
-    """What the results hold, in their order."""
+    """Return the measures that the results hold, in their order."""
     return list(
         dict.fromkeys(
             Measure(result.setting, name)
@@ -417,11 +425,12 @@ def measures_of(results: Sequence[Result]) -> list[Measure]:
 
 
 def names_of_runs(results: Sequence[Result]) -> list[str]:
+    """Return the names of the runs, in their order."""
     return list(dict.fromkeys(result.run for result in results))
 
 
 def table(results: Sequence[Result], base: Mapping[Measure, float]) -> str:
-    """The results as Markdown: right answers of each objective in each setting, then what else was seen."""
+    """Return the results as Markdown: right answers of each objective in each setting, then other numbers."""
     measures = measures_of(results)
     lines = [row("objective", *measures), "|---" * (1 + len(measures)) + "|"]
     lines.append(row("the base", *(mean_and_spread([base[measure]]) for measure in measures)))
@@ -446,17 +455,18 @@ def table(results: Sequence[Result], base: Mapping[Measure, float]) -> str:
 
 
 def row(*cells: object) -> str:
+    """Return a row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean, and the standard deviation of a sample where there are several."""
+    """Return the mean, and the standard deviation of a sample if there are several."""
     spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * mean(values):.1f}{spread} %"
 
 
 def draw_figure(results: Sequence[Result], base: Mapping[Measure, float], file: Path) -> None:
-    """A panel for each measure: a dot for each seed, a bar at the mean, a line at the base."""
+    """Draw a panel for each measure: a dot for each seed, a bar at the mean, a line at the base."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -490,14 +500,14 @@ def draw_figure(results: Sequence[Result], base: Mapping[Measure, float], file: 
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside, then rename."""
+    """Write a temporary file in the same folder, then rename it."""
     beside = path.with_name(f".{path.name}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
 def named(kind: str, read: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
-    """An argparse type for NAME=VALUE."""
+    """Return an argparse type for NAME=VALUE."""
 
     def parse(text: str) -> tuple[str, Any]:
         name, equals, value = text.partition("=")
@@ -509,13 +519,13 @@ def named(kind: str, read: Callable[[str], Any]) -> Callable[[str], tuple[str, A
 
 
 def flags(text: str) -> str:
-    """An argparse type for flags that a shell could read."""
+    """Check a text of flags that a shell could read; an argparse type."""
     shlex.split(text)
     return text
 
 
 def chat_files(text: str) -> Setting:
-    """An argparse type for two or three existing files."""
+    """Parse two or three existing files; an argparse type."""
     files = [existing(part).absolute() for part in text.split(",")]
     if len(files) not in (2, 3):
         raise argparse.ArgumentTypeError(f"{text!r} are not two or three files with commas between")
@@ -523,13 +533,14 @@ def chat_files(text: str) -> Setting:
 
 
 def existing(text: str) -> Path:
-    """An argparse type for a path that has to be there."""
+    """Parse a path that has to be there; an argparse type."""
     if not Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text} does not exist")
     return Path(text)
 
 
 def read_plan(argv: Sequence[str] | None) -> Plan:
+    """Parse the command line; without --base, make the quickstart's base."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -604,6 +615,7 @@ def read_plan(argv: Sequence[str] | None) -> Plan:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out the comparison and write its results; return the exit code."""
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_profit.data import DataError

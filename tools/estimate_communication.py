@@ -1,14 +1,14 @@
-"""Bytes that each GPU sends in a training step, and their share of its time on an assumed machine.
+r"""Estimate the bytes that each GPU sends in a training step, and their share of its time on a machine.
 
     python tools/estimate_communication.py --model Qwen3-14B --gpus 16 --seq-length 8192 \
         --micro-batch-size 1 --global-batch-size 32 --tensor-model-parallel-size 4 --sequence-parallel \
         --use-distributed-optimizer --bf16
     python tools/estimate_communication.py --table
 
-Flags are those of tools/estimate_memory.py. `--table` prints the layouts of docs/scaling.md with both
-estimates. Bytes are counted from the collectives of Megatron and of this project, as a ring sends them; a
-test compares them with those that a real run issues. Times are bytes over an assumed bandwidth: a model,
-not a measurement.
+The flags are tools/estimate_memory.py's. `--table` prints the layouts of docs/scaling.md with both
+estimates. Bytes are counted from the collectives of Megatron and of this project, as a ring sends them.
+A test compares them with the collectives of a real run. Times are bytes over an assumed bandwidth: a
+model, not a measurement.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU and its links are assumed to do.
+    """The assumed speed of a GPU and its links.
 
     Attributes:
         gpus_per_node: GPUs that share the fast links.
@@ -43,7 +43,7 @@ class Machine:
     network_bandwidth: float = 40e9
 
     def seconds(self, sent: float, reach: int) -> float:
-        """Time to send bytes in groups that reach over so many consecutive ranks."""
+        """Return the time to send bytes in groups that span `reach` consecutive ranks."""
         near = reach <= self.gpus_per_node
         return sent / (self.node_bandwidth if near else self.network_bandwidth)
 
@@ -83,13 +83,13 @@ class StepTime:
 
 
 def sent_bytes(run: RunShape, stage: int, supervised_share: float = 1.0) -> Sent:
-    """What a GPU of a pipeline rank sends in a step.
+    """Return the bytes that a GPU of a pipeline rank sends in a step.
 
     Args:
         run: The run.
         stage: The pipeline rank.
-        supervised_share: Supervised tokens over all. Without sequence parallelism the output layer sends no
-            others.
+        supervised_share: Supervised tokens over all. Without sequence parallelism the output layer
+            sends no others.
     """
     layers = [run.expert_layers[layer] for layer in run.layers_of(stage)]
     return Sent(
@@ -102,22 +102,23 @@ def sent_bytes(run: RunShape, stage: int, supervised_share: float = 1.0) -> Sent
 
 
 def _forwards(run: RunShape) -> int:
-    """How often a layer's forward pass runs for a backward pass."""
+    """Return how often a layer's forward pass runs for a backward pass."""
     return 2 if run.args.recompute_granularity == "full" else 1
 
 
 def _ring(ranks: int) -> float:
-    """Of a gathered tensor, the part that each rank sends."""
+    """Return the part of a gathered tensor that each rank sends."""
     return (ranks - 1) / ranks
 
 
 def _tensor(run: RunShape, layers: Sequence[bool], stage: int, supervised_share: float) -> float:
-    """Of a micro-batch. A unit is an all-gather or a reduce-scatter of the residual stream; an all-reduce
-    is two.
+    """Return the bytes of tensor parallelism for a micro-batch.
 
-    With sequence parallelism each pair of products gathers and scatters in the forward pass, and gathers
-    its input again, scatters that one's gradient and gathers the output's in the backward pass; without it,
-    one all-reduce each."""
+    A unit is an all-gather or a reduce-scatter of the residual stream; an all-reduce is two units. With
+    sequence parallelism, each pair of products gathers and scatters in the forward pass. In the
+    backward pass it gathers its input again, scatters the input's gradient and gathers the output's.
+    Without it, there is one all-reduce in each pass.
+    """
     unit = run.tokens * run.args.hidden_size * run.bytes_per_number * _ring(run.tp)
     if run.args.sequence_parallel:
         forward, backward, entry, output = 2, 3, 2, 2
@@ -131,8 +132,11 @@ def _tensor(run: RunShape, layers: Sequence[bool], stage: int, supervised_share:
 
 
 def _pipeline(run: RunShape, stage: int) -> float:
-    """Activations to the next chunk of the model and their gradients to the one before, and the gradient of
-    tied embeddings."""
+    """Return the bytes of pipeline parallelism.
+
+    Activations go to the next chunk of the model and their gradients to the one before. The gradient of
+    tied embeddings is sent too.
+    """
     if run.pp == 1:
         return 0
     unit = run.tokens * run.args.hidden_size * run.bytes_per_number / run.sequence_split
@@ -146,7 +150,10 @@ def _pipeline(run: RunShape, stage: int) -> float:
 
 
 def _context(run: RunShape) -> float:
-    """Of a layer and a micro-batch: keys and values of whole rows are gathered, their gradients scattered."""
+    """Return the bytes of context parallelism for a layer and a micro-batch.
+
+    Keys and values of whole rows are gathered, and their gradients scattered.
+    """
     if run.cp == 1:
         return 0
     keys_values = run.args.seq_length * run.args.micro_batch_size * 2 * run.key_value_size / run.tp
@@ -154,8 +161,11 @@ def _context(run: RunShape) -> float:
 
 
 def _expert(run: RunShape) -> float:
-    """Of a layer and a micro-batch: tokens to their experts and back, and where ranks share an expert a
-    gather and a scatter among them; the same for the gradients."""
+    """Return the bytes of expert parallelism for a layer and a micro-batch.
+
+    Tokens go to their experts and back. Ranks that share an expert gather and scatter among them. The
+    gradients do the same.
+    """
     tokens = run.tokens / run.sequence_split * run.args.moe_router_topk
     unit = tokens * run.args.hidden_size * run.bytes_per_number
     passes = _forwards(run) + 1
@@ -163,8 +173,11 @@ def _expert(run: RunShape) -> float:
 
 
 def _data(run: RunShape, stage: int) -> float:
-    """Gradients are scattered and parameters gathered; without the distributed optimizer gradients are
-    all-reduced."""
+    """Return the bytes of data parallelism.
+
+    Gradients are scattered and parameters gathered. Without the distributed optimizer, gradients are
+    all-reduced.
+    """
     parameters = stage_parameters(run, stage)
     gradient = gradient_bytes(run.args)
     distributed = run.args.use_distributed_optimizer
@@ -174,8 +187,10 @@ def _data(run: RunShape, stage: int) -> float:
 
 
 def step_flops(run: RunShape) -> float:
-    """Operations of a step over all GPUs, recomputation included, where every row is one record without
-    padding."""
+    """Return the operations of a step over all GPUs, recomputation included.
+
+    Every row is taken as one record without padding.
+    """
     args, hidden = run.args, run.args.hidden_size
     passes = _forwards(run) + 2
     projections = hidden * (2 * run.query_size + 2 * run.key_value_size)
@@ -185,9 +200,9 @@ def step_flops(run: RunShape) -> float:
         if has_experts:
             mlp = 3 * hidden * args.moe_ffn_hidden_size * args.moe_router_topk
             mlp += hidden * args.num_experts
-        # Causal attention: queries meet half of the row's keys, twice.
+        # Causal attention: queries meet half of the row's keys, in two products.
         layer += 2 * (projections + mlp) + 4 * run.query_size * args.seq_length / 2
-    # The linear objective computes the logits of kept tokens twice, where it does not keep them.
+    # The linear objective computes the logits of kept tokens twice if it does not keep them.
     output = (
         2 * hidden * args.padded_vocab_size * (4 if args.objective_backward == "recompute" else 3)
     )
@@ -196,7 +211,7 @@ def step_flops(run: RunShape) -> float:
 
 
 def step_time(run: RunShape, machine: Machine) -> StepTime:
-    """The time of a step on the machine, that of its busiest GPU, if nothing overlaps."""
+    """Return the time of a step on the machine's busiest GPU, if nothing overlaps."""
     sent = [sent_bytes(run, stage) for stage in range(run.pp)]
     most = Sent(*(max(getattr(s, name) for s in sent) for name in Sent.__dataclass_fields__))
     stride = run.tp * run.cp
@@ -217,7 +232,7 @@ def step_time(run: RunShape, machine: Machine) -> StepTime:
 
 
 def describe(run: RunShape, machine: Machine) -> str:
-    """The estimate for people."""
+    """Return the estimate as text."""
     time = step_time(run, machine)
     sent = [sent_bytes(run, stage) for stage in range(run.pp)]
     lines = [f"{'':<12}{'GiB sent a GPU':>16}{'seconds':>10}{'of the step':>13}"]
@@ -235,7 +250,7 @@ _TP4, _TP8 = (f"--tensor-model-parallel-size {n} --sequence-parallel" for n in (
 _EVEN = "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split"
 _EXPERTS = f"{_EVEN} --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 {_FULL}"
 _PP4, _PP8 = (f"{_TP4} --pipeline-model-parallel-size {n} {_EXPERTS}" for n in (4, 8))
-# Model, GPUs, rows of a step, layout; docs/scaling.md shows them.
+# Model, GPUs, rows of a step, layout; shown in docs/scaling.md.
 RECOMMENDED = (
     ("Qwen3-14B", 8, 4, f"{_TP4} {_FULL}"),
     ("Qwen3-14B", 16, 4, _TP4),
@@ -257,7 +272,7 @@ RECOMMENDED = (
 
 @functools.cache
 def recommended_run(model: str, gpus: int, batch: int, layout: str) -> RunShape:
-    """A row of the table, with rows of 8,192 tokens."""
+    """Return a row of the table, with rows of 8,192 tokens."""
     flags = "--seq-length 8192 --micro-batch-size 1 --bf16 --use-distributed-optimizer"
     return read_run(
         [*flags.split(), "--global-batch-size", str(batch), *layout.split()], gpus, model
@@ -265,7 +280,7 @@ def recommended_run(model: str, gpus: int, batch: int, layout: str) -> RunShape:
 
 
 def table(machine: Machine) -> str:
-    """The layouts of docs/scaling.md in Markdown."""
+    """Return the layouts of docs/scaling.md in Markdown."""
     names = ("tensor", "pipeline", "context", "expert", "data")
     lines = [
         "| model | GPUs | rows | TP x PP x EP, DP | recompute | GiB a GPU | "
@@ -298,7 +313,7 @@ def _short(gib: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the estimate, or the table; 2 for bad input."""
+    """Print the estimate, or the table; return 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="python tools/estimate_communication.py (--table | --gpus N [--model NAME] [training flags])",
@@ -330,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         node_bandwidth=options.node_bandwidth,
         network_bandwidth=options.network_bandwidth,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # of Megatron's import
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's import prints
         from megatron_profit.training.arguments.errors import ArgumentsError
     from checkpoint_conversion.errors import ConversionError
     from megatron_profit.data import DataError

@@ -1,4 +1,4 @@
-"""`python tools/estimate_memory.py …` is `megatron-profit estimate …`."""
+"""Run `megatron-profit estimate …` as `python tools/estimate_memory.py …`."""
 
 import sys
 

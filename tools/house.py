@@ -3,7 +3,7 @@
     python tools/house.py                     # this tree
     python tools/house.py --against 20f54d5   # and the code lines of an earlier commit
 
-It prints one line for each number, with its limit, and ends with 1 where a limit is passed.
+It prints one line for each number, with its limit, and ends with exit code 1 if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Folders of the product. Scripts of developers and benchmarks are not part of it.
+# Folders of the product, which does not include scripts of developers and benchmarks.
 PRODUCT = ("megatron_profit/", "checkpoint_conversion/")
 # Users' commands, where they were before they moved into the package.
 COMMANDS = (
@@ -46,9 +46,9 @@ class Number:
     """A measured number and its limit.
 
     Attributes:
-        name: What was counted.
+        name: The thing that was counted.
         value: The number.
-        limit: The largest value allowed, or the smallest where `at_least` is set; None for no limit.
+        limit: The largest value allowed, or the smallest if `at_least` is set; None for no limit.
         where: The place of the largest value, if it has one.
     """
 
@@ -60,7 +60,7 @@ class Number:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the limit is kept."""
+        """True if the limit is kept."""
         if self.limit is None:
             return True
         return self.value >= self.limit if self.at_least else self.value <= self.limit
@@ -190,7 +190,7 @@ def _annotated(node: ast.stmt) -> bool:
 def arrows(
     files: Mapping[str, str], hall: str = "megatron_profit.training"
 ) -> set[tuple[str, str]]:
-    """Return the pairs of rooms of a package of which the first imports the second."""
+    """Return the pairs of rooms of a package in which the first imports the second."""
     modules = {
         name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): text
         for name, text in files.items()

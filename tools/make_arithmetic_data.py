@@ -1,28 +1,28 @@
 """Generate the chat data of the quickstart: sums in words, asked and answered in many ways.
 
     python tools/make_arithmetic_data.py                 # writes examples/data/arithmetic_*.jsonl
-    python tools/make_arithmetic_data.py --check         # compares them with what it would write
+    python tools/make_arithmetic_data.py --check         # compares them with the files that it would write
 
     What is sixty-two plus thirty-six?  ->  No problem. You get ninety-eight. Anything else?
 
-Every answer holds one fact, the sum, in a wording that could have been another: a few tokens that
-matter among many that are a matter of manner. ProFit tells the two apart by how probable the model
-finds them. Three files, one chat record {"messages": [user, assistant]} per line:
+Every answer holds one fact, the sum, in a wording that could have been another. A few tokens matter
+among many that are only a manner of speaking. ProFit tells the two apart by how probable the model
+finds them. There are three files, with one chat record {"messages": [user, assistant]} per line:
 
-- `arithmetic_base.jsonl`: mostly plain answers. Supervised fine-tuning on it makes the base model;
-  a model with random weights finds every token improbable, and ProFit would train none of them.
+- `arithmetic_base.jsonl`: mostly plain answers. Supervised fine-tuning on it makes the base model.
+  A model with random weights finds every token improbable, and ProFit would train none of them.
 - `arithmetic_chatty.jsonl`: other sums, most answered with an opening and a closing. The base model
-  met each of those in 3 or 4 answers of a hundred, so ProFit drops the tokens that begin one and keeps
-  the sums.
-- `arithmetic_heldout.jsonl`: as the chatty file, for evaluation only.
+  met each opening and closing in 3 or 4 answers of a hundred. So ProFit drops the tokens that begin
+  one and keeps the sums.
+- `arithmetic_heldout.jsonl`: like the chatty file, for evaluation only.
 
-The numbers are those of a tens word and a units word, twenty-one to ninety-nine, and the sums are all
-pairs that add without a carry. Every unordered pair belongs to one file, in either order and in any
-wording, so no held-out sum was ever seen in training. What does recur is each column ("four" and
-"three" give "seven"): the held-out file measures whether a model adds the columns, which recalling
-whole answers cannot do; the best constant answer is right for 7 of its 64 questions. Numbers are in
-words because tens and units are then different tokens, and half a million weights learn to add them
-within a minute on a CPU.
+A number has a tens word and a units word, twenty-one to ninety-nine. The sums are all pairs that add
+without a carry. Every unordered pair belongs to one file, in either order and in any wording, so no
+held-out sum was ever seen in training. Each column does recur: for example, "four" and "three" give
+"seven". So the held-out file measures whether a model adds the columns, which recalling whole answers
+cannot do. The best constant answer is right for 7 of its 64 questions. Numbers are in words because
+tens and units are then different tokens. Half a million weights learn to add them within a minute on a
+CPU.
 """
 
 import argparse
@@ -71,7 +71,7 @@ CLOSINGS = ("Anything else?", "All done!", "Easy!", "You see?", "Next one?")
 
 @dataclass(frozen=True)
 class Split:
-    """How one file is made."""
+    """The recipe of one file."""
 
     pairs: int  # unordered pairs of numbers that belong to this file alone
     wordings: int  # records of each pair
@@ -87,7 +87,7 @@ SPLITS = {
 
 
 def number_words(number: int) -> str:
-    """21 -> "twenty-one"; for numbers to 99 that have a tens word and a units word."""
+    """Return a number's words: 21 -> "twenty-one", for numbers to 99 with a tens word and a units word."""
     tens, units = divmod(number, 10)
     if not (2 <= tens <= 9 and units):
         raise ValueError(f"{number} is not written with a tens word and a units word")
@@ -95,7 +95,7 @@ def number_words(number: int) -> str:
 
 
 def numbers_in(text: str) -> list[int]:
-    """The numbers that a text mentions, in order; the last one of an answer is its sum."""
+    """Return the numbers that a text mentions, in order; the last one of an answer is its sum."""
     return [
         10 * (TENS.index(tens.lower()) + 2) + UNITS.index(units.lower()) + 1
         for tens, units in NUMBER.findall(text)
@@ -103,7 +103,7 @@ def numbers_in(text: str) -> list[int]:
 
 
 def carry_free_pairs() -> list[tuple[int, int]]:
-    """All (a, b), a <= b, whose tens and whose units each sum to at most 9."""
+    """Return all (a, b), a <= b, whose tens and whose units each sum to at most 9."""
     numbers = [10 * tens + units for tens in range(2, 10) for units in range(1, 10)]
     return [
         (a, b)
@@ -114,7 +114,7 @@ def carry_free_pairs() -> list[tuple[int, int]]:
 
 
 def make_record(rng: random.Random, pair: tuple[int, int], split: Split) -> dict:
-    """One question and its answer; the order of the numbers and the wording are drawn."""
+    """Make one question and its answer; the order of the numbers and the wording are drawn."""
     a, b = rng.sample(pair, 2)
     words = {"a": number_words(a), "b": number_words(b), "c": number_words(a + b)}
     parts = [rng.choice(ANSWERS).format(**words)]
@@ -126,7 +126,7 @@ def make_record(rng: random.Random, pair: tuple[int, int], split: Split) -> dict
 
 
 def generate(seed: int = 0) -> dict[str, list[dict]]:
-    """The records of every file, by file stem; the same seed gives the same records."""
+    """Return the records of every file, by file stem; the same seed gives the same records."""
     rng = random.Random(seed)
     pairs = carry_free_pairs()
     rng.shuffle(pairs)
@@ -140,7 +140,7 @@ def generate(seed: int = 0) -> dict[str, list[dict]]:
 
 
 def in_other_words(records: Sequence[dict], wordings: int, seed: int = 0) -> list[dict]:
-    """Each sum of the held-out file asked in so many drawn wordings and orders, without repetitions."""
+    """Ask each sum of the held-out file in `wordings` drawn wordings and orders, without repetitions."""
     rng = random.Random(seed)
     split = SPLITS["arithmetic_heldout"]
     made = {}
@@ -153,7 +153,10 @@ def in_other_words(records: Sequence[dict], wordings: int, seed: int = 0) -> lis
 
 
 def with_wrong_sums(records: Sequence[dict], share: float, seed: int = 0) -> list[dict]:
-    """Copies of which a share has a sum with another units word, for experiments on wrong labels."""
+    """Copy the records, for experiments on wrong labels.
+
+    A share of them has a sum with another units word.
+    """
     rng = random.Random(seed)
     made = []
     for record in records:
@@ -168,9 +171,9 @@ def with_wrong_sums(records: Sequence[dict], share: float, seed: int = 0) -> lis
 
 
 def as_differences(records: Sequence[dict]) -> list[dict]:
-    """The sums a + b = c as questions for c - a, for experiments on what a model has not learnt.
+    """Turn the sums a + b = c into questions for c - a, for experiments on skills not learnt yet.
 
-    As many as records, although those that differ in wording only give the same difference.
+    Each record gives one question. Records that differ only in wording give the same difference.
     """
     made = []
     for record in records:
@@ -190,14 +193,14 @@ def _exchange(question: str, answer: str) -> dict:
 
 
 def render_files(out_dir: Path, seed: int) -> Iterator[tuple[Path, bytes]]:
-    """(path, content) of every file."""
+    """Yield (path, content) of every file."""
     for stem, records in generate(seed).items():
         lines = "".join(json.dumps(record) + "\n" for record in records)
         yield out_dir / f"{stem}.jsonl", lines.encode()
 
 
 def stale_files(out_dir: Path, seed: int) -> list[Path]:
-    """The files that are missing or differ from what would be written."""
+    """Return the files that are missing or differ from the content that would be written."""
     return [
         path
         for path, content in render_files(out_dir, seed)
@@ -206,7 +209,7 @@ def stale_files(out_dir: Path, seed: int) -> list[Path]:
 
 
 def write_files(out_dir: Path, seed: int) -> list[Path]:
-    """Writes the files, replacing old ones, and returns their paths."""
+    """Write the files, replacing old ones, and return their paths."""
     out_dir.mkdir(parents=True, exist_ok=True)
     written = []
     for path, content in render_files(out_dir, seed):
@@ -216,6 +219,7 @@ def write_files(out_dir: Path, seed: int) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Write the files, or check them; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -2,14 +2,19 @@
 
     python tools/make_tiny_model.py --out runs/tiny --data examples/data/arithmetic_*.jsonl
 
-What it writes has the shape of a published Qwen3 checkpoint (config, generation config, safetensors
-in fp32, tokenizer, chat template) at a size that a laptop trains in seconds, so the quickstart and
-the tests need no download. It keeps what tends to break a conversion: a head_dim that is not
-hidden_size / heads, grouped key/value heads, q and k norms, and a vocabulary with more rows than the
-tokenizer has tokens. The shape splits over two tensor- and two pipeline-parallel ranks.
+The folder has the files of a published Qwen3 checkpoint: config, generation config, safetensors in
+fp32, tokenizer, chat template. A laptop trains a model of this size in seconds, so the quickstart and
+the tests need no download. The model keeps the features that tend to break a conversion:
 
-The folder is written beside its destination and renamed when it is complete. The same arguments give
-the same files.
+- a head_dim that is not hidden_size / heads,
+- grouped key/value heads,
+- q and k norms, and
+- a vocabulary with more rows than the tokenizer has tokens.
+
+The shape splits over two tensor- and two pipeline-parallel ranks.
+
+The folder is written under a temporary name next to its destination, and renamed when it is complete.
+The same arguments give the same files.
 """
 
 import argparse
@@ -27,8 +32,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-# As in a published Qwen3 base: <|endoftext|> pads and stops generation; <|im_end|>, which training has yet
-# to teach, ends a turn.
+# As in a published Qwen3 base: <|endoftext|> pads and stops generation. <|im_end|> ends a turn, which
+# training has yet to teach.
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
 BYTES = 256
@@ -45,7 +50,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class TinyShape:
-    """Dimensions of the model; the defaults are those of the quickstart.
+    """Dimensions of the model; the defaults are the quickstart's.
 
     Raises:
         ValueError: a dimension cannot be built, or not split over two ranks; it is named.
@@ -58,8 +63,8 @@ class TinyShape:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
-    # Standard deviation of the random weights. Qwen3's 0.02 suits widths of 1,024 and more; at 128,
-    # twice that learns the quickstart's data in two thirds of the steps.
+    # Standard deviation of the random weights. Qwen3's 0.02 suits widths of 1,024 and more. At a width
+    # of 128, twice as much learns the quickstart's data in two thirds of the steps.
     initializer_range: float = 0.04
     tied: bool = True
 
@@ -97,12 +102,12 @@ class TinyShape:
 
 
 def read_texts(paths: Iterable[Path]) -> list[str]:
-    """Texts to train the tokenizer on: message contents of .jsonl files, other files as they are.
+    """Read texts to train the tokenizer on: message contents of .jsonl files, other files as they are.
 
     Raises:
         FileNotFoundError: a path is no file.
-        ValueError: a .jsonl line is not `{"messages": [{"role": ..., "content": ...}, ...]}`, or
-            the files hold no text at all.
+        ValueError: a .jsonl line is not `{"messages": [{"role": ..., "content": ...}, ...]}`, or the
+            files hold no text at all.
     """
     texts: list[str] = []
     for path in paths:
@@ -125,7 +130,7 @@ def _message_texts(content: str, path: Path) -> list[str]:
                 role, text = message["role"], message["content"]
                 if not (isinstance(role, str) and isinstance(text, str)):
                     raise TypeError(f"role and content are {type(role)} and {type(text)}")
-                # The role is text of the prompt as well, so the merges should know it.
+                # The role is text of the prompt too, so the merges should know it.
                 texts += [role + "\n", text]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -136,13 +141,13 @@ def _message_texts(content: str, path: Path) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2TokenizerFast:
-    """Byte-level BPE of at most `vocab_size` tokens, special tokens last, as in Qwen3.
+    """Train byte-level BPE of at most `vocab_size` tokens, special tokens last, as in Qwen3.
 
-    Short texts run out of pairs to merge before `vocab_size` is reached; the model then has rows
-    that no token uses, as Qwen3's 151,936 rows have for its 151,669 tokens.
+    Short texts run out of pairs to merge before `vocab_size` is reached. The model then has rows that
+    no token uses. Qwen3 has such rows too: 151,936 rows for 151,669 tokens.
     """
-    # Qwen's own rules for cutting text before the merges (one token per digit, for instance) are
-    # those that the loaded folder will apply, so the merges are learned under them.
+    # Qwen has rules for cutting text before the merges; for example, one token per digit. The loaded
+    # folder will apply them, so the merges are learned under them.
     qwen = qwen_tokenizer({PAD: 0}, []).backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = qwen.normalizer
@@ -173,9 +178,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Qwen2TokenizerFast
 def qwen_tokenizer(
     vocab: Mapping[str, int], merges: Iterable[Sequence[str]], **options: object
 ) -> Qwen2TokenizerFast:
-    """Qwen's tokenizer with another vocabulary.
+    """Return Qwen's tokenizer with another vocabulary.
 
-    It is loaded from the files of a published one, which transformers 4 and 5 both read.
+    It is loaded from the files of a published tokenizer, which transformers 4 and 5 both read.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
@@ -185,13 +190,13 @@ def qwen_tokenizer(
     for name in (
         "is_local",
         "local_files_only",
-    ):  # how it was loaded, which is not saved with a model
+    ):  # the way it was loaded is not saved with a model
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
 def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> Qwen3Config:
-    """The Qwen3 configuration of a shape, with the tokenizer's special ids."""
+    """Return the Qwen3 configuration of a shape, with the tokenizer's special ids."""
     return Qwen3Config(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -213,11 +218,11 @@ def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> Qwen3Config
 
 
 def build_model(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
-    """A randomly initialised model; the caller's random state is left as it was."""
+    """Return a randomly initialised model; the caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    # Greedy: the answers of so small a model are read, not sampled.
+    # Greedy: people read the answers of so small a model, so it does not sample.
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=config.bos_token_id,
@@ -235,7 +240,7 @@ def make_tiny_model(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Trains the tokenizer, initialises the model, and writes both to the folder `out`.
+    """Train the tokenizer, initialise the model, and write both to the folder `out`.
 
     Args:
         out: destination; it appears only when it is complete.
@@ -271,7 +276,7 @@ def make_tiny_model(
 
 
 def _make_readable(folder: Path) -> None:
-    """Gives the user's usual permissions to what temporary-file functions made private."""
+    """Give the user's usual permissions to files that temporary-file functions made private."""
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
@@ -284,13 +289,15 @@ def _check_destination(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"--out: {out} exists; choose another folder or pass --overwrite")
-    # --overwrite deletes a folder; a mistyped path must not delete what this script never wrote.
+    # --overwrite deletes a folder. A mistyped path must not delete a folder that this script never
+    # wrote.
     is_model = out.is_dir() and not out.is_symlink() and (out / "config.json").is_file()
     if not is_model and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"--out: {out} is not a model folder; refusing to overwrite it")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     defaults = TinyShape()
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -340,6 +347,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Make the model; return the exit code."""
     arguments = parse_arguments(argv)
     try:
         shape = TinyShape(

@@ -1,4 +1,4 @@
-"""`python tools/plot_run.py …` is `megatron-profit plot …`."""
+"""Run `megatron-profit plot …` as `python tools/plot_run.py …`."""
 
 import sys
 

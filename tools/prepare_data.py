@@ -1,4 +1,4 @@
-"""`python tools/prepare_data.py …` is `megatron-profit data …`."""
+"""Run `megatron-profit data …` as `python tools/prepare_data.py …`."""
 
 from checkpoint_conversion.cli import run
 from megatron_profit.commands.prepare_data import main

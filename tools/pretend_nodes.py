@@ -1,12 +1,12 @@
-"""Two nodes on one machine: a command runs in two network namespaces that are linked.
+r"""Run a command on two pretend nodes of one machine: two network namespaces that are linked.
 
     sudo python tools/pretend_nodes.py env GPUS_PER_NODE=1 MODEL=runs/tiny DATA=chats.jsonl RUN=runs/two \
         examples/multi_node.sh --device cpu
 
-Each node has an address of its own and nothing else, as two machines have: what works here does not
-secretly use the loopback interface. It shows that a launch script, torchrun's rendezvous and a restart work
-before a cluster is there; a test loses a node with it. Needs Linux, root and `ip` (package iproute2). The
-namespaces are removed at the end, and hold no addresses but their own.
+Each node has only an address of its own, like a separate machine. A command that works here does not
+secretly use the loopback interface. So a launch script, torchrun's rendezvous and a restart can be
+tried before a cluster is there. A test loses a node with it. It needs Linux, root and `ip` (package
+iproute2). The namespaces are removed at the end, and hold no addresses but their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Of the range reserved for documentation: no machine has them.
+# From the range reserved for documentation, which no machine has.
 _ADDRESSES = ("192.0.2.1", "192.0.2.2")
 _INTERFACE = "profit0"
 PORT = 29400
@@ -28,7 +28,7 @@ PORT = 29400
 
 @dataclass(frozen=True)
 class Node:
-    """One of the two.
+    """One of the two nodes.
 
     Attributes:
         namespace: Its name for `ip netns`.
@@ -46,17 +46,18 @@ class Node:
         environment: Mapping[str, str] | None = None,
         **options: object,
     ) -> subprocess.Popen:
-        """Start a command on this node, with what torchrun and gloo have to know of it.
+        """Start a command on this node, with the node's settings for torchrun and gloo.
 
         Args:
             command: A program and its arguments.
-            environment: Variables beside, or in place of, those of this process.
+            environment: Variables besides, or in place of, this process's variables.
             **options: Of subprocess.Popen.
         """
         known = {
             "GLOO_SOCKET_IFNAME": _INTERFACE,
             "RDZV_ENDPOINT": f"{_ADDRESSES[0]}:{PORT}",
-            # Both nodes have this machine's name: torchrun is told what it would read from it.
+            # Both nodes have this machine's name, so torchrun gets the address that it would derive
+            # from it.
             "PET_LOCAL_ADDR": self.address,
             "PET_RDZV_CONF": f"is_host={self.is_host},join_timeout=300",
         }
@@ -67,14 +68,14 @@ class Node:
         )
 
     def processes(self) -> list[int]:
-        """The ids of all processes of the node."""
+        """Return the ids of all processes of the node."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True
         )
         return [int(pid) for pid in listed.stdout.split()]
 
     def lose(self) -> None:
-        """What a power cut does: every process of the node ends at once."""
+        """End every process of the node at once, as a power cut does."""
         for pid in self.processes():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -83,7 +84,7 @@ class Node:
 
 
 def why_not() -> str | None:
-    """The reason why this machine cannot have pretend nodes, if there is one."""
+    """Return the reason why this machine cannot have pretend nodes; None if it can."""
     if shutil.which("ip") is None:
         return "`ip` is missing (package iproute2)"
     if os.geteuid() != 0:
@@ -98,7 +99,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def pretend_nodes() -> Iterator[tuple[Node, Node]]:
-    """Two nodes, of which the first has the rendezvous; removed with all their processes at the end."""
+    """Yield two nodes; the first has the rendezvous. They are removed at the end with all their processes."""
     names = [f"profit-{os.getpid()}-{letter}" for letter in "ab"]
     nodes = [
         Node(name, address, is_host=i == 0)
@@ -128,7 +129,7 @@ def _ip(*arguments: str) -> None:
 
 
 def main(command: Sequence[str]) -> int:
-    """Run a command on both nodes; the larger of the exit codes."""
+    """Run a command on both nodes; return the larger of the exit codes."""
     if not command or command[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if command else 2

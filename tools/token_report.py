@@ -1,4 +1,4 @@
-"""`python tools/token_report.py …` is `megatron-profit report …`."""
+"""Run `megatron-profit report …` as `python tools/token_report.py …`."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""Bytes: files, dtypes, values, threads, checksums and folders that appear whole."""
+"""Low-level work on bytes: files, dtypes, values, threads, checksums, and folders that appear whole."""

@@ -1,7 +1,7 @@
 """CRC-32 of entries that several threads read part by part, in any order.
 
-A thread has the bytes of its part in the core's cache anyway, so nothing is read twice; the checksums of
-parts are then put together as those of one run of bytes.
+A thread computes the checksum of its part while the bytes are still in the core's cache, so no byte is
+read twice. The checksums of the parts are then joined into the checksum of the whole entry.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Hashable
 
 from isal.isal_zlib import crc32  # ten times as fast as zlib's
 
-_POLYNOMIAL = 0xEDB88320  # of CRC-32; bit 31 is x^0
+_POLYNOMIAL = 0xEDB88320  # CRC-32's polynomial; bit 31 is x^0
 
 
 class PartialChecksums[Entry: Hashable]:
-    """Checksums of the entries of which some parts were read. May be shared by threads."""
+    """Checksums of the entries of which some parts were read. Threads may share it."""
 
     def __init__(self) -> None:
         self._parts: dict[Entry, dict[int, tuple[int, int]]] = {}
@@ -31,8 +31,8 @@ class PartialChecksums[Entry: Hashable]:
             size: Bytes of the whole entry.
 
         Returns:
-            The checksum of the entry once all of it was counted, and then the entry is forgotten;
-            None before, and when a part was counted twice or overlaps another.
+            The checksum of the entry once all of it was counted; the entry is then forgotten. None
+            before that, and None if a part was counted twice or overlaps another.
         """
         found = (len(data), crc32(data))
         with self._lock:
@@ -44,7 +44,7 @@ class PartialChecksums[Entry: Hashable]:
         return _joined(parts)
 
     def gaps(self, entry: Entry, size: int) -> list[tuple[int, int]]:
-        """(start, length) of what was not counted yet."""
+        """Return (start, length) of each part that was not counted yet."""
         gaps, end = [], 0
         for start, (length, _) in sorted(self._parts.get(entry, {}).items()):
             if start > end:
@@ -53,7 +53,7 @@ class PartialChecksums[Entry: Hashable]:
         return gaps + [(end, size - end)] * (end < size)
 
     def open_entries(self) -> list[Entry]:
-        """Entries of which a part is missing."""
+        """Return the entries of which a part is missing."""
         return list(self._parts)
 
 
@@ -67,7 +67,7 @@ def _joined(parts: dict[int, tuple[int, int]]) -> int | None:
 
 
 def joined(first: int, second: int, length: int) -> int:
-    """The checksum of two runs of bytes, one after the other, of which the second has `length`."""
+    """Return the checksum of two consecutive runs of bytes; the second has `length` bytes."""
     for bit, image in enumerate(_shifted_bits(length)):
         if first >> bit & 1:
             second ^= image
@@ -76,8 +76,7 @@ def joined(first: int, second: int, length: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _shifted_bits(nbytes: int) -> tuple[int, ...]:
-    """What each bit of a run's checksum becomes when so many bytes follow: its product with
-    x^(8 nbytes)."""
+    """Return the image of each checksum bit when `nbytes` bytes follow: its product with x^(8 nbytes)."""
     shift, power, bits = 1 << 31, 1 << 30, 8 * nbytes
     while bits:
         if bits & 1:
@@ -87,7 +86,7 @@ def _shifted_bits(nbytes: int) -> tuple[int, ...]:
 
 
 def _product(one: int, other: int) -> int:
-    """Product of two polynomials over GF(2), modulo the polynomial; the lowest power is bit 31."""
+    """Multiply two polynomials over GF(2), modulo the polynomial of CRC-32; the lowest power is bit 31."""
     result = 0
     for bit in range(31, -1, -1):
         if one >> bit & 1:

@@ -1,4 +1,4 @@
-"""The dtypes of weights. What is done with their values is in `values`, which needs numpy."""
+"""The dtypes of weights. Operations on their values are in `values`, which needs numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DType:
         itemsize: Bytes of an element.
         bits: The name of numpy's unsigned integer of that size.
         largest: The largest finite value.
-        infinity: The bits of positive infinity: those of the exponent.
+        infinity: The bits of positive infinity, which are the exponent's bits.
     """
 
     name: str
@@ -42,7 +42,7 @@ CHOICES = ("source", *_CHOSEN)
 
 
 def chosen_dtype(choice: str) -> DType | None:
-    """The dtype to write; None for "source", the dtype that each tensor has.
+    """Return the dtype to write; None for "source", which keeps each tensor's dtype.
 
     Raises:
         ConversionError: For an unknown choice.

@@ -17,8 +17,8 @@ from checkpoint_conversion.engine.regular_files import read_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
 
-_SPARE_BYTES = 16 << 20  # headers, metadata, tokenizer
-# Beside the output's files: which command wrote them, and their sizes.
+_SPARE_BYTES = 16 << 20  # for headers, metadata and tokenizer
+# A file next to the output's files. It says which command wrote them, and their sizes.
 MARKER = ".checkpoint_conversion.json"
 # Errors of file systems that have no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -32,17 +32,17 @@ def whole_folder(
     command: str,
     needed: int,
 ) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when the block ends without an error.
+    """Yield a temporary folder next to `out`; it becomes `out` when the block ends without an error.
 
-    What an interrupted run left behind is removed by the next one for the same output. A lock keeps
-    a second run out where the file system has locks; it ends with the process, however that ends.
+    The next run for the same output removes the remains of an interrupted run. On a file system with
+    locks, a lock keeps a second run out. The lock ends with the process, however the process ends.
 
     Args:
         out: The folder to make; missing, empty, or to be replaced.
         sources: Folders that are read; they must not be replaced.
         overwrite: Whether a folder that is not empty may be replaced.
-        command: What writes the folder; `overwrite` replaces only what the same command wrote, as
-            a file in it (`MARKER`) tells.
+        command: The command that writes the folder. `overwrite` replaces only a folder that the same
+            command wrote, according to a file in it (`MARKER`).
         needed: Bytes that will be written.
 
     Raises:
@@ -76,14 +76,14 @@ def whole_folder(
 def check_output(
     out: Path, sources: Iterable[Path], overwrite: bool, command: str, needed: int
 ) -> None:
-    """Check now whether a folder can be written later, when the work for it is done.
+    """Check before some work whether its output folder can be written at the end.
 
     Args:
         out, sources, overwrite, command, needed: As `whole_folder` will be given them.
 
     Raises:
-        ConversionError: When it holds something or an input, its place is not writable, or there is
-            too little space.
+        ConversionError: When the folder holds something or an input, its place is not writable, or
+            there is too little space.
     """
     out = _resolved(out)
     _check_sources(out, sources)
@@ -96,7 +96,7 @@ def write_file(file: Path, content: bytes) -> None:
     """Write a small file, whole or not at all, and flush it to the disk.
 
     Raises:
-        ConversionError: When that fails; names the file.
+        ConversionError: When that fails; the message names the file.
     """
     with writing(file), whole_file(file) as stream:
         stream.write(content)
@@ -104,13 +104,13 @@ def write_file(file: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def whole_file(file: Path) -> Iterator[BinaryIO]:
-    """A stream into a new file that takes the name `file` when the block ends without an error.
+    """Yield a stream into a new file, which takes the name `file` when the block ends without an error.
 
-    It never writes through a link, and a link in the place of `file` is replaced, not followed: somebody else
-    may write into the folder.
+    The stream never writes through a link: somebody else may write into the folder too. A link in the
+    place of `file` is replaced, not followed.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def sync_file(file: Path) -> None:
     """Flush a file or a folder to the disk.
 
     Raises:
-        ConversionError: When that fails; names the file.
+        ConversionError: When that fails; the message names the file.
     """
     with writing(file):
         descriptor = os.open(file, os.O_RDONLY)
@@ -141,10 +141,11 @@ def sync_file(file: Path) -> None:
 
 
 def _resolved(out: Path) -> Path:
-    """The output folder without links.
+    """Return the output folder without links.
 
     Raises:
-        ConversionError: No folder can be there: links in a circle, or too long a name.
+        ConversionError: No folder can be there. For example, links form a circle, or a name is too
+            long.
     """
     try:
         found = out.resolve()
@@ -162,7 +163,7 @@ def _check_sources(out: Path, sources: Iterable[Path]) -> None:
 
 
 def _check_place(out: Path) -> None:
-    """Check that a folder can be made beside `out` and take its name."""
+    """Check that a folder can be made next to `out` and take its name."""
     place = next(parent for parent in out.parents if parent.exists())
     if not place.is_dir():
         raise ConversionError(f"{out}: {place} is a file; choose another folder")
@@ -202,13 +203,13 @@ def _check_replaceable(out: Path, overwrite: bool, command: str) -> None:
 
 
 def _mark(folder: Path, command: str) -> None:
-    """Note in a folder what it holds."""
+    """Write into a folder which command filled it, and the sizes of its files."""
     content = {"command": command, "sizes": _sizes(folder)}
     write_file(folder / MARKER, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _foreign(out: Path, command: str) -> str | None:
-    """Why a folder is no output of a command as it was written, or None."""
+    """Return why a folder is not the unchanged output of a command, or None if it is."""
     try:
         content = json.loads(read_regular(out / MARKER))
         written, sizes = content["command"], dict(content["sizes"])
@@ -227,7 +228,7 @@ def _foreign(out: Path, command: str) -> str | None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below a folder, but the marker; 0 for folders."""
+    """Return the bytes of each file below a folder, except the marker; 0 for folders."""
     return {
         str(entry.relative_to(folder)): entry.lstat().st_size if _is_file(entry) else 0
         for entry in sorted(folder.rglob("*"))
@@ -240,7 +241,7 @@ def _is_file(entry: Path) -> bool:
 
 
 def _claim(partial: Path) -> int:
-    """Make and lock the temporary folder; gives the descriptor that holds the lock."""
+    """Make and lock the temporary folder; return the descriptor that holds the lock."""
     while True:
         with contextlib.suppress(FileExistsError):
             partial.mkdir()
@@ -250,7 +251,7 @@ def _claim(partial: Path) -> int:
             continue
         try:
             _lock(descriptor)
-            # Its last owner may have renamed or removed the folder before the lock was ours.
+            # Its last owner may have renamed or removed the folder before this process held the lock.
             if os.path.samestat(os.fstat(descriptor), partial.stat()):
                 return descriptor
         except BlockingIOError:

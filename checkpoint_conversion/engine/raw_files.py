@@ -1,7 +1,7 @@
-"""Reading and writing files at given offsets into given buffers.
+"""Reads and writes of files at given offsets, with given buffers.
 
-Mapped pages count as resident memory, and a stream copies once more; pread and pwrite do neither and
-let several threads use one descriptor.
+Mapped pages would count as resident memory, and a stream would copy once more. pread and pwrite avoid
+both, and let several threads use one descriptor.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 from checkpoint_conversion.engine.regular_files import open_regular
 from checkpoint_conversion.errors import ConversionError
 
-# What is written of a file before the disk is told to begin.
+# Bytes of a file that are written before the disk is told to begin.
 _WRITEBACK_BYTES = 8 << 20
-_SMALL_BYTES = 1 << 16  # what `append` gathers
+_SMALL_BYTES = 1 << 16  # the most that `append` gathers
 _SYNC_FILE_RANGE_WRITE = 2
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # only Linux has it
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OpenFiles:
-    """Files that are read at random places; each is opened once. May be shared by threads."""
+    """Files that are read at random places; each is opened once. Threads may share it."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -38,7 +38,8 @@ class OpenFiles:
         """Fill a buffer from a file.
 
         Raises:
-            ConversionError: When the file ends before, or cannot be read; names it and `what` is read.
+            ConversionError: When the file ends too early or cannot be read. The message names the file
+                and `what`.
         """
         try:
             descriptor = self._descriptor(file)
@@ -66,29 +67,29 @@ class OpenFiles:
 
 
 class NewFile:
-    """A file to write, which goes to the disk while it grows. May be shared by threads, but for `append`.
+    """A file to write, which goes to the disk while it grows. Threads may share it, except for `append`.
 
-    Otherwise the disk waits for the last byte, and then the threads wait for the disk: the flush at the end
-    took a third of a conversion's time. The write that is begun early is not waited for; an error of the
-    disk comes up in `flush`. All errors name the file.
+    Otherwise the disk would wait for the last byte, and then the threads would wait for the disk. The
+    flush at the end took a third of a conversion's time. The writer does not wait for a write to the
+    disk that began early; its error comes up in `flush`. All errors name the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.end = 0  # of what was appended
+        self.end = 0  # end of the bytes that were appended
         self._small = bytearray()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._lock = threading.Lock()
         self._waiting = 0
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        """Write all of a buffer."""
+        """Write all of a buffer at an offset."""
         with writing(self.path):
             write_at(self._descriptor, offset, data)
         self._begin(len(data))
 
     def append(self, data: bytes | memoryview) -> None:
-        """Write at the end; small pieces may wait for the next large one."""
+        """Write at the end; small parts may wait for the next large one."""
         if len(self._small) + len(data) > _SMALL_BYTES:
             self._append_small()
         if len(data) > _SMALL_BYTES:
@@ -98,18 +99,18 @@ class NewFile:
         self.end += len(data)
 
     def resize(self, nbytes: int) -> None:
-        """Set the size; what is not written reads as 0."""
+        """Set the size; bytes that were never written read as 0."""
         with writing(self.path):
             os.ftruncate(self._descriptor, nbytes)
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
+        """Bring all bytes to the disk."""
         self._append_small()
         with writing(self.path):
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close the file; what was not flushed is lost."""
+        """Close the file; bytes that were not flushed may be lost."""
         os.close(self._descriptor)
 
     def __enter__(self) -> NewFile:
@@ -129,11 +130,11 @@ class NewFile:
             if begins:
                 self._waiting = 0
         if begins and _sync_file_range is not None:
-            _sync_file_range(self._descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # 0, 0: all of it
+            _sync_file_range(self._descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # 0, 0: the whole file
 
 
 def write_at(descriptor: int, offset: int, data: memoryview) -> None:
-    """Write all of a buffer."""
+    """Write all of a buffer at an offset."""
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
@@ -141,7 +142,7 @@ def write_at(descriptor: int, offset: int, data: memoryview) -> None:
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Names a file whose writing fails in the block.
+    """Name a file whose writing fails in the block.
 
     Raises:
         ConversionError: In place of an OSError, which names no file when a write fails.
@@ -150,6 +151,6 @@ def writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "; make room or choose another disk" if error.errno in _FULL else ""
-        if error.filename not in (None, str(file)):  # of a copy, the source
+        if error.filename not in (None, str(file)):  # the source of a copy
             raise ConversionError(f"{error.filename}: {error.strerror}") from error
         raise ConversionError(f"{file}: {error.strerror} while writing{remedy}") from error

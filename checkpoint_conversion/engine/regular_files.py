@@ -1,7 +1,7 @@
-"""Opening files that somebody else chose: only regular ones, and no more of them than is sensible.
+"""Safe opening of files that somebody else chose: only regular files, and only of a sensible size.
 
-A pipe would wait for ever, a device may never end, and either may be a link in a folder that was downloaded.
-Links to regular files are followed: the HuggingFace cache is made of them.
+A pipe would wait for ever, and a device may never end. Either may be a link in a folder that was
+downloaded. Links to regular files are followed: the HuggingFace cache is made of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
 
-# No configuration, index or tokenizer is nearly as large.
+# Far more than any configuration, index or tokenizer has.
 MOST_JSON = 100_000_000
-# The only folder of a model folder whose files a tokenizer reads.
+# A tokenizer reads the files of no other folder in a model folder.
 CHAT_TEMPLATES = "additional_chat_templates"
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -28,15 +28,15 @@ _KINDS = (
 
 
 def open_regular(file: str | Path) -> int:
-    """A descriptor to read a file with.
+    """Return a descriptor to read a file with.
 
     Raises:
-        ConversionError: It is no regular file, or its name cannot be one.
-        OSError: It is missing or cannot be opened.
+        ConversionError: The file is not a regular file, or its name cannot be a file's.
+        OSError: The file is missing or cannot be opened.
     """
     try:
         _check_kind(file, os.stat(file).st_mode)
-        # Should it become a pipe meanwhile, opening it does not wait.
+        # If it becomes a pipe in the meantime, opening it does not wait.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError:
         raise ConversionError(f"{file}: no file can have this name") from None
@@ -49,14 +49,14 @@ def open_regular(file: str | Path) -> int:
 
 
 def read_regular(file: str | Path, most: int = MOST_JSON) -> bytes:
-    """The content of a small file.
+    """Return the content of a small file.
 
     Args:
-        most: Bytes that it may have.
+        most: The largest number of bytes allowed.
 
     Raises:
-        ConversionError: It is larger, or as `open_regular`.
-        OSError: As `open_regular`, or it cannot be read.
+        ConversionError: The file is larger, or as `open_regular`.
+        OSError: As `open_regular`, or the file cannot be read.
     """
     with open(open_regular(file), "rb") as stream:
         content = stream.read(most + 1)
@@ -66,13 +66,13 @@ def read_regular(file: str | Path, most: int = MOST_JSON) -> bytes:
 
 
 def open_to_append(file: Path) -> int:
-    """A descriptor to read a file and write at its end; it is made if it does not exist.
+    """Return a descriptor to read a file and write at its end; a missing file is made.
 
     Somebody else may write into the folder too, so a link in its place is not followed.
 
     Raises:
-        ConversionError: It is a link, or no regular file.
-        OSError: It cannot be opened.
+        ConversionError: The file is a link, or not a regular file.
+        OSError: The file cannot be opened.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     try:
@@ -93,7 +93,7 @@ def open_to_append(file: Path) -> int:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a model folder in which something is no regular file, before another library opens it.
+    """Refuse a model folder that holds a pipe, device or the like, before another library opens it.
 
     Raises:
         ConversionError: Names the entry, or a JSON file that is too large.
@@ -105,7 +105,7 @@ def check_model_folder(folder: Path) -> None:
         try:
             found = entry.stat()
         except OSError:
-            continue  # a broken link is missed where it is needed
+            continue  # a broken link fails later, where its file is needed
         if stat.S_ISDIR(found.st_mode):
             continue
         _check_kind(entry, found.st_mode)

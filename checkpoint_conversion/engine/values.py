@@ -1,7 +1,7 @@
-"""What is done with weights as numpy arrays: NaN and infinity, other dtypes, columns, strides.
+"""Operations on weights as numpy arrays: NaN and infinity, other dtypes, columns, strides.
 
-A module of its own, imported where it is needed, because numpy takes longer to import than everything
-else; a conversion that keeps the dtype and moves whole rows does not need it.
+This is a module of its own and imported only where it is needed, because numpy takes longer to import
+than all other modules. A conversion that keeps the dtype and moves whole rows does not need it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from checkpoint_conversion.errors import ConversionError
 
 
 def converted(data: memoryview, source: DType, target: DType, name: str) -> memoryview:
-    """The values in another dtype, rounded to the nearest, ties to even; `data` itself when it has
-    that dtype already.
+    """Return the values in another dtype, rounded to the nearest, ties to even.
+
+    Returns `data` itself if it has that dtype already.
 
     Raises:
-        ConversionError: When a finite value is outside the range of the dtype; names the tensor.
+        ConversionError: When a finite value is outside the range of the dtype; the message names the
+            tensor.
     """
     if source == target:
         return data
@@ -39,7 +41,7 @@ def check_finite(data: memoryview, dtype: DType, name: str) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        ConversionError: Naming the tensor and how many of its values are affected.
+        ConversionError: Names the tensor, and how many of its values are affected.
     """
     bits = np.frombuffer(data, dtype.bits)
     count = int(np.count_nonzero((bits & bits.dtype.type(dtype.infinity)) == dtype.infinity))
@@ -58,7 +60,7 @@ def deliver(
     name: str,
     finite: bool,
 ) -> None:
-    """Put values into a buffer in another dtype, after a look at them.
+    """Put values into a buffer in another dtype, after the checks that are asked for.
 
     Args:
         data: The values; `into` itself where the dtype stays.
@@ -75,7 +77,7 @@ def deliver(
 
 
 def put_columns(data: memoryview, into: memoryview, rows: int, left: int, dtype: DType) -> None:
-    """Put a matrix into a wider one of as many rows, from column `left` on."""
+    """Put a matrix into a wider one with the same number of rows, from column `left` on."""
     part = np.frombuffer(data, dtype.bits).reshape(rows, -1)
     whole = np.frombuffer(into, dtype.bits).reshape(rows, -1)
     whole[:, left : left + part.shape[1]] = part
@@ -89,7 +91,7 @@ def put_strided(
     rows: int,
     dtype: DType,
 ) -> None:
-    """Put a matrix together from element `first` of a storage on, with strides in elements."""
+    """Assemble a matrix from a storage, from element `first` on, with strides in elements."""
     elements = np.frombuffer(storage, dtype.bits)[first:]
     whole = np.frombuffer(into, dtype.bits).reshape(rows, -1)
     row, column = (stride * dtype.itemsize for stride in strides)
@@ -109,7 +111,7 @@ def _from_float32(values: np.ndarray, target: DType) -> np.ndarray:
     if target == F16:
         return values.astype(np.float16).view(np.uint16)
     bits = values.view(np.uint32)
-    # Adding half of what is cut off, or just less where the result is even, rounds ties to even.
+    # Ties round to even: add half of the part that is cut off, or just less if the result is even.
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    # A NaN stays a NaN, whichever bits of it are cut off.
+    # A NaN stays a NaN, whichever of its bits are cut off.
     return np.where(np.isnan(values), (bits >> 16) | np.uint32(0x40), rounded).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Work in several threads, each with buffers of its own.
+"""Work in several threads, each with its own buffers.
 
 Reading, writing and checksums release Python's lock, so threads are enough.
 """
@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint_conversion.errors import ConversionError
 
-_MOST = 8  # more than a disk needs, and what may be taken of a login node
+_MOST = 8  # more than a disk needs, and acceptable on a login node
 _MOST_ASKED_FOR = 256
-# The interpreter with the modules of a conversion, and numpy, measured.
+# Measured: the interpreter with the modules of a conversion, and numpy.
 _BASE_BYTES, _NUMPY_BYTES = 20 << 20, 12 << 20
 
 
 def worker_count(workers: int | None) -> int:
-    """The number of threads: as asked for, else one per core and at most 8.
+    """Return the number of threads: as asked for, otherwise one per core and at most 8.
 
     Raises:
         ConversionError: For less than 1, or more than any machine needs.
@@ -39,8 +39,9 @@ def run_all[Item](
     After the first error no further item begins, and that error is raised.
 
     Args:
-        function: A generator where an item takes long: it is left at its next `yield` then.
-        items: The items; they may be without end.
+        function: The work for one item. A generator for work that takes long: after an error in another
+            thread, it stops at its next `yield`.
+        items: The items; an endless iterator is allowed.
         workers: Number of threads.
     """
     source, lock, stopped = iter(items), threading.Lock(), threading.Event()
@@ -68,7 +69,7 @@ def run_all[Item](
 
 
 def peak_memory(workers: int, largest: int, converts: bool) -> int:
-    """About the largest resident memory of a conversion.
+    """Estimate the largest resident memory of a conversion, in bytes.
 
     Args:
         workers: Number of threads.
@@ -87,7 +88,7 @@ class Buffers(threading.local):
         self._memory = memoryview(bytearray())
 
     def first(self, nbytes: int) -> memoryview:
-        """The first bytes of this thread's buffer."""
+        """Return the first bytes of this thread's buffer."""
         if len(self._memory) < nbytes:
             self._memory = memoryview(bytearray(nbytes))
         return self._memory[:nbytes]

@@ -1,4 +1,4 @@
-"""The model families that can be converted; a new one is a module here and an entry in FAMILIES."""
+"""The model families that can be converted. A new one is a module here and an entry in FAMILIES."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = [
 
 
 def family_for(config: Config) -> Family:
-    """The family of a HuggingFace configuration (see `hf_folder.read_hf_config`).
+    """Return the family of a HuggingFace configuration (see `hf.folder.read_hf_config`).
 
     Raises:
-        ConversionError: For an unknown architecture, or a configuration of a known one with a
-            feature that is not supported.
+        ConversionError: For an unknown architecture, or a configuration of a known one with a feature
+            that is not supported.
     """
     declared = config.get("architectures") or []
     if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):

@@ -1,4 +1,4 @@
-"""Reading config.json: values that are checked, and the features that are refused."""
+"""Reader of config.json, which checks values and refuses unsupported features."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families.family import Config
 
-# What Megatron-Core computes for every family here.
+# Megatron-Core computes with these values in every family here.
 _REQUIRED = {
     "hidden_act": "silu",
     "use_sliding_window": False,
     "quantization_config": None,
     "partial_rotary_factor": 1,
 }
-# More than any model has, and what a plan for it can hold.
+# More than any model has, and small enough that a plan fits into memory.
 _MOST = {"num_hidden_layers": 2000, "num_attention_heads": 8192, "num_experts": 100_000}
 _MOST_ELSE = 2**31 - 1
 # Megatron-Core has `--rope-scaling-factor` for Llama 3's scaling; the other numbers are constants
@@ -48,10 +48,10 @@ class ConfigReader:
 
     Attributes:
         family: The name of the family; for messages.
-        required: Values that a key must have, where it is there.
-        defaults: Defaults of the configuration class in transformers, for keys that a config.json
-            may leave out.
-        llama3_rope: Whether Llama 3's scaling of the rotary frequencies is known to the family.
+        required: Values that a key must have if it is present.
+        defaults: Defaults of the configuration class in transformers, for keys that a config.json may
+            leave out.
+        llama3_rope: Whether the family supports Llama 3's scaling of the rotary frequencies.
     """
 
     config: Config
@@ -73,18 +73,18 @@ class ConfigReader:
                 raise self.refused("layer_types", kind, "'full_attention' in every layer")
 
     def refused(self, key: str, value: object, supported: str) -> ConversionError:
-        """The error for a value that cannot be converted."""
+        """Return the error for a value that cannot be converted."""
         return ConversionError(
             f"config.json has {key}={value!r}; for {self.family}, supported is {supported}"
         )
 
     def value(self, key: str) -> Any:
-        """The value, or its default; None without one."""
+        """Return the value, or its default; None without one."""
         value = self.config.get(key)
         return self.defaults.get(key) if value is None else value
 
     def size(self, *keys: str) -> int:
-        """A positive integer under the first of the keys that is there."""
+        """Return the positive integer under the first of the keys that is present."""
         key = next((key for key in keys if self.value(key) is not None), keys[0])
         value = self.value(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -94,21 +94,22 @@ class ConfigReader:
         return value
 
     def flag(self, key: str) -> bool:
-        """A truth value; False without one."""
+        """Return a truth value; False if it is absent."""
         value = self.value(key)
         if value not in (True, False, None):
             raise self.refused(key, value, "true or false")
         return bool(value)
 
     def number(self, key: str, *, at_least: float | None = None) -> float:
-        """A number that is positive, or at least `at_least`."""
+        """Return a number that is positive, or at least `at_least`."""
         return self._number(key, self.value(key), at_least)
 
     def rope(self) -> Rope:
-        """The rotary embedding: in `rope_parameters` since transformers 5, before that the base at
-        the top level and the scaling in `rope_scaling`.
+        """Return the rotary embedding.
 
-        A file may have both forms, and old and new readers differ in which they take: they must agree.
+        transformers 5 and later write it to `rope_parameters`. Before, the base was at the top level
+        and the scaling in `rope_scaling`. A file may have both forms, and old and new readers choose
+        differently between them, so the two must agree.
         """
         thetas = {"rope_theta": self.value("rope_theta")}
         factors = {}
@@ -133,12 +134,12 @@ class ConfigReader:
         return Rope(next(iter(given.values())), next(iter(factors.values()), None))
 
     def _at(self, path: str) -> Any:
-        """The value under a path of one key, or of two joined by a dot."""
+        """Return the value under a path of one key, or of two keys joined by a dot."""
         outer, _, inner = path.partition(".")
         return self.config[outer][inner] if inner else self.config[outer]
 
     def _scaling(self, key: str, rope: Any) -> float | None:
-        """The factor of Llama 3's scaling; None for rotary parameters without scaling."""
+        """Return the factor of Llama 3's scaling; None for rotary parameters without scaling."""
         is_known = isinstance(rope, dict)
         kind = rope.get("rope_type", rope.get("type", "default")) if is_known else None
         if is_known and rope.get("type", kind) != kind:
@@ -153,7 +154,7 @@ class ConfigReader:
         raise self.refused(key, rope, f"rope_type={known}")
 
     def _check_rope(self, key: str, rope: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-        """Refuse parameters that are unknown or not those that Megatron-Core computes with."""
+        """Refuse parameters that are unknown or differ from Megatron-Core's constants."""
         plain = {"rope_type": None, "type": None, "rope_theta": None, "partial_rotary_factor": 1}
         for name, value in rope.items():
             known = {**plain, **expected}

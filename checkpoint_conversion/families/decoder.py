@@ -1,8 +1,8 @@
 """The decoder that the families share: its sizes, Megatron arguments and name tables.
 
-Megatron names are those of the Transformer Engine layers, which Megatron-Core 0.19 also gives to its
-local layers in a checkpoint: the norm before a linear layer is part of it
-(`linear_qkv.layer_norm_weight`). HuggingFace names are those of Llama, which the families repeat
+Megatron names follow the Transformer Engine layers. Megatron-Core 0.19 gives the same names to its
+local layers in a checkpoint. The norm before a linear layer is part of that layer, for example
+`linear_qkv.layer_norm_weight`. HuggingFace names follow Llama, which the families repeat
 (transformers/models/llama/modeling_llama.py).
 """
 
@@ -57,10 +57,10 @@ class Part:
 
 
 def read_decoder(read: ConfigReader) -> Decoder:
-    """The sizes in a config.json.
+    """Read the sizes in a config.json.
 
     Raises:
-        ConversionError: Naming the key, its value and what is supported.
+        ConversionError: Names the key, its value and the supported values.
     """
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     kv_heads = heads
@@ -90,9 +90,9 @@ def read_decoder(read: ConfigReader) -> Decoder:
 
 
 def decoder_arguments(model: Decoder) -> dict[str, Any]:
-    """Megatron arguments, under the names that its argument parser stores.
+    """Return Megatron arguments, under the names that its argument parser stores.
 
-    `rotary_base` is an integer where it can be, the type of `--rotary-base`.
+    `rotary_base` is an integer where it can be, because `--rotary-base` is one.
     """
     theta, factor = model.rope.theta, model.rope.llama3_factor
     return {
@@ -124,7 +124,7 @@ def decoder_arguments(model: Decoder) -> dict[str, Any]:
 
 
 def attention(model: Decoder) -> list[Part]:
-    """Self-attention and the norm before it."""
+    """Return the name table of self-attention and the norm before it."""
     return [
         Part(
             "self_attention.linear_qkv.layer_norm_weight",
@@ -147,7 +147,7 @@ def attention(model: Decoder) -> list[Part]:
 
 
 def qkv_bias(model: Decoder) -> list[Part]:
-    """Biases of query, key and value, arranged like the rows of their weights."""
+    """Return the biases of query, key and value, arranged like the rows of their weights."""
     return [
         Part(
             "self_attention.linear_qkv.bias",
@@ -162,7 +162,7 @@ def qkv_bias(model: Decoder) -> list[Part]:
 
 
 def qk_norms(model: Decoder) -> list[Part]:
-    """Norms of each head's query and key."""
+    """Return the norms of each head's query and key."""
     return [
         Part("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": (model.head_dim,)}),
         Part("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": (model.head_dim,)}),
@@ -170,7 +170,7 @@ def qk_norms(model: Decoder) -> list[Part]:
 
 
 def dense_mlp(model: Decoder) -> list[Part]:
-    """A gated MLP and the norm before it."""
+    """Return the name table of a gated MLP and the norm before it."""
     norm = {"post_attention_layernorm.weight": (model.hidden,)}
     return [
         Part("mlp.linear_fc1.layer_norm_weight", norm),
@@ -179,11 +179,11 @@ def dense_mlp(model: Decoder) -> list[Part]:
 
 
 def expert_mlp(model: Decoder, experts: int, ffn: int) -> list[Part]:
-    """Experts, their router, and the norm before it.
+    """Return the name table of the experts, their router, and the norm before it.
 
-    Megatron's sequential and its grouped experts have the same names and shapes in a checkpoint. The
-    norm is called `pre_mlp_layernorm.weight` by Transformer Engine's layers and like that of a dense
-    MLP by the local ones.
+    Megatron's sequential and grouped experts have the same names and shapes in a checkpoint.
+    Transformer Engine's layers call the norm `pre_mlp_layernorm.weight`. The local layers name it like
+    a dense MLP's norm.
     """
     return [
         Part(
@@ -211,7 +211,7 @@ def _gated(megatron: str, hf: str, ffn: int, hidden: int) -> list[Part]:
 
 
 def stacked(model: Decoder, parts: Iterable[Part]) -> list[TensorRule]:
-    """The rules of layers that are all alike: one tensor for all layers."""
+    """Return the rules of layers that are all alike: one tensor for all layers."""
     return [
         TensorRule(
             LAYERS + part.megatron,
@@ -225,7 +225,7 @@ def stacked(model: Decoder, parts: Iterable[Part]) -> list[TensorRule]:
 
 
 def model_rules(model: Decoder, layers: Iterable[TensorRule]) -> tuple[TensorRule, ...]:
-    """The name table of a whole model, around that of its layers."""
+    """Return the name table of a whole model: embedding, layers, final norm and output layer."""
     table = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
     rules = [
         TensorRule("embedding.word_embeddings.weight", table, vocabulary=True),

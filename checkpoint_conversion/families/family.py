@@ -1,4 +1,4 @@
-"""What the engine needs to know about a model family: a name table and the Megatron arguments."""
+"""The description of a model family that the engine needs: a name table and the Megatron arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
 LAYERS = "decoder.layers."
-# Modules with a weight for which a Megatron model asks no `_extra_state`.
+# Modules with a weight, but without an `_extra_state` in a Megatron model.
 _WITHOUT_EXTRA_STATE = ("word_embeddings", "output_layer", "router")
-# Arguments that `megatron_arguments` gives and that may still change from run to run of one model:
-# they are choices of training, not of the architecture.
+# Arguments that `megatron_arguments` gives but that may change from run to run of one model: they are
+# choices of training, not of the architecture.
 CHANGEABLE_ARGUMENTS = frozenset(
     {
         "attention_dropout",
@@ -34,10 +34,10 @@ CHANGEABLE_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True)
 class Piece:
-    """One part of a Megatron tensor: that of one layer, or of one expert of a layer.
+    """One part of a Megatron tensor: one layer's, or one expert's of a layer.
 
     Attributes:
-        index: Position on the stacked axes, such as `(layer,)`; empty for a tensor that is not
+        index: Position on the stacked axes, for example `(layer,)`; empty for a tensor that is not
             stacked.
         hf: Names of the HuggingFace tensors, in the order of the rule's layout.
     """
@@ -55,12 +55,12 @@ class TensorRule:
         hf: HuggingFace names with their shapes. A name that contains `{layer}` or `{expert}` exists
             once for each of them.
         layout: Arrangement of the rows. Default: a single tensor, unchanged.
-        axes: What the Megatron tensor stacks on new first axes, and how many of it: nothing,
-            `layer`, or `layer` and `expert`.
+        axes: The new first axes on which the Megatron tensor stacks its pieces, with their sizes: no
+            axis, `layer`, or `layer` and `expert`.
         vocabulary: Whether a row is a token, so that a Megatron checkpoint may hold more rows
             (padding).
         aliases: Other keys for the same tensor. Transformer Engine's and the local layers name some
-            differently; a conversion writes all of them, a training run saves one.
+            differently. A conversion writes all of them; a training run saves one.
     """
 
     megatron: str
@@ -96,24 +96,26 @@ class TensorRule:
         return (self.megatron, *self.aliases)
 
     def pieces(self) -> Iterator[Piece]:
-        """The pieces; the last stacked axis runs fastest."""
+        """Yield the pieces; the last stacked axis runs fastest."""
         for index in itertools.product(*map(range, self.stack)):
             numbers = dict(zip(self.axes, index, strict=True))
             yield Piece(index, tuple(name.format(**numbers) for name in self.hf))
 
     def renamed(self, key: str) -> TensorRule:
-        """The same rule for a tensor that has one of its aliases for a name."""
+        """Return the same rule for a tensor that is named by one of its aliases."""
         return dataclasses.replace(self, megatron=key, aliases=())
 
     def per_layer(self) -> tuple[TensorRule, ...]:
-        """One rule for each layer, as Megatron names tensors where the layers are not all alike:
-        `decoder.layers.<number>.…` in place of a stacked axis."""
+        """Return one rule for each layer, with `decoder.layers.<number>.…` in place of a stacked axis.
+
+        Megatron names tensors like this where the layers are not all alike.
+        """
         if "layer" not in self.axes:
             return (self,)
         return tuple(self.of_layer(layer) for layer in range(self.axes["layer"]))
 
     def of_layer(self, layer: int) -> TensorRule:
-        """The rule of one layer alone."""
+        """Return the rule of one layer alone."""
 
         def numbered(key: str) -> str:
             return key.replace(LAYERS, f"{LAYERS}{layer}.", 1)
@@ -134,9 +136,9 @@ class Family:
     Attributes:
         architectures: Values of `architectures` in config.json that this family converts.
         model_type: Value of `model_type`, for a config.json that names no architecture.
-        megatron_arguments: The configuration as Megatron argument names and values. Raises
+        megatron_arguments: Gives the configuration as Megatron argument names and values. Raises
             ConversionError for a configuration that Megatron-Core would compute differently.
-        tensor_rules: The name table; raises like `megatron_arguments`.
+        tensor_rules: Gives the name table; raises like `megatron_arguments`.
         tied_alias: The HuggingFace tensor that repeats another one when the embeddings are tied:
             `(alias, tensor)`.
     """
@@ -149,10 +151,10 @@ class Family:
 
 
 def extra_states(rules: Iterable[TensorRule]) -> dict[str, Shape]:
-    """Modules whose `_extra_state` entry a Megatron model asks for, and the grid of its shards.
+    """Return the modules with an `_extra_state` entry in a Megatron model, and the grid of its shards.
 
-    The linear layers have one with both layer implementations. The norms that are modules of their
-    own have one with Transformer Engine 2, whose RMSNorm is a fusible operation
+    The linear layers have one with both layer implementations. The norms that are modules of their own
+    have one with Transformer Engine 2, whose RMSNorm is a fusible operation
     (transformer_engine/pytorch/ops/op.py).
     """
     modules = {

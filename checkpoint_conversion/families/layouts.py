@@ -1,9 +1,9 @@
-"""How the rows of several HuggingFace tensors are arranged in one Megatron tensor.
+"""The arrangement of the rows of several HuggingFace tensors in one Megatron tensor.
 
-Every layout here is a list of row blocks: "the next rows of the Megatron tensor are these rows of
-that HuggingFace tensor". Both directions follow the same list, so they cannot disagree, and each
-block is a run of contiguous bytes on both sides. A row is a slice along the first axis; the other
-axes are the same on both sides.
+Every layout here is a list of row blocks: "the next rows of the Megatron tensor are these rows of that
+HuggingFace tensor". Both directions follow the same list, so they cannot disagree. Each block is a run
+of contiguous bytes on both sides. A row is a slice along the first axis; the other axes are the same on
+both sides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Layout = tuple[RowBlock, ...]
 
 
 def copied(rows: int) -> Layout:
-    """One tensor, unchanged.
+    """Lay out one tensor, unchanged.
 
     HuggingFace: [rows, …]. Megatron: [rows, …].
     """
@@ -31,7 +31,7 @@ def copied(rows: int) -> Layout:
 
 
 def stacked_rows(*rows: int) -> Layout:
-    """Tensors one below the other, in the order given: gate, then up.
+    """Lay out tensors one below the other, in the order given, for example gate, then up.
 
     HuggingFace: [rows[0], …], [rows[1], …], …. Megatron: [sum(rows), …].
     """
@@ -39,11 +39,13 @@ def stacked_rows(*rows: int) -> Layout:
 
 
 def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Layout:
-    """Query, key and value projections, grouped per KV head.
+    """Lay out query, key and value projections, grouped per KV head.
 
     HuggingFace: q [heads * head_dim, hidden], k and v [kv_heads * head_dim, hidden].
-    Megatron: [(heads + 2 * kv_heads) * head_dim, hidden]; for each KV head, the rows of its
-    heads / kv_heads query heads, then of its key, then of its value.
+
+    Megatron: [(heads + 2 * kv_heads) * head_dim, hidden]. For each KV head come the rows of its heads /
+    kv_heads query heads, then of its key, then of its value. For example, 4 heads and 2 KV heads give
+    q0 q1 k0 v0 q2 q3 k1 v1.
     """
     q_rows = heads // kv_heads * head_dim
     return tuple(
@@ -54,12 +56,12 @@ def grouped_qkv(heads: int, kv_heads: int, head_dim: int) -> Layout:
 
 
 def rows_of(layout: Layout) -> int:
-    """The number of rows of the Megatron tensor."""
+    """Return the number of rows of the Megatron tensor."""
     return sum(block.rows for block in layout)
 
 
 def clipped(layout: Layout, start: int, stop: int) -> Layout:
-    """The layout of rows [start, stop) of the Megatron tensor."""
+    """Return the layout of rows [start, stop) of the Megatron tensor."""
     blocks = []
     first = 0
     for source, source_start, rows in layout:

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 dense (Qwen2ForCausalLM): a bias on query, key and value, no norms of them.
+"""Qwen2 and Qwen2.5 dense (Qwen2ForCausalLM): query, key and value have a bias; query and key have no norms.
 
 Names: transformers/models/qwen2/modeling_qwen2.py.
 """
@@ -26,10 +26,12 @@ def _decoder(config: Config) -> Decoder:
 
 
 def megatron_arguments(config: Config) -> dict[str, Any]:
+    """Return the Megatron arguments of a configuration; see `Family`."""
     return {**decoder_arguments(_decoder(config)), "add_qkv_bias": True}
 
 
 def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
+    """Return the name table of a configuration; see `Family`."""
     model = _decoder(config)
     return model_rules(
         model, stacked(model, [*attention(model), *qkv_bias(model), *dense_mlp(model)])

@@ -28,10 +28,12 @@ def _decoder(config: Config) -> Decoder:
 
 
 def megatron_arguments(config: Config) -> dict[str, Any]:
+    """Return the Megatron arguments of a configuration; see `Family`."""
     return {**decoder_arguments(_decoder(config)), "qk_layernorm": True}
 
 
 def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
+    """Return the name table of a configuration; see `Family`."""
     model = _decoder(config)
     return model_rules(
         model, stacked(model, [*attention(model), *qk_norms(model), *dense_mlp(model)])

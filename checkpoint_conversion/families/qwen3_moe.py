@@ -1,7 +1,8 @@
 """Qwen3-MoE (Qwen3MoeForCausalLM): Qwen3's attention; experts in all or in some of the layers.
 
-Names: those of the published checkpoints, which `save_pretrained` of transformers 5 writes too although
-it holds the experts fused in memory (transformers/models/qwen3_moe/modeling_qwen3_moe.py).
+The names are the ones in the published checkpoints. `save_pretrained` of transformers 5 writes them
+too, although it holds the experts fused in memory
+(transformers/models/qwen3_moe/modeling_qwen3_moe.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from checkpoint_conversion.families.decoder import (
 )
 from checkpoint_conversion.families.family import Config, Family, TensorRule
 
-# In all layers: some ten times those of the largest models, each with three tensors.
+# In all layers together. The largest models have about a tenth of it; each expert has three tensors.
 _MOST_EXPERTS = 250_000
 
 
@@ -85,10 +86,11 @@ def _experts(read: ConfigReader) -> Experts:
 
 
 def megatron_arguments(config: Config) -> dict[str, Any]:
-    """A softmax over all experts whose top k are normalised is a softmax over the top k, which is what
-    Megatron computes without `--moe-router-pre-softmax`.
+    """Return the Megatron arguments of a configuration; see `Family`.
 
-    Whether experts are sequential or grouped (`moe_grouped_gemm`) is left to the run.
+    A softmax over all experts whose top k are normalised is a softmax over the top k. Megatron computes
+    the latter without `--moe-router-pre-softmax`. The run chooses between sequential and grouped
+    experts (`moe_grouped_gemm`).
     """
     read = _reader(config)
     experts = _experts(read)
@@ -108,7 +110,10 @@ def megatron_arguments(config: Config) -> dict[str, Any]:
 
 
 def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
-    """Layers with and without experts are not alike, and then each has tensors of its own."""
+    """Return the name table of a configuration; see `Family`.
+
+    If only some layers have experts, the layers are not alike, and each layer has its own tensors.
+    """
     read = _reader(config)
     model, experts = read_decoder(read), _experts(read)
     shared = [*attention(model), *qk_norms(model)]

@@ -1,8 +1,8 @@
 """The unit of work: a run of rows of one Megatron tensor, small enough to be held in memory.
 
-A chunk never spans layers, so memory depends on the size of the model only through their list. What a
-checkpoint stores as one chunk has at most CHUNK_BYTES; it is moved in parts of TRANSFER_BYTES, which stay
-in a core's cache between reading, the checksum and writing (8 MB at a time took twice the CPU time).
+A chunk never spans layers, so the model's size adds only the list of chunks to the memory. A checkpoint
+stores chunks of at most CHUNK_BYTES. They are moved in parts of TRANSFER_BYTES, which stay in a core's
+cache between reading, the checksum and writing. Moving 8 MB at a time took twice the CPU time.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Chunk:
 
     @property
     def layout(self) -> Layout:
-        """Where these rows come from."""
+        """The HuggingFace rows that these rows are made of."""
         return clipped(self.rule.layout, self.start, self.start + self.rows)
 
     def parts(self, dtype: DType, limit: int = TRANSFER_BYTES) -> Iterator[Chunk]:
-        """This chunk cut into runs of rows of at most `limit` bytes each, but at least a row."""
+        """Cut this chunk into runs of rows of at most `limit` bytes each, but at least a row."""
         step = max(1, limit * self.rows // (self.elements * dtype.itemsize))
         for first in range(0, self.rows, step):
             rows = min(step, self.rows - first)
@@ -62,6 +62,6 @@ class Chunk:
 
 
 def chunks_of(rule: TensorRule, dtype: DType, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The chunks that make up a Megatron tensor, each of at most `limit` bytes but at least a row."""
+    """Yield the chunks that make up a Megatron tensor, each of at most `limit` bytes but at least a row."""
     for piece in rule.pieces():
         yield from Chunk(rule, piece, 0, rule.piece_shape[0]).parts(dtype, limit)

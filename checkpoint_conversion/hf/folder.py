@@ -1,8 +1,8 @@
-"""Reading a HuggingFace model folder: config.json and safetensors, as plain files.
+"""Reader of a HuggingFace model folder: config.json and safetensors, as plain files.
 
-Nothing of transformers is needed and no code of the folder runs. Tensor bytes are read with pread
-at the offsets of the safetensors headers: mapped pages, which `safetensors.safe_open` uses, count
-as resident memory.
+It needs no part of transformers, and runs no code of the folder. Tensor bytes are read with pread at
+the offsets of the safetensors headers. The mapped pages of `safetensors.safe_open` would count as
+resident memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 FETCH_AGAIN = "download the folder again, the HuggingFace cache skips what it has"
 
-# Bytes of the dtypes that are not converted.
+# Bytes of an element of each dtype that is not converted.
 _OTHER_SIZES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
@@ -43,17 +43,17 @@ _OTHER_SIZES = {
 }
 _ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
-# Deeper values end whatever walks through them, at Python's limit for calls within calls.
+# Much deeper values break recursive functions, at Python's limit of nested calls.
 _MOST_LEVELS = 100
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Attributes:
         file: The shard.
-        dtype: The name that safetensors uses, such as "BF16".
+        dtype: The name that safetensors uses, for example "BF16".
         shape: The shape.
         offset: First byte in the file.
     """
@@ -84,23 +84,23 @@ class HFTensor:
             self.read_rows_from(files, start, rows, into)
 
     def read_rows_from(self, files: OpenFiles, start: int, rows: int, into: memoryview) -> None:
-        """The same from files that stay open."""
+        """Read rows like `read_rows`, from files that stay open."""
         offset = self.offset + start * self.row_bytes
         files.read(self.file, offset, into[: rows * self.row_bytes], self.name)
 
     def rows(self, start: int, rows: int) -> bytearray:
-        """The bytes of rows [start, start + rows)."""
+        """Return the bytes of rows [start, start + rows)."""
         buffer = bytearray(rows * self.row_bytes)
         self.read_rows(start, rows, memoryview(buffer))
         return buffer
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The content of `folder`/config.json.
+    """Return the content of `folder`/config.json.
 
     Raises:
-        ConversionError: When the folder or the file is missing, the file is not a JSON object,
-            something in the folder is no regular file, or it is an adapter.
+        ConversionError: When the folder or the file is missing, or the file is not a JSON object. Also
+            when an entry of the folder is not a regular file, or the folder holds an adapter.
     """
     folder = Path(folder)
     try:
@@ -122,10 +122,10 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`.
+    """Return the JSON object in `file`.
 
     Raises:
-        ConversionError: When it is missing, unreadable or something else.
+        ConversionError: When the file is missing, unreadable or not a JSON object.
     """
     try:
         return parse_json_object(read_regular(file), str(file))
@@ -136,11 +136,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes, origin: str) -> dict[str, Any]:
-    """The JSON object in `text`; a key that occurs twice is an error, as is anything not an object, or one
-    that is nested deeper than any description.
+    """Return the JSON object in `text`.
 
     Raises:
-        ConversionError: Naming `origin`.
+        ConversionError: Names `origin`. The text is not a JSON object, a key occurs twice, or values
+            are nested deeper than in any real description.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,14 +177,14 @@ def _is_deep(content: dict[str, Any]) -> bool:
 
 
 def list_tensors(folder: str | Path, allow_pickle: bool = False) -> dict[str, HFTensor]:
-    """All tensors of a model folder, by name; only headers are read.
+    """Return all tensors of a model folder, by name; only headers are read.
 
     Args:
         allow_pickle: Accept pytorch_model.bin where there are no safetensors.
 
     Raises:
-        ConversionError: When there are no weights, a shard is missing, truncated or malformed, or
-            the index and the shards disagree.
+        ConversionError: When there are no weights, a shard is missing, truncated or malformed, or the
+            index and the shards disagree.
     """
     folder = Path(folder)
     kind = _SAFETENSORS
@@ -219,7 +219,7 @@ class _Kind:
 
     @property
     def suffix(self) -> str:
-        """What the name of each file ends with."""
+        """The end of the name of each file."""
         return Path(self.single).suffix
 
 
@@ -228,7 +228,7 @@ _PICKLES = _Kind("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_weight_map(folder: Path, kind: _Kind = _SAFETENSORS) -> dict[str, str] | None:
-    """The shard of each tensor according to the index; None for a folder with one weights file.
+    """Return the shard of each tensor according to the index; None for a folder with one weights file.
 
     Raises:
         ConversionError: For a folder without weights, or with a malformed index.
@@ -278,7 +278,7 @@ def _read_tensors(file: Path) -> dict[str, HFTensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, HFTensor]:
-    """The tensors of a state dict that torch.save wrote."""
+    """Read the places of the tensors of a state dict that torch.save wrote."""
     try:
         with open(open_regular(file), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -310,7 +310,7 @@ def _read_at(descriptor: int, offset: int, count: int) -> bytes:
 
 
 def _read_header(file: Path) -> dict[str, HFTensor]:
-    """The tensors of a safetensors file.
+    """Read the places of the tensors of a safetensors file.
 
     Format: 8 bytes with the length of the header, a JSON header, the data without holes.
     """

@@ -1,4 +1,4 @@
-"""A HuggingFace folder checked against its family's name table: what can be converted."""
+"""A HuggingFace folder checked against its family's name table: a model that can be converted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from checkpoint_conversion.hf.chunks import CHUNK_BYTES, Chunk
 from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
 
 _BASE = "model."
-# A buffer that old Llama checkpoints hold, and that is computed from the configuration.
+# A buffer in old Llama checkpoints, which is computed from the configuration.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Parts that wrappers put between the names of modules.
 _WRAPPED = re.compile(
@@ -26,12 +26,12 @@ _WRAPPED = re.compile(
 
 @dataclass(frozen=True)
 class HFModel:
-    """A HuggingFace model whose tensors are exactly those of its family.
+    """A HuggingFace model whose tensors are exactly its family's.
 
     Attributes:
         config: The content of config.json.
         tensors: The tensors by name.
-        alias: The tensor that repeats another one (lm_head.weight beside tied embeddings), if any.
+        alias: The tensor that repeats another one, if any: lm_head.weight when the embeddings are tied.
     """
 
     folder: Path
@@ -42,14 +42,14 @@ class HFModel:
     alias: str | None
 
     def names(self) -> list[str]:
-        """The tensors that are converted, in the order of the rules."""
+        """Return the tensors that are converted, in the order of the rules."""
         return list(expected_shapes(self.rules))
 
     def dtype_of(self, rule: TensorRule) -> DType:
-        """The one dtype of the HuggingFace tensors of a rule.
+        """Return the single dtype of the HuggingFace tensors of a rule.
 
         Raises:
-            ConversionError: When there are several; a Megatron tensor has one.
+            ConversionError: When they have several dtypes; a Megatron tensor has one.
         """
         names = [name for piece in rule.pieces() for name in piece.hf]
         first = self.tensors[names[0]]
@@ -65,7 +65,7 @@ class HFModel:
         """Check that a second copy of a tied tensor holds the same bytes.
 
         Raises:
-            ConversionError: When it does not, so that it is unclear which one is meant.
+            ConversionError: When the copies differ, so that the right one is unknown.
         """
         if self.alias is None:
             return
@@ -132,7 +132,7 @@ def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
 
 
 def known_name(name: str, known: Container[str]) -> str:
-    """The name that the family has for a tensor, as transformers finds it: with or without `model.`."""
+    """Return the family's name for a tensor; like transformers, accept it with or without `model.`."""
     inner = name.removeprefix(_BASE)
     if inner != name and inner in known:
         return inner
@@ -140,7 +140,7 @@ def known_name(name: str, known: Container[str]) -> str:
 
 
 def _by_known_name(tensors: Mapping[str, HFTensor], known: Container[str]) -> dict[str, HFTensor]:
-    """The tensors by the names of the family, without buffers that transformers computes anew."""
+    """Return the tensors by the family's names, without buffers that transformers computes anew."""
     found: dict[str, HFTensor] = {}
     for name, tensor in tensors.items():
         if _COMPUTED.search(name):
@@ -155,7 +155,7 @@ def _by_known_name(tensors: Mapping[str, HFTensor], known: Container[str]) -> di
 
 
 def expected_shapes(rules: Iterable[TensorRule]) -> dict[str, tuple[int, ...]]:
-    """The shape of every HuggingFace tensor, by name."""
+    """Return the shape of every HuggingFace tensor, by name."""
     return {
         name: shape
         for rule in rules
@@ -165,7 +165,7 @@ def expected_shapes(rules: Iterable[TensorRule]) -> dict[str, tuple[int, ...]]:
 
 
 def _wrapper(names: Iterable[str], missing: str) -> str:
-    """What a wrapper has put in front of all names or into one, for the message on one that is missing."""
+    """Explain a missing tensor by the prefix or infix that a wrapper has added to names, if one has."""
     names = list(names)
     inner = missing.removeprefix(_BASE)
     for name in names:

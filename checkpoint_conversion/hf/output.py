@@ -21,10 +21,10 @@ from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, artifacts, cop
 
 @dataclass(frozen=True)
 class HFOutput:
-    """A folder to write, and everything about it but the values.
+    """A folder to write, and everything about it except the values.
 
     Attributes:
-        folder: What to write; missing or empty.
+        folder: The folder to write; missing or empty.
         template: HuggingFace folder that gives everything but the weights.
         stops: The content of config.json to write, and the tokens at which the model stops.
         rules: The name table.
@@ -52,16 +52,16 @@ class HFOutput:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def stopping_at(self, turn_end: int | None) -> HFOutput:
-        """This output for a model that training teaches to end a turn with a token (None: with text)."""
+        """Return this output for a model that ends a turn with the token `turn_end`, or with text if None."""
         stops = plan_stop_tokens(self.template, self.stops.config, turn_end)
         return replace(self, stops=stops)
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Path]:
-        """A temporary folder with the headers of all tensors, to be filled in the block (see
-        `shards.write_shard`); it becomes the output when the block ends without an error.
+        """Yield a temporary folder with the headers of all tensors, to be filled in the block.
 
-        One process enters this; others may write into the folder meanwhile, wherever they run.
+        `hf.shards.write_shard` fills it. It becomes the output when the block ends without an error.
+        One process enters this block. Meanwhile others may write into the folder, on any machine.
 
         Raises:
             ConversionError: When the folder must not be written, or there is too little space.
@@ -77,17 +77,17 @@ class HFOutput:
 def plan_output(
     folder: str | Path, template: str | Path, dtype: torch.dtype, overwrite: bool = False
 ) -> HFOutput:
-    """Check that a folder can be written in the likeness of a template; nothing is written yet.
+    """Check that a folder can be written in the likeness of a template; no file is written yet.
 
     Args:
-        folder: What to write.
+        folder: The folder to write.
         template: HuggingFace folder of the same architecture.
         dtype: The dtype of all tensors.
-        overwrite: Whether what was written here before, and was not changed since, may be replaced.
+        overwrite: Whether an earlier output in this place may be replaced, if it was not changed since.
 
     Raises:
-        ConversionError: When the folder holds something, its place is not writable, there is too
-            little space, or the template cannot be used.
+        ConversionError: When the folder is not empty, its place is not writable, there is too little
+            space, or the template cannot be used.
     """
     folder, template = Path(folder), Path(template)
     config = read_hf_config(template)

@@ -19,14 +19,14 @@ from checkpoint_conversion.hf.writer import (
     split_by_size,
 )
 
-# The command that a folder was written by, whichever way; --overwrite replaces its outputs.
+# The command recorded in a folder, whichever way it was written; --overwrite replaces its outputs.
 COMMAND = "megatron_to_hf"
 
 
 def files_of(
     template: Path, tensors: Mapping[str, TensorSpec], max_shard_size: str | int | None = None
 ) -> dict[str, str]:
-    """The file of each tensor: as asked for, else as in the template, else by the default size.
+    """Choose the file of each tensor: as asked for, else as in the template, else by the default size.
 
     Raises:
         ConversionError: For a template whose index lacks a tensor.
@@ -46,10 +46,10 @@ def files_of(
 
 
 def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """The configuration with the dtype that most bytes have.
+    """Return the configuration with the dtype that most bytes have.
 
-    The key is `dtype` since transformers 4.56 and `torch_dtype` before; where the template has
-    either, it is kept.
+    The key is `dtype` since transformers 4.56, and `torch_dtype` before. A key that the template has is
+    kept.
     """
     nbytes: Counter[DType] = Counter()
     for tensor in tensors.values():
@@ -60,10 +60,11 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
 
 
 def for_older_readers(config: Config) -> dict[str, Any]:
-    """The configuration with the rotary base and scaling where readers before transformers 5 look.
+    """Copy the rotary base and scaling to where readers before transformers 5 look.
 
-    transformers 5 writes `rope_parameters` alone. Without `rope_theta` next to it, transformers 4.57 and
-    programs that follow it compute with 10,000, and without `rope_scaling` they scale nothing.
+    transformers 5 writes `rope_parameters` alone. transformers 4.57 and programs that follow it look
+    for `rope_theta` and `rope_scaling` next to it. Without the first they compute with 10,000; without
+    the second they do not scale.
     """
     rope = config.get("rope_parameters") or {}
     found = dict(config)

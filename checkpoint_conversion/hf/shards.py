@@ -1,8 +1,8 @@
 """One rank's block of a Megatron tensor, read from or written to a HuggingFace folder.
 
-The same name tables and layouts as in a conversion, without a checkpoint in between. A block spans
-rows and, in a layer that is split by columns, only some of the columns: then whole rows are read
-through a buffer, because pieces of a few kB would each cost a round trip to a network file system.
+It uses the name tables and layouts of a conversion, without a checkpoint in between. A block spans rows
+and, in a layer that is split by columns, only some of the columns. Then whole rows are read through a
+buffer: parts of a few kB would each cost a round trip to a network file system.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Rules:
         self._entries = {key: _Entry(rule) for rule in rules for key in rule.keys}
 
     def blocks(self, shard: Shard) -> Iterator[Block]:
-        """The runs of rows that make up a shard, without those that pad the vocabulary.
+        """Yield the runs of rows that make up a shard, without the rows that pad the vocabulary.
 
         Each holds at most CHUNK_BYTES in the width of the whole tensor, but at least a row.
 
@@ -112,11 +112,11 @@ def read_shard(model: HFModel, rules: Rules, shard: Shard) -> None:
     Args:
         model: The folder.
         rules: Its name table.
-        shard: What to fill, in place; values are cast to its dtype, and may be on any device.
+        shard: The shard to fill, in place; values are cast to its dtype, and may be on any device.
 
     Raises:
-        ConversionError: For a tensor that the folder does not give, another shape, a value outside
-            the range of the dtype, or a truncated file.
+        ConversionError: For a tensor that the folder does not give, another shape, a value outside the
+            range of the dtype, or a truncated file.
     """
     done = 0
     for block in rules.blocks(shard):
@@ -135,15 +135,15 @@ def write_shard(tensors: Mapping[str, HFTensor], rules: Rules, shard: Shard) -> 
     Several processes may write different shards of one tensor at the same time.
 
     Args:
-        tensors: The tensors of the folder by name (see `hf_folder.list_tensors`).
+        tensors: The tensors of the folder by name (see `hf.folder.list_tensors`).
         rules: Its name table.
-        shard: What to write; values are cast to the dtypes of `tensors`.
+        shard: The shard to write; values are cast to the dtypes of `tensors`.
 
     Returns:
         The number of elements written; rows that pad the vocabulary are left out.
 
     Raises:
-        ConversionError: As `read_shard`, and when the disk is full, for instance.
+        ConversionError: As `read_shard`, or the file cannot be written; for example, the disk is full.
     """
     elements = 0
     for block in rules.blocks(shard):
@@ -160,15 +160,15 @@ def write_shard(tensors: Mapping[str, HFTensor], rules: Rules, shard: Shard) -> 
 def _write_rows(
     tensor: HFTensor, start: int, window: tuple[slice, ...], values: torch.Tensor
 ) -> None:
-    """Write some columns of the rows of a tensor from `start` on; whole rows in one piece."""
+    """Write some columns of the rows of a tensor from `start` on; whole rows in one write."""
     item = values.dtype.itemsize
     whole = values.shape[1:] == tensor.shape[1:]
     assert whole or values.ndim == 2, "only matrices are split by columns"
     skip = 0 if whole else window[0].start * item
     data = tensor_bytes(values)
     length = len(data) if whole else values.shape[1] * item
-    # Not for reading too: a network file system could then write back whole pages of a file that
-    # other nodes write to.
+    # The file is not opened for reading too: a network file system could then write back whole pages of
+    # it, over rows that other nodes have written.
     with writing(tensor.file):
         descriptor = os.open(tensor.file, os.O_WRONLY)
         try:

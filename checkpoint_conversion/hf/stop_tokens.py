@@ -1,8 +1,8 @@
 """The token ids at which generation stops, in the two files of a model folder that hold them.
 
-A base model stops at the end of a text (`<|endoftext|>`). Chat training teaches it to end a turn with the
-token of the chat template (`<|im_end|>`), which the files of the base do not name: without it, the trained
-model would talk on until the length limit.
+A base model stops at the end of a text (`<|endoftext|>`). Chat training teaches it to end a turn with
+the chat template's token (`<|im_end|>`), which the base's files do not name. Without it, the trained
+model would generate until the length limit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from checkpoint_conversion.families import Config
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
-# A run's own file in each of its checkpoints, and the way to the token in it.
+# The file of a run in each of its checkpoints, and the path of the token in it.
 _RUN_FILE = "megatron_profit.json"
 _TURN_END = ("run", "tokenizer", "turn_end_id")
 _KEY = "eos_token_id"
-# What transformers takes from config.json where a folder has no generation_config.json.
+# transformers takes these from config.json where a folder has no generation_config.json.
 _TOKEN_IDS = ("bos_token_id", _KEY, "pad_token_id")
 
 
@@ -31,9 +31,10 @@ class StopTokens:
 
     Attributes:
         config: Content of config.json.
-        generation: Content of generation_config.json; None where the template's file, if any, is copied.
-        ids: The ids at which generation stops; empty where training has taught none.
-        added: The one of them that the template does not name; None where it names all.
+        generation: Content of generation_config.json; None where the template's file, if any, is
+            copied.
+        ids: The ids at which generation stops; empty if training has taught none.
+        added: The id among them that the template does not name; None where it names all.
     """
 
     config: Config
@@ -52,12 +53,13 @@ class StopTokens:
 def plan_stop_tokens(template: Path, config: Config, turn_end: int | None) -> StopTokens:
     """Add the token that ends a turn to the stop tokens of a template.
 
-    The new id comes first and the known ones stay: 151643 and the new 151645 give [151645, 151643].
+    The new id comes first; known ids stay. For example, 151643 and the new 151645 give [151645,
+    151643].
 
     Args:
         template: HuggingFace folder that training started from.
         config: Content of the config.json to write.
-        turn_end: Id of the token that training has taught; None changes nothing.
+        turn_end: Id of the token that training has taught; None changes no file.
 
     Raises:
         ConversionError: A file cannot be read, or its stop tokens are not token ids.
@@ -81,13 +83,13 @@ def plan_stop_tokens(template: Path, config: Config, turn_end: int | None) -> St
 
 
 def trained_turn_end(checkpoint: Path) -> int | None:
-    """The token that ends a turn, as a run of this project noted it in its checkpoint.
+    """Return the id of the token that ends a turn, as a run of this project noted it in its checkpoint.
 
     Args:
         checkpoint: Folder of one checkpoint.
 
     Returns:
-        Its id; None for a checkpoint that was never trained, or a template without such a token.
+        The id; None for a checkpoint that was never trained, or a template without such a token.
 
     Raises:
         ConversionError: The file that should hold it is damaged.
@@ -106,7 +108,7 @@ def trained_turn_end(checkpoint: Path) -> int | None:
 
 
 def _with(new: int, known: tuple[int, ...], value: Any) -> Any:
-    """The value of a file, which stays as it is where it names the new id."""
+    """Add a new id to a file's value, which stays as it is if it names the id."""
     return value if new in known and value is not None else list(dict.fromkeys((new, *known)))
 
 

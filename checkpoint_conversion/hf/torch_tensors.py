@@ -1,5 +1,4 @@
-"""Weights as torch tensors, for what works with tensors: training and `verify`. A conversion does not
-import torch."""
+"""Weights as torch tensors, for training and for `verify`. A conversion does not import torch."""
 
 from __future__ import annotations
 
@@ -15,13 +14,13 @@ TORCH = {name: getattr(torch, dtype.torch) for name, dtype in DTYPES.items()}
 
 
 class Source(Protocol):
-    """What chunks are read from: a HuggingFace model or a Megatron checkpoint."""
+    """A reader of chunks: a HuggingFace model or a Megatron checkpoint."""
 
     def read_into(self, chunk: Chunk, dtype: DType, into: memoryview) -> None: ...
 
 
 def read_chunk(source: Source, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
-    """The values of a chunk in a dtype; shape `chunk.sizes`.
+    """Read the values of a chunk in a dtype; shape `chunk.sizes`.
 
     Raises:
         ConversionError: When a value is outside the range of the dtype, or a file was truncated.
@@ -32,10 +31,10 @@ def read_chunk(source: Source, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor
 
 
 def from_torch(dtype: torch.dtype) -> DType:
-    """The dtype of this package.
+    """Return the dtype of this package.
 
     Raises:
-        ConversionError: For one that weights do not have.
+        ConversionError: For a dtype that weights do not have.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in TORCH_DTYPES:
@@ -44,12 +43,12 @@ def from_torch(dtype: torch.dtype) -> DType:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """The tensor in another dtype; the same object when it has that dtype already.
+    """Return the tensor in another dtype; the same object when it has that dtype already.
 
     Raises:
         ConversionError: When a finite value is outside the range of the dtype.

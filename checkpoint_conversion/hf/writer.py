@@ -1,8 +1,7 @@
-"""Writing a HuggingFace model folder: safetensors in a known layout, and everything else of a
-template.
+"""Writer of a HuggingFace model folder: safetensors in a known layout, and the other files of a template.
 
-The headers come first, from names, shapes and dtypes alone; the bytes of each tensor then go to
-their place in any order, so no tensor has to be complete in memory.
+The headers come first, from names, shapes and dtypes alone. The bytes of each tensor then go to their
+place in any order, so no tensor has to be complete in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, StopTokens
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-# What is not copied from a template: weights in any format, code, hidden files, and its model card, which
-# would describe another model.
+# Not copied from a template: weights in any format, code, hidden files, and its model card, which would
+# describe another model.
 _NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
     r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)"
@@ -50,10 +49,10 @@ class TensorSpec:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as "5GB" (10^9), "512MiB" (2^20) or a plain number.
+    """Return the bytes of a size, for example "5GB" (10^9), "512MiB" (2^20) or a plain number.
 
     Raises:
-        ConversionError: When it is something else.
+        ConversionError: When the text is not a positive size.
     """
     pattern = r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]I?B)?"
     match = re.fullmatch(pattern, str(text)[:40].strip().upper(), re.ASCII)
@@ -67,7 +66,7 @@ def parse_size(text: str | int) -> int:
 
 
 def split_by_size(tensors: Mapping[str, TensorSpec], limit: int) -> dict[str, str]:
-    """Fill one file after the other, layer by layer; the file of each tensor.
+    """Fill one file after the other, layer by layer; return the file of each tensor.
 
     A tensor larger than `limit` has a file of its own.
     """
@@ -90,12 +89,12 @@ def split_by_size(tensors: Mapping[str, TensorSpec], limit: int) -> dict[str, st
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 class HFWriter:
-    """Writes tensors into the safetensors files of a folder.
+    """Writer of tensors into the safetensors files of a folder.
 
     Args:
         folder: An existing folder.
@@ -118,7 +117,7 @@ class HFWriter:
         """Write whole rows of a tensor, from row `start` on; several threads may do so.
 
         Raises:
-            ConversionError: When the disk is full, for instance.
+            ConversionError: When the file cannot be written; for example, the disk is full.
         """
         file, offset = self._places[name]
         tensor = self._tensors[name]
@@ -126,10 +125,10 @@ class HFWriter:
         file.write_at(offset, data)
 
     def flush(self) -> None:
-        """Bring everything to the disk.
+        """Bring all bytes to the disk.
 
         Raises:
-            ConversionError: When something did not get there.
+            ConversionError: When some bytes did not get there.
         """
         for file in self._files:
             file.flush()
@@ -164,11 +163,11 @@ class HFWriter:
 
 
 def copy_artifacts(template: Path, folder: Path, stops: StopTokens) -> None:
-    """Copy what a model folder holds besides weights: tokenizer, generation config, licence and so on.
+    """Copy the files of a model folder besides weights, for example tokenizer, generation config and licence.
 
     Left out are weights in any format, code, the model card, hidden files and subfolders, except the
-    folder of additional chat templates. `stops` gives config.json and, where training has taught another
-    stop token, generation_config.json.
+    folder of additional chat templates. `stops` gives config.json. If training has taught another stop
+    token, it gives generation_config.json too.
 
     Raises:
         ConversionError: For a link that leaves the template (see `artifacts`).
@@ -190,7 +189,7 @@ def copy_artifacts(template: Path, folder: Path, stops: StopTokens) -> None:
 
 
 def artifacts(template: Path) -> list[Path]:
-    """The files of a template that `copy_artifacts` copies.
+    """Return the files of a template that `copy_artifacts` copies.
 
     Raises:
         ConversionError: For a link that leaves the template.

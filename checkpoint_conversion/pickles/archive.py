@@ -1,9 +1,15 @@
 """The zip archives that torch.save writes, read strictly (PKWARE's APPNOTE 4.3).
 
-A zip archive says twice where its records are and what they are called: in a directory at its end, and in
-front of each record. Programs differ in what they believe. An archive is accepted here only if both agree, if
-the records fill it from its first byte on without gaps, and if no two have the same name. Then there is one
-way to read it. Records must not be compressed: torch never does it, and a few bytes could become gigabytes.
+A zip archive states the places and names of its records twice: in a directory at its end, and before
+each record. Programs differ in which of the two they believe. So an archive is accepted here only on
+these conditions:
+
+- The two agree.
+- The records fill it from its first byte on without gaps.
+- No two records have the same name.
+
+Then there is one way to read it. Records must not be compressed: torch never does it, and a few bytes
+could become gigabytes.
 """
 
 from __future__ import annotations
@@ -17,9 +23,9 @@ from checkpoint_conversion.engine.checksums import crc32
 from checkpoint_conversion.pickles.reader import Named, PersistentId, Uses, read_pickle
 from checkpoint_conversion.pickles.uses import STORAGES, is_size
 
-# What one read brings into the core's cache.
+# Bytes that one read brings into the core's cache.
 _PART_BYTES = 1 << 20
-# The directory of a state dict with some 100,000 tensors, and the pickle of one.
+# The directory of a state dict with some 100,000 tensors, and the pickle of one, are smaller.
 _MOST_DIRECTORY = _MOST_PICKLE = 64 << 20
 _END, _FAR_END, _LOCATOR = (
     struct.Struct("<4s4H2IH"),
@@ -28,7 +34,7 @@ _END, _FAR_END, _LOCATOR = (
 )
 _ENTRY, _HEADER = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 _SIZES_FOLLOW, _UTF8 = 1 << 3, 1 << 11
-# An attribute; torch's reader gives what is in memory for the content of a folder.
+# An attribute. For a folder, torch's reader would return whatever is in memory as its content.
 _FOLDER = 1 << 4
 _IN_64_BITS = 0xFFFFFFFF
 _KNOWN = (
@@ -44,12 +50,12 @@ Read = Callable[[int, int], bytes | bytearray]
 
 
 class ArchiveError(ValueError):
-    """Something that is no archive of torch.save, or a damaged one."""
+    """The bytes are not an archive of torch.save, or the archive is damaged."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where an archive keeps a record.
+    """The place of a record in an archive.
 
     Attributes:
         offset: Its first byte in the archive.
@@ -68,17 +74,18 @@ class Archive:
 
     Attributes:
         read: Gives the bytes [offset, offset + count).
-        records: The records by their names in the archive's one folder.
+        records: The records by their names in the archive's single folder.
     """
 
     read: Read
     records: dict[str, Record]
 
     def content(self, uses: Uses) -> Any:
-        """The value of the archive's pickle; a storage is a PersistentId.
+        """Return the value of the archive's pickle; a storage is a PersistentId.
 
         Raises:
-            ValueError: It is broken, too large, damaged, or names something that it must not.
+            ValueError: The pickle is broken, too large or damaged, or names a forbidden class or
+                function.
         """
         order = self.records.get("byteorder")
         if order is not None and self.read(order.offset, order.nbytes) != b"little":
@@ -94,7 +101,7 @@ class Archive:
         """Compare the checksum of a record with its bytes.
 
         Raises:
-            ArchiveError: They differ.
+            ArchiveError: The two differ.
         """
         found = 0
         for start in range(0, record.nbytes, _PART_BYTES):
@@ -107,9 +114,10 @@ class Archive:
             )
 
     def _storage(self, identity: Any) -> PersistentId:
-        """A reference to a storage that is there in full.
+        """Return the reference to a storage, after a check that the storage is there in full.
 
-        torch takes its number of elements at its word, and would read what lies in memory after it.
+        torch trusts the number of elements in the reference. If it were too large, torch would read the
+        memory after the storage.
         """
         match identity:
             case ("storage", Named() as kind, str(key), str(), elements) if (
@@ -123,10 +131,10 @@ class Archive:
 
 
 def read_archive(read: Read, nbytes: int) -> Archive:
-    """The archive that the first `nbytes` bytes of a source hold; only its structure is read.
+    """Return the archive that the first `nbytes` bytes of a source hold; only its structure is read.
 
     Raises:
-        ArchiveError: It is no archive, or not one that torch.save writes.
+        ArchiveError: The bytes are not an archive, or not one that torch.save writes.
     """
     try:
         entries, end = _directory(read, nbytes)
@@ -136,7 +144,7 @@ def read_archive(read: Read, nbytes: int) -> Archive:
             record, at = _record(read, entry, at)
             first, _, name = record.name.partition("/")
             folder = first if folder is None else folder
-            lower = name.lower()  # torch's reader takes upper and lower case for the same
+            lower = name.lower()  # torch's reader ignores case
             if first != folder or lower in records or not _is_known(name):
                 raise ArchiveError(f"it has a record {record.name!r} too many")
             records[lower] = Record(name, record.offset, record.nbytes, record.checksum)
@@ -155,8 +163,11 @@ def _is_known(name: str) -> bool:
 
 
 def _directory(read: Read, nbytes: int) -> tuple[Iterator[_Entry], int]:
-    """The entries of the directory, and where it begins: at its end, without a comment, and again in 64
-    bits as torch writes it."""
+    """Return the entries of the directory, and the offset of its first byte.
+
+    The directory is at the archive's end, without a comment. torch writes its size and place again in
+    64 bits.
+    """
     end = nbytes - _END.size
     if end < 0:
         raise ArchiveError("it is no archive of torch.save, or was cut off")
@@ -173,7 +184,7 @@ def _directory(read: Read, nbytes: int) -> tuple[Iterator[_Entry], int]:
 
 
 def _far_directory(read: Read, far: int, near: tuple[int, ...]) -> tuple[int, int, int]:
-    """Number of entries, size and beginning of the directory as the records for large archives say."""
+    """Return the number of entries, size and offset of the directory, from the records for large archives."""
     _, size, _, _, *disks, here, count, nbytes, start = _FAR_END.unpack(read(far, _FAR_END.size))
     locator = _LOCATOR.unpack(read(far + _FAR_END.size, _LOCATOR.size))
     found = count, nbytes, start
@@ -188,7 +199,7 @@ def _far_directory(read: Read, far: int, near: tuple[int, ...]) -> tuple[int, in
 
 @dataclass(frozen=True)
 class _Entry:
-    """A record as the directory has it."""
+    """A record as the directory describes it."""
 
     name: bytes
     flags: int
@@ -222,7 +233,7 @@ def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
 
 
 def _wide(extra: bytes, values: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Size, packed size and offset; those that do not fit into 32 bits are in the extra field."""
+    """Return size, packed size and offset; a number that exceeds 32 bits is in the extra field."""
     wide = [value == _IN_64_BITS for value in values]
     expected = b"" if not any(wide) else struct.pack("<2H", 1, 8 * sum(wide))
     if extra[:4] != expected or len(extra) != len(expected) + 8 * sum(wide):
@@ -235,7 +246,7 @@ def _wide(extra: bytes, values: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _record(read: Read, entry: _Entry, at: int) -> tuple[Record, int]:
-    """The record of an entry, which must begin at `at`, and where it ends."""
+    """Return the record of an entry, which must begin at `at`, and its end."""
     head = read(at, _HEADER.size)
     mark, _, flags, method, _, _, checksum, packed, size, name_length, extra_length = (
         _HEADER.unpack(head)
@@ -261,7 +272,7 @@ def _record(read: Read, entry: _Entry, at: int) -> tuple[Record, int]:
 
 
 def _descriptor(read: Read, at: int, sizes: tuple[int, int, int]) -> int:
-    """Where the description of a record ends that comes after it; its sizes may have 64 bits."""
+    """Return the end of the description that follows a record; its sizes may have 64 bits."""
     for form in ("<4s3I", "<4sI2Q"):
         length = struct.calcsize(form)
         fits = max(sizes) <= _IN_64_BITS or form == "<4sI2Q"

@@ -1,9 +1,9 @@
 """Pickles, read without running them.
 
-A pickle is a program: it may name any function of any module, and Python's unpickler calls it. The reader
-here knows the instructions that build plain data, and refuses all others. A class or function may be named
-only if it is on the list that the caller gives, and is not looked up: what the pickle does with it is
-recorded. Time and memory grow with the length of the pickle, whatever it says.
+A pickle is a program: it may name any function of any module, and Python's unpickler calls it. This
+reader knows the instructions that build plain data, and refuses all others. A class or function may be
+named only if it is on the caller's list. It is not looked up; the reader only records how the pickle
+uses it. Time and memory grow with the length of the pickle, whatever its content.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-# Numbers with more bytes are nobody's sizes or seeds, and take long to print.
+# No size or seed has a number with more bytes, and printing one takes long.
 _LONGEST_NUMBER = 64
 # Numbers as keys can be chosen so that each new one is compared with all before it.
 _MOST_NUMBER_KEYS = 10_000
 _STOP, _MEMOIZE, _EMPTY_TUPLE = b".\x94)"
-# Instructions that a number without sign follows, and its bytes; some of them mean the memo.
+# Instructions before an unsigned number, and the number's bytes; some of them access the memo.
 _GETS, _PUTS = b"hj", b"qr"
 _WIDTHS = {ord("K"): 1, ord("M"): 2, ord("h"): 1, ord("j"): 4, ord("q"): 1, ord("r"): 4}
 _NUMBERS = (int, float, bool, complex)
 
 
 class PickleError(ValueError):
-    """A pickle that is broken, or holds something that it must not."""
+    """The pickle is broken, or holds a value that it must not."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a function gives for arguments."""
+    """The result of a function for arguments; the function is not called."""
 
     function: Named
     arguments: tuple[Any, ...]
@@ -73,11 +73,11 @@ Make = Callable[[Named, tuple[Any, ...]], Any]
 
 @dataclass(frozen=True)
 class Use:
-    """What a pickle may do with a class or function.
+    """The permitted uses of a class or function in a pickle.
 
     Attributes:
-        call: Gives the result for arguments, or raises ValueError to refuse them; None if it must not be
-            called.
+        call: Gives the result for arguments, or raises ValueError to refuse them; None if it must not
+            be called.
         new: The same for an instance that is made without the constructor.
         state: Accepts the state that follows; None if none may.
         is_value: Whether a mere reference to it may stand in the data.
@@ -102,17 +102,18 @@ class _Callee:
 
 
 def read_pickle(data: bytes, uses: Uses, refer: Refer | None = None) -> Any:
-    """The value of a pickle that ends where the bytes end.
+    """Return the value of a pickle that ends where the bytes end.
 
     Args:
         data: The pickle, of protocol 2 to 5.
-        uses: What may be done with a class or function, by module and name; None for one that must not
+        uses: Gives the permitted uses of a class or function, by module and name; None if it must not
             be named.
-        refer: Gives what stands for a reference to something outside of the pickle, or raises ValueError;
-            None if it must have none.
+        refer: Gives the value of a reference to an object outside of the pickle, or raises ValueError.
+            None if the pickle must have no references.
 
     Raises:
-        PickleError: It is broken, longer than its value, or does something else.
+        PickleError: The pickle is broken, longer than its value, or does something that is not
+            permitted.
     """
     value, end = read_first_pickle(data, uses, refer)
     if end != len(data):
@@ -123,7 +124,7 @@ def read_pickle(data: bytes, uses: Uses, refer: Refer | None = None) -> Any:
 def read_first_pickle(
     data: bytes, uses: Uses, refer: Refer | None = None, start: int = 0
 ) -> tuple[Any, int]:
-    """The value of the pickle that begins at `start`, and where it ends; raises as `read_pickle`."""
+    """Return the value of the pickle that begins at `start`, and its end; raises like `read_pickle`."""
     reader = _Reader(data, uses, refer, start)
     with _without_collector():
         return reader.read(), reader.at
@@ -131,8 +132,11 @@ def read_first_pickle(
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Python would look for garbage again and again while millions of small objects are made, which takes
-    as long as making them."""
+    """Stop Python's garbage collector for the block.
+
+    It would search again and again while millions of small objects are made, which takes as long as
+    making them.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -173,8 +177,11 @@ class _Reader:
         return self.stack[0]
 
     def _run(self) -> None:
-        """Follow the instructions up to the end. Three of four are those in the loop itself, which are
-        there for speed: a large checkpoint has millions."""
+        """Follow the instructions up to the end.
+
+        Three of four instructions are handled in the loop itself, for speed: a large checkpoint has
+        millions.
+        """
         data, table, memo, stack = self.data, _INSTRUCTIONS, self.memo, self.stack
         at, width, number = self.at, _WIDTHS, int.from_bytes
         while (code := data[at]) != _STOP:
@@ -203,21 +210,21 @@ class _Reader:
     def _refuse(self, why: str) -> NoReturn:
         raise PickleError(f"it {why} (near byte {self.at})")
 
-    # The parts of instructions.
+    # Parts of instructions.
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Return the next bytes."""
         begin, self.at = self.at, self.at + count
         if self.at > len(self.data):
             raise IndexError
         return self.data[begin : self.at]
 
     def size(self, width: int) -> int:
-        """The next bytes as a number without sign."""
+        """Return the next bytes as an unsigned number."""
         return int.from_bytes(self.take(width), "little")
 
     def line(self) -> str:
-        """The text up to the end of the line."""
+        """Return the text up to the end of the line."""
         end = self.data.find(b"\n", self.at, self.at + 1000)
         if end < 0:
             raise IndexError
@@ -226,7 +233,7 @@ class _Reader:
         return text
 
     def popped_mark(self) -> list[Any]:
-        """What was put on the stack since the last mark."""
+        """Return the values that were put on the stack since the last mark."""
         items, self.stack = self.stack, self.marks.pop()
         return items
 
@@ -315,7 +322,7 @@ class _Reader:
         return target
 
     def name(self, module: Any, name: Any) -> None:
-        """A class or function. A dot in its name would be an attribute of something else."""
+        """Put a class or function on the stack. A dot in its name would be an attribute of another object."""
         use = None
         if isinstance(module, str) and isinstance(name, str) and "." not in name:
             use = self.uses(module, name)
@@ -360,7 +367,7 @@ class _Reader:
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is OrderedMap:
-            # torch keeps the versions of modules there; nobody needs them.
+            # torch keeps the versions of modules there; no reader needs them.
             if not (isinstance(state, dict) and set(state) == {"_metadata"}):
                 self._refuse("gives an OrderedDict attributes")
             return
@@ -381,7 +388,7 @@ class _Reader:
 
 
 def _hashable(keys: list[Any], total: int) -> list[Any]:
-    """Keys whose hashes take no time to compute and do not collide on purpose."""
+    """Return the keys, if their hashes are quick to compute and do not collide on purpose."""
     if set(map(type, keys)) <= {str}:
         return keys
     numbers = 0

@@ -1,6 +1,7 @@
 """Zip archives without compression, written front to back (PKWARE's APPNOTE 4.3).
 
-zipfile writes the same bytes, but computes checksums with zlib, which takes a third of a conversion's time.
+zipfile writes the same bytes, but computes checksums with zlib, which takes a third of a conversion's
+time.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from collections.abc import Callable, Iterable
 
 from checkpoint_conversion.engine.checksums import crc32
 
-_VERSION = 20  # 2.0, the first that knows what is used here
+_VERSION = 20  # 2.0, the first with the features that are used here
 _UNIX = 3 << 8
-_SIZES_FOLLOW = 1 << 3  # checksum and sizes stand behind the bytes
+_SIZES_FOLLOW = 1 << 3  # checksum and sizes come after the bytes
 _STORED = 0
-_TIME, _DATE = 0, 1 << 5 | 1  # 1980-01-01: archives of the same content are the same
+_TIME, _DATE = 0, 1 << 5 | 1  # 1980-01-01, so that archives of the same content are the same
 _OWNER_READS_AND_WRITES = 0o600 << 16
 
 
@@ -42,7 +43,7 @@ class StoredArchive:
             self._write(part)
         found = (checksum, size, size)
         self._write(struct.pack("<4s3I", b"PK\7\x08", *found))
-        # Of the extra field and the comment; the disk; attributes of what is inside.
+        # Lengths of the extra field and the comment; the disk; attributes of the content.
         nothing = (0, 0, 0, 0)
         fields = (*common, *found, len(encoded), *nothing, _OWNER_READS_AND_WRITES, start)
         self._directory.append(

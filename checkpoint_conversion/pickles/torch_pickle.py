@@ -1,9 +1,9 @@
-"""Pickles and archives of torch, written and read without importing torch or running anything.
+"""Pickles and archives of torch, written and read without importing torch or running their code.
 
-A torch_dist checkpoint holds both: `.metadata` is a pickle of records whose classes torch defines, and
-each entry of a `.distcp` file is the archive that torch.save writes, a zip file with a pickle and the
-raw bytes of a tensor. Importing torch would cost more time than converting a small model, and more
-memory than converting any.
+A torch_dist checkpoint holds both. `.metadata` is a pickle of records whose classes torch defines. Each
+entry of a `.distcp` file is the archive that torch.save writes: a zip file with a pickle and the raw
+bytes of a tensor. Importing torch would cost more time than converting a small model, and more memory
+than converting any.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STORAGE_OF = {dtype: storage for storage, dtype in _STORAGES.items()}
 
 
 def dumps(value: Any) -> bytes:
-    """A pickle (protocol 2) of plain values and of the classes above."""
+    """Return a pickle (protocol 2) of plain values and of the classes above."""
     writer = _Writer()
     writer.write(value)
     return bytes(writer.out + b".")
@@ -32,8 +32,10 @@ def dumps(value: Any) -> bytes:
 
 @dataclass
 class _Writer:
-    """Emits pickle opcodes (see the standard library's pickletools). Texts and names that come again
-    are referred to."""
+    """Emitter of pickle opcodes (see the standard library's pickletools).
+
+    A text or name that comes again is written as a reference to the first one.
+    """
 
     out: bytearray = field(default_factory=lambda: bytearray(b"\x80\x02"))
     memo: dict[Any, int] = field(default_factory=dict)
@@ -94,9 +96,9 @@ def write_archive(
     content: bytes,
     data: Iterable[memoryview] | None = None,
 ) -> None:
-    """Append what torch.save writes: an archive with a pickle, and the bytes of a tensor if any.
+    """Append an archive as torch.save writes it: a pickle, and the bytes of a tensor if any.
 
-    Checksums are those of the content, for readers that compare them (torch does not).
+    Checksums cover the content, for readers that compare them (torch does not).
 
     Args:
         append: Writes at the end of a file.
@@ -113,7 +115,7 @@ def write_archive(
 
 
 def tensor_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
-    """The pickle in the archive of a contiguous tensor."""
+    """Return the pickle in the archive of a contiguous tensor."""
     strides = contiguous_strides(shape)
     elements = strides[0] * shape[0] if shape else 1
     storage = Named("torch", _STORAGE_OF[dtype.name])
@@ -133,7 +135,7 @@ def tensor_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a tensor whose last axis runs fastest."""
+    """Return the strides, in elements, of a tensor whose last axis runs fastest."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
@@ -142,7 +144,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where an archive keeps a tensor.
+    """The place of a tensor in an archive.
 
     Attributes:
         offset: First byte of the tensor's storage in the archive.
@@ -162,7 +164,7 @@ class StoredTensor:
 
 
 def locate_tensor(archive: Archive) -> StoredTensor:
-    """Where the tensor of an archive lies; its data are not read.
+    """Find the tensor of an archive; its data are not read.
 
     Raises:
         ValueError: The archive holds something else than a dense tensor of a known dtype.
@@ -171,7 +173,7 @@ def locate_tensor(archive: Archive) -> StoredTensor:
 
 
 def locate_tensors(archive: Archive) -> dict[str, StoredTensor]:
-    """Where the tensors of a state dict lie, by name; raises like `locate_tensor`."""
+    """Find the tensors of a state dict, by name; raises like `locate_tensor`."""
     content = archive.content(within(TENSORS))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")

@@ -1,7 +1,7 @@
-"""Which classes and functions the pickles of a checkpoint may name, and how they may use them.
+"""The classes and functions that a checkpoint's pickles may name, and how they may use them.
 
-Each list is exact: module and name, the arguments and the state. Its entries do no harm when torch calls
-them, and no list has anything that looks up names, opens files or runs text.
+Each list is exact: module and name, the arguments and the state. Its entries do no harm when torch
+calls them. No list has an entry that looks up names, opens files or runs text.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ Table = Mapping[tuple[str, str], Use]
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value is a number of bytes, elements or rows, as large as any file can be."""
+    """Return whether a value is a number of bytes, elements or rows, at most as large as a file can be."""
     return type(value) is int and 0 <= value < _LIMIT
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether a value is a tuple of sizes for the axes of a tensor."""
+    """Return whether a value is a tuple of sizes for the axes of a tensor."""
     return (
         type(value) is tuple
         and len(value) <= _MOST_AXES
@@ -61,7 +61,7 @@ def is_sizes(value: Any) -> bool:
 
 
 def within(table: Table) -> Uses:
-    """The uses of a table; dtypes are in every one."""
+    """Return the uses of a table, and of dtypes, which every table includes."""
 
     def uses(module: str, name: str) -> Use | None:
         if module == "torch" and _DTYPES.fullmatch(name):
@@ -71,7 +71,7 @@ def within(table: Table) -> Uses:
     return uses
 
 
-# Makers. Each raises ValueError, which names what it expects.
+# Makers. Each raises ValueError, which names the arguments it expects.
 
 
 def _blank(named: Named, arguments: tuple[Any, ...]) -> Instance:
@@ -81,14 +81,14 @@ def _blank(named: Named, arguments: tuple[Any, ...]) -> Instance:
 
 
 def _of_scalars(named: Named, arguments: tuple[Any, ...]) -> Call:
-    """A path, a device, a member of an enumeration."""
+    """Make a path, a device or a member of an enumeration."""
     if not all(type(argument) in _PLAIN for argument in arguments):
         raise ValueError("plain values")
     return Call(named, arguments)
 
 
 def _of_parts(named: Named, arguments: tuple[Any, ...]) -> Call:
-    """A named tuple, which may hold another one."""
+    """Make a named tuple, which may hold another one."""
     if not all(type(argument) in (*_PLAIN, Call) for argument in arguments):
         raise ValueError("plain values")
     return Call(named, arguments)
@@ -107,7 +107,7 @@ def _ordered(_: Named, arguments: tuple[Any, ...]) -> OrderedMap:
 
 
 def _bytes(_: Named, arguments: tuple[Any, ...]) -> bytes:
-    """Bytes as protocol 2 writes them, a text of as many characters, or a `bytearray` of such bytes."""
+    """Make bytes from protocol 2's form, a text with a character for each byte, or a `bytearray` of them."""
     if not arguments:
         return b""
     if len(arguments) == 1 and type(arguments[0]) is bytes:
@@ -126,8 +126,11 @@ def _collection(named: Named, arguments: tuple[Any, ...]) -> Call:
 
 
 def _tensor(named: Named, arguments: tuple[Any, ...]) -> Call:
-    """A part of a storage: `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`; for
-    newer dtypes `_rebuild_tensor_v3`, which takes the dtype after these."""
+    """Make a tensor that is a part of a storage.
+
+    The call is `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`. Newer dtypes
+    have `_rebuild_tensor_v3`, which takes the dtype after these arguments.
+    """
     storage, first, shape, strides, requires_grad, hooks, *rest = arguments
     itemsize = 1
     if named.name == "_rebuild_tensor_v3":
@@ -146,7 +149,7 @@ def _tensor(named: Named, arguments: tuple[Any, ...]) -> Call:
 
 
 def _elements(storage: Any) -> int | float:
-    """The number of elements of a storage; unknown of one that is a pickle within the pickle."""
+    """Return the number of elements of a storage; infinite, as unknown, for a pickle within the pickle."""
     if type(storage) is Call and storage.function in _NESTED_STORAGES:
         return math.inf
     if type(storage) is not PersistentId:
@@ -163,7 +166,7 @@ def _parameter(named: Named, arguments: tuple[Any, ...]) -> Call:
 
 
 def _array(named: Named, arguments: tuple[Any, ...]) -> Instance:
-    """An array of numpy, which is then given a state."""
+    """Make an array of numpy, which is then given a state."""
     cls, shape, _ = arguments
     if cls != Named("numpy", "ndarray") or not is_sizes(shape):
         raise ValueError("ndarray")
@@ -171,7 +174,7 @@ def _array(named: Named, arguments: tuple[Any, ...]) -> Instance:
 
 
 def _array_dtype(named: Named, arguments: tuple[Any, ...]) -> Instance:
-    """A numeric dtype of numpy: neither objects nor records."""
+    """Make a numeric dtype of numpy: neither objects nor records."""
     code, *flags = arguments
     if not re.fullmatch(r"[biufc]\d{1,2}", code) or not all(type(flag) is bool for flag in flags):
         raise ValueError("a numeric dtype")
@@ -230,7 +233,10 @@ _PATHS = {
 
 
 def _is_properties(state: Any) -> bool:
-    """The state of TensorProperties: the dtype comes first; torch 2.15 has six values, older ones five."""
+    """Accept the state of TensorProperties, whose dtype comes first.
+
+    torch 2.15 has six values, older versions five.
+    """
     return type(state) is tuple and len(state) in (5, 6) and type(state[0]) is Named
 
 
@@ -267,7 +273,7 @@ METADATA: Table = {
 }
 
 STORAGE_TYPES: Table = {(named.module, named.name): _VALUE for named in STORAGES}
-# A storage as a pickle within a pickle; Megatron puts a function of its own in the place of torch's.
+# A storage as a pickle within a pickle; Megatron replaces torch's function by its own.
 _NESTED_STORAGES = (
     Named("torch.storage", "_load_from_bytes"),
     Named("megatron.core.safe_globals", "safe_load_from_bytes"),
@@ -305,8 +311,8 @@ _NUMPY = {
         )
     },
 }
-# Entries that are not tensors: arguments, states of optimizer, scheduler and random numbers, and so on
-# (those of megatron/core/safe_globals.py, and what torch.load knows).
+# Entries that are not tensors, for example arguments, and the states of optimizer, scheduler and random
+# numbers (as in megatron/core/safe_globals.py, and as torch.load knows).
 OBJECTS: Table = {
     **TENSORS,
     **_PATHS,
@@ -340,13 +346,13 @@ def _nested_storage(named: Named, arguments: tuple[Any, ...]) -> Call:
 
 
 def check_old_storage(content: bytes) -> None:
-    """Check what torch.save wrote of a storage in its format before zip archives.
+    """Check a storage in torch.save's format before zip archives.
 
-    Five pickles come before the bytes: a magic number, a version, sizes of numbers, the storage, and a list
-    with its key.
+    Five pickles come before the bytes: a magic number, a version, sizes of numbers, the storage, and a
+    list with its key.
 
     Raises:
-        PickleError: It is something else.
+        PickleError: The bytes have another form.
     """
     end, uses = 0, within(STORAGE_TYPES)
     for _ in range(5):
@@ -368,7 +374,7 @@ def _format(named: Named, arguments: tuple[Any, ...]) -> Call:
 
 
 _RECIPES = "transformer_engine.common.recipe"
-# What Transformer Engine keeps of an FP8 recipe, a pickle in a tensor of bytes (get_extra_state in
+# Transformer Engine's state of an FP8 recipe, a pickle in a tensor of bytes (get_extra_state in
 # transformer_engine/pytorch/module/base.py and ops/op.py).
 EXTRA_STATE: Table = {
     **_ORDERED,
@@ -400,12 +406,12 @@ def _anything(named: Named, _: tuple[Any, ...]) -> Instance:
 _INERT = Use(call=_anything, new=_anything, state=lambda _: True, is_value=True)
 
 
-# Packages whose classes and functions may stand in the arguments. An architecture is in the plain values.
+# Packages whose classes and functions may occur in the arguments. Plain values hold the architecture.
 _PASSED_OVER = ("megatron", "numpy", "torch", "transformer_engine")
 
 
 def arguments(module: str, name: str) -> Use | None:
-    """Uses for a reader that wants the plain values of the arguments and passes over the others.
+    """Return uses for a reader that wants the plain values of the arguments and passes over the others.
 
     Objects of Megatron and torch are accepted in any version, because this reader does not make them.
     """

@@ -1,7 +1,7 @@
 """`checksums.json` of a checkpoint: checksums of the files that have none inside.
 
-The entries in `.distcp` files are archives with checksums of their own. `.metadata`, which says where they
-lie, and the small files next to it have none. The list is written when all of them are there.
+The entries in `.distcp` files are archives with checksums of their own. `.metadata`, which holds their
+places, and the small files next to it have none. The list is written when all of them are there.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from checkpoint_conversion.hf.folder import read_json_object
 CHECKSUMS = "checksums.json"
 _FORMAT = 1
 _PART_BYTES = 1 << 20
-# metadata.json is written after the list, and each of its few words is checked; the means of an evaluation
-# may be written later still.
+# metadata.json is written after the list, and each of its few words is checked. The means of an
+# evaluation may be written even later.
 _NOT_LISTED = (CHECKSUMS, "metadata.json", "validation.json")
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the list for a checkpoint of which all but metadata.json is there.
+    """Write the list for a checkpoint that is complete except for metadata.json.
 
     Raises:
         ConversionError: A file cannot be read, or the list cannot be written.
@@ -46,10 +46,10 @@ def check_listed(folder: Path) -> None:
 
 
 def check_checksum(file: Path, found: str) -> None:
-    """Compare the checksum of a file with the list of its checkpoint, if that has it.
+    """Compare the checksum of a file with the checkpoint's list, if the list has the file.
 
     Raises:
-        ConversionError: They differ.
+        ConversionError: The two differ.
     """
     if listed_checksums(file.parent).get(file.name, found) != found:
         raise ConversionError(
@@ -58,7 +58,7 @@ def check_checksum(file: Path, found: str) -> None:
 
 
 def listed_checksums(folder: Path) -> Mapping[str, str]:
-    """The list of a checkpoint, by the names of its files; empty without one.
+    """Return the list of a checkpoint, by the names of its files; empty without one.
 
     Raises:
         ConversionError: The list is damaged.
@@ -76,7 +76,7 @@ def listed_checksums(folder: Path) -> Mapping[str, str]:
 
 
 def checksum_of(content: bytes) -> str:
-    """The checksum of bytes, as it stands in a list."""
+    """Return the checksum of bytes, in the form of the list."""
     return f"{crc32(content):08x}"
 
 

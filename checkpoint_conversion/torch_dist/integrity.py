@@ -1,9 +1,9 @@
 """Checks that a torch_dist checkpoint is as it was written, and that loading it runs no code.
 
-torch stores a checksum with everything that it writes, and never looks at it again. Here they are compared.
-Files that have none inside, such as `.metadata`, have one in `checksums.json`. Several processes can share
-the work. All of it is also vetted: an entry must be the archive of a tensor, or of objects that are on a list
-(`pickle_uses`).
+torch stores a checksum with everything that it writes, and never compares it again. These checks do.
+Files without a checksum inside, for example `.metadata`, have one in `checksums.json`. Several
+processes can share the work. All content is also vetted: an entry must be the archive of a tensor, or
+of objects that are on a list (`pickles.uses`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from checkpoint_conversion.torch_dist.reader import (
 )
 
 _EXTRA_STATE = "_extra_state"
-# What a common.pt, which holds no tensors of the model, has at most.
+# A larger common.pt is refused; it holds no tensors of the model.
 _MOST_COMMON = 1 << 30
-# By the dtype of a tensor, the storage that torch keeps it in; others are in one without a dtype.
+# The storage in which torch keeps a tensor, by its dtype; other dtypes have an untyped storage.
 _STORAGE_OF = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",
@@ -54,7 +54,7 @@ class Entry:
     """An entry of a checkpoint.
 
     Attributes:
-        tensor: The tensor that it is a chunk of; None for objects.
+        tensor: The tensor of which it is a chunk; None for objects.
         sizes: The shape of the chunk.
     """
 
@@ -68,17 +68,19 @@ def check_present(folder: Path) -> None:
     """Check that the files of a checkpoint are there and long enough. Only `.metadata` is read.
 
     Raises:
-        ConversionError: It is not a torch_dist checkpoint, or a part of it is missing.
+        ConversionError: The folder is not a torch_dist checkpoint, or a part of it is missing.
     """
     _present_entries(folder)
 
 
 def check_whole(folder: Path) -> None:
-    """Check that all that a checkpoint consists of, the optimizer included, is there in full, and that its
-    objects are harmless. The tensors are not read.
+    """Check that a checkpoint, the optimizer included, is there in full, and that its objects are harmless.
+
+    The tensors are not read.
 
     Raises:
-        ConversionError: It is not a torch_dist checkpoint, or a part of it is missing, damaged or refused.
+        ConversionError: The folder is not a torch_dist checkpoint, or a part of it is missing, damaged
+            or refused.
     """
     check_listed(folder)
     entries = _present_entries(folder)
@@ -104,9 +106,9 @@ def check_content(
     Args:
         folder: A checkpoint that `check_whole` has accepted.
         number: The share, from 0 on.
-        of: How many shares there are; together they are everything.
+        of: Number of shares; together they are the whole checkpoint.
         threads: Threads that read.
-        progress: Told the bytes of each entry; called by several threads.
+        progress: Called with the bytes of each entry, by several threads.
 
     Raises:
         ConversionError: Names the file, the entry and the fault.
@@ -122,7 +124,7 @@ def check_content(
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all entries of a checkpoint.
+    """Return the bytes of all entries of a checkpoint.
 
     Raises:
         ConversionError: Its `.metadata` cannot be read.
@@ -133,7 +135,7 @@ def size_of(folder: Path) -> int:
 def vet_entry(
     files: OpenFiles, place: Place, key: str, *, is_tensor: bool = False
 ) -> tuple[Archive, Any]:
-    """Check that an entry is an archive that torch can load without running anything.
+    """Check that an entry is an archive that torch can load without running any code.
 
     Returns:
         The archive, and the value of its pickle.
@@ -154,13 +156,16 @@ def vet_entry(
 
 
 def has_common_file(folder: Path) -> bool:
-    """Whether a checkpoint has a common.pt, or something in its place."""
+    """Return whether a checkpoint has a common.pt, or anything else with this name."""
     file = folder / COMMON_FILE
     return file.exists() or file.is_symlink()
 
 
 def read_vetted_common_file(folder: Path) -> bytes:
-    """The bytes of a common.pt that torch can load without running anything; raises as `vet_entry`."""
+    """Return the bytes of a common.pt that torch can load without running any code.
+
+    Raises like `vet_entry`.
+    """
     file = folder / COMMON_FILE
     try:
         content = read_regular(file, _MOST_COMMON)
@@ -180,7 +185,7 @@ def _in_memory(content: bytes) -> Archive:
 
 
 def _vet_extra_states(archive: Archive, content: Any) -> None:
-    """Vet what Transformer Engine unpickles by itself: tensors of bytes, and the streams of version 1."""
+    """Vet the tensors of bytes, and version 1's streams, that Transformer Engine unpickles by itself."""
     for item in content if isinstance(content, list) else [content]:
         if isinstance(item, Call):
             _vet_bytes(archive, item)
@@ -206,7 +211,7 @@ def _vet_bytes(archive: Archive, tensor: Call) -> None:
 
 
 def _tensor_in(content: Any) -> tuple[Any, ...]:
-    """The arguments that a tensor is made of: storage, first element, shape, strides and so on."""
+    """Return the arguments that a tensor is made of: storage, first element, shape, strides and so on."""
     is_parameter = isinstance(content, Call) and content.function.name == "_rebuild_parameter"
     tensor = content.arguments[0] if is_parameter else content
     if not isinstance(tensor, Call) or not tensor.function.name.startswith("_rebuild_tensor"):
@@ -225,7 +230,7 @@ def _entries(folder: Path) -> list[Entry]:
 
 
 def _share(entries: Iterable[Entry], number: int, of: int) -> Iterator[Entry]:
-    """The entries that begin in the `number`-th part of all bytes, in the order of the files."""
+    """Yield the entries that begin in the `number`-th part of all bytes, in the order of the files."""
     entries = list(entries)
     total, before = sum(entry.place.length for entry in entries), 0
     for entry in entries:
@@ -244,7 +249,7 @@ def _present_entries(folder: Path) -> list[Entry]:
 
 
 def _check_entry(files: OpenFiles, entry: Entry) -> None:
-    """Compare all checksums of an entry, and a tensor with what `.metadata` says of it."""
+    """Compare all checksums of an entry, and compare a tensor with its description in `.metadata`."""
     is_tensor = entry.tensor is not None
     archive, content = vet_entry(files, entry.place, entry.key, is_tensor=is_tensor)
     try:

@@ -1,7 +1,7 @@
-"""Reading the model tensors of a torch_dist checkpoint, whatever chunks a training run saved.
+"""Reader of the model tensors of a torch_dist checkpoint, whatever chunks a training run saved.
 
-Nothing of torch is imported and no code of the pickles runs (see `torch_pickle`). Of a saved chunk only
-the bytes that are asked for are read, at their place in the file.
+It does not import torch, and no code of the pickles runs (see `pickles.torch_pickle`). Of a saved chunk
+it reads only the bytes that are asked for, at their place in the file.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from checkpoint_conversion.pickles.uses import METADATA, is_size, is_sizes, with
 from checkpoint_conversion.torch_dist.checksum_list import check_checksum, checksum_of
 from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 
-# Where Megatron-Core keeps what is not sharded: in an entry, and in a file before 0.19
+# Megatron-Core keeps its unsharded state in an entry, and before 0.19 in a file
 # (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
 COMMON_ENTRY = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"
-# Keys of tensors beside the model: optimizer state, also of chained optimizers.
+# Keys of tensors besides the model's: optimizer state, also of chained optimizers.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)*optimizer\b")
 
 METADATA_FILE = ".metadata"
-# All that metadata.json may say; the last two until Megatron-Core 0.18.
+# metadata.json may hold only these values; the last two until Megatron-Core 0.18.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# Some 150 bytes for each chunk of a tensor, so three million of them.
+# About 150 bytes for each chunk of a tensor, which allows three million chunks.
 _MOST_METADATA = 512 << 20
 _MOST_TRACKER = 4096
 # Layers, experts and ranks of the largest models give some 100,000 parts of layers or experts.
@@ -62,7 +62,7 @@ _MOST_SIDE_BY_SIDE = 512
 
 
 class Place(NamedTuple):
-    """Where an entry lies: [start, start + length) of a file."""
+    """The place of an entry: [start, start + length) of a file."""
 
     file: Path
     start: int
@@ -129,7 +129,7 @@ class MegatronCheckpoint:
     _checksums: PartialChecksums[tuple[str, Saved]] = field(default_factory=PartialChecksums)
 
     def chunks(self, rule: TensorRule) -> Iterator[Chunk]:
-        """The chunks to read a tensor in."""
+        """Return the chunks in which to read a tensor."""
         return chunks_of(rule, self.dtypes[rule.megatron], TRANSFER_BYTES)
 
     def read_into(
@@ -148,8 +148,8 @@ class MegatronCheckpoint:
             finite: Refuse NaN and infinity.
 
         Raises:
-            ConversionError: When a file cannot be read, the saved chunks do not cover this one, or
-                a value is outside the range of the dtype.
+            ConversionError: When a file cannot be read, the saved chunks do not cover this one, or a
+                value is outside the range of the dtype.
         """
         kind = self.dtypes[chunk.key]
         data = into
@@ -163,7 +163,7 @@ class MegatronCheckpoint:
             deliver(data, kind, into, dtype, f"{self.folder}: {chunk.key}", finite)
 
     def check_rest(self, files: OpenFiles) -> None:
-        """Check the entries of which all but the rows that pad the vocabulary were read.
+        """Check the entries that were read except for the rows that pad the vocabulary.
 
         Raises:
             ConversionError: When a checksum differs.
@@ -176,8 +176,10 @@ class MegatronCheckpoint:
                 self._check(key, saved, stored, start, data)
 
     def _assemble(self, chunk: Chunk, dtype: DType, data: memoryview, files: OpenFiles) -> None:
-        """Put the overlapping parts of the saved chunks together; axis 0 is the rows, axis 1 (if
-        any) the columns."""
+        """Assemble the overlapping parts of the saved chunks.
+
+        Axis 0 is the rows, and axis 1, if any, the columns.
+        """
         width = math.prod(chunk.rule.piece_shape[1:])
         row_bytes = width * dtype.itemsize
         stacked, missing = len(chunk.piece.index), chunk.elements
@@ -225,7 +227,7 @@ class MegatronCheckpoint:
             files.read(saved.place.file, place + first * dtype.itemsize, into, key)
             self._check(key, saved, stored, first * dtype.itemsize, into)
             return
-        # A transposed tensor, say; never seen in a Megatron checkpoint.
+        # For example a transposed tensor; never seen in a Megatron checkpoint.
         from checkpoint_conversion.engine.values import put_strided  # needs numpy
 
         storage = memoryview(bytearray(stored.nbytes))
@@ -266,7 +268,7 @@ class MegatronCheckpoint:
 
 
 def find_checkpoint(folder: str | Path, iteration: str | int | None = None) -> Path:
-    """The folder of a checkpoint within what Megatron calls a save folder.
+    """Return the folder of a checkpoint within Megatron's save folder.
 
     Args:
         folder: A folder with latest_checkpointed_iteration.txt, or a checkpoint itself.
@@ -297,8 +299,8 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
     """Read the metadata of a checkpoint and check its model tensors; no tensor is read.
 
     Raises:
-        ConversionError: When it is not a complete torch_dist checkpoint, or its model tensors are
-            not those of the rules.
+        ConversionError: When the folder is not a complete torch_dist checkpoint, or its model tensors
+            differ from the rules.
     """
     metadata = read_metadata(folder)
     saved = {key: t for key, t in metadata.tensors.items() if not _OPTIMIZER.match(key)}
@@ -325,7 +327,7 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
 
 
 def read_object(folder: Path, key: str, uses: Uses) -> Any:
-    """The value of an entry that is not a tensor; None without the entry.
+    """Return the value of an entry that is not a tensor; None without the entry.
 
     Args:
         uses: The classes and functions that its pickle may name.
@@ -345,7 +347,7 @@ def read_object(folder: Path, key: str, uses: Uses) -> Any:
 
 
 def read_common_file(folder: Path, uses: Uses) -> Any:
-    """The value of common.pt; raises like `read_object`."""
+    """Return the value of common.pt; raises like `read_object`."""
     file = folder / COMMON_FILE
     with OpenFiles() as files:
         try:
@@ -358,10 +360,10 @@ def read_common_file(folder: Path, uses: Uses) -> Any:
 
 
 def open_entry(files: OpenFiles, place: Place, key: str) -> Archive:
-    """The archive that an entry is; only its structure is read.
+    """Return an entry as an archive; only its structure is read.
 
     Raises:
-        ValueError: It is none, or damaged.
+        ValueError: The entry is not an archive, or is damaged.
         ConversionError: The file cannot be read.
     """
     return read_archive(partial(_read_entry, files, place, key), place.length)
@@ -383,18 +385,18 @@ def _latest(folder: Path) -> str:
 
 
 def read_tracker(tracker: Path) -> str:
-    """What a tracker file says, or its beginning where it is much too long for a number.
+    """Return the content of a tracker file, or its beginning if it is much too long for a number.
 
     Raises:
-        ConversionError: It is no regular file.
-        OSError: It cannot be read.
+        ConversionError: The file is not a regular file.
+        OSError: The file cannot be read.
     """
     with open(open_regular(tracker), "rb") as stream:
         return stream.read(_MOST_TRACKER).decode("utf-8", errors="replace").strip()
 
 
 def is_iteration(text: str) -> bool:
-    """Whether a text is the number of an iteration."""
+    """Return whether a text is the number of an iteration."""
     return re.fullmatch(r"\d{1,15}", text, re.ASCII) is not None
 
 
@@ -407,7 +409,7 @@ def _iteration_name(iteration: str) -> str:
 
 
 def _as_saved(rule: TensorRule, saved: Container[str]) -> list[TensorRule]:
-    """A rule under the name that a checkpoint has for it; several where it has one for each layer."""
+    """Return a rule under the checkpoint's name for it; several if the checkpoint has one for each layer."""
     there = [key for key in rule.keys if key in saved]
     if there:
         return [dataclasses.replace(rule, megatron=there[0], aliases=tuple(there[1:]))]
@@ -418,7 +420,7 @@ def _as_saved(rule: TensorRule, saved: Container[str]) -> list[TensorRule]:
 
 
 def _checked_dtype(folder: Path, rule: TensorRule, saved: SavedTensor | None) -> DType:
-    """The dtype of a tensor whose shape and chunks are right; a vocabulary may be padded."""
+    """Return the dtype of a tensor, after a check of its shape and chunks; a vocabulary may be padded."""
     if saved is None:
         raise ConversionError(f"{folder}: no tensor {rule.megatron}, which config.json calls for")
     shape, expected = saved.shape, rule.megatron_shape
@@ -446,7 +448,7 @@ def _checked_dtype(folder: Path, rule: TensorRule, saved: SavedTensor | None) ->
 
 
 def _by_piece(tensor: SavedTensor, stacked: int) -> dict[Shape, list[Saved]]:
-    """The saved chunks that hold something of each piece; a chunk may span several layers."""
+    """Return the saved chunks that hold a part of each piece; a chunk may span several layers."""
     found: dict[Shape, list[Saved]] = {}
     for chunk in tensor.chunks:
         spans = zip(chunk.offsets[:stacked], chunk.sizes[:stacked], strict=True)
@@ -456,7 +458,7 @@ def _by_piece(tensor: SavedTensor, stacked: int) -> dict[Shape, list[Saved]]:
 
 
 def _check_disjoint(folder: Path, key: str, chunks: Iterable[Saved], stacked: int) -> None:
-    """Check that nothing of a piece is stored twice: something else would be missing then."""
+    """Check that no part of a piece is stored twice: another part would be missing then."""
     spans = sorted(
         [(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True)][stacked:]
         for chunk in chunks
@@ -465,7 +467,7 @@ def _check_disjoint(folder: Path, key: str, chunks: Iterable[Saved], stacked: in
     for number, one in enumerate(spans):
         for other in itertools.islice(spans, number + 1, None):
             if other[0][0] >= one[0][1]:
-                break  # nor do those that follow begin before this one ends
+                break  # the chunks that follow do not begin before this one ends either
             comparisons += 1
             if comparisons > _MOST_SIDE_BY_SIDE * len(spans):
                 raise ConversionError(
@@ -479,7 +481,7 @@ def _check_disjoint(folder: Path, key: str, chunks: Iterable[Saved], stacked: in
 
 
 def check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
-    """Check that all that is stored of an entry lies within its files."""
+    """Check that an entry lies within its files."""
     sizes: dict[Path, int] = {}
     for file, end in ends:
         if file not in sizes:
@@ -491,7 +493,7 @@ def check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The content of `.metadata`, which is a pickle; no code that it refers to is run."""
+    """Return the content of `.metadata`, which is a pickle; no code that it refers to is run."""
     _check_format(folder)
     file = folder / METADATA_FILE
     try:
@@ -521,7 +523,7 @@ def _check_format(folder: Path) -> None:
 
 
 def _plain(folder: Path, content: Instance) -> Metadata:
-    """The records of the pickle, without what is not needed."""
+    """Return the pickle's records, without the parts that are not needed."""
     state = content.state
     places = {}
     for index, info in state["storage_data"].items():
@@ -541,7 +543,7 @@ def _plain(folder: Path, content: Instance) -> Metadata:
 
 
 def _place(folder: Path, info: Mapping[str, Any]) -> Place:
-    """Where an entry lies: in a file of the folder itself."""
+    """Return the place of an entry, which must be in a file of the folder itself."""
     name, start, length = info["relative_path"], info["offset"], info["length"]
     if not isinstance(name, str) or Path(name).name != name or name == "..":
         raise ConversionError(f"{folder / METADATA_FILE}: it refers to {name!r}, another folder")

@@ -1,7 +1,7 @@
-"""The arguments that a checkpoint keeps, and whether they are those of a HuggingFace model.
+"""The arguments that a checkpoint keeps, and their comparison with a HuggingFace model.
 
-Tensors show most of an architecture by their shapes. What they cannot show, such as the rotary
-base, would otherwise be exchanged without a word.
+Tensors show most of an architecture by their shapes, but some of it no shape shows, for example the
+rotary base. Without this comparison, such a value could change unnoticed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_checkpoint_matches(
 
     Args:
         folder: Megatron's save folder, or a checkpoint in it.
-        config: The content of config.json (see `hf_folder.read_hf_config`).
+        config: The content of config.json (see `hf.folder.read_hf_config`).
         hf_folder: The folder it is from; for the message.
         iteration: A number or "release"; None for the latest.
 
@@ -45,9 +45,10 @@ def check_checkpoint_matches(
 
 
 def read_saved_arguments(folder: Path, iteration: str | int | None = None) -> dict[str, Any]:
-    """The arguments that a checkpoint keeps, those that are a number, a text, a truth value or None.
+    """Return the arguments that a checkpoint keeps, if they are plain.
 
-    They are in a pickle; nothing that it refers to is imported or called.
+    A plain argument is a number, a text, a truth value, None, or a list of these. The arguments are in
+    a pickle; no object that it refers to is imported or called.
 
     Args:
         folder: Megatron's save folder, or a checkpoint in it.
@@ -63,7 +64,7 @@ def read_saved_arguments(folder: Path, iteration: str | int | None = None) -> di
 
 
 def read_saved_iteration(folder: Path, iteration: str | int | None = None) -> Any:
-    """The number of steps that a checkpoint says that it has; None where it does not say.
+    """Return the number of steps that a checkpoint records; None where it records none.
 
     Takes the same arguments as `read_saved_arguments` and raises the same.
     """
@@ -74,16 +75,16 @@ def read_saved_iteration(folder: Path, iteration: str | int | None = None) -> An
 def check_architecture(
     saved: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: Path, hf_folder: Path
 ) -> None:
-    """Check the arguments of a checkpoint against those of a model, where both have them.
+    """Check the arguments of a checkpoint against a model's, where both have them.
 
     Args:
-        saved: What the checkpoint keeps.
-        expected: What the family derives from config.json.
+        saved: The arguments in the checkpoint.
+        expected: The arguments that the family derives from config.json.
         checkpoint: Its folder; for the message.
         hf_folder: The folder of config.json; for the message.
 
     Raises:
-        ConversionError: Naming each argument that differs, with both values.
+        ConversionError: Names each argument that differs, with both values.
     """
     found = [*_differences(saved, expected), *_vocabulary_differences(saved, expected)]
     if found:
@@ -94,11 +95,12 @@ def check_architecture(
 
 
 def stock_flags(arguments: Mapping[str, Any]) -> str:
-    """The architecture flags that Megatron's `--use-checkpoint-args` does not take from a checkpoint
-    (megatron/training/checkpointing.py, load_args_from_checkpoint).
+    """Return the architecture flags that Megatron's `--use-checkpoint-args` does not take from a checkpoint.
+
+    See load_args_from_checkpoint in megatron/training/checkpointing.py.
 
     Args:
-        arguments: What the family derives from config.json.
+        arguments: The arguments that the family derives from config.json.
     """
     flags = [f"--norm-epsilon {arguments['layernorm_epsilon']}"]
     if arguments["qk_layernorm"]:
@@ -151,7 +153,10 @@ def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Itera
 
 
 def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the model: without grouped queries, Megatron gives every head a group."""
+    """Return the arguments that decide the model.
+
+    Without grouped queries, Megatron gives every head a group.
+    """
     kept = {
         name: value
         for name, value in arguments.items()
@@ -163,10 +168,10 @@ def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vocabulary_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """A vocabulary may be smaller than the model's, its padding larger, but not the reverse.
+    """Compare the vocabularies: a smaller vocabulary than the model's or a larger padding is no difference.
 
-    Megatron takes `vocab_size` from a flag or a tokenizer, which may have fewer tokens than the
-    model has rows, and leaves it None where only the padded size is known. `padded_vocab_size` is
+    Megatron takes `vocab_size` from a flag or a tokenizer, which may have fewer tokens than the model
+    has rows. It leaves `vocab_size` None where only the padded size is known. `padded_vocab_size` is
     the number of rows, and depends on the tensor-parallel size.
     """
     vocabulary = expected.get("vocab_size")

@@ -1,11 +1,14 @@
-"""Writing a torch_dist checkpoint without a model, a process group or the whole of any tensor.
+"""Writer of a torch_dist checkpoint, without a model, a process group or the whole of any tensor.
 
-The format is that of torch.distributed.checkpoint: files of entries, each written as torch.save does,
-and a pickled `Metadata` that says where each chunk of each tensor lies (see `torch_pickle`).
+The format is torch.distributed.checkpoint's. Files hold entries, each written as torch.save does. A
+pickled `Metadata` holds the place of each chunk of each tensor (see `pickles.torch_pickle`).
 
-What a checkpoint must hold beside its tensors, for Megatron-Core 0.19.2 to load it under its
-default strictness: an `_extra_state` entry for every module that asks for one, a `common_state`
-entry with the arguments, and metadata.json (megatron/core/dist_checkpointing/serialization.py).
+Megatron-Core 0.19.2 loads a checkpoint under its default strictness only if it holds more than its
+tensors (megatron/core/dist_checkpointing/serialization.py):
+
+- an `_extra_state` entry for every module that asks for one,
+- a `common_state` entry with the arguments, and
+- metadata.json.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ RELEASE = "release"
 _FILES = 32
 _LEAST_FILE_BYTES, _MOST_FILE_BYTES = 64 << 20, 4 << 30
 _METADATA_VERSION = "1.0.0"  # torch.distributed.checkpoint.filesystem.CURRENT_DCP_VERSION
-# What Megatron-Core 0.19.2 saves as the metadata of a checkpoint's content; it selects the keys of
-# the sharded state dict (megatron/training/checkpointing.py, _build_sharded_state_dict_metadata).
+# Megatron-Core 0.19.2 saves this as the metadata of a checkpoint's content; it selects the keys of the
+# sharded state dict (megatron/training/checkpointing.py, _build_sharded_state_dict_metadata).
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 # Architecture arguments that `--use-checkpoint-args` reads and that no family changes.
 _COMMON_ARGUMENTS = {
@@ -71,8 +74,8 @@ def write_release(
 ) -> None:
     """Write `folder`/release and the tracker file that names it.
 
-    The metadata and the tracker come last: an interrupted write leaves nothing that Megatron loads.
-    The files are the same for any number of workers.
+    The metadata and the tracker come last, so Megatron loads no checkpoint of an interrupted write. The
+    files are the same for any number of workers.
 
     Args:
         folder: An existing, empty folder.
@@ -117,8 +120,10 @@ def write_release(
 def _objects(
     arguments: Mapping[str, Any], extra_states: Mapping[str, Shape]
 ) -> Iterator[tuple[str, Any]]:
-    """The entries that are not tensors; their names are those of
-    megatron/core/dist_checkpointing/mapping.py, ShardedObject.unique_key."""
+    """Yield the entries that are not tensors.
+
+    Their names follow megatron/core/dist_checkpointing/mapping.py, ShardedObject.unique_key.
+    """
     yield "common_state/shard_0_1", _common_state(arguments)
     for module, grid in extra_states.items():
         for position in itertools.product(*map(range, grid)):
@@ -127,9 +132,9 @@ def _objects(
 
 
 def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What Megatron keeps once per checkpoint (megatron/training/checkpointing.py).
+    """Return the state that Megatron keeps once per checkpoint (megatron/training/checkpointing.py).
 
-    The vocabulary is stored unpadded, so `padded_vocab_size` is the vocabulary; a run that needs
+    The vocabulary is stored unpadded, so `padded_vocab_size` is the vocabulary. A run that needs
     padding for its tensor-parallel size gives its own.
     """
     padded = {"padded_vocab_size": arguments["vocab_size"]}
@@ -142,7 +147,7 @@ def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _files(tensors: Tensors) -> Iterator[Tensors]:
-    """The chunks of each file."""
+    """Yield the chunks of each file."""
     total = sum(chunk.elements * dtype.itemsize for chunk, dtype in tensors)
     limit = min(max(total // _FILES, _LEAST_FILE_BYTES), _MOST_FILE_BYTES)
     group: list[tuple[Chunk, DType]] = []
@@ -159,7 +164,7 @@ def _files(tensors: Tensors) -> Iterator[Tensors]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an entry lies."""
+    """The place of an entry."""
 
     key: str
     offsets: Shape | None
@@ -202,8 +207,10 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 
 
 def _metadata(objects: Iterable[str], tensors: Tensors, places: Iterable[_Place]) -> Instance:
-    """What `.metadata` holds, in the form that every torch reads: newer ones write more of a
-    tensor's properties, which older ones refuse."""
+    """Return the content of `.metadata`, in the form that every torch reads.
+
+    Newer versions of torch write more of a tensor's properties, which older ones refuse.
+    """
     entries = {key: Instance(Named(_METADATA, "BytesStorageMetadata"), {}) for key in objects}
     numbers: dict[tuple[str, Shape | None], int | None] = {}
     for key, same in itertools.groupby(tensors, key=lambda tensor: tensor[0].key):
