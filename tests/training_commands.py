@@ -28,9 +28,8 @@ def read_command(
         config: config.json of the model that --hf-model names.
         monkeypatch: Stands in for weights and for checks of the disk.
     """
-    monkeypatch.setattr(training_arguments, "check_checkpoint_matches", lambda *_: None)
-    monkeypatch.setattr(training_arguments, "_hf_weights", lambda *_: None)
-    monkeypatch.setattr(training_arguments, "_export", lambda *_: None)
+    monkeypatch.setattr(training_arguments, "open_hf_weights", lambda *_: None)
+    monkeypatch.setattr(training_arguments, "plan_export", lambda *_: None)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     folder = Path(flags[flags.index("--hf-model") + 1])
     folder.mkdir(exist_ok=True)
