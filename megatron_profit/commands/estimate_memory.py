@@ -88,7 +88,7 @@ class Memory:
 def estimate(
     run: RunShape, supervised_share: float = 1.0, expert_load: float = 1.5
 ) -> list[Memory]:
-    """The memory of each pipeline rank.
+    """Return the memory of each pipeline rank.
 
     Args:
         run: The run.
@@ -118,7 +118,7 @@ def _stage(run: RunShape, stage: int, supervised_share: float, expert_load: floa
 
 
 def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
-    """Parameters of a layer on a rank."""
+    """Return the parameters of a layer on a rank."""
     args, hidden = run.args, run.args.hidden_size
     qkv = run.query_size + 2 * run.key_value_size
     dense = (hidden * qkv + run.query_size * hidden) // run.tp + 2 * hidden
@@ -133,7 +133,9 @@ def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
 
 
 def stage_parameters(run: RunShape, stage: int) -> Parameters:
-    """Parameters of a pipeline rank: its layers, and embedding, last norm and output layer where they are."""
+    """Return the parameters of a pipeline rank: its layers, and embedding, last norm and output layer where
+    they are.
+    """
     args = run.args
     total = Parameters()
     for layer in run.layers_of(stage):
@@ -151,7 +153,7 @@ def stage_parameters(run: RunShape, stage: int) -> Parameters:
 
 
 def gradient_bytes(args: Namespace) -> int:
-    """Bytes of a parameter's gradient in Megatron's buffer."""
+    """Return the bytes of a parameter's gradient in Megatron's buffer."""
     if args.bf16:
         fp32 = args.accumulate_allreduce_grads_in_fp32 or args.main_grads_dtype == "fp32"
         return 4 if fp32 and not args.grad_reduce_in_bf16 else 2
@@ -159,7 +161,9 @@ def gradient_bytes(args: Namespace) -> int:
 
 
 def optimizer_bytes(args: Namespace) -> int:
-    """Bytes of Adam's state of a parameter: two moments, and in half precision a main copy in fp32."""
+    """Return the bytes of Adam's state of a parameter: two moments, and in half precision a main copy in
+    fp32.
+    """
     if not (args.bf16 or args.fp16):
         return 8
     if not args.use_precision_aware_optimizer:
@@ -176,7 +180,9 @@ def optimizer_bytes(args: Namespace) -> int:
 
 
 def optimizer_state(run: RunShape, parameters: Parameters) -> int:
-    """Bytes of the optimizer on a rank, which the distributed one splits over the data-parallel group."""
+    """Return the bytes of the optimizer on a rank, which the distributed one splits over the data-parallel
+    group.
+    """
     bytes_per_parameter = optimizer_bytes(run.args)
     if not run.args.use_distributed_optimizer:
         return parameters.total * bytes_per_parameter
@@ -238,7 +244,9 @@ def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> L
 
 
 def _gated_mlp(run: RunShape, size: int) -> int:
-    """Numbers of a token: gate, up and their product; unfused, silu(gate) and up once more as well."""
+    """Return the numbers of a token: gate, up and their product; unfused, silu(gate) and up once more as
+    well.
+    """
     return size * (3 if run.fused else 5)
 
 
@@ -261,7 +269,9 @@ def kept_activations(run: RunShape, has_experts: bool, expert_load: float) -> in
 
 
 def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float) -> tuple[int, int]:
-    """Bytes that a model chunk keeps of a micro-batch, and those that recomputing makes at one time."""
+    """Return the bytes that a model chunk keeps of a micro-batch, and those that recomputing makes at one
+    time.
+    """
     args = run.args
     kept = [kept_activations(run, run.expert_layers[layer], expert_load) for layer in layers]
     if args.recompute_granularity != "full":
@@ -275,7 +285,7 @@ def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float)
 
 
 def chunks_under_way(run: RunShape, stage: int) -> int:
-    """Model chunks whose activations a pipeline rank holds at its peak
+    """Return model chunks whose activations a pipeline rank holds at its peak
     (megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches)."""
     chunks = run.micro_batches * run.virtual_stages
     if run.pp == 1:
@@ -297,14 +307,14 @@ def _activations(run: RunShape, stage: int, expert_load: float) -> tuple[int, in
 
 
 def _layer_working(run: RunShape, has_experts: bool, expert_load: float) -> int:
-    """The backward pass of an MLP: its gathered input, that one's gradient and those of its inside."""
+    """Return the backward pass of an MLP: its gathered input, that one's gradient and those of its inside."""
     parts = layer_activations(run, has_experts, expert_load)
     gathered = 2 * run.tokens * run.args.hidden_size * run.bytes_per_number
     return gathered + parts.mlp + 2 * parts.router
 
 
 def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
-    """The last norm and the linear objective (docs/kernel.md) on a micro-batch.
+    """Return the last norm and the linear objective (docs/kernel.md) on a micro-batch.
 
     Returns:
         What lasts until the backward pass, and the peak of that pass beside it.
@@ -329,7 +339,7 @@ def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
 
 
 def megatron_estimate(run: RunShape) -> dict[str, float]:
-    """Megatron's own estimate of the most loaded rank, in bytes."""
+    """Return Megatron's own estimate of the most loaded rank, in bytes."""
     from megatron.training import theoretical_memory_usage as theirs
 
     args = Namespace(**vars(run.args))
@@ -357,7 +367,7 @@ objective never has. It leaves out working memory and runtime."""
 
 
 def table(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -> str:
-    """The estimate for people."""
+    """Return the estimate for people."""
     names = ("weights", "gradients", "optimizer", "activations", "working", "runtime", "total")
     lines = [
         f"{run.gpus} GPUs: tensor {run.tp}, pipeline {run.pp} (x {run.virtual_stages} chunks), "
@@ -385,7 +395,7 @@ def table(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -
 
 
 def as_json(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -> str:
-    """The estimate for programs, in bytes."""
+    """Return the estimate for programs, in bytes."""
     largest = max(memory.total for memory in memories)
     fits = None if gpu_memory is None else largest <= gpu_memory * GIB
     ranks = [{**asdict(memory), "total": memory.total} for memory in memories]

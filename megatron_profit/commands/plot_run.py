@@ -47,7 +47,8 @@ STYLES = ("-", "--", ":")
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Metrics by their TensorBoard names, each as steps and values; a step logged twice keeps the last.
+    """Return metrics by their TensorBoard names, each as steps and values; a step logged twice keeps the
+    last.
 
     Metrics of an evaluation have " validation" behind their name.
 
@@ -149,7 +150,7 @@ def _telling(curves: Mapping[str, Curve]) -> dict[str, Curve]:
 
 
 def labelled(run: str) -> tuple[str, str]:
-    """The label and the path of an argument LABEL=RUN or RUN, which is named after its folder then."""
+    """Return the label and the path of an argument LABEL=RUN or RUN, which is named after its folder then."""
     label, equals, path = run.partition("=")
     if equals and not Path(run).exists():  # a path may hold a "="
         return label, path

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_report(file: Path) -> None:
-    """Raises a DataError where a report cannot be written, before there is one."""
+    """Raise a DataError where a report cannot be written, before there is one."""
     if not file.parent.is_dir():
         raise DataError(f"--report: the folder {file.parent} does not exist")
     if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
@@ -73,7 +73,7 @@ def _check_report(file: Path) -> None:
 
 
 def describe(name: str, sets: dict[str, PreparedSet]) -> str:
-    """The report of a set as text; a validation split has the records of the training data."""
+    """Return the report of a set as text; a validation split has the records of the training data."""
     found, report = sets[name], sets[name].prepared.report
     if name != "train" and found.prepared is sets["train"].prepared:
         return f"{name} data, set aside of the records above: {found.packing}"

@@ -202,11 +202,11 @@ class RunShape:
         return tuple(bool(has) for has in args.moe_layer_freq)
 
     def layers_of(self, stage: int) -> list[int]:
-        """The layers of a pipeline rank, chunk after chunk."""
+        """Return the layers of a pipeline rank, chunk after chunk."""
         return [layer for chunk in self.chunks_of(stage) for layer in chunk]
 
     def chunks_of(self, stage: int) -> list[list[int]]:
-        """The layers of each model chunk of a pipeline rank.
+        """Return the layers of each model chunk of a pipeline rank.
 
         Embedding and output layer may count as layers, so that the first and the last chunk have one less.
         """

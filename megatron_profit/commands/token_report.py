@@ -59,7 +59,7 @@ class ReportError(ValueError):
 
 
 def parse_objective(text: str) -> tuple[str, Objective]:
-    """An objective from "name option=value ..."; several values of one option are joined by commas.
+    """Return an objective from "name option=value ..."; several values of one option are joined by commas.
 
     Raises:
         ReportError: an unknown name or option, or a value that does not fit.
@@ -81,7 +81,7 @@ def parse_objective(text: str) -> tuple[str, Objective]:
 
 
 def parse_records(text: str) -> list[range]:
-    """Positions from "0-9,250".
+    """Return the positions from "0-9,250".
 
     Raises:
         ReportError: not of that form.
@@ -105,7 +105,7 @@ def parse_records(text: str) -> list[range]:
 def chosen_records(
     sources: Sequence[Source], positions: Sequence[range], renderer: ChatRenderer, max_tokens: int
 ) -> list[tuple[str, RenderedConversation]]:
-    """The records at the positions, counted over all sources, that can be rendered.
+    """Return the records at the positions, counted over all sources, that can be rendered.
 
     Raises:
         ReportError: a position or a range that begins behind the last record, or no usable record.
@@ -136,7 +136,7 @@ def chosen_records(
 def rendered_examples(
     record: RawRecord, talk: Conversation, renderer: ChatRenderer, max_tokens: int
 ) -> list[tuple[str, RenderedConversation]]:
-    """The examples of a record with their names; one, unless each of its turns is trained by itself.
+    """Return the examples of a record with their names; one, unless each of its turns is trained by itself.
 
     Raises:
         BrokenRecord: one of them cannot be rendered.
@@ -160,7 +160,7 @@ def left_out(what: str) -> None:
 
 
 def source_records(source: Source) -> Iterator[RawRecord]:
-    """The records of a source in the order of its files."""
+    """Return the records of a source in the order of its files."""
     wanted = is_read(source.layout)
     return (
         record for file in source.files() for record in read_records(file, source.split, wanted)
@@ -177,7 +177,7 @@ def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
 
 
 def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A transformers model for evaluation, on the GPU where there is one."""
+    """Return a transformers model for evaluation, on the GPU where there is one."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

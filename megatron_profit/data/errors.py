@@ -37,13 +37,13 @@ class BrokenRecord(ValueError):
 
 
 def shown(value: object) -> str:
-    """`value` as it appears in a message: its repr, with the middle left out where it is long."""
+    """Return `value` as it appears in a message: its repr, with the middle left out where it is long."""
     text = _SHORT.repr(value)
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def printable(text: object, keep: str = "") -> str:
-    """A name or text from outside in a message: characters that a terminal obeys, line breaks and lone
+    """Return a name or text from outside in a message: characters that a terminal obeys, line breaks and lone
     surrogates as escapes, except for those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))
 

@@ -153,7 +153,7 @@ class DataOptions:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> DataOptions:
-        """The options of parsed flags, those of `add_data_flags`, `seq_length` and `seed`.
+        """Return the options of parsed flags, those of `add_data_flags`, `seq_length` and `seed`.
 
         Raises:
             DataError: A flag is out of range, or contradicts another.
@@ -215,7 +215,7 @@ def prepare_sets(
     leader: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, PreparedSet]:
-    """The data sets "train" and, where there is one, "valid", of 0 rows each (see `with_samples`).
+    """Return the data sets "train" and, where there is one, "valid", of 0 rows each (see `with_samples`).
 
     Args:
         options: What the flags ask for.

@@ -95,7 +95,7 @@ class SourceCounts:
     supervised_tokens: int = 0
 
     def add(self, read: int, kept: int, lengths: Sequence[int], labels: Sequence[int]) -> None:
-        """Counts `read` records, and the examples made of `kept` ones by their ids and trained labels."""
+        """Count `read` records, and the examples made of `kept` ones by their ids and trained labels."""
         self.read += read
         self.kept += kept
         self.examples += len(lengths)
@@ -159,25 +159,25 @@ class PreparationReport:
         return sum(source.supervised_tokens for source in self.sources)
 
     def skip(self, place: str, reason: str, detail: str) -> None:
-        """Counts a record that is left out."""
+        """Count a record that is left out."""
         skipped = self.skipped.setdefault(reason, Skipped(detail))
         skipped.count += 1
         if len(skipped.places) < _PLACES_KEPT:
             skipped.places.append(place)
 
     def leave_unread(self, counts: Mapping[str, int]) -> None:
-        """Counts the records that have each field that nothing reads."""
+        """Count the records that have each field that nothing reads."""
         for name, count in counts.items():
             if name in self.unread or len(self.unread) < _FIELDS_KEPT:
                 self.unread[name] = self.unread.get(name, 0) + count
 
     def find(self, found: Mapping[str, Found]) -> None:
-        """Counts findings in examples."""
+        """Count findings in examples."""
         for name, more in found.items():
             self.found.setdefault(name, Found(more.unit)).merge(more)
 
     def keep(self, lengths: Sequence[int], whole: Sequence[int], truncated: Sequence[str]) -> None:
-        """Notes the lengths of examples, which had `whole` ids before truncation.
+        """Note the lengths of examples, which had `whole` ids before truncation.
 
         `truncated` are the places of those that lost some.
         """
@@ -190,7 +190,9 @@ class PreparationReport:
             self.lengths[bucket] += 1
 
     def under(self, paths: Mapping[str, str]) -> "PreparationReport":
-        """The report with places under other paths: of each source the one it was read under -> another."""
+        """Return the report with places under other paths: of each source the one it was read under ->
+        another.
+        """
         if all(old == new for old, new in paths.items()):
             return self
         # The longest first: one may be a folder that holds another.
@@ -215,7 +217,7 @@ class PreparationReport:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values; `from_json` reads them."""
+        """Return the report as JSON values; `from_json` reads them."""
         return {name: getattr(self, name) for name in _SUMS} | asdict(self)
 
     @classmethod
@@ -256,7 +258,7 @@ class PreparationReport:
         return ", ".join(named + [f"{len(most) - len(named):,} more"] * (len(most) > len(named)))
 
     def histogram(self) -> list[str]:
-        """The lengths as lines of text, a bar for each power of two."""
+        """Return the lengths as lines of text, a bar for each power of two."""
         first = next((k for k, count in enumerate(self.lengths) if count), 0)
         most = max(self.lengths, default=1)
         return [

@@ -24,7 +24,7 @@ _active: str | None = None
 
 
 def active_device() -> str | None:
-    """The device that `activate` chose in this process ("cpu" or "cuda"), or None before it."""
+    """Return the device that `activate` chose in this process ("cpu" or "cuda"), or None before it."""
     return _active
 
 
@@ -82,7 +82,7 @@ def activate(device: str = "auto") -> str:
 
 
 def all_patches() -> tuple[Patch, ...]:
-    """Every patch that the project has, for the documentation and for tests."""
+    """Return every patch that the project has, for the documentation and for tests."""
     from megatron_profit.megatron_patches import cpu, elastic, megatron
 
     shared = (*elastic.TORCH_PATCHES, *megatron.MEGATRON_PATCHES)

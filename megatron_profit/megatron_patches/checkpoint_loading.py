@@ -61,7 +61,7 @@ def _make_metadata_of_plain_values() -> None:
 
 
 def _torch_metadata(found: Metadata) -> Any:
-    """The records that torch would have unpickled, of what a load needs."""
+    """Return the records that torch would have unpickled, of what a load needs."""
     from torch.distributed.checkpoint import metadata as records
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 

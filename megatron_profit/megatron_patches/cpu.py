@@ -122,7 +122,7 @@ def _properties(device: Any = None) -> types.SimpleNamespace:
 
 
 def _returning(value: Any) -> Callable[..., Any]:
-    """A new function at every call: torch._dynamo refuses one function under two names."""
+    """Return a new function at every call: torch._dynamo refuses one function under two names."""
     return lambda *args, **kwargs: value
 
 

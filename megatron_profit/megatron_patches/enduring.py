@@ -28,7 +28,7 @@ class Guard:
         self._what, self._failed = what, False
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which returns None where it is not called or fails."""
+        """Return the function, which returns None where it is not called or fails."""
 
         @functools.wraps(function, updated=())
         def guarded(*args: Any, **kwargs: Any) -> Any:

@@ -108,7 +108,7 @@ class RunObserver(Protocol):
         """A check of Megatron (`validate_result`) rejected a loss or gradient of this rank."""
 
     def allows_update(self, grad_norm: float) -> bool:
-        """Whether the optimizer may step, given the norm of the gradient; alike on all ranks."""
+        """Return whether the optimizer may step, given the norm of the gradient; alike on all ranks."""
 
     def exit_code(self, skipped: bool) -> int | None:
         """Behind a step: with which code the run has to end now, or None; alike on all ranks."""

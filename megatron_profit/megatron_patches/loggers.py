@@ -46,7 +46,7 @@ def _write_curves_that_endure() -> None:
 
 
 def has_curves(folder: str | None) -> bool:
-    """Whether there are TensorBoard's events in a folder."""
+    """Return whether there are TensorBoard's events in a folder."""
     return folder is not None and any(Path(folder).glob("events.out.tfevents.*"))
 
 

@@ -108,7 +108,7 @@ def _let_the_observer_log() -> None:
 
 
 def fields_of_line(line: str) -> dict[str, float]:
-    """The numbers of a console line of Megatron by name: some are said nowhere else."""
+    """Return the numbers of a console line of Megatron by name: some are said nowhere else."""
     pairs = re.findall(r"([^|\]]+): +([-+.\deE]+|nan|inf|-inf) *(?=\|)", line)
     return {name.strip(): float(value) for name, value in pairs}
 
@@ -308,7 +308,7 @@ class _Sums:
         self._pairs: dict[str, Any] = {}
 
     def watching(self, get_forward_backward_func: Callable) -> Callable:
-        """The same, of which the passes show what they yield."""
+        """Return the same, of which the passes show what they yield."""
 
         def get(*args: Any, **kwargs: Any) -> Callable:
             passes = get_forward_backward_func(*args, **kwargs)
@@ -326,7 +326,7 @@ class _Sums:
         return get
 
     def means(self) -> dict[str, Any]:
-        """A collective of the ranks that share the data, on the last pipeline stage."""
+        """Return a collective of the ranks that share the data, on the last pipeline stage."""
         import torch
         from megatron.core import mpu
 
@@ -340,7 +340,7 @@ class _Sums:
 
 
 def without_perplexities(message: str) -> str:
-    """A line of an evaluation with the perplexity of the cross-entropy only, or the rule around it."""
+    """Return a line of an evaluation with the perplexity of the cross-entropy only, or the rule around it."""
     if set(message) == {"-"}:
         return "-" * 80
     return re.sub(rf"(?<=\| )(?!{_CROSS_ENTROPY} )[^|]+ PPL: \S+ \| ", "", message)

@@ -49,7 +49,7 @@ def apply_patches(patches: tuple[Patch, ...]) -> None:
 
 
 def applied_patches() -> frozenset[str]:
-    """Names of the patches that are active in this process."""
+    """Return the names of the patches that are active in this process."""
     return frozenset(_applied)
 
 

@@ -62,7 +62,7 @@ def _on_all_ranks(write: Callable[[], None]) -> None:
 
 
 def _size_of_all_ranks(sharded_state_dict: Any) -> int:
-    """Bytes of the tensors that the ranks will write, each of which has one that writes it."""
+    """Return the bytes of the tensors that the ranks will write, each of which has one that writes it."""
     import torch
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import (

@@ -1,4 +1,4 @@
-"""Entropy-adaptive fine-tuning: cross-entropy weighted by how undecided the model is."""
+"""Entropy-adaptive fine-tuning: cross-entropy weighted by the model's entropy."""
 
 from __future__ import annotations
 

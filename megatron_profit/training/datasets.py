@@ -56,7 +56,7 @@ class SFTData:
         return 0 if self.valid is None else self.valid.order.rows_until(1)
 
     def provider(self, args: Namespace) -> Callable:
-        """Megatron's `train_valid_test_datasets_provider`."""
+        """Return Megatron's `train_valid_test_datasets_provider`."""
 
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
             # One batch more than is drawn: Megatron's sampler refuses a run that is started again
@@ -79,7 +79,7 @@ class SFTData:
 
 
 def _train_rows(args: Namespace, counted: int) -> int:
-    """Rows up to the last step: Megatron has `counted` them as if all batches had the size of now."""
+    """Return the rows up to the last step: Megatron has `counted` them as if all batches had the size of now."""
     left = max(args.train_iters - args.iteration, 0)
     return max(counted, args.consumed_train_samples + left * args.global_batch_size)
 
@@ -133,7 +133,9 @@ def _tell_of_steps(rows: PackingReport, batch_size: int) -> None:
 
 
 def _digest(prepared: Prepared, options: DataOptions) -> str:
-    """A hash of what decides which records a row of the training data holds, and what of them is trained."""
+    """Return a hash of what decides which records a row of the training data holds, and what of them is
+    trained.
+    """
     form = (options.seed, options.packing, options.preparation, options.valid_split)
     weights = [(source.weight, source.num_samples) for source in options.train]
     digest = hashlib.sha256(repr((form, weights, prepared.report.supervised_tokens)).encode())

@@ -61,7 +61,7 @@ def run(device: str) -> None:
 
 
 def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
-    """Megatron's model with the weights that the flags name, ready for `logits`.
+    """Return Megatron's model with the weights that the flags name, ready for `logits`.
 
     Args:
         flags: Those of `megatron_profit.sft`, without what belongs to training.

@@ -92,7 +92,9 @@ def run(device: str) -> None:
 
 
 def refusal(error: Exception) -> str:
-    """An objection of Megatron or torch before the first step, in one line that says where it was raised."""
+    """Return an objection of Megatron or torch before the first step, in one line that says where it was
+    raised.
+    """
     if "EADDRINUSE" in str(error):
         return (
             f"the port {os.environ.get('MASTER_PORT')} (MASTER_PORT) is taken by another process; give "
@@ -106,7 +108,8 @@ def refusal(error: Exception) -> str:
 def checked_record(
     arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, resumed: Resumed | None
 ) -> RunRecord:
-    """The record of the run, which fits the checkpoint that it goes on from, if any, and has space to save.
+    """Return the record of the run, which fits the checkpoint that it goes on from, if any, and has space to
+    save.
 
     Raises:
         CheckpointError: It does not fit, or has too little space.
@@ -164,7 +167,7 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
 
 
 def _checked_by_megatron(arguments: SFTArguments) -> tuple[Namespace, Any]:
-    """Megatron's arguments, and its configuration of the model."""
+    """Return Megatron's arguments, and its configuration of the model."""
     try:
         args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
         return args, gpt_config_from_args(args)
@@ -214,7 +217,7 @@ def _export(
 
 
 def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
-    """The loss that the flags ask for."""
+    """Return the loss that the flags ask for."""
     return ObjectiveLoss(
         objective_from_args(args),
         normalization=args.objective_normalization,

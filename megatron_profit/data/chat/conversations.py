@@ -93,7 +93,7 @@ class Conversation:
 
 
 def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
-    """The conversation that a raw record holds, whichever known format it is in.
+    """Return the conversation that a raw record holds, whichever known format it is in.
 
     Without a layout the keys tell the format: `messages`, `conversations`, `instruction` or `output`, or
     else `prompt` and `completion`. Entries may name their fields role and content or from and value in
@@ -132,7 +132,7 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
 
 
 def _format(value: dict[str, Any]) -> str | None:
-    """The format that the keys tell."""
+    """Return the format that the keys tell."""
     for kind in ("messages", "conversations"):
         if kind in value:
             return kind
@@ -174,7 +174,7 @@ def _completed(prompt: Any, completion: Any) -> list[Turn]:
 
 
 def _messages_of(value: Any) -> list[Any] | None:
-    """A list of messages, which may be JSON text; None where the value is a text of its own."""
+    """Return a list of messages, which may be JSON text; None where the value is a text of its own."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = read(value)
@@ -196,7 +196,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], list[Turn]]] = {
 
 
 def _offered(value: dict[str, Any]) -> Any:
-    """The record's tools, under whichever name it has them."""
+    """Return the record's tools, under whichever name it has them."""
     given = [value[name] for name in ("tools", "functions") if listed(value.get(name))]
     if len(given) > 1:
         raise BrokenRecord(TWO_LISTS, shown(given))
@@ -204,7 +204,7 @@ def _offered(value: dict[str, Any]) -> Any:
 
 
 def _with_system(value: dict[str, Any], turns: list[Turn]) -> list[Turn]:
-    """The turns led by the record's `system` text, unless they begin with one of their own."""
+    """Return the turns led by the record's `system` text, unless they begin with one of their own."""
     system = typed(value, "system", str, default="")
     if not system or (turns and turns[0].message["role"] == "system"):
         return turns

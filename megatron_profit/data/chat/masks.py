@@ -106,7 +106,7 @@ def check_record(fields: Mapping[str, Any]) -> None:
 
 
 def _may_exclude(name: str, value: Any) -> bool:
-    """Whether a field of the record may leave out some of it, if it is a mask at all."""
+    """Return whether a field of the record may leave out some of it, if it is a mask at all."""
     if isinstance(value, bool):
         return "mask" in name.lower() or value is bool(_EXCLUDES.search(name))
     return isinstance(value, list)
@@ -135,7 +135,7 @@ def _said(name: str, value: Any) -> bool:
 
 
 def _value(value: Any) -> bool | None:
-    """The value of a field as yes or no, None where it is neither."""
+    """Return the value of a field as yes or no, None where it is neither."""
     if isinstance(value, str):
         return _WORDS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None

@@ -116,7 +116,7 @@ def _turn(entry: Any) -> Turn:
 
 
 def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
-    """The turn of an assistant's message, which may have its calls where others have their text."""
+    """Return the turn of an assistant's message, which may have its calls where others have their text."""
     if calls_as_text:
         known = _CALLING_MESSAGE
         content, given = _thoughts_and_rest(either(entry, "content", "value"))
@@ -138,7 +138,8 @@ def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
 
 
 def _without_thoughts(content: str, reasoning: str) -> str:
-    """The content without a think block that repeats the reasoning, which a template would write twice.
+    """Return the content without a think block that repeats the reasoning, which a template would write
+    twice.
 
     Raises:
         BrokenRecord: The block holds other thoughts.
@@ -152,7 +153,7 @@ def _without_thoughts(content: str, reasoning: str) -> str:
 
 
 def _thoughts_and_rest(value: Any) -> tuple[str, Any]:
-    """The think block of a text with its tags, "" without one, and what follows it."""
+    """Return the think block of a text with its tags, "" without one, and what follows it."""
     rest = thoughts.split(value)[1] if isinstance(value, str) else value
     if rest == value:
         return "", value
@@ -167,7 +168,7 @@ def _calls(entry: dict[str, Any]) -> Any:
 
 
 def _goes_on(message: Message, following: Message) -> bool:
-    """Whether the following message belongs to the turn that the assistant's message begins."""
+    """Return whether the following message belongs to the turn that the assistant's message begins."""
     if not message["role"] == following["role"] == "assistant":
         return False
     if "reasoning_content" in following:

@@ -56,7 +56,7 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]] | None, bool]:
 
 
 def _tool(tool: Any) -> dict[str, Any]:
-    """The tool with its outer object, which some data sets leave out; models were trained with it."""
+    """Return the tool with its outer object, which some data sets leave out; models were trained with it."""
     if not isinstance(tool, dict):
         raise BrokenRecord(WRONG_TYPE, f"a tool is {shown(tool)}, not an object")
     if "type" in tool and "function" not in tool:  # one of another kind
@@ -80,7 +80,7 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call; none where it has a name only."""
+    """Return the arguments of a call; none where it has a name only."""
     named = (function.get(name) for name in _ARGUMENTS)
     given = next((value for value in named if value is not None), None)
     if given is None and (others := function.keys() - _OF_A_CALL):

@@ -41,7 +41,7 @@ def _row(row: dict[str, Any], columns: dict[str, _Convert]) -> dict[str, Any] | 
 
 
 def _features(schema: pyarrow.Schema) -> Any:
-    """The features that `datasets` notes for the columns, None where another library wrote the table."""
+    """Return the features that `datasets` notes for the columns, None where another library wrote the table."""
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
@@ -75,7 +75,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _field(feature: Any, name: str) -> Any:
-    """The feature of a field of a struct; a list of structs may be noted as the `Sequence` of one."""
+    """Return the feature of a field of a struct; a list of structs may be noted as the `Sequence` of one."""
     if not isinstance(feature, dict):
         return None
     if isinstance(feature.get("_type"), str) and "feature" in feature:
@@ -84,7 +84,7 @@ def _field(feature: Any, name: str) -> Any:
 
 
 def _item(feature: Any) -> Any:
-    """The feature of the items of a list."""
+    """Return the feature of the items of a list."""
     if isinstance(feature, list):
         return feature[0] if feature else None
     return feature.get("feature") if isinstance(feature, dict) else None

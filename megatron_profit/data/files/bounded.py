@@ -81,7 +81,7 @@ def open_data(path: Path) -> IO[bytes]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file that describes data.
+    """Return the value in a JSON file that describes data.
 
     Raises:
         DataError: It is no regular file, cannot be read, is too large or is not JSON.
@@ -96,7 +96,7 @@ def read_json(path: Path) -> Any:
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file with their ends; of one longer than `LARGEST_RECORD` one byte more than that."""
+    """Yield the lines of a file with their ends; of one longer than `LARGEST_RECORD` one byte more than that."""
     while line := file.readline(LARGEST_RECORD + 1):
         yield line
         rest = line if len(line) > LARGEST_RECORD else b"\n"

@@ -94,7 +94,7 @@ def strings(value: object) -> list[str]:
 
 
 def _leaves(value: object) -> list[Any]:
-    """All that is neither list nor dict (no recursion: data may nest deeply)."""
+    """Return all that is neither list nor dict (no recursion: data may nest deeply)."""
     stack, leaves = [value], []
     while stack:
         item = stack.pop()

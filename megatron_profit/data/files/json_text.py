@@ -28,7 +28,7 @@ _LONGEST_TOKEN = 12
 
 
 def broken_json(path: str | Path, line: int, column: int, message: str, rest: str) -> DataError:
-    """The error for a text that is not JSON from a place on; `rest` is what stands there."""
+    """Return the error for a text that is not JSON from a place on; `rest` is what stands there."""
     found = shown(rest) if rest.strip() else "the end of the text"
     return DataError(
         f"{path}, line {line}, column {column}: not valid JSON ({message}), found {found}; "
@@ -49,7 +49,7 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def _not_utf8(where: str, data: bytes, place: int, before: int = 0) -> DataError:
-    """The error for a byte of `data`, which follows `before` other bytes."""
+    """Return the error for a byte of `data`, which follows `before` other bytes."""
     known = (remedy for begin, remedy in _BEGINNINGS.items() if data.startswith(begin))
     remedy = next(known, "convert the file, e.g. with iconv -t utf-8")
     return DataError(f"{where}: not UTF-8 (byte {data[place]:#04x} at {before + place}); {remedy}")
@@ -80,7 +80,8 @@ class JsonText:
     def items[Item](
         self, decode: Callable[[str, int], tuple[Item, int]]
     ) -> Iterator[tuple[Item, int]]:
-        """The items of the list that begins at the next character, with the number of characters of each.
+        """Yield the items of the list that begins at the next character, with the number of characters of
+        each.
 
         Args:
             decode: Makes an item of a text from a place on, and tells where it ends.
@@ -125,11 +126,11 @@ class JsonText:
             at_end = not self._read_on()
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the text may be valid, had it not been cut off where it is."""
+        """Return whether the text may be valid, had it not been cut off where it is."""
         return self._is_near_end(error.pos) or error.msg.startswith("Unterminated string")
 
     def _is_near_end(self, at: int) -> bool:
-        """Whether what is not read yet may change what stands here, as `e9` changes a number."""
+        """Return whether what is not read yet may change what stands here, as `e9` changes a number."""
         return at >= len(self._text) - _LONGEST_TOKEN
 
     def _read_on(self) -> bool:
@@ -146,7 +147,7 @@ class JsonText:
         return bool(data)
 
     def _place(self, at: int) -> tuple[int, int]:
-        """Line and column of a place in the text that is held."""
+        """Return the line and column of a place in the text that is held."""
         lines = self._text.count("\n", 0, at)
         begin = self._text.rfind("\n", 0, at)
         return self._line + lines, at - begin if lines else self._column + at

@@ -97,7 +97,7 @@ def read_records(
     split: Split = "train",
     wanted: Wanted | None = None,
 ) -> Iterator[RawRecord]:
-    """Yields the records of all files, in the order of the files and of the records in them.
+    """Yield the records of all files, in the order of the files and of the records in them.
 
     Args:
         files: One path or several: files that end in .json (a list, or JSON lines), .jsonl or .ndjson, one of
@@ -125,7 +125,8 @@ def _any(name: str) -> bool:
 
 
 def data_files(path: Path, split: Split = "train") -> list[Path]:
-    """The data files of a folder, sorted by name; a data set of the `datasets` library or a file is itself.
+    """Return the data files of a folder, sorted by name; a data set of the `datasets` library or a file is
+    itself.
 
     Where names hold one (train-00000-of-00001.parquet, gsm8k_test.jsonl), only the files of `split`.
 
@@ -161,13 +162,14 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
 
 
 def _check_whole(path: Path, split: Split) -> None:
-    """Refuses a split other than the default of what holds none."""
+    """Refuse a split other than the default of what holds none."""
     if isinstance(split, str) and split != "train":
         raise DataError(f"{path}: holds no splits, so that {split!r} is none; leave out the split")
 
 
 def left_out(path: Path, split: Split) -> tuple[str, list[str]]:
-    """The split of a folder that is read, and what belongs to others: files, or splits of a saved data set.
+    """Return the split of a folder that is read, and what belongs to others: files, or splits of a saved data
+    set.
 
     "" and none where it holds no splits.
     """
@@ -177,7 +179,7 @@ def left_out(path: Path, split: Split) -> tuple[str, list[str]]:
 
 
 def not_data(path: Path) -> list[str]:
-    """Names of the files and folders in a folder of files that are not read, whatever the split.
+    """Return the names of the files and folders in a folder of files that are not read, whatever the split.
 
     Not of those that data sets have beside their data.
     """
@@ -245,18 +247,18 @@ def _saved_splits(folder: Path) -> list[str]:
 
 
 def _entry(description: Path, name: str) -> Any:
-    """A field of a JSON file that describes a saved data set; None where there is none."""
+    """Return a field of a JSON file that describes a saved data set; None where there is none."""
     value = read_json(description)
     return value.get(name) if isinstance(value, dict) else None
 
 
 def _is_plain_name(name: object) -> bool:
-    """Whether it names an entry of a folder, rather than a file elsewhere."""
+    """Return whether it names an entry of a folder, rather than a file elsewhere."""
     return isinstance(name, str) and "\0" not in name and Path(name).name == name
 
 
 def _choose(names: Iterable[str], path: Path, split: Split) -> str:
-    """The split that is meant: the one of that very name, else the only one with a word for it."""
+    """Return the split that is meant: the one of that very name, else the only one with a word for it."""
     known = sorted(set(names))
     for wanted in (split,) if isinstance(split, str) else split:
         if wanted in known:
@@ -284,13 +286,13 @@ def _how_to_choose(path: Path, name: str) -> str:
 
 
 def _split_of(file: str) -> str:
-    """The split that a file is named after, as it is called if it is a piece; "" if there is none."""
+    """Return the split that a file is named after, as it is called if it is a piece; "" if there is none."""
     piece = _PIECE.match(file)
     return piece[1] if piece else _word_of(file)
 
 
 def _word_of(name: str) -> str:
-    """The split that the first word for one means in the name of a file or split, "" if there is none."""
+    """Return the split that the first word for one means in the name of a file or split, "" if there is none."""
     found = _SPLIT_NAME.search(f"{name}.")
     return _as_word(found[1]) if found else ""
 
@@ -314,7 +316,7 @@ def _known() -> str:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that chooses the reader, "" if there is none."""
+    """Return the suffix that chooses the reader, "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         return suffixes[-2] if suffixes[:-1] and suffixes[-2] in _JSON else ""
@@ -344,7 +346,9 @@ def _read_file(path: Path, split: Split, wanted: Wanted) -> Iterator[RawRecord]:
 
 
 def _first(record: RawRecord) -> RawRecord:
-    """The record, marked as the first of its file; in one that is no object the whole file is in doubt."""
+    """Return the record, marked as the first of its file; in one that is no object the whole file is in
+    doubt.
+    """
     if record.broken is not None and record.broken.reason == NOT_AN_OBJECT:
         raise DataError(
             f"{record.where}: a record must be an object with named fields, found {record.broken.detail}; "
@@ -388,7 +392,7 @@ def _read_jsonl(path: Path, _: Wanted) -> Iterator[RawRecord]:
 
 
 def _check_lines(line: bytes, path: Path, number: int) -> None:
-    """Refuses a file of which the first line, this one, begins a list."""
+    """Refuse a file of which the first line, this one, begins a list."""
     if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         kind = _kind(path)
         raise DataError(
@@ -452,7 +456,7 @@ def _arrow_batches(path: Path, wanted: Wanted) -> Iterator[Any]:
 
 
 def _read_dataset(path: Path, wanted: Wanted, split: Split) -> Iterator[RawRecord]:
-    """The rows of a folder that `save_to_disk` of the datasets library wrote."""
+    """Yield the rows of a folder that `save_to_disk` of the datasets library wrote."""
     splits = _saved_splits(path)
     folder = path / _choose(splits, path, split) if splits else path
     state = folder / "state.json"
@@ -464,7 +468,7 @@ def _read_dataset(path: Path, wanted: Wanted, split: Split) -> Iterator[RawRecor
 
 
 def _names_of(state: Path) -> list[str]:
-    """The names of the files of a saved data set."""
+    """Return the names of the files of a saved data set."""
     files = _entry(state, "_data_files")
     entries = files if isinstance(files, list) else [None]
     names: list[Any] = [
@@ -485,7 +489,7 @@ def _unreadable(description: Path, why: str) -> DataError:
 
 
 def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
-    """The records of tables, numbered over all of them."""
+    """Yield the records of tables, numbered over all of them."""
     from megatron_profit.data.files.tables import portions
 
     number = 0
@@ -506,7 +510,7 @@ def _too_large(size: int) -> BrokenRecord:
 
 
 def _values(table: Any) -> list[Any]:
-    """The rows of a table; in place of one that cannot be decoded a `BrokenRecord`."""
+    """Return the rows of a table; in place of one that cannot be decoded a `BrokenRecord`."""
     from megatron_profit.data.files.arrow_values import converted
 
     try:
@@ -570,7 +574,7 @@ def _record(
 
 
 def _nests_deeper(value: Any, limit: int) -> bool:
-    """Whether more than `limit` lists and objects stand one in another."""
+    """Return whether more than `limit` lists and objects stand one in another."""
     level = [value]
     for _ in range(limit + 1):
         level = [item for item in level if isinstance(item, dict | list)]
@@ -598,7 +602,7 @@ class _Objects:
         return value
 
     def named_twice(self, value: Any) -> str | None:
-        """A name that an object inside `value` has twice, None if there is none."""
+        """Return a name that an object inside `value` has twice, None if there is none."""
         stack = [value] if self.doubtful else []
         while stack:
             item = stack.pop()
@@ -610,7 +614,7 @@ class _Objects:
 
 
 def _decode(text: str, at: int) -> tuple[tuple[Any, _Objects], int]:
-    """The JSON value that begins at a place of a text, and where it ends."""
+    """Return the JSON value that begins at a place of a text, and where it ends."""
     objects = _Objects()
     value, end = json.JSONDecoder(object_pairs_hook=objects).raw_decode(text, at)
     return (value, objects), end
@@ -630,7 +634,7 @@ def _parse(text: str, path: Path, line: int = 1) -> tuple[Any, _Objects]:
 
 
 def _is_one_value(data: bytes) -> bool:
-    """Whether it is one JSON value, perhaps over many lines, rather than JSON lines."""
+    """Return whether it is one JSON value, perhaps over many lines, rather than JSON lines."""
     try:
         json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):

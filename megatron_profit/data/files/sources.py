@@ -90,7 +90,7 @@ class Layout:
 
     @classmethod
     def of_columns(cls, pairs: Iterable[str]) -> "Layout":
-        """The layout that "name=column" pairs describe, e.g. prompt=question response=answer."""
+        """Return the layout that "name=column" pairs describe, e.g. prompt=question response=answer."""
         columns = {}
         for pair in pairs:
             name, equals, column = pair.partition("=")
@@ -103,7 +103,7 @@ class Layout:
         return cls(columns, sharegpt="messages" in columns)
 
     def renamed(self, value: dict[str, Any]) -> dict[str, Any]:
-        """The record under the names that `normalise` knows.
+        """Return the record under the names that `normalise` knows.
 
         Raises:
             BrokenRecord: A column without which the record says nothing is missing.
@@ -125,7 +125,7 @@ class Layout:
         return record
 
     def unnamed(self, value: Mapping[str, Any]) -> set[str]:
-        """Columns of a record that hold something, where others are named."""
+        """Return columns of a record that hold something, where others are named."""
         if not self.columns:
             return set()
         named = self.columns.values()
@@ -194,7 +194,7 @@ def read_sources(
     dataset_info: str | None = None,
     split: Split = "train",
 ) -> tuple[Source, ...]:
-    """The sources that the flags of the command line describe.
+    """Return the sources that the flags of the command line describe.
 
     Args:
         names: Files and folders; with `dataset_info` also names of its entries.
@@ -229,7 +229,7 @@ def read_sources(
 
 
 def _nearest_first(name: str, entries: Mapping[str, Any]) -> list[str]:
-    """The entries, led by those that are spelt nearly so, also in other letters."""
+    """Return the entries, led by those that are spelt nearly so, also in other letters."""
     near = {entry.lower(): entry for entry in entries}
     first = [near[key] for key in get_close_matches(name.lower(), near)]
     return [*first, *sorted(set(entries) - set(first))]
@@ -301,7 +301,7 @@ def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
 
 
 def _entry_names(where: str, entry: dict[str, Any], key: str) -> dict[str, str]:
-    """Names by name; one that is null or empty is not given, as there."""
+    """Return the names by name; one that is null or empty is not given, as there."""
     names = _entry_value(where, entry, key, dict, {})
     names = {name: value for name, value in names.items() if value not in (None, "")}
     for name, value in names.items():

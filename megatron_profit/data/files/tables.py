@@ -53,7 +53,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def parquet_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a parquet file in batches.
+    """Yield the rows of a parquet file in batches.
 
     A column that is not wanted only says where it holds something, as True or null. It is read only where the
     file's statistics do not tell.
@@ -106,7 +106,7 @@ def _group_batches(
 
 
 def _leaves(kind: pyarrow.DataType) -> Iterator[pyarrow.DataType]:
-    """The types of the columns in which parquet stores a column of a type, in its order."""
+    """Yield the types of the columns in which parquet stores a column of a type, in its order."""
     if isinstance(kind, pyarrow.BaseExtensionType):
         yield from _leaves(kind.storage_type)
     elif types.is_nested(kind):
@@ -117,7 +117,9 @@ def _leaves(kind: pyarrow.DataType) -> Iterator[pyarrow.DataType]:
 
 
 def _filled(columns: list[pyarrow.parquet.ColumnChunkMetaData]) -> bool | None:
-    """Whether a column holds something in every row of a row group or in none; None if that is not told."""
+    """Return whether a column holds something in every row of a row group or in none; None if that is not
+    told.
+    """
     nulls = [
         column.statistics.null_count
         if column.is_stats_set and column.statistics.has_null_count
@@ -133,7 +135,7 @@ def _filled(columns: list[pyarrow.parquet.ColumnChunkMetaData]) -> bool | None:
 def _rows_at_once(
     path: Path, leaves: list[tuple[pyarrow.DataType, pyarrow.parquet.ColumnChunkMetaData]]
 ) -> int:
-    """How many rows of a column can be unpacked at once, by the sizes that the file's footer tells."""
+    """Return how many rows of a column can be unpacked at once, by the sizes that the file's footer tells."""
     dense = 1
     for kind, column in leaves:
         if column.num_values > _MOST_ENTRIES:
@@ -149,7 +151,7 @@ def _rows_at_once(
 
 
 def _told(column: pyarrow.Array, wanted: bool) -> pyarrow.Array:
-    """The column; of one that is not wanted whether it holds something."""
+    """Return the column; of one that is not wanted whether it holds something."""
     if wanted:
         return column
     filled = column.is_valid()
@@ -182,7 +184,7 @@ def _is_read(kind: pyarrow.DataType) -> bool:
 
 
 def arrow_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of an arrow stream, as `datasets` writes it, in the file's own batches.
+    """Yield the rows of an arrow stream, as `datasets` writes it, in the file's own batches.
 
     A column that is not wanted only says where it holds something, as True or null.
 
@@ -221,7 +223,7 @@ def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
 
 
 def _unpacked_bytes(message: pyarrow.ipc.Message) -> int:
-    """The bytes that the compressed buffers of a message claim to unpack to, 0 for other messages.
+    """Return the bytes that the compressed buffers of a message claim to unpack to, 0 for other messages.
 
     The fields are those of Arrow's Message.fbs: a batch of rows or of a dictionary, its buffers (offset and
     length each) and its compression. Each compressed buffer begins with its size, or -1 if it is as it is.
@@ -262,7 +264,7 @@ def _field(metadata: memoryview, table: int, number: int) -> int:
 def _mapped(
     kind: pyarrow.DataType, change: Callable[[pyarrow.DataType], pyarrow.DataType]
 ) -> pyarrow.DataType:
-    """A type with its leaves changed."""
+    """Return a type with its leaves changed."""
     if types.is_struct(kind):
         return pyarrow.struct([field.with_type(_mapped(field.type, change)) for field in kind])
     if types.is_map(kind):
@@ -280,7 +282,7 @@ def _mapped(
 
 
 def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """A leaf without what its values must be: texts and dates are looked at when they are converted."""
+    """Return a leaf without what its values must be: texts and dates are looked at when they are converted."""
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _mapped(kind.storage_type, _as_bytes)
     if types.is_dictionary(kind):
@@ -298,7 +300,7 @@ def _unpacked(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _checked(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    """`_batch` of columns that are safe to read.
+    """Return `_batch` of columns that are safe to read.
 
     Raises:
         pyarrow.ArrowInvalid: An offset or an index points outside of a column.
@@ -345,7 +347,8 @@ def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.
 
 
 def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, list[int]]]:
-    """Parts of a batch that take up to `LARGEST_RECORD` bytes as Python objects, with the bytes of each row.
+    """Yield the parts of a batch that take up to `LARGEST_RECORD` bytes as Python objects, with the bytes of
+    each row.
 
     A row that takes more comes alone, and as it is; the dictionaries of others are unpacked.
     """
@@ -362,7 +365,7 @@ def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, 
 
 
 def _unpack(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """Rows with the values of their dictionaries."""
+    """Return the rows with the values of their dictionaries."""
     kinds = [_mapped(column.type, _unpacked) for column in rows.columns]
     columns = [
         column if column.type == kind else column.cast(kind)
@@ -372,7 +375,7 @@ def _unpack(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 
 def _row_bytes(array: pyarrow.Array) -> npt.NDArray[np.int64] | int:
-    """[N] about what each value takes as a Python object; one number where all take the same."""
+    """Return [N] about what each value takes as a Python object; one number where all take the same."""
     kind = array.type
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _row_bytes(array.storage)

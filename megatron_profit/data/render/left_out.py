@@ -58,7 +58,7 @@ def leaves_out_context(conversation: Conversation, text: str, trained: set[int])
 
 
 def _answer_parts(message: Message, text: str) -> list[str]:
-    """The texts that must be rendered: the content, if need be without its thoughts, and the calls."""
+    """Return the texts that must be rendered: the content, if need be without its thoughts, and the calls."""
     content = message["content"]
     if message["role"] == "assistant" and not _holds(text, content):
         content = thoughts.split(content)[1]
@@ -67,14 +67,14 @@ def _answer_parts(message: Message, text: str) -> list[str]:
 
 
 def _names(tool: dict[str, Any]) -> list[str]:
-    """The name of a tool, none where it has no such field."""
+    """Return the name of a tool, none where it has no such field."""
     function = tool.get("function")
     name = function.get("name") if isinstance(function, dict) else tool.get("name")
     return [name] if isinstance(name, str) else []
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether the text holds the part, as it is or within quotes of JSON or Python."""
+    """Return whether the text holds the part, as it is or within quotes of JSON or Python."""
     part = part.strip()
     if part in text:
         return True

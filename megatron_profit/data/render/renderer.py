@@ -141,7 +141,7 @@ class ChatRenderer:
         day: date | None = None,
         allowed_tokens: Sequence[str] = (),
     ) -> None:
-        """Learns the turn markers of the tokenizer's template.
+        """Learn the turn markers of the tokenizer's template.
 
         Args:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
@@ -165,7 +165,7 @@ class ChatRenderer:
         self._control = ControlTokens(self.template, self.markers, allowed_tokens)
 
     def render(self, conversation: Conversation) -> RenderedConversation:
-        """Token ids and supervised mask of a conversation.
+        """Return the token ids and supervised mask of a conversation.
 
         The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`, on the day that was
         given where the template writes one. A token is supervised if it begins inside an assistant turn,
@@ -184,7 +184,7 @@ class ChatRenderer:
     def render_all(
         self, conversations: Sequence[Conversation]
     ) -> list[RenderedConversation | BrokenRecord]:
-        """`render` of several conversations, tokenised together; what it would raise is returned."""
+        """Return `render` of several conversations, tokenised together; what it would raise is returned."""
         results = [_caught(self._draft, conversation) for conversation in conversations]
         drafts = [result for result in results if isinstance(result, _Draft)]
         self._add_prompts(drafts)
@@ -195,7 +195,7 @@ class ChatRenderer:
         return [next(marked) if isinstance(result, _Draft) else result for result in results]
 
     def text(self, conversation: Conversation) -> str:
-        """The whole conversation as the template writes it.
+        """Return the whole conversation as the template writes it.
 
         Raises:
             BrokenRecord: The template refuses the conversation.
@@ -208,7 +208,7 @@ class ChatRenderer:
             ) from error
 
     def _draft(self, conversation: Conversation) -> _Draft:
-        """The text and its trained turns, compared with the record.
+        """Return the text and its trained turns, compared with the record.
 
         Raises:
             BrokenRecord: As in `render`.
@@ -235,7 +235,7 @@ class ChatRenderer:
         return _Draft(conversation, text, turns, findings)
 
     def _turns(self, text: str, conversation: Conversation) -> list[_Turn]:
-        """The assistant's turns, in order.
+        """Return the assistant's turns, in order.
 
         Raises:
             BrokenRecord: There are not as many turns as assistant messages.
@@ -254,7 +254,7 @@ class ChatRenderer:
         ]
 
     def _end(self, text: str, begin: int, limit: int) -> int:
-        """The end of the turn from `begin`, before `limit` and before any other turn begins."""
+        """Return the end of the turn from `begin`, before `limit` and before any other turn begins."""
         end = text.find(self.markers.end, begin, limit)
         turn = text[begin:end]
         if end < 0 or (self.markers.opening and self.markers.opening in turn):
@@ -279,7 +279,7 @@ class ChatRenderer:
                 draft.prompts = found + found[-1:] * (len(draft.turns) - len(found))
 
     def _prompts(self, pasts: list[list[Message]], tools: list[dict[str, Any]] | None) -> list[str]:
-        """The generation prompts after these messages, from the assistant's header on."""
+        """Return the generation prompts after these messages, from the assistant's header on."""
         try:
             texts = self.template.texts(pasts, tools, prompt=True) if pasts else []
         except Exception:  # on one of them, perhaps for lack of any message
@@ -289,13 +289,13 @@ class ChatRenderer:
         return [self._prompt_in(text) for text in texts]
 
     def _prompt_in(self, text: str) -> str:
-        """The end of a text from the last header on, or the usual prompt where that is a whole turn."""
+        """Return the end of a text from the last header on, or the usual prompt where that is a whole turn."""
         header, end, prompt = self.markers.header, self.markers.end, self.markers.prompt
         found = text[text.rfind(header) :] if header in text else prompt
         return prompt if end in found else found
 
     def _marked(self, draft: _Draft, encoding: Any) -> RenderedConversation:
-        """The ids of a draft, supervised where a token begins inside one of the turns.
+        """Return the ids of a draft, supervised where a token begins inside one of the turns.
 
         Raises:
             BrokenRecord: The token for unknown text would be trained.
@@ -324,7 +324,7 @@ class ChatRenderer:
     def _dropped(
         self, text: str, tokens: TokenOffsets, supervised_T: npt.NDArray[np.bool_]
     ) -> Finding:
-        """Text without a token of its own.
+        """Return the text without a token of its own.
 
         Raises:
             BrokenRecord: The token for unknown text would be trained.
@@ -351,7 +351,7 @@ def _caught[**P, T](
 
 
 def _pasts(draft: _Draft) -> list[list[Message]]:
-    """The messages before each turn, for the first turns, whose prompts are rendered."""
+    """Return the messages before each turn, for the first turns, whose prompts are rendered."""
     return [draft.conversation.messages[: turn.position] for turn in draft.turns[:_PROMPTS]]
 
 

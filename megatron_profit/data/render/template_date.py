@@ -21,7 +21,7 @@ _CALL = re.compile(rf"""{_CLOCK}\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 
 
 def parse_day(text: str | None) -> date | None:
-    """The value of --template-date.
+    """Return the value of --template-date.
 
     Raises:
         DataError: It is no day.
@@ -33,7 +33,7 @@ def parse_day(text: str | None) -> date | None:
 
 
 def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str) -> None:
-    """Asks for a day where a template of the tokenizer writes one, and only there.
+    """Ask for a day where a template of the tokenizer writes one, and only there.
 
     Args:
         tokenizer: One with chat templates.
@@ -66,6 +66,6 @@ def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str)
 
 @cache
 def with_day(template: str, day: date) -> str:
-    """The template with the day in place of its calls of the clock."""
+    """Return the template with the day in place of its calls of the clock."""
     moment = datetime.combine(day, time())
     return _CALL.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)

@@ -55,7 +55,7 @@ def uncovered(text: str, offsets: Sequence[tuple[int, int]]) -> str:
 
 
 def _composes(character: str) -> bool:
-    """Whether it may become one character with the one before: a mark, or a later letter of Hangul."""
+    """Return whether it may become one character with the one before: a mark, or a later letter of Hangul."""
     return category(character).startswith("M") or "\u1161" <= character <= "\u11c2"
 
 

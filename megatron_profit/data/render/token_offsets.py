@@ -33,7 +33,7 @@ class TokenOffsets:
         return first > 0 and self.offsets[first - 1][1] > character
 
     def _first(self, character: int) -> int:
-        """The first token that begins at this character or after it."""
+        """Return the first token that begins at this character or after it."""
         first = bisect_left(self._begins, character)
         # Some tokenizers trim spaces from the offsets, which leaves a token of spaces with an empty range at
         # its end: it began where the token before it ends.

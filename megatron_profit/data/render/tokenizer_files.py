@@ -25,12 +25,12 @@ _WORDS = ("token", "vocab", "merges", "template", "tekken")
 
 
 def decides_ids(path: Path) -> bool:
-    """Whether token ids or the chat template may depend on a file, to judge by its name."""
+    """Return whether token ids or the chat template may depend on a file, to judge by its name."""
     return path.suffix not in (".json", ".txt") or any(word in path.name for word in _WORDS)
 
 
 def tokenizer_paths(folder: Path) -> list[Path]:
-    """The files that a tokenizer's ids and its chat template may depend on."""
+    """Return the files that a tokenizer's ids and its chat template may depend on."""
     found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
     return sorted(path for path in found if path.exists() and not path.is_dir())
 

@@ -133,7 +133,7 @@ def _header(template: ChatTemplate, probe: _Probe, question_end: str) -> str:
 
 
 def _common_tokens(template: ChatTemplate, first: str, second: str) -> str:
-    """The text of the leading tokens that two texts share (characters could cut a token)."""
+    """Return the text of the leading tokens that two texts share (characters could cut a token)."""
     encoding, other = template.encode([first, second])
     pairs = zip(encoding.ids, other.ids, strict=False)
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
@@ -141,7 +141,7 @@ def _common_tokens(template: ChatTemplate, first: str, second: str) -> str:
 
 
 def _added_id_after(template: ChatTemplate, text: str, sentinel: str, end: str) -> int | None:
-    """Id of the first added token in the `end` that follows the sentinel, None if there is none."""
+    """Return the id of the first added token in the `end` that follows the sentinel, None if there is none."""
     begin = text.index(sentinel) + len(sentinel)
     limit = text.index(end, begin) + len(end)
     (encoding,) = template.encode([text])

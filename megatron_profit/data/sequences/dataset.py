@@ -43,7 +43,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         epochs: int | None = None,
         period: int | None = None,
     ) -> None:
-        """Sets up the rows; copies nothing.
+        """Set up the rows; copies nothing.
 
         Args:
             examples: What `build_examples` gave for the same `seq_length`.
@@ -88,7 +88,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         self._resize(num_samples, period)
 
     def with_samples(self, num_samples: int, period: int | None = None) -> "SFTDataset":
-        """The same rows in another number; shares the examples and the order."""
+        """Return the same rows in another number; shares the examples and the order."""
         other = copy.copy(self)
         other._resize(num_samples, period)
         return other

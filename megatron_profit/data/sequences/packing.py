@@ -32,7 +32,7 @@ class PackedRows:
 
 
 def pack(lengths: npt.NDArray[np.integer], capacity: int) -> PackedRows:
-    """Rows of at most `capacity` that hold every example once.
+    """Return the rows of at most `capacity` that hold every example once.
 
     Args:
         lengths: [M], each in 1..capacity.
@@ -85,7 +85,7 @@ class _Rows:
         return placed
 
     def _fill(self, room: int, rows: list[int], length: int, count: int, placed: list[int]) -> int:
-        """Fills rows of equal room one after the other; returns how many examples were placed."""
+        """Fill rows of equal room one after the other; returns how many examples were placed."""
         each = room // length
         full, rest = divmod(min(count, each * len(rows)), each)
         placed += [row for row in rows[:full] for _ in range(each)]

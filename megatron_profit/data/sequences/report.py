@@ -43,7 +43,7 @@ class PackingReport:
         labels: npt.NDArray[np.integer],
         seq_length: int,
     ) -> "PackingReport":
-        """Counts the first epoch; `positions` and `labels` [N] are those of `Examples`."""
+        """Count the first epoch; `positions` and `labels` [N] are those of `Examples`."""
         drawn, rows = order.first_epoch()
         tokens, supervised = (int(counts[drawn].sum()) for counts in (positions, labels))
         longest = int(positions[drawn].max(initial=0))

@@ -79,7 +79,7 @@ def prepare(
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """The examples of the sources, mapped from the cache; prepared first where they are not in it.
+    """Return the examples of the sources, mapped from the cache; prepared first where they are not in it.
 
     Args:
         sources: What to read.
@@ -168,7 +168,7 @@ def _temporary(folder: Path, token: str) -> Path:
 
 
 def _remove_left_overs(folder: Path) -> None:
-    """Removes what dead processes left of any data; they touched these folders as they did their locks."""
+    """Remove what dead processes left of any data; they touched these folders as they did their locks."""
     # The own lock, touched a moment ago, tells the file system's time.
     now = folder.with_suffix(".lock").stat().st_mtime
     for left_over in folder.parent.glob("*.tmp-*"):
@@ -187,7 +187,7 @@ def _key(
     preparation: Preparation,
     cache: Path,
 ) -> str:
-    """A hash of everything that the prepared examples depend on; `files` are those of each source."""
+    """Return a hash of everything that the prepared examples depend on; `files` are those of each source."""
     import tokenizers
     import transformers
 
@@ -208,7 +208,9 @@ def _key(
 
 
 def tokenizer_files(tokenizer: Path) -> list[list[str]]:
-    """Name and hash of each file in a folder that a tokenizer's ids and its chat template depend on."""
+    """Return the name and hash of each file in a folder that a tokenizer's ids and its chat template depend
+    on.
+    """
     return [
         [str(path.relative_to(tokenizer)), _hash_file(path)]
         for path in tokenizer_paths(tokenizer)
@@ -218,7 +220,7 @@ def tokenizer_files(tokenizer: Path) -> list[list[str]]:
 
 @functools.cache
 def _code() -> str:
-    """A hash of this package: any change of it may change what is written."""
+    """Return a hash of this package: any change of it may change what is written."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return sha256(repr([(file.name, _hash_file(file)) for file in files]).encode()).hexdigest()
 
@@ -254,12 +256,12 @@ def _check_unchanged(states: Sequence[_State]) -> None:
 
 
 def _inner(path: Path) -> list[Path]:
-    """The regular files in a folder, or a file itself."""
+    """Return the regular files in a folder, or a file itself."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def content_digest(path: Path, cache: Path) -> str:
-    """A hash of the content of a file or folder.
+    """Return a hash of the content of a file or folder.
 
     It is kept in `cache` under all that the file system tells of the file, so that a file which seems to be
     the same is read once. A file that was copied, restored or mounted again is read again.
@@ -286,7 +288,7 @@ def content_digest(path: Path, cache: Path) -> str:
 
 
 def _noted(note: Path) -> str:
-    """The digest in a note; "" where there is none, half of one, or that of another note."""
+    """Return the digest in a note; "" where there is none, half of one, or that of another note."""
     try:
         text = note.read_text(encoding="ascii")
     except (FileNotFoundError, ValueError):
@@ -311,7 +313,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def _lock(path: Path, token: str, progress: Callable[[str], None] | None) -> Iterator[bool]:
-    """Holds a lock file: True, or False where another process held it and has let go of it by now.
+    """Hold a lock file: True, or False where another process held it and has let go of it by now.
 
     `token` is this holder's alone: no process touches or removes a lock that is not the one it means.
     """
@@ -350,7 +352,8 @@ def _holder(path: Path) -> dict[str, Any]:
 
 
 def _processes() -> str | None:
-    """Names the processes among which a number means one: those of a boot of a machine, in one container.
+    """Return the names the processes among which a number means one: those of a boot of a machine, in one
+    container.
 
     None where the system does not say.
     """
@@ -396,7 +399,7 @@ def _wait(path: Path, progress: Callable[[str], None] | None) -> None:
 
 
 def _died_here(holder: Mapping[str, Any]) -> bool:
-    """Whether the holder was one of the processes that are seen here, and is no more."""
+    """Return whether the holder was one of the processes that are seen here, and is no more."""
     if not holder or holder.get("processes") is None or holder["processes"] != _processes():
         return False
     try:
@@ -409,6 +412,6 @@ def _died_here(holder: Mapping[str, Any]) -> bool:
 
 
 def _remove(path: Path, token: str | None) -> None:
-    """Removes the lock, if it still is the one with this token."""
+    """Remove the lock, if it still is the one with this token."""
     if _holder(path).get("token") == token:
         path.unlink(missing_ok=True)

@@ -88,7 +88,7 @@ class CheckedFiles:
 
 
 def is_usable(folder: Path, names: Collection[str], progress: Progress = None) -> bool:
-    """Whether a folder is there, as it was written.
+    """Return whether a folder is there, as it was written.
 
     A damaged one is put aside with a warning, so that it can be made again. It is not removed: a run that
     uses it goes on.
@@ -182,7 +182,7 @@ def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
 
 
 def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]]:
-    """Bytes and CRC-32 that each file must have; they have these many bytes."""
+    """Return the bytes and CRC-32 that each file must have; they have these many bytes."""
     folder.stat()
     try:
         entries = read_json(folder / _CHECKSUMS)

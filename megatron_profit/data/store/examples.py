@@ -75,7 +75,7 @@ class Prepared:
     report: PreparationReport
 
     def name(self, index: int) -> str:
-        """The record of an example as FILE:LINE, or FILE:POSITION where the file is no JSON lines."""
+        """Return the record of an example as FILE:LINE, or FILE:POSITION where the file is no JSON lines."""
         return f"{printable(self.file_names[self.files[index]])}:{self.numbers[index]}"
 
 
@@ -164,7 +164,7 @@ def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def collect(
     chunks: Iterable[Chunk], file_names: Sequence[str], report: PreparationReport
 ) -> Prepared:
-    """The examples of all chunks, in memory. `report` is complete when the chunks end."""
+    """Return the examples of all chunks, in memory. `report` is complete when the chunks end."""
     parts = [_arrays(chunk) for chunk in chunks]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in _ARRAYS}
     return _prepared({**arrays, "offsets": _offsets(arrays["offsets"])}, file_names, report)
@@ -173,7 +173,7 @@ def collect(
 def write(
     chunks: Iterable[Chunk], report: PreparationReport, folder: Path, about: dict[str, Any]
 ) -> None:
-    """Writes the examples of all chunks as they come; the memory needed is that of one chunk.
+    """Write the examples of all chunks as they come; the memory needed is that of one chunk.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
@@ -192,7 +192,9 @@ def write(
 
 
 def load(folder: Path, file_names: Sequence[str]) -> Prepared:
-    """The examples that `write` put into a folder, mapped into memory; the files must have been checked."""
+    """Return the examples that `write` put into a folder, mapped into memory; the files must have been
+    checked.
+    """
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     arrays = {
         name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in _ARRAYS.items()

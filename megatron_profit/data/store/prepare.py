@@ -113,7 +113,7 @@ def prepared_chunks(
     workers: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Chunk]:
-    """The examples of all sources, in order, while `report` counts them.
+    """Yield the examples of all sources, in order, while `report` counts them.
 
     Args:
         sources: What to read.
@@ -166,7 +166,7 @@ def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
 
 
 def default_workers(sources: Sequence[Source]) -> int:
-    """As many processes as the data are worth, and not more than there are cores."""
+    """Return as many processes as the data are worth, and not more than there are cores."""
     files = [file for source in sources for file in source.files()]
     size = sum(
         inner.stat().st_size
@@ -209,7 +209,7 @@ def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
 
 
 def _batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
-    """Records in lists that are worth sending to another process; large records in short ones."""
+    """Yield records in lists that are worth sending to another process; large records in short ones."""
     batch: list[RawRecord] = []
     size = 0
     for record in records:
@@ -300,7 +300,7 @@ class _Worker:
     def _examples(
         self, talks: Sequence[tuple[RawRecord, Conversation]]
     ) -> list[list[_Example | BrokenRecord]]:
-        """The examples of each record, or why there are none."""
+        """Return the examples of each record, or why there are none."""
         talks_of = [self.renderer.training.examples(talk) for _, talk in talks]
         # A conversation of many turns may give many examples: not all of them are held as tokens at once.
         batches = itertools.batched(itertools.chain(*talks_of), _CHUNK_RECORDS)
@@ -308,7 +308,7 @@ class _Worker:
         return [[self._cut(next(rendered)) for _ in inner] for inner in talks_of]
 
     def _cut(self, whole: RenderedConversation | BrokenRecord) -> _Example | BrokenRecord:
-        """The part that fits into a row; an `_Unusable` where no token of that is trained."""
+        """Return the part that fits into a row; an `_Unusable` where no token of that is trained."""
         if isinstance(whole, BrokenRecord):
             return whole
         seq_length, length = self.preparation.seq_length, len(whole.ids)

@@ -16,7 +16,7 @@ _GROUPS, _EXPERTS = "param_groups", "is_expert_parallel"
 
 
 def regrouped(state_dict: dict[Any, Any], count: int) -> dict[Any, Any]:
-    """The state that `ChainedOptimizer.load_state_dict` is given, as `count` optimizers understand it.
+    """Return the state that `ChainedOptimizer.load_state_dict` is given, as `count` optimizers understand it.
 
     Args:
         state_dict: What was saved by another number of optimizers lies where they had it, and what
@@ -39,7 +39,7 @@ def regrouped(state_dict: dict[Any, Any], count: int) -> dict[Any, Any]:
 
 
 def _joined(one: dict[Any, Any], other: dict[Any, Any]) -> dict[Any, Any]:
-    """The values of two optimizers that agree, with the parameter groups of both."""
+    """Return the values of two optimizers that agree, with the parameter groups of both."""
     result = dict(one)
     for key, value in other.items():
         if key == _GROUPS:

@@ -39,7 +39,9 @@ def adapt_groups(current: Iterable[Group], saved: Iterable[Group], *, keep_saved
 
 
 def _by_kind(groups: Iterable[Group]) -> dict[tuple[Any, ...], list[Group]]:
-    """The groups by the kind of their parameters: with weight decay or not, of experts or not, and so on."""
+    """Return the groups by the kind of their parameters: with weight decay or not, of experts or not, and so
+    on.
+    """
     found: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
         found.setdefault(_kind(group), []).append(group)

@@ -51,7 +51,8 @@ def block_statistics(
     return parts
 
 
-# The number of rows is another in every micro-batch: no version of its own for each kind of number.
+# The number of rows differs in every micro-batch. Without this, Triton would recompile for some of the
+# values, for example multiples of 16.
 @triton.jit(do_not_specialize=["num_rows"])
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [n, v] float16, bfloat16 or float32, rows `row_stride` apart

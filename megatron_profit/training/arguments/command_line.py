@@ -155,7 +155,7 @@ class CommandLine:
         return self.options.get(name, flag_of(name))
 
     def changes(self, name: str) -> bool:
-        """Whether the flag was given with another value than its default."""
+        """Return whether the flag was given with another value than its default."""
         return name in self.explicit and self.explicit[name] != self.defaults[name]
 
     def refuse_contradictions(self, derived: Mapping[str, Any], source: str) -> None:

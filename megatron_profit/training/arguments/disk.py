@@ -26,7 +26,7 @@ from megatron_profit.training.step.objective_flags import (
 
 
 def open_hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFModel | None:
-    """The HuggingFace weights to start from; None where there is a checkpoint, or for random ones.
+    """Return the HuggingFace weights to start from; None where there is a checkpoint, or for random ones.
 
     A checkpoint of another architecture is refused, and so is a folder that was named as the source
     of the weights and holds none: only an empty --load that is also --save is a run that begins.
@@ -95,7 +95,7 @@ def _check_place(flag: str, folder: Path) -> None:
 
 
 def plan_export(settings: Mapping[str, Any]) -> HFOutput | None:
-    """The HuggingFace folder to write at the end, in the dtype of the model's parameters."""
+    """Return the HuggingFace folder to write at the end, in the dtype of the model's parameters."""
     if settings["export_hf"] is None:
         return None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +105,7 @@ def plan_export(settings: Mapping[str, Any]) -> HFOutput | None:
 
 
 def _goes_on(settings: Mapping[str, Any]) -> bool:
-    """Whether the run has a checkpoint of its own: what it exported before is an earlier state of it."""
+    """Return whether the run has a checkpoint of its own: what it exported before is an earlier state of it."""
     load = settings["load"]
     return same_folder(load, settings["save"]) and (Path(load) / TRACKER).is_file()
 
@@ -115,7 +115,7 @@ def open_reference(
     objective: Objective | ScheduledObjective,
     config: Mapping[str, Any],
 ) -> tuple[HFModel, Path] | None:
-    """The reference model and the folder of its log-probabilities, where the objective needs them."""
+    """Return the reference model and the folder of its log-probabilities, where the objective needs them."""
     if "ref_log_prob" not in needed_statistics(objective):
         for name in ("ref_hf_model", "ref_cache"):
             if settings[name]:

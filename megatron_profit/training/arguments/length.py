@@ -25,14 +25,16 @@ def scheduler_of_flags(explicit: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
-    """Steps of the run where flags alone say it: not with epochs, nor where the batch size changes."""
+    """Return the steps of the run where flags alone say it: not with epochs, nor where the batch size
+    changes.
+    """
     if settings["train_samples"] is None:
         return settings["train_iters"]
     return None if batch_size_changes(settings) else settings["train_samples"] // batch_size
 
 
 def batch_size_changes(settings: Mapping[str, Any]) -> bool:
-    """Whether the batch size changes during the run, so that Megatron itself counts rows."""
+    """Return whether the batch size changes during the run, so that Megatron itself counts rows."""
     return bool(settings["rampup_batch_size"] or settings["step_batch_size_schedule"])
 
 

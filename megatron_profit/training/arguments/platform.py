@@ -20,7 +20,7 @@ _CPU = {
 
 
 def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Megatron arguments that the device and the installed libraries decide.
+    """Return Megatron arguments that the device and the installed libraries decide.
 
     Args:
         device: "cuda" or "cpu".

@@ -122,7 +122,7 @@ class SFTArguments:
         return argparse.Namespace(**{**self.settings, **derived})
 
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Megatron's `extra_args_provider`."""
+        """Return Megatron's `extra_args_provider`."""
         parser = add_arguments(parser)
         parser.set_defaults(**self.defaults)
         return parser
@@ -268,7 +268,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
 
 
 def _model_settings(flags: CommandLine, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """Megatron arguments of the architecture; a flag that says otherwise is refused."""
+    """Return Megatron arguments of the architecture; a flag that says otherwise is refused."""
     model = family_for(config).megatron_arguments(config)
     # Padding of the vocabulary is a matter of the layout, not of the model.
     del model["make_vocab_size_divisible_by"]
@@ -288,7 +288,7 @@ def _keep(settings: Mapping[str, Any]) -> KeepOptions:
 def _objective(
     settings: Mapping[str, Any], explicit: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Objective | ScheduledObjective]:
-    """The options of the objective and itself, checked with the experts that it must leave alone."""
+    """Return the options of the objective and itself, checked with the experts that it must leave alone."""
     try:
         options, objective = check_objective(settings, explicit)
         if "old_log_prob" in objective.required_statistics:

@@ -51,16 +51,16 @@ class Saved:
 
     @property
     def is_own(self) -> bool:
-        """Whether this project's entry wrote it, in this place."""
+        """True if this project's entry wrote it, in this place."""
         return not self.folder.is_symlink() and (self.folder / MARKER).is_file()
 
     @property
     def is_complete(self) -> bool:
-        """Whether its save came to its end. Unlike `defect`, this reads nothing of it."""
+        """True if its save came to its end. Unlike `defect`, this reads nothing of it."""
         return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
 
     def validation(self, metric: str) -> float:
-        """A mean of the evaluation at this iteration; NaN where there is none.
+        """Return a mean of the evaluation at this iteration; NaN where there is none.
 
         Raises:
             CheckpointError: The file with it is broken.
@@ -75,7 +75,7 @@ def folder_of(save: Path, iteration: int) -> Path:
 
 
 def same_folder(load: str | Path | None, save: str | Path | None) -> bool:
-    """Whether a run loads from the folder that it saves in, so that nobody else saves there."""
+    """Return whether a run loads from the folder that it saves in, so that nobody else saves there."""
     return bool(load and save) and Path(load).resolve() == Path(save).resolve()
 
 
@@ -241,7 +241,7 @@ def prune(
 
 
 def set_aside_in(save: Path) -> list[Path]:
-    """The checkpoints that `make_room` has set aside and nobody has removed or put back."""
+    """Return the checkpoints that `make_room` has set aside and nobody has removed or put back."""
     return [aside for aside in save.glob(f"iter_*{_ASIDE}") if aside.is_dir()]
 
 
@@ -251,7 +251,9 @@ def drop_replaced(folder: Path) -> None:
 
 
 def best(save: Path, metric: str) -> Saved | None:
-    """The complete checkpoint with the best evaluation, the earliest of equals; None where there is none."""
+    """Return the complete checkpoint with the best evaluation, the earliest of equals; None where there is
+    none.
+    """
     sign = BETTER[metric]
     candidates = [
         saved
@@ -271,7 +273,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content; empty where there is no such file.
+    """Return the content; empty where there is no such file.
 
     Raises:
         CheckpointError: It is broken, or no regular file.

@@ -39,7 +39,7 @@ Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 
 
 def load_hook(model: HFModel) -> Hook:
-    """A `ModelConfig.pre_wrap_hooks` entry that fills the model with the weights of a folder.
+    """Return a `ModelConfig.pre_wrap_hooks` entry that fills the model with the weights of a folder.
 
     It runs before the model is wrapped, so data-parallel copies, the optimizer's fp32 weights and
     everything else start from these values.
@@ -56,7 +56,7 @@ def load_hook(model: HFModel) -> Hook:
 
 
 def keep_in(kept: list[MegatronModule]) -> Hook:
-    """A `ModelConfig.pre_wrap_hooks` entry that puts the rank's pipeline stages into a list."""
+    """Return a `ModelConfig.pre_wrap_hooks` entry that puts the rank's pipeline stages into a list."""
 
     def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
         kept.extend(chunks)
@@ -180,7 +180,7 @@ def _check_all_written(output: HFOutput, elements: int) -> None:
 
 
 def model_shards(chunks: Sequence[MegatronModule]) -> Iterator[tuple[Shard, bool]]:
-    """The shards whose values are this rank's parameters themselves, and whether this rank is the
+    """Yield the shards whose values are this rank's parameters themselves, and whether this rank is the
     one to save each.
 
     Raises:

@@ -272,7 +272,7 @@ class CheckpointKeeper(RunListener):
             print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
 
     def best(self) -> Saved:
-        """The best checkpoint in --save, the same on all ranks.
+        """Return the best checkpoint in --save, the same on all ranks.
 
         Raises:
             ConversionError: When there is none.
@@ -327,7 +327,7 @@ def _note(file: Path, metrics: Mapping[str, float]) -> None:
 
 
 def _saved_progress(file: Path) -> Progress | None:
-    """The state of the early stop in the marker of a checkpoint, if there is one."""
+    """Return the state of the early stop in the marker of a checkpoint, if there is one."""
     saved = read_json(file).get("progress")
     if saved is None:
         return None

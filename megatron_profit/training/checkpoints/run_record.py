@@ -83,13 +83,13 @@ class RunRecord:
     versions: Settings = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; `from_json` reads them."""
+        """Return the record as JSON values; `from_json` reads them."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_json(cls, value: Any) -> RunRecord:
-        """The record that `to_json` gave. Unknown parts are left out, missing ones are empty: another version
-        may have written it.
+        """Return the record that `to_json` gave. Unknown parts are left out, missing ones are empty: another
+        version may have written it.
 
         Raises:
             ValueError: It is not an object of objects.
@@ -105,7 +105,7 @@ class RunRecord:
         return cls(**parts)
 
     def differences(self, saved: RunRecord) -> tuple[Difference, ...]:
-        """The settings that both records have and that differ, in the order of the parts.
+        """Return the settings that both records have and that differ, in the order of the parts.
 
         Where files come from (`sources`) does not count: only what they hold does.
         """
@@ -117,7 +117,7 @@ class RunRecord:
 
 
 def _flat(parts: Mapping[str, Settings]) -> Iterator[tuple[tuple[str, str], Any]]:
-    """Each value under its part and its dotted name."""
+    """Yield each value under its part and its dotted name."""
     for part, settings in parts.items():
         for name, value in settings.items():
             if isinstance(value, Mapping):
@@ -128,7 +128,7 @@ def _flat(parts: Mapping[str, Settings]) -> Iterator[tuple[tuple[str, str], Any]
 
 
 def digest_of_arrays(*arrays: npt.NDArray[Any]) -> str:
-    """A hash of the values of arrays, in their order."""
+    """Return a hash of the values of arrays, in their order."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(str((array.dtype.str, array.shape)).encode())
@@ -137,18 +137,18 @@ def digest_of_arrays(*arrays: npt.NDArray[Any]) -> str:
 
 
 def digest_of_json(value: Any) -> str:
-    """A hash of JSON values, in which the order of keys does not matter."""
+    """Return a hash of JSON values, in which the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
 def digest_of_config(config: Mapping[str, Any]) -> str:
-    """A hash of the content of a config.json that does not depend on who wrote it."""
+    """Return a hash of the content of a config.json that does not depend on who wrote it."""
     return digest_of_json({k: v for k, v in config.items() if k not in _NOT_OF_THE_MODEL})
 
 
 def package_versions() -> dict[str, str]:
-    """The versions that decide what the numbers of a run are."""
+    """Return the versions that decide what the numbers of a run are."""
     found = {"megatron_profit": megatron_profit.__version__}
     for package in _PACKAGES:
         try:

@@ -113,7 +113,7 @@ def clear_save_folder(save: Path) -> list[Path]:
 
 
 def checkpoints_in(save: Path) -> list[Path]:
-    """The folders that hold a checkpoint, or did: newest first, without those whose save never ended."""
+    """Return the folders that hold a checkpoint, or did: newest first, without those whose save never ended."""
     if not save.is_dir():
         return []
     folders = [saved.folder for saved in saved_in(save)]
@@ -121,7 +121,7 @@ def checkpoints_in(save: Path) -> list[Path]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether a save came to its end here; `.metadata` is written last."""
+    """Return whether a save came to its end here; `.metadata` is written last."""
     return (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*"))
 
 
@@ -130,6 +130,6 @@ def _own(save: Path) -> list[Path]:
 
 
 def names_of(paths: list[Path]) -> str:
-    """The names of files or folders, the middle ones of many left out."""
+    """Return the names of files or folders, the middle ones of many left out."""
     names = [path.name for path in paths]
     return ", ".join(names if len(names) <= 3 else [*names[:2], "...", names[-1]])

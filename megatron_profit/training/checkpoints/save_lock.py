@@ -64,7 +64,7 @@ def hold_still(save: Path) -> None:
 
 
 def _is_in_place(path: Path, descriptor: int) -> bool:
-    """Whether what was opened is still under its name."""
+    """Return whether what was opened is still under its name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

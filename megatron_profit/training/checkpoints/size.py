@@ -22,7 +22,7 @@ _MOMENTS = {"adam": 2, "sgd": 1, "lion": 1}
 
 
 def estimated_bytes(settings: Mapping[str, Any], parameters: int) -> int:
-    """The size of a checkpoint: the weights and the state of the optimizer, over all ranks.
+    """Return the size of a checkpoint: the weights and the state of the optimizer, over all ranks.
 
     Args:
         settings: All arguments by name.

@@ -73,7 +73,7 @@ class EvaluationReport(RunListener):
             self._failed = True
 
     def watching(self, begin: Callable[[Batch], MicroBatchLoss]) -> Callable[[Batch], Any]:
-        """`begin`, and of what it begins in an evaluation the statistics."""
+        """Return `begin`, and of what it begins in an evaluation the statistics."""
 
         def watched(batch: Batch) -> Any:
             loss = begin(batch)
@@ -96,7 +96,7 @@ class EvaluationReport(RunListener):
             self._endure(lambda: self._write(torch.cat(everything), current_step() + 1))
 
     def _tokens(self, batch: Batch, loss: MicroBatchLoss) -> torch.Tensor:
-        """[tokens, 5] float64, the supervised tokens of the chosen records."""
+        """Return [tokens, 5] float64, the supervised tokens of the chosen records."""
         statistics = loss.statistics
         record = batch.record_index.transpose(0, 1).flatten()
         position = batch.position_ids.transpose(0, 1).flatten()
@@ -162,7 +162,7 @@ def _set_aside(folder: Path, step: int) -> None:
 
 
 def first_records(dataset: SFTDataset, count: int, evaluated_rows: int) -> tuple[int, ...]:
-    """The records that an evaluation of so many rows meets first, at most `count`."""
+    """Return the records that an evaluation of so many rows meets first, at most `count`."""
     found: dict[int, None] = {}
     rows = min(dataset.order.rows_until(1), evaluated_rows)
     dataset = dataset.with_samples(rows)

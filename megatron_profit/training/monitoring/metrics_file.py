@@ -82,7 +82,7 @@ class MetricsFile:
             raise
 
     def _is_in_place(self) -> bool:
-        """Whether the open file is still the one under its name, and was not removed or replaced."""
+        """Return whether the open file is still the one under its name, and was not removed or replaced."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except FileNotFoundError:
@@ -90,7 +90,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, without a last line that was cut off.
+    """Yield the objects of a file, without a last line that was cut off.
 
     Raises:
         ValueError: A line is no object with a kind and a step.

@@ -59,7 +59,7 @@ class RunMonitor:
     # What is seen of a step.
 
     def watching(self, begin: Callable[[Batch], Any]) -> Callable[[Batch], Any]:
-        """`begin`, and of what it begins in training the records."""
+        """Return `begin`, and of what it begins in training the records."""
 
         def watched(batch: Batch) -> Any:
             loss = begin(batch)
@@ -164,7 +164,7 @@ class RunMonitor:
             )
 
     def _suspects(self) -> list[Suspect]:
-        """The micro-batches of this rank; those of a tensor-parallel group are its first rank's."""
+        """Return the micro-batches of this rank; those of a tensor-parallel group are its first rank's."""
         messages = tuple(dict.fromkeys(message for message, _ in self._rejections))
         if self._step is None or mpu.get_tensor_model_parallel_rank() != 0:
             return [Suspect(dist.get_rank(), 0, 0.0, True, (), messages)] if messages else []
@@ -285,7 +285,7 @@ _LINE = (
 
 
 def throughput(interval: Interval, seconds: float, devices: int) -> dict[str, float]:
-    """Tokens and floating-point operations per second of an interval that took some seconds."""
+    """Return the tokens and floating-point operations per second of an interval that took some seconds."""
     kept, supervised = interval.total("kept fraction")
     return {
         "tokens per second": interval.tokens / seconds,
@@ -296,14 +296,14 @@ def throughput(interval: Interval, seconds: float, devices: int) -> dict[str, fl
 
 
 def _largest(values: Sequence[float]) -> list[float]:
-    """The largest over all ranks of each value. A collective."""
+    """Return the largest over all ranks of each value. A collective."""
     tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device="cuda")
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def _logs() -> bool:
-    """Whether this rank logs: the last one, as in Megatron."""
+    """Return whether this rank logs: the last one, as in Megatron."""
     return dist.get_rank() == dist.get_world_size() - 1
 
 

@@ -56,15 +56,15 @@ class StepMetrics:
         return cls(names, local, total)
 
     def means(self) -> dict[str, Tensor]:
-        """Each metric as a scalar in fp32."""
+        """Return each metric as a scalar in fp32."""
         return dict(zip(self.names, (self.total[:, 0] / self.total[:, 1]).float(), strict=True))
 
     def pairs(self) -> dict[str, SumAndCount]:
-        """Each metric over all ranks, read back from the device."""
+        """Return each metric over all ranks, read back from the device."""
         return {n: (s, c) for n, (s, c) in zip(self.names, self.total.tolist(), strict=True)}
 
     def local_values(self, name: str) -> list[float]:
-        """The mean of a metric in each micro-batch of this rank."""
+        """Return the mean of a metric in each micro-batch of this rank."""
         pairs = self.local[:, self.names.index(name)]
         return (pairs[:, 0] / pairs[:, 1]).tolist()
 
@@ -96,7 +96,7 @@ class Interval:
             self._pairs[name] = (before[0] + total, before[1] + count)
 
     def means(self) -> dict[str, float]:
-        """Each metric of the interval, in the order in which they appeared."""
+        """Return each metric of the interval, in the order in which they appeared."""
         return {name: total / count for name, (total, count) in self._pairs.items()}
 
     def total(self, name: str) -> SumAndCount:

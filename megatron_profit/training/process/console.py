@@ -18,7 +18,7 @@ _PATIENCE_SECONDS = 30
 
 
 def is_first_rank() -> bool:
-    """Whether this is the first process of the run, also before there is a process group."""
+    """Return whether this is the first process of the run, also before there is a process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -29,7 +29,7 @@ def print_rank_0(message: str) -> None:
 
 
 def lines_to_print(message: object) -> str:
-    """A message of several lines, each of which is safe to print."""
+    """Return a message of several lines, each of which is safe to print."""
     return "\n".join(map(printable, str(message).split("\n")))
 
 
@@ -60,7 +60,7 @@ def step_line(
     speed: Mapping[str, float],
     seconds: float,
 ) -> str:
-    """The line of an interval of steps: what is learnt, then how, then how fast.
+    """Return the line of an interval of steps: what is learnt, then how, then how fast.
 
     It begins like Megatron's and has its form, `| name: value |`, so that what reads one reads both.
 
@@ -92,5 +92,5 @@ def step_line(
 
 
 def _shown(value: float) -> str:
-    """A count with all its digits, another number with seven."""
+    """Return a count with all its digits, another number with seven."""
     return str(value) if isinstance(value, int) else f"{value:.7G}"

@@ -59,7 +59,7 @@ class ExitSignals(RunListener):
 
     @property
     def training_has_begun(self) -> bool:
-        """Whether the first step may have been made."""
+        """True if the first step may have been made."""
         return self._outside is None
 
     def release(self) -> None:

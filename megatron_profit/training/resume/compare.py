@@ -91,7 +91,9 @@ def _tell_of_passed_rows(
 
 
 def schedule_line(args: Namespace, resumed: Resumed) -> str:
-    """The learning rate from the next step on, in words; in rows where earlier steps had more or fewer."""
+    """Return the learning rate from the next step on, in words; in rows where earlier steps had more or
+    fewer.
+    """
     if args.use_checkpoint_opt_param_scheduler:
         return (
             "> learning rate and weight decay follow the checkpoint's schedule, whatever the flags say "
@@ -241,7 +243,7 @@ def compare(
 
 
 def saved_record(checkpoint: Path) -> RunRecord | None:
-    """The record in a checkpoint; None where it has none, as in one of an earlier version.
+    """Return the record in a checkpoint; None where it has none, as in one of an earlier version.
 
     Raises:
         CheckpointError: It is damaged.
@@ -256,7 +258,7 @@ def saved_record(checkpoint: Path) -> RunRecord | None:
 
 
 def _described(part: str, found: Iterable[Difference], now: RunRecord, saved: RunRecord) -> str:
-    """The differences of a part, as a user knows them."""
+    """Return the differences of a part, as a user knows them."""
     changed = [difference for difference in found if difference.part == part]
     settings = [_change(difference) for difference in changed if difference.setting not in _CONTENT]
     if settings:

@@ -39,7 +39,7 @@ _BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
 def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) -> RunRecord:
-    """The record of a run.
+    """Return the record of a run.
 
     Args:
         arguments: What the flags ask for.
@@ -133,7 +133,7 @@ def _validation(args: Namespace, options: DataOptions, data: SFTData) -> dict[st
 
 
 def digest_of_weights(folder: Path) -> str:
-    """A hash that tells the weights of a HuggingFace folder from others, also when they were copied.
+    """Return a hash that tells the weights of a HuggingFace folder from others, also when they were copied.
 
     Of each file it takes the size and some blocks that are spread over it: two models that were trained
     differently differ nearly everywhere.

@@ -31,7 +31,7 @@ class Source(RunListener, Protocol):
     statistic: str
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] of a micro-batch; None on pipeline stages that compute no loss."""
+        """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class GlobalRanking:
             self._valid = _selected(scored, objective)
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] bool; None where no loss is computed."""
+        """Return [B, S] bool; None where no loss is computed."""
         table = self._train if torch.is_grad_enabled() else self._valid
         if table is None:
             return None
@@ -65,7 +65,7 @@ class GlobalRanking:
 
 
 def _selected(scored: Iterable[TokenTable | None], objective: RankedObjective) -> TokenTable | None:
-    """The mask of each of several global batches, of which a rank has scored its part. A collective."""
+    """Return the mask of each of several global batches, of which a rank has scored its part. A collective."""
     selected = []
     for part in scored:
         if part is None:

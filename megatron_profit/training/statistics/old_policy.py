@@ -102,7 +102,7 @@ class OldPolicy:
         """Nothing: an evaluation is one step, in which the old policy is the current one."""
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] of a micro-batch that is trained; None where no loss is computed."""
+        """Return [B, S] of a micro-batch that is trained; None where no loss is computed."""
         if self._table is None:
             return None
         return self._table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
@@ -143,7 +143,7 @@ class OldPolicy:
             self._table = None
 
     def _place(self, iteration: int) -> int:
-        """Steps of the outer batch that are done before an iteration."""
+        """Return the steps of the outer batch that are done before an iteration."""
         return max(iteration - self._first, 0) % self._steps
 
     def _form(self) -> dict[str, str]:
@@ -166,7 +166,9 @@ def _write(file: Path, table: TokenTable, form: dict[str, str]) -> None:
 
 
 def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, int, dict[str, str]]:
-    """The table, the first iteration for which it holds nothing, and the form of the run that wrote it."""
+    """Return the table, the first iteration for which it holds nothing, and the form of the run that wrote
+    it.
+    """
     if not file.is_file():
         raise CheckpointError(
             f"iteration {iteration} is inside an outer batch of {steps} steps, but {file} is missing: this "

@@ -74,11 +74,11 @@ class ReferenceModel:
         """Nothing: the files outlive the run."""
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] of a micro-batch; None on pipeline stages that compute no loss."""
+        """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
         return self.of_data(batch, "train" if torch.is_grad_enabled() else "valid")
 
     def of_data(self, batch: Batch, name: str) -> Tensor | None:
-        """The same for rows of "train" or "valid", whatever is done with them."""
+        """Return the same for rows of "train" or "valid", whatever is done with them."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return None
         wanted = batch.labels != -100
@@ -89,7 +89,7 @@ class ReferenceModel:
         return result
 
     def given(self, batch: Batch, name: str) -> Mapping[str, Tensor]:
-        """`of_data` by name, for a pass that computes other statistics."""
+        """Return `of_data` by name, for a pass that computes other statistics."""
         values = self.of_data(batch, name)
         return {} if values is None else {self.statistic: values}
 
@@ -168,13 +168,13 @@ class ReferenceModel:
 
 
 def _places(batch: Batch, examples: Examples) -> Tensor:
-    """[B, S] int64, the place of each token's target among the ids of the examples."""
+    """Return [B, S] int64, the place of each token's target among the ids of the examples."""
     offsets = torch.from_numpy(examples.offsets).to(batch.labels.device)
     return offsets[batch.record_index.clamp(min=0)] + batch.position_ids + 1
 
 
 def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
-    """Rows that hold each example once, and empty ones behind them without end."""
+    """Return the rows that hold each example once, and empty ones behind them without end."""
     endless = 2**62
     return SFTDataset(
         dataset.examples,

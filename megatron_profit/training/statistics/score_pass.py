@@ -119,12 +119,12 @@ class _ScoredBatch:
 
 
 def keys_of(batch: Batch) -> Tensor:
-    """[B, S] int64, what each token of a micro-batch is found by."""
+    """Return [B, S] int64, what each token of a micro-batch is found by."""
     return token_keys(batch.sample_index, batch.position_ids)
 
 
 def data_group() -> dist.ProcessGroup:
-    """The ranks over which the tokens of a global batch are spread."""
+    """Return the ranks over which the tokens of a global batch are spread."""
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -152,7 +152,7 @@ class ScorePass:
         self._valid: Dataset | None = None
 
     def watching(self, provider: Callable) -> Callable:
-        """A data set provider of Megatron that shows this object what it provides."""
+        """Return a data set provider of Megatron that shows this object what it provides."""
 
         @functools.wraps(provider)
         def provide(*args: Any, **kwargs: Any) -> tuple:
@@ -165,7 +165,7 @@ class ScorePass:
     def of_next_batches(
         self, trained: Trained, count: int, statistics: frozenset[str]
     ) -> TokenTable | None:
-        """Statistics of the supervised tokens of the next `count` global batches.
+        """Return the statistics of the supervised tokens of the next `count` global batches.
 
         All ranks call it. Weights, gradients, random numbers and Megatron's data iterators stay as they are.
 
@@ -186,7 +186,7 @@ class ScorePass:
     def of_valid_batch(
         self, trained: Trained, number: int, statistics: frozenset[str]
     ) -> TokenTable | None:
-        """The same of one global batch of each evaluation, counted from 0."""
+        """Return the same of one global batch of each evaluation, counted from 0."""
         args = get_args()
         start = number * args.eval_global_batch_size
         stop = start + args.eval_global_batch_size

@@ -42,13 +42,13 @@ class TokenTable:
 
     @classmethod
     def of(cls, keys: Tensor, statistics: Mapping[str, Tensor]) -> TokenTable:
-        """A table of tokens in any order."""
+        """Return a table of tokens in any order."""
         keys, order = keys.sort()
         return cls(keys, {name: values[order] for name, values in statistics.items()})
 
     @classmethod
     def joined(cls, tables: list[TokenTable]) -> TokenTable:
-        """The tokens of several tables with the same statistics."""
+        """Return the tokens of several tables with the same statistics."""
         names = tables[0].statistics
         return cls.of(
             torch.cat([table.keys for table in tables]),
@@ -56,7 +56,7 @@ class TokenTable:
         )
 
     def look_up(self, name: str, keys: Tensor, wanted: Tensor) -> Tensor:
-        """The values of a statistic where `wanted` [B, S] is True, 0 elsewhere.
+        """Return the values of a statistic where `wanted` [B, S] is True, 0 elsewhere.
 
         Args:
             name: Of the statistic.
@@ -80,7 +80,7 @@ class TokenTable:
         return self.statistics[name][place].masked_fill(~wanted, 0)
 
     def gathered(self, group: dist.ProcessGroup) -> TokenTable:
-        """The tokens of all ranks of a group, on each of them. A collective."""
+        """Return the tokens of all ranks of a group, on each of them. A collective."""
         if group.size() == 1:
             return self
         count = torch.tensor([len(self.keys)], device=self.keys.device)
@@ -94,7 +94,7 @@ class TokenTable:
 
 
 def _gathered(values: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """[T] of each rank to one vector; collectives want equal sizes, so all are padded to the largest."""
+    """Return [T] of each rank to one vector; collectives want equal sizes, so all are padded to the largest."""
     padded = values.new_zeros(max(sizes))
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in sizes]

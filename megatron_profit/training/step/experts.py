@@ -106,7 +106,7 @@ def _check_balancing(settings: Mapping[str, Any], normalization: str) -> None:
 
 
 def router_padding(record_index: torch.Tensor, model: GPTModel) -> torch.Tensor | None:
-    """Megatron's `padding_mask`: what the router's auxiliary losses leave out.
+    """Return Megatron's `padding_mask`: what the router's auxiliary losses leave out.
 
     Args:
         record_index: [B, L], negative in padding; with context parallelism the rank's part of the rows.

@@ -29,7 +29,7 @@ class BatchLoss(Protocol):
 
 
 def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
-    """A forward step for Megatron's schedules.
+    """Return a forward step for Megatron's schedules.
 
     Args:
         begin: Called with each micro-batch before the model.
@@ -72,7 +72,7 @@ def _count_tokens(batch: Batch) -> None:
 
 
 def needs_record_spans(args: Namespace) -> bool:
-    """Whether attention has to know where the records of a row lie.
+    """Return whether attention has to know where the records of a row lie.
 
     Without packing, what follows a record is padding, which causal attention does not see. Under context
     parallelism our own attention goes by records in any case, Transformer Engine's does not.

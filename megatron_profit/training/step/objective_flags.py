@@ -141,7 +141,7 @@ def check_objective(
 
 
 def objective_from_args(args: Namespace) -> Objective | ScheduledObjective:
-    """The objective of a run, from Megatron's arguments."""
+    """Return the objective of a run, from Megatron's arguments."""
     return _build(vars(args))
 
 

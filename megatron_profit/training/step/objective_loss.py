@@ -210,7 +210,7 @@ class MicroBatchLoss:
     def loss_func(
         self, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
+        """Return Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
         statistics = self.statistics
         loss = output_tensor.float().sum()
         sums = token_sums(statistics, self._objective)
@@ -241,7 +241,7 @@ class MicroBatchLoss:
 
 
 def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tensor:
-    """Labels [B, S] with -100 where the mask [B, S] is 0."""
+    """Return labels [B, S] with -100 where the mask [B, S] is 0."""
     if loss_mask is None:
         return labels
     if ((loss_mask != 0) & (loss_mask != 1)).any():
@@ -253,7 +253,7 @@ def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tenso
 
 
 def current_step() -> int:
-    """The step that is trained, counted from 0, or the last one that was."""
+    """Return the step that is trained, counted from 0, or the last one that was."""
     args = get_args()
     # A run that was already finished when it started evaluates without a step of its own.
     return max(getattr(args, "curr_iteration", 0), args.iteration - 1)

@@ -17,7 +17,7 @@ Sums = dict[str, tuple[Tensor, Tensor]]
 
 
 def token_sums(statistics: LinearObjectiveStatistics, objective: Objective) -> Sums:
-    """The metrics that follow from the statistics of a micro-batch [N], as (sum, count)."""
+    """Return the metrics that follow from the statistics of a micro-batch [N], as (sum, count)."""
     supervised = statistics.supervised
     kept = supervised & (statistics.weight != 0)
     dropped = supervised & ~kept
@@ -99,7 +99,7 @@ class ProbQuantiles:
         return {f"p quantile {q:g}": row for q, row in zip(self.quantiles, values, strict=True)}
 
     def _bins(self, log_prob: Tensor) -> Tensor:
-        """[M] int64. A NaN has no place in an order and is left out."""
+        """Return [M] int64. A NaN has no place in an order and is left out."""
         log_odds = log_prob - log1mexp(log_prob)
         position = (log_odds[~log_prob.isnan()] + self.LIMIT) / (2 * self.LIMIT) * self.BINS
         return position.clamp(0, self.BINS - 1).long()
