@@ -18,8 +18,7 @@ def log1mexp(log_prob: Tensor) -> Tensor:
     """Return log(1 - p) from log p, in nats: -inf at p = 1.
 
     There are two ways to write it. Each loses its digits where the other keeps them (Maechler 2012,
-    "Accurately
-    computing log(1 - exp(-|a|))").
+    "Accurately computing log(1 - exp(-|a|))").
     """
     small = log_prob < -math.log(2)
     # The branch that is not taken gets a harmless input: its gradient would be NaN otherwise.

@@ -27,8 +27,7 @@ def top_share(score: Tensor, share: float) -> Tensor:
     """Return [N] bool: the ``kept_count(share, N)`` entries of highest score.
 
     Among equal scores the earlier position is kept. For example, scores 3, 1, 3, 2 with share 0.25 keep the
-    first
-    position only. A NaN counts as the highest, so that it shows.
+    first position only. A NaN counts as the highest, so that it shows.
     """
     kept = torch.zeros_like(score, dtype=torch.bool)
     order = score.detach().sort(descending=True, stable=True).indices

@@ -125,10 +125,8 @@ def strictly_beyond(
     """Return [N] bool: p is strictly below (``torch.lt``) or above (``torch.gt``) tau.
 
     A p that equals tau must not fall on either side, and rounding decides which form shows the equality: p
-    itself
-    after a softmax, log p when only the logarithm is known. Both must agree. For example, a float32 0.1 may
-    be
-    0.09999999 as exp(log p); its log p still equals log 0.1.
+    itself after a softmax, log p when only the logarithm is known. Both must agree. For example, a float32
+    0.1 may be 0.09999999 as exp(log p); its log p still equals log 0.1.
     """
     log_tau = torch.tensor(tau, dtype=log_prob.dtype).log().item()
     return compare(prob, tau) & compare(log_prob, log_tau)

@@ -143,8 +143,7 @@ class _LogitsGradient:
     """The gradient of the active rows' logits, one block after another.
 
     The logits come from the kept ones first and are then recomputed. Where all logits are kept and active,
-    each
-    block is overwritten by its gradient.
+    each block is overwritten by its gradient.
 
     Args:
         hidden_rows: [A, H].
@@ -201,8 +200,7 @@ class _HiddenGradient:
     """The gradient of the active rows of hidden, summed over the blocks in float32 or wider.
 
     Where a product is rounded to half precision before it is added, the target's part is added separately.
-    Most
-    of a row's gradient is in the target's block, and it would be rounded once more.
+    Most of a row's gradient is in the target's block, and it would be rounded once more.
     """
 
     def __init__(self, hidden_rows: Tensor, workspace: Workspace) -> None:
@@ -230,8 +228,7 @@ class _WeightGradient:
 
     With Megatron's fused accumulation the gradient is added to ``main_grad``, and the parameter is marked
     accordingly. Autograd then gets a placeholder, which makes the hooks of Megatron's data parallelism run.
-    Its
-    values are never read, so they are left unwritten.
+    Its values are never read, so they are left unwritten.
     """
 
     def __init__(

@@ -73,7 +73,9 @@ def pass_entries(logits: Tensor) -> int:
 
 
 def _entries(size: Mapping[str, int], tensor: Tensor) -> int:
-    """Return the numbers that fit into this many bytes on the tensor's device, in its statistics' precision."""
+    """Return the numbers that fit into this many bytes on the tensor's device, in its
+    statistics' precision.
+    """
     return size[_kind(tensor)] // statistics_dtype(tensor.dtype).itemsize
 
 

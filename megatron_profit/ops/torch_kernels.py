@@ -111,8 +111,7 @@ def _largest(logits: Tensor) -> Tensor:
     """Return the 20 largest logits of each row, [20, n], in any order; -inf where there are fewer.
 
     A logit outside the 20 groups with the largest maxima is at most as large as 20 others. So only these
-    groups
-    are searched: a search among all logits is slow on a CPU.
+    groups are searched: a search among all logits is slow on a CPU.
     """
     width = logits.size(1)
     if width < TOP:

@@ -125,8 +125,7 @@ def check_labels(labels: Tensor, vocab_size: int) -> None:
     """Check that labels [N] are -100 or in [0, vocab_size).
 
     Reads one flag back from the device. Selecting the supervised rows waits for the device anyway, and an
-    error
-    that names the label helps more than an assertion in a later kernel.
+    error that names the label helps more than an assertion in a later kernel.
 
     Raises:
         ValueError: another label; the message names the first.

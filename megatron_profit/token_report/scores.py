@@ -126,7 +126,9 @@ def score_records(
 
 
 def statistics_of(objective: Objective) -> frozenset[str]:
-    """Return the statistics of a token that an objective needs; for a ranking over all tokens, its score's."""
+    """Return the statistics of a token that an objective needs; for a ranking over all tokens,
+    its score's.
+    """
     if isinstance(objective, RankedObjective):
         return objective.score_statistics
     return objective.required_statistics
@@ -188,8 +190,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 
     A character that several tokens form stands with the first of them. A token that only continues it has an
     empty text. For example, an emoji of three tokens gives the emoji and two empty texts. Bytes that never
-    become
-    a character, as where a record was cut, are shown as U+FFFD.
+    become a character, as where a record was cut, are shown as U+FFFD.
 
     Args:
         tokenizer: any kind: its decoder alone tells where a character ends.
@@ -208,7 +209,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 
 
 def _texts_alone(decode: Callable[..., list[str]], ids: Sequence[int]) -> list[str]:
-    """Return [T] the text of each token alone, with the space before it that some decoders drop at the start."""
+    """Return [T] the text of each token alone, with the space before it that some decoders drop
+    at the start.
+    """
     distinct = list(dict.fromkeys(ids))
     alone = dict(zip(distinct, decode([[i] for i in distinct]), strict=True))
     first = alone[ids[0]]

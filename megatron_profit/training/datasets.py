@@ -79,7 +79,9 @@ class SFTData:
 
 
 def _train_rows(args: Namespace, counted: int) -> int:
-    """Return the rows up to the last step: Megatron has `counted` them as if all batches had the size of now."""
+    """Return the rows up to the last step: Megatron has `counted` them as if all batches had
+    the size of now.
+    """
     left = max(args.train_iters - args.iteration, 0)
     return max(counted, args.consumed_train_samples + left * args.global_batch_size)
 

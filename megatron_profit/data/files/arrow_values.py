@@ -41,7 +41,9 @@ def _row(row: dict[str, Any], columns: dict[str, _Convert]) -> dict[str, Any] | 
 
 
 def _features(schema: pyarrow.Schema) -> Any:
-    """Return the features that `datasets` notes for the columns, None where another library wrote the table."""
+    """Return the features that `datasets` notes for the columns, None where another library
+    wrote the table.
+    """
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):

@@ -96,7 +96,9 @@ def read_json(path: Path) -> Any:
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a file with their ends; of one longer than `LARGEST_RECORD` one byte more than that."""
+    """Yield the lines of a file with their ends; of one longer than `LARGEST_RECORD` one byte
+    more than that.
+    """
     while line := file.readline(LARGEST_RECORD + 1):
         yield line
         rest = line if len(line) > LARGEST_RECORD else b"\n"

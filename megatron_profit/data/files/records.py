@@ -292,7 +292,9 @@ def _split_of(file: str) -> str:
 
 
 def _word_of(name: str) -> str:
-    """Return the split that the first word for one means in the name of a file or split, "" if there is none."""
+    """Return the split that the first word for one means in the name of a file or split, "" if
+    there is none.
+    """
     found = _SPLIT_NAME.search(f"{name}.")
     return _as_word(found[1]) if found else ""
 

@@ -282,7 +282,9 @@ def _mapped(
 
 
 def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """Return a leaf without what its values must be: texts and dates are looked at when they are converted."""
+    """Return a leaf without what its values must be: texts and dates are looked at when they
+    are converted.
+    """
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _mapped(kind.storage_type, _as_bytes)
     if types.is_dictionary(kind):

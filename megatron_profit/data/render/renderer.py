@@ -289,7 +289,9 @@ class ChatRenderer:
         return [self._prompt_in(text) for text in texts]
 
     def _prompt_in(self, text: str) -> str:
-        """Return the end of a text from the last header on, or the usual prompt where that is a whole turn."""
+        """Return the end of a text from the last header on, or the usual prompt where that is a
+        whole turn.
+        """
         header, end, prompt = self.markers.header, self.markers.end, self.markers.prompt
         found = text[text.rfind(header) :] if header in text else prompt
         return prompt if end in found else found

@@ -141,7 +141,9 @@ def _common_tokens(template: ChatTemplate, first: str, second: str) -> str:
 
 
 def _added_id_after(template: ChatTemplate, text: str, sentinel: str, end: str) -> int | None:
-    """Return the id of the first added token in the `end` that follows the sentinel, None if there is none."""
+    """Return the id of the first added token in the `end` that follows the sentinel, None if
+    there is none.
+    """
     begin = text.index(sentinel) + len(sentinel)
     limit = text.index(end, begin) + len(end)
     (encoding,) = template.encode([text])

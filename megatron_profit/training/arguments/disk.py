@@ -105,7 +105,9 @@ def plan_export(settings: Mapping[str, Any]) -> HFOutput | None:
 
 
 def _goes_on(settings: Mapping[str, Any]) -> bool:
-    """Return whether the run has a checkpoint of its own: what it exported before is an earlier state of it."""
+    """Return whether the run has a checkpoint of its own: what it exported before is an earlier
+    state of it.
+    """
     load = settings["load"]
     return same_folder(load, settings["save"]) and (Path(load) / TRACKER).is_file()
 

@@ -113,7 +113,9 @@ def clear_save_folder(save: Path) -> list[Path]:
 
 
 def checkpoints_in(save: Path) -> list[Path]:
-    """Return the folders that hold a checkpoint, or did: newest first, without those whose save never ended."""
+    """Return the folders that hold a checkpoint, or did: newest first, without those whose save
+    never ended.
+    """
     if not save.is_dir():
         return []
     folders = [saved.folder for saved in saved_in(save)]

@@ -33,7 +33,9 @@ class Suspect:
 
 
 def chosen_suspects(event: Event, suspects: Sequence[Suspect]) -> list[Suspect]:
-    """Return the micro-batches that an event may come from, the likeliest first; for a stall the latest ones."""
+    """Return the micro-batches that an event may come from, the likeliest first; for a stall
+    the latest ones.
+    """
     if event.kind == "non-finite loss":
         return [s for s in suspects if not s.finite]
     if event.kind == "non-finite gradient":

@@ -65,7 +65,9 @@ class GlobalRanking:
 
 
 def _selected(scored: Iterable[TokenTable | None], objective: RankedObjective) -> TokenTable | None:
-    """Return the mask of each of several global batches, of which a rank has scored its part. A collective."""
+    """Return the mask of each of several global batches, of which a rank has scored its part. A
+    collective.
+    """
     selected = []
     for part in scored:
         if part is None:

@@ -94,7 +94,9 @@ class TokenTable:
 
 
 def _gathered(values: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Return [T] of each rank to one vector; collectives want equal sizes, so all are padded to the largest."""
+    """Return [T] of each rank to one vector; collectives want equal sizes, so all are padded to
+    the largest.
+    """
     padded = values.new_zeros(max(sizes))
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in sizes]
