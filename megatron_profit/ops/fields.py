@@ -120,9 +120,7 @@ def sum_of_exp(total: Tensor) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Return [n] the entropy in nats of the softmax of [20, n], exact even if one entry has
-    nearly all of it.
-    """
+    """Return [n] the entropy in nats of the softmax of [20, n], also if one entry has nearly all of it."""
     largest, place = logits.max(0, keepdim=True)
     shift = (logits - finite_max(largest)).clamp(min=torch.finfo(logits.dtype).min)
     others = shift.exp().scatter(0, place, 0.0)

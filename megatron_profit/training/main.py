@@ -69,7 +69,7 @@ def run(device: str) -> None:
     """Train with the flags of the command line; bad input ends the process before Megatron starts.
 
     Args:
-        device: What `megatron_profit.megatron_patches.activate` chose.
+        device: The device that `megatron_profit.megatron_patches.activate` chose.
     """
     try:
         resumed = settle_checkpoints(sys.argv[1:])
@@ -92,9 +92,7 @@ def run(device: str) -> None:
 
 
 def refusal(error: Exception) -> str:
-    """Return an objection of Megatron or torch before the first step, in one line that says where it was
-    raised.
-    """
+    """Return one line about an exception of Megatron or torch before the first step, with its place."""
     if "EADDRINUSE" in str(error):
         return (
             f"the port {os.environ.get('MASTER_PORT')} (MASTER_PORT) is taken by another process; give "
@@ -108,11 +106,10 @@ def refusal(error: Exception) -> str:
 def checked_record(
     arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, resumed: Resumed | None
 ) -> RunRecord:
-    """Return the record of the run, which fits the checkpoint that it goes on from, if any, and has space to
-    save.
+    """Return the record of the run, after checking it against the checkpoint to resume and the disk space.
 
     Raises:
-        CheckpointError: It does not fit, or has too little space.
+        CheckpointError: The record does not fit the checkpoint, or there is too little space to save.
     """
     record = describe_run(arguments, data, loss)
     curves = arguments.settings["tensorboard_dir"]
@@ -129,7 +126,7 @@ def checked_record(
 
 
 def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: RunRecord) -> None:
-    """Hand everything to Megatron's `pretrain()`."""
+    """Start Megatron's `pretrain()` with the model, the data and the forward step."""
     args, model_config = _checked_by_megatron(arguments)
     model_config.transformer.variable_seq_lengths = stages_exchange_lengths(args)
     if not args.packing:
@@ -179,7 +176,9 @@ def _checked_by_megatron(arguments: SFTArguments) -> tuple[Namespace, Any]:
 
 @contextlib.contextmanager
 def _known_ends(signals: ExitSignals) -> Iterator[None]:
-    """Inside, signals end the run with a checkpoint, and expected errors end it with one line."""
+    """Let signals end the run with a checkpoint, and expected errors end it with one line,
+    inside the block.
+    """
     signals.forward()
     try:
         yield
@@ -203,7 +202,9 @@ def _known_ends(signals: ExitSignals) -> Iterator[None]:
 def _export(
     arguments: SFTArguments, chunks: list[MegatronModule], keeper: CheckpointKeeper | None
 ) -> None:
-    """Write the model, of the best checkpoint where a keeper knows it."""
+    """Write the HuggingFace folder; with a keeper that knows the best checkpoint, that
+    checkpoint's weights.
+    """
     try:
         if keeper is not None:
             load_checkpoint_into(chunks, keeper.best().folder)
@@ -231,7 +232,7 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
 
 
 def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
-    """What writes the token report that the flags ask for."""
+    """Return the writer of the token report that the flags ask for."""
     rows = args.eval_iters * args.eval_global_batch_size
     return EvaluationReport(
         folder=Path(args.token_report),
@@ -244,7 +245,7 @@ def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
 
 
 def run_monitor(args: Namespace, arguments: SFTArguments, data: SFTData) -> RunMonitor:
-    """What guards and logs the run as the flags ask."""
+    """Return the monitor that guards and logs the run as the flags ask."""
     return RunMonitor(
         Guards(GuardOptions.from_settings(vars(args))),
         data.train_prepared.name,
@@ -269,8 +270,8 @@ def sources_from_args(
     reference: ReferenceModel | None,
     data_digest: str,
 ) -> tuple[Source, ...]:
-    """Where the statistics come from that the objective needs and the kernel cannot compute."""
-    # The reference is first: a ranking may need it.
+    """Return the sources of the statistics that the objective needs and the kernel cannot compute."""
+    # The reference is first, because a ranking may need it.
     sources: list[Source] = [] if reference is None else [reference]
     required = loss.objective.required_statistics
     if "old_log_prob" in required:

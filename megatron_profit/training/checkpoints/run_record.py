@@ -2,7 +2,7 @@
 
 Each checkpoint holds the record of the run that wrote it, in `megatron_profit.json` under the key `run`. A
 run that resumes compares its own record with that one (`training/resume/compare.py`). The parallel layout is
-not part of it: a run may resume on another number of GPUs.
+not part of it: for example, a run on 8 GPUs may resume on 16.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Difference:
     Attributes:
         part: Attribute of `RunRecord`.
         setting: Its key there. The key of an inner mapping follows after a dot: "options.prob_threshold".
-        saved, now: The value in the checkpoint and the one of this run.
+        saved, now: The value in the checkpoint and in this run.
     """
 
     part: str
@@ -58,7 +58,7 @@ class RunRecord:
         data: `digest` of the tokenised training examples, their number (`examples`), `supervised_tokens`,
             the `sources` (paths), and the flags that decide which rows are drawn, such as `seq_length` and
             `packing`.
-        validation: The same of the validation data.
+        validation: The same for the validation data.
         tokenizer: `digest` of the files of the tokenizer, the chat template among them, and `turn_end_id`,
             the token that training teaches to end a turn with; exports stop there.
         seed: `seed`.
@@ -67,7 +67,7 @@ class RunRecord:
         length: `train_iters`, `train_samples`, `epochs`.
         batch: `global_batch_size`.
         optimizer: Kind, momenta, clipping, precision.
-        versions: By package.
+        versions: Versions of packages, by name.
     """
 
     objective: Settings = field(default_factory=dict)
@@ -88,11 +88,12 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, value: Any) -> RunRecord:
-        """Return the record that `to_json` gave. Unknown parts are left out, missing ones are empty: another
-        version may have written it.
+        """Return the record that `to_json` gave.
+
+        Unknown parts are left out and missing ones are empty: another version may have written the record.
 
         Raises:
-            ValueError: It is not an object of objects.
+            ValueError: The value is not an object of objects.
         """
         if not isinstance(value, Mapping):
             raise ValueError(f"the record of a run must be an object, found {type(value).__name__}")
@@ -107,7 +108,7 @@ class RunRecord:
     def differences(self, saved: RunRecord) -> tuple[Difference, ...]:
         """Return the settings that both records have and that differ, in the order of the parts.
 
-        Where files come from (`sources`) does not count: only what they hold does.
+        The places of files (`sources`) do not count: only their content does.
         """
         now, then = (dict(_flat(record.to_json())) for record in (self, saved))
         changed = [
@@ -117,7 +118,9 @@ class RunRecord:
 
 
 def _flat(parts: Mapping[str, Settings]) -> Iterator[tuple[tuple[str, str], Any]]:
-    """Yield each value under its part and its dotted name."""
+    """Yield each value with its part and its dotted name. For example, `("objective",
+    "options.prob_threshold"), 0.1`.
+    """
     for part, settings in parts.items():
         for name, value in settings.items():
             if isinstance(value, Mapping):
@@ -148,7 +151,7 @@ def digest_of_config(config: Mapping[str, Any]) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions that decide what the numbers of a run are."""
+    """Return the versions of the packages that a run's numbers depend on."""
     found = {"megatron_profit": megatron_profit.__version__}
     for package in _PACKAGES:
         try:

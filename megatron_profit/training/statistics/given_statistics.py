@@ -1,7 +1,7 @@
-"""Statistics that an objective reads and no forward pass of a single micro-batch can compute.
+"""Statistics that an objective reads and that the forward pass of a single micro-batch cannot compute.
 
-`GivenStatistics` begins each micro-batch of a run with them, and listens to Megatron's loop to have them
-in time.
+`GivenStatistics` begins each micro-batch of a run with them. It listens to Megatron's loop to have them in
+time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_profit.training.step.objective_loss import MicroBatchLoss, Objecti
 
 
 class Source(RunListener, Protocol):
-    """Where one of the given statistics comes from."""
+    """The source of one of the given statistics."""
 
     statistic: str
 
@@ -39,7 +39,7 @@ class GivenStatistics(RunListener):
     """Begins the micro-batches of a run.
 
     Attributes:
-        loss: What the run trains with.
+        loss: The loss of the run.
         sources: One for each given statistic that its objective requires.
     """
 
@@ -50,7 +50,7 @@ class GivenStatistics(RunListener):
         """Begin a micro-batch of training or evaluation."""
         loss, required = self.loss, self.loss.current_objective.required_statistics
         if "old_log_prob" in required and not torch.is_grad_enabled():
-            # In an evaluation the old policy is the current one, where PSFT is plain SFT.
+            # In an evaluation the old policy is the current one, so PSFT is plain SFT.
             loss, required = replace(loss, objective=build_objective("sft")), frozenset()
         given = {
             source.statistic: values
@@ -73,7 +73,7 @@ class GivenStatistics(RunListener):
 
 
 def needed_statistics(objective: Objective | ScheduledObjective) -> frozenset[str]:
-    """What an objective reads, and what a ranking for it over the global batch reads."""
+    """Return the statistics that an objective reads, or that its ranking over the global batch reads."""
     final = objective.objective if isinstance(objective, ScheduledObjective) else objective
     required = final.required_statistics
     if isinstance(final, RankedObjective) and "selected" in required:

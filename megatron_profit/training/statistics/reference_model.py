@@ -1,9 +1,9 @@
 """The log-probabilities of a frozen reference model, computed once and kept on disk.
 
-They lie in a file of one float32 for each token of the data, in the order of the examples, so that a token
-is found by its record and its position, whatever the packing, the order or the layout. The name of the
-file's folder says what it was made from, so that it serves a later run of the same model and data and no
-other. Every start checks it by its checksum; a damaged one is computed again.
+A file holds one float32 for each token of the data, in the order of the examples. So a token is found by its
+record and its position, whatever the packing, the order or the layout. The name of the file's folder is a
+hash of its inputs: the file serves later runs of the same model and data, and no others. Every start compares
+its checksum; a damaged file is computed again.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ReferenceModel:
 
     Args:
         model: HuggingFace folder with the weights of the reference, of the architecture that is trained.
-        folder: Where the files are kept.
-        loss: What the run trains with.
+        folder: The folder of the files.
+        loss: The loss of the run.
         datasets: Rows of the data by name, "train" and "valid".
     """
 
@@ -71,14 +71,14 @@ class ReferenceModel:
         self._prepare(trained)
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
-        """Nothing: the files outlive the run."""
+        """Write no file: the files of log-probabilities outlive the run."""
 
     def of(self, batch: Batch) -> Tensor | None:
         """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
         return self.of_data(batch, "train" if torch.is_grad_enabled() else "valid")
 
     def of_data(self, batch: Batch, name: str) -> Tensor | None:
-        """Return the same for rows of "train" or "valid", whatever is done with them."""
+        """Return the same for rows of "train" or "valid", in training, evaluation or another pass."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return None
         wanted = batch.labels != -100
@@ -98,7 +98,7 @@ class ReferenceModel:
         if self._values:
             return
         folders = _from_first_rank(self._folders)
-        # What --valid-split sets aside are examples of the training data: one file holds both.
+        # The records that --valid-split sets aside are examples of the training data: one file holds both.
         makers = {folder: name for name, folder in reversed(folders.items())}
         missing = self._missing(makers)
         if missing:
@@ -110,7 +110,7 @@ class ReferenceModel:
             self._values[name] = np.memmap(folder / _VALUES, dtype=np.float32, mode="r")
 
     def _folders(self) -> dict[str, Path]:
-        """Where the values of each data set are, or will be."""
+        """Return the folder of each data set's values, whether they exist or not."""
         args = get_args()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ class ReferenceModel:
         }
 
     def _missing(self, folders: Collection[Path]) -> list[Path]:
-        """Those without values, or with values that any machine finds damaged. A collective."""
+        """Return the folders without values, or whose values any machine finds damaged. A collective."""
         try:
             usable = [folder for folder in folders if is_usable(folder, [_VALUES], print_rank_0)]
         except OSError as error:
@@ -141,7 +141,7 @@ class ReferenceModel:
             )
 
     def _compute(self, trained: Trained, name: str, folder: Path) -> None:
-        """Write the values of a data set, whole or not at all; the first rank of the last stage does."""
+        """Write the values of a data set atomically; the first rank of the last stage writes."""
         dataset, args = self._datasets[name], get_args()
         examples = dataset.examples
         stride = args.micro_batch_size * mpu.get_data_parallel_world_size()
@@ -174,7 +174,7 @@ def _places(batch: Batch, examples: Examples) -> Tensor:
 
 
 def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
-    """Return the rows that hold each example once, and empty ones behind them without end."""
+    """Return rows that hold each example once, followed by empty rows without end."""
     endless = 2**62
     return SFTDataset(
         dataset.examples,
@@ -189,7 +189,9 @@ def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
 
 @contextlib.contextmanager
 def _weights_of(model: HFModel, trained: Trained) -> Iterator[None]:
-    """The weights of another model in the place of those that are trained, which come back unchanged."""
+    """Put another model's weights in the place of the trained ones, and restore these unchanged
+    afterwards.
+    """
     chunks = unwrap_model(trained.model)
     own = [p.detach().cpu().clone() for chunk in chunks for p in chunk.parameters()]
     try:
@@ -205,11 +207,11 @@ def _weights_of(model: HFModel, trained: Trained) -> Iterator[None]:
 
 
 def _identity(model: HFModel, notes: Path) -> list[str]:
-    """What tells one model from another: the content of its files.
+    """Return the hashes of a model's files, which identify it.
 
     Args:
         model: The model.
-        notes: Where is noted what was read, so that files which seem to be the same are read once.
+        notes: Folder for notes on files that were read, so that files which seem unchanged are read once.
     """
     files = [model.folder / CONFIG, *sorted({tensor.file for tensor in model.tensors.values()})]
     print_rank_0(f"> looking which weights the reference {model.folder} has")
@@ -226,14 +228,14 @@ def _digest(about: list[str], examples: Examples) -> str:
 
 
 def _from_first_rank(function: Callable[[], Any]) -> Any:
-    """What the first rank finds, on every rank: file systems may show a new file late elsewhere."""
+    """Return the first rank's result on every rank: a file system may show a new file later elsewhere."""
     found = [function() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
 def _common(found: list[Path]) -> set[Path]:
-    """What all ranks have found."""
+    """Return the folders that all ranks have found."""
     everywhere: list[list[Path]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
     return set(found).intersection(*everywhere)

@@ -1,7 +1,7 @@
-"""Values of supervised tokens, found by what a token is and not by where it lies.
+"""Values of supervised tokens, found by the token's identity and not by its place in a batch.
 
-A token is its sample and its position in the sample. So a table that was filled at one parallel layout,
-or before a resume, serves any other.
+A token's identity is its sample and its position in the sample. So a table that was filled at one parallel
+layout, or before a resume, serves any other.
 
 Shape suffixes: B micro-batch, S sequence; T tokens of the table.
 """
@@ -19,7 +19,9 @@ _POSITION_BITS = 32
 
 
 def token_keys(sample_index: Tensor, position: Tensor) -> Tensor:
-    """One int64 for each token, ordered by sample, then by position.
+    """Return one int64 for each token, ordered by sample, then by position.
+
+    For example, sample 3 and position 7 give 3 * 2^32 + 7.
 
     Args:
         sample_index: int64 in [0, 2^31), of any shape.
@@ -59,7 +61,7 @@ class TokenTable:
         """Return the values of a statistic where `wanted` [B, S] is True, 0 elsewhere.
 
         Args:
-            name: Of the statistic.
+            name: Name of the statistic.
             keys: [B, S] int64.
             wanted: [B, S] bool.
 
@@ -94,8 +96,8 @@ class TokenTable:
 
 
 def _gathered(values: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Return [T] of each rank to one vector; collectives want equal sizes, so all are padded to
-    the largest.
+    """Gather [T] of each rank into one vector. Collectives want equal sizes, so all are padded to the
+    largest.
     """
     padded = values.new_zeros(max(sizes))
     padded[: len(values)] = values

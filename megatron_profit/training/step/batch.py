@@ -50,7 +50,7 @@ def get_batch(
 
     Args:
         data_iterator: Gives tensors [B, S] on the CPU.
-        isolate: Whether attention is told where records lie.
+        isolate: Whether attention gets the places of the records.
         multiple: Rows are cut after the longest record, to a multiple of this; None leaves them whole.
     """
     whole = next(data_iterator)

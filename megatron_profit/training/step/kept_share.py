@@ -1,4 +1,4 @@
-"""Warns when the objective keeps almost no token, which is a run that trains nothing."""
+"""Warns when the objective keeps almost no token, so that the run trains almost no token."""
 
 from __future__ import annotations
 
