@@ -1,12 +1,13 @@
-"""Show what an objective trains: every token of chosen records with its probability, kept or dropped.
+"""Show the tokens that an objective trains: every token of chosen records with its probability, kept or
+dropped.
 
     megatron-profit report --model Qwen3-0.6B-Base --data chats.jsonl --out report.html
     megatron-profit report --megatron runs/14b --hf-template Qwen3-14B-Base --data chats.jsonl \
         --records 0-9,250 --objective "profit prob_threshold=0.1 threshold_direction=higher" --terminal
 
-The page holds all it needs: a threshold slider, the objectives side by side, a histogram of the
-probabilities, search, and each record as text and as a table. Objectives that rank do so over the
-records of the page.
+The page needs no other file. It has a threshold slider, the objectives side by side, a histogram of the
+probabilities, search, and each record as text and as a table. Objectives that rank tokens rank the page's
+tokens.
 """
 
 import argparse
@@ -59,7 +60,10 @@ class ReportError(ValueError):
 
 
 def parse_objective(text: str) -> tuple[str, Objective]:
-    """Return an objective from "name option=value ..."; several values of one option are joined by commas.
+    """Return the objective of "name option=value ...", with its name; commas join several values of one
+    option.
+
+    For example, "profit prob_threshold=0.1 threshold_direction=higher".
 
     Raises:
         ReportError: an unknown name or option, or a value that does not fit.
@@ -81,10 +85,10 @@ def parse_objective(text: str) -> tuple[str, Objective]:
 
 
 def parse_records(text: str) -> list[range]:
-    """Return the positions from "0-9,250".
+    """Return the positions of a text. For example, "0-9,250" gives 0 to 9 and 250.
 
     Raises:
-        ReportError: not of that form.
+        ReportError: the text has another form.
     """
     chosen = []
     for part in text.split(","):
@@ -108,7 +112,7 @@ def chosen_records(
     """Return the records at the positions, counted over all sources, that can be rendered.
 
     Raises:
-        ReportError: a position or a range that begins behind the last record, or no usable record.
+        ReportError: a position or a range begins after the last record, or no record is usable.
         DataError: a file cannot be read, or its first record is in no known format.
     """
     found, read = [], 0
@@ -136,7 +140,9 @@ def chosen_records(
 def rendered_examples(
     record: RawRecord, talk: Conversation, renderer: ChatRenderer, max_tokens: int
 ) -> list[tuple[str, RenderedConversation]]:
-    """Return the examples of a record with their names; one, unless each of its turns is trained by itself.
+    """Return the examples of a record with their names.
+
+    There is one example, unless each turn of the record is trained by itself.
 
     Raises:
         BrokenRecord: one of them cannot be rendered.
@@ -156,6 +162,7 @@ def rendered_examples(
 
 
 def left_out(what: str) -> None:
+    """Print that a record or turn was left out."""
     print(f"left out {printable(what)}", file=sys.stderr)
 
 
@@ -169,7 +176,7 @@ def source_records(source: Source) -> Iterator[RawRecord]:
 
 @contextmanager
 def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
-    """The Megatron checkpoint as a HuggingFace folder that is gone afterwards."""
+    """Convert the Megatron checkpoint to a HuggingFace folder that exists inside the block only."""
     with tempfile.TemporaryDirectory(prefix="token_report_") as scratch:
         out = Path(scratch) / "hf"
         megatron_to_hf(megatron, template, out, progress=sys.stderr)
@@ -177,7 +184,7 @@ def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
 
 
 def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Return a transformers model for evaluation, on the GPU where there is one."""
+    """Return a transformers model for evaluation, on the GPU if there is one."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -194,7 +201,7 @@ def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside, then rename."""
+    """Write the file under another name next to it, then rename it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -204,6 +211,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -267,7 +275,9 @@ def check_output(path: Path | None, overwrite: bool) -> None:
 
 
 def slider(objectives: Sequence[Objective]) -> dict[str, object]:
-    """Where the page's threshold begins: at the first thresholded ProFit that was asked for."""
+    """Return the start of the page's threshold: the threshold of the first thresholded ProFit, if there is
+    one.
+    """
     for objective in objectives:
         if getattr(objective, "prob_threshold", None) and hasattr(objective, "threshold_direction"):
             return {
@@ -278,10 +288,10 @@ def slider(objectives: Sequence[Objective]) -> dict[str, object]:
 
 
 def make_report(arguments: argparse.Namespace) -> None:
-    """All of it; errors say what to do.
+    """Make the report and write or print it.
 
     Raises:
-        ReportError, DataError, ConversionError: for input that cannot be used.
+        ReportError, DataError, ConversionError: for input that cannot be used; the message says what to do.
     """
     check_output(arguments.out, arguments.overwrite)
     objectives = dict(map(parse_objective, arguments.objective or OBJECTIVES))
@@ -336,6 +346,7 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Make the report; return 1 for input that cannot be used."""
     disable_progress_bar()
     arguments = parse_arguments(argv)
     try:

@@ -1,8 +1,8 @@
-"""What a run does beside Megatron's own loop, at the places where Megatron offers no hook.
+"""Hooks of a run in Megatron's own loop, at the places where Megatron offers none.
 
-The patches of `megatron.py` that announce something call the listeners of the process, which prepare what a
-step needs and look after checkpoints. Those of `observation.py` call its one observer, which sees what a
-step yields, and whoever wants to know the metrics of evaluations.
+The patches of `megatron.py` that announce an event call the listeners of the process. These prepare the data
+of a step and look after checkpoints. The patches of `observation.py` call the process's one observer, which
+sees the results of a step, and the listeners of evaluations.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 
 class RunFailure(RuntimeError):
-    """The run has to end, for a reason that its message tells in full."""
+    """The run has to end; the message gives the full reason."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What Megatron's loop holds when it calls.
+    """The objects that Megatron's loop passes when it calls.
 
     Attributes:
         model: The model chunks of this rank, as the schedules take them.
@@ -33,54 +33,62 @@ class Trained:
 
 
 class RunListener(Protocol):
-    """Called on every rank, so each method may run collectives. A subclass overrides what it needs."""
+    """Methods that the loop calls on every rank, so each may run collectives. Subclasses override some of
+    them.
+    """
 
     def before_training(self, iteration: int) -> None:
-        """Before the first step of this process, with the checkpoint of `iteration` loaded, if any."""
+        """Called before the first step of this process, after the checkpoint of `iteration` was loaded, if
+        any.
+        """
 
     def before_train_step(self, trained: Trained, iteration: int) -> None:
-        """Before the optimizer step that turns `iteration` into `iteration + 1`."""
+        """Called before the optimizer step that turns `iteration` into `iteration + 1`."""
 
     def before_evaluation(self, trained: Trained) -> None:
-        """Before the iterations of one evaluation."""
+        """Called before the iterations of one evaluation."""
 
     def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:
-        """Before anything is written to `folder`; all ranks wait until the last has returned. The tensors of
-        all ranks take `size` bytes."""
+        """Called before any file is written to `folder`; all ranks wait until the last has returned.
+
+        The tensors of all ranks take `size` bytes.
+        """
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
-        """Write beside the checkpoint of `iteration`, which is whole only after all ranks have returned."""
+        """Write files into the checkpoint of `iteration`, which is complete only after all ranks have
+        returned.
+        """
 
     def after_checkpoint(self, iteration: int) -> None:
-        """After Megatron has called the checkpoint of `iteration` the latest."""
+        """Called after Megatron has called the checkpoint of `iteration` the latest."""
 
 
 _listeners: tuple[RunListener, ...] = ()
 
 
 def listen(*listeners: RunListener) -> None:
-    """Make these the ones that the patches call, in this order."""
+    """Register these listeners, and no others; the patches call them in this order."""
     global _listeners
     _listeners = listeners
 
 
 def listeners() -> tuple[RunListener, ...]:
-    """Whom the patches call."""
+    """Return the registered listeners."""
     return _listeners
 
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """What Megatron's loop knows of a step when it logs.
+    """The facts of a step that Megatron's loop has when it logs.
 
     Attributes:
         iteration: Steps that are done, this one included.
         skipped: Whether the optimizer took no step.
-        values: What goes with the step itself: learning rate, loss scale, gradient norm (absent where the
+        values: Values of the step itself: learning rate, loss scale, gradient norm (absent where the
             loss scaler found none) and so on, by Megatron's names.
-        tokens: Of records, over all ranks.
-        floating_point_operations: Of the step over all ranks, by Megatron's count.
-        line: The values of Megatron's console line by name, where it is due; else None.
+        tokens: Tokens of records, over all ranks.
+        floating_point_operations: The step's operations over all ranks, by Megatron's count.
+        line: The values of Megatron's console line by name, if the line is due; else None.
     """
 
     iteration: int
@@ -92,32 +100,32 @@ class LoggedStep:
 
 
 class RunObserver(Protocol):
-    """Sees what each training step yields. Called on every rank, so each method may run collectives."""
+    """Sees the results of each training step. Called on every rank, so each method may run collectives."""
 
     def reduce_losses(self, losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Behind the forward and backward passes of a step.
+        """Return the losses that Megatron sees, after the forward and backward passes of a step.
 
         Args:
-            losses: What the loss function reported of each micro-batch; [] off the last pipeline stage.
+            losses: The loss function's report for each micro-batch; [] on all but the last pipeline stage.
 
         Returns:
-            What Megatron sees in their place.
+            The losses for Megatron in their place.
         """
 
     def rejected(self, message: str, fatal: bool) -> None:
-        """A check of Megatron (`validate_result`) rejected a loss or gradient of this rank."""
+        """Called when a check of Megatron (`validate_result`) rejects a loss or gradient of this rank."""
 
     def allows_update(self, grad_norm: float) -> bool:
-        """Return whether the optimizer may step, given the norm of the gradient; alike on all ranks."""
+        """Return whether the optimizer may step, given the norm of the gradient; the same on all ranks."""
 
     def exit_code(self, skipped: bool) -> int | None:
-        """Behind a step: with which code the run has to end now, or None; alike on all ranks."""
+        """Return the code with which the run has to end after a step, or None; the same on all ranks."""
 
     def scalars(self, iteration: int, skipped: bool) -> dict[str, Any]:
-        """Behind a step: the losses that Megatron writes to TensorBoard and W&B."""
+        """Return the losses that Megatron writes to TensorBoard and W&B after a step."""
 
     def log(self, step: LoggedStep) -> None:
-        """Behind a step, when Megatron logs."""
+        """Called after a step, when Megatron logs."""
 
 
 EvaluationListener = Callable[[int, Mapping[str, float]], None]
@@ -127,25 +135,26 @@ _evaluation_listeners: list[EvaluationListener] = []
 
 
 def observe(observer: RunObserver | None) -> None:
-    """Make `observer` the one that sees the steps; None for nobody."""
+    """Make `observer` the one that sees the steps; None for none."""
     global _observer
     _observer = observer
 
 
 def observer() -> RunObserver | None:
-    """Who sees the steps."""
+    """Return the registered observer."""
     return _observer
 
 
 def on_evaluation(listener: EvaluationListener) -> None:
-    """Call `listener(iteration, metrics)` behind each evaluation, on every rank.
+    """Call `listener(iteration, metrics)` after each evaluation, on every rank.
 
-    `metrics` holds the value of each metric of the validation data by name, such as "lm loss", as a sum over
-    a count; it is the same on all ranks. `iteration` are the steps that the evaluated weights have had.
+    `metrics` holds the value of each metric of the validation data by name, as a sum over a count. For
+    example, "lm loss". It is the same on all ranks. `iteration` is the number of steps that the evaluated
+    weights have made.
     """
     _evaluation_listeners.append(listener)
 
 
 def evaluation_listeners() -> tuple[EvaluationListener, ...]:
-    """Whom an evaluation is told."""
+    """Return the listeners of evaluations."""
     return tuple(_evaluation_listeners)

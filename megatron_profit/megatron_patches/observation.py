@@ -1,7 +1,7 @@
-"""Changes to Megatron's training loop that let a run see, judge and log what each step yields.
+"""Changes to Megatron's training loop that let a run see, judge and log the results of each step.
 
-Everything here calls the observer and the evaluation listeners of `hooks.py`; without them Megatron does
-what it always does, but for two defects of its lines.
+Everything here calls the observer and the evaluation listeners of `hooks.py`. Without them Megatron behaves
+as before, except that two defects of its log lines are repaired.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _let_the_observer_log() -> None:
         scalars = here.scalars(iteration, bool(skipped_iter))
         with replaced(training, print_rank_last=lines.append):
             result = original(scalars, total_loss_dict, *positional, **kwargs)
-        # As in the loop: all ranks agree on these.
+        # As in the loop, because all ranks agree on these.
         settings = get_args()
         tokens = kwargs.get("total_real_tokens_in_batch")
         squares = kwargs.get("seqlen_squared_sum_in_batch")
@@ -108,7 +108,7 @@ def _let_the_observer_log() -> None:
 
 
 def fields_of_line(line: str) -> dict[str, float]:
-    """Return the numbers of a console line of Megatron by name: some are said nowhere else."""
+    """Return the numbers of a console line of Megatron by name: some appear in no other place."""
     pairs = re.findall(r"([^|\]]+): +([-+.\deE]+|nan|inf|-inf) *(?=\|)", line)
     return {name.strip(): float(value) for name, value in pairs}
 
@@ -186,7 +186,7 @@ def _judge_steps() -> None:
 
 
 def _ask_before_updates(optimizer: Any) -> None:
-    """Let the observer decide between norm and update, where the fp16 loss scaler skips as well."""
+    """Let the observer decide between norm and update, the point at which the fp16 loss scaler skips too."""
     if getattr(optimizer, "asks_observer", False):
         return
     norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
@@ -308,7 +308,7 @@ class _Sums:
         self._pairs: dict[str, Any] = {}
 
     def watching(self, get_forward_backward_func: Callable) -> Callable:
-        """Return the same, of which the passes show what they yield."""
+        """Wrap the function so that its passes add their losses to these sums."""
 
         def get(*args: Any, **kwargs: Any) -> Callable:
             passes = get_forward_backward_func(*args, **kwargs)
@@ -326,7 +326,7 @@ class _Sums:
         return get
 
     def means(self) -> dict[str, Any]:
-        """Return a collective of the ranks that share the data, on the last pipeline stage."""
+        """Return the means. A collective of the ranks that share the data, on the last pipeline stage."""
         import torch
         from megatron.core import mpu
 
@@ -340,14 +340,16 @@ class _Sums:
 
 
 def without_perplexities(message: str) -> str:
-    """Return a line of an evaluation with the perplexity of the cross-entropy only, or the rule around it."""
+    """Return a line of an evaluation, or the rule around it, with the perplexity of the
+    cross-entropy only.
+    """
     if set(message) == {"-"}:
         return "-" * 80
     return re.sub(rf"(?<=\| )(?!{_CROSS_ENTROPY} )[^|]+ PPL: \S+ \| ", "", message)
 
 
 class _WithoutPerplexities:
-    """A TensorBoard writer that leaves out the perplexities of what is no cross-entropy."""
+    """A TensorBoard writer that leaves out perplexities of metrics other than the cross-entropy."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer

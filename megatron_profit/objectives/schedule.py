@@ -76,7 +76,7 @@ class ScheduledObjective:
         warmup_steps: steps of plain SFT at the beginning; the schedules begin after them.
 
     Raises:
-        ValueError: a schedule that does not fit the objective or changes nothing at all, or a negative
+        ValueError: a schedule that does not fit the objective or has no effect, or a negative
             warm-up.
     """
 

@@ -88,12 +88,12 @@ def _train_rows(args: Namespace, counted: int) -> int:
 
 
 def prepare_data(arguments: SFTArguments) -> SFTData:
-    """Map the prepared examples of the run, and report what was left out.
+    """Map the prepared examples of the run, and report the records that were left out.
 
-    The first process of a machine prepares what is not in the cache, the others wait for its files.
+    The first process of a machine prepares data that are not in the cache. The others wait for its files.
 
     Raises:
-        DataError: For data that cannot be read, or of which nothing can be trained.
+        DataError: Data cannot be read, or no example can be trained.
     """
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if leader:

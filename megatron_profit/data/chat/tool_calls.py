@@ -1,4 +1,4 @@
-"""Tool calls and tools of a record, in the forms that they are found in, as chat templates take them."""
+"""Tool calls and tools of a record, in their various forms, as chat templates take them."""
 
 from typing import Any
 
@@ -21,8 +21,9 @@ _OF_A_CALL = {*_ARGUMENTS, "name", "id", "type", "index"}
 def read_calls(value: Any) -> tuple[list[dict[str, Any]], bool]:
     """Return calls as {"type", "function": {"name", "arguments"}}, with an "id" where they have one.
 
-    Null arguments are left out, since tools that write tables give every call the arguments of all; JSON text
-    keeps them, since no tool adds any there.
+    Null arguments are left out: tools that write tables give every call the arguments of all calls. JSON text
+    keeps them, since no tool adds any there. For example, {"city": "Rome", "day": null} becomes {"city":
+    "Rome"}, and '{"day": null}' becomes {"day": null}.
 
     Args:
         value: One call or a list of them; each of them, and the arguments, may be JSON text.
@@ -31,7 +32,7 @@ def read_calls(value: Any) -> tuple[list[dict[str, Any]], bool]:
         The calls, and whether null arguments were left out.
 
     Raises:
-        BrokenRecord: Something in it is no call.
+        BrokenRecord: A part of it is no call.
     """
     given, calls = ([_call(call) for call in listed(v)] for v in (value, without_nulls(value)))
     check_finite(calls)
@@ -44,11 +45,11 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]] | None, bool]:
     Nulls are left out as in `read_calls`.
 
     Args:
-        value: One tool or a list of them; each of them, its function and the parameters of that may be JSON
-            text.
+        value: One tool or a list of them; each of them, its function and the function's parameters may be
+            JSON text.
 
     Raises:
-        BrokenRecord: Something in it is no object, or a function has no name.
+        BrokenRecord: A tool is no object, or a function has no name.
     """
     given, tools = ([_tool(tool) for tool in listed(v)] for v in (value, without_nulls(value)))
     check_finite(tools)

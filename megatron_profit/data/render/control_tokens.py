@@ -61,8 +61,9 @@ class ControlTokens:
 
 
 def _special(template: ChatTemplate) -> set[str]:
-    """Return the special tokens, as the tokenizer marks them; thoughts may stand in an answer with their
-    tags.
+    """Return the special tokens, as the tokenizer marks them, without the tags of thoughts.
+
+    These may stand in an answer.
     """
     tokenizer = template.tokenizer
     marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -71,8 +72,9 @@ def _special(template: ChatTemplate) -> set[str]:
 
 
 def _unmarked(template: ChatTemplate) -> set[str]:
-    """Return added tokens that look like control tokens and that the template does not write, as
-    <|fim_prefix|>.
+    """Return added tokens that look like control tokens and that the template does not write.
+
+    For example, <|fim_prefix|>.
     """
     source = str(template.tokenizer.chat_template)
     added = template.tokenizer.get_added_vocab()

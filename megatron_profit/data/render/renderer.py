@@ -1,11 +1,11 @@
-"""Conversations -> token ids and the mask of what the model must produce.
+"""Conversations -> token ids and the mask of the tokens that the model must produce.
 
-A conversation is rendered once, whole, with the tokenizer's own chat template, and tokenised once:
-templates such as Qwen3's write an assistant turn differently according to its place, so rendering
-message by message gives a text that the model never sees at inference. What is supervised is then
-found by character position: from where the generation prompt ends up to and including the end of the turn.
-The markers of a turn are learnt from the template itself. Positions, never token values, decide the mask:
-where pad and end-of-turn are one token, the end is still trained.
+A conversation is rendered once, whole, with the tokenizer's own chat template, and tokenised once. Templates
+such as Qwen3's write an assistant turn differently according to its place, so rendering message by message
+gives a text that the model never sees at inference. The supervised part is then found by character position:
+from the end of the generation prompt up to and including the end of the turn. The markers of a turn are
+learnt from the template itself. Positions, never token values, decide the mask: where pad and end-of-turn are
+one token, the end is still trained.
 
 Shape suffix: T tokens of one conversation.
 """
@@ -60,7 +60,7 @@ class RenderedConversation:
     Attributes:
         ids: [T] int32.
         supervised: [T] bool, true where the model must produce this token.
-        findings: What the preparation counts of it.
+        findings: Findings that the preparation counts.
     """
 
     ids: npt.NDArray[np.int32]
@@ -70,11 +70,11 @@ class RenderedConversation:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Which parts of the assistant's turns are trained.
+    """The parts of the assistant's turns that are trained.
 
     Attributes:
-        turns: "all", or the "last" only; or "each", of which each is the last of an example of its own.
-        think: Also what stands in <think> blocks; else a turn is trained from behind them.
+        turns: "all", or only the "last"; or "each", of which each is the last turn of an example of its own.
+        think: Whether <think> blocks are trained too; else a turn is trained from their end on.
     """
 
     turns: Literal["all", "last", "each"] = "all"
@@ -105,8 +105,8 @@ class _Turn:
     """A trained turn of the rendered text.
 
     Attributes:
-        position: Of its message.
-        header, begin, end: Characters where its header begins, where that ends, and where its end does.
+        position: Position of its message.
+        header, begin, end: Characters at which its header begins, its header ends, and the turn ends.
     """
 
     position: int
@@ -130,7 +130,7 @@ class ChatRenderer:
     """Renders conversations with a tokenizer's chat template and marks the assistant's tokens.
 
     Attributes:
-        markers: What was learnt from the template.
+        markers: The turn markers, learnt from the template.
         training: Which parts of the assistant's turns are marked.
     """
 
@@ -146,13 +146,13 @@ class ChatRenderer:
         Args:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
             training: Which parts of the assistant's turns are trained; all of them by default.
-            day: What a template that writes today's date is to write; None for other templates.
+            day: The day for a template that writes today's date; None for other templates.
             allowed_tokens: Special tokens that texts of records may hold, as tokens.
 
         Raises:
-            DataError: The tokenizer is not fast, has no template, drops text, its template writes no
-                assistant header or no end of turn, so that no one could tell what to train on, or
-                it writes a date and `day` is None, or the other way round. Or one of `allowed_tokens` is no
+            DataError: The tokenizer is not fast, has no template, or drops text. Or the template writes no
+                assistant header or no end of turn, so that the trained part is unknown. Or the template
+                writes a date and `day` is None, or the other way round. Or one of `allowed_tokens` is no
                 special token, or a marker of the template.
         """
         self.template = ChatTemplate(tokenizer, day)
@@ -184,7 +184,7 @@ class ChatRenderer:
     def render_all(
         self, conversations: Sequence[Conversation]
     ) -> list[RenderedConversation | BrokenRecord]:
-        """Return `render` of several conversations, tokenised together; what it would raise is returned."""
+        """Return `render` of several conversations, tokenised together; errors are returned, not raised."""
         results = [_caught(self._draft, conversation) for conversation in conversations]
         drafts = [result for result in results if isinstance(result, _Draft)]
         self._add_prompts(drafts)
@@ -289,9 +289,7 @@ class ChatRenderer:
         return [self._prompt_in(text) for text in texts]
 
     def _prompt_in(self, text: str) -> str:
-        """Return the end of a text from the last header on, or the usual prompt where that is a
-        whole turn.
-        """
+        """Return the end of a text from the last header on; the usual prompt if that end is a whole turn."""
         header, end, prompt = self.markers.header, self.markers.end, self.markers.prompt
         found = text[text.rfind(header) :] if header in text else prompt
         return prompt if end in found else found
@@ -326,7 +324,7 @@ class ChatRenderer:
     def _dropped(
         self, text: str, tokens: TokenOffsets, supervised_T: npt.NDArray[np.bool_]
     ) -> Finding:
-        """Return the text without a token of its own.
+        """Return the finding of text without a token of its own.
 
         Raises:
             BrokenRecord: The token for unknown text would be trained.
@@ -358,10 +356,10 @@ def _pasts(draft: _Draft) -> list[list[Message]]:
 
 
 def _after_thoughts(text: str, begin: int, end: int, opening: str) -> int:
-    """Where the turn [begin, end) goes on after its think block; `begin` if it has none.
+    """Return where the turn [begin, end) goes on after its think block; `begin` if it has none.
 
-    The block begins the turn, or the text before it, `opening`, has opened it already; an answer may mention
-    the tags, and may begin with spaces, which are its own.
+    The block begins the turn, or the text before it, `opening`, has opened it already. An answer may mention
+    the tags, and may begin with spaces, which belong to it.
     """
     opened = opening.rfind(thoughts.OPEN) > opening.rfind(thoughts.CLOSE)
     close = text.find(thoughts.CLOSE, begin, end)

@@ -1,4 +1,4 @@
-"""Which examples a row of the data set holds: a function of the seed and the row's number alone.
+"""The order of the examples: the content of a row is a function of the seed and the row's number alone.
 
 Epochs follow one another without a seam. In each, the examples are drawn (file by file, as often as the
 file's weight says), shuffled, put into rows, and the rows shuffled.
@@ -26,7 +26,7 @@ class Group:
 
     Attributes:
         examples: [n] int64, their indices.
-        weight: How often an epoch holds each of them, on average.
+        weight: Average number of times that an epoch holds each of them.
     """
 
     examples: npt.NDArray[np.int64]
@@ -39,7 +39,8 @@ class Group:
     def drawn(self, epoch: int) -> tuple[int, int]:
         """Return the range of an epoch in the endless sequence of this group's cycles.
 
-        A cycle holds every example once, so none is drawn a second time before all were drawn.
+        A cycle holds every example once, so none is drawn a second time before all were drawn. For example,
+        10 examples of weight 1.5 give 0 to 15 in epoch 0 and 15 to 30 in epoch 1.
         """
         per_epoch = Fraction(str(self.weight)) * len(self.examples)
         return int(epoch * per_epoch), int((epoch + 1) * per_epoch)
@@ -71,7 +72,7 @@ class RowOrder:
 
         Args:
             lengths: [N] positions that each example takes in a row.
-            groups: What is drawn from; indices are into `lengths`.
+            groups: Groups to draw from; indices are into `lengths`.
             capacity: Positions of a row.
             packing: Several examples to a row, as many as fit; else one.
             seed: Chooses the orders, in [0, 2^64).
@@ -107,7 +108,7 @@ class RowOrder:
     def row(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the examples of a row, and for each a number that is distinct for each time it is drawn.
 
-        Neither the number nor what is drawn in an epoch depends on the packing.
+        Neither the number nor the draws of an epoch depend on the packing.
         """
         while self._starts[-1] <= index:
             self.rows_until(len(self._starts))

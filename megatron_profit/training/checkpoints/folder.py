@@ -56,7 +56,7 @@ class Saved:
 
     @property
     def is_complete(self) -> bool:
-        """True if its save came to its end. Unlike `defect`, this reads nothing of it."""
+        """True if its save came to its end. Unlike `defect`, this does not read the checkpoint."""
         return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
 
     def validation(self, metric: str) -> float:

@@ -45,7 +45,7 @@ def get_batch(
 ) -> Batch:
     """Take the next micro-batch.
 
-    Every rank reads its own copy of the whole rows, so nothing is broadcast, and middle pipeline stages know
+    Every rank reads its own copy of the whole rows. So no data is broadcast, and middle pipeline stages know
     the records as well.
 
     Args:

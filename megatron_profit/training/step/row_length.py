@@ -2,7 +2,7 @@
 
 Rows of one record each (`--no-packing`) are mostly padding where records are shorter than `--seq-length`.
 They are cut after the longest record of their micro-batch, unless the layout needs rows of one length. For
-example, records of 700 and 1,200 tokens in rows of 4,096 need rows of 1,280 at a multiple of 128. Only
+example, records of 700 and 1,200 tokens in rows of 4,096 need rows of 1,216 at a multiple of 64. Only
 padding is cut, so losses and gradients stay the same.
 """
 
