@@ -163,8 +163,8 @@ def gradient_bytes(args: Namespace) -> int:
 def optimizer_bytes(args: Namespace) -> int:
     """Return the bytes of Adam's state of a parameter.
 
-    It has two moments, and in half precision a main copy in fp32. For example, 12 bytes in bf16 without a
-    distributed optimizer.
+    It has two moments, and in half precision a main copy in fp32. For example, bf16 with fp32
+    gradients takes 12 bytes.
     """
     if not (args.bf16 or args.fp16):
         return 8

@@ -2,8 +2,8 @@
 
     megatron-profit data --hf-model Qwen3-0.6B --data chats.jsonl --seq-length 8192
 
-The flags are those of training. `--report FILE` writes the report as JSON; `--show N` prints the first N
-examples, with the trained parts between ⟦ and ⟧.
+The flags are the same as for training. `--report FILE` writes the report as JSON; `--show N` prints the first
+N examples, with the trained parts between ⟦ and ⟧.
 """
 
 from __future__ import annotations

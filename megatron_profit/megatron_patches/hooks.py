@@ -148,9 +148,9 @@ def observer() -> RunObserver | None:
 def on_evaluation(listener: EvaluationListener) -> None:
     """Call `listener(iteration, metrics)` after each evaluation, on every rank.
 
-    `metrics` holds the value of each metric of the validation data by name, as a sum over a count. For
-    example, "lm loss". It is the same on all ranks. `iteration` is the number of steps that the evaluated
-    weights have made.
+    `metrics` holds the value of each metric of the validation data by name, for example "lm loss", as a sum
+    over a count. It is the same on all ranks. `iteration` is the number of steps that the evaluated weights
+    have made.
     """
     _evaluation_listeners.append(listener)
 

@@ -72,8 +72,8 @@ class ScaledDotProductAttention(MegatronModule):
     only the queries whose record began on another context-parallel chunk need a mask, in blocks.
 
     Raises:
-        ValueError: For what Transformer Engine is needed for: attention that is not causal
-            self-attention, a learnable softmax offset, an attention window.
+        ValueError: The model needs Transformer Engine: attention that is not causal self-attention, a
+            learnable softmax offset, an attention window.
     """
 
     def __init__(

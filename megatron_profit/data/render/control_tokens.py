@@ -74,7 +74,7 @@ def _special(template: ChatTemplate) -> set[str]:
 def _unmarked(template: ChatTemplate) -> set[str]:
     """Return added tokens that look like control tokens and that the template does not write.
 
-    For example, <|fim_prefix|>.
+    For example, Qwen3's <|fim_prefix|> is such a token.
     """
     source = str(template.tokenizer.chat_template)
     added = template.tokenizer.get_added_vocab()

@@ -1,8 +1,9 @@
 """Forward-only passes over rows that are trained later, through Megatron's own schedules.
 
 Some objectives need facts before a token is trained that the forward pass of its micro-batch cannot give. For
-example, its rank in the whole global batch, or its probability under an older model. Rows are a pure function
-of their number, so a pass makes its own micro-batches and never touches Megatron's data iterators.
+example, they need its rank in the whole global batch, or its probability under an older model. Rows are a
+pure function of their number, so a pass makes its own micro-batches and never touches Megatron's data
+iterators.
 """
 
 from __future__ import annotations

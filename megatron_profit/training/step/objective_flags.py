@@ -146,7 +146,7 @@ def objective_from_args(args: Namespace) -> Objective | ScheduledObjective:
 
 
 def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
-    """Refuse a warm-up or a schedule that is as long as the run, so that a given option never takes effect.
+    """Refuse a warm-up or a constant schedule that leaves no step for an option that was given.
 
     Args:
         objective: The objective of the flags.
