@@ -10,9 +10,10 @@ activations and the output layer, and whether the largest fits. Next to them it 
 (megatron/training/theoretical_memory_usage.py) and why the two differ.
 
 Rows count as full, which packed rows are; with --no-packing the numbers are an upper bound.
-Weights, gradients and optimizer state are counted; activations are what the layers of Transformer Engine, or
-Megatron's local ones on a GPU, keep for the backward pass, tensor by tensor (docs/scaling.md compares them
-with real runs). Not known: fp8, offloading, a free pipeline layout, a reference model.
+Weights, gradients and optimizer state are counted. Activations are counted tensor by tensor: the ones that
+the layers of Transformer Engine, or Megatron's local ones on a GPU, keep for the backward pass
+(docs/scaling.md compares them with real runs). Not known: fp8, offloading, a free pipeline layout, a
+reference model.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ class RunShape:
 
     @cached_property
     def expert_layers(self) -> tuple[bool, ...]:
-        """For each layer, whether it has experts."""
+        """Flags of the layers: true for a layer with experts."""
         args = self.args
         if args.num_experts is None:
             return (False,) * args.num_layers

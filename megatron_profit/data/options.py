@@ -137,7 +137,7 @@ class DataOptions:
     Attributes:
         train, valid: Sources; `valid` may be empty.
         valid_split: Share of the records of `train` to evaluate on, 0 for none.
-        preparation: How records become examples.
+        preparation: The settings with which records become examples.
         packing: Several records to a row.
         seed: Seed of the order of the rows.
         workers: Processes that prepare, None for as many as the data are worth.

@@ -160,7 +160,7 @@ class RecordSpans(PackedSeqParams):
         cu_seqlens_q, cu_seqlens_kv: [records + 1] int32 on the CPU, where the records begin in [B, S].
         pieces: The pieces on this rank.
         shape: (B, S) of the whole rows.
-        device: Where attention runs.
+        device: The device of the attention.
         cp_size: Context-parallel ranks that share a row.
         rotary: [L, B, 1, head_dim] fp32, rotary angles by the position in the record; None leaves
             Megatron's, which go by the position in the row. Attention scores depend on differences of

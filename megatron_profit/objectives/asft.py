@@ -71,7 +71,7 @@ class ASFT(Objective):
         )
 
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return the mean of KL2."""
+        """Return the mean of KL2 as a sum and a count."""
         kl = two_outcome_kl(_ref(statistics), statistics.log_prob)
         return {"KL to reference": (kl.sum(), torch.tensor(kl.numel(), device=kl.device))}
 
@@ -79,14 +79,14 @@ class ASFT(Objective):
 def two_outcome_kl(ref_log_prob: Tensor, log_prob: Tensor) -> Tensor:
     """Return [N] KL of {target, not the target} in nats; infinite where p = 0 and p_ref is not."""
     ref_prob = ref_log_prob.exp()
-    # p_ref = 0 adds nothing, although the logarithm of the ratio is infinite.
+    # Where p_ref = 0 the term is 0, although the logarithm of the ratio is infinite.
     target = torch.where(ref_prob == 0, 0.0, ref_prob * log_ratio(ref_log_prob, log_prob))
     ref_rest, rest = _log_complement(ref_log_prob), _log_complement(log_prob)
     return target + ref_rest.exp() * (ref_rest - rest)
 
 
 def _log_complement(log_prob: Tensor) -> Tensor:
-    """log(1 - p), with 1 - p at least ``_LEAST``."""
+    """Return log(1 - p), with 1 - p at least ``_LEAST``."""
     return log1mexp(log_prob.clamp(max=-_LEAST))
 
 

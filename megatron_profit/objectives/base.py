@@ -1,7 +1,7 @@
 """The contract between a kernel and an objective: token statistics in, loss and weight out.
 
-An objective sees only vectors with one entry per supervised token, never logits or process groups,
-so the same few lines serve one process, a sharded vocabulary, and a paper's script.
+An objective sees only vectors with one entry per supervised token, never logits or process groups. So the
+same few lines serve one process, a sharded vocabulary, and a paper's script.
 """
 
 from __future__ import annotations

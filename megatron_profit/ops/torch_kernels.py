@@ -53,7 +53,7 @@ def _row_statistics(
         exp = shifted.exp2_()
     else:
         exp = torch.exp2(shifted, out=workspace.buffer("exp", shifted.shape, shifted.dtype))
-        # A logit of -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
+        # A logit of -inf has probability 0 and contributes 0; 0 * -inf would be NaN.
         shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(exp)
         part[fields.entropy] = shifted.sum(1) / _LOG2_E
     part[REST] = exp.sum(1)

@@ -59,8 +59,8 @@ class SFTData:
         """Return Megatron's `train_valid_test_datasets_provider`."""
 
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
-            # One batch more than is drawn: Megatron's sampler refuses a run that is started again
-            # after its last step, although there is nothing left to do.
+            # One batch more than is drawn: Megatron's sampler refuses a run that is started again after its
+            # last step, although no step is left.
             train = self.train.with_samples(
                 _train_rows(args, num_samples[0]) + args.global_batch_size
             )

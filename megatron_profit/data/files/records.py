@@ -72,7 +72,7 @@ class RawRecord:
         value: The JSON object or parquet row; empty where `broken` is set.
         file: The file's path as it was given.
         number: 1-based line (JSON lines) or position (JSON list, parquet, data set).
-        unit: What `number` counts.
+        unit: The unit of `number`, for example "line".
         broken: Why the record cannot be used, None in the usual case.
         first: Whether it is the first of its file, which shows the file's format.
         size: Its approximate size in bytes.

@@ -1,11 +1,11 @@
 """Conversations -> token ids and the mask of the tokens that the model must produce.
 
 A conversation is rendered once, whole, with the tokenizer's own chat template, and tokenised once. Templates
-such as Qwen3's write an assistant turn differently according to its place, so rendering message by message
-gives a text that the model never sees at inference. The supervised part is then found by character position:
-from the end of the generation prompt up to and including the end of the turn. The markers of a turn are
-learnt from the template itself. Positions, never token values, decide the mask: where pad and end-of-turn are
-one token, the end is still trained.
+such as Qwen3's write an assistant turn differently according to its place. So rendering message by message
+would give a text that the model never sees at inference. The supervised part is then found by character
+position: from the end of the generation prompt up to and including the end of the turn. The markers of a turn
+are learnt from the template itself. Positions, never token values, decide the mask: where pad and end-of-turn
+are one token, the end is still trained.
 
 Shape suffix: T tokens of one conversation.
 """
@@ -131,7 +131,7 @@ class ChatRenderer:
 
     Attributes:
         markers: The turn markers, learnt from the template.
-        training: Which parts of the assistant's turns are marked.
+        training: The parts of the assistant's turns that are marked.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ChatRenderer:
 
         Args:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
-            training: Which parts of the assistant's turns are trained; all of them by default.
+            training: The parts of the assistant's turns that are trained; all of them by default.
             day: The day for a template that writes today's date; None for other templates.
             allowed_tokens: Special tokens that texts of records may hold, as tokens.
 

@@ -86,7 +86,7 @@ def prepare(
     Args:
         sources: The sources to read.
         tokenizer: Folder of the tokenizer.
-        preparation: How records become examples.
+        preparation: The settings with which records become examples.
         cache: Folder for prepared data; made if it is missing.
         leader: Whether this process prepares missing data; the others of a machine wait for it.
         workers: Processes; None for as many as the data are worth.

@@ -59,7 +59,7 @@ class Preparation:
         seq_length: Positions of a training row, at least 1. An example of L ids gives L - 1 pairs of token
             and label, so up to `seq_length` + 1 ids are kept. For example, 4,097 ids fill a row of 4,096.
         too_long: The treatment of a record with more: it loses its end, or is left out and counted.
-        training: Which parts of the assistant's turns are trained.
+        training: The parts of the assistant's turns that are trained.
         day: The day for a chat template that writes today's date, None for other templates.
         allowed_tokens: Special tokens of the tokenizer that texts of records may hold, as tokens.
     """
@@ -119,7 +119,7 @@ def prepared_chunks(
     Args:
         sources: The sources to read.
         renderer: Renders and masks; or the folder of a tokenizer, from which each worker makes one.
-        preparation: How records become examples.
+        preparation: The settings with which records become examples.
         report: Complete when the chunks end.
         workers: Processes, where the folder of a tokenizer is given; 1 is this process.
         progress: Called with a line of text about every two seconds.

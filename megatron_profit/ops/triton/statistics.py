@@ -90,7 +90,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         shifted = logits - base
         exp = tl.where(columns == column, 0.0, tl.exp(shifted))
         if ENTROPY >= 0:
-            # 0 * -inf is NaN; a logit of -inf adds nothing.
+            # 0 * -inf is NaN; a logit of -inf contributes 0.
             term = tl.where(shifted == minus_infinity, 0.0, exp * shifted)
             moved = tl.where(old_shift == minus_infinity, 0.0, scale * old_shift)
             entropy = entropy * scale + moved * rest + tl.sum(term, axis=0)

@@ -88,7 +88,7 @@ class SFTArguments:
         export: The HuggingFace folder to write at the end, if any.
         reference: The reference model and the folder of its log-probabilities, if it is needed.
         save: The folder of checkpoints, if any.
-        keep: Which checkpoints stay, and when the run stops early.
+        keep: Options on the checkpoints that stay and on an early stop.
         metrics_file: The file for metrics as JSON lines, if any.
     """
 

@@ -76,8 +76,8 @@ def load(model: HFModel, chunks: Sequence[MegatronModule]) -> None:
         chunks: The rank's pipeline stages, before they are wrapped.
 
     Raises:
-        ConversionError: For a parameter that the folder does not give, a value that the parameter's
-            dtype cannot hold, a truncated file, or a second copy of tied embeddings that differs.
+        ConversionError: The folder lacks a parameter, a file is truncated, or a value does not fit the
+            parameter's dtype. Or a second copy of tied embeddings differs.
     """
     start = time.monotonic()
     _check_alias(model)
@@ -143,8 +143,8 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
         chunks: The rank's pipeline stages.
 
     Raises:
-        ConversionError: When the folder must not be written any more, the disk is full or fails, a
-            value is outside the range of the dtype, or the ranks do not hold the whole model.
+        ConversionError: The folder must not be written any more, or the disk is full or fails. Or a value is
+            outside the range of the dtype, or the ranks do not hold the whole model.
     """
     start = time.monotonic()
     rules = Rules(output.rules)

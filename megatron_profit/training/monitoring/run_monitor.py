@@ -1,8 +1,8 @@
 """Watches a run: guards its steps, and logs their metrics and the evaluations' metrics.
 
-`RunMonitor` is the observer of `megatron_patches.hooks`. It brings the facts of a step to all ranks, asks the
-guards before the optimizer's update, and names the records of a step that they object to. It logs sums over
-counts of all steps of the interval: on the console, in TensorBoard, in W&B and in the metrics file.
+`RunMonitor` is the observer of `megatron_patches.hooks`. It brings the facts of a step to all ranks and asks
+the guards before the optimizer's update. It names the records of a step that they object to. It logs sums
+over counts of all steps of the interval: on the console, in TensorBoard, in W&B and in the metrics file.
 """
 
 from __future__ import annotations

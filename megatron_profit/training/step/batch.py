@@ -25,7 +25,7 @@ class Batch:
         position_ids: Position in the segment; 0 where one begins.
         record_index: The example that a token belongs to, -1 in padding.
         sample_index: Distinct for each time that an example is drawn, -1 in padding.
-        spans: Where the records of the whole rows lie; None where attention need not know it.
+        spans: Places of the records in the whole rows; None where attention does not need them.
         records: [records] int64 on the CPU, the example of each record of the whole rows, in order.
         cu_seqlens: [records + 1] int64 on the CPU, tokens of the records so far.
     """

@@ -44,8 +44,8 @@ _SPIKY_LOSS_FACTOR = 10
 class ObjectiveLoss:
     """Makes Megatron train `objective` in place of the plain cross-entropy.
 
-    Needs `--calculate-per-token-loss`: the loss is a sum with a count, so that the gradient of a global
-    batch does not depend on how it is split into micro-batches and over data-parallel ranks.
+    Needs `--calculate-per-token-loss`: the loss is a sum with a count. So the gradient of a global batch does
+    not depend on its split into micro-batches and over data-parallel ranks.
 
     Attributes:
         objective: From `megatron_profit.objectives.build_objective`, or one that changes over the steps.
@@ -58,7 +58,7 @@ class ObjectiveLoss:
         prob_quantiles: Quantiles of p to log.
         implementation: "fused" is the kernel (`megatron_profit.ops`), on NVIDIA GPUs in Triton;
             "reference" dense logits of all tokens and plain autograd, for comparison; "auto" is fused.
-        backward: What the kernel keeps for its backward pass, see `ops.linear_objective`.
+        backward: The kernel's strategy for its backward pass, see `ops.linear_objective`.
 
     Raises:
         ValueError: For an unknown name, or a strategy of the kernel without the kernel.
@@ -169,8 +169,8 @@ class MicroBatchLoss:
     ) -> torch.Tensor:
         """Compute the loss of each token [B, S] in fp32.
 
-        Inputs are hidden states [S, B, H] (S split over the group under sequence parallelism), labels [B, S]
-        and an optional loss mask [B, S] of zeros and ones.
+        Inputs are hidden states [S, B, H] and labels [B, S]. Under sequence parallelism S is split over the
+        group. A loss mask [B, S] of zeros and ones is optional.
         """
         # The weight is used without a call of its module, whose hooks wait for the all-gather of
         # parameters under --overlap-param-gather.
