@@ -4,7 +4,7 @@
         --micro-batch-size 1 --global-batch-size 32 --tensor-model-parallel-size 4 --sequence-parallel \
         --use-distributed-optimizer --bf16
 
-All other flags are the training's own (`-m megatron_profit.sft`), read by its parser, so a
+Except for this tool's own, all flags are the training's (`-m megatron_profit.sft`), read by its parser, so a
 command line can be pasted as it is. For each pipeline rank it shows weights, gradients, optimizer,
 activations and the output layer, and whether the largest fits. Next to them it shows Megatron's own estimate
 (megatron/training/theoretical_memory_usage.py) and why the two differ.

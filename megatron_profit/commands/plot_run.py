@@ -49,8 +49,8 @@ STYLES = ("-", "--", ":")
 def read_curves(run: Path) -> dict[str, Curve]:
     """Return metrics by their TensorBoard names, each as steps and values.
 
-    A step that was logged twice keeps the last values. The name of an evaluation's metric ends in "
-    validation".
+    A step that was logged twice keeps the last values. An evaluation's metric has "validation" after its
+    name.
 
     Args:
         run: A metrics file of JSON lines, or a folder with one or with TensorBoard events.

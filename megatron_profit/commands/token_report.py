@@ -1,5 +1,4 @@
-"""Show the tokens that an objective trains: every token of chosen records with its probability, kept or
-dropped.
+"""Show every token of chosen records with its probability, kept or dropped by an objective.
 
     megatron-profit report --model Qwen3-0.6B-Base --data chats.jsonl --out report.html
     megatron-profit report --megatron runs/14b --hf-template Qwen3-14B-Base --data chats.jsonl \
@@ -60,10 +59,10 @@ class ReportError(ValueError):
 
 
 def parse_objective(text: str) -> tuple[str, Objective]:
-    """Return the objective of "name option=value ...", with its name; commas join several values of one
-    option.
+    """Return the name and the objective of "name option=value ...".
 
-    For example, "profit prob_threshold=0.1 threshold_direction=higher".
+    Commas join several values of one option. For example, the text may be
+     "profit prob_threshold=0.1 threshold_direction=higher".
 
     Raises:
         ReportError: an unknown name or option, or a value that does not fit.
