@@ -67,9 +67,8 @@ class ScaledDotProductAttention(MegatronModule):
     """Causal core attention on torch's scaled_dot_product_attention.
 
     The interface is the same as for megatron.core.transformer.dot_product_attention.DotProductAttention.
-    Memory
-    grows with the sequence length, not with its square: records of similar length attend as one batch, and
-    only the queries whose record began on another context-parallel chunk need a mask, in blocks.
+    Memory grows with the sequence length, not with its square: records of similar length attend as one batch.
+    Only the queries whose record began on another context-parallel chunk need a mask, in blocks.
 
     Raises:
         ValueError: The model needs Transformer Engine: attention that is not causal self-attention, a

@@ -27,7 +27,7 @@ ALPACA_COLUMNS = {
 }
 SHAREGPT_COLUMNS = {"messages": "messages", "system": "system", "tools": "tools"}
 COLUMNS = (*ALPACA_COLUMNS, "messages")
-# Columns that every record needs.
+# Columns that a record cannot do without, if its layout names them.
 REQUIRED_COLUMNS = ("prompt", "response", "messages")
 MISSING_COLUMN = "a mapped column is missing"
 
@@ -107,7 +107,7 @@ class Layout:
         """Return the record under the names that `normalise` knows.
 
         Raises:
-            BrokenRecord: A column that every record needs is missing.
+            BrokenRecord: A column that the record cannot do without is missing.
         """
         if not self.columns and not self.tags:
             return value
