@@ -173,7 +173,7 @@ def optimizer_bytes(args: Namespace) -> int:
         # Gradients in half precision are copied to fp32 for the step.
         return 12 + (4 if gradient_bytes(args) == 2 else 0)
     moments = _DTYPE_BYTES[args.exp_avg_dtype] + _DTYPE_BYTES[args.exp_avg_sq_dtype]
-    # A main copy in fp32 is kept as the bits that the bf16 parameter lacks.
+    # Of a main copy in fp32, only the bits that the bf16 parameter lacks are kept.
     main = (
         2
         if args.bf16 and args.main_params_dtype == "fp32"

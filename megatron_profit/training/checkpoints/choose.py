@@ -66,7 +66,7 @@ class Resumed:
 
 
 def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
-    """Make the tracker file in `--load` name a whole checkpoint on all ranks, the newest if it names none.
+    """Make the tracker file in `--load` name a whole checkpoint on all ranks: its own, else the newest one.
 
     If there is a folder `--save` and the run may write there, the first rank holds it from then on.
 
