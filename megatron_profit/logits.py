@@ -3,7 +3,7 @@
     python -m megatron_profit.logits --tokens tokens.pt --logits logits.pt --hf-model DIR --load DIR
 
 Weights, layout and precision come from the flags of `megatron_profit.sft`; `checkpoint_conversion.verify
---logits` compares the result with transformers.
+--logits` compares the result with transformers'.
 """
 
 from __future__ import annotations

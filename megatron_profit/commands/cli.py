@@ -1,7 +1,7 @@
 """`megatron-profit COMMAND …`, the one console command: `python -m megatron_profit` is the same.
 
-Each command is the `main` of a module, which is imported when it is called and not before: help takes no
-time. `sft` is for one process; under torchrun it is `torchrun … -m megatron_profit.sft …`.
+Each command is the `main` of a module, which is imported when it is called and not before: help is fast.
+`sft` is for one process; under torchrun it is `torchrun … -m megatron_profit.sft …`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from checkpoint_conversion.cli import run
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the module whose `main` it calls, and what it does, in a line."""
+    """A command: the module whose `main` it calls, and one line about it."""
 
     module: str
     summary: str

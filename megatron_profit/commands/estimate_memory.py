@@ -4,15 +4,16 @@
         --micro-batch-size 1 --global-batch-size 32 --tensor-model-parallel-size 4 --sequence-parallel \
         --use-distributed-optimizer --bf16
 
-All flags but those of this tool are the training's own (`-m megatron_profit.sft`), read by its parser, so a
+Except for this tool's own, all flags are the training's (`-m megatron_profit.sft`), read by its parser, so a
 command line can be pasted as it is. For each pipeline rank it shows weights, gradients, optimizer,
-activations and the output layer, and whether the largest fits; beside them Megatron's own estimate
+activations and the output layer, and whether the largest fits. Next to them it shows Megatron's own estimate
 (megatron/training/theoretical_memory_usage.py) and why the two differ.
 
 Rows count as full, which packed rows are; with --no-packing the numbers are an upper bound.
-Weights, gradients and optimizer state are counted; activations are what the layers of Transformer Engine, or
-Megatron's local ones on a GPU, keep for the backward pass, tensor by tensor (docs/scaling.md says what was
-compared with real runs). Not known: fp8, offloading, a free pipeline layout, a reference model.
+Weights, gradients and optimizer state are counted. Activations are counted tensor by tensor: the ones that
+the layers of Transformer Engine, or Megatron's local ones on a GPU, keep for the backward pass
+(docs/scaling.md compares them with real runs). Not known: fp8, offloading, a free pipeline layout, a
+reference model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
 GIB = 2**30
 # CUDA context, NCCL's buffers, cuBLAS's workspaces; an assumption, not a measurement.
 RUNTIME_BYTES = 4 * GIB
-# What the allocator may be unable to use of what it holds; likewise.
+# Memory that the allocator holds and may be unable to use; also an assumption.
 FRAGMENTATION = 0.05
 _DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
@@ -42,8 +43,8 @@ class Parameters:
     """Numbers of parameters on a rank.
 
     Attributes:
-        dense: All but the experts'.
-        experts: Those of the rank's experts.
+        dense: All parameters except the experts'.
+        experts: Parameters of the rank's experts.
     """
 
     dense: int = 0
@@ -63,10 +64,10 @@ class Memory:
 
     Attributes:
         stage: The pipeline rank.
-        parameters: Their number.
+        parameters: Number of its parameters.
         weights, gradients, optimizer: State that lasts.
         activations: Kept for the backward passes of all micro-batches under way.
-        working: What a layer's computation, or the output layer's, needs beside them at its peak.
+        working: Additional memory of a layer's or the output layer's computation at its peak.
         runtime: CUDA, NCCL, cuBLAS and the allocator's losses, assumed.
     """
 
@@ -88,10 +89,10 @@ class Memory:
 def estimate(
     run: RunShape, supervised_share: float = 1.0, expert_load: float = 1.5
 ) -> list[Memory]:
-    """The memory of each pipeline rank.
+    """Return the memory of each pipeline rank.
 
     Args:
-        run: The run.
+        run: The run's shape.
         supervised_share: Supervised tokens over all; the output layer works on no others.
         expert_load: Tokens at the busiest rank's experts over the mean.
     """
@@ -118,7 +119,7 @@ def _stage(run: RunShape, stage: int, supervised_share: float, expert_load: floa
 
 
 def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
-    """Parameters of a layer on a rank."""
+    """Return the parameters of a layer on a rank."""
     args, hidden = run.args, run.args.hidden_size
     qkv = run.query_size + 2 * run.key_value_size
     dense = (hidden * qkv + run.query_size * hidden) // run.tp + 2 * hidden
@@ -133,7 +134,9 @@ def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
 
 
 def stage_parameters(run: RunShape, stage: int) -> Parameters:
-    """Parameters of a pipeline rank: its layers, and embedding, last norm and output layer where they are."""
+    """Return the parameters of a pipeline rank: its layers, and embedding, last norm and output layer where
+    they are.
+    """
     args = run.args
     total = Parameters()
     for layer in run.layers_of(stage):
@@ -151,7 +154,7 @@ def stage_parameters(run: RunShape, stage: int) -> Parameters:
 
 
 def gradient_bytes(args: Namespace) -> int:
-    """Bytes of a parameter's gradient in Megatron's buffer."""
+    """Return the bytes of a parameter's gradient in Megatron's buffer."""
     if args.bf16:
         fp32 = args.accumulate_allreduce_grads_in_fp32 or args.main_grads_dtype == "fp32"
         return 4 if fp32 and not args.grad_reduce_in_bf16 else 2
@@ -159,14 +162,18 @@ def gradient_bytes(args: Namespace) -> int:
 
 
 def optimizer_bytes(args: Namespace) -> int:
-    """Bytes of Adam's state of a parameter: two moments, and in half precision a main copy in fp32."""
+    """Return the bytes of Adam's state of a parameter.
+
+    It has two moments, and in half precision a main copy in fp32. For example, bf16 with fp32
+    gradients takes 12 bytes.
+    """
     if not (args.bf16 or args.fp16):
         return 8
     if not args.use_precision_aware_optimizer:
         # Gradients in half precision are copied to fp32 for the step.
         return 12 + (4 if gradient_bytes(args) == 2 else 0)
     moments = _DTYPE_BYTES[args.exp_avg_dtype] + _DTYPE_BYTES[args.exp_avg_sq_dtype]
-    # A main copy in fp32 is kept as what the bf16 parameter lacks of it.
+    # Of a main copy in fp32, only the bits that the bf16 parameter lacks are kept.
     main = (
         2
         if args.bf16 and args.main_params_dtype == "fp32"
@@ -176,7 +183,9 @@ def optimizer_bytes(args: Namespace) -> int:
 
 
 def optimizer_state(run: RunShape, parameters: Parameters) -> int:
-    """Bytes of the optimizer on a rank, which the distributed one splits over the data-parallel group."""
+    """Return the bytes of the optimizer on a rank, which the distributed one splits over the data-parallel
+    group.
+    """
     bytes_per_parameter = optimizer_bytes(run.args)
     if not run.args.use_distributed_optimizer:
         return parameters.total * bytes_per_parameter
@@ -192,10 +201,10 @@ class LayerActivations:
 
     Attributes:
         entry: Its input, the residual stream.
-        norms: The outputs of the two norms, and what they keep inside.
+        norms: The outputs of the two norms, and the tensors that they keep inside.
         attention: Queries, keys and values before and after norm and rotation, context, log-sum-exp.
-        middle: The residual stream behind attention.
-        mlp: What enters the activation function, and what leaves it.
+        middle: The residual stream after attention.
+        mlp: Inputs and outputs of the activation function.
         router: Logits, probabilities and the experts' inputs.
     """
 
@@ -212,7 +221,7 @@ class LayerActivations:
 
 
 def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> LayerActivations:
-    """What a layer keeps, before any recomputation."""
+    """Return the bytes that a layer keeps, before any recomputation."""
     args, number, tokens = run.args, run.bytes_per_number, run.tokens
     stream = tokens * args.hidden_size * number // run.sequence_split
     heads = args.num_attention_heads // run.tp
@@ -238,12 +247,14 @@ def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> L
 
 
 def _gated_mlp(run: RunShape, size: int) -> int:
-    """Numbers of a token: gate, up and their product; unfused, silu(gate) and up once more as well."""
+    """Return the numbers of a token in an MLP: gate, up and their product; unfused, silu(gate) and up once
+    more.
+    """
     return size * (3 if run.fused else 5)
 
 
 def kept_activations(run: RunShape, has_experts: bool, expert_load: float) -> int:
-    """What a layer keeps that is not fully recomputed."""
+    """Return the bytes that a layer keeps if it is not fully recomputed."""
     parts = layer_activations(run, has_experts, expert_load)
     if run.args.recompute_granularity != "selective":
         return parts.total
@@ -261,7 +272,9 @@ def kept_activations(run: RunShape, has_experts: bool, expert_load: float) -> in
 
 
 def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float) -> tuple[int, int]:
-    """Bytes that a model chunk keeps of a micro-batch, and those that recomputing makes at one time."""
+    """Return the bytes that a model chunk keeps of a micro-batch, and the bytes that are recomputed at one
+    time.
+    """
     args = run.args
     kept = [kept_activations(run, run.expert_layers[layer], expert_load) for layer in layers]
     if args.recompute_granularity != "full":
@@ -275,8 +288,11 @@ def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float)
 
 
 def chunks_under_way(run: RunShape, stage: int) -> int:
-    """Model chunks whose activations a pipeline rank holds at its peak
-    (megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches)."""
+    """Return the model chunks whose activations a pipeline rank holds at its peak.
+
+    They follow megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches. For example, the first
+    of 4 pipeline ranks without virtual stages holds 4 micro-batches.
+    """
     chunks = run.micro_batches * run.virtual_stages
     if run.pp == 1:
         return 1
@@ -288,7 +304,9 @@ def chunks_under_way(run: RunShape, stage: int) -> int:
 
 
 def _activations(run: RunShape, stage: int, expert_load: float) -> tuple[int, int]:
-    """Kept by a pipeline rank, and needed beside by the layer that is computed."""
+    """Return the bytes that a pipeline rank keeps, and the bytes that the computed layer needs
+    in addition.
+    """
     chunks = (_chunk_activations(run, chunk, expert_load) for chunk in run.chunks_of(stage))
     kept, recomputed = map(max, zip(*chunks, strict=True))
     has_experts = any(run.expert_layers[layer] for layer in run.layers_of(stage))
@@ -297,17 +315,19 @@ def _activations(run: RunShape, stage: int, expert_load: float) -> tuple[int, in
 
 
 def _layer_working(run: RunShape, has_experts: bool, expert_load: float) -> int:
-    """The backward pass of an MLP: its gathered input, that one's gradient and those of its inside."""
+    """Return the bytes of an MLP's backward pass: its gathered input, the input's gradient and the inner
+    gradients.
+    """
     parts = layer_activations(run, has_experts, expert_load)
     gathered = 2 * run.tokens * run.args.hidden_size * run.bytes_per_number
     return gathered + parts.mlp + 2 * parts.router
 
 
 def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
-    """The last norm and the linear objective (docs/kernel.md) on a micro-batch.
+    """Return the bytes of the last norm and the linear objective (docs/kernel.md) on a micro-batch.
 
     Returns:
-        What lasts until the backward pass, and the peak of that pass beside it.
+        The bytes that last until the backward pass, and the additional bytes at the peak of that pass.
     """
     from megatron_profit.ops.tiling import Tiling
 
@@ -323,13 +343,13 @@ def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
     gathered = tokens * hidden * number if run.sequence_split > 1 else 0
     kept = norm + gathered + tiling.kept_rows * vocab * number
     block = rows * min(tiling.columns, vocab) * number
-    # Supervised rows, their gradient in fp32 and all rows' gradient; what autograd gets for the weight.
+    # Supervised rows, their gradient in fp32 and all rows' gradient; the weight's gradient for autograd.
     gradients = rows * hidden * (number + 4) + tokens * hidden * number + vocab * hidden * number
     return kept, block + gradients
 
 
 def megatron_estimate(run: RunShape) -> dict[str, float]:
-    """Megatron's own estimate of the most loaded rank, in bytes."""
+    """Return Megatron's own estimate of the most loaded rank, in bytes."""
     from megatron.training import theoretical_memory_usage as theirs
 
     args = Namespace(**vars(run.args))
@@ -357,7 +377,7 @@ objective never has. It leaves out working memory and runtime."""
 
 
 def table(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -> str:
-    """The estimate for people."""
+    """Return the estimate as a table for people."""
     names = ("weights", "gradients", "optimizer", "activations", "working", "runtime", "total")
     lines = [
         f"{run.gpus} GPUs: tensor {run.tp}, pipeline {run.pp} (x {run.virtual_stages} chunks), "
@@ -385,7 +405,7 @@ def table(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -
 
 
 def as_json(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -> str:
-    """The estimate for programs, in bytes."""
+    """Return the estimate as JSON for programs, in bytes."""
     largest = max(memory.total for memory in memories)
     fits = None if gpu_memory is None else largest <= gpu_memory * GIB
     ranks = [{**asdict(memory), "total": memory.total} for memory in memories]
@@ -394,7 +414,7 @@ def as_json(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """This tool's arguments, and the training's."""
+    """Return this tool's arguments, and the training's."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="megatron-profit estimate --gpus N [--model NAME] [options] [training flags]",

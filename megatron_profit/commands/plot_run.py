@@ -40,7 +40,7 @@ PANELS = (
 _COLUMNS = 3
 # Entries of a run's folder.
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-# What the metrics file calls otherwise than Megatron does in TensorBoard.
+# Names in the metrics file that differ from Megatron's names in TensorBoard.
 _RENAMED = {"grad norm": "grad-norm", "learning rate": "learning-rate", "loss scale": "loss-scale"}
 # Colour-blind safe, from Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -48,9 +48,10 @@ STYLES = ("-", "--", ":")
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Metrics by their TensorBoard names, each as steps and values; a step logged twice keeps the last.
+    """Return metrics by their TensorBoard names, each as steps and values.
 
-    Metrics of an evaluation have " validation" behind their name.
+    A step that was logged twice keeps the last values. An evaluation's metric has "validation" after its
+    name.
 
     Args:
         run: A metrics file of JSON lines, or a folder with one or with TensorBoard events.
@@ -143,14 +144,17 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
 
 
 def _telling(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Without the curves that say nothing in a run that keeps every token, as plain SFT does."""
+    """Leave out the curves that carry no information in a run that keeps every token, as plain SFT does."""
     keeps_all = set(curves.get("kept fraction", ([], []))[1]) == {1.0}
     silent = ("objective", "mean p dropped") if keeps_all else ()
     return {name: curve for name, curve in curves.items() if name not in silent}
 
 
 def labelled(run: str) -> tuple[str, str]:
-    """The label and the path of an argument LABEL=RUN or RUN, which is named after its folder then."""
+    """Return the label and the path of an argument LABEL=RUN or RUN.
+
+    RUN alone is named after its folder. For example, runs/profit/tensorboard gives "profit".
+    """
     label, equals, path = run.partition("=")
     if equals and not Path(run).exists():  # a path may hold a "="
         return label, path
@@ -161,6 +165,7 @@ def labelled(run: str) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the curves of the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "runs",

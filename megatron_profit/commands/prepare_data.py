@@ -1,9 +1,9 @@
-"""Prepares data as training would, and reports what is in them; training then finds them in the cache.
+"""Prepare data as training does, and report on their content. Training then finds them in the cache.
 
     megatron-profit data --hf-model Qwen3-0.6B --data chats.jsonl --seq-length 8192
 
-The flags are those of training. `--report FILE` writes the report as JSON; `--show N` prints the first N
-examples with what is trained between ⟦ and ⟧.
+The flags are the same as for training. `--report FILE` writes the report as JSON; `--show N` prints the first
+N examples, with the trained parts between ⟦ and ⟧.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_profit.data import (
 )
 from megatron_profit.data.errors import printable
 
-# What a record's text may do to the terminal.
+# Characters of a record's text that may be printed to the terminal.
 _LAYOUT = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_report(file: Path) -> None:
-    """Raises a DataError where a report cannot be written, before there is one."""
+    """Raise a DataError where a report cannot be written, before there is one."""
     if not file.parent.is_dir():
         raise DataError(f"--report: the folder {file.parent} does not exist")
     if (file.exists() and not file.is_file()) or not os.access(file.parent, os.W_OK):
@@ -73,7 +73,7 @@ def _check_report(file: Path) -> None:
 
 
 def describe(name: str, sets: dict[str, PreparedSet]) -> str:
-    """The report of a set as text; a validation split has the records of the training data."""
+    """Return the report of a set as text. The records of a validation split are the training data's."""
     found, report = sets[name], sets[name].prepared.report
     if name != "train" and found.prepared is sets["train"].prepared:
         return f"{name} data, set aside of the records above: {found.packing}"
@@ -115,7 +115,7 @@ def _show(found: PreparedSet, tokenizer: PreTrainedTokenizerBase, count: int) ->
 
 
 def _as_json(sets: dict[str, PreparedSet]) -> dict:
-    # A validation split has no records of its own: they are counted with those it was set aside of.
+    # A validation split has no records of its own: they are counted with the data that it was set aside from.
     train = sets["train"].prepared
     return {
         name: ({"records": found.prepared.report.as_json()} if own else {})

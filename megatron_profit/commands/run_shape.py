@@ -1,6 +1,6 @@
-"""What a training command means in numbers: model, layout, batch, precision; read by its own parser.
+"""The shape of a training command in numbers: model, layout, batch, precision; read by training's own parser.
 
-The estimates of memory and of communication start from it, so that they refuse what the training refuses and
+The estimates of memory and of communication start from it. So they refuse the same flags as the training,
 follow its defaults, and take either a command line or a published model with a layout.
 """
 
@@ -27,7 +27,7 @@ PUBLISHED = {
     "Qwen3-30B-A3B": (2048, 6144, 48, 32, 4, False, 768),
     "Qwen3-235B-A22B": (4096, 12288, 94, 64, 4, False, 1536),
 }
-# Needed by the parser, and without meaning for an estimate.
+# Flags that the parser needs and that have no meaning for an estimate.
 _UNIMPORTANT = {"--data": "none.jsonl", "--lr": "1e-5", "--train-iters": "1", "--objective": "sft"}
 # Flags that look at the disk or write to it.
 _WITH_FILES = ("--export-hf", "--load", "--save", "--pretrained-checkpoint", "--tensorboard-dir")
@@ -46,11 +46,11 @@ _UNKNOWN = (
 
 
 class ShapeError(ValueError):
-    """The estimates do not know this; the message names what and what to do."""
+    """The estimates do not cover this setting; the message names it and the remedy."""
 
 
 def published_config(name: str) -> dict:
-    """config.json of a published Qwen3 model, the keys that matter."""
+    """Return the config.json of a published Qwen3 model, with the keys that matter."""
     if name not in PUBLISHED:
         raise ShapeError(f"--model {name} is unknown; it can be {', '.join(PUBLISHED)}")
     hidden, mlp, layers, heads, kv_heads, tied, expert_mlp = PUBLISHED[name]
@@ -148,7 +148,7 @@ class RunShape:
 
     @property
     def sequence_split(self) -> int:
-        """Over how many ranks of the tensor-parallel group the residual stream is split."""
+        """Number of tensor-parallel ranks over which the residual stream is split."""
         return self.tp if self.args.sequence_parallel else 1
 
     @cached_property
@@ -166,7 +166,7 @@ class RunShape:
     # The batch.
     @property
     def micro_batches(self) -> int:
-        """Of one data-parallel rank in a step."""
+        """Micro-batches of one data-parallel rank in a step."""
         global_batch = self.args.global_batch_size or self.args.micro_batch_size * self.dp
         return global_batch // (self.args.micro_batch_size * self.dp)
 
@@ -178,7 +178,7 @@ class RunShape:
     # The model.
     @property
     def bytes_per_number(self) -> int:
-        """Of parameters and activations."""
+        """Bytes of one parameter or one activation."""
         return 2 if self.args.bf16 or self.args.fp16 else 4
 
     @property
@@ -187,13 +187,13 @@ class RunShape:
 
     @property
     def key_value_size(self) -> int:
-        """Of all keys, or of all values, of a position."""
+        """Size of all keys, or of all values, of a position."""
         groups = self.args.num_query_groups if self.args.group_query_attention else None
         return (groups or self.args.num_attention_heads) * self.args.kv_channels
 
     @cached_property
     def expert_layers(self) -> tuple[bool, ...]:
-        """Which layers have experts."""
+        """Flags of the layers: true for a layer with experts."""
         args = self.args
         if args.num_experts is None:
             return (False,) * args.num_layers
@@ -202,11 +202,11 @@ class RunShape:
         return tuple(bool(has) for has in args.moe_layer_freq)
 
     def layers_of(self, stage: int) -> list[int]:
-        """The layers of a pipeline rank, chunk after chunk."""
+        """Return the layers of a pipeline rank, chunk after chunk."""
         return [layer for chunk in self.chunks_of(stage) for layer in chunk]
 
     def chunks_of(self, stage: int) -> list[list[int]]:
-        """The layers of each model chunk of a pipeline rank.
+        """Return the layers of each model chunk of a pipeline rank.
 
         Embedding and output layer may count as layers, so that the first and the last chunk have one less.
         """
@@ -225,14 +225,14 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
     """Read a command line as the training would on machines with GPUs.
 
     Args:
-        argv: The training's flags. What it needs and an estimate does not may be left out.
+        argv: The training's flags. Flags that only the training needs may be left out.
         gpus: Number of processes.
         model: A published model, in place of --hf-model.
 
     Raises:
-        ShapeError: For what the estimates do not know.
-        ArgumentsError: For what the training refuses.
-        ConversionError: For a folder without a config.json that can be used.
+        ShapeError: The estimates do not cover a setting.
+        ArgumentsError: The training would refuse the flags.
+        ConversionError: The folder has no usable config.json.
     """
     from megatron_profit.training.arguments.sft_arguments import read_arguments
 
@@ -248,14 +248,14 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
         if folder is not None:
             argv += ["--hf-model", str(folder)]
         arguments = read_arguments(argv, "cuda")
-        # What is in the namespace comes before the parser's defaults, as in `SFTArguments.add_to_parser`.
+        # Values in the namespace come before the parser's defaults, as in `SFTArguments.add_to_parser`.
         args = _parser().parse_args(argv, Namespace(**arguments.defaults))
     return RunShape(args, gpus)
 
 
 @cache
 def _parser() -> ArgumentParser:
-    """Of all flags of the training; it takes long to make."""
+    """Return the parser of all flags of the training; it takes long to make."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_profit.training.arguments.command_line import add_arguments

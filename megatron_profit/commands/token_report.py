@@ -1,12 +1,12 @@
-"""Show what an objective trains: every token of chosen records with its probability, kept or dropped.
+"""Show every token of chosen records with its probability, kept or dropped by an objective.
 
     megatron-profit report --model Qwen3-0.6B-Base --data chats.jsonl --out report.html
     megatron-profit report --megatron runs/14b --hf-template Qwen3-14B-Base --data chats.jsonl \
         --records 0-9,250 --objective "profit prob_threshold=0.1 threshold_direction=higher" --terminal
 
-The page holds all it needs: a threshold slider, the objectives side by side, a histogram of the
-probabilities, search, and each record as text and as a table. Objectives that rank do so over the
-records of the page.
+The page needs no other file. It has a threshold slider, the objectives side by side, a histogram of the
+probabilities, search, and each record as text and as a table. Objectives that rank tokens rank the page's
+tokens.
 """
 
 import argparse
@@ -59,7 +59,10 @@ class ReportError(ValueError):
 
 
 def parse_objective(text: str) -> tuple[str, Objective]:
-    """An objective from "name option=value ..."; several values of one option are joined by commas.
+    """Return the name and the objective of "name option=value ...".
+
+    Commas join several values of one option. For example, the text may be
+     "profit prob_threshold=0.1 threshold_direction=higher".
 
     Raises:
         ReportError: an unknown name or option, or a value that does not fit.
@@ -81,10 +84,10 @@ def parse_objective(text: str) -> tuple[str, Objective]:
 
 
 def parse_records(text: str) -> list[range]:
-    """Positions from "0-9,250".
+    """Return the positions of a text. For example, "0-9,250" gives 0 to 9 and 250.
 
     Raises:
-        ReportError: not of that form.
+        ReportError: the text has another form.
     """
     chosen = []
     for part in text.split(","):
@@ -105,10 +108,10 @@ def parse_records(text: str) -> list[range]:
 def chosen_records(
     sources: Sequence[Source], positions: Sequence[range], renderer: ChatRenderer, max_tokens: int
 ) -> list[tuple[str, RenderedConversation]]:
-    """The records at the positions, counted over all sources, that can be rendered.
+    """Return the records at the positions, counted over all sources, that can be rendered.
 
     Raises:
-        ReportError: a position or a range that begins behind the last record, or no usable record.
+        ReportError: a position or a range begins after the last record, or no record is usable.
         DataError: a file cannot be read, or its first record is in no known format.
     """
     found, read = [], 0
@@ -136,7 +139,9 @@ def chosen_records(
 def rendered_examples(
     record: RawRecord, talk: Conversation, renderer: ChatRenderer, max_tokens: int
 ) -> list[tuple[str, RenderedConversation]]:
-    """The examples of a record with their names; one, unless each of its turns is trained by itself.
+    """Return the examples of a record with their names.
+
+    There is one example, unless each turn of the record is trained by itself.
 
     Raises:
         BrokenRecord: one of them cannot be rendered.
@@ -156,11 +161,12 @@ def rendered_examples(
 
 
 def left_out(what: str) -> None:
+    """Print that a record or turn was left out."""
     print(f"left out {printable(what)}", file=sys.stderr)
 
 
 def source_records(source: Source) -> Iterator[RawRecord]:
-    """The records of a source in the order of its files."""
+    """Return the records of a source in the order of its files."""
     wanted = is_read(source.layout)
     return (
         record for file in source.files() for record in read_records(file, source.split, wanted)
@@ -169,7 +175,7 @@ def source_records(source: Source) -> Iterator[RawRecord]:
 
 @contextmanager
 def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
-    """The Megatron checkpoint as a HuggingFace folder that is gone afterwards."""
+    """Convert the Megatron checkpoint to a HuggingFace folder that exists inside the block only."""
     with tempfile.TemporaryDirectory(prefix="token_report_") as scratch:
         out = Path(scratch) / "hf"
         megatron_to_hf(megatron, template, out, progress=sys.stderr)
@@ -177,7 +183,7 @@ def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
 
 
 def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A transformers model for evaluation, on the GPU where there is one."""
+    """Return a transformers model for evaluation, on the GPU if there is one."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -194,7 +200,7 @@ def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside, then rename."""
+    """Write the file under another name next to it, then rename it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -204,6 +210,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -267,7 +274,9 @@ def check_output(path: Path | None, overwrite: bool) -> None:
 
 
 def slider(objectives: Sequence[Objective]) -> dict[str, object]:
-    """Where the page's threshold begins: at the first thresholded ProFit that was asked for."""
+    """Return the start of the page's threshold: the threshold of the first thresholded ProFit, if there is
+    one.
+    """
     for objective in objectives:
         if getattr(objective, "prob_threshold", None) and hasattr(objective, "threshold_direction"):
             return {
@@ -278,10 +287,10 @@ def slider(objectives: Sequence[Objective]) -> dict[str, object]:
 
 
 def make_report(arguments: argparse.Namespace) -> None:
-    """All of it; errors say what to do.
+    """Make the report and write or print it.
 
     Raises:
-        ReportError, DataError, ConversionError: for input that cannot be used.
+        ReportError, DataError, ConversionError: for input that cannot be used; the message says what to do.
     """
     check_output(arguments.out, arguments.overwrite)
     objectives = dict(map(parse_objective, arguments.objective or OBJECTIVES))
@@ -336,6 +345,7 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Make the report; return 1 for input that cannot be used."""
     disable_progress_bar()
     arguments = parse_arguments(argv)
     try:

@@ -1,4 +1,4 @@
-"""Chat records -> token ids and the mask of what the model must produce -> a data set of rows.
+"""Chat records -> token ids and the mask of the tokens that the model must produce -> a data set of rows.
 
 ```python
 renderer = ChatRenderer(AutoTokenizer.from_pretrained(path))

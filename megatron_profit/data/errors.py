@@ -1,18 +1,17 @@
-"""Two ways for data to be wrong: `DataError` stops the preparation, `BrokenRecord` leaves one
-out."""
+"""Two kinds of errors in data: `DataError` stops the preparation, `BrokenRecord` leaves one record out."""
 
 import logging
 import reprlib
 
-# Bounded in depth and length: what is shown may be a whole record, and may nest without end.
+# Bounded in depth and length: a shown value may be a whole record, and may nest without end.
 _SHORT = reprlib.Repr(maxlevel=3, maxlist=12, maxdict=8, maxstring=60, maxlong=30)
 
 
 class DataError(ValueError):
     """The data or the tokenizer cannot be used; the message names the finding and the remedy.
 
-    Each argument is a line. It may quote a file, a record or a template: what a terminal would obey is shown
-    as escapes.
+    Each argument is a line. It may quote a file, a record or a template: characters that a terminal would
+    obey are shown as escapes.
     """
 
     def __str__(self) -> str:
@@ -24,7 +23,7 @@ class BrokenRecord(ValueError):
 
     Attributes:
         reason: A fixed phrase under which such records are counted.
-        detail: What was found in this record.
+        detail: The finding in this record.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -37,19 +36,22 @@ class BrokenRecord(ValueError):
 
 
 def shown(value: object) -> str:
-    """`value` as it appears in a message: its repr, with the middle left out where it is long."""
+    """Return `value` as it appears in a message: its repr, with the middle left out if it is long."""
     text = _SHORT.repr(value)
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def printable(text: object, keep: str = "") -> str:
-    """A name or text from outside in a message: characters that a terminal obeys, line breaks and lone
-    surrogates as escapes, except for those in `keep`."""
+    """Return a name or text from outside, made safe for a message.
+
+    Characters that a terminal obeys, line breaks and lone surrogates become escapes, except for characters in
+    `keep`. For example, a line break becomes a backslash and an n.
+    """
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))
 
 
 def escape_logs(library: str) -> None:
-    """Let what a library logs be one printable line a record: it may quote what stands in a file."""
+    """Print each log record of a library as one printable line, as it may quote the content of a file."""
     for handler in logging.getLogger(library).handlers:
         handler.addFilter(_escaped)
 

@@ -1,4 +1,6 @@
-"""The flags that say what is trained on, and what follows from them; shared by training and tools."""
+"""The flags that say which data are trained, and the data sets made from them; shared by
+training and tools.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,14 @@ from megatron_profit.data.store.prepare import Preparation
 # Validation rows are shuffled, so that the first of them (--eval-iters) are a sample of all: packing puts
 # the longest records first. The order is the same in every run.
 _VALID_SEED = 0
-# Of --data-workers, for machines with few cores and with many.
+# Limits of --data-workers, for machines with few cores and with many.
 _FEWEST_LIMIT, _WORKERS_PER_CORE = 64, 4
 # Examples of an epoch, 40 bytes each while rows are laid out.
 _MOST_DRAWN = 2**31
 
 
 def add_data_flags(group: argparse._ArgumentGroup) -> None:
-    """The data flags, beside --seq-length and --seed."""
+    """Add the data flags, besides --seq-length and --seed."""
     group.add_argument(
         "--data",
         nargs="+",
@@ -89,7 +91,7 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_rendering_flags(group: argparse._ActionsContainer) -> None:
-    """The flags that decide what is read in a record and which of its tokens are trained."""
+    """Add the flags that decide which fields of a record are read and which of its tokens are trained."""
     group.add_argument(
         "--data-columns",
         nargs="+",
@@ -130,14 +132,14 @@ def add_rendering_flags(group: argparse._ActionsContainer) -> None:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What the data flags ask for.
+    """The options of the data flags.
 
     Attributes:
         train, valid: Sources; `valid` may be empty.
         valid_split: Share of the records of `train` to evaluate on, 0 for none.
-        preparation: How records become examples.
+        preparation: The settings with which records become examples.
         packing: Several records to a row.
-        seed: Of the order of the rows.
+        seed: Seed of the order of the rows.
         workers: Processes that prepare, None for as many as the data are worth.
         cache: Folder for prepared data.
     """
@@ -153,7 +155,7 @@ class DataOptions:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> DataOptions:
-        """The options of parsed flags, those of `add_data_flags`, `seq_length` and `seed`.
+        """Return the options of parsed flags: the flags of `add_data_flags`, `seq_length` and `seed`.
 
         Raises:
             DataError: A flag is out of range, or contradicts another.
@@ -192,9 +194,9 @@ class PreparedSet:
     """One of the data sets of a run.
 
     Attributes:
-        prepared: The examples, and what became of the records.
+        prepared: The examples, and the report on the records.
         dataset: Its rows.
-        packing: How full they are.
+        packing: Report on how full the rows are.
     """
 
     prepared: Prepared
@@ -203,7 +205,7 @@ class PreparedSet:
 
 
 def _most_workers() -> int:
-    """More processes than this only take memory."""
+    """Return the number of processes above which more of them only take memory."""
     return max(_FEWEST_LIMIT, _WORKERS_PER_CORE * (os.cpu_count() or 1))
 
 
@@ -215,13 +217,13 @@ def prepare_sets(
     leader: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, PreparedSet]:
-    """The data sets "train" and, where there is one, "valid", of 0 rows each (see `with_samples`).
+    """Return the data sets "train" and, where there is one, "valid", of 0 rows each (see `with_samples`).
 
     Args:
-        options: What the flags ask for.
+        options: The options of the flags.
         tokenizer: Folder of the tokenizer.
-        epochs: Training rows behind this many epochs have no label; None for epochs without end.
-        leader: Whether this process prepares what is not in the cache; the others wait for it.
+        epochs: Training rows after this many epochs have no label; None for epochs without end.
+        leader: Whether this process prepares data that are not in the cache; the others wait for it.
         progress: Called with lines of text.
 
     Raises:
@@ -278,8 +280,10 @@ def _rows(
 
 
 def _groups(prepared: Prepared, sources: tuple[Source, ...]) -> list[Group]:
-    """What is drawn from each source: all examples, or as many as its `num_samples` says, some of them
-    more than once where there are fewer."""
+    """Return the groups to draw from, one for each source: all examples, or as many as `num_samples` says.
+
+    If a source has fewer, some examples come more than once.
+    """
     groups = []
     for number, source in enumerate(sources):
         examples, weight = np.flatnonzero(prepared.sources == number), Fraction(str(source.weight))
@@ -296,13 +300,17 @@ def _groups(prepared: Prepared, sources: tuple[Source, ...]) -> list[Group]:
 def _set_aside(
     digests: npt.NDArray[np.uint64], examples: npt.NDArray[np.intp], share: float
 ) -> npt.NDArray[np.bool_]:
-    """[N]: those of the chosen examples to evaluate on. By their content, so that equal ones stay together,
-    and the choice depends neither on the seed nor on the order of the files."""
+    """Return [N], true for the chosen examples that are set aside for evaluation.
+
+    The content decides, so that equal examples stay together, and the choice depends neither on the seed nor
+    on the order of the files.
+    """
     aside = np.zeros(len(digests), dtype=np.bool_)
     if share:
         count = max(round(share * len(examples)), 1)
         values, copies = np.unique(digests[examples], return_counts=True)
-        # A text that is there more often than all that is wanted is none of them, if there are others.
+        # A text that occurs more often than all wanted examples together is not set aside, if there are
+        # others.
         few = copies <= max(count, int(copies.min()))
         values, copies = values[few], copies[few]
         taken = max(int(np.searchsorted(np.cumsum(copies), count, side="right")), 1)

@@ -1,4 +1,4 @@
-"""What became of the records: counts, reasons, places, lengths. Text for people, JSON for programs."""
+"""The report on the records: counts, reasons, places, lengths. Text for people, JSON for programs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -6,21 +6,22 @@ from typing import Any
 
 from megatron_profit.data.errors import printable, shown
 
-# In the JSON, of each kind; and in the text.
+# The number of places of each kind in the JSON; and in the text.
 _PLACES_KEPT = 10_000
 _PLACES_SHOWN = 5
-# Names of fields: some files have a key of its own in every record.
+# The number of names of fields: some files have a different key in every record.
 _FIELDS_KEPT = 1_000
 _FIELDS_SHOWN = 12
 _BAR = 40
-# Beside the attributes of a report in its JSON.
+# The JSON's keys besides the attributes of a report.
 _SUMS = ("read", "kept", "examples", "total_tokens", "supervised_tokens")
 
 
 @dataclass(slots=True)
 class Skipped:
-    """Records left out for one reason: how many, where the first 10,000 are, and what was found in the
-    first."""
+    """Records left out for one reason: their number, the places of the first 10,000, and the finding in the
+    first.
+    """
 
     detail: str
     count: int = 0
@@ -29,11 +30,11 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is counted of an example, and does not keep it from being trained.
+    """A property of an example that is counted and does not keep the example from being trained.
 
     Attributes:
-        count: How often it was found, 0 for not at all.
-        of: How often it could have been.
+        count: Number of times that it was found, 0 for none.
+        of: Number of times that it could have been found.
         unit: Name of the things that are counted.
         detail: The finding in words.
     """
@@ -51,7 +52,7 @@ class Found:
     Attributes:
         count, of, unit: As in `Finding`.
         detail: The first finding in words.
-        places: Where the first 10,000 are.
+        places: Places of the first 10,000.
     """
 
     unit: str
@@ -76,13 +77,14 @@ class Found:
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What became of the records of one source.
+    """Counts of the records of one source.
 
     Attributes:
         path: File or folder.
         read: Records in the files.
         kept: Records of which examples were made.
-        examples: These examples; one for each record, unless each turn is trained in one of its own.
+        examples: Examples of these records: one for each record, unless each turn is trained in its own
+            example.
         total_tokens: Ids of the kept examples, after truncation.
         supervised_tokens: Labels that are trained where every example comes once.
     """
@@ -95,7 +97,7 @@ class SourceCounts:
     supervised_tokens: int = 0
 
     def add(self, read: int, kept: int, lengths: Sequence[int], labels: Sequence[int]) -> None:
-        """Counts `read` records, and the examples made of `kept` ones by their ids and trained labels."""
+        """Count `read` records, and the examples made of `kept` ones by their ids and trained labels."""
         self.read += read
         self.kept += kept
         self.examples += len(lengths)
@@ -111,19 +113,20 @@ class SourceCounts:
 
 @dataclass(slots=True)
 class PreparationReport:
-    """What became of the records.
+    """The counts of all records.
 
     Attributes:
-        sources: What became of the records of each source; `read`, `kept`, `examples`, `total_tokens` and
+        sources: The counts of each source; `read`, `kept`, `examples`, `total_tokens` and
             `supervised_tokens` are sums over them.
         skipped: Reason -> the records left out for it; read = kept + the sum of their counts.
         truncated: Kept examples of which the end was cut off.
-        truncated_places: Where the first 10,000 of them are.
-        unread: Field that nothing reads -> usable records that have it, of the first 1,000 such fields; those
-            of messages as "messages.NAME".
+        truncated_places: Places of the first 10,000 of them.
+        unread: Unread field -> usable records that have it, for the first 1,000 such fields. A field of
+            messages is called "messages.NAME".
         found: Findings in the examples, by name.
         longest: Ids of the longest usable record, before truncation.
-        lengths: Examples by length after truncation: entry k counts those of 2^k to 2^(k + 1) - 1 ids.
+        lengths: Examples by length after truncation: entry k counts examples of 2^k to 2^(k + 1) - 1 ids. For
+            example, entry 10 counts 1,024 to 2,047 ids.
         turn_end_id: Id of the token that ends the assistant's turns, as training teaches it; None where the
             chat template ends them in ordinary text.
     """
@@ -159,27 +162,27 @@ class PreparationReport:
         return sum(source.supervised_tokens for source in self.sources)
 
     def skip(self, place: str, reason: str, detail: str) -> None:
-        """Counts a record that is left out."""
+        """Count a record that is left out."""
         skipped = self.skipped.setdefault(reason, Skipped(detail))
         skipped.count += 1
         if len(skipped.places) < _PLACES_KEPT:
             skipped.places.append(place)
 
     def leave_unread(self, counts: Mapping[str, int]) -> None:
-        """Counts the records that have each field that nothing reads."""
+        """Count the records that have each unread field."""
         for name, count in counts.items():
             if name in self.unread or len(self.unread) < _FIELDS_KEPT:
                 self.unread[name] = self.unread.get(name, 0) + count
 
     def find(self, found: Mapping[str, Found]) -> None:
-        """Counts findings in examples."""
+        """Count findings in examples."""
         for name, more in found.items():
             self.found.setdefault(name, Found(more.unit)).merge(more)
 
     def keep(self, lengths: Sequence[int], whole: Sequence[int], truncated: Sequence[str]) -> None:
-        """Notes the lengths of examples, which had `whole` ids before truncation.
+        """Count the lengths of examples, which had `whole` ids before truncation.
 
-        `truncated` are the places of those that lost some.
+        `truncated` are the places of the examples that lost some.
         """
         self.truncated += len(truncated)
         self.truncated_places += truncated[: _PLACES_KEPT - len(self.truncated_places)]
@@ -190,10 +193,12 @@ class PreparationReport:
             self.lengths[bucket] += 1
 
     def under(self, paths: Mapping[str, str]) -> "PreparationReport":
-        """The report with places under other paths: of each source the one it was read under -> another."""
+        """Return the report with the places under other paths; `paths` maps the path of each source to
+        another.
+        """
         if all(old == new for old, new in paths.items()):
             return self
-        # The longest first: one may be a folder that holds another.
+        # The longest first, because one may be a folder that holds another.
         olds = sorted(paths, key=len, reverse=True)
 
         def moved(place: str) -> str:
@@ -215,7 +220,7 @@ class PreparationReport:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON values; `from_json` reads them."""
+        """Return the report as JSON values; `from_json` reads them."""
         return {name: getattr(self, name) for name in _SUMS} | asdict(self)
 
     @classmethod
@@ -256,7 +261,7 @@ class PreparationReport:
         return ", ".join(named + [f"{len(most) - len(named):,} more"] * (len(most) > len(named)))
 
     def histogram(self) -> list[str]:
-        """The lengths as lines of text, a bar for each power of two."""
+        """Return the lengths as lines of text, a bar for each power of two."""
         first = next((k for k, count in enumerate(self.lengths) if count), 0)
         most = max(self.lengths, default=1)
         return [

@@ -1,6 +1,6 @@
-"""Where Megatron-Core or PyTorch is changed, and nowhere else.
+"""The only place where Megatron-Core or PyTorch is changed.
 
-`activate()` is the first thing that a training process calls, before it imports Megatron.
+`activate()` is the first function that a training process calls, before it imports Megatron.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _active: str | None = None
 
 
 def active_device() -> str | None:
-    """The device that `activate` chose in this process ("cpu" or "cuda"), or None before it."""
+    """Return the device that `activate` chose in this process ("cpu" or "cuda"), or None before it was
+    called.
+    """
     return _active
 
 
@@ -82,7 +84,7 @@ def activate(device: str = "auto") -> str:
 
 
 def all_patches() -> tuple[Patch, ...]:
-    """Every patch that the project has, for the documentation and for tests."""
+    """Return every patch that the project has, for the documentation and for tests."""
     from megatron_profit.megatron_patches import cpu, elastic, megatron
 
     shared = (*elastic.TORCH_PATCHES, *megatron.MEGATRON_PATCHES)
@@ -90,8 +92,11 @@ def all_patches() -> tuple[Patch, ...]:
 
 
 def _keep_to_the_cudnn_of_torch() -> None:
-    """Name the cuDNN that torch was installed with: Transformer Engine takes one of the system before it, and
-    with both in a process it has no attention kernel (transformer_engine/common/__init__.py)."""
+    """Load the cuDNN that torch was installed with.
+
+    Transformer Engine prefers a cuDNN of the system. With both in a process it has no attention kernel
+    (transformer_engine/common/__init__.py).
+    """
     if "CUDNN_HOME" in os.environ or "CUDNN_PATH" in os.environ:
         return
     try:

@@ -1,7 +1,8 @@
 """Changes to PyTorch and Megatron-Core so that loading a checkpoint runs no code from it.
 
-The readers of `checkpoint_conversion` look at each part of a checkpoint first, and torch gets what they have
-accepted: `.metadata` as records that are made from their values, everything else with `weights_only`.
+The readers of `checkpoint_conversion` look at each part of a checkpoint first. torch gets only parts that
+they have accepted: `.metadata` as records that are made from their values, everything else with
+`weights_only`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _TORCH = "torch 2.15"
 
 @contextlib.contextmanager
 def _safe_objects() -> Iterator[None]:
-    """Lets `weights_only` load what `pickle_uses.OBJECTS` lists and neither torch nor Megatron knows."""
+    """Let `weights_only` load the classes that `pickle_uses.OBJECTS` lists and neither torch nor Megatron
+    knows.
+    """
     import numpy as np
     import torch
     from megatron.core.rerun_state_machine import Call, Caller
@@ -61,7 +64,7 @@ def _make_metadata_of_plain_values() -> None:
 
 
 def _torch_metadata(found: Metadata) -> Any:
-    """The records that torch would have unpickled, of what a load needs."""
+    """Return the records that torch would have unpickled, as far as a load needs them."""
     from torch.distributed.checkpoint import metadata as records
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 

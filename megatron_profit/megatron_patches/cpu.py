@@ -1,6 +1,6 @@
 """The CPU backend: makes `torch.cuda` mean the CPU, so that Megatron's own training loop runs under gloo.
 
-It is for learning, debugging and tests on machines without a GPU; it is never active beside one.
+It is for learning, debugging and tests on machines without a GPU; it never runs together with CUDA.
 `torch.cuda` functions are replaced one by one, and a global TorchFunctionMode rewrites CUDA devices in
 calls such as `torch.zeros(..., device="cuda")`, which are written all over Megatron.
 """
@@ -122,7 +122,7 @@ def _properties(device: Any = None) -> types.SimpleNamespace:
 
 
 def _returning(value: Any) -> Callable[..., Any]:
-    """A new function at every call: torch._dynamo refuses one function under two names."""
+    """Return a new function at every call: torch._dynamo refuses one function under two names."""
     return lambda *args, **kwargs: value
 
 

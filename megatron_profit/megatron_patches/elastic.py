@@ -1,4 +1,4 @@
-"""Changes to PyTorch that torchrun's restarts need, on every device."""
+"""Changes to PyTorch that torchrun's restarts need on every device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _begin_each_attempt_with_an_empty_store() -> None:
         store = original(*args, **kwargs)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return store
-        # The number of ranks too: a node that joins or leaves is no failure, and not counted.
+        # Compares the number of ranks too: a node that joins or leaves is no failure, and does not count.
         attempt, ranks = (os.environ[n] for n in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
         return PrefixStore(f"attempt_{attempt}_of_{ranks}", store)
 

@@ -21,14 +21,14 @@ class Guard:
     """Calls functions until one fails. It reports the failure, and calls none after that.
 
     Args:
-        what: The name of what can no longer be written, for the message.
+        what: Name of the output, for the message.
     """
 
     def __init__(self, what: str) -> None:
         self._what, self._failed = what, False
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which returns None where it is not called or fails."""
+        """Return the function in a form that returns None if it fails or is not called any more."""
 
         @functools.wraps(function, updated=())
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ class _Descriptor(io.RawIOBase):
             with contextlib.suppress(OSError):
                 os.write(sum(_STREAMS) - self._descriptor, lost.encode())
         if error.errno == errno.EPIPE:
-            # Also for what writes there without Python.
+            # Also serves libraries that write without Python.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._descriptor)
             os.close(null)

@@ -1,4 +1,6 @@
-"""Changes to Megatron's loggers: TensorBoard and W&B, which end no run and belong to the run that resumes."""
+"""Changes to Megatron's loggers, TensorBoard and W&B: they never end a run, and a resumed run
+continues them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def _write_curves_that_endure() -> None:
 
 
 def has_curves(folder: str | None) -> bool:
-    """Whether there are TensorBoard's events in a folder."""
+    """Return whether a folder holds TensorBoard's events."""
     return folder is not None and any(Path(folder).glob("events.out.tfevents.*"))
 
 

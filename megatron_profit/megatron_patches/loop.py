@@ -140,7 +140,7 @@ def _logged_step(given: Mapping[str, Any], lines: Sequence[str]) -> LoggedStep:
 
 
 def fields_of_line(line: str) -> dict[str, float]:
-    """The numbers of a console line of Megatron by name: some are said nowhere else."""
+    """Return the numbers of a console line of Megatron by name: some appear in no other place."""
     pairs = re.findall(r"([^|\]]+): +([-+.\deE]+|nan|inf|-inf) *(?=\|)", line)
     return {name.strip(): float(value) for name, value in pairs}
 
@@ -285,7 +285,7 @@ class _Sums:
         self._pairs: dict[str, Any] = {}
 
     def watching(self, get_forward_backward_func: Callable) -> Callable:
-        """The same, of which the passes show what they yield."""
+        """Wrap the function so that its passes add their losses to these sums."""
 
         def get(*args: Any, **kwargs: Any) -> Callable:
             passes = get_forward_backward_func(*args, **kwargs)
@@ -303,7 +303,7 @@ class _Sums:
         return get
 
     def means(self) -> dict[str, Any]:
-        """A collective of the ranks that share the data, on the last pipeline stage."""
+        """Return the means. A collective of the ranks that share the data, on the last pipeline stage."""
         import torch
         from megatron.core import mpu
 
@@ -317,14 +317,16 @@ class _Sums:
 
 
 def without_perplexities(message: str) -> str:
-    """A line of an evaluation with the perplexity of the cross-entropy only, or the rule around it."""
+    """Return a line of an evaluation, or the rule around it, with the perplexity of the
+    cross-entropy only.
+    """
     if set(message) == {"-"}:
         return "-" * 80
     return re.sub(rf"(?<=\| )(?!{_CROSS_ENTROPY} )[^|]+ PPL: \S+ \| ", "", message)
 
 
 class _WithoutPerplexities:
-    """A TensorBoard writer that leaves out the perplexities of what is no cross-entropy."""
+    """A TensorBoard writer that leaves out perplexities of metrics other than the cross-entropy."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer

@@ -47,8 +47,8 @@ def _keep_the_queue_of_results() -> None:
 
     def start_manager(mp_mode: str) -> SyncManager:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        # The process inherits what is blocked here. torchrun sends a signal to all processes of a rank, and
-        # the save that the rank makes then still needs this one.
+        # The process inherits the set of blocked signals here. torchrun sends a signal to all processes of a
+        # rank, and the save that the rank makes then still needs this one.
         resource_tracker.ensure_running()  # which would unblock SIGINT and SIGTERM again
         ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)

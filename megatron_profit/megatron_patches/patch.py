@@ -1,7 +1,7 @@
 """The form of every change that this project makes to Megatron-Core or PyTorch.
 
-A patch names what it changes, in which upstream version and file, and why, so that it can be removed
-when upstream no longer needs it. Patches are applied only to the versions that they were written for.
+A patch names its upstream version and file, and the reason of the change, so that it can be removed when
+upstream no longer needs it. Patches are applied only to the versions that they were written for.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def apply_patches(patches: tuple[Patch, ...]) -> None:
 
 
 def applied_patches() -> frozenset[str]:
-    """Names of the patches that are active in this process."""
+    """Return the names of the patches that are active in this process."""
     return frozenset(_applied)
 
 
@@ -64,7 +64,8 @@ def check_megatron_version() -> None:
     )
     found, where = "none", ""
     if spec is not None and spec.origin is not None:
-        # What will be imported, which a folder on PYTHONPATH decides and not the installed package.
+        # The module that will be imported, which a folder on PYTHONPATH decides and not the installed
+        # package.
         file = Path(spec.origin).with_name("package_info.py")
         found, where = runpy.run_path(str(file))["__version__"], f" in {file.parent}"
     if found.partition("+")[0] != MEGATRON_CORE_VERSION:
@@ -77,7 +78,7 @@ def check_megatron_version() -> None:
 
 
 class replaced:
-    """Names of a module stand for something else inside the `with` block."""
+    """Replaces names of a module by other objects inside the `with` block."""
 
     def __init__(self, module: Any, **names: Any) -> None:
         self._module, self._names = module, names

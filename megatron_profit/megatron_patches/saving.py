@@ -20,7 +20,7 @@ def _announce_checkpoints() -> None:
     from megatron.core import dist_checkpointing
 
     original = dist_checkpointing.save
-    # Left-overs have been removed by then: the files in the folder have just been put there.
+    # Files left from earlier saves have been removed before: the ones in the folder have just been put there.
     logging.getLogger("megatron.core.dist_checkpointing.serialization").addFilter(
         lambda record: "Overwriting old incomplete" not in record.getMessage()
     )
@@ -62,7 +62,7 @@ def _on_all_ranks(write: Callable[[], None]) -> None:
 
 
 def _size_of_all_ranks(sharded_state_dict: Any) -> int:
-    """Bytes of the tensors that the ranks will write, each of which has one that writes it."""
+    """Return the bytes of the tensors that the ranks will write, each of which is written by one rank."""
     import torch
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import (

@@ -66,13 +66,13 @@ class PackedSelfAttention(SelfAttention):
 class ScaledDotProductAttention(MegatronModule):
     """Causal core attention on torch's scaled_dot_product_attention.
 
-    The interface is that of megatron.core.transformer.dot_product_attention.DotProductAttention. Memory
-    grows with the sequence length, not with its square: records of similar length attend as one batch, and
-    only the queries whose record began on another context-parallel chunk need a mask, in blocks.
+    The interface is the same as for megatron.core.transformer.dot_product_attention.DotProductAttention.
+    Memory grows with the sequence length, not with its square: records of similar length attend as one batch.
+    Only the queries whose record began on another context-parallel chunk need a mask, in blocks.
 
     Raises:
-        ValueError: For what Transformer Engine is needed for: attention that is not causal
-            self-attention, a learnable softmax offset, an attention window.
+        ValueError: The model needs Transformer Engine: attention that is not causal self-attention, a
+            learnable softmax offset, an attention window.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ScaledDotProductAttention(MegatronModule):
         """Attend.
 
         Args:
-            query, key, value: As in the head of this file.
+            query, key, value: Shapes as at the top of this file.
             attention_mask: Broadcastable to [B, heads, S, S], True where attention is forbidden;
                 None means causal.
             packed_seq_params: `RecordSpans` for rows of several records, and for context parallelism.
@@ -144,7 +144,9 @@ class ScaledDotProductAttention(MegatronModule):
     def _attend_in_records(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RecordSpans
     ) -> torch.Tensor:
-        """Query [L, B, …], key and value [S, B, …] of the whole rows -> context [L, B, heads * head_dim]."""
+        """Return the context [L, B, heads * head_dim] of query [L, B, …] and of key and value [S, B, …] of
+        whole rows.
+        """
         plan = rows.plan
         contexts = []
         for bucket in plan.buckets:
@@ -162,14 +164,16 @@ class ScaledDotProductAttention(MegatronModule):
             contexts.append(self._attend(*heads_first).transpose(1, 2).flatten(0, 1))
         for piece in plan.continued:
             contexts += self._attend_with_earlier_keys(query, key, value, piece)
-        # Gathered in both directions: every token has one place.
+        # Gathered in both directions, because every token has one place.
         context = torch.cat(contexts).flatten(1).index_select(0, plan.order)
         return context.unflatten(0, query.shape[:2])
 
     def _attend_with_earlier_keys(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, piece: Piece
     ) -> list[torch.Tensor]:
-        """Contexts [queries, heads, head_dim] of a piece whose record began before its first query."""
+        """Return the contexts [queries, heads, head_dim] of a piece whose record began before its first
+        query.
+        """
         contexts = []
         for begin in range(0, piece.queries, _QUERY_BLOCK):
             end = min(begin + _QUERY_BLOCK, piece.queries)
@@ -195,8 +199,11 @@ class ScaledDotProductAttention(MegatronModule):
         value: torch.Tensor,
         forbidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Query [n, heads, queries, head_dim], key and value [n, KV heads, keys, head_dim] -> context like
-        query; causal unless a mask says what is forbidden."""
+        """Return a context like query [n, heads, queries, head_dim].
+
+        Key and value are [n, KV heads, keys, head_dim]. Attention is causal unless a mask says which keys are
+        forbidden.
+        """
         dropout = self.dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
             return torch.nn.functional.scaled_dot_product_attention(
@@ -267,14 +274,16 @@ class _VariableLengths:
 
 
 def computes_unfused() -> bool:
-    """Whether Transformer Engine, which chose how to attend in the last call, had no kernel for records."""
+    """Return whether Transformer Engine, which chose how to attend in the last call, had no kernel for
+    records.
+    """
     engine = sys.modules.get("transformer_engine.pytorch.attention.dot_product_attention")
     return bool(getattr(engine, "_attention_backends", {}).get("use_unfused_attention"))
 
 
 @functools.cache
 def _warn_where_unfused() -> None:
-    """Once, on the first rank: the attention that is left then works, but writes out all scores."""
+    """Warn once, on the first rank: attention without a kernel works, but writes out all scores."""
     if os.environ.get("RANK", "0") == "0" and computes_unfused():
         warnings.warn(
             "Transformer Engine has no variable-length attention kernel here and computes all scores of "
@@ -286,7 +295,7 @@ def _warn_where_unfused() -> None:
 
 @functools.cache
 def with_variable_lengths(core_attention: type) -> type:
-    """A core attention of Transformer Engine that understands `RecordSpans`."""
+    """Return a subclass of Transformer Engine's core attention that understands `RecordSpans`."""
     name = f"Packed{core_attention.__name__}"
     return type(name, (_VariableLengths, core_attention), {})
 
@@ -297,7 +306,7 @@ def gather_keys_values(
     rows: RecordSpans,
     group: torch.distributed.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [L, B, KV heads, head_dim] of each rank -> those of the whole rows [S, B, …].
+    """Gather keys and values [L, B, KV heads, head_dim] of each rank into whole rows [S, B, …].
 
     The backward pass sums the gradients of all ranks' queries and gives each rank its own part.
     """
@@ -310,7 +319,7 @@ def gather_keys_values(
 def _cp_group(
     config: TransformerConfig, pg_collection: ProcessGroupCollection | None
 ) -> torch.distributed.ProcessGroup | None:
-    """The context-parallel group; None where it has one rank."""
+    """Return the context-parallel group; None where it has one rank."""
     if config.context_parallel_size == 1:
         return None
     return (

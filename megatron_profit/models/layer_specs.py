@@ -1,8 +1,8 @@
-"""Layer specs: Megatron's own, with the parts replaced that cannot do SFT without Transformer Engine.
+"""Layer specs: Megatron's own, except for the parts that cannot do SFT without Transformer Engine.
 
-With either implementation, attention is taught to keep the records of a row apart. Megatron's local
-implementation also lacks an RMSNorm that works under sequence parallelism, and an attention whose memory does
-not grow with the square of the sequence length and that knows context parallelism.
+With either implementation, attention keeps the records of a row apart. Megatron's local implementation also
+lacks two parts: an RMSNorm that works under sequence parallelism, and an attention for long rows. That
+attention's memory must not grow with the square of the sequence length, and it must know context parallelism.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RMSNorm(torch.nn.RMSNorm):
 def layer_spec(
     config: GPTModelConfig, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The `GPTModelConfig.transformer_layer_spec` of this project.
+    """Return the `GPTModelConfig.transformer_layer_spec` of this project.
 
     Args:
         config: The model configuration; `transformer_impl` decides between Transformer Engine, whose
@@ -86,7 +86,7 @@ def _with_own_parts(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
 
 
 def _with_engine_attention(spec: ModuleSpec) -> ModuleSpec:
-    """Transformer Engine's layer, whose core attention takes the records of a row apart."""
+    """Return Transformer Engine's layer with a core attention that keeps the records of a row apart."""
     core_attention = spec.submodules.self_attention.submodules.core_attention
     return _with_attention_parts(spec, {"core_attention": with_variable_lengths(core_attention)})
 

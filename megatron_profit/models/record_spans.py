@@ -1,12 +1,13 @@
-"""Where the records of a micro-batch lie, for an attention that does not see across them.
+"""The places of records in a micro-batch, for an attention that does not see across records.
 
-The hidden states keep Megatron's shape [S, B, H], whatever the rows hold, so that pipeline, virtual
-pipeline and sequence parallelism need nothing of their own. Only attention asks where records begin, and
-`RecordSpans` tells it: it stands where Megatron passes its PackedSeqParams.
+The hidden states keep Megatron's shape [S, B, H], whatever records the rows hold. So pipeline, virtual
+pipeline and sequence parallelism work unchanged. Only attention asks where records begin, and `RecordSpans`
+tells it: this object takes the place of Megatron's PackedSeqParams.
 
-Context parallelism splits each row as Megatron does, into 2 * CP chunks of which rank r holds chunks r
-and 2 * CP - 1 - r (a causal mask gives them equal work). A record may lie across chunks: its queries on a
-rank are one or two `Piece`s, whose keys begin with the record.
+Context parallelism splits each row as Megatron does, into 2 * CP chunks. Rank r holds chunks r and
+2 * CP - 1 - r (a causal mask gives them equal work). For example, with CP = 2 rank 0 holds chunks 0 and 3.
+A record may lie across chunks: its queries on a rank are one or two `Piece`s, whose keys begin with the
+record.
 
 Shape suffixes: B rows, S positions of a row, L positions of a row on this rank, T = B * L.
 """
@@ -29,14 +30,15 @@ _SIMILAR = 0.75
 class Piece:
     """Consecutive queries of one record on this rank, and the keys that they may see.
 
-    Query i sees the keys up to number keys - queries + i: the last query sees all of them.
+    Query i sees the keys up to number keys - queries + i. For example, with 2 queries and 5 keys, query 0
+    sees keys 0 to 3 and query 1 sees all.
 
     Attributes:
-        row: In the micro-batch.
+        row: Its row in the micro-batch.
         query: First query, counted in the rank's part of the row.
-        queries: Their number.
+        queries: Number of queries.
         key: First key, counted in the whole row.
-        keys: Their number.
+        keys: Number of keys.
     """
 
     row: int
@@ -48,10 +50,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Pieces of similar length whose queries are all of their keys' record, for one batched call.
+    """Pieces of similar length whose queries and keys are the same tokens, for one batched call.
 
     Attributes:
-        count, length: Pieces, and tokens of the longest.
+        count, length: Number of pieces, and tokens of the longest.
         query_index: [count * length] int64, tokens of this rank in sequence-first order [L, B]. A shorter
             piece repeats its last token: no causal query before it sees the repetitions.
         key_index: The same tokens in the order [S, B] of the whole rows.
@@ -65,7 +67,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How attention without a variable-length kernel goes through the pieces.
+    """The order in which attention without a variable-length kernel handles the pieces.
 
     Attributes:
         buckets: Pieces that begin with their record, which need no mask but the causal one.
@@ -85,7 +87,7 @@ class VariableLengths:
 
     Attributes:
         cu_queries, cu_keys: [pieces + 1] int32, where the queries and the keys of each piece begin.
-        max_queries, max_keys: Of the longest piece.
+        max_queries, max_keys: Queries and keys of the longest piece.
         key_index: [cu_keys[-1]] int64, tokens of the whole rows in the order [B, S]; None where each
             token is a key once, in order.
     """
@@ -98,7 +100,7 @@ class VariableLengths:
 
 
 def context_parallel_chunks(seq_length: int, cp_size: int, cp_rank: int) -> list[tuple[int, int]]:
-    """The parts (begin, end) of a row that a context-parallel rank holds, in order.
+    """Return the parts (begin, end) of a row that a context-parallel rank holds, in order.
 
     Raises:
         ValueError: When the row cannot be split.
@@ -116,13 +118,13 @@ def context_parallel_chunks(seq_length: int, cp_size: int, cp_rank: int) -> list
 
 
 def context_parallel_index(seq_length: int, cp_size: int, cp_rank: int) -> torch.Tensor:
-    """[L] int64, the positions of a row that a context-parallel rank holds."""
+    """Return [L] int64, the positions of a row that a context-parallel rank holds."""
     chunks = context_parallel_chunks(seq_length, cp_size, cp_rank)
     return torch.cat([torch.arange(begin, end) for begin, end in chunks])
 
 
 def find_pieces(position_ids: torch.Tensor, cp_size: int = 1, cp_rank: int = 0) -> list[Piece]:
-    """The pieces of a micro-batch on one rank, by row and then by place in the row.
+    """Return the pieces of a micro-batch on one rank, by row and then by place in the row.
 
     Args:
         position_ids: [B, S] integers on the CPU, of the whole rows; 0 exactly where a record (or the
@@ -156,9 +158,9 @@ class RecordSpans(PackedSeqParams):
 
     Attributes:
         cu_seqlens_q, cu_seqlens_kv: [records + 1] int32 on the CPU, where the records begin in [B, S].
-        pieces: Of this rank.
-        shape: (B, S), of the whole rows.
-        device: Where attention runs.
+        pieces: The pieces on this rank.
+        shape: (B, S) of the whole rows.
+        device: The device of the attention.
         cp_size: Context-parallel ranks that share a row.
         rotary: [L, B, 1, head_dim] fp32, rotary angles by the position in the record; None leaves
             Megatron's, which go by the position in the row. Attention scores depend on differences of
@@ -200,7 +202,7 @@ class RecordSpans(PackedSeqParams):
 
     @cached_property
     def plan(self) -> AttentionPlan:
-        """For attention on scaled_dot_product_attention."""
+        """The order of attention on scaled_dot_product_attention."""
         own = [piece for piece in self.pieces if piece.queries == piece.keys]
         groups = _similar_lengths(own)
         continued = [piece for piece in self.pieces if piece.queries < piece.keys]
@@ -221,7 +223,7 @@ class RecordSpans(PackedSeqParams):
 
     @cached_property
     def variable_lengths(self) -> VariableLengths:
-        """For a variable-length kernel."""
+        """The arguments of a variable-length kernel."""
         queries, keys = ([getattr(p, n) for p in self.pieces] for n in ("queries", "keys"))
         key_index = None
         if self.cp_size > 1:
@@ -266,7 +268,7 @@ class RecordSpans(PackedSeqParams):
 def rotary_angles(
     model: GPTModel, position_ids: torch.Tensor, seq_length: int
 ) -> torch.Tensor | None:
-    """Rotary angles by the position in the record.
+    """Return the rotary angles by the position in the record.
 
     Args:
         position_ids: [B, L] int64, below `seq_length`.
@@ -282,12 +284,12 @@ def rotary_angles(
 
 
 def _tokens(order: np.ndarray, piece: Piece) -> np.ndarray:
-    """The part of [L, B] that holds the piece's queries."""
+    """Return the part of [L, B] that holds the piece's queries."""
     return order[piece.query : piece.query + piece.queries, piece.row]
 
 
 def _similar_lengths(pieces: list[Piece]) -> list[list[Piece]]:
-    """The pieces in groups of similar lengths, each with its longest first."""
+    """Return the pieces in groups of similar lengths, each with its longest first."""
     groups: list[list[Piece]] = []
     for piece in sorted(pieces, key=lambda p: -p.queries):
         if groups and piece.queries >= _SIMILAR * groups[-1][0].queries:

@@ -30,14 +30,14 @@ class ASFT(Objective):
     """L_t = -sg(p) log p + lambda KL2(p_ref || p); weight p + lambda (p_ref - p) / (1 - p).
 
     https://arxiv.org/abs/2509.23753, with one difference. The paper's KL runs over the whole
-    vocabulary; KL2 is that of the two outcomes {target, not the target}:
+    vocabulary; KL2 is the KL of the two outcomes {target, not the target}:
 
         KL2 = p_ref log(p_ref / p) + (1 - p_ref) log((1 - p_ref) / (1 - p))
 
     It needs one number per token from the reference model instead of the vocabulary. It never
-    exceeds the full KL (data processing), and its gradient on the target's logit, p - p_ref, is that
-    of the full KL; on the others it acts in proportion to their p_v, where the full KL pulls each to
-    its own reference. The weight is negative where the model has moved far above the reference.
+    exceeds the full KL (data processing), and its gradient on the target's logit, p - p_ref, equals the full
+    KL's. On the other logits it acts in proportion to their p_v, where the full KL pulls each to its own
+    reference. The weight is negative where the model has moved far above the reference.
 
     The weight grows like 1 / (1 - p) towards p = 1. Its product with softmax - onehot stays finite, as
     every entry holds a factor of at most 1 - p: the target is pulled down by lambda (p - p_ref) however
@@ -71,22 +71,22 @@ class ASFT(Objective):
         )
 
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """The mean of KL2."""
+        """Return the mean of KL2 as a sum and a count."""
         kl = two_outcome_kl(_ref(statistics), statistics.log_prob)
         return {"KL to reference": (kl.sum(), torch.tensor(kl.numel(), device=kl.device))}
 
 
 def two_outcome_kl(ref_log_prob: Tensor, log_prob: Tensor) -> Tensor:
-    """[N] KL of {target, not the target} in nats; infinite where p = 0 and p_ref is not."""
+    """Return [N] KL of {target, not the target} in nats; infinite where p = 0 and p_ref is not."""
     ref_prob = ref_log_prob.exp()
-    # p_ref = 0 adds nothing, although the logarithm of the ratio is infinite.
+    # Where p_ref = 0 the term is 0, although the logarithm of the ratio is infinite.
     target = torch.where(ref_prob == 0, 0.0, ref_prob * log_ratio(ref_log_prob, log_prob))
     ref_rest, rest = _log_complement(ref_log_prob), _log_complement(log_prob)
     return target + ref_rest.exp() * (ref_rest - rest)
 
 
 def _log_complement(log_prob: Tensor) -> Tensor:
-    """log(1 - p), with 1 - p at least ``_LEAST``."""
+    """Return log(1 - p), with 1 - p at least ``_LEAST``."""
     return log1mexp(log_prob.clamp(max=-_LEAST))
 
 

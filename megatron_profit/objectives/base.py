@@ -1,7 +1,7 @@
 """The contract between a kernel and an objective: token statistics in, loss and weight out.
 
-An objective sees only vectors with one entry per supervised token, never logits or process groups,
-so the same few lines serve one process, a sharded vocabulary, and a paper's script.
+An objective sees only vectors with one entry per supervised token, never logits or process groups. So the
+same few lines serve one process, a sharded vocabulary, and a paper's script.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-# What a kernel computes on demand, and what only the caller can give.
+# Statistics that a kernel computes on demand, and statistics that only the caller can give.
 COMPUTED_STATISTICS = ("entropy", "sum_squared_prob", "top20_entropy")
 GIVEN_STATISTICS = ("ref_log_prob", "old_log_prob", "uniform", "selected")
 OPTIONAL_STATISTICS = (*COMPUTED_STATISTICS, *GIVEN_STATISTICS)
 
-# What the summed loss is divided by: all supervised tokens of the global batch, or those of nonzero weight.
+# The divisor of the summed loss: all supervised tokens of the global batch, or the tokens of nonzero weight.
 NORMALIZATIONS = ("valid", "kept")
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStatistics:
-    """What the model says about each target token; every vector has the shape of ``log_prob``.
+    """Statistics of the model's prediction for each target token; every vector has the shape of ``log_prob``.
 
     Attributes:
         log_prob: [N] log-probability of the target in nats, float32 or float64.
@@ -37,8 +37,8 @@ class TokenStatistics:
             trained, in nats.
         uniform: [N] one random number in [0, 1) per token, for random selection.
         selected: [N] bool, the tokens that were chosen by a ranking of the whole global batch.
-        softmax_prob: [N] probability of the target as the softmax gave it. ``exp(log_prob)`` rounds
-            (it turns a float32 0.1 into 0.09999999), so a kernel that has the softmax passes it.
+        softmax_prob: [N] probability of the target as the softmax gave it. ``exp(log_prob)`` rounds. For
+            example, it turns a float32 0.1 into 0.09999999. So a kernel that has the softmax passes it.
 
     Raises:
         ValueError: ``log_prob`` is neither float32 nor float64, a vector has another shape, or
@@ -91,10 +91,12 @@ class ObjectiveOutput(NamedTuple):
 
 
 def option(help: str, *, default: Any = None, **argparse: Any) -> Any:
-    """Declares an option of an objective: a dataclass field that a command line can be built from.
+    """Declare an option of an objective: a dataclass field that a command line can be built from.
+
+    For example, ``option("Factor on the KL, 0 or more.", default=0.1, metavar="X")``.
 
     Args:
-        help: what the option does, with its unit or range.
+        help: the effect of the option, with its unit or range.
         default: value when not given.
         **argparse: further keywords of ``ArgumentParser.add_argument``: ``choices``, ``nargs``, ...
 
@@ -126,10 +128,10 @@ class Objective(ABC):
 
     @abstractmethod
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        """Computes loss and weight; every statistic in ``required_statistics`` is present."""
+        """Compute loss and weight; every statistic in ``required_statistics`` is present."""
 
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """What is worth logging about this objective alone: name to (sum, count), both scalars.
+        """Return metrics of this objective alone: name to (sum, count), both scalars.
 
         Both are added up over micro-batches and ranks before they are divided.
 
@@ -139,7 +141,7 @@ class Objective(ABC):
         return {}
 
     def __call__(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        """Computes the per-token loss and weight.
+        """Compute the per-token loss and weight.
 
         A missing ``uniform`` is drawn from torch's default generator. Under tensor parallelism pass
         it (see ``token_uniform``), so that all ranks agree; ``ops.linear_objective`` insists on it.
@@ -166,7 +168,7 @@ class Objective(ABC):
 
 
 def weighted_nll(weight: Tensor, statistics: TokenStatistics) -> ObjectiveOutput:
-    """-sg(weight) log p: the objective of a factor that is held constant, or of a mask.
+    """Return the output of -sg(weight) log p, for an objective whose factor is constant or a mask.
 
     Args:
         weight: [N], of any dtype.
@@ -178,5 +180,5 @@ def weighted_nll(weight: Tensor, statistics: TokenStatistics) -> ObjectiveOutput
     log_prob = statistics.log_prob
     weight = weight.detach().to(log_prob.dtype)
     loss = -weight * log_prob
-    # where, not the product alone: 0 * inf is NaN.
+    # Uses where, not the product alone: 0 * inf is NaN.
     return ObjectiveOutput(torch.where(weight == 0, torch.zeros_like(loss), loss), weight)

@@ -10,10 +10,10 @@ from typing import Any
 def number_in(
     name: str, value: Any, low: float, high: float = math.inf, *, low_open: bool = False
 ) -> float:
-    """``value`` as a finite float in [low, high], or in (low, high] with ``low_open``.
+    """Return ``value`` as a finite float in [low, high], or in (low, high] with ``low_open``.
 
     Raises:
-        ValueError: it is not; the message names the option, the value and the interval.
+        ValueError: it is outside; the message names the option, the value and the interval.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -28,13 +28,16 @@ def number_in(
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuses a value that is not among ``choices`` with a ValueError that lists them."""
+    """Refuse a value that is not among ``choices`` with a ValueError that lists them."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; set it to one of {', '.join(choices)}.")
 
 
 def flatten(value: Any) -> Iterator[Any]:
-    """Single values in "0.3,0.7", "0.3 0.7", [0.3, 0.7], ["0.3", "0.7"] or 0.3."""
+    """Yield the single values in "0.3,0.7", "0.3 0.7", [0.3, 0.7], ["0.3", "0.7"] or 0.3.
+
+    For example, "0.3,0.7" gives "0.3" and "0.7".
+    """
     if isinstance(value, str):
         yield from value.replace(",", " ").split()
     elif isinstance(value, (list, tuple)):

@@ -20,7 +20,7 @@ class DFT(Objective):
     """L_t = -sg(p_t) log p_t, weight p_t.
 
     Equation 9 of https://arxiv.org/abs/2508.05629; the sum is divided by the unweighted count.
-    Its gradient is that of -p_t (see ``GeneralizedCrossEntropy``); only the logged loss differs.
+    Its gradient is the same as for -p_t (see ``GeneralizedCrossEntropy``); only the logged loss differs.
     """
 
     drops_tokens: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Entropy-adaptive fine-tuning: cross-entropy weighted by how undecided the model is."""
+"""Entropy-adaptive fine-tuning: cross-entropy weighted by the model's entropy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EAFT(Objective):
     """L_t = -sg((H20_t / 3)^alpha) log p_t, weight (H20_t / 3)^alpha.
 
     https://arxiv.org/abs/2601.02151; H20 is the entropy of the 20 most probable tokens, renormalised.
-    A confident model is not pulled away from what it believes; its weight can exceed 1 by a little.
+    A confident model is not pulled away from its own prediction; its weight can exceed 1 by a little.
 
     Attributes:
         entropy_exponent: alpha, greater than 0.

@@ -18,9 +18,9 @@ class GeneralizedCrossEntropy(ThresholdObjective):
     """L_t = M_t (1 - p_t^q) / q, weight M_t p_t^q; M_t = 1 unless a threshold is given.
 
     Zhang and Sabuncu 2018 (https://arxiv.org/abs/1805.07836, equation 6) between cross-entropy
-    (q -> 0) and 1 - p (q = 1). For fine-tuning in https://arxiv.org/abs/2510.00526 ("Beyond Log
-    Likelihood"): q = 1 is its -p, q = 10 its -p^10 up to the factor 1 / q, and the thresholds
-    higher and lower are its OnlyTopP and OnlyBottomP.
+    (q -> 0) and 1 - p (q = 1). For fine-tuning it is used in https://arxiv.org/abs/2510.00526 ("Beyond Log
+    Likelihood"). Its -p is q = 1, and its -p^10 is q = 10 up to the factor 1 / q. Its OnlyTopP and
+    OnlyBottomP are the thresholds higher and lower.
 
     Attributes:
         prob_exponent: q, greater than 0.

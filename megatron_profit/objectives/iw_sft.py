@@ -22,8 +22,8 @@ from megatron_profit.objectives.registry import register_objective
 class ImportanceWeightedSFT(Objective):
     """L_t = -sg(clamp(p_t / p_ref_t, low, high)) log p_t; weight the clamped ratio.
 
-    The per-token variant of https://arxiv.org/abs/2507.12856, with a frozen reference model. At the
-    start of a run from the reference model the ratio is 1 and it is SFT.
+    The per-token variant of https://arxiv.org/abs/2507.12856, with a frozen reference model. At the start of
+    a run from the reference model the ratio is 1, so the objective is SFT.
 
     Attributes:
         ratio_min, ratio_max: the clamp, 0 <= ratio_min <= 1 <= ratio_max.

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def log_ratio(log_prob: Tensor, other: Tensor) -> Tensor:
-    """log(p / p_other) in nats; 0 where both are 0, which a difference would make NaN."""
+    """Return log(p / p_other) in nats; 0 where both are 0, which a difference would make NaN."""
     both_zero = log_prob.isneginf() & other.isneginf()
     return torch.where(both_zero, torch.zeros_like(log_prob), log_prob - other)
 
 
 def log1mexp(log_prob: Tensor) -> Tensor:
-    """log(1 - p) from log p, in nats: -inf at p = 1.
+    """Return log(1 - p) from log p, in nats: -inf at p = 1.
 
-    Of the two ways to write it, each loses its digits where the other keeps them (Maechler 2012,
+    There are two ways to write it. Each loses its digits where the other keeps them (Maechler 2012,
     "Accurately computing log(1 - exp(-|a|))").
     """
     small = log_prob < -math.log(2)

@@ -18,7 +18,7 @@ from megatron_profit.objectives.thresholds import ThresholdObjective
 class ProFit(ThresholdObjective):
     """L_t = -M_t log p_t with M_t = 1 for a kept token and 0 for a dropped one; weight M_t.
 
-    The options, and what each direction keeps, are those of ``ThresholdObjective``.
+    ``ThresholdObjective`` describes the options and the direction of each threshold.
 
     The released code gives ``random`` a threshold tau and *drops* with probability tau:
     ``keep_ratio = 1 - tau``, so its 0.3 is ``keep_ratio=0.7`` here, which keeps 70 % of the tokens.

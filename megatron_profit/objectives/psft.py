@@ -25,7 +25,7 @@ class PSFT(Objective):
     https://arxiv.org/abs/2508.17784 and its released code: token mean, log r clamped to +-20. The
     advantage is 1, so the lower clip never binds; ``clip_low`` only says from where on a token
     counts as ``ratio below clip`` in the metrics. p_old must be refreshed only every few optimizer
-    steps: at p == p_old the gradient is exactly that of SFT.
+    steps: at p == p_old the gradient is exactly SFT's.
 
     Attributes:
         clip_low: in [0, 1].
@@ -57,13 +57,13 @@ class PSFT(Objective):
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         log_r = _log_ratio(statistics)
         ratio = _clamped(log_r).exp()
-        # min(r, clip(r, low, high)) is min(r, high): what is lower than `low` is r itself.
+        # min(r, clip(r, low, high)) is min(r, high): a ratio below `low` stays r itself.
         top = 1 + self.clip_high
         flat = (ratio > top) | (log_r.abs() > LOG_RATIO_LIMIT)
         return ObjectiveOutput(-ratio.masked_fill(ratio > top, top), ratio.masked_fill(flat, 0.0))
 
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Clip fraction, mean ratio, and Schulman's k3 estimate of a KL."""
+        """Return the clip fraction, the mean ratio, and Schulman's k3 estimate of a KL."""
         log_r = _clamped(_log_ratio(statistics))
         ratio = log_r.exp()
         count = torch.tensor(ratio.numel(), device=ratio.device)
@@ -71,18 +71,18 @@ class PSFT(Objective):
             "clip fraction": ((ratio > 1 + self.clip_high).sum(), count),
             "ratio below clip": ((ratio < 1 - self.clip_low).sum(), count),
             "mean ratio": (ratio.sum(), count),
-            # Of targets, not of samples from the old policy: an indicator of drift, not a KL.
+            # Computed on targets, not on samples from the old policy: an indicator of drift, not a KL.
             "approximate KL": ((ratio - 1 - log_r).sum(), count),
         }
 
 
 def _log_ratio(statistics: TokenStatistics) -> Tensor:
-    """[N] log(p / p_old)."""
+    """Return [N] log(p / p_old)."""
     assert statistics.old_log_prob is not None
     return log_ratio(statistics.log_prob, statistics.old_log_prob)
 
 
 def _clamped(log_r: Tensor) -> Tensor:
-    """``clamp`` with a slope of exactly 1 on the bounds, where torch's may be one half."""
+    """Clamp with a slope of exactly 1 on the bounds, where torch's slope may be one half."""
     limit = LOG_RATIO_LIMIT
     return log_r.masked_fill(log_r > limit, limit).masked_fill(log_r < -limit, -limit)

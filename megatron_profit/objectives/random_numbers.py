@@ -1,8 +1,7 @@
-"""Random numbers that belong to a token and not to a process.
+"""Random numbers that depend on the token alone, not on the process.
 
-A generator's state depends on how a batch is split over ranks and micro-batches. A hash of (seed,
-sample, position) does not: every layout, and every rank of a tensor-parallel group, draws the same
-number.
+A generator's state depends on how a batch is split over ranks and micro-batches. A hash of (seed, sample,
+position) does not: every layout, and every rank of a tensor-parallel group, draws the same number.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ _MASK_64 = (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits as ``value`` modulo 2**64."""
+    """Return the int64 with the same 64 bits as ``value`` modulo 2**64."""
     value &= _MASK_64
     return value - (1 << 64) if value >> 63 else value
 
@@ -25,7 +24,7 @@ _FACTOR_2 = _signed(0x94D049BB133111EB)
 
 
 def token_uniform(seed: int, sample_index: Tensor, position: Tensor) -> Tensor:
-    """A random number in [0, 1) for each token, a function of its three coordinates only.
+    """Return a random number in [0, 1) for each token, a function of seed, sample and position only.
 
     SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"),
     nested: the sample selects a stream of the seed, the position a number in that stream.
@@ -53,12 +52,14 @@ def token_uniform(seed: int, sample_index: Tensor, position: Tensor) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """The SplitMix64 finalizer on int64, whose products wrap around modulo 2**64."""
+    """Apply the SplitMix64 finalizer to int64, whose products wrap around modulo 2**64."""
     bits = (bits ^ _shift_right(bits, 30)) * _FACTOR_1
     bits = (bits ^ _shift_right(bits, 27)) * _FACTOR_2
     return bits ^ _shift_right(bits, 31)
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift: torch's own is arithmetic, so the copies of the sign bit are masked off."""
+    """Shift right logically. torch's own shift is arithmetic, so the copies of the sign bit are
+    masked off.
+    """
     return (bits >> count) & (_MASK_64 >> count)

@@ -1,4 +1,4 @@
-"""Objectives that train the share of the tokens that stands highest in a ranking."""
+"""Objectives that train the top share of the tokens by a score."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ RANK_SCOPES = ("micro_batch", "global_batch")
 
 
 def top_share(score: Tensor, share: float) -> Tensor:
-    """[N] bool: the ``kept_count(share, N)`` entries of highest score.
+    """Return [N] bool: the ``kept_count(share, N)`` entries of highest score.
 
-    Among equal scores the earlier position is kept. A NaN counts as the highest, so that it shows.
+    Among equal scores the earlier position is kept. For example, scores 3, 1, 3, 2 with share 0.25 keep the
+    first position only. A NaN counts as the highest, so that it shows.
     """
     kept = torch.zeros_like(score, dtype=torch.bool)
     order = score.detach().sort(descending=True, stable=True).indices
@@ -35,7 +36,10 @@ def top_share(score: Tensor, share: float) -> Tensor:
 
 
 def kept_count(share: float, num_tokens: int) -> int:
-    """ceil(share * num_tokens), with the share as it is written: 0.07 of 100 are 7 tokens."""
+    """Return ceil(share * num_tokens), with the share as it is written.
+
+    For example, 0.07 of 100 tokens are 7. In floating point the product is 7.000000000000001.
+    """
     return math.ceil(Fraction(repr(share)) * num_tokens)
 
 
@@ -43,9 +47,9 @@ def kept_count(share: float, num_tokens: int) -> int:
 class RankedObjective(Objective):
     """L_t = -M_t log p_t with M_t = 1 on the ceil(keep_share * n) tokens of highest score; weight M_t.
 
-    Under the scope ``micro_batch`` the n tokens are those of one call, so the mask depends on how a
-    global batch is split. Under ``global_batch`` whoever sees the whole batch computes the
-    ``score_statistics`` of all its tokens, ranks their ``score`` (``top_share``), and passes the
+    Under the scope ``micro_batch`` the n tokens are one call's, so the mask depends on how a global batch is
+    split. Under ``global_batch`` whoever sees the whole batch computes the ``score_statistics`` of all its
+    tokens, ranks their ``score`` (``top_share``), and passes the
     statistic ``selected``: the same mask for any layout.
 
     Attributes:
@@ -80,7 +84,7 @@ class RankedObjective(Objective):
 
     @abstractmethod
     def score(self, statistics: TokenStatistics) -> Tensor:
-        """[N] what the tokens are ranked by, the highest kept first."""
+        """Return [N] the score of each token; the highest are kept."""
 
     @property
     def required_statistics(self) -> frozenset[str]:

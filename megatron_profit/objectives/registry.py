@@ -1,8 +1,8 @@
 """Objectives by name.
 
-A new objective is one file with a decorated dataclass and one import in ``__init__.py``; its fields
-are its options, for ``build_objective`` and for a command line alike. One from outside is named by
-an entry point of the group ``megatron_profit.objectives``, or as ``package.module:Class``.
+A new objective is one file with a decorated dataclass and one import in ``__init__.py``. Its fields are its
+options, for ``build_objective`` and for a command line alike. An objective from outside is named by an entry
+point of the group ``megatron_profit.objectives``, or as ``package.module:Class``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
 
 
 def register_objective(name: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
-    """Class decorator that makes an objective available as ``build_objective(name)``.
+    """Return a class decorator that makes an objective available as ``build_objective(name)``.
 
     Raises:
         ValueError: the name is taken by another class.
@@ -43,19 +43,19 @@ def register_objective(name: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
 
 
 def objective_names() -> tuple[str, ...]:
-    """Names of the registered objectives, sorted: those of this package, and what was loaded."""
+    """Return the names of the registered objectives, sorted: this package's, and the loaded ones."""
     return tuple(sorted(_OBJECTIVES))
 
 
 def load_objective(name: str) -> type[Objective]:
-    """The class of a name; one from outside is imported and registered.
+    """Return the class of a name; one from outside is imported and registered.
 
     Args:
-        name: a registered name, that of an entry point of ``megatron_profit.objectives``, or
+        name: a registered name, the name of an entry point of ``megatron_profit.objectives``, or
             ``package.module:Class``.
 
     Raises:
-        ValueError: an unknown name, or what it refers to cannot be imported or is no objective.
+        ValueError: the name is unknown, cannot be imported, or refers to something else than an objective.
     """
     if name in _OBJECTIVES:
         return _OBJECTIVES[name]
@@ -70,7 +70,7 @@ def load_objective(name: str) -> type[Objective]:
 
 
 def objective_options(name: str) -> tuple[Field[Any], ...]:
-    """Options of an objective; the ``metadata`` of each is ``add_argument`` keywords.
+    """Return options of an objective; the ``metadata`` of each is ``add_argument`` keywords.
 
     Raises:
         ValueError: unknown name.
@@ -79,7 +79,7 @@ def objective_options(name: str) -> tuple[Field[Any], ...]:
 
 
 def build_objective(name: str, /, **options: Any) -> Objective:
-    """Builds an objective from its name and options.
+    """Build an objective from its name and options.
 
     Example: ``build_objective("profit", prob_threshold=0.1, threshold_direction="higher")``.
 
@@ -95,7 +95,7 @@ def build_objective(name: str, /, **options: Any) -> Objective:
 
 
 def _outside_class(name: str) -> Any:
-    """What an entry point or ``package.module:Class`` refers to."""
+    """Return the class that an entry point or ``package.module:Class`` refers to."""
     points = entry_points(group=ENTRY_POINT_GROUP)
     if ":" in name:
         module, _, attribute = name.partition(":")

@@ -17,8 +17,8 @@ from megatron_profit.objectives.registry import register_objective
 class Rho1(RankedObjective):
     """The top share by the excess loss (-log p) - (-log p_ref); weight 1 there, else 0.
 
-    Rho-1, https://arxiv.org/abs/2404.07965, equations 3 to 5: the reference is a model trained on
-    clean data, the sum is divided by the kept tokens, and 60 % are kept (70 % for the 7B model).
+    Rho-1, https://arxiv.org/abs/2404.07965, equations 3 to 5: the reference is a model trained on clean data.
+    The sum is divided by the kept tokens. 60 % are kept (70 % for the 7B model).
     """
 
     keep_share: float = option(

@@ -15,7 +15,8 @@ SCHEDULE_SHAPES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class OptionSchedule:
-    """Takes an option from ``start`` to its own value, which it has from ``steps`` on.
+    """Takes an option from ``start`` to its final value, which it has from ``steps`` on. For example, a
+    linear schedule from 0 over 100 steps to 0.1 gives 0.05 at step 50.
 
     Attributes:
         option: name of an option that is a float or a tuple of floats.
@@ -46,11 +47,11 @@ class OptionSchedule:
         object.__setattr__(self, "start", start)
 
     def value(self, step: int, end: float) -> float:
-        """The option at a step, counted from 0; ``end`` is where it goes."""
+        """Return the option at a step, counted from 0; ``end`` is its final value."""
         return self._between(step, self.start[0], end)
 
     def values(self, step: int, end: tuple[float, ...]) -> tuple[float, ...]:
-        """``value`` of an option that is a tuple."""
+        """Return ``value`` of an option that is a tuple."""
         pairs = zip(self.start, end, strict=True)
         return tuple(self._between(step, one, other) for one, other in pairs)
 
@@ -70,12 +71,12 @@ class ScheduledObjective:
     """An objective for each step of a run.
 
     Attributes:
-        objective: what it becomes, and is at the end.
+        objective: the objective at the end of the schedules.
         schedules: at most one for each of its options.
-        warmup_steps: steps of plain SFT at the beginning; the schedules begin behind them.
+        warmup_steps: steps of plain SFT at the beginning; the schedules begin after them.
 
     Raises:
-        ValueError: a schedule that does not fit the objective or changes nothing, or a negative
+        ValueError: a schedule that does not fit the objective or has no effect, or a negative
             warm-up.
     """
 
@@ -120,11 +121,11 @@ class ScheduledObjective:
 
     @property
     def required_statistics(self) -> frozenset[str]:
-        """What any of the steps needs."""
+        """The statistics that at least one of the steps needs."""
         return self.objective.required_statistics
 
     def at(self, step: int) -> Objective:
-        """The objective of a step, counted from 0."""
+        """Return the objective of a step, counted from 0."""
         if step < self.warmup_steps:
             return SFT()
         values: dict[str, float | tuple[float, ...]] = {}

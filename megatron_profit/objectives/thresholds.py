@@ -103,7 +103,7 @@ class ThresholdObjective(Objective):
         return frozenset({"uniform"} if self.threshold_direction == "random" else ())
 
     def kept(self, statistics: TokenStatistics) -> Tensor:
-        """[N] bool, M."""
+        """Return M, [N] bool."""
         if self.threshold_direction == "random":
             assert statistics.uniform is not None
             assert self.keep_ratio is not None
@@ -122,10 +122,11 @@ class ThresholdObjective(Objective):
 def strictly_beyond(
     compare: Callable[[Tensor, float], Tensor], prob: Tensor, log_prob: Tensor, tau: float
 ) -> Tensor:
-    """[N] bool: p is strictly below (``torch.lt``) or above (``torch.gt``) tau.
+    """Return [N] bool: p is strictly below (``torch.lt``) or above (``torch.gt``) tau.
 
-    A p that equals tau must not fall on either side, and rounding decides which form shows the
-    equality: p itself after a softmax, log p when only the logarithm is known. Both must agree.
+    A p that equals tau must not fall on either side, and rounding decides which form shows the equality: p
+    itself after a softmax, log p when only the logarithm is known. Both must agree. For example, a float32
+    0.1 may be 0.09999999 as exp(log p); its log p still equals log 0.1.
     """
     log_tau = torch.tensor(tau, dtype=log_prob.dtype).log().item()
     return compare(prob, tau) & compare(log_prob, log_tau)

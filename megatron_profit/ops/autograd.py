@@ -1,10 +1,9 @@
 """The one gradient of all objectives, weight * (softmax - onehot), one block of vocabulary at a time.
 
-Own backward on purpose: fused cross-entropies that scale every token by ``grad_output[0]``, or that
-compute gradients before they know the upstream ones, are silently wrong as soon as tokens have
-different weights. Here the forward pass keeps at most logits, never gradients: whatever comes from
-upstream, in whatever scale, meets them in float32. Rows without a gradient are left out of the
-products.
+Why this module has a backward pass of its own: some fused cross-entropies scale every token by
+``grad_output[0]``, and some compute gradients before they know the upstream ones. Both are silently wrong as
+soon as tokens have different weights. Here the forward pass keeps at most logits and never gradients. So
+upstream gradients of any scale are applied in float32. Rows without a gradient are left out of the products.
 
 Shapes: N tokens, M supervised rows, A active rows (of nonzero gradient), v vocabulary entries of a
 block, H hidden, V vocabulary rows of this rank.
@@ -28,17 +27,17 @@ from megatron_profit.ops.tiling import Source, Tiling, Workspace
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What the backward pass needs beside the tensors that autograd saves.
+    """Inputs of the backward pass, besides the tensors that autograd saves.
 
     Attributes:
         rows: the supervised rows.
-        shard: what of the vocabulary is here.
-        tiling: the cut of the forward pass.
+        shard: the part of the vocabulary that this rank holds.
+        tiling: the blocks of the forward pass.
         kernels: functions on a block of logits.
-        kept: logits [kept_rows, v] of each block from the forward pass, or nothing. Used up by the
-            first backward pass, so that memory is freed as it is needed; a second recomputes.
+        kept: logits [kept_rows, v] of each block from the forward pass; empty if none were kept. The first
+            backward pass uses them up, so that memory is freed as it is needed; a second one recomputes.
         reduce_hidden_grad: sum the gradient of hidden over the group.
-        main_grad: [V, H] buffer that the gradient of the weight is added to, instead of returned.
+        main_grad: [V, H] buffer. If given, the gradient of the weight is added to it and not returned.
     """
 
     rows: SupervisedRows
@@ -91,7 +90,7 @@ class LinearObjectiveFunction(torch.autograd.Function):
 
 
 def _sum_rows_(grad_hidden: Tensor, work: Work) -> None:
-    """Sums the supervised rows of grad_hidden [N, H] over the group.
+    """Sum the supervised rows of grad_hidden [N, H] over the group.
 
     Every rank enters with [M, H]: M follows from the labels alone, so the shapes agree.
     """
@@ -108,14 +107,16 @@ def _input_gradients(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """This rank's part of the gradient of hidden [N, H], and the gradient of its weight [V, H];
-    None in place of what is not wanted or went into ``main_grad``."""
+    """Return this rank's part of the gradient of hidden [N, H], and the gradient of its weight [V, H].
+
+    A gradient is None if it is not wanted; the weight's is None, too, if it went into ``main_grad``.
+    """
     active = coefficient.nonzero().squeeze(1)
     hidden_rows = hidden[work.rows.index[active]]
     targets = work.rows.targets[active]
     workspace = Workspace(hidden.device)
     max_logit, sum_exp, log_prob = (vector[active] for vector in normalizer)
-    # p - 1 from log p: a softmax near 1 has lost it.
+    # Computed from log p: next to 1, the softmax itself has lost the digits of p - 1.
     at_target = coefficient[active] * torch.expm1(log_prob)
     vectors = (coefficient[active], at_target, max_logit, sum_exp)
     logits_grad = _LogitsGradient(hidden_rows, active, vectors, work, workspace)
@@ -139,8 +140,10 @@ def _input_gradients(
 
 
 class _LogitsGradient:
-    """The gradient of the active rows' logits, block after block: from kept logits, then from
-    recomputed ones. Where all logits are kept and active, each block is overwritten by its gradient.
+    """The gradient of the active rows' logits, one block after another.
+
+    The logits come from the kept ones first and are then recomputed. Where all logits are kept and active,
+    each block is overwritten by its gradient.
 
     Args:
         hidden_rows: [A, H].
@@ -166,8 +169,10 @@ class _LogitsGradient:
         self._recomputed = hidden_rows[len(self._kept_active) :]
 
     def next_block(self, weight: Tensor, column: Tensor) -> Tensor:
-        """The gradient [A, v] on the next block of the weight, [v, H], with targets in ``column``
-        [A]; free to overwrite."""
+        """Return the gradient [A, v] on the next block of the weight, [v, H].
+
+        The caller may overwrite it. ``column`` [A] holds the targets.
+        """
         kept = self._kept.pop(0) if self._kept else None
         if kept is not None and self._all_kept:
             self._fill(kept, None, column, slice(None))
@@ -182,7 +187,7 @@ class _LogitsGradient:
         return grad
 
     def _fill(self, grad: Tensor, source: Source, column: Tensor, part: slice) -> None:
-        """Fills a part of the rows of ``grad``."""
+        """Fill a part of the rows of ``grad``."""
         coefficient, at_target, max_logit, sum_exp = (vector[part] for vector in self._vectors)
         self._gradient_(
             *(grad[part], source, column[part]),
@@ -194,8 +199,8 @@ class _LogitsGradient:
 class _HiddenGradient:
     """The gradient of the active rows of hidden, summed over the blocks in float32 or wider.
 
-    Where a product is rounded to half precision before it can be added, the target's part stays out
-    of it: most of a row's gradient is in that one block, and would be rounded once more.
+    Where a product is rounded to half precision before it is added, the target's part is added separately.
+    Most of a row's gradient is in the target's block, and it would be rounded once more.
     """
 
     def __init__(self, hidden_rows: Tensor, workspace: Workspace) -> None:
@@ -204,7 +209,7 @@ class _HiddenGradient:
         self._rounds = _rounds_products(self.sum, hidden_rows)
 
     def add(self, grad_logits: Tensor, weight: Tensor, column: Tensor) -> None:
-        """Adds grad_logits [A, v] @ weight [v, H]; the targets are in ``column`` [A]."""
+        """Add grad_logits [A, v] @ weight [v, H]; the targets are in ``column`` [A]."""
         if not self._rounds:
             _add_product_(self.sum, grad_logits, weight, self._workspace)
             return
@@ -219,45 +224,45 @@ class _HiddenGradient:
 
 
 class _WeightGradient:
-    """The gradient of the weight, block after block.
+    """The gradient of the weight, one block after another.
 
-    Megatron's fused accumulation: the gradient is added to ``main_grad`` and the parameter is told
-    so; what autograd gets is a stand-in, which makes the hooks of its data parallelism run. Its
-    values are not read, so nothing is written there.
+    With Megatron's fused accumulation the gradient is added to ``main_grad``, and the parameter is marked
+    accordingly. Autograd then gets a placeholder, which makes the hooks of Megatron's data parallelism run.
+    Its values are never read, so they are left unwritten.
     """
 
     def __init__(
         self, weight: Tensor, main_grad: Tensor | None, written: int, workspace: Workspace
     ) -> None:
-        """Makes room for the gradient, of which rows from ``written`` on stay zero."""
+        """Allocate the gradient. Rows from ``written`` on stay zero."""
         self._weight, self._main_grad, self._workspace = weight, main_grad, workspace
         if main_grad is None:
             self._grad = torch.empty_like(weight)
             self._grad[written:].zero_()
 
     def add(self, grad_logits: Tensor, hidden_rows: Tensor, block: slice) -> None:
-        """Adds grad_logits.T [v, A] @ hidden_rows [A, H] to a block."""
+        """Add grad_logits.T [v, A] @ hidden_rows [A, H] to a block."""
         if self._main_grad is None:
             torch.mm(grad_logits.t(), hidden_rows, out=self._grad[block])
         else:
             _add_product_(self._main_grad[block], grad_logits.t(), hidden_rows, self._workspace)
 
     def result(self) -> Tensor | None:
-        """What autograd gets."""
+        """Return the gradient for autograd."""
         if self._main_grad is None:
             return self._grad
         if not hasattr(self._weight, "grad_added_to_main_grad"):
             return None
         self._weight.grad_added_to_main_grad = True
-        # Set for a weight that is the embedding as well: what the embedding returns makes the hooks
-        # run, which add it to main_grad. Zeros beside it would be one more tensor of this size.
+        # Set for a weight that is the embedding as well. The embedding's gradient makes the hooks run, and
+        # they add it to main_grad. Zeros returned here would take another tensor of this size.
         if getattr(self._weight, "zero_out_wgrad", False):
             return None
         return torch.empty_like(self._weight)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, workspace: Workspace) -> None:
-    """total += left @ right, in place and in the precision of ``total``, which may be wider."""
+    """Add left @ right to total, in place and in the precision of ``total``, which may be wider."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif _rounds_products(total, left):
@@ -268,7 +273,9 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, workspace: Workspa
 
 
 def _rounds_products(total: Tensor, factor: Tensor) -> bool:
-    """Whether a product reaches ``total`` rounded to its factors' dtype: on a CPU, which has no
-    product of half-precision factors with a float32 result (torch 2.15)."""
+    """Return whether a product is rounded to its factors' dtype before it reaches ``total``.
+
+    This happens on a CPU: it has no product of half-precision factors with a float32 result (torch 2.15).
+    """
     on_cuda = total.device.type == "cuda" and total.dtype == torch.float32
     return total.dtype != factor.dtype and not on_cuda

@@ -17,9 +17,11 @@ from torch import Tensor
 class VocabShard:
     """The vocabulary rows that this rank holds: global ids [start, start + size).
 
+    For example, 4 ranks with 40 rows each hold a vocabulary of 150: the last rank has start 120 and size 30.
+
     Attributes:
         start: global id of the first row.
-        size: rows that are vocabulary; those behind them are padding. May be 0 on the last ranks.
+        size: rows that are vocabulary; the rows after them are padding. May be 0 on the last ranks.
         vocab_size: vocabulary over all ranks, without padding.
         group: process group that the vocabulary is split over; None for one process.
     """
@@ -33,7 +35,7 @@ class VocabShard:
     def of_this_rank(
         cls, rows: int, vocab_size: int | None, group: dist.ProcessGroup | None
     ) -> VocabShard:
-        """The shard of this rank where every rank of the group holds ``rows`` rows.
+        """Return the shard of this rank where every rank of the group holds ``rows`` rows.
 
         Raises:
             ValueError: ``vocab_size`` is outside 1 .. rows * ranks.
@@ -48,23 +50,25 @@ class VocabShard:
         return cls(rank * rows, min(max(total - rank * rows, 0), rows), total, group)
 
     def columns(self, targets: Tensor, block: slice) -> Tensor:
-        """Where global ids [n] are in a block of v of this rank's rows: [n] int64, which is outside
-        0 .. v - 1 for an id that is elsewhere."""
+        """Return the columns of global ids [n] in a block of v of this rank's rows, as [n] int64.
+
+        An id that is elsewhere gets a column outside 0 .. v - 1.
+        """
         return targets - (self.start + block.start)
 
     @property
     def is_split(self) -> bool:
-        """Whether the vocabulary is on more than one rank."""
+        """True if the vocabulary is on more than one rank."""
         return self.group is not None and self.group.size() > 1
 
     def all_sum_(self, tensor: Tensor) -> Tensor:
-        """Replaces ``tensor`` by its elementwise sum over the group."""
+        """Replace ``tensor`` by its elementwise sum over the group."""
         if self.is_split:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """[...] of every rank, which agree in shape, to [ranks, ...]."""
+        """Gather [...] of every rank into [ranks, ...]; the shapes must agree."""
         if self.group is None or not self.is_split:
             return tensor[None]
         gathered = [torch.empty_like(tensor) for _ in range(self.group.size())]

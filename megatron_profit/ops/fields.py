@@ -1,8 +1,8 @@
-"""What is known of a row's logits after reading a part of them, and how two parts become one.
+"""Partial statistics of a row's logits, and how the statistics of two parts are combined.
 
-The same few numbers describe a block, all blocks of a rank, and all ranks, so one function combines
-blocks and ranks alike (the online softmax of Milakov and Gimelshein, arXiv 1805.02867), exactly up
-to rounding and in the same order on every rank.
+The same few numbers describe a block, all blocks of a rank, and all ranks. So one function combines blocks
+and ranks alike (the online softmax of Milakov and Gimelshein, arXiv 1805.02867). The result is exact up to
+rounding, and the order is the same on every rank.
 
 Shapes: P parts, n rows.
 """
@@ -50,7 +50,7 @@ class Fields:
 
     @classmethod
     def of(cls, wanted: Set[str]) -> Fields:
-        """The fields for the wanted statistics, names from ``COMPUTED_STATISTICS``."""
+        """Return the fields for the wanted statistics, names from ``COMPUTED_STATISTICS``."""
         size = TARGET + 1
         index: dict[str, int | None] = {"entropy": None, "sum_squared_prob": None}
         for name in index:
@@ -62,7 +62,7 @@ class Fields:
         )
 
     def nothing(self, num_rows: int, like: Tensor) -> Tensor:
-        """The partial statistics [size, n] of no logits at all."""
+        """Return the partial statistics [size, n] of an empty set of logits."""
         part = like.new_zeros(self.size, num_rows)
         part[MAX_LOGIT] = part[TARGET] = -torch.inf
         if self.top is not None:
@@ -70,7 +70,7 @@ class Fields:
         return part
 
     def combined(self, parts: Tensor) -> Tensor:
-        """[P, size, n] to [size, n]."""
+        """Combine the parts: [P, size, n] to [size, n]."""
         if parts.size(0) == 1:
             return parts[0]
         max_logit = parts[:, MAX_LOGIT].amax(0)
@@ -94,7 +94,7 @@ class Fields:
         return total
 
     def statistics(self, total: Tensor) -> dict[str, Tensor]:
-        """Statistics [n] by their names in ``TokenStatistics``, from [size, n] of all logits."""
+        """Return the statistics [n] by their names in ``TokenStatistics``, from [size, n] of all logits."""
         shift = total[TARGET] - finite_max(total[MAX_LOGIT])
         target, rest = shift.exp(), total[REST]
         sum_exp = target + rest
@@ -115,12 +115,12 @@ class Fields:
 
 
 def sum_of_exp(total: Tensor) -> Tensor:
-    """[n] sum of exp(logit - m) over all logits, from their partial statistics [size, n]."""
+    """Return [n] sum of exp(logit - m) over all logits, from their partial statistics [size, n]."""
     return total[REST] + (total[TARGET] - finite_max(total[MAX_LOGIT])).exp()
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """[n] entropy in nats of the softmax of [20, n], also where one of them has nearly all of it."""
+    """Return [n] the entropy in nats of the softmax of [20, n], also if one entry has nearly all of it."""
     largest, place = logits.max(0, keepdim=True)
     shift = (logits - finite_max(largest)).clamp(min=torch.finfo(logits.dtype).min)
     others = shift.exp().scatter(0, place, 0.0)
@@ -129,5 +129,5 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def finite_max(max_logit: Tensor) -> Tensor:
-    """``max_logit`` with 0 for -inf, so that exp(-inf - max) is 0 and not NaN."""
+    """Return ``max_logit`` with 0 for -inf, so that exp(-inf - max) is 0 and not NaN."""
     return max_logit.masked_fill(max_logit == -torch.inf, 0.0)

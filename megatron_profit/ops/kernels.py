@@ -1,7 +1,7 @@
-"""What has to be done with the logits of a block, and who does it.
+"""The functions that read and overwrite a block of logits, in several implementations.
 
-The loop over blocks, the products and the collectives are the same for every device; only the two
-functions on a block of logits exist in several forms.
+The loop over blocks, the products and the collectives are the same for every device. Only the two functions
+on a block of logits exist in several forms.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 class BlockKernels(NamedTuple):
     """The two functions on logits [n, v] of a block of the vocabulary.
 
-    Each takes ``column`` [n] int64, the target's column in the block, which is outside 0 .. v - 1 for
-    a target that is in another block.
+    Each takes ``column`` [n] int64, the target's column in the block, which is outside 0 .. v - 1 for a
+    target in another block.
 
     Attributes:
         statistics: (logits, column, fields, workspace) to partial statistics [parts, fields, n]
             (see ``Fields``); leaves the logits as they are.
         gradient_: (grad, source, column, coefficient, at_target, max_logit, sum_exp, workspace) fills
             ``grad`` [n, v] with coefficient * (softmax - onehot) in its dtype; ``at_target`` is the
-            value for the target's column. The logits are what is in ``grad``, or with a
-            ``source``, which is (logits [m, v], rows [n] int64), ``logits[rows]``.
+            value for the target's column. Without a ``source``, ``grad`` holds the logits. A ``source`` is
+            (logits [m, v], rows [n] int64); then the logits are ``logits[rows]``.
     """
 
     statistics: Callable[[Tensor, Tensor, Fields, Workspace], Tensor]
@@ -49,7 +49,7 @@ TORCH = BlockKernels(torch_kernels.block_statistics, torch_kernels.block_gradien
 
 
 def choose_kernels(implementation: Implementation, logits_like: Tensor) -> BlockKernels:
-    """The functions for logits of this tensor's device and dtype.
+    """Return the functions for logits of this tensor's device and dtype.
 
     ``auto`` takes Triton for float16, bfloat16 and float32 on an NVIDIA GPU, torch otherwise.
 
@@ -71,7 +71,7 @@ def choose_kernels(implementation: Implementation, logits_like: Tensor) -> Block
 
 
 def triton_obstacle(tensor: Tensor) -> str | None:
-    """Why Triton kernels cannot work on ``tensor``, or None."""
+    """Return why Triton kernels cannot work on ``tensor``, or None if they can."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -1,10 +1,10 @@
 """Output layer and objective in one operation: hidden states in, per-token loss out.
 
-The forward pass turns logits into a few numbers per token, one block of the vocabulary at a time,
-and asks the objective once for loss and weight. The backward pass makes gradients from logits
-that were kept, as many as memory allows, or that are computed again. So no tensor grows with tokens
-x vocabulary, and work follows the mask: rows that are not supervised never meet the output layer,
-rows of weight 0 skip the backward products.
+The forward pass turns logits into a few numbers per token, one block of the vocabulary at a time. It then
+asks the objective once for loss and weight. The backward pass makes gradients from logits that were kept, as
+many as memory allows, and from logits that it computes again. So no tensor grows with tokens x vocabulary.
+Work follows the mask: rows that are not supervised never meet the output layer, and rows of weight 0 skip the
+backward products.
 
 Shapes: N tokens, M supervised rows, H hidden, V vocabulary rows of this rank.
 """
@@ -57,7 +57,7 @@ def linear_objective(
     backward: Backward = "auto",
     chunk_vocab: int | None = None,
 ) -> LinearObjectiveOutput:
-    """Computes an objective's per-token loss on logits ``hidden @ weight.T`` that are never kept.
+    """Compute an objective's per-token loss on logits ``hidden @ weight.T`` that are never kept.
 
     Logits are rounded to the input dtype and upcast to float32, as HuggingFace and Megatron do. The
     gradient honours any per-token upstream gradient. When no row is supervised the loss is an exact
@@ -71,19 +71,19 @@ def linear_objective(
         hidden: [N, H] float16, bfloat16, float32 or float64.
         weight: [V, H] of the same dtype; rank r holds the vocabulary ids r * V .. (r + 1) * V - 1.
         labels: [N] int64 global vocabulary ids; -100 is unsupervised.
-        objective: gives loss and weight; sees all supervised rows at once, and only those.
+        objective: gives loss and weight; sees only the supervised rows, all at once.
         group: process group that the vocabulary is split over; None for one process.
         loss_weight: [N] floating, a factor on each loss; 0 is unsupervised. None means 1.
-        vocab_size: vocabulary without padding. Rows behind it stay out of the softmax and get a
-            zero gradient. None means that no row is padding.
+        vocab_size: vocabulary without padding. Rows after it stay out of the softmax and get a zero gradient.
+            None means that no row is padding.
         ref_log_prob: [N] log-probabilities under a frozen reference model in nats, for objectives
             that need them.
         old_log_prob: [N] the same under an earlier state of the model, for objectives of its ratio.
         uniform: [N] random numbers in [0, 1), for objectives that draw
             (``objectives.token_uniform`` makes them). Without a group they may be left to torch's
             default generator.
-        selected: [N] bool, a choice of tokens that the caller made, for objectives
-            that rank over more tokens than these.
+        selected: [N] bool, a choice of tokens that the caller made, for objectives that rank over more tokens
+            than this call's.
         extra_statistics: names from ``COMPUTED_STATISTICS`` to compute although the objective does
             not ask for them.
         reduce_hidden_grad: sums the gradient of hidden over the group, so that it is complete on
@@ -91,17 +91,16 @@ def linear_objective(
             sequence-parallel gather does in its own backward pass.
         gradient_accumulation_fusion: adds the gradient of weight to ``weight.main_grad`` and says
             so in ``weight.grad_added_to_main_grad``, as Megatron-Core's linear layers do.
-        implementation: what works on the logits of a block: ``torch`` anywhere, ``triton`` on NVIDIA
-            GPUs; ``auto`` takes Triton where it can. ``reference`` is the dense loss of
+        implementation: the functions on a block of logits: ``torch`` anywhere, ``triton`` on NVIDIA GPUs;
+            ``auto`` takes Triton where it can. ``reference`` is the dense loss of
             ``reference_linear_objective``, for comparison: it holds several [N, V] tensors.
         backward: ``recompute`` computes the logits of the rows of nonzero gradient again: 4
-            products for a kept token, 1 for a dropped one, and no memory beside a block.
-            ``save`` keeps logits from the forward pass, in the input dtype: 3 products, and memory
-            of supervised rows * V, at most 4 times that of weight; rows beyond are recomputed.
-            ``auto`` is the same with at most the memory of weight (H rows). Both may keep 256 MB on
-            a CPU and 1.25 GiB on a GPU where that is more. Kept are logits and not gradients, so
-            every strategy honours every upstream gradient and every loss scale. Without gradients
-            nothing is kept.
+            products for a kept token, 1 for a dropped one, and no memory besides a block.
+            ``save`` keeps logits from the forward pass, in the input dtype: 3 products, and memory of
+            supervised rows * V, at most 4 times the weight's; rows beyond are recomputed. ``auto`` is the
+            same with at most the memory of weight (H rows). Both may keep 256 MB on
+            a CPU and 1.25 GiB on a GPU where that is more. Logits are kept, not gradients, so every strategy
+            honours every upstream gradient and every loss scale. Without gradients no logits are kept.
         chunk_vocab: vocabulary entries of a block, whose logits exist at one time for all
             supervised rows; by default 1024, and more where all of them are below 32 MB on a CPU,
             256 MB on a GPU, in float32.
@@ -168,7 +167,9 @@ def linear_objective(
 
 
 def _evaluate(objective: Objective, statistics: TokenStatistics) -> ObjectiveOutput:
-    """Asks the objective, except about no token at all: a ranking has no answer there."""
+    """Ask the objective for loss and weight, unless there is no token: a ranking of no tokens
+    is undefined.
+    """
     log_prob = statistics.log_prob
     if not log_prob.numel():
         return ObjectiveOutput(log_prob, log_prob)
@@ -180,7 +181,7 @@ def _evaluate(objective: Objective, statistics: TokenStatistics) -> ObjectiveOut
 def _every_row(
     statistics: TokenStatistics, weight: Tensor, supervised: Tensor, rows: SupervisedRows
 ) -> LinearObjectiveStatistics:
-    """[M] to [N]."""
+    """Spread the statistics of the supervised rows [M] over all rows [N]."""
     known = {name: vector for name, vector in vars(statistics).items() if vector is not None}
     return LinearObjectiveStatistics(
         **{name: rows.scatter(vector) for name, vector in known.items()},

@@ -1,4 +1,4 @@
-"""What the operation gives back, however it was computed."""
+"""The result of the operation, the same for all implementations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LinearObjectiveOutput(NamedTuple):
     Attributes:
         loss: [N] loss_weight_t * L_t in float32 (float64 for float64 inputs); exactly 0 where the
             row is not supervised.
-        statistics: what the model says about each token, and the weight that the objective gave it.
+        statistics: statistics of each token, and the weight that the objective gave it.
     """
 
     loss: Tensor

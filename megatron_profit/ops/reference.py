@@ -1,8 +1,8 @@
-"""The objective on dense logits with plain autograd: what ``linear_objective`` must equal.
+"""The objective on dense logits with plain autograd: the result that ``linear_objective`` must equal.
 
-Written for reading and for tests: the whole vocabulary and all logits at once, gathered first where
-they are split. It shares no computation with the kernel, and its gradient comes from the
-objective's loss, not from its weight.
+Written for reading and for tests. It holds the whole vocabulary and all logits at once; where the vocabulary
+is split, the parts are gathered first. It shares no computation with the kernel. Its gradient comes from the
+objective's loss, not from the objective's weight.
 
 Shape suffixes: N tokens, M supervised rows, H hidden, V vocabulary.
 """
@@ -36,10 +36,10 @@ def reference_linear_objective(
     selected: Tensor | None = None,
     reduce_hidden_grad: bool = True,
 ) -> LinearObjectiveOutput:
-    """Computes the loss of each token and its statistics, all of them, on dense logits.
+    """Compute the loss of each token and all its statistics on dense logits.
 
     Args:
-        hidden: [N, H]; float64 makes an oracle, float16 or bfloat16 the usual half-precision loss
+        hidden: [N, H]; float64 makes an exact reference, float16 or bfloat16 the usual half-precision loss
             (logits in the input dtype, log-softmax in float32).
         weight: [V, H], the whole vocabulary, or this rank's rows of it.
         labels: [N] int64; -100 is unsupervised.
@@ -54,7 +54,7 @@ def reference_linear_objective(
         reduce_hidden_grad: see ``linear_objective``.
 
     Returns:
-        As ``linear_objective``; a statistic is 0 in rows that are not supervised.
+        The same as ``linear_objective``. Statistics are 0 in unsupervised rows.
     """
     factor = torch.ones_like(labels, dtype=hidden.dtype) if loss_weight is None else loss_weight
     supervised = (labels != -100) & (factor != 0)
@@ -100,13 +100,13 @@ def reference_linear_objective(
 
 
 def _top_entropy(probs: Tensor, count: int) -> Tensor:
-    """[N] entropy in nats of the ``count`` largest probabilities [N, V], renormalised."""
+    """Return [N] entropy in nats of the ``count`` largest probabilities [N, V], renormalised."""
     top = probs.sort(descending=True).values[:, :count]
     return torch.special.entr(top / top.sum(-1, keepdim=True)).sum(-1)
 
 
 def dense_log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[N, V] log-probabilities in nats; half-precision logits are upcast to float32."""
+    """Return [N, V] log-probabilities in nats; half-precision logits are upcast to float32."""
     return _log_softmax(hidden @ weight.t())
 
 
@@ -115,8 +115,10 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 class _GatherVocabulary(torch.autograd.Function):
-    """[N, V of this rank] to [N, V of all]. Every rank computes the same loss from it, so the
-    gradient of this rank's logits is its own part."""
+    """Gather [N, V of this rank] into [N, V of all ranks].
+
+    Every rank computes the same loss from the result, so the gradient of this rank's logits is its own part.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -131,7 +133,7 @@ class _GatherVocabulary(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """The identity, whose gradient is summed over the group."""
+    """The identity, with a gradient that is summed over the group."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:

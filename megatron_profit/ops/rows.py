@@ -1,7 +1,6 @@
-"""The rows that are worked on.
+"""The supervised rows.
 
-Everything between the entry and the exit of the kernel has one entry per supervised row; prompts
-and padding take part in nothing.
+Inside the kernel every vector has one entry per supervised row. Prompts and padding take no part.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class SupervisedRows:
 
     @classmethod
     def of(cls, supervised: Tensor, labels: Tensor) -> SupervisedRows:
-        """The rows where ``supervised`` [N] bool is True, with their ``labels`` [N]."""
+        """Return the rows where ``supervised`` [N] bool is True, with their ``labels`` [N]."""
         index = supervised.nonzero().squeeze(1)
         return cls(index, labels[index], labels.numel())
 
@@ -36,21 +35,21 @@ class SupervisedRows:
         return self.index.numel()
 
     def take(self, vector: Tensor) -> Tensor:
-        """[N] to [M]."""
+        """Select the supervised entries of a vector: [N] to [M]."""
         return vector[self.index]
 
     def scatter(self, tensor: Tensor) -> Tensor:
-        """[M, ...] to [N, ...] with zeros in the other rows."""
+        """Spread [M, ...] to [N, ...], with zeros in the other rows."""
         return tensor.new_zeros(self.num_rows, *tensor.shape[1:]).index_copy_(0, self.index, tensor)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 inputs, float32 for all others."""
+    """Return float64 for float64 inputs, float32 for all others."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def input_precision(tensor: Tensor) -> torch.autocast:
-    """A context in which products keep the dtype of their inputs, whatever autocast is active.
+    """Return a context in which products keep their inputs' dtype, whatever autocast is active.
 
     The backward pass may recompute the logits of the forward pass: both must be rounded alike.
     """

@@ -1,7 +1,7 @@
 """Token statistics from hidden states and a sharded output layer, one block of the vocabulary at a time.
 
-One small collective at the end for all rows, however large the vocabulary. What the objective does
-not ask for is not computed.
+One small collective at the end serves all rows, however large the vocabulary. Statistics that the objective
+does not ask for are not computed.
 
 Shapes: M supervised rows, v vocabulary entries of a block, H hidden, V vocabulary rows of this rank.
 """
@@ -20,16 +20,17 @@ from megatron_profit.ops.kernels import BlockKernels
 from megatron_profit.ops.rows import SupervisedRows, statistics_dtype
 from megatron_profit.ops.tiling import Tiling, Workspace
 
-# Combining takes a dozen small operations, which a GPU launches more slowly than it computes them;
-# the statistics of so many blocks are small beside the logits of one.
+# Combining takes a dozen small operations, which a GPU launches more slowly than it computes them. The
+# statistics of this many blocks are small compared with one block's logits.
 _PARTS_AT_ONCE = 32
 
 
 class SoftmaxNormalizer(NamedTuple):
     """All that is kept of every row's logits: softmax = exp(logit - max_logit) / sum_exp.
 
-    Two numbers and not the one log-sum-exp, whose rounding would be large beside large logits. ``log_prob``
-    of the target tells its softmax from 1 where that is 1 in float32.
+    These are two numbers and not the one log-sum-exp: compared with small differences of large logits, its
+    rounding would be large. ``log_prob`` of the target still differs from 0 where its softmax is 1 in
+    float32.
     """
 
     max_logit: Tensor  # [M]
@@ -46,20 +47,20 @@ def linear_token_statistics(
     kernels: BlockKernels,
     wanted: Set[str],
 ) -> tuple[SoftmaxNormalizer, dict[str, Tensor], list[Tensor]]:
-    """Computes the statistics of the supervised rows over the whole vocabulary.
+    """Compute the statistics of the supervised rows over the whole vocabulary.
 
     Args:
         hidden: [N, H].
         weight: [V, H], padding included.
         rows: the supervised rows.
-        shard: what of the vocabulary is here.
-        tiling: the cut, and which rows' logits to keep.
+        shard: the part of the vocabulary that this rank holds.
+        tiling: the blocks, and which rows' logits to keep.
         kernels: read the logits of a block.
         wanted: names from ``COMPUTED_STATISTICS``.
 
     Returns:
-        The normalizer; ``log_prob``, ``softmax_prob`` and the wanted statistics, each [M]; and the
-        logits [kept_rows, v] of each block, nothing where none are to be kept.
+        The normalizer; ``log_prob``, ``softmax_prob`` and the wanted statistics, each [M]; and the logits
+        [kept_rows, v] of each block, empty if none are to be kept.
     """
     fields, workspace = Fields.of(wanted), Workspace(hidden.device)
     hidden_rows = hidden[rows.index]

@@ -17,10 +17,10 @@ from megatron_profit.ops.fields import MAX_LOGIT, REST, TARGET, TOP, Fields, fin
 from megatron_profit.ops.rows import statistics_dtype
 from megatron_profit.ops.tiling import Source, Workspace, pass_entries
 
-# exp(x) = exp2(x * log2(e)): torch's exp takes 2.7 times as long on a CPU (AVX-512, torch 2.15), and a
-# GPU computes it so. The product rounds x, which matters nowhere: what is nearly 1 has x near 0.
+# exp(x) = exp2(x * log2(e)). torch's exp takes 2.7 times as long on a CPU (AVX-512, torch 2.15), and a GPU
+# computes exp this way itself. Rounding the product does no harm: a probability near 1 has x near 0.
 _LOG2_E = math.log2(math.e)
-# The largest logits are looked for in the groups of this many that have the largest maxima.
+# To find the largest logits, only this many groups are searched: the ones with the largest maxima.
 _GROUP = 32
 
 
@@ -37,7 +37,7 @@ def block_statistics(
 def _row_statistics(
     logits: Tensor, column: Tensor, fields: Fields, part: Tensor, workspace: Workspace
 ) -> None:
-    """Fills ``part`` [fields, n]."""
+    """Fill ``part`` [fields, n]."""
     shifted = _upcast(logits, workspace)
     column, here = _within(column, logits.size(1))
     target = shifted.gather(1, column[:, None])[:, 0]
@@ -53,7 +53,7 @@ def _row_statistics(
         exp = shifted.exp2_()
     else:
         exp = torch.exp2(shifted, out=workspace.buffer("exp", shifted.shape, shifted.dtype))
-        # A logit of -inf has probability 0 and adds nothing; 0 * -inf would be NaN.
+        # A logit of -inf has probability 0 and contributes 0; 0 * -inf would be NaN.
         shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(exp)
         part[fields.entropy] = shifted.sum(1) / _LOG2_E
     part[REST] = exp.sum(1)
@@ -71,7 +71,7 @@ def block_gradient_(
     sum_exp: Tensor,
     workspace: Workspace,
 ) -> None:
-    """Fills ``grad`` [n, v] with coefficient * (softmax - onehot); see ``BlockKernels``."""
+    """Fill ``grad`` [n, v] with coefficient * (softmax - onehot); see ``BlockKernels``."""
     column, here = _within(column, grad.size(1))
     column, here, at_target = column[:, None], here[:, None], at_target[:, None]
     factor = (coefficient / sum_exp)[:, None]
@@ -89,29 +89,29 @@ def block_gradient_(
 
 
 def _passes(logits: Tensor) -> Iterator[slice]:
-    """The rows of each pass."""
+    """Yield the rows of each pass."""
     rows = max(1, pass_entries(logits) // logits.size(1))
     for start in range(0, logits.size(0), rows):
         yield slice(start, start + rows)
 
 
 def _within(column: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """[n] columns, 0 in place of those outside 0 .. ``width`` - 1, and which are inside."""
+    """Return [n] columns and which of them lie in 0 .. ``width`` - 1; columns outside are replaced by 0."""
     here = (column >= 0) & (column < width)
     return column.masked_fill(~here, 0), here
 
 
 def _upcast(logits: Tensor, workspace: Workspace) -> Tensor:
-    """A copy [n, v] to work on, in the precision of the statistics."""
+    """Return a copy [n, v] to work on, in the precision of the statistics."""
     dtype = statistics_dtype(logits.dtype)
     return workspace.buffer("upcast", logits.shape, dtype).copy_(logits)
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """The 20 largest logits of each row, [20, n], in any order; -inf where there are fewer.
+    """Return the 20 largest logits of each row, [20, n], in any order; -inf where there are fewer.
 
-    What is not in the 20 groups with the largest maxima is at most as large as 20 others. Only
-    these groups are searched: a search among all is slow on a CPU.
+    A logit outside the 20 groups with the largest maxima is at most as large as 20 others. So only these
+    groups are searched: a search among all logits is slow on a CPU.
     """
     width = logits.size(1)
     if width < TOP:

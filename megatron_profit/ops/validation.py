@@ -1,6 +1,6 @@
-"""What ``linear_objective`` refuses, before any collective runs.
+"""Checks of ``linear_objective``'s inputs, before any collective runs.
 
-A rank that fails alone leaves the others waiting, so every check answers alike on all ranks.
+A rank that fails alone leaves the others waiting, so every check gives the same answer on all ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_inputs(
     objective: Objective,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Checks all that can be seen without reading a tensor.
+    """Check everything that can be seen without reading a tensor.
 
     Args:
         hidden: [N, H].
@@ -42,7 +42,7 @@ def check_inputs(
         group: process group or None.
 
     Raises:
-        ValueError: something does not fit; the message names the value and the remedy.
+        ValueError: an input does not fit; the message names the value and the remedy.
     """
     _check_matrices(hidden, weight)
     _check_vector("labels", labels, hidden)
@@ -61,7 +61,7 @@ def check_options(
     chunk_vocab: int | None,
     gradient_accumulation_fusion: bool,
 ) -> None:
-    """Checks how the work is to be done.
+    """Check the options of the computation.
 
     Raises:
         ValueError: an unknown name, an empty block, or an option without meaning for the dense path.
@@ -88,7 +88,7 @@ def check_options(
 
 
 def check_main_grad(weight: Tensor) -> Tensor:
-    """The buffer ``weight.main_grad`` that its gradient can be added to.
+    """Return the buffer ``weight.main_grad`` that its gradient can be added to.
 
     Raises:
         ValueError: there is none, or it has another shape.
@@ -109,7 +109,7 @@ def check_main_grad(weight: Tensor) -> Tensor:
 
 
 def check_extra_statistics(names: Set[str]) -> None:
-    """Checks that all ``names`` are among those that the kernel can compute.
+    """Check that all ``names`` are among those that the kernel can compute.
 
     Raises:
         ValueError: one is not.
@@ -122,13 +122,13 @@ def check_extra_statistics(names: Set[str]) -> None:
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
-    """Checks that labels [N] are -100 or in [0, vocab_size).
+    """Check that labels [N] are -100 or in [0, vocab_size).
 
-    Reads one flag back from the device. Selecting the supervised rows waits for the device anyway,
-    and an error with the offending label is worth more than an assertion in a later kernel.
+    Reads one flag back from the device. Selecting the supervised rows waits for the device anyway, and an
+    error that names the label helps more than an assertion in a later kernel.
 
     Raises:
-        ValueError: another label; names the first.
+        ValueError: another label; the message names the first.
     """
     valid = (labels == IGNORED_LABEL) | ((labels >= 0) & (labels < vocab_size))
     if not bool(valid.all()):

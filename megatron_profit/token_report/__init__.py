@@ -1,4 +1,5 @@
-"""What a model makes of chosen records, token by token: a page for the browser, lines for a terminal.
+"""The probabilities that a model gives to chosen records, token by token: a page for the browser, lines for a
+terminal.
 
 ```python
 records = score_records(model, tokenizer, conversations, {"profit": build_objective("profit", ...)})

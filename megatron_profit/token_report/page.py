@@ -24,7 +24,7 @@ def page(
     threshold: tuple[float, ...] = (0.1,),
     direction: str = "higher",
 ) -> str:
-    """The page of chosen records.
+    """Return the page of chosen records.
 
     Args:
         records: at least one, all with the same objectives.
@@ -65,6 +65,8 @@ def _record(record: TokenRecord) -> dict[str, Any]:
 
 
 def _numbers(vector: torch.Tensor) -> list[float | None]:
-    """JSON has no NaN: it becomes null. Nine digits tell all float32 apart, so that a threshold
-    falls where it fell in training."""
+    """Return the numbers for JSON, with null for NaN, which JSON does not have.
+
+    Nine digits tell all float32 apart, so that a threshold falls where it fell in training.
+    """
     return [None if math.isnan(x) else float(f"{x:.9g}") for x in vector.tolist()]

@@ -30,9 +30,9 @@ from megatron_profit.ops import linear_objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What a decoder writes for bytes that are no whole character.
+# The character that a decoder writes for bytes that form no whole character.
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-# A group of tokens without an end in sight may be cut, from here on, between whole sequences of bytes.
+# A group of tokens of at least this length may be cut between whole sequences of bytes.
 _LONG_GROUP = 8
 
 
@@ -41,10 +41,10 @@ class TokenRecord:
     """One record as a model sees it.
 
     Attributes:
-        name: where it comes from, e.g. "chats.jsonl:17".
+        name: the record's place, for example "chats.jsonl:17".
         pieces: [T] text of each token, joined the record's text (see ``token_texts``).
         supervised: [T] bool, tokens that the model is trained to produce.
-        statistics: [T] vectors, of each token given those before it. The first token has none: its
+        statistics: [T] vectors of each token, given the tokens before it. The first token has none: its
             log-probability is NaN.
         weights: objective -> [T] float32 weight -dL/dlog p; 0 where the token is not supervised.
     """
@@ -58,7 +58,7 @@ class TokenRecord:
 
 @dataclass(frozen=True)
 class _Observer(Objective):
-    """No objective: it makes the kernel compute statistics."""
+    """Not an objective: it makes the kernel compute statistics."""
 
     names: frozenset[str] = frozenset()
 
@@ -80,7 +80,7 @@ def score_records(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[TokenRecord]:
-    """Runs a transformers model over the records, one at a time.
+    """Run a transformers model over the records, one at a time.
 
     Args:
         model: a causal language model with an ``lm_head``.
@@ -88,7 +88,7 @@ def score_records(
         conversations: (name, rendered conversation) of each record.
         objectives: name -> objective.
         ref_model: frozen reference, for objectives that compare with one.
-        seed: of objectives that draw.
+        seed: seed of objectives that draw.
         progress: called with a line of text after each record.
 
     Returns:
@@ -126,7 +126,9 @@ def score_records(
 
 
 def statistics_of(objective: Objective) -> frozenset[str]:
-    """What has to be known of a token: for a ranking over all of them, what it ranks by."""
+    """Return the statistics of a token that an objective needs; for a ranking over all tokens,
+    its score's.
+    """
     if isinstance(objective, RankedObjective):
         return objective.score_statistics
     return objective.required_statistics
@@ -135,15 +137,15 @@ def statistics_of(objective: Objective) -> frozenset[str]:
 def evaluate_objectives(
     records: Sequence[TokenRecord], objectives: Mapping[str, Objective], *, seed: int = 0
 ) -> list[TokenRecord]:
-    """Gives every record the weights of the objectives.
+    """Give every record the weights of the objectives.
 
-    The supervised tokens of all records are one batch, so that an objective that ranks does so over
-    all of them. The model is its own older state: the ratio of a proximal objective is 1.
+    The supervised tokens of all records are one batch, so an objective that ranks tokens does so over all of
+    them. The model serves as its own older state: the ratio of a proximal objective is 1.
 
     Args:
-        records: records whose statistics hold what the objectives need.
+        records: records whose statistics include the ones that the objectives need.
         objectives: name -> objective.
-        seed: of objectives that draw.
+        seed: seed of objectives that draw.
     """
     batch = _joined(records, seed)
     per_objective = {
@@ -167,7 +169,7 @@ def evaluate_objectives(
 def token_statistics(
     model: PreTrainedModel, ids: Tensor, wanted: frozenset[str]
 ) -> TokenStatistics:
-    """Statistics [T] of the tokens ``ids`` [T] int64 of one sequence, on the CPU in fp32.
+    """Return the statistics [T] of the tokens ``ids`` [T] int64 of one sequence, on the CPU in fp32.
 
     The output layer's statistics come from ``ops.linear_objective``, as in training.
     """
@@ -184,13 +186,14 @@ def token_statistics(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token, such that the texts joined are the text of all.
+    """Return the text of each token, such that the joined texts are the text of all tokens.
 
-    A character that several tokens form stands with the first of them; a token that only continues
-    it has an empty text. What never becomes a character, as where a record was cut, is U+FFFD.
+    A character that several tokens form stands with the first of them. A token that only continues it has an
+    empty text. For example, an emoji of three tokens gives the emoji and two empty texts. Bytes that never
+    become a character, as where a record was cut, are shown as U+FFFD.
 
     Args:
-        tokenizer: of any kind: its decoder alone tells where a character ends.
+        tokenizer: any kind: its decoder alone tells where a character ends.
         ids: [T] ids of one record.
     """
     if not ids:
@@ -206,7 +209,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 
 
 def _texts_alone(decode: Callable[..., list[str]], ids: Sequence[int]) -> list[str]:
-    """[T] what each token says alone, with the space before it that some decoders drop at the start."""
+    """Return [T] the text of each token alone, with the space before it that some decoders drop
+    at the start.
+    """
     distinct = list(dict.fromkeys(ids))
     alone = dict(zip(distinct, decode([[i] for i in distinct]), strict=True))
     first = alone[ids[0]]
@@ -219,13 +224,13 @@ def _texts_alone(decode: Callable[..., list[str]], ids: Sequence[int]) -> list[s
 def _group_prefixes(
     decode: Callable[..., list[str]], ids: Sequence[int], texts: Sequence[str], start: int
 ) -> list[str]:
-    """The texts of the first, first two, ... tokens of the group that begins at ``start``.
+    """Return the texts of the first, first two, ... tokens of the group that begins at ``start``.
 
     A group is the fewest tokens that end with a whole character: for most, one.
     """
     prefixes = [texts[start]]
     for end in range(start + 1, len(ids)):
-        # What continues a character is none by itself.
+        # A token that continues a character is none by itself.
         if not (prefixes[-1].endswith(_UNFINISHED) and texts[end].startswith(_UNFINISHED)):
             break
         text = decode([ids[start : end + 1]])[0]
@@ -237,7 +242,7 @@ def _group_prefixes(
 
 
 def _texts_of_group(prefixes: Sequence[str]) -> list[str]:
-    """The text of each token of a group: the characters that begin in it."""
+    """Return the text of each token of a group: the characters that begin in it."""
     begun = [0]
     for prefix in prefixes:
         settled = sum(takewhile(bool, map(eq, prefix, prefixes[-1])))
@@ -255,7 +260,7 @@ def _check_reference(objectives: Mapping[str, Objective], has_reference: bool) -
 
 
 def _check_output_layer(model: PreTrainedModel) -> None:
-    """Refuses a model that scales, caps or shifts its logits, whose probabilities would be wrong."""
+    """Refuse a model that scales, caps or shifts its logits, whose probabilities would be wrong."""
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         hidden = model.base_model(input_ids=token, use_cache=False).last_hidden_state
@@ -269,12 +274,12 @@ def _check_output_layer(model: PreTrainedModel) -> None:
 
 
 def _with_first(vector: Tensor, first: Any) -> Tensor:
-    """[T - 1] to [T]."""
+    """Put `first` in front of a vector: [T - 1] to [T]."""
     return torch.cat([vector.new_full((1,), first), vector])
 
 
 def _joined(records: Sequence[TokenRecord], seed: int) -> TokenStatistics:
-    """Statistics [N] of the supervised tokens of all records."""
+    """Return the statistics [N] of the supervised tokens of all records."""
     names = [n for n, v in vars(records[0].statistics).items() if v is not None]
     joined = {
         name: torch.cat([getattr(r.statistics, name)[r.supervised] for r in records])
@@ -290,7 +295,7 @@ def _joined(records: Sequence[TokenRecord], seed: int) -> TokenStatistics:
 def _whole(
     objective: Objective, batch: TokenStatistics
 ) -> Callable[[TokenStatistics], ObjectiveOutput]:
-    """The objective with a ranking over the whole batch decided."""
+    """Return the objective, with its ranking over the whole batch already decided."""
     if not isinstance(objective, RankedObjective) or objective.rank_scope == "micro_batch":
         return objective
     selected = top_share(objective.score(batch), objective.keep_share)

@@ -16,11 +16,11 @@ _RESET, _DIM, _STRUCK = "\x1b[0m", "\x1b[2m", "\x1b[9m"
 
 
 def terminal_text(record: TokenRecord, objective: str, *, color: bool) -> str:
-    """A record as text.
+    """Return a record as text.
 
     Args:
         record: the record.
-        objective: which of its objectives decides what is dropped.
+        objective: the one of its objectives that decides which tokens are dropped.
         color: whether to colour; without, a dropped token stands in [-brackets-] and the prompt is plain.
     """
     weights = record.weights[objective].tolist()
@@ -51,7 +51,7 @@ def _plain(piece: str, prob: float, supervised: bool, weight: float) -> str:
 
 
 def _printable(piece: str) -> str:
-    """A record's own control characters must not steer the terminal."""
+    """Escape the record's own control characters, which must not steer the terminal."""
     return "".join(
         c if c.isprintable() or c in _HARMLESS else "\N{REPLACEMENT CHARACTER}" for c in piece
     )

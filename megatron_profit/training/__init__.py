@@ -1,1 +1,1 @@
-"""The SFT entry on Megatron's own training loop, and the parts for a pretrain script of one's own."""
+"""The SFT entry on Megatron's own training loop, and parts for your own pretrain script."""

@@ -28,14 +28,14 @@ from megatron_profit.training.process.console import print_rank_0
 class SFTData:
     """The rows of one run.
 
-    Every rank maps the same examples and draws the same order from (seed, row), so nothing is broadcast
-    and a resumed run continues with the row at which it stopped.
+    Every rank maps the same examples and draws the same order from (seed, row). So no data is broadcast, and
+    a resumed run continues with the row at which it stopped.
 
     Attributes:
         train, valid: The rows.
-        supervised_share: Supervised tokens over all that the model predicts, in an epoch.
-        train_prepared, valid_prepared: Where the records of the rows come from.
-        digest: Tells the training records, their order and their rows from others.
+        supervised_share: Supervised tokens divided by all predicted tokens, in an epoch.
+        train_prepared, valid_prepared: The prepared records of the rows.
+        digest: A hash of the training records, their order and their rows.
     """
 
     train: SFTDataset
@@ -56,11 +56,11 @@ class SFTData:
         return 0 if self.valid is None else self.valid.order.rows_until(1)
 
     def provider(self, args: Namespace) -> Callable:
-        """Megatron's `train_valid_test_datasets_provider`."""
+        """Return Megatron's `train_valid_test_datasets_provider`."""
 
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
-            # One batch more than is drawn: Megatron's sampler refuses a run that is started again
-            # after its last step, although there is nothing left to do.
+            # One batch more than is drawn: Megatron's sampler refuses a run that is started again after its
+            # last step, although no step is left.
             train = self.train.with_samples(
                 _train_rows(args, num_samples[0]) + args.global_batch_size
             )
@@ -68,7 +68,7 @@ class SFTData:
             if self.valid is None or args.eval_iters == 0:
                 return train, None, None
             period = args.eval_iters * args.eval_global_batch_size
-            # Those of earlier evaluations too, which may have been of another size or more often.
+            # Includes the rows of earlier evaluations, which may have been larger or more frequent.
             rows = args.consumed_valid_samples + num_samples[1] + period
             valid = self.valid.with_samples(rows, period)
             valid.split = Split.valid
@@ -79,18 +79,21 @@ class SFTData:
 
 
 def _train_rows(args: Namespace, counted: int) -> int:
-    """Rows up to the last step: Megatron has `counted` them as if all batches had the size of now."""
+    """Return the rows up to the last step.
+
+    Megatron has `counted` them as if all batches had the size of now.
+    """
     left = max(args.train_iters - args.iteration, 0)
     return max(counted, args.consumed_train_samples + left * args.global_batch_size)
 
 
 def prepare_data(arguments: SFTArguments) -> SFTData:
-    """Map the prepared examples of the run, and report what was left out.
+    """Map the prepared examples of the run, and report the records that were left out.
 
-    The first process of a machine prepares what is not in the cache, the others wait for its files.
+    The first process of a machine prepares data that are not in the cache. The others wait for its files.
 
     Raises:
-        DataError: For data that cannot be read, or of which nothing can be trained.
+        DataError: Data cannot be read, or no example can be trained.
     """
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if leader:
@@ -120,7 +123,9 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
 
 
 def _tell_of_steps(rows: PackingReport, batch_size: int) -> None:
-    """Say what a step of `batch_size` rows trains, and where the size of rows or steps is a mistake."""
+    """Print how many tokens a step of `batch_size` rows trains, and warn if row or step size looks like a
+    mistake.
+    """
     print_rank_0(rows.of_step(batch_size))
     if rows.warning is not None:
         print_rank_0(f"> warning: {rows.warning}")
@@ -133,7 +138,7 @@ def _tell_of_steps(rows: PackingReport, batch_size: int) -> None:
 
 
 def _digest(prepared: Prepared, options: DataOptions) -> str:
-    """A hash of what decides which records a row of the training data holds, and what of them is trained."""
+    """Return a hash of the records in each row of the training data, and of the tokens trained in them."""
     form = (options.seed, options.packing, options.preparation, options.valid_split)
     weights = [(source.weight, source.num_samples) for source in options.train]
     digest = hashlib.sha256(repr((form, weights, prepared.report.supervised_tokens)).encode())

@@ -31,7 +31,7 @@ from megatron_profit.training.checkpoints.hf_weights import load_hook
 from megatron_profit.training.process.console import fail
 from megatron_profit.training.process.shutdown import end_communication
 
-# A training run of no steps: no optimizer is built, and none is loaded.
+# Settings of a training run of no steps: no optimizer is built, and none is loaded.
 _NO_TRAINING = (
     "--data unread --objective sft --lr 1 --train-iters 1 --micro-batch-size 1 --skip-train"
 )
@@ -42,7 +42,7 @@ def run(device: str) -> None:
     """Read the flags, load the model, save the logits.
 
     Args:
-        device: What `megatron_profit.megatron_patches.activate` chose.
+        device: The device that `megatron_profit.megatron_patches.activate` chose.
     """
     parser = argparse.ArgumentParser("python -m megatron_profit.logits", allow_abbrev=False)
     parser.add_argument("--tokens", required=True, help="file of torch.save: token ids [N, S]")
@@ -61,10 +61,10 @@ def run(device: str) -> None:
 
 
 def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
-    """Megatron's model with the weights that the flags name, ready for `logits`.
+    """Return Megatron's model with the weights that the flags name, ready for `logits`.
 
     Args:
-        flags: Those of `megatron_profit.sft`, without what belongs to training.
+        flags: The flags of `megatron_profit.sft`, without the flags of training.
         device: "cuda" or "cpu".
     """
     sys.argv[1:] = [*_NO_TRAINING.split(), *_WEIGHTS_ONLY.split(), *flags]
@@ -92,7 +92,7 @@ def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
 
 @torch.no_grad()
 def logits(chunks: Sequence[MegatronModule], tokens: torch.Tensor) -> torch.Tensor | None:
-    """One forward pass per row.
+    """Make one forward pass per row.
 
     Args:
         chunks: The rank's pipeline stages.

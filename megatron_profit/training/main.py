@@ -70,7 +70,7 @@ def run(device: str) -> None:
     """Train with the flags of the command line; bad input ends the process before Megatron starts.
 
     Args:
-        device: What `megatron_profit.megatron_patches.activate` chose.
+        device: The device that `megatron_profit.megatron_patches.activate` chose.
     """
     try:
         resumed = settle_checkpoints(sys.argv[1:])
@@ -93,7 +93,7 @@ def run(device: str) -> None:
 
 
 def refusal(error: Exception) -> str:
-    """An objection of Megatron or torch before the first step, in one line that says where it was raised."""
+    """Return one line about an exception of Megatron or torch before the first step, with its place."""
     if "EADDRINUSE" in str(error):
         return (
             f"the port {os.environ.get('MASTER_PORT')} (MASTER_PORT) is taken by another process; give "
@@ -107,10 +107,10 @@ def refusal(error: Exception) -> str:
 def checked_record(
     arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, resumed: Resumed | None
 ) -> RunRecord:
-    """The record of the run, which fits the checkpoint that it goes on from, if any, and has space to save.
+    """Return the record of the run, after checking it against the checkpoint to resume and the disk space.
 
     Raises:
-        CheckpointError: It does not fit, or has too little space.
+        CheckpointError: The record does not fit the checkpoint, or there is too little space to save.
     """
     record = describe_run(arguments, data, loss)
     curves = arguments.settings["tensorboard_dir"]
@@ -127,7 +127,7 @@ def checked_record(
 
 
 def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: RunRecord) -> None:
-    """Hand everything to Megatron's `pretrain()`."""
+    """Start Megatron's `pretrain()` with the model, the data and the forward step."""
     args, model_config = _checked_by_megatron(arguments)
     model_config.transformer.variable_seq_lengths = stages_exchange_lengths(args)
     if not args.packing:
@@ -163,7 +163,7 @@ def train(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss, record: R
 
 
 def _checked_by_megatron(arguments: SFTArguments) -> tuple[Namespace, Any]:
-    """Megatron's arguments, and its configuration of the model."""
+    """Return Megatron's arguments, and its configuration of the model."""
     try:
         args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
         return args, gpt_config_from_args(args)
@@ -175,7 +175,9 @@ def _checked_by_megatron(arguments: SFTArguments) -> tuple[Namespace, Any]:
 
 @contextlib.contextmanager
 def _known_ends(signals: ExitSignals) -> Iterator[None]:
-    """Inside, signals end the run with a checkpoint, and expected errors end it with one line."""
+    """Let signals end the run with a checkpoint, and expected errors end it with one line,
+    inside the block.
+    """
     signals.forward()
     try:
         yield
@@ -199,7 +201,9 @@ def _known_ends(signals: ExitSignals) -> Iterator[None]:
 def _export(
     arguments: SFTArguments, chunks: list[MegatronModule], keeper: CheckpointKeeper | None
 ) -> None:
-    """Write the model, of the best checkpoint where a keeper knows it."""
+    """Write the HuggingFace folder; with a keeper that knows the best checkpoint, that
+    checkpoint's weights.
+    """
     try:
         if keeper is not None:
             load_checkpoint_into(chunks, keeper.best().folder)
@@ -213,7 +217,7 @@ def _export(
 
 
 def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
-    """The loss that the flags ask for."""
+    """Return the loss that the flags ask for."""
     return ObjectiveLoss(
         objective_from_args(args),
         normalization=args.objective_normalization,
@@ -227,7 +231,7 @@ def objective_loss_from_args(args: Namespace) -> ObjectiveLoss:
 
 
 def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
-    """What writes the token report that the flags ask for."""
+    """Return the writer of the token report that the flags ask for."""
     rows = args.eval_iters * args.eval_global_batch_size
     return EvaluationReport(
         folder=Path(args.token_report),
@@ -240,7 +244,7 @@ def evaluation_report(args: Namespace, data: SFTData) -> EvaluationReport:
 
 
 def run_monitor(args: Namespace, arguments: SFTArguments, data: SFTData) -> RunMonitor:
-    """What guards and logs the run as the flags ask."""
+    """Return the monitor that guards and logs the run as the flags ask."""
     return RunMonitor(
         Guards(GuardOptions.from_settings(vars(args))),
         data.train_prepared.name,

@@ -1,7 +1,8 @@
 """Turns raw records of the common chat formats into the messages that chat templates take.
 
-A record that cannot be used raises `BrokenRecord` with a reason from a fixed list, so that preparation can go
-on and count. Where the first record of a file is in a format that is not known, the file is refused.
+A record that cannot be used raises `BrokenRecord` with a reason from a fixed list, so that the preparation
+can continue and count. Where the first record of a file is in a format that is not known, the file is
+refused.
 """
 
 from collections.abc import Callable
@@ -57,21 +58,21 @@ FORMATS = (
 
 
 def is_read(layout: Layout) -> Callable[[str], bool]:
-    """Return what tells by its name whether `normalise` reads a field of a record."""
+    """Return a function that says, by its name, whether `normalise` reads a field of a record."""
     named = frozenset(layout.columns.values()) or frozenset().union(*_RECORD_FIELDS.values())
     return lambda name: name in named or masks.may_mask(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a chat template takes.
+    """The messages and tools that a chat template takes.
 
     Attributes:
         messages: Each has `role` (system, user, assistant or tool) and `content` (str), and where
             the record has them `reasoning_content`, `tool_calls`, `tool_call_id` and `name`.
         tools: JSON schemas of the tools offered to the model, None without any.
         untrained: Positions of the messages that the record gives the weight 0: context only.
-        unread: Fields of the record that hold something and that nothing reads; those of its messages as
+        unread: Unread fields of the record that have a value; a field of its messages is called
             "messages.NAME".
         nulls: Whether null fields of its tool calls or tools were left out.
     """
@@ -84,7 +85,7 @@ class Conversation:
 
     @property
     def positions(self) -> list[int]:
-        """Where the assistant's messages stand."""
+        """Positions of the assistant's messages."""
         return [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
     @property
@@ -93,11 +94,11 @@ class Conversation:
 
 
 def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
-    """The conversation that a raw record holds, whichever known format it is in.
+    """Return the conversation of a raw record in any known format.
 
     Without a layout the keys tell the format: `messages`, `conversations`, `instruction` or `output`, or
-    else `prompt` and `completion`. Entries may name their fields role and content or from and value in
-    either of the first two.
+    else `prompt` and `completion`. For example, {"prompt": "Hi", "completion": "Hello"} is a question and an
+    answer. Entries may name their fields role and content or from and value in either of the first two.
 
     Raises:
         DataError: The first record of its file has none of these keys.
@@ -132,7 +133,7 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
 
 
 def _format(value: dict[str, Any]) -> str | None:
-    """The format that the keys tell."""
+    """Return the format that the keys tell."""
     for kind in ("messages", "conversations"):
         if kind in value:
             return kind
@@ -165,7 +166,7 @@ def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
 
 
 def _completed(prompt: Any, completion: Any) -> list[Turn]:
-    """Two texts, or two lists of messages, of which the first is context only."""
+    """Return the turns of two texts, or of two lists of messages, the first of which is context only."""
     lists = _messages_of(prompt), _messages_of(completion)
     if lists[0] is None or lists[1] is None:
         return exchange(text(prompt), text(completion))
@@ -174,7 +175,7 @@ def _completed(prompt: Any, completion: Any) -> list[Turn]:
 
 
 def _messages_of(value: Any) -> list[Any] | None:
-    """A list of messages, which may be JSON text; None where the value is a text of its own."""
+    """Return a list of messages, which may be JSON text; None if the value is a text of its own."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = read(value)
@@ -196,7 +197,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], list[Turn]]] = {
 
 
 def _offered(value: dict[str, Any]) -> Any:
-    """The record's tools, under whichever name it has them."""
+    """Return the record's tools, under whichever name it has them."""
     given = [value[name] for name in ("tools", "functions") if listed(value.get(name))]
     if len(given) > 1:
         raise BrokenRecord(TWO_LISTS, shown(given))
@@ -204,7 +205,7 @@ def _offered(value: dict[str, Any]) -> Any:
 
 
 def _with_system(value: dict[str, Any], turns: list[Turn]) -> list[Turn]:
-    """The turns led by the record's `system` text, unless they begin with one of their own."""
+    """Return the turns led by the record's `system` text, unless they begin with one of their own."""
     system = typed(value, "system", str, default="")
     if not system or (turns and turns[0].message["role"] == "system"):
         return turns

@@ -1,4 +1,4 @@
-"""Whether a message or a whole record is trained, as the fields of several trainers say it.
+"""The fields of several trainers that say whether a message or a whole record is trained.
 
 A turn that its author excluded is never trained: a value that cannot be read leaves the record out.
 """
@@ -29,7 +29,7 @@ FIELDS = (
 )
 # torchtune's, where true means that a message is not trained.
 _MASKED = "masked"
-# What one trainer keeps by a mask another leaves out.
+# Masks that make one trainer keep a message and another leave it out.
 _MASK = "mask"
 # axolotl's, of characters.
 _DETAILS = ("train_detail", "training_detail")
@@ -45,7 +45,9 @@ _WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "tru
 
 
 def trained(answer: Mapping[str, Any]) -> bool:
-    """Return whether an assistant message is trained; one that no field speaks of is.
+    """Return whether an assistant message is trained; without a field about it, it is.
+
+    For example, `"weight": 0` excludes a message.
 
     Raises:
         BrokenRecord: A field has another value than 0 or 1, true or false, two contradict each other, or one
@@ -70,27 +72,27 @@ def trained(answer: Mapping[str, Any]) -> bool:
 
 
 def unheeded(message: Mapping[str, Any]) -> set[str]:
-    """Return the fields by which a message that is not the assistant's asks to be trained, in vain."""
+    """Return the fields by which a message of another role asks to be trained, in vain."""
     excluded = {name for name in FIELDS if name in message and _value(message[name]) is False}
     return (message.keys() & set(MESSAGE_FIELDS)) - excluded - {_MASKED}
 
 
 def may_mask(name: str) -> bool:
-    """Return whether a field of this name may say what is trained."""
+    """Return whether a field of this name may say which part is trained."""
     return name in MESSAGE_FIELDS or bool(_LIKE_A_MASK.search(name))
 
 
 def check_record(fields: Mapping[str, Any]) -> None:
-    """Refuse a record of which a field of its own says that it is not trained.
+    """Refuse a record with a field that excludes it from training.
 
-    Other numbers are taken for something else, such as a measured loss.
+    Other numbers are taken for another fact, such as a measured loss.
 
     Args:
         fields: Fields of the record.
 
     Raises:
-        BrokenRecord: One says so, or is a list, which masks parts of the record; or one of an unknown name
-            may do either.
+        BrokenRecord: A field says so, or is a list, which masks parts of the record; or one of an unknown
+            name may do either.
     """
     remedy = "give each message that is not trained the weight 0, or remove the field"
     _check_unknown([item for item in fields.items() if _may_exclude(*item)], remedy)
@@ -106,7 +108,7 @@ def check_record(fields: Mapping[str, Any]) -> None:
 
 
 def _may_exclude(name: str, value: Any) -> bool:
-    """Whether a field of the record may leave out some of it, if it is a mask at all."""
+    """Return whether a field of the record may leave out some of it, if it is a mask at all."""
     if isinstance(value, bool):
         return "mask" in name.lower() or value is bool(_EXCLUDES.search(name))
     return isinstance(value, list)
@@ -115,7 +117,7 @@ def _may_exclude(name: str, value: Any) -> bool:
 def _check_unknown(fields: Iterable[tuple[str, Any]], remedy: str) -> None:
     """Refuse fields that are not read and whose name and value look like a mask.
 
-    Other numbers and texts are taken for something else, such as a measured loss.
+    Other numbers and texts are taken for another fact, such as a measured loss.
     """
     for name, value in fields:
         if name in MESSAGE_FIELDS or not may_mask(name):
@@ -135,7 +137,7 @@ def _said(name: str, value: Any) -> bool:
 
 
 def _value(value: Any) -> bool | None:
-    """The value of a field as yes or no, None where it is neither."""
+    """Return the value of a field as yes or no, None where it is neither."""
     if isinstance(value, str):
         return _WORDS.get(value.strip().lower())
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None

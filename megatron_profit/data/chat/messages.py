@@ -1,4 +1,4 @@
-"""The messages of a record, in the forms that they are found in, as turns of a conversation."""
+"""The messages of a record, in their various forms, as turns of a conversation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ ROLES = {
 }
 # Roles whose text is the JSON of one tool call or of several.
 CALL_ROLES = ("function_call", "tool_call")
-# Names that a message's reasoning goes by; the first that says anything counts.
+# Names of a message's reasoning; the first one with a value counts.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# And its tool calls; the latter is OpenAI's older form, of one call.
+# Names of its tool calls; the latter is OpenAI's older form, of one call.
 _CALLS = ("tool_calls", "function_call")
 _EVERY_MESSAGE = frozenset({"role", "from", "content", "value", *masks.MESSAGE_FIELDS})
 _CALLING_MESSAGE = _EVERY_MESSAGE.union(REASONING)
@@ -49,8 +49,8 @@ class Turn:
         message: It has `role` and `content`, and where the record has them `reasoning_content`, `tool_calls`,
             `tool_call_id` and `name`.
         trained: Whether it may be trained, if it is the assistant's.
-        unread: Fields that hold a value which is not read.
-        nulls: Null arguments of its tool calls were left out.
+        unread: Fields with a value that is not read.
+        nulls: Whether null arguments of its tool calls were left out.
     """
 
     message: Message
@@ -60,11 +60,11 @@ class Turn:
 
 
 def read_messages(entries: Any) -> list[Turn]:
-    """Return the turns of a list of messages; it and each message may be JSON text.
+    """Return the turns of a list of messages; the list and each message may be JSON text.
 
-    What the assistant says before the tools answer is one turn, however many messages a record writes it in:
-    a message of tool calls alone goes on with the assistant's message before it, and any of the assistant's
-    goes on with one that holds thoughts alone.
+    Everything that the assistant says before the tools answer is one turn, however many messages a record
+    writes it in. For example, a message of tool calls alone continues the assistant's message before it. Any
+    message of the assistant continues one that holds thoughts alone.
 
     Raises:
         BrokenRecord: A message cannot be used.
@@ -76,7 +76,7 @@ def read_messages(entries: Any) -> list[Turn]:
 
 
 def joined(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns, of which each that goes on with the one before it is joined to that."""
+    """Return the turns; each turn that continues the one before it is joined to that one."""
     whole: list[Turn] = []
     for turn in turns:
         if whole and _goes_on(whole[-1].message, turn.message):
@@ -116,7 +116,7 @@ def _turn(entry: Any) -> Turn:
 
 
 def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
-    """The turn of an assistant's message, which may have its calls where others have their text."""
+    """Return the turn of an assistant's message; its calls may stand where other messages have their text."""
     if calls_as_text:
         known = _CALLING_MESSAGE
         content, given = _thoughts_and_rest(either(entry, "content", "value"))
@@ -128,8 +128,8 @@ def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
     message: Message = {"role": "assistant", "content": text(content)}
     if calls:
         message["tool_calls"] = calls
-    # A template tells "no reasoning field" from an empty one: only the former lets it find <think>
-    # in the content.
+    # A template tells a missing reasoning field from an empty one: only if it is missing does it look for
+    # <think> in the content.
     reasons = (typed(entry, name, str, default="") for name in REASONING)
     if reasoning := next(filter(None, reasons), None):
         message["reasoning_content"] = reasoning
@@ -138,7 +138,8 @@ def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
 
 
 def _without_thoughts(content: str, reasoning: str) -> str:
-    """The content without a think block that repeats the reasoning, which a template would write twice.
+    """Return the content without a think block that repeats the reasoning, which a template would write
+    twice.
 
     Raises:
         BrokenRecord: The block holds other thoughts.
@@ -152,7 +153,7 @@ def _without_thoughts(content: str, reasoning: str) -> str:
 
 
 def _thoughts_and_rest(value: Any) -> tuple[str, Any]:
-    """The think block of a text with its tags, "" without one, and what follows it."""
+    """Return the think block of a text with its tags ("" without one) and the text after it."""
     rest = thoughts.split(value)[1] if isinstance(value, str) else value
     if rest == value:
         return "", value
@@ -167,7 +168,7 @@ def _calls(entry: dict[str, Any]) -> Any:
 
 
 def _goes_on(message: Message, following: Message) -> bool:
-    """Whether the following message belongs to the turn that the assistant's message begins."""
+    """Return whether the following message belongs to the turn that the assistant's message begins."""
     if not message["role"] == following["role"] == "assistant":
         return False
     if "reasoning_content" in following:

@@ -3,13 +3,16 @@
 import re
 
 OPEN, CLOSE = "<think>", "</think>"
-# Models whose prompt opens the block write the closing tag only, on a line of its own; in running text it is
-# a mention.
+# Models whose prompt opens the block write only the closing tag, on a line of its own. In running text the
+# tag is a mention.
 _CLOSING_LINE = re.compile(rf"^[ \t]*{CLOSE}[ \t]*$", re.MULTILINE)
 
 
 def split(content: str) -> tuple[str, str]:
-    """Return an answer's thoughts and what follows them; ("", content) where it begins with no block."""
+    """Return an answer's thoughts and the text after them; ("", content) where it begins with no block.
+
+    For example, "<think>a</think>b" gives the thoughts "a" and the text "b".
+    """
     begin = content.lstrip()
     if begin.startswith(OPEN):
         thoughts, close, answer = begin.removeprefix(OPEN).partition(CLOSE)
@@ -21,7 +24,7 @@ def split(content: str) -> tuple[str, str]:
 
 
 def never_end(content: str) -> bool:
-    """Return whether an answer begins with a block that is not closed, as one that was cut off."""
+    """Return whether an answer begins with a block that is not closed, as in one that was cut off."""
     return content.lstrip().startswith(OPEN) and CLOSE not in content
 
 

@@ -1,4 +1,4 @@
-"""Tool calls and tools of a record, in the forms that they are found in, as chat templates take them."""
+"""Tool calls and tools of a record, in their various forms, as chat templates take them."""
 
 from typing import Any
 
@@ -21,8 +21,9 @@ _OF_A_CALL = {*_ARGUMENTS, "name", "id", "type", "index"}
 def read_calls(value: Any) -> tuple[list[dict[str, Any]], bool]:
     """Return calls as {"type", "function": {"name", "arguments"}}, with an "id" where they have one.
 
-    Null arguments are left out, since tools that write tables give every call the arguments of all; JSON text
-    keeps them, since no tool adds any there.
+    Null arguments are left out: tools that write tables give every call the arguments of all calls. JSON text
+    keeps them, since no tool adds any there. For example, {"city": "Rome", "day": null} becomes {"city":
+    "Rome"}, and '{"day": null}' becomes {"day": null}.
 
     Args:
         value: One call or a list of them; each of them, and the arguments, may be JSON text.
@@ -31,7 +32,7 @@ def read_calls(value: Any) -> tuple[list[dict[str, Any]], bool]:
         The calls, and whether null arguments were left out.
 
     Raises:
-        BrokenRecord: Something in it is no call.
+        BrokenRecord: A part of it is no call.
     """
     given, calls = ([_call(call) for call in listed(v)] for v in (value, without_nulls(value)))
     check_finite(calls)
@@ -44,11 +45,11 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]] | None, bool]:
     Nulls are left out as in `read_calls`.
 
     Args:
-        value: One tool or a list of them; each of them, its function and the parameters of that may be JSON
-            text.
+        value: One tool or a list of them; each of them, its function and the function's parameters may be
+            JSON text.
 
     Raises:
-        BrokenRecord: Something in it is no object, or a function has no name.
+        BrokenRecord: A tool is no object, or a function has no name.
     """
     given, tools = ([_tool(tool) for tool in listed(v)] for v in (value, without_nulls(value)))
     check_finite(tools)
@@ -56,7 +57,7 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]] | None, bool]:
 
 
 def _tool(tool: Any) -> dict[str, Any]:
-    """The tool with its outer object, which some data sets leave out; models were trained with it."""
+    """Return the tool with its outer object, which some data sets leave out; models were trained with it."""
     if not isinstance(tool, dict):
         raise BrokenRecord(WRONG_TYPE, f"a tool is {shown(tool)}, not an object")
     if "type" in tool and "function" not in tool:  # one of another kind
@@ -80,7 +81,7 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call; none where it has a name only."""
+    """Return the arguments of a call; none where it has a name only."""
     named = (function.get(name) for name in _ARGUMENTS)
     given = next((value for value in named if value is not None), None)
     if given is None and (others := function.keys() - _OF_A_CALL):

@@ -1,1 +1,1 @@
-"""Files of chat records: which there are, and their records, one by one and within limits."""
+"""Files of chat records: finding them, and reading their records one by one and within limits."""

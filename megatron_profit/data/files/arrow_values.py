@@ -1,7 +1,8 @@
 """Rows of Arrow tables (parquet, data sets of `datasets`) as the values that JSON lines would give.
 
-`to_pylist` leaves two types as other values than JSON has: text of the type arrow.json, which the `Json()`
-feature of `datasets` writes at any depth, and maps, which become lists of pairs.
+`to_pylist` leaves two types with other values than JSON has. Text of the type arrow.json, which the `Json()`
+feature of `datasets` writes at any depth, stays text. Maps become lists of pairs: for example, {"a": 1}
+becomes [("a", 1)].
 """
 
 import json
@@ -20,7 +21,7 @@ type _Convert = Callable[[Any], Any]
 def converted(
     rows: list[dict[str, Any]], schema: pyarrow.Schema
 ) -> list[dict[str, Any] | BrokenRecord]:
-    """Return the rows of a table with JSON text and maps read; in place of one that cannot be, why.
+    """Return the rows of a table with JSON text and maps read; a row that cannot be read becomes its error.
 
     Args:
         rows: The table's `to_pylist()`.
@@ -41,7 +42,7 @@ def _row(row: dict[str, Any], columns: dict[str, _Convert]) -> dict[str, Any] | 
 
 
 def _features(schema: pyarrow.Schema) -> Any:
-    """The features that `datasets` notes for the columns, None where another library wrote the table."""
+    """Return the features that `datasets` notes for the columns; None if another library wrote the table."""
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
@@ -49,7 +50,7 @@ def _features(schema: pyarrow.Schema) -> Any:
 
 
 def _converter(kind: pyarrow.DataType, feature: Any) -> _Convert | None:
-    """Return what makes JSON's values of this type's, None where they are such values already."""
+    """Return the function that converts values of this type to JSON's; None where they need no conversion."""
     if getattr(kind, "extension_name", "") == "arrow.json" or _is_json(feature):
         return _json_value
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -75,7 +76,7 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _field(feature: Any, name: str) -> Any:
-    """The feature of a field of a struct; a list of structs may be noted as the `Sequence` of one."""
+    """Return the feature of a field of a struct; a list of structs may be noted as the `Sequence` of one."""
     if not isinstance(feature, dict):
         return None
     if isinstance(feature.get("_type"), str) and "feature" in feature:
@@ -84,7 +85,7 @@ def _field(feature: Any, name: str) -> Any:
 
 
 def _item(feature: Any) -> Any:
-    """The feature of the items of a list."""
+    """Return the feature of the items of a list."""
     if isinstance(feature, list):
         return feature[0] if feature else None
     return feature.get("feature") if isinstance(feature, dict) else None

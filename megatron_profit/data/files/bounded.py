@@ -1,4 +1,4 @@
-"""Opens files of other people: regular ones only, and no more of one in memory than a record may take.
+"""Opens other people's files: only regular ones, and never more of one in memory than a record may take.
 
 A pipe or a device would block for ever or never end, and a small compressed file may unpack to terabytes.
 """
@@ -34,7 +34,7 @@ def check_regular(path: Path) -> None:
     """Check that a path is a regular file, or a link to one.
 
     Raises:
-        DataError: It is something else, named in the message.
+        DataError: It is of another kind, which the message names.
         OSError: It does not exist, or may not be looked at.
     """
     kind = stat.S_IFMT(path.stat().st_mode)
@@ -48,7 +48,7 @@ def check_json(path: Path) -> None:
     """Check that a JSON file that describes something is a regular file of a size that is read.
 
     Raises:
-        DataError: It is something else, or larger.
+        DataError: It is of another kind, or larger.
         OSError: It does not exist, or may not be looked at.
     """
     check_regular(path)
@@ -59,7 +59,7 @@ def check_json(path: Path) -> None:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a regular file; raises as `check_regular`."""
+    """Open a regular file. Errors are the same as for `check_regular`."""
     check_regular(path)
     return path.open("rb")
 
@@ -67,7 +67,7 @@ def open_regular(path: Path) -> IO[bytes]:
 def open_data(path: Path) -> IO[bytes]:
     """Open a data file for reading, unpacked if its name ends in .gz or .zst.
 
-    Raises as `check_regular`.
+    Errors are the same as for `check_regular`.
     """
     check_regular(path)
     suffix = path.suffix.lower()
@@ -81,7 +81,7 @@ def open_data(path: Path) -> IO[bytes]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file that describes data.
+    """Return the value in a JSON file that describes data.
 
     Raises:
         DataError: It is no regular file, cannot be read, is too large or is not JSON.
@@ -96,7 +96,10 @@ def read_json(path: Path) -> Any:
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file with their ends; of one longer than `LARGEST_RECORD` one byte more than that."""
+    """Yield the lines of a file with their ends.
+
+    Of a line longer than `LARGEST_RECORD`, only one byte more than that is read.
+    """
     while line := file.readline(LARGEST_RECORD + 1):
         yield line
         rest = line if len(line) > LARGEST_RECORD else b"\n"

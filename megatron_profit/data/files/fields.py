@@ -1,7 +1,7 @@
 """Values of a record's fields: JSON text read, types checked, texts joined.
 
-Other tools write the same field as an object or as its JSON in a string; either is read. What cannot be read
-raises `BrokenRecord`.
+Some tools write a field as an object, others as its JSON in a string; both are read. A value that cannot be
+read raises `BrokenRecord`.
 """
 
 import json
@@ -19,7 +19,7 @@ NOT_FINITE = "a number of a tool call or tool is not JSON (NaN or infinite)"
 
 
 def parsed(text: str) -> Any:
-    """Return the value that JSON text says.
+    """Return the value of JSON text. For example, '{"a": 1}' gives {"a": 1}.
 
     As in the rest of a record, `NaN`, `Infinity` and 1e400 are read as floats that are not finite.
 
@@ -38,7 +38,7 @@ def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these fields.
 
     Raises:
-        BrokenRecord: Two of them have one name, so nobody can tell which value is meant.
+        BrokenRecord: Two of them have one name, so their meaning is ambiguous.
     """
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -53,15 +53,17 @@ def most_common(names: Iterable[str]) -> str:
 
 
 def read(value: Any) -> Any:
-    """Return the value, or the value that it says if it is JSON text; None where the text is empty."""
+    """Return the value, or the value of its JSON text; None where the text is empty."""
     if not isinstance(value, str):
         return value
     return parsed(value) if value.strip() else None
 
 
 def listed(value: Any) -> list[Any]:
-    """Return the entries of a list, each of which may be JSON text like the list itself; one object is a list
-    of it, and null, an empty object or an empty text a list of none."""
+    """Return the entries of a list, each of which may be JSON text like the list itself.
+
+    One object gives a list of it. Null, an empty object or an empty text gives an empty list.
+    """
     value = read(value)
     if value is None or value == {}:
         return []
@@ -94,7 +96,7 @@ def strings(value: object) -> list[str]:
 
 
 def _leaves(value: object) -> list[Any]:
-    """All that is neither list nor dict (no recursion: data may nest deeply)."""
+    """Return all values that are neither list nor dict (no recursion: data may nest deeply)."""
     stack, leaves = [value], []
     while stack:
         item = stack.pop()
@@ -111,8 +113,10 @@ def _leaves(value: object) -> list[Any]:
 def text(content: Any) -> str:
     """Return content as one string; a list of text parts is joined.
 
+    For example, [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}] gives "ab".
+
     Raises:
-        BrokenRecord: It is something else, or a part is no text.
+        BrokenRecord: The content has another form, or a part is no text.
     """
     if isinstance(content, str):
         return content

@@ -13,7 +13,7 @@ from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.files.bounded import BLOCK, LARGEST_RECORD
 
 _NOT_SPACE = re.compile(r"[^ \t\n\r]")
-# What a file that is no UTF-8 may be by its first bytes, and what to do then.
+# Formats that a file which is not UTF-8 may have, by its first bytes, and the remedy.
 _BEGINNINGS = {
     codecs.BOM_UTF16_LE: "convert the file, e.g. with iconv -f utf-16 -t utf-8",
     codecs.BOM_UTF16_BE: "convert the file, e.g. with iconv -f utf-16 -t utf-8",
@@ -22,13 +22,13 @@ _BEGINNINGS = {
     b"PAR1": "it is a parquet file: end its name in .parquet",
     b"PK\x03\x04": "it is a zip archive: unpack it",
 }
-# Characters of a token that may be cut off: two escaped surrogates. A number that is cut off in front of its
-# exponent is a shorter one.
+# Characters of a token that may be cut off: two escaped surrogates. A number that is cut off before its
+# exponent reads as a shorter number.
 _LONGEST_TOKEN = 12
 
 
 def broken_json(path: str | Path, line: int, column: int, message: str, rest: str) -> DataError:
-    """The error for a text that is not JSON from a place on; `rest` is what stands there."""
+    """Return the error for a text that is not JSON from a place on; `rest` is the text at that place."""
     found = shown(rest) if rest.strip() else "the end of the text"
     return DataError(
         f"{path}, line {line}, column {column}: not valid JSON ({message}), found {found}; "
@@ -37,10 +37,10 @@ def broken_json(path: str | Path, line: int, column: int, message: str, rest: st
 
 
 def decoded(data: bytes, where: str) -> str:
-    """UTF-8 as text, without a byte order mark.
+    """Return UTF-8 as text, without a byte order mark.
 
     Raises:
-        DataError: It is something else; a `UnicodeDecodeError` is its cause.
+        DataError: It is in another encoding; a `UnicodeDecodeError` is its cause.
     """
     try:
         return data.decode("utf-8-sig")
@@ -49,22 +49,22 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def _not_utf8(where: str, data: bytes, place: int, before: int = 0) -> DataError:
-    """The error for a byte of `data`, which follows `before` other bytes."""
+    """Return the error for a byte of `data`, which follows `before` other bytes."""
     known = (remedy for begin, remedy in _BEGINNINGS.items() if data.startswith(begin))
     remedy = next(known, "convert the file, e.g. with iconv -t utf-8")
     return DataError(f"{where}: not UTF-8 (byte {data[place]:#04x} at {before + place}); {remedy}")
 
 
 class JsonText:
-    """The text of a file, of which the part that is being read is in memory."""
+    """The text of a file; only the part that is being read is in memory."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self._file, self._path = file, path
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at = "", 0
-        # Of the first character of the text that is held.
+        # The number of the first character of the text in memory.
         self._line, self._column = 1, 1
-        # Bytes that were read.
+        # Bytes that were read so far.
         self._end = 0
 
     def next_character(self) -> str:
@@ -80,10 +80,11 @@ class JsonText:
     def items[Item](
         self, decode: Callable[[str, int], tuple[Item, int]]
     ) -> Iterator[tuple[Item, int]]:
-        """The items of the list that begins at the next character, with the number of characters of each.
+        """Yield the items of the list that begins at the next character, with the number of characters of
+        each.
 
         Args:
-            decode: Makes an item of a text from a place on, and tells where it ends.
+            decode: Makes an item of a text from a place on, and returns the place of its end too.
 
         Raises:
             DataError: The text is not JSON, or an item is longer than a record may be.
@@ -125,15 +126,19 @@ class JsonText:
             at_end = not self._read_on()
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the text may be valid, had it not been cut off where it is."""
+        """Return whether the text may be valid if more of the file is read."""
         return self._is_near_end(error.pos) or error.msg.startswith("Unterminated string")
 
     def _is_near_end(self, at: int) -> bool:
-        """Whether what is not read yet may change what stands here, as `e9` changes a number."""
+        """Return whether unread text may change the value here: `e9`, for example, changes the number before
+        it.
+        """
         return at >= len(self._text) - _LONGEST_TOKEN
 
     def _read_on(self) -> bool:
-        """Drop what was read and get as much again as is left, at least a block; False at the end."""
+        """Drop the text that was parsed, and read as much again as is left, at least a block; False at the
+        end.
+        """
         self._line, self._column = self._place(self._at)
         self._text, self._at = self._text[self._at :], 0
         data = self._file.read(max(BLOCK, len(self._text)))
@@ -146,7 +151,7 @@ class JsonText:
         return bool(data)
 
     def _place(self, at: int) -> tuple[int, int]:
-        """Line and column of a place in the text that is held."""
+        """Return the line and column of a place in the text that is held."""
         lines = self._text.count("\n", 0, at)
         begin = self._text.rfind("\n", 0, at)
         return self._line + lines, at - begin if lines else self._column + at

@@ -1,9 +1,9 @@
-"""Reads data files into raw records that remember where they came from.
+"""Reads data files into raw records that remember their place.
 
-Only the container is understood here (JSON list, JSON lines, compressed or not, parquet, a folder of the
-`datasets` library); what a record means is decided in chat.py. A line that is no record is passed on as
-broken, to be counted. A damaged container stops the reading: a file that ends in the middle must not become a
-shorter data set.
+This module understands only the container: JSON list, JSON lines, compressed or not, parquet, a folder of the
+`datasets` library. data/chat/conversations.py decides what a record means. A line that is no record is passed
+on as broken, to be counted. A damaged container stops the reading: a file that ends in the middle must not
+become a shorter data set.
 """
 
 import codecs
@@ -30,7 +30,7 @@ TOO_LARGE = f"a record has more than {LARGEST_RECORD:,} bytes"
 NOT_AN_OBJECT = "a record is not an object with named fields"
 TOO_DEEP = "a record is nested too deeply"
 
-# Levels of a record, which the workers' processes could not be handed if they were without end.
+# Levels of a record: without a limit, records could not be sent to the workers' processes.
 _DEEPEST = 200
 
 _STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
@@ -41,7 +41,7 @@ _NOT_A_FILE = (
 
 # Whether the values of a column are wanted, by its name.
 type Wanted = Callable[[str], bool]
-# A split by name; or what will do where none was asked for, the best first.
+# The name of a split; or, if none was asked for, the names that are accepted, the best first.
 type Split = str | tuple[str, ...]
 VALID_SPLITS = ("validation", "test")
 
@@ -59,7 +59,7 @@ _SPLIT_NAME = re.compile(rf"(?:^|[-_. ])({'|'.join(_SPLITS)})[-_. ]", re.IGNOREC
 # A piece of a split as the Hub has it, whatever the split is called: train_sft-00000-of-00003.parquet.
 _PIECE = re.compile(r"(.+)-\d{5,}-of-\d{5,}[-.]")
 
-# JSON files that are no data, and what else lies beside data.
+# JSON files that are no data, and other files that usually lie next to data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 _BESIDE_DATA = (".*", "readme*", "*.md", "license*", "licence*", "notice*", "citation*")
 
@@ -72,10 +72,10 @@ class RawRecord:
         value: The JSON object or parquet row; empty where `broken` is set.
         file: The file's path as it was given.
         number: 1-based line (JSON lines) or position (JSON list, parquet, data set).
-        unit: What `number` counts.
-        broken: Why nothing can be made of it, None in the usual case.
-        first: Whether it is the first of its file, which shows what the file holds.
-        size: About its bytes.
+        unit: The unit of `number`, for example "line".
+        broken: Why the record cannot be used, None in the usual case.
+        first: Whether it is the first of its file, which shows the file's format.
+        size: Its approximate size in bytes.
     """
 
     value: dict[str, Any]
@@ -88,7 +88,7 @@ class RawRecord:
 
     @property
     def where(self) -> str:
-        """The place in words, e.g. "train.jsonl, line 3"."""
+        """The place in words, for example "train.jsonl, line 3"."""
         return f"{self.file}, {self.unit} {self.number}"
 
 
@@ -97,15 +97,16 @@ def read_records(
     split: Split = "train",
     wanted: Wanted | None = None,
 ) -> Iterator[RawRecord]:
-    """Yields the records of all files, in the order of the files and of the records in them.
+    """Yield the records of all files, in the order of the files and of the records in them.
 
     Args:
         files: One path or several: files that end in .json (a list, or JSON lines), .jsonl or .ndjson, one of
             these followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
             `datasets.Dataset.save_to_disk` wrote.
-        split: The split to read of a folder that holds several; of several splits the first that it has.
-        wanted: Tells the columns of tables (parquet, arrow) whose values are wanted, None for all. Where
-            another one holds something, its value is True.
+        split: The split to read of a folder that holds several. Of several names, the first that the folder
+            has.
+        wanted: Says of which columns of tables (parquet, arrow) the values are wanted, None for all. Where
+            another column has a value, it is read as True.
 
     Raises:
         DataError: No file, a file that is missing, unreadable, cut off, empty or of unknown suffix, or a
@@ -125,12 +126,14 @@ def _any(name: str) -> bool:
 
 
 def data_files(path: Path, split: Split = "train") -> list[Path]:
-    """The data files of a folder, sorted by name; a data set of the `datasets` library or a file is itself.
+    """Return the data files of a folder, sorted by name; a data set of the `datasets` library or a file is
+    itself.
 
-    Where names hold one (train-00000-of-00001.parquet, gsm8k_test.jsonl), only the files of `split`.
+    If file names contain a split, only the files of `split` are returned. For example, "train" takes
+    train-00000-of-00001.parquet and leaves out gsm8k_test.jsonl.
 
     Raises:
-        DataError: It does not exist, is nothing that can be read, or does not show what is `split`.
+        DataError: The path does not exist, cannot be read, or its names do not show which files are `split`.
     """
     if str(path) in _STANDARD_INPUT:
         raise DataError(f"{path}: {_NOT_A_FILE}")
@@ -161,15 +164,15 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
 
 
 def _check_whole(path: Path, split: Split) -> None:
-    """Refuses a split other than the default of what holds none."""
+    """Refuse a split other than the default for data without splits."""
     if isinstance(split, str) and split != "train":
         raise DataError(f"{path}: holds no splits, so that {split!r} is none; leave out the split")
 
 
 def left_out(path: Path, split: Split) -> tuple[str, list[str]]:
-    """The split of a folder that is read, and what belongs to others: files, or splits of a saved data set.
+    """Return the split of a folder that is read, and its unread part: files, or splits of a saved data set.
 
-    "" and none where it holds no splits.
+    The result is "" and an empty list if the folder holds no splits.
     """
     splits = _splits_inside(path, split)
     chosen = _choose(splits.values(), path, split) if splits else ""
@@ -177,9 +180,9 @@ def left_out(path: Path, split: Split) -> tuple[str, list[str]]:
 
 
 def not_data(path: Path) -> list[str]:
-    """Names of the files and folders in a folder of files that are not read, whatever the split.
+    """Return the names of the entries in a folder of files that are not read, whatever the split.
 
-    Not of those that data sets have beside their data.
+    Entries that data sets usually have next to their data are not listed.
     """
     if not path.is_dir() or _is_dataset(path):
         return []
@@ -202,7 +205,7 @@ def _files_inside(folder: Path) -> list[Path]:
 
 
 def _of_split(files: list[Path], folder: Path, split: Split) -> list[Path]:
-    """Those of the split, or all of them where no name holds one."""
+    """Return the files of the split, or all files where no name holds a split."""
     splits = _splits_inside(folder, split)
     if not splits:
         if not _is_named_after(files[0].name, split):
@@ -218,10 +221,11 @@ def _of_split(files: list[Path], folder: Path, split: Split) -> list[Path]:
 
 
 def _splits_inside(path: Path, split: Split) -> dict[str, str]:
-    """File of a folder -> its split, "" if it shows none; of a saved `DatasetDict` split -> the same.
+    """Return the split of each file of a folder, "" if its name shows none.
 
-    Empty where there are no splits: names of pieces are none if no word in them says so, unless `split`
-    is one of them.
+    For a saved `DatasetDict` each split maps to itself. The result is empty where there are no splits. Names
+    of pieces, such as abc-00000-of-00003.parquet, count as splits only if a word in one of them says so, or
+    if `split` is one of them.
     """
     if _is_dataset(path):
         return {name: name for name in _saved_splits(path)}
@@ -245,18 +249,18 @@ def _saved_splits(folder: Path) -> list[str]:
 
 
 def _entry(description: Path, name: str) -> Any:
-    """A field of a JSON file that describes a saved data set; None where there is none."""
+    """Return a field of a JSON file that describes a saved data set; None where there is none."""
     value = read_json(description)
     return value.get(name) if isinstance(value, dict) else None
 
 
 def _is_plain_name(name: object) -> bool:
-    """Whether it names an entry of a folder, rather than a file elsewhere."""
+    """Return whether a name means an entry of a folder, rather than a file elsewhere."""
     return isinstance(name, str) and "\0" not in name and Path(name).name == name
 
 
 def _choose(names: Iterable[str], path: Path, split: Split) -> str:
-    """The split that is meant: the one of that very name, else the only one with a word for it."""
+    """Return the split that is meant: the one of that very name, else the only one with a word for it."""
     known = sorted(set(names))
     for wanted in (split,) if isinstance(split, str) else split:
         if wanted in known:
@@ -284,13 +288,19 @@ def _how_to_choose(path: Path, name: str) -> str:
 
 
 def _split_of(file: str) -> str:
-    """The split that a file is named after, as it is called if it is a piece; "" if there is none."""
+    """Return the split in a file's name; "" if there is none.
+
+    A piece gives its whole split, for example "train_sft" for train_sft-00000-of-00003.parquet.
+    """
     piece = _PIECE.match(file)
     return piece[1] if piece else _word_of(file)
 
 
 def _word_of(name: str) -> str:
-    """The split that the first word for one means in the name of a file or split, "" if there is none."""
+    """Return the split that the first such word in a file's or split's name means, "" if there is none.
+
+    For example, "validation" for "my-valid-set" if `valid` is a word for it.
+    """
     found = _SPLIT_NAME.search(f"{name}.")
     return _as_word(found[1]) if found else ""
 
@@ -314,7 +324,7 @@ def _known() -> str:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that chooses the reader, "" if there is none."""
+    """Return the suffix that chooses the reader, "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         return suffixes[-2] if suffixes[:-1] and suffixes[-2] in _JSON else ""
@@ -344,7 +354,7 @@ def _read_file(path: Path, split: Split, wanted: Wanted) -> Iterator[RawRecord]:
 
 
 def _first(record: RawRecord) -> RawRecord:
-    """The record, marked as the first of its file; in one that is no object the whole file is in doubt."""
+    """Return the record, marked as the first of its file; if it is no object, the whole file is in doubt."""
     if record.broken is not None and record.broken.reason == NOT_AN_OBJECT:
         raise DataError(
             f"{record.where}: a record must be an object with named fields, found {record.broken.detail}; "
@@ -388,7 +398,7 @@ def _read_jsonl(path: Path, _: Wanted) -> Iterator[RawRecord]:
 
 
 def _check_lines(line: bytes, path: Path, number: int) -> None:
-    """Refuses a file of which the first line, this one, begins a list."""
+    """Refuse a file whose first line, this one, begins a list."""
     if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         kind = _kind(path)
         raise DataError(
@@ -406,7 +416,7 @@ def _line(line: bytes, path: Path, number: int, first: bool) -> RawRecord:
             )
         value, objects = _parse(decoded(line.rstrip(b"\r\n"), where), path, number)
     except DataError as error:
-        # In the first one the whole file is in doubt, and a last line without an end was cut off.
+        # In the first line the whole file is in doubt, and a last line without an end was cut off.
         too_large = len(line) > LARGEST_RECORD
         if first or not (too_large or line.endswith(b"\n")):
             raise
@@ -452,7 +462,7 @@ def _arrow_batches(path: Path, wanted: Wanted) -> Iterator[Any]:
 
 
 def _read_dataset(path: Path, wanted: Wanted, split: Split) -> Iterator[RawRecord]:
-    """The rows of a folder that `save_to_disk` of the datasets library wrote."""
+    """Yield the rows of a folder that `save_to_disk` of the datasets library wrote."""
     splits = _saved_splits(path)
     folder = path / _choose(splits, path, split) if splits else path
     state = folder / "state.json"
@@ -464,7 +474,7 @@ def _read_dataset(path: Path, wanted: Wanted, split: Split) -> Iterator[RawRecor
 
 
 def _names_of(state: Path) -> list[str]:
-    """The names of the files of a saved data set."""
+    """Return the names of the files of a saved data set."""
     files = _entry(state, "_data_files")
     entries = files if isinstance(files, list) else [None]
     names: list[Any] = [
@@ -485,7 +495,7 @@ def _unreadable(description: Path, why: str) -> DataError:
 
 
 def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
-    """The records of tables, numbered over all of them."""
+    """Yield the records of tables, numbered over all of them."""
     from megatron_profit.data.files.tables import portions
 
     number = 0
@@ -506,7 +516,7 @@ def _too_large(size: int) -> BrokenRecord:
 
 
 def _values(table: Any) -> list[Any]:
-    """The rows of a table; in place of one that cannot be decoded a `BrokenRecord`."""
+    """Return the rows of a table; a `BrokenRecord` stands for each row that cannot be decoded."""
     from megatron_profit.data.files.arrow_values import converted
 
     try:
@@ -522,7 +532,7 @@ _UNHELD = (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueEr
 
 
 def _unheld(row: Any) -> BrokenRecord:
-    """Why a table of one row cannot be made a Python object."""
+    """Return why a table of one row cannot become a Python object."""
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
             column.to_pylist()
@@ -570,7 +580,7 @@ def _record(
 
 
 def _nests_deeper(value: Any, limit: int) -> bool:
-    """Whether more than `limit` lists and objects stand one in another."""
+    """Return whether lists and objects are nested more than `limit` deep."""
     level = [value]
     for _ in range(limit + 1):
         level = [item for item in level if isinstance(item, dict | list)]
@@ -581,8 +591,8 @@ def _nests_deeper(value: Any, limit: int) -> bool:
 
 
 class _Objects:
-    """Makes the objects of a JSON text, and notes those that name a field twice: nobody can tell which value
-    is meant.
+    """Makes the objects of a JSON text, and notes objects that name a field twice: their meaning is
+    ambiguous.
 
     Attributes:
         doubtful: Identity of such an object -> the name, and the object, so that no other gets its identity.
@@ -598,7 +608,7 @@ class _Objects:
         return value
 
     def named_twice(self, value: Any) -> str | None:
-        """A name that an object inside `value` has twice, None if there is none."""
+        """Return a name that an object inside `value` has twice, None if there is none."""
         stack = [value] if self.doubtful else []
         while stack:
             item = stack.pop()
@@ -610,7 +620,7 @@ class _Objects:
 
 
 def _decode(text: str, at: int) -> tuple[tuple[Any, _Objects], int]:
-    """The JSON value that begins at a place of a text, and where it ends."""
+    """Return the JSON value that begins at a place of a text, and the place of its end."""
     objects = _Objects()
     value, end = json.JSONDecoder(object_pairs_hook=objects).raw_decode(text, at)
     return (value, objects), end
@@ -630,7 +640,7 @@ def _parse(text: str, path: Path, line: int = 1) -> tuple[Any, _Objects]:
 
 
 def _is_one_value(data: bytes) -> bool:
-    """Whether it is one JSON value, perhaps over many lines, rather than JSON lines."""
+    """Return whether the data are one JSON value, perhaps over many lines, rather than JSON lines."""
     try:
         json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):

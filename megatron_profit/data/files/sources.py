@@ -1,7 +1,8 @@
-"""Where data come from and how their columns are named: files, or entries of a dataset_info.json.
+"""The sources of data and the names of their columns: files, or entries of a dataset_info.json.
 
 The form of dataset_info.json is LLaMA-Factory's (its data/README.md), so that a folder made for it can be
-used as it is. What we cannot honour (pictures, preference pairs, hubs) is refused by name.
+used unchanged. Settings that this project cannot honour (pictures, preference pairs, hubs) are refused by
+name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ ALPACA_COLUMNS = {
 }
 SHAREGPT_COLUMNS = {"messages": "messages", "system": "system", "tools": "tools"}
 COLUMNS = (*ALPACA_COLUMNS, "messages")
-# Columns without which a record says nothing.
+# Columns that a record cannot do without, if its layout names them.
 REQUIRED_COLUMNS = ("prompt", "response", "messages")
 MISSING_COLUMN = "a mapped column is missing"
 
@@ -46,19 +47,19 @@ _OUR_ROLES = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# openai: sharegpt, of which the fields and roles are those of the API.
+# openai: sharegpt with the fields and roles of the API.
 _FORMATTINGS = ("alpaca", "sharegpt", "openai")
 _UNSUPPORTED_COLUMNS = ("images", "videos", "audios", "chosen", "rejected", "kto_tag")
 _ENTRY_KEYS = ("file_name", "formatting", "columns", "tags", "split", "num_samples", "ranking")
-# A note for people, which is not compared there either.
+# A note for people, which LLaMA-Factory does not compare either.
 _NOT_READ = ("file_sha1",)
-# As many names of what is not read are told.
+# The number of unread names that are printed.
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the fields of a file are named, where its keys do not tell.
+    """The names of a file's fields, where its keys do not tell.
 
     Attributes:
         columns: Our name of a column -> its name in the file. Empty: the keys tell the format.
@@ -90,7 +91,7 @@ class Layout:
 
     @classmethod
     def of_columns(cls, pairs: Iterable[str]) -> "Layout":
-        """The layout that "name=column" pairs describe, e.g. prompt=question response=answer."""
+        """Return the layout of "name=column" pairs, for example prompt=question response=answer."""
         columns = {}
         for pair in pairs:
             name, equals, column = pair.partition("=")
@@ -103,10 +104,10 @@ class Layout:
         return cls(columns, sharegpt="messages" in columns)
 
     def renamed(self, value: dict[str, Any]) -> dict[str, Any]:
-        """The record under the names that `normalise` knows.
+        """Return the record under the names that `normalise` knows.
 
         Raises:
-            BrokenRecord: A column without which the record says nothing is missing.
+            BrokenRecord: A column that the record cannot do without is missing.
         """
         if not self.columns and not self.tags:
             return value
@@ -125,7 +126,7 @@ class Layout:
         return record
 
     def unnamed(self, value: Mapping[str, Any]) -> set[str]:
-        """Columns of a record that hold something, where others are named."""
+        """Return columns of a record that have a value and no name in this layout, if it names any."""
         if not self.columns:
             return set()
         named = self.columns.values()
@@ -153,8 +154,8 @@ class Source:
     Attributes:
         path: File or folder.
         layout: Names of its fields.
-        weight: How often an epoch holds each record, on average.
-        split: Split of a folder that holds several; of several splits the first that it has.
+        weight: Average number of times that an epoch holds each record. For example, 1.5 means once or twice.
+        split: Split of a folder that holds several; of several names, the first that the folder has.
         num_samples: Examples of an epoch at weight 1, None for all; where there are fewer, some come again.
     """
 
@@ -165,12 +166,12 @@ class Source:
     num_samples: int | None = None
 
     def files(self) -> list[Path]:
-        """What is read of it, in order: see `data_files`."""
+        """Return the files that are read, in order: see `data_files`."""
         return data_files(Path(self.path), self.split)
 
     @property
     def left_out(self) -> str:
-        """Says which split of a folder is read, and what of it is not; "" if all is."""
+        """A sentence on the split of a folder that is read and its unread part; "" if all is read."""
         split, others = left_out(Path(self.path), self.split)
         notes = []
         if others:
@@ -194,17 +195,17 @@ def read_sources(
     dataset_info: str | None = None,
     split: Split = "train",
 ) -> tuple[Source, ...]:
-    """The sources that the flags of the command line describe.
+    """Return the sources that the flags of the command line describe.
 
     Args:
         names: Files and folders; with `dataset_info` also names of its entries.
         weights: One for each name; none for 1 each.
         columns: "name=column" pairs, for the files that `dataset_info` does not describe.
         dataset_info: Path of a dataset_info.json, or of the folder that holds it.
-        split: What is read of folders with splits, where an entry names none.
+        split: The split to read of folders with splits, where an entry names none.
 
     Raises:
-        DataError: Something is not known, contradicts itself or cannot be honoured.
+        DataError: A setting is unknown, contradicts itself or cannot be honoured.
     """
     if weights and len(weights) != len(names):
         raise DataError(
@@ -229,7 +230,7 @@ def read_sources(
 
 
 def _nearest_first(name: str, entries: Mapping[str, Any]) -> list[str]:
-    """The entries, led by those that are spelt nearly so, also in other letters."""
+    """Return the entries, first the ones that are spelt nearly like `name`, also with other capitals."""
     near = {entry.lower(): entry for entry in entries}
     first = [near[key] for key in get_close_matches(name.lower(), near)]
     return [*first, *sorted(set(entries) - set(first))]
@@ -288,7 +289,7 @@ def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
         defaults = {"messages": "conversations" if formatting == "sharegpt" else "messages"}
     else:
         defaults = {"prompt": "instruction", "query": "input", "response": "output"}
-    # As there: whoever names one column names all of them.
+    # As in LLaMA-Factory: whoever names one column names all of them.
     try:
         return Layout(
             columns or defaults,
@@ -301,7 +302,7 @@ def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
 
 
 def _entry_names(where: str, entry: dict[str, Any], key: str) -> dict[str, str]:
-    """Names by name; one that is null or empty is not given, as there."""
+    """Return the names by name; a null or empty one counts as absent, as in LLaMA-Factory."""
     names = _entry_value(where, entry, key, dict, {})
     names = {name: value for name, value in names.items() if value not in (None, "")}
     for name, value in names.items():

@@ -1,9 +1,9 @@
 """Parquet and arrow files as batches of rows that are safe to convert to Python objects.
 
-A file of a kilobyte may stand for a terabyte: a value of a dictionary that a million rows refer to, a run of
-nulls, a compressed buffer. And pyarrow does not check the offsets of an arrow file before it follows them. So
-sizes and offsets are looked at first, dictionaries stay dictionaries, and no portion is larger than a record
-may be.
+A file of a kilobyte may unpack to a terabyte: by a value of a dictionary that a million rows refer to, by a
+run of nulls, or by a compressed buffer. And pyarrow does not check the offsets of an arrow file before it
+follows them. So sizes and offsets are checked first, dictionaries stay dictionaries, and no portion is larger
+than a record may be.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ROWS = 1024
 _MOST_ENTRIES = 2**26
 # Bytes that are unpacked at once.
 _UNPACKED = 2**30
-# About what a Python object takes besides its content.
+# Approximate bytes of a Python object besides its content.
 _OBJECT = 64
 # Parquet's types of values of any length.
 _LONG = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
@@ -53,10 +53,10 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def parquet_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a parquet file in batches.
+    """Yield the rows of a parquet file in batches.
 
-    A column that is not wanted only says where it holds something, as True or null. It is read only where the
-    file's statistics do not tell.
+    A column that is not wanted only says where it has a value, as True or null. It is read only where the
+    file's statistics do not say that.
 
     Raises:
         DataError: It is no regular file, or a column has more entries than are read at once.
@@ -93,7 +93,7 @@ def _group_batches(
             rows_at_once = min(rows_at_once, _rows_at_once(path, leaves))
         else:
             known[field.name] = filled
-    # One at least, which tells the number of rows.
+    # At least one column, which gives the number of rows.
     read = [name for name in schema.names if name not in known] or schema.names[:1]
     for batch in file.iter_batches(rows_at_once, [group], read, use_threads=False):
         columns = [
@@ -106,7 +106,7 @@ def _group_batches(
 
 
 def _leaves(kind: pyarrow.DataType) -> Iterator[pyarrow.DataType]:
-    """The types of the columns in which parquet stores a column of a type, in its order."""
+    """Yield the types of the columns in which parquet stores a column of a type, in its order."""
     if isinstance(kind, pyarrow.BaseExtensionType):
         yield from _leaves(kind.storage_type)
     elif types.is_nested(kind):
@@ -117,7 +117,10 @@ def _leaves(kind: pyarrow.DataType) -> Iterator[pyarrow.DataType]:
 
 
 def _filled(columns: list[pyarrow.parquet.ColumnChunkMetaData]) -> bool | None:
-    """Whether a column holds something in every row of a row group or in none; None if that is not told."""
+    """Return whether a column has a value in every row of a row group (True) or in none (False).
+
+    None if the statistics do not say.
+    """
     nulls = [
         column.statistics.null_count
         if column.is_stats_set and column.statistics.has_null_count
@@ -133,7 +136,9 @@ def _filled(columns: list[pyarrow.parquet.ColumnChunkMetaData]) -> bool | None:
 def _rows_at_once(
     path: Path, leaves: list[tuple[pyarrow.DataType, pyarrow.parquet.ColumnChunkMetaData]]
 ) -> int:
-    """How many rows of a column can be unpacked at once, by the sizes that the file's footer tells."""
+    """Return the number of rows of a column that can be unpacked at once, by the sizes in the
+    file's footer.
+    """
     dense = 1
     for kind, column in leaves:
         if column.num_values > _MOST_ENTRIES:
@@ -149,7 +154,7 @@ def _rows_at_once(
 
 
 def _told(column: pyarrow.Array, wanted: bool) -> pyarrow.Array:
-    """The column; of one that is not wanted whether it holds something."""
+    """Return the column; for a column that is not wanted, whether it has a value in each row."""
     if wanted:
         return column
     filled = column.is_valid()
@@ -182,9 +187,9 @@ def _is_read(kind: pyarrow.DataType) -> bool:
 
 
 def arrow_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of an arrow stream, as `datasets` writes it, in the file's own batches.
+    """Yield the rows of an arrow stream, as `datasets` writes it, in the file's own batches.
 
-    A column that is not wanted only says where it holds something, as True or null.
+    A column that is not wanted only says where it has a value, as True or null.
 
     Raises:
         DataError: It is no regular file, is cut off, or unpacks to more than is read at once.
@@ -203,7 +208,7 @@ def arrow_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]:
 
 
 def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
-    """Check that a stream has its end, and what its compressed buffers say that they unpack to."""
+    """Check that a stream has its end, and the sizes that its compressed buffers claim to unpack to."""
     for message in pyarrow.ipc.MessageReader.open_stream(source):
         try:
             size = _unpacked_bytes(message)
@@ -221,10 +226,11 @@ def _check_messages(path: Path, source: pyarrow.NativeFile) -> None:
 
 
 def _unpacked_bytes(message: pyarrow.ipc.Message) -> int:
-    """The bytes that the compressed buffers of a message claim to unpack to, 0 for other messages.
+    """Return the bytes that a message's compressed buffers claim to unpack to, 0 for other messages.
 
-    The fields are those of Arrow's Message.fbs: a batch of rows or of a dictionary, its buffers (offset and
-    length each) and its compression. Each compressed buffer begins with its size, or -1 if it is as it is.
+    The fields come from Arrow's Message.fbs: a batch of rows or of a dictionary, its buffers (offset and
+    length each) and its compression. Each compressed buffer begins with its size, or with -1 if it is not
+    compressed.
     """
     metadata = memoryview(message.metadata)
     (root,) = struct.unpack_from("<I", metadata)
@@ -248,7 +254,7 @@ def _unpacked_bytes(message: pyarrow.ipc.Message) -> int:
 
 
 def _field(metadata: memoryview, table: int, number: int) -> int:
-    """Where a field of a flatbuffers table lies that is stored by its place; 0 if the table has none."""
+    """Return the place of a field in a flatbuffers table; 0 if the table has none."""
     (back,) = struct.unpack_from("<i", metadata, table)
     vtable = table - back
     (size,) = struct.unpack_from("<H", metadata, vtable)
@@ -262,7 +268,7 @@ def _field(metadata: memoryview, table: int, number: int) -> int:
 def _mapped(
     kind: pyarrow.DataType, change: Callable[[pyarrow.DataType], pyarrow.DataType]
 ) -> pyarrow.DataType:
-    """A type with its leaves changed."""
+    """Return a type with its leaves changed."""
     if types.is_struct(kind):
         return pyarrow.struct([field.with_type(_mapped(field.type, change)) for field in kind])
     if types.is_map(kind):
@@ -280,7 +286,9 @@ def _mapped(
 
 
 def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """A leaf without what its values must be: texts and dates are looked at when they are converted."""
+    """Return a leaf without constraints on its values: texts and dates are checked when they
+    are converted.
+    """
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _mapped(kind.storage_type, _as_bytes)
     if types.is_dictionary(kind):
@@ -291,14 +299,14 @@ def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _unpacked(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """Of a dictionary the type of its values; of nulls another one, as casts give them a wrong length."""
+    """Return the type of a dictionary's values; for nulls another type, as casts give them a wrong length."""
     if types.is_null(kind):
         return pyarrow.bool_()
     return _mapped(kind.value_type, _unpacked) if types.is_dictionary(kind) else kind
 
 
 def _checked(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    """`_batch` of columns that are safe to read.
+    """Return `_batch` of columns that are safe to read.
 
     Raises:
         pyarrow.ArrowInvalid: An offset or an index points outside of a column.
@@ -310,7 +318,7 @@ def _checked(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarro
 
 
 def _check_values(array: pyarrow.Array) -> None:
-    """Check all that the values of an array refer to; its buffers have been found long enough.
+    """Check everything that an array's values refer to; its buffers have been found long enough.
 
     A view of a whole array would do, if pyarrow did not give nulls within lists a wrong length in it.
 
@@ -337,7 +345,7 @@ def _check_values(array: pyarrow.Array) -> None:
 
 
 def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    """Other columns under the names and with the metadata of a schema."""
+    """Return a batch of other columns, with the names and metadata of a schema."""
     fields = [field.with_type(column.type) for field, column in zip(schema, columns, strict=True)]
     return pyarrow.RecordBatch.from_arrays(
         columns, schema=pyarrow.schema(fields, metadata=schema.metadata)
@@ -345,7 +353,8 @@ def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.
 
 
 def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, list[int]]]:
-    """Parts of a batch that take up to `LARGEST_RECORD` bytes as Python objects, with the bytes of each row.
+    """Yield the parts of a batch that take up to `LARGEST_RECORD` bytes as Python objects, with the bytes of
+    each row.
 
     A row that takes more comes alone, and as it is; the dictionaries of others are unpacked.
     """
@@ -362,7 +371,7 @@ def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, 
 
 
 def _unpack(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """Rows with the values of their dictionaries."""
+    """Return the rows with the values of their dictionaries."""
     kinds = [_mapped(column.type, _unpacked) for column in rows.columns]
     columns = [
         column if column.type == kind else column.cast(kind)
@@ -372,7 +381,7 @@ def _unpack(rows: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 
 def _row_bytes(array: pyarrow.Array) -> npt.NDArray[np.int64] | int:
-    """[N] about what each value takes as a Python object; one number where all take the same."""
+    """Return [N] the approximate bytes of each value as a Python object; one number if all take the same."""
     kind = array.type
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _row_bytes(array.storage)
@@ -411,7 +420,7 @@ def _row_bytes(array: pyarrow.Array) -> npt.NDArray[np.int64] | int:
 def _list_bytes(
     starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], values: pyarrow.Array
 ) -> npt.NDArray[np.int64]:
-    """[N], of lists that hold the ranges [start, end) of `values`."""
+    """Return [N] the bytes of lists that hold the ranges [start, end) of `values`."""
     starts, ends = starts.astype(np.int64), ends.astype(np.int64)
     first, last = (int(starts[0]), int(ends[-1])) if len(starts) else (0, 0)
     each = _row_bytes(values.slice(first, last - first))

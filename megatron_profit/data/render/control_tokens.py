@@ -61,7 +61,10 @@ class ControlTokens:
 
 
 def _special(template: ChatTemplate) -> set[str]:
-    """Special tokens, as the tokenizer marks them; thoughts may stand in an answer with their tags."""
+    """Return the special tokens, as the tokenizer marks them, without the tags of thoughts.
+
+    These may stand in an answer.
+    """
     tokenizer = template.tokenizer
     marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = template.added(tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
@@ -69,7 +72,10 @@ def _special(template: ChatTemplate) -> set[str]:
 
 
 def _unmarked(template: ChatTemplate) -> set[str]:
-    """Added tokens that look like control tokens and that the template does not write, as <|fim_prefix|>."""
+    """Return added tokens that look like control tokens and that the template does not write.
+
+    For example, Qwen3's <|fim_prefix|> is such a token.
+    """
     source = str(template.tokenizer.chat_template)
     added = template.tokenizer.get_added_vocab()
     return {
@@ -98,7 +104,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _joined(value: object) -> str:
-    """All strings in `value`, joined by a character that no marker holds."""
+    """Return all strings in `value`, joined by a character that no marker holds."""
     return "\0".join(strings(value))
 
 

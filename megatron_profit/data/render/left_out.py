@@ -1,7 +1,7 @@
-"""What a chat template leaves out of a conversation: its text is compared with what the record gives.
+"""Checks for text that a chat template leaves out of a conversation: its text is compared with the record.
 
-Templates trim texts, and write strings of tool calls as they are or as JSON has them. What else is missing
-was dropped or cut; Qwen3's template, for example, cuts an answer at each `</think>`.
+Templates trim texts, and write strings of tool calls either unchanged or as JSON. Any other missing text was
+dropped or cut. For example, Qwen3's template cuts an answer at each `</think>`.
 """
 
 import json
@@ -23,10 +23,10 @@ def check_answer(message: Message, turn: str) -> bool | None:
 
     Args:
         message: An assistant message.
-        turn: What the template writes for it, after the header and without the end of turn.
+        turn: The template's text for it, after the header and without the end of turn.
 
     Returns:
-        Whether the thoughts are there, None where the message has none.
+        Whether the thoughts are in the text, None where the message has none.
 
     Raises:
         BrokenRecord: A part of the answer or of the thoughts is missing.
@@ -47,8 +47,8 @@ def leaves_out_context(conversation: Conversation, text: str, trained: set[int])
     """Return whether the template leaves out a message that is not trained, or a tool.
 
     Args:
-        conversation: What was rendered.
-        text: As the template writes it.
+        conversation: The rendered conversation.
+        text: The template's text.
         trained: Positions of the messages that are trained, which `check_answer` looks at.
     """
     context = [m for i, m in enumerate(conversation.messages) if i not in trained]
@@ -58,7 +58,7 @@ def leaves_out_context(conversation: Conversation, text: str, trained: set[int])
 
 
 def _answer_parts(message: Message, text: str) -> list[str]:
-    """The texts that must be rendered: the content, if need be without its thoughts, and the calls."""
+    """Return the texts that must be rendered: the content, if need be without its thoughts, and the calls."""
     content = message["content"]
     if message["role"] == "assistant" and not _holds(text, content):
         content = thoughts.split(content)[1]
@@ -67,14 +67,14 @@ def _answer_parts(message: Message, text: str) -> list[str]:
 
 
 def _names(tool: dict[str, Any]) -> list[str]:
-    """The name of a tool, none where it has no such field."""
+    """Return the name of a tool, none where it has no such field."""
     function = tool.get("function")
     name = function.get("name") if isinstance(function, dict) else tool.get("name")
     return [name] if isinstance(name, str) else []
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether the text holds the part, as it is or within quotes of JSON or Python."""
+    """Return whether the text holds the part, as it is or within quotes of JSON or Python."""
     part = part.strip()
     if part in text:
         return True

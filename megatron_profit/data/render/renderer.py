@@ -1,11 +1,11 @@
-"""Conversations -> token ids and the mask of what the model must produce.
+"""Conversations -> token ids and the mask of the tokens that the model must produce.
 
-A conversation is rendered once, whole, with the tokenizer's own chat template, and tokenised once:
-templates such as Qwen3's write an assistant turn differently according to its place, so rendering
-message by message gives a text that the model never sees at inference. What is supervised is then
-found by character position: from where the generation prompt ends up to and including the end of the turn.
-The markers of a turn are learnt from the template itself. Positions, never token values, decide the mask:
-where pad and end-of-turn are one token, the end is still trained.
+A conversation is rendered once, whole, with the tokenizer's own chat template, and tokenised once. Templates
+such as Qwen3's write an assistant turn differently according to its place. So rendering message by message
+would give a text that the model never sees at inference. The supervised part is then found by character
+position: from the end of the generation prompt up to and including the end of the turn. The markers of a turn
+are learnt from the template itself. Positions, never token values, decide the mask: where pad and end-of-turn
+are one token, the end is still trained.
 
 Shape suffix: T tokens of one conversation.
 """
@@ -60,7 +60,7 @@ class RenderedConversation:
     Attributes:
         ids: [T] int32.
         supervised: [T] bool, true where the model must produce this token.
-        findings: What the preparation counts of it.
+        findings: Findings that the preparation counts.
     """
 
     ids: npt.NDArray[np.int32]
@@ -70,11 +70,11 @@ class RenderedConversation:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Which parts of the assistant's turns are trained.
+    """The parts of the assistant's turns that are trained.
 
     Attributes:
-        turns: "all", or the "last" only; or "each", of which each is the last of an example of its own.
-        think: Also what stands in <think> blocks; else a turn is trained from behind them.
+        turns: "all", or only the "last"; or "each", of which each is the last turn of an example of its own.
+        think: Whether <think> blocks are trained too; else a turn is trained from their end on.
     """
 
     turns: Literal["all", "last", "each"] = "all"
@@ -105,8 +105,8 @@ class _Turn:
     """A trained turn of the rendered text.
 
     Attributes:
-        position: Of its message.
-        header, begin, end: Characters where its header begins, where that ends, and where its end does.
+        position: Position of its message.
+        header, begin, end: Characters at which its header begins, its header ends, and the turn ends.
     """
 
     position: int
@@ -130,8 +130,8 @@ class ChatRenderer:
     """Renders conversations with a tokenizer's chat template and marks the assistant's tokens.
 
     Attributes:
-        markers: What was learnt from the template.
-        training: Which parts of the assistant's turns are marked.
+        markers: The turn markers, learnt from the template.
+        training: The parts of the assistant's turns that are marked.
     """
 
     def __init__(
@@ -141,18 +141,18 @@ class ChatRenderer:
         day: date | None = None,
         allowed_tokens: Sequence[str] = (),
     ) -> None:
-        """Learns the turn markers of the tokenizer's template.
+        """Learn the turn markers of the tokenizer's template.
 
         Args:
             tokenizer: A fast tokenizer (one that knows character offsets) with a chat template.
-            training: Which parts of the assistant's turns are trained; all of them by default.
-            day: What a template that writes today's date is to write; None for other templates.
+            training: The parts of the assistant's turns that are trained; all of them by default.
+            day: The day for a template that writes today's date; None for other templates.
             allowed_tokens: Special tokens that texts of records may hold, as tokens.
 
         Raises:
-            DataError: The tokenizer is not fast, has no template, drops text, its template writes no
-                assistant header or no end of turn, so that no one could tell what to train on, or
-                it writes a date and `day` is None, or the other way round. Or one of `allowed_tokens` is no
+            DataError: The tokenizer is not fast, has no template, or drops text. Or the template writes no
+                assistant header or no end of turn, so that the trained part is unknown. Or the template
+                writes a date and `day` is None, or the other way round. Or one of `allowed_tokens` is no
                 special token, or a marker of the template.
         """
         self.template = ChatTemplate(tokenizer, day)
@@ -165,7 +165,7 @@ class ChatRenderer:
         self._control = ControlTokens(self.template, self.markers, allowed_tokens)
 
     def render(self, conversation: Conversation) -> RenderedConversation:
-        """Token ids and supervised mask of a conversation.
+        """Return the token ids and supervised mask of a conversation.
 
         The ids equal `tokenizer.apply_chat_template(messages, tools=tools)`, on the day that was
         given where the template writes one. A token is supervised if it begins inside an assistant turn,
@@ -184,7 +184,7 @@ class ChatRenderer:
     def render_all(
         self, conversations: Sequence[Conversation]
     ) -> list[RenderedConversation | BrokenRecord]:
-        """`render` of several conversations, tokenised together; what it would raise is returned."""
+        """Return `render` of several conversations, tokenised together; errors are returned, not raised."""
         results = [_caught(self._draft, conversation) for conversation in conversations]
         drafts = [result for result in results if isinstance(result, _Draft)]
         self._add_prompts(drafts)
@@ -195,7 +195,7 @@ class ChatRenderer:
         return [next(marked) if isinstance(result, _Draft) else result for result in results]
 
     def text(self, conversation: Conversation) -> str:
-        """The whole conversation as the template writes it.
+        """Return the whole conversation as the template writes it.
 
         Raises:
             BrokenRecord: The template refuses the conversation.
@@ -208,7 +208,7 @@ class ChatRenderer:
             ) from error
 
     def _draft(self, conversation: Conversation) -> _Draft:
-        """The text and its trained turns, compared with the record.
+        """Return the text and its trained turns, compared with the record.
 
         Raises:
             BrokenRecord: As in `render`.
@@ -235,7 +235,7 @@ class ChatRenderer:
         return _Draft(conversation, text, turns, findings)
 
     def _turns(self, text: str, conversation: Conversation) -> list[_Turn]:
-        """The assistant's turns, in order.
+        """Return the assistant's turns, in order.
 
         Raises:
             BrokenRecord: There are not as many turns as assistant messages.
@@ -254,7 +254,7 @@ class ChatRenderer:
         ]
 
     def _end(self, text: str, begin: int, limit: int) -> int:
-        """The end of the turn from `begin`, before `limit` and before any other turn begins."""
+        """Return the end of the turn from `begin`, before `limit` and before any other turn begins."""
         end = text.find(self.markers.end, begin, limit)
         turn = text[begin:end]
         if end < 0 or (self.markers.opening and self.markers.opening in turn):
@@ -279,7 +279,7 @@ class ChatRenderer:
                 draft.prompts = found + found[-1:] * (len(draft.turns) - len(found))
 
     def _prompts(self, pasts: list[list[Message]], tools: list[dict[str, Any]] | None) -> list[str]:
-        """The generation prompts after these messages, from the assistant's header on."""
+        """Return the generation prompts after these messages, from the assistant's header on."""
         try:
             texts = self.template.texts(pasts, tools, prompt=True) if pasts else []
         except Exception:  # on one of them, perhaps for lack of any message
@@ -289,13 +289,13 @@ class ChatRenderer:
         return [self._prompt_in(text) for text in texts]
 
     def _prompt_in(self, text: str) -> str:
-        """The end of a text from the last header on, or the usual prompt where that is a whole turn."""
+        """Return the end of a text from the last header on; the usual prompt if that end is a whole turn."""
         header, end, prompt = self.markers.header, self.markers.end, self.markers.prompt
         found = text[text.rfind(header) :] if header in text else prompt
         return prompt if end in found else found
 
     def _marked(self, draft: _Draft, encoding: Any) -> RenderedConversation:
-        """The ids of a draft, supervised where a token begins inside one of the turns.
+        """Return the ids of a draft, supervised where a token begins inside one of the turns.
 
         Raises:
             BrokenRecord: The token for unknown text would be trained.
@@ -324,7 +324,7 @@ class ChatRenderer:
     def _dropped(
         self, text: str, tokens: TokenOffsets, supervised_T: npt.NDArray[np.bool_]
     ) -> Finding:
-        """Text without a token of its own.
+        """Return the finding of text without a token of its own.
 
         Raises:
             BrokenRecord: The token for unknown text would be trained.
@@ -351,15 +351,15 @@ def _caught[**P, T](
 
 
 def _pasts(draft: _Draft) -> list[list[Message]]:
-    """The messages before each turn, for the first turns, whose prompts are rendered."""
+    """Return the messages before each turn, for the first turns, whose prompts are rendered."""
     return [draft.conversation.messages[: turn.position] for turn in draft.turns[:_PROMPTS]]
 
 
 def _after_thoughts(text: str, begin: int, end: int, opening: str) -> int:
-    """Where the turn [begin, end) goes on after its think block; `begin` if it has none.
+    """Return where the turn [begin, end) goes on after its think block; `begin` if it has none.
 
-    The block begins the turn, or the text before it, `opening`, has opened it already; an answer may mention
-    the tags, and may begin with spaces, which are its own.
+    The block begins the turn, or the text before it, `opening`, has opened it already. An answer may mention
+    the tags, and may begin with spaces, which belong to it.
     """
     opened = opening.rfind(thoughts.OPEN) > opening.rfind(thoughts.CLOSE)
     close = text.find(thoughts.CLOSE, begin, end)

@@ -1,8 +1,8 @@
-"""The day that a chat template writes: one that was asked for, not that of the preparation.
+"""The day that a chat template writes: the day that was asked for, not the day of the preparation.
 
-Templates such as those of Llama 3.2 and gpt-oss call `strftime_now`. Left to the clock, the ids of a
-record would depend on when they were made: prepared on two days, or on two machines around midnight, the
-same data would differ.
+Templates such as Llama 3.2's and gpt-oss's call `strftime_now`. If the clock answered, the ids of a record
+would depend on the time of its preparation. For example, the same data would differ if they were prepared on
+two days, or on two machines around midnight.
 """
 
 import re
@@ -21,10 +21,10 @@ _CALL = re.compile(rf"""{_CLOCK}\(\s*(["'])((?:(?!\1).)*)\1\s*\)""")
 
 
 def parse_day(text: str | None) -> date | None:
-    """The value of --template-date.
+    """Return the day of --template-date, for example 2025-01-31; None without one.
 
     Raises:
-        DataError: It is no day.
+        DataError: The text is no day.
     """
     try:
         return None if text is None else date.fromisoformat(text)
@@ -33,12 +33,12 @@ def parse_day(text: str | None) -> date | None:
 
 
 def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str) -> None:
-    """Asks for a day where a template of the tokenizer writes one, and only there.
+    """Require a day where a template of the tokenizer writes one, and refuse it elsewhere.
 
     Args:
-        tokenizer: One with chat templates.
+        tokenizer: A tokenizer with chat templates.
         day: The day that was asked for.
-        name: What the tokenizer is called in messages.
+        name: The tokenizer's name in messages.
 
     Raises:
         DataError: The day is missing, would be ignored, or cannot be put into the template.
@@ -66,6 +66,6 @@ def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str)
 
 @cache
 def with_day(template: str, day: date) -> str:
-    """The template with the day in place of its calls of the clock."""
+    """Return the template with the day in place of its calls of the clock."""
     moment = datetime.combine(day, time())
     return _CALL.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)

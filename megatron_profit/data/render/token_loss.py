@@ -37,14 +37,14 @@ def check_tokens(template: ChatTemplate, text: str) -> None:
 def uncovered(text: str, offsets: Sequence[tuple[int, int]]) -> str:
     """Return the characters of the text that no token covers.
 
-    Spaces do not count, which some tokenizers trim from the offsets, nor marks that a tokenizer composes with
-    the letter before them, whose token then has the letter's offsets alone.
+    Spaces do not count, because some tokenizers trim them from the offsets. Nor do marks that a tokenizer
+    composes with the letter before them: the token then has the letter's offsets alone.
 
     Args:
         text: The text that was tokenised.
-        offsets: Of each token, in order, the characters [begin, end). Where a model without a token for
-            unknown text drops a character, its offsets go on as if it had not been there: as many are
-            missing, but the last ones of the text between two spaces or added tokens.
+        offsets: The characters [begin, end) of each token, in order. A model without a token for unknown text
+            drops a character, and the offsets go on as if it had not been there. So the right number of
+            characters is missing, but they are the last ones between two spaces or added tokens.
     """
     begins = [begin for begin, _ in offsets] + [len(text)]
     ends = [0] + [end for _, end in offsets]
@@ -55,7 +55,7 @@ def uncovered(text: str, offsets: Sequence[tuple[int, int]]) -> str:
 
 
 def _composes(character: str) -> bool:
-    """Whether it may become one character with the one before: a mark, or a later letter of Hangul."""
+    """Return whether a character may combine with the one before: a mark, or a later letter of Hangul."""
     return category(character).startswith("M") or "\u1161" <= character <= "\u11c2"
 
 

@@ -1,4 +1,4 @@
-"""Which tokens stand for which characters of a text.
+"""The relation of tokens to the characters of a text.
 
 Shape suffix: T tokens of one text.
 """
@@ -14,7 +14,7 @@ class TokenOffsets:
 
     Attributes:
         ids: [T] int32.
-        offsets: Of each token the characters [begin, end).
+        offsets: The characters [begin, end) of each token.
     """
 
     def __init__(self, encoding: Any) -> None:
@@ -33,10 +33,10 @@ class TokenOffsets:
         return first > 0 and self.offsets[first - 1][1] > character
 
     def _first(self, character: int) -> int:
-        """The first token that begins at this character or after it."""
+        """Return the first token that begins at this character or after it."""
         first = bisect_left(self._begins, character)
-        # Some tokenizers trim spaces from the offsets, which leaves a token of spaces with an empty range at
-        # its end: it began where the token before it ends.
+        # Some tokenizers trim spaces from the offsets, so a token of spaces has an empty range at its end. It
+        # began where the token before it ends.
         while first < len(self.offsets) and self._began_before(first, character):
             first += 1
         return first

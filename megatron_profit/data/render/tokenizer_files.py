@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.files.bounded import check_json, check_regular
 
-# What a tokenizer's ids and its chat template depend on.
+# Files that a tokenizer's ids and its chat template depend on.
 _PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*")
 # JSON files that the transformers library reads, among others that may lie there.
 _READ = (
@@ -25,18 +25,18 @@ _WORDS = ("token", "vocab", "merges", "template", "tekken")
 
 
 def decides_ids(path: Path) -> bool:
-    """Whether token ids or the chat template may depend on a file, to judge by its name."""
+    """Return whether token ids or the chat template may depend on a file, judged by its name."""
     return path.suffix not in (".json", ".txt") or any(word in path.name for word in _WORDS)
 
 
 def tokenizer_paths(folder: Path) -> list[Path]:
-    """The files that a tokenizer's ids and its chat template may depend on."""
+    """Return the files that a tokenizer's ids and its chat template may depend on."""
     found = {path for pattern in _PATTERNS for path in folder.glob(pattern)}
     return sorted(path for path in found if path.exists() and not path.is_dir())
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Check what the transformers library would wait for, or read whole into memory.
+    """Check the files for which the transformers library would wait, or which it reads whole into memory.
 
     Raises:
         DataError: A file is no regular file, or a JSON file is too large.

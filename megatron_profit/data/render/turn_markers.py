@@ -1,4 +1,4 @@
-"""How a chat template brackets what the assistant says, learnt from what it writes."""
+"""The text with which a chat template brackets the assistant's turns, learnt from its output."""
 
 from dataclasses import dataclass
 from itertools import takewhile
@@ -15,11 +15,11 @@ _ASKED, _ANSWERED, _ASKED_AGAIN, _ANSWERED_AGAIN = "7vAsk7", "8vSay8", "6vQue6",
 
 @dataclass(frozen=True, slots=True)
 class TurnMarkers:
-    """How a template brackets what the assistant says.
+    """The text with which a template brackets the assistant's turns.
 
     Attributes:
         header: Text right before every assistant turn, e.g. "<|im_start|>assistant\\n".
-        prompt: The header and what else the generation prompt ends in, e.g.
+        prompt: The header and the rest of the generation prompt's end. For example,
             "<|im_start|>assistant\\n<think>\\n" for a template that opens a think block.
         end: Text that ends the turn, e.g. "<|im_end|>"; the model must produce it.
         opening: Token that begins a turn of any role, e.g. "<|im_start|>"; "" if there is none.
@@ -38,8 +38,8 @@ def learn_markers(template: ChatTemplate) -> TurnMarkers:
     """Return the markers of the template, which has to render two plain questions and answers for it.
 
     Raises:
-        DataError: The template fails, or writes no assistant header or no end of turn, so that no one could
-            tell what to train on; or the tokenizer drops the text.
+        DataError: The template fails, or writes no assistant header or no end of turn, so that the trained
+            part is unknown; or the tokenizer drops the text.
     """
     probe = _probe(template)
     check_tokens(template, probe.talk)
@@ -67,12 +67,11 @@ def learn_markers(template: ChatTemplate) -> TurnMarkers:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """What a template writes around sentinels, in the places where turns may differ.
+    """A template's output around sentinels, in the places where turns may differ.
 
-    Two questions and answers are rendered, and the first question alone without and with the
-    generation prompt. `after_question` is what ends the lone question, `prompt` that and the
-    generation prompt; the rest surrounds the first answer (`earlier`) and the second (`last`) in the
-    whole `talk`.
+    Two questions and answers are rendered. So is the first question alone, without and with the generation
+    prompt. `after_question` is the end of the lone question; `prompt` is that end and the generation prompt.
+    The other attributes surround the first answer (`earlier`) and the second (`last`) in the whole `talk`.
     """
 
     after_question: str
@@ -108,14 +107,16 @@ def _probe(template: ChatTemplate) -> _Probe:
 
 
 def _question_end(template: ChatTemplate, probe: _Probe) -> str:
-    """What ends a question; a lone one may end otherwise: Phi-3's template writes the end of the text."""
+    """Return the end of a question; a lone one may end otherwise: Phi-3's template writes the end of the
+    text.
+    """
     if probe.prompt.startswith(probe.after_question):
         return probe.after_question
     return _common_tokens(template, probe.after_question, probe.prompt)
 
 
 def _header(template: ChatTemplate, probe: _Probe, question_end: str) -> str:
-    """What the generation prompt, an earlier answer's beginning and the last one's share.
+    """Return the text shared by the generation prompt and the beginnings of an earlier and the last answer.
 
     A think block belongs to the turn, not to the header: other answers may be written with another one.
     """
@@ -133,7 +134,7 @@ def _header(template: ChatTemplate, probe: _Probe, question_end: str) -> str:
 
 
 def _common_tokens(template: ChatTemplate, first: str, second: str) -> str:
-    """The text of the leading tokens that two texts share (characters could cut a token)."""
+    """Return the text of the leading tokens that two texts share (characters could cut a token)."""
     encoding, other = template.encode([first, second])
     pairs = zip(encoding.ids, other.ids, strict=False)
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
@@ -141,7 +142,9 @@ def _common_tokens(template: ChatTemplate, first: str, second: str) -> str:
 
 
 def _added_id_after(template: ChatTemplate, text: str, sentinel: str, end: str) -> int | None:
-    """Id of the first added token in the `end` that follows the sentinel, None if there is none."""
+    """Return the id of the first added token in the `end` that follows the sentinel, None if
+    there is none.
+    """
     begin = text.index(sentinel) + len(sentinel)
     limit = text.index(end, begin) + len(end)
     (encoding,) = template.encode([text])

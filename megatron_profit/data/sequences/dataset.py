@@ -20,12 +20,12 @@ IGNORED_LABEL = -100
 class SFTDataset(Dataset[dict[str, torch.Tensor]]):
     """Rows of one example, or with packing of as many as fit.
 
-    Each example is a segment of its row whose positions begin at 0, and so is the padding at the row's
-    end. Which examples a row holds is a function of (seed, row) alone (order.py): a run that resumes at
-    row i sees what an uninterrupted run would have seen.
+    Each example is a segment of its row whose positions begin at 0, and so is the padding at the row's end.
+    The examples of a row are a function of (seed, row) alone (order.py). So a run that resumes at row i gets
+    the same row as an uninterrupted run.
 
     Attributes:
-        labelled_rows: Rows before those without labels, None where there is no such limit.
+        labelled_rows: Rows before the ones without labels, None where there is no such limit.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         epochs: int | None = None,
         period: int | None = None,
     ) -> None:
-        """Sets up the rows; copies nothing.
+        """Set up the rows; the examples are not copied.
 
         Args:
-            examples: What `build_examples` gave for the same `seq_length`.
+            examples: Examples that `build_examples` made for the same `seq_length`.
             seq_length: Positions S of a row.
             num_samples: Rows in all, e.g. training iterations x global batch size; may be more or
                 fewer than an epoch has.
@@ -58,10 +58,10 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             pad_multiple: Each example of a row is padded to a multiple of it, e.g. twice the
                 context-parallel size. That padding belongs to the example's segment.
             groups: Examples to draw from and how often; None for all of them once an epoch.
-            epochs: Rows behind this many epochs have no label; None for epochs without end.
-            period: Rows of one evaluation, None for training data. Every period begins anew with the
-                first row, and rows behind one epoch have no label, so that an evaluation counts no
-                example twice and every evaluation of a run sees the same.
+            epochs: Rows after this many epochs have no label; None for epochs without end.
+            period: Rows of one evaluation, None for training data. Every period begins anew with the first
+                row, and rows after one epoch have no label. So an evaluation counts no example twice, and
+                every evaluation of a run sees the same rows.
 
         Raises:
             ValueError: No examples, an example that does not fit, or an argument out of range.
@@ -88,7 +88,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         self._resize(num_samples, period)
 
     def with_samples(self, num_samples: int, period: int | None = None) -> "SFTDataset":
-        """The same rows in another number; shares the examples and the order."""
+        """Return the same rows in another number; the copy shares the examples and the order."""
         other = copy.copy(self)
         other._resize(num_samples, period)
         return other
@@ -107,7 +107,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Row `index`.
+        """Return row `index`.
 
         Returns:
             Five tensors [S] int64.

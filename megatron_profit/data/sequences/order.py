@@ -1,4 +1,4 @@
-"""Which examples a row of the data set holds: a function of the seed and the row's number alone.
+"""The order of the examples: the content of a row is a function of the seed and the row's number alone.
 
 Epochs follow one another without a seam. In each, the examples are drawn (file by file, as often as the
 file's weight says), shuffled, put into rows, and the rows shuffled.
@@ -26,7 +26,7 @@ class Group:
 
     Attributes:
         examples: [n] int64, their indices.
-        weight: How often an epoch holds each of them, on average.
+        weight: Average number of times that an epoch holds each of them.
     """
 
     examples: npt.NDArray[np.int64]
@@ -37,9 +37,10 @@ class Group:
             raise ValueError(f"the weight of a file must be positive and finite, got {self.weight}")
 
     def drawn(self, epoch: int) -> tuple[int, int]:
-        """The range of an epoch in the endless sequence of this group's cycles.
+        """Return the range of an epoch in the endless sequence of this group's cycles.
 
-        A cycle holds every example once, so none is drawn a second time before all were drawn.
+        A cycle holds every example once, so none is drawn a second time before all were drawn. For example,
+        10 examples of weight 1.5 give 0 to 15 in epoch 0 and 15 to 30 in epoch 1.
         """
         per_epoch = Fraction(str(self.weight)) * len(self.examples)
         return int(epoch * per_epoch), int((epoch + 1) * per_epoch)
@@ -67,11 +68,11 @@ class RowOrder:
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        """Sets up the order; an epoch is laid out when one of its rows is asked for.
+        """Set up the order; an epoch is laid out when one of its rows is asked for.
 
         Args:
             lengths: [N] positions that each example takes in a row.
-            groups: What is drawn from; indices are into `lengths`.
+            groups: Groups to draw from; indices are into `lengths`.
             capacity: Positions of a row.
             packing: Several examples to a row, as many as fit; else one.
             seed: Chooses the orders, in [0, 2^64).
@@ -94,20 +95,20 @@ class RowOrder:
         self._starts = [0]
 
     def rows_until(self, epoch: int) -> int:
-        """Rows of all epochs before `epoch`."""
+        """Return the rows of all epochs before `epoch`."""
         while len(self._starts) <= epoch:
             latest = self._epoch(len(self._starts) - 1)
             self._starts.append(self._starts[-1] + len(latest.rows))
         return self._starts[epoch]
 
     def first_epoch(self) -> tuple[npt.NDArray[np.int64], int]:
-        """The examples of the first epoch, in no order of meaning, and its number of rows."""
+        """Return the examples of the first epoch, in no order of meaning, and its number of rows."""
         return self._epoch(0).examples, self.rows_until(1)
 
     def row(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The examples of a row, and for each a number that is distinct for each time it is drawn.
+        """Return the examples of a row, and for each a number that is distinct for each time it is drawn.
 
-        Neither the number nor what is drawn in an epoch depends on the packing.
+        Neither the number nor the draws of an epoch depend on the packing.
         """
         while self._starts[-1] <= index:
             self.rows_until(len(self._starts))
@@ -139,7 +140,7 @@ class RowOrder:
         return _Epoch(examples, cycles, rows)
 
     def _drawn(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """[M] examples of an epoch and the cycle of its group that each is drawn in."""
+        """Return [M] examples of an epoch and the cycle of its group that each is drawn in."""
         examples, cycles = [], []
         for number, group in enumerate(self._groups):
             begin, end = group.drawn(epoch)
@@ -152,7 +153,7 @@ class RowOrder:
         return np.concatenate(examples), np.concatenate(cycles)
 
     def _cycle(self, number: int, cycle: int, whole: bool) -> npt.NDArray[np.int64]:
-        """A group's examples in the order of a cycle, which matters only where a part is drawn."""
+        """Return a group's examples in the order of a cycle, which matters only where a part is drawn."""
         examples = self._groups[number].examples
         if whole or not self._shuffle:
             return examples

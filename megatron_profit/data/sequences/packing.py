@@ -1,8 +1,8 @@
-"""Which examples share a row: best-fit decreasing, over counts of equal lengths.
+"""The examples that share a row: best-fit decreasing, over counts of equal lengths.
 
-The examples are taken from the longest to the shortest, and each goes into the row with the least room
-that still takes it. Rows of equal room are interchangeable and so are examples of equal length, so whole
-groups are placed at once.
+The examples are taken from the longest to the shortest. Each goes into the row with the least room that still
+takes it. For example, lengths 5, 4, 3, 2 in rows of 8 give the rows 5 + 3 and 4 + 2. Rows of equal room are
+interchangeable and so are examples of equal length, so whole groups are placed at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PackedRows:
 
 
 def pack(lengths: npt.NDArray[np.integer], capacity: int) -> PackedRows:
-    """Rows of at most `capacity` that hold every example once.
+    """Return rows of at most `capacity` that hold every example once.
 
     Args:
         lengths: [M], each in 1..capacity.
@@ -68,7 +68,7 @@ class _Rows:
         self._rooms: list[int] = []  # the keys of _by_room, ascending
 
     def place(self, length: int, count: int) -> list[int]:
-        """Places `count` examples of one length, no longer than those before.
+        """Place `count` examples of one length, no longer than the ones before.
 
         Returns:
             The row of each.
@@ -85,7 +85,7 @@ class _Rows:
         return placed
 
     def _fill(self, room: int, rows: list[int], length: int, count: int, placed: list[int]) -> int:
-        """Fills rows of equal room one after the other; returns how many examples were placed."""
+        """Fill rows of equal room one after the other; return the number of examples that were placed."""
         each = room // length
         full, rest = divmod(min(count, each * len(rows)), each)
         placed += [row for row in rows[:full] for _ in range(each)]
@@ -102,7 +102,7 @@ class _Rows:
         return list(range(self.count - count, self.count))
 
     def _file(self, room: int, rows: list[int]) -> None:
-        """Puts rows where their room is looked for; full rows are needed no more."""
+        """File rows under their room; full rows are needed no more."""
         if not rows or not room:
             return
         if room not in self._by_room:

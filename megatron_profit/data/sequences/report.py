@@ -1,4 +1,4 @@
-"""How full the rows are, and how many records a step of them holds."""
+"""The fill of the rows, and the number of records in a step."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,20 +9,20 @@ import numpy.typing as npt
 from megatron_profit.data.sequences.order import RowOrder
 from megatron_profit.data.sequences.packing import pack
 
-# Rows that are filled less are worth a warning.
+# The share of filled positions below which a warning is worth it.
 _FILLED = 0.5
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """How full the rows of the first epoch are.
+    """The fill of the rows in the first epoch.
 
     Attributes:
         examples: Examples in the epoch.
         rows: Rows of `seq_length` positions.
         seq_length: Positions of a row.
         tokens: Positions that hold an example.
-        supervised: Those among them whose label is trained.
+        supervised: The positions among them whose label is trained.
         longest: Positions of the longest example.
         packed_rows: Rows that the examples need where several share a row.
     """
@@ -43,7 +43,7 @@ class PackingReport:
         labels: npt.NDArray[np.integer],
         seq_length: int,
     ) -> "PackingReport":
-        """Counts the first epoch; `positions` and `labels` [N] are those of `Examples`."""
+        """Count the first epoch; `positions` and `labels` [N] come from `Examples`."""
         drawn, rows = order.first_epoch()
         tokens, supervised = (int(counts[drawn].sum()) for counts in (positions, labels))
         longest = int(positions[drawn].max(initial=0))
@@ -52,17 +52,19 @@ class PackingReport:
 
     @property
     def efficiency(self) -> float:
-        """The share of all positions that holds an example."""
+        """Share of all positions that holds an example. For example, 0.5 if half of the positions are
+        padding.
+        """
         return self.tokens / max(self.rows * self.seq_length, 1)
 
     @property
     def supervised_share(self) -> float:
-        """The share of the filled positions that is trained."""
+        """Share of the filled positions that is trained."""
         return self.supervised / max(self.tokens, 1)
 
     @property
     def warning(self) -> str | None:
-        """What to change where more than half of the positions are padding, None elsewhere."""
+        """A remedy where more than half of the positions are padding, None elsewhere."""
         if self.efficiency >= _FILLED:
             return None
         text = (
@@ -81,7 +83,7 @@ class PackingReport:
         )
 
     def of_step(self, rows: int) -> str:
-        """What a step of so many rows holds on average, as text."""
+        """Return the average content of a step of this many rows, as text."""
         records, tokens, supervised = (
             count * rows / max(self.rows, 1)
             for count in (self.examples, self.tokens, self.supervised)

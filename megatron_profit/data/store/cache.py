@@ -1,12 +1,12 @@
 """Prepared data on disk: made once, found again by content, checked by every start, shared by all processes.
 
-One process of a machine (the leader) prepares, the others wait for the finished folder by looking at the file
+One process of a machine (the leader) prepares. The others wait for the finished folder by looking at the file
 system: no collective is involved, so none can time out, and jobs that share a file system share the work.
-A folder appears by one rename. Who prepares holds a lock file and touches it; a lock that is no longer
-touched is of a process that died, and is taken over. A folder that is damaged is put aside and made again.
+A folder appears by one rename. The preparing process holds a lock file and touches it. If a lock is no longer
+touched, its process has died, and another one takes it over. A damaged folder is renamed and made again.
 
-The lock saves work and guards nothing: each process writes into a folder of its own and the first rename
-wins, so that a process that was taken for dead, and is not, does no harm.
+The lock saves work and protects no data: each process writes into a folder of its own and the first rename
+wins. So a process that was wrongly taken for dead does no harm.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ _BLOCK = 8 * 2**20
 
 POLL_SECONDS = 0.2
 TOUCH_SECONDS = 5.0
-# A file system over the network may show a touch late.
+# A network file system may show a touch late.
 STALE_SECONDS = 60.0
 
 
 def default_cache() -> Path:
-    """$MEGATRON_PROFIT_CACHE, else `megatron_profit` next to HuggingFace's folders or in the user's cache.
+    """Return $MEGATRON_PROFIT_CACHE, else `megatron_profit` next to HuggingFace's folders or in the user's
+    cache.
 
     Raises:
         DataError: The user has no home folder.
@@ -79,14 +80,15 @@ def prepare(
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """The examples of the sources, mapped from the cache; prepared first where they are not in it.
+    """Return the examples of the sources, mapped from the cache; they are prepared first if they are not in
+    it.
 
     Args:
-        sources: What to read.
+        sources: The sources to read.
         tokenizer: Folder of the tokenizer.
-        preparation: How records become examples.
-        cache: Folder for prepared data; made where it is missing.
-        leader: Whether this process prepares what is missing; the others of a machine wait for it.
+        preparation: The settings with which records become examples.
+        cache: Folder for prepared data; made if it is missing.
+        leader: Whether this process prepares missing data; the others of a machine wait for it.
         workers: Processes; None for as many as the data are worth.
         progress: Called with a line of text about every two seconds.
 
@@ -122,8 +124,10 @@ def prepare(
 
 
 def _under_these_paths(prepared: Prepared, folder: Path, sources: Sequence[Source]) -> Prepared:
-    """With the places of the report under the paths of this run: the same files may have been prepared
-    under others."""
+    """Return the data with the report's places under this run's paths.
+
+    The same files may have been prepared under other paths.
+    """
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     paths = dict(zip(about["sources"], (source.path for source in sources), strict=True))
     return replace(prepared, report=prepared.report.under(paths))
@@ -155,7 +159,7 @@ def _fill(
         if not folder.exists():  # made by a process that was taken for dead, meanwhile
             temporary.rename(folder)
     except FileNotFoundError:
-        # This process was silent for so long that its successor cleaned up behind it.
+        # This process was silent for so long that its successor removed its files.
         if temporary.exists():
             raise
     finally:
@@ -163,12 +167,14 @@ def _fill(
 
 
 def _temporary(folder: Path, token: str) -> Path:
-    """Where the holder of the lock `token` writes."""
+    """Return the folder into which the holder of the lock `token` writes."""
     return folder.with_suffix(f".tmp-{token}")
 
 
 def _remove_left_overs(folder: Path) -> None:
-    """Removes what dead processes left of any data; they touched these folders as they did their locks."""
+    """Remove files that dead processes left of any data; they touched these folders as they did
+    their locks.
+    """
     # The own lock, touched a moment ago, tells the file system's time.
     now = folder.with_suffix(".lock").stat().st_mtime
     for left_over in folder.parent.glob("*.tmp-*"):
@@ -187,11 +193,11 @@ def _key(
     preparation: Preparation,
     cache: Path,
 ) -> str:
-    """A hash of everything that the prepared examples depend on; `files` are those of each source."""
+    """Return a hash of everything that the prepared examples depend on; `files` are each source's files."""
     import tokenizers
     import transformers
 
-    # A name says how a file is read, and where a record stands; the folder does not matter.
+    # A name decides how a file is read and where a record stands; the folder does not matter.
     contents = [[(path.name, content_digest(path, cache)) for path in paths] for paths in files]
     parts = {
         "code": _code(),
@@ -208,7 +214,9 @@ def _key(
 
 
 def tokenizer_files(tokenizer: Path) -> list[list[str]]:
-    """Name and hash of each file in a folder that a tokenizer's ids and its chat template depend on."""
+    """Return name and hash of each file in a folder that a tokenizer's ids and its chat
+    template depend on.
+    """
     return [
         [str(path.relative_to(tokenizer)), _hash_file(path)]
         for path in tokenizer_paths(tokenizer)
@@ -218,14 +226,14 @@ def tokenizer_files(tokenizer: Path) -> list[list[str]]:
 
 @functools.cache
 def _code() -> str:
-    """A hash of this package: any change of it may change what is written."""
+    """Return a hash of this package: any change of it may change the written data."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return sha256(repr([(file.name, _hash_file(file)) for file in files]).encode()).hexdigest()
 
 
 @contextmanager
 def _reading(what: str | Path) -> Iterator[None]:
-    """Tells errors of the data from those of the cache."""
+    """Distinguish errors of the data from errors of the cache: raise the former as DataError."""
     try:
         yield
     except OSError as error:
@@ -238,14 +246,14 @@ type _State = tuple[Path, int, int, int]
 
 
 def _states(files: Sequence[Sequence[Path]]) -> list[_State]:
-    """Path, size, time of change and number of each file that is read, folders opened."""
+    """Return path, size, time of change and number of each file that is read, folders opened."""
     with _reading("the data"):
         inner = [file for paths in files for path in paths for file in _inner(path)]
         return [(file, s.st_size, s.st_mtime_ns, s.st_ino) for file in inner for s in [file.stat()]]
 
 
 def _check_unchanged(states: Sequence[_State]) -> None:
-    """Check that no data file has changed since it was looked at: what was read is what was hashed."""
+    """Check that no data file has changed since it was looked at: the hashed content was the content read."""
     for state in states:
         if _states([[state[0]]]) != [state]:
             raise DataError(
@@ -254,15 +262,15 @@ def _check_unchanged(states: Sequence[_State]) -> None:
 
 
 def _inner(path: Path) -> list[Path]:
-    """The regular files in a folder, or a file itself."""
+    """Yield the regular files in a folder, or a file itself."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def content_digest(path: Path, cache: Path) -> str:
-    """A hash of the content of a file or folder.
+    """Return a hash of the content of a file or folder.
 
-    It is kept in `cache` under all that the file system tells of the file, so that a file which seems to be
-    the same is read once. A file that was copied, restored or mounted again is read again.
+    The hash is kept in `cache` under all that the file system tells of the file. So a file that seems
+    unchanged is read once. A file that was copied, restored or mounted again is read again.
 
     Raises:
         DataError: A file cannot be read, or is no regular file.
@@ -286,7 +294,7 @@ def content_digest(path: Path, cache: Path) -> str:
 
 
 def _noted(note: Path) -> str:
-    """The digest in a note; "" where there is none, half of one, or that of another note."""
+    """Return the digest in a note; "" where there is none, half of one, or another note's."""
     try:
         text = note.read_text(encoding="ascii")
     except (FileNotFoundError, ValueError):
@@ -311,9 +319,9 @@ def _write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def _lock(path: Path, token: str, progress: Callable[[str], None] | None) -> Iterator[bool]:
-    """Holds a lock file: True, or False where another process held it and has let go of it by now.
+    """Hold a lock file: True; or False if another process held it and has released it by now.
 
-    `token` is this holder's alone: no process touches or removes a lock that is not the one it means.
+    `token` belongs to this holder alone: no process touches or removes another's lock by mistake.
     """
     if not _acquire(path, token):
         _wait(path, progress)
@@ -341,7 +349,7 @@ def _acquire(path: Path, token: str) -> bool:
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    """What a lock says; empty where it is gone, or not written yet."""
+    """Return the content of a lock; empty where it is gone, or not written yet."""
     try:
         holder = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -350,9 +358,9 @@ def _holder(path: Path) -> dict[str, Any]:
 
 
 def _processes() -> str | None:
-    """Names the processes among which a number means one: those of a boot of a machine, in one container.
+    """Return a name of the set of processes among which a process number is unique.
 
-    None where the system does not say.
+    It is one boot of a machine, in one container. None where the system does not say.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -372,7 +380,7 @@ def _touch(path: Path, token: str, released: threading.Event) -> None:
 
 
 def _wait(path: Path, progress: Callable[[str], None] | None) -> None:
-    """Until the lock is gone; that of a dead process is removed."""
+    """Wait until the lock is gone; a dead process's lock is removed."""
     if progress:
         progress(f"waiting for another process that prepares the same data ({path})")
     seen, since = None, time.monotonic()
@@ -396,7 +404,7 @@ def _wait(path: Path, progress: Callable[[str], None] | None) -> None:
 
 
 def _died_here(holder: Mapping[str, Any]) -> bool:
-    """Whether the holder was one of the processes that are seen here, and is no more."""
+    """Return whether the holder was one of the processes that are seen here, and has ended."""
     if not holder or holder.get("processes") is None or holder["processes"] != _processes():
         return False
     try:
@@ -409,6 +417,6 @@ def _died_here(holder: Mapping[str, Any]) -> bool:
 
 
 def _remove(path: Path, token: str | None) -> None:
-    """Removes the lock, if it still is the one with this token."""
+    """Remove the lock, if it still has this token."""
     if _holder(path).get("token") == token:
         path.unlink(missing_ok=True)

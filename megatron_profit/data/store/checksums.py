@@ -1,7 +1,7 @@
 """Folders whose files are checked before use: a disk, a copy or another program may have changed them.
 
-`checksums.json` holds the size and the CRC-32 of each file, and the name of the folder, so that another one
-in its place shows. Damage to that file itself shows as well: another file does not fit then.
+`checksums.json` holds the size and the CRC-32 of each file, and the name of the folder. So a folder that was
+put in another's place is found. Damage to `checksums.json` itself is found too: it no longer fits the files.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ type Progress = Callable[[str], None] | None
 
 
 class DamagedError(Exception):
-    """A file is not as it was written; the message names it."""
+    """A file has changed since it was written; the message names it."""
 
 
 class CheckedFiles:
-    """The files of a new folder, which are written piece by piece and whole after `finish`."""
+    """The files of a new folder, written in pieces; they are complete after `finish`."""
 
     def __init__(self, folder: Path) -> None:
         """Make the folder.
@@ -51,7 +51,7 @@ class CheckedFiles:
             folder: Its name without the suffix is the one that it is used under.
 
         Raises:
-            OSError: It cannot be made; so do the methods, when the disk is full.
+            OSError: It cannot be made. The methods raise it too, when the disk is full.
         """
         folder.mkdir()
         self._folder = folder
@@ -88,13 +88,13 @@ class CheckedFiles:
 
 
 def is_usable(folder: Path, names: Collection[str], progress: Progress = None) -> bool:
-    """Whether a folder is there, as it was written.
+    """Return whether a folder exists and is unchanged since it was written.
 
-    A damaged one is put aside with a warning, so that it can be made again. It is not removed: a run that
-    uses it goes on.
+    A damaged one is renamed with a warning, so that it can be made again. It is not removed, because a run
+    that uses it goes on.
 
     Args:
-        folder: What `CheckedFiles` wrote.
+        folder: A folder that `CheckedFiles` wrote.
         names: The files that must be there.
         progress: Called with a line of text about every two seconds.
 
@@ -115,7 +115,7 @@ def is_usable(folder: Path, names: Collection[str], progress: Progress = None) -
 
 
 def _put_aside(folder: Path, number: int, why: Exception) -> None:
-    """Rename a damaged folder, if it still is the one with this inode number, and say so."""
+    """Rename a damaged folder, if it still is the one with this inode number, and print a warning."""
     aside = folder.with_suffix(f".damaged-{uuid.uuid4().hex[:8]}")
     try:
         if folder.stat().st_ino == number:
@@ -133,9 +133,10 @@ def _put_aside(folder: Path, number: int, why: Exception) -> None:
 
 
 def _check_once(folder: Path, names: Collection[str], progress: Progress) -> None:
-    """`_check`, unless another process of this machine does so at this moment: then wait for it to pass.
+    """Call `_check`, unless another process of this machine is doing so: then wait until that one succeeds.
 
-    So the processes of a start read the files once, where that takes long. Raises as `_check`.
+    So the processes of a start read the files once, where that takes long. Errors are the same as for
+    `_check`.
     """
     try:
         note = os.open(
@@ -162,7 +163,7 @@ def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
     """Compare the files of a folder with their checksums.
 
     Raises:
-        DamagedError: A file is missing, or is not as it was written.
+        DamagedError: A file is missing, or has changed since it was written.
         OSError: A file cannot be read, or there is no such folder.
     """
     expected = _expected(folder, names)
@@ -182,7 +183,7 @@ def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
 
 
 def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]]:
-    """Bytes and CRC-32 that each file must have; they have these many bytes."""
+    """Return the bytes and the CRC-32 that each file must have; the files have this size already."""
     folder.stat()
     try:
         entries = read_json(folder / _CHECKSUMS)
@@ -205,7 +206,9 @@ def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]
 
 @functools.cache
 def _machine() -> str:
-    """Tells this machine, since it was started, from others that see the same files."""
+    """Return a name of this machine since its start, which differs from other machines with the
+    same files.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

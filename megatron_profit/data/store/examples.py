@@ -1,6 +1,6 @@
 """Tokenised records as flat arrays, in memory or mapped from the files of a folder.
 
-A folder is whole or absent: it is written under another name and renamed. Mapped arrays cost no memory of
+A folder is complete or absent: it is written under another name and renamed. Mapped arrays cost no memory of
 their own and are shared by all processes of a machine.
 """
 
@@ -38,7 +38,7 @@ class Examples:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-        """Ids [L] and supervised [L] of one example, views without a copy."""
+        """Return ids [L] and supervised [L] of one example, views without a copy."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         part = slice(self.offsets[index], self.offsets[index + 1])
@@ -46,23 +46,23 @@ class Examples:
 
     @property
     def positions(self) -> npt.NDArray[np.int64]:
-        """[N], what each example takes of a row: its last id is a label only."""
+        """[N], the positions of a row that each example takes: its last id is a label only."""
         return np.diff(self.offsets) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Examples, and where each comes from.
+    """Examples, and the place of each one's record.
 
     Attributes:
         examples: The tokenised records.
         sources: [N] int32, the number of the source.
-        files: [N] int32, the number of the file among those of all sources.
-        file_names: Of these files, with as many of their folders as tell them apart.
+        files: [N] int32, the number of the file among all sources' files.
+        file_names: Names of these files, with as many of their folders as tell them apart.
         numbers: [N] int64, line or position in the file (see `RawRecord.number`).
         digests: [N] uint64, a hash of the ids of all examples of its record; equal for equal records.
-        labels: [N] int32, how many labels are trained: its first id is none.
-        report: What became of the records.
+        labels: [N] int32, trained labels of each example; its first id is no label.
+        report: The counts of all records.
     """
 
     examples: Examples
@@ -75,13 +75,15 @@ class Prepared:
     report: PreparationReport
 
     def name(self, index: int) -> str:
-        """The record of an example as FILE:LINE, or FILE:POSITION where the file is no JSON lines."""
+        """Return the place of an example's record: FILE:LINE, or FILE:POSITION if the file is
+        not JSON lines.
+        """
         return f"{printable(self.file_names[self.files[index]])}:{self.numbers[index]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some examples of one file, and what was left out between them.
+    """Some examples of one file, and the records left out between them.
 
     Attributes:
         source, file: As in `Prepared`.
@@ -92,7 +94,7 @@ class Chunk:
         numbers, digests, labels: As in `Prepared`.
         skipped: (place, reason, detail) of each record that was left out.
         truncated: Places of the records that lost their end.
-        unread: Field that nothing reads -> usable records that have it.
+        unread: Unread field -> usable records that have it.
         found: Findings in the examples, by name.
         refused: Why the file that begins with this chunk cannot be used at all, "" if it can.
     """
@@ -164,7 +166,7 @@ def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def collect(
     chunks: Iterable[Chunk], file_names: Sequence[str], report: PreparationReport
 ) -> Prepared:
-    """The examples of all chunks, in memory. `report` is complete when the chunks end."""
+    """Return the examples of all chunks, in memory. `report` is complete when the chunks end."""
     parts = [_arrays(chunk) for chunk in chunks]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in _ARRAYS}
     return _prepared({**arrays, "offsets": _offsets(arrays["offsets"])}, file_names, report)
@@ -173,7 +175,7 @@ def collect(
 def write(
     chunks: Iterable[Chunk], report: PreparationReport, folder: Path, about: dict[str, Any]
 ) -> None:
-    """Writes the examples of all chunks as they come; the memory needed is that of one chunk.
+    """Write the examples of all chunks as they come; the memory for one chunk suffices.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written to.
@@ -192,7 +194,9 @@ def write(
 
 
 def load(folder: Path, file_names: Sequence[str]) -> Prepared:
-    """The examples that `write` put into a folder, mapped into memory; the files must have been checked."""
+    """Return the examples that `write` put into a folder, mapped into memory; the files must have been
+    checked.
+    """
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     arrays = {
         name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in _ARRAYS.items()

@@ -1,7 +1,7 @@
 """Files of chat records -> tokenised examples, by several processes where there is much to do.
 
-The files are read here, in order; chunks of raw records are rendered and tokenised by the workers, and come
-back in order, so that the result does not depend on their number.
+This process reads the files, in order. The workers render and tokenise chunks of raw records. The chunks come
+back in order, so that the result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ _BYTES_AHEAD = 256 * 2**20
 
 @dataclass(frozen=True)
 class Preparation:
-    """How records become examples; with the files and the tokenizer it decides the result.
+    """The settings with which records become examples. Together with the files and the tokenizer they decide
+    the result.
 
     Attributes:
         seq_length: Positions of a training row, at least 1. An example of L ids gives L - 1 pairs of token
-            and label, so up to `seq_length` + 1 ids are kept.
-        too_long: What happens to a record with more: it loses its end, or is left out and counted.
-        training: Which parts of the assistant's turns are trained.
-        day: What a chat template that writes today's date writes, None for other templates.
+            and label, so up to `seq_length` + 1 ids are kept. For example, 4,097 ids fill a row of 4,096.
+        too_long: The treatment of a record with more: it loses its end, or is left out and counted.
+        training: The parts of the assistant's turns that are trained.
+        day: The day for a chat template that writes today's date, None for other templates.
         allowed_tokens: Special tokens of the tokenizer that texts of records may hold, as tokens.
     """
 
@@ -113,12 +114,12 @@ def prepared_chunks(
     workers: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Chunk]:
-    """The examples of all sources, in order, while `report` counts them.
+    """Yield the examples of all sources, in order, while `report` counts them.
 
     Args:
-        sources: What to read.
+        sources: The sources to read.
         renderer: Renders and masks; or the folder of a tokenizer, from which each worker makes one.
-        preparation: How records become examples.
+        preparation: The settings with which records become examples.
         report: Complete when the chunks end.
         workers: Processes, where the folder of a tokenizer is given; 1 is this process.
         progress: Called with a line of text about every two seconds.
@@ -128,7 +129,7 @@ def prepared_chunks(
             tokenizer cannot be used.
     """
     report.sources = [SourceCounts(source.path) for source in sources]
-    # Loaded here first, so that a tokenizer that cannot be used is reported once and by its reason.
+    # Loaded here first, so that a tokenizer that cannot be used is reported once and with its reason.
     loaded = _load_renderer(renderer, preparation) if isinstance(renderer, Path) else renderer
     report.turn_end_id = loaded.markers.end_id
     tell = _Ticker(progress, report)
@@ -155,8 +156,11 @@ def prepared_chunks(
 
 
 def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
-    """What `Prepared.file_names` holds, of the files of each source: as much of each path's end as tells all
-    apart."""
+    """Return the content of `Prepared.file_names` for the files of each source.
+
+    Each name has as much of its path's end as tells all files apart. For example, a/x.jsonl and b/x.jsonl
+    keep their folders.
+    """
     paths = [file.absolute() for inner in files for file in inner]
     for parts in itertools.count(1):
         names = [str(Path(*path.parts[-parts:])) for path in paths]
@@ -166,7 +170,7 @@ def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
 
 
 def default_workers(sources: Sequence[Source]) -> int:
-    """As many processes as the data are worth, and not more than there are cores."""
+    """Return as many processes as the data are worth, and at most one for each core."""
     files = [file for source in sources for file in source.files()]
     size = sum(
         inner.stat().st_size
@@ -187,7 +191,7 @@ class _Task:
 
     @property
     def size(self) -> int:
-        """About the bytes of its records."""
+        """Approximate bytes of its records."""
         return sum(record.size for record in self.records)
 
 
@@ -209,7 +213,7 @@ def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
 
 
 def _batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
-    """Records in lists that are worth sending to another process; large records in short ones."""
+    """Yield records in lists that are worth sending to another process; large records in short lists."""
     batch: list[RawRecord] = []
     size = 0
     for record in records:
@@ -232,7 +236,7 @@ def _noting_keys(records: Iterator[RawRecord], missing: set[str]) -> Iterator[Ra
 def _parallel(
     tasks: Iterable[_Task], tokenizer: Path, preparation: Preparation, workers: int
 ) -> Iterator[Chunk]:
-    # Not fork: this process may hold threads of torch and of the tokenizers library.
+    # Not fork, because this process may hold threads of torch and of the tokenizers library.
     context = multiprocessing.get_context("spawn")
     waiting: deque[tuple[int, Future[Chunk]]] = deque()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, preparation))
@@ -275,7 +279,7 @@ def _run_in_worker(task: _Task) -> Chunk:
 
 @dataclass(frozen=True)
 class _Worker:
-    """Raw records to examples."""
+    """Makes examples of raw records."""
 
     renderer: ChatRenderer
     preparation: Preparation
@@ -300,15 +304,15 @@ class _Worker:
     def _examples(
         self, talks: Sequence[tuple[RawRecord, Conversation]]
     ) -> list[list[_Example | BrokenRecord]]:
-        """The examples of each record, or why there are none."""
+        """Return the examples of each record, or why there are none."""
         talks_of = [self.renderer.training.examples(talk) for _, talk in talks]
-        # A conversation of many turns may give many examples: not all of them are held as tokens at once.
+        # A conversation of many turns may give many examples, so not all of them are held as tokens at once.
         batches = itertools.batched(itertools.chain(*talks_of), _CHUNK_RECORDS)
         rendered = itertools.chain.from_iterable(map(self.renderer.render_all, batches))
         return [[self._cut(next(rendered)) for _ in inner] for inner in talks_of]
 
     def _cut(self, whole: RenderedConversation | BrokenRecord) -> _Example | BrokenRecord:
-        """The part that fits into a row; an `_Unusable` where no token of that is trained."""
+        """Return the part that fits into a row; an `_Unusable` if no token of that part is trained."""
         if isinstance(whole, BrokenRecord):
             return whole
         seq_length, length = self.preparation.seq_length, len(whole.ids)
@@ -331,12 +335,12 @@ class _Worker:
 
 
 class _Unusable(BrokenRecord):
-    """No trained token of an example is left; another example of its record may be used."""
+    """An example has no trained token left; another example of its record may be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """Ids and mask of an example after truncation, its `length` before, and what was found in it."""
+    """Ids and mask of an example after truncation, its `length` before, and its findings."""
 
     ids: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.bool_]
@@ -364,7 +368,7 @@ class _Parts:
     def add(
         self, record: RawRecord, talk: Conversation, cut: Sequence[_Example | BrokenRecord]
     ) -> None:
-        """Keep what is left of the examples of a record.
+        """Keep the remaining parts of the examples of a record.
 
         Raises:
             BrokenRecord: One is broken, or none is left.
@@ -426,7 +430,7 @@ def _load_renderer(tokenizer: Path, preparation: Preparation) -> ChatRenderer:
 
 
 def _digest(examples: Sequence[_Example]) -> int:
-    """One number for all examples of a record, so that all of them are set aside or none is."""
+    """Return one number for all examples of a record, so that all of them are set aside or none is."""
     digest = blake2b(digest_size=8)
     for example in examples:
         digest.update(example.ids.tobytes())
@@ -434,7 +438,7 @@ def _digest(examples: Sequence[_Example]) -> int:
 
 
 class _Ticker:
-    """Tells at most every PROGRESS_SECONDS how far the preparation is."""
+    """Prints the progress of the preparation, at most every PROGRESS_SECONDS."""
 
     def __init__(self, progress: Callable[[str], None] | None, report: PreparationReport) -> None:
         self._progress, self._report = progress, report

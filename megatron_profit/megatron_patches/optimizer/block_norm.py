@@ -18,7 +18,7 @@ def block_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of all elements together as fp32 [1], right to fp32 rounding at any size.
 
     Args:
-        tensors: Of any shapes, in float16, bfloat16, float32 or float64, on one device.
+        tensors: Tensors of any shapes, in float16, bfloat16, float32 or float64, on one device.
     """
     squares = [norm.double().square().sum() for tensor in tensors for norm in _norms(tensor)]
     return torch.stack(squares).sum().sqrt().float().view(1)

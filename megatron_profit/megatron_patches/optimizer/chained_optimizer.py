@@ -1,9 +1,9 @@
 """Optimizer states between runs with and without expert parallelism.
 
-With `--expert-model-parallel-size` above 1 Megatron has two optimizers, one of them for the experts, and
-keeps the state of each under its number; without, there is one, and no number. The tensors of a checkpoint
-are found by the names of their parameters in either case. What is left are the few values that all
-parameters share (step, learning rate, decay), and they are the same in both.
+With `--expert-model-parallel-size` above 1 Megatron has two optimizers, one of them for the experts. It keeps
+the state of each under its number. Without expert parallelism there is one optimizer, and no number. The
+tensors of a checkpoint are found by the names of their parameters in either case. Only the few values that
+all parameters share are left (step, learning rate, decay), and they are the same in both.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _GROUPS, _EXPERTS = "param_groups", "is_expert_parallel"
 
 
 def regrouped(state_dict: dict[Any, Any], count: int) -> dict[Any, Any]:
-    """The state that `ChainedOptimizer.load_state_dict` is given, as `count` optimizers understand it.
+    """Return the state for `ChainedOptimizer.load_state_dict` in the form of `count` optimizers.
 
     Args:
-        state_dict: What was saved by another number of optimizers lies where they had it, and what
-            was asked for by these optimizers where they have it.
-        count: Of the optimizers of this run.
+        state_dict: The loaded state. Saved values are in the form of the saving run, and the values that this
+            run's optimizers asked for are in this run's form.
+        count: Number of this run's optimizers.
 
     Returns:
-        The same with all that belongs together in one place; unchanged where the numbers are alike.
+        The same values, each group of them in one place; unchanged if the numbers of optimizers agree.
     """
     numbered = {key: part for key, part in state_dict.items() if isinstance(key, int)}
     shared = {key: part for key, part in state_dict.items() if key not in numbered}
@@ -39,7 +39,7 @@ def regrouped(state_dict: dict[Any, Any], count: int) -> dict[Any, Any]:
 
 
 def _joined(one: dict[Any, Any], other: dict[Any, Any]) -> dict[Any, Any]:
-    """The values of two optimizers that agree, with the parameter groups of both."""
+    """Return the values on which two optimizers agree, with the parameter groups of both."""
     result = dict(one)
     for key, value in other.items():
         if key == _GROUPS:
@@ -52,7 +52,7 @@ def _joined(one: dict[Any, Any], other: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _for_both(saved: dict[Any, Any]) -> dict[Any, Any]:
-    """With each parameter group also as one of experts."""
+    """Return the state with a second copy of each parameter group, marked as one of experts."""
     result = {}
     for key, value in saved.items():
         if key == _GROUPS:
@@ -65,11 +65,11 @@ def _for_both(saved: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _completed(saved: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
-    """What was saved, with the tensors and the parameters of this rank."""
+    """Return the saved state with the tensors and the parameters of this rank."""
     result = dict(saved)
     for key, value in own.items():
         if key == _GROUPS:
-            # Megatron finds the group by what it says, and takes the parameters in the order of this run.
+            # Megatron finds the group by its settings, and takes the parameters in the order of this run.
             pairs = zip_longest(saved.get(key, []), value, fillvalue={})
             result[key] = [{**group, "params": [], **mine} for group, mine in pairs]
         elif isinstance(value, dict):

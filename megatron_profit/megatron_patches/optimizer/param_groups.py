@@ -1,7 +1,7 @@
 """Parameter groups of an optimizer between a checkpoint and a run with other hyperparameters.
 
 Megatron finds the saved group of each group by its learning rates. Here groups are found by the kind of
-their parameters, and the numbers come from the flags, or from the checkpoint where the flags ask for it.
+their parameters. The hyperparameters come from the flags, or from the checkpoint if the flags ask for it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 Group = dict[str, Any]
 
-# What Megatron recognises a group by and a flag may change.
+# Values by which Megatron recognises a group and which a flag may change.
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
-# The state of the optimizer that is kept in its groups, and no hyperparameter.
+# The optimizer's state that is kept in its groups, which is no hyperparameter.
 _STATE = ("params", "step")
 
 
@@ -39,7 +39,9 @@ def adapt_groups(current: Iterable[Group], saved: Iterable[Group], *, keep_saved
 
 
 def _by_kind(groups: Iterable[Group]) -> dict[tuple[Any, ...], list[Group]]:
-    """The groups by the kind of their parameters: with weight decay or not, of experts or not, and so on."""
+    """Return the groups by the kind of their parameters: with weight decay or not, of experts or not, and so
+    on.
+    """
     found: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
         found.setdefault(_kind(group), []).append(group)

@@ -1,10 +1,10 @@
 """coefficient * (softmax - onehot) of rows of a block of logits: one read and one write.
 
-One program works on one row and STEP columns, and finds its row of logits through an index, so that
-rows of no gradient are left out without a copy of the others. The softmax is exp(logit - max) / sum
-with the maximum and the sum over the whole vocabulary, which are known by then; the target's own entry
-comes from the caller, who knows its p - 1 to the last digit. Arithmetic is float32; the result is
-rounded once, to the dtype of the logits. Offsets are int64: rows x columns may exceed 2**31.
+One program works on one row and STEP columns. It finds its row of logits through an index, so that rows of no
+gradient are left out without a copy of the others. The softmax is exp(logit - max) / sum, with the maximum
+and the sum over the whole vocabulary, which are known by then. The target's own entry comes from the caller,
+who knows p - 1 to the last digit. Arithmetic is float32; the result is rounded once, to the dtype of the
+logits. Offsets are int64: rows x columns may exceed 2**31.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def block_gradient_(
     sum_exp: Tensor,
     workspace: Workspace,
 ) -> None:
-    """Fills ``grad`` [n, v]; see ``BlockKernels``."""
+    """Fill ``grad`` [n, v]; see ``BlockKernels``."""
     num_rows, width = grad.shape
     logits, rows = (grad, None) if source is None else source
     step = min(_STEP, triton.next_power_of_2(width))

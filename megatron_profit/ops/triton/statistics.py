@@ -51,7 +51,8 @@ def block_statistics(
     return parts
 
 
-# The number of rows is another in every micro-batch: no version of its own for each kind of number.
+# The number of rows differs in every micro-batch. Without this, Triton would recompile for some of the
+# values, for example multiples of 16.
 @triton.jit(do_not_specialize=["num_rows"])
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [n, v] float16, bfloat16 or float32, rows `row_stride` apart
@@ -89,7 +90,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         shifted = logits - base
         exp = tl.where(columns == column, 0.0, tl.exp(shifted))
         if ENTROPY >= 0:
-            # 0 * -inf is NaN; a logit of -inf adds nothing.
+            # 0 * -inf is NaN; a logit of -inf contributes 0.
             term = tl.where(shifted == minus_infinity, 0.0, exp * shifted)
             moved = tl.where(old_shift == minus_infinity, 0.0, scale * old_shift)
             entropy = entropy * scale + moved * rest + tl.sum(term, axis=0)

@@ -1,4 +1,4 @@
-"""The flags: our own next to every native Megatron flag, parsed before Megatron starts."""
+"""The flags: this project's flags next to every native Megatron flag, parsed before Megatron starts."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class CommandLine:
     Attributes:
         explicit: The flags that were given, by argument name.
         defaults: The defaults of all flags.
-        options: How each flag is written.
+        options: The written form of each flag, for example `--seq-length` for `seq_length`.
     """
 
     explicit: Mapping[str, Any]
@@ -151,11 +151,11 @@ class CommandLine:
     options: Mapping[str, str]
 
     def option(self, name: str) -> str:
-        """How the flag of an argument is written."""
+        """Return the written form of an argument's flag. For example, `seq_length` gives `--seq-length`."""
         return self.options.get(name, flag_of(name))
 
     def changes(self, name: str) -> bool:
-        """Whether the flag was given with another value than its default."""
+        """Return whether the flag was given with another value than its default."""
         return name in self.explicit and self.explicit[name] != self.defaults[name]
 
     def refuse_contradictions(self, derived: Mapping[str, Any], source: str) -> None:
@@ -168,6 +168,11 @@ class CommandLine:
 
 
 def parse_command_line(argv: list[str]) -> CommandLine:
+    """Parse the flags as Megatron's own parser does, together with this project's flags.
+
+    Raises:
+        ArgumentsError: A flag is unknown, or its value cannot be used.
+    """
     parser = _Parser(
         prog="megatron-profit-sft",
         usage="torchrun … -m megatron_profit.sft --hf-model DIR --data FILE… [flags]",

@@ -26,10 +26,10 @@ from megatron_profit.training.step.objective_flags import (
 
 
 def open_hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFModel | None:
-    """The HuggingFace weights to start from; None where there is a checkpoint, or for random ones.
+    """Return the HuggingFace weights to start from; None to start from a checkpoint or random weights.
 
-    A checkpoint of another architecture is refused, and so is a folder that was named as the source
-    of the weights and holds none: only an empty --load that is also --save is a run that begins.
+    A checkpoint of another architecture is refused. So is a folder that was named as the source of the
+    weights and holds none: only an empty --load that is also --save stands for a new run.
     """
     for name in ("load", "pretrained_checkpoint"):
         folder = settings[name]
@@ -57,7 +57,7 @@ def open_hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> H
 
 
 def metrics_file(settings: Mapping[str, Any]) -> Path | None:
-    """Where the metrics go: a file that can be written, if any was asked for or there is a --save."""
+    """Return the metrics file, which can be written; None if none was asked for and there is no --save."""
     if settings["metrics_file"] is None and not settings["save"]:
         return None
     path = Path(settings["metrics_file"] or Path(settings["save"]) / METRICS)
@@ -73,7 +73,7 @@ def metrics_file(settings: Mapping[str, Any]) -> Path | None:
 
 
 def check_logs(settings: Mapping[str, Any]) -> None:
-    """Refuse places for curves that cannot be written to, and what W&B would miss."""
+    """Refuse folders for curves that cannot be written, and a W&B setup with a missing part."""
     for name in ("tensorboard_dir", "token_report", "wandb_save_dir"):
         if settings[name]:
             _check_place(f"{flag_of(name)} {settings[name]}", Path(settings[name]))
@@ -86,7 +86,7 @@ def check_logs(settings: Mapping[str, Any]) -> None:
 
 
 def _check_place(flag: str, folder: Path) -> None:
-    """Refuse a folder that neither can be written to nor made."""
+    """Refuse a folder that can neither be written to nor made."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
         raise ArgumentsError(f"{flag}: {place} is not a folder; name another place")
@@ -95,7 +95,7 @@ def _check_place(flag: str, folder: Path) -> None:
 
 
 def plan_export(settings: Mapping[str, Any]) -> HFOutput | None:
-    """The HuggingFace folder to write at the end, in the dtype of the model's parameters."""
+    """Return the HuggingFace folder to write at the end, in the dtype of the model's parameters."""
     if settings["export_hf"] is None:
         return None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +105,10 @@ def plan_export(settings: Mapping[str, Any]) -> HFOutput | None:
 
 
 def _goes_on(settings: Mapping[str, Any]) -> bool:
-    """Whether the run has a checkpoint of its own: what it exported before is an earlier state of it."""
+    """Return whether the run resumes from its own checkpoint.
+
+    Then the folder that it exported before holds an earlier state of the same run.
+    """
     load = settings["load"]
     return same_folder(load, settings["save"]) and (Path(load) / TRACKER).is_file()
 
@@ -115,7 +118,7 @@ def open_reference(
     objective: Objective | ScheduledObjective,
     config: Mapping[str, Any],
 ) -> tuple[HFModel, Path] | None:
-    """The reference model and the folder of its log-probabilities, where the objective needs them."""
+    """Return the reference model and the folder of its log-probabilities, where the objective needs them."""
     if "ref_log_prob" not in needed_statistics(objective):
         for name in ("ref_hf_model", "ref_cache"):
             if settings[name]:

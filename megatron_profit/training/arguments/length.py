@@ -13,8 +13,10 @@ from megatron_profit.training.step.objective_flags import (
 
 
 def scheduler_of_flags(explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """Let the flags decide the schedule of the learning rate after a resume too, unless they name the
-    checkpoint's."""
+    """Let the flags decide the learning rate's schedule after a resume too.
+
+    The checkpoint's schedule is used only if a flag names it.
+    """
     checkpoint, flags = "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"
     if explicit.get(checkpoint) and explicit.get(flags):
         raise ArgumentsError(
@@ -25,20 +27,29 @@ def scheduler_of_flags(explicit: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
-    """Steps of the run where flags alone say it: not with epochs, nor where the batch size changes."""
+    """Return the steps of the run if flags alone give them.
+
+    The result is None with epochs, and where the batch size changes. For example, 1,000 samples with a batch
+    size of 32 are 31 steps.
+    """
     if settings["train_samples"] is None:
         return settings["train_iters"]
     return None if batch_size_changes(settings) else settings["train_samples"] // batch_size
 
 
 def batch_size_changes(settings: Mapping[str, Any]) -> bool:
-    """Whether the batch size changes during the run, so that Megatron itself counts rows."""
+    """Return whether the batch size changes during the run, so that Megatron itself counts rows."""
     return bool(settings["rampup_batch_size"] or settings["step_batch_size_schedule"])
 
 
 def check_run_steps(
     settings: Mapping[str, Any], objective: Objective | ScheduledObjective, steps: int
 ) -> None:
+    """Refuse a run without a step, or whose warm-up leaves no step for the decay of the learning rate.
+
+    Raises:
+        ArgumentsError: Names the flag, its value and the limit.
+    """
     if steps < 1:
         raise ArgumentsError(
             f"--train-samples {settings['train_samples']} is less than a global batch; there is no step"

@@ -1,6 +1,6 @@
-"""Values of native flags that Megatron takes and then ends on, or trains nonsense with.
+"""Checks of native flags: values that Megatron accepts and then fails on, or trains nonsense with.
 
-Everything here is known from the flags alone, so that it is refused in one line and before anything starts.
+All checks need the flags alone. So a wrong value is refused in one line, before anything starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NOT_NEGATIVE = (
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "lr_warmup_fraction")
 # numpy takes 32 bits, and Megatron adds some hundreds for each pipeline stage.
 _LARGEST_SEED = 2**32 - 1 - 2**20
-# What an optimizer needs that Megatron does not bring.
+# The package that an optimizer needs and Megatron does not bring.
 _EMERGING = "emerging_optimizers"
 
 
@@ -38,7 +38,7 @@ def check_native_flags(settings: Mapping[str, Any], option: Callable[[str], str]
 
     Args:
         settings: All arguments by name.
-        option: How the flag of an argument is written.
+        option: Gives the flag of an argument. For example, `lr` gives `--lr`.
 
     Raises:
         ValueError: Names the flag, its value, the limit and what to do.

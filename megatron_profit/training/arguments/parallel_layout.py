@@ -1,4 +1,4 @@
-"""Whether the model, the batch and the rows can be split as the flags say."""
+"""Checks of the parallel layout: whether the model, the batch and the rows can be split as the flags say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from megatron_profit.training.step.objective_flags import (
 
 
 def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
-    """Refuse a parallel layout that the model or the number of processes cannot be split into.
+    """Refuse a parallel layout that does not fit the model or the number of processes. For example, 12
+    attention heads cannot be split over 8 tensor-parallel ranks.
 
     Returns:
         The data-parallel size.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-# What Megatron's local layers need to run without Transformer Engine and Apex.
+# Settings that Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
     "transformer_impl": "local",
     "no_persist_layer_norm": True,
@@ -20,17 +20,17 @@ _CPU = {
 
 
 def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Megatron arguments that the device and the installed libraries decide.
+    """Return Megatron arguments that the device and the installed libraries decide.
 
     Args:
         device: "cuda" or "cpu".
         local: Whether the local layers were asked for although Transformer Engine may be there.
 
     Returns:
-        What has to be so, and what a flag may change.
+        The required values, and the values that a flag may change.
     """
     if device == "cpu":
-        # Loading rows is next to nothing beside training, and its processes would share the cores.
+        # Loading rows takes very little time compared with training, and its processes would share the cores.
         return {**_LOCAL_LAYERS, **_CPU, "gradient_accumulation_fusion": False}, {"num_workers": 0}
     # The output layer is Megatron's own in any case, and its fusion comes from Apex.
     fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -11,7 +11,7 @@ from megatron_profit.training.arguments.command_line import (
 from megatron_profit.training.arguments.errors import ArgumentsError
 from megatron_profit.training.step import experts
 
-# Native flags that this entry would have to ignore, with what to do instead.
+# Native flags that this entry would have to ignore, each with a remedy.
 _REFUSED = {
     "sft": "this entry replaces Megatron's stock SFT; drop the flag",
     **dict.fromkeys(
@@ -71,7 +71,7 @@ _REFUSED = {
         "--use-distributed-optimizer",
     ),
 }
-# Flags of an architecture that no family of this project has. The model is what config.json says it is.
+# Flags of an architecture that no family of this project has. config.json decides the model.
 OTHER_ARCHITECTURES = (
     *experts.ARCHITECTURE,
     *("multi_latent_attention", "hybrid_layer_pattern"),
@@ -99,7 +99,7 @@ OTHER_ARCHITECTURES = (
 
 
 def check_given(flags: CommandLine) -> None:
-    """Refuse flags that would be ignored, and miss those that are needed."""
+    """Refuse flags that would be ignored, and require the flags that are needed."""
     explicit = flags.explicit
     for name, remedy in _REFUSED.items():
         if flags.changes(name):

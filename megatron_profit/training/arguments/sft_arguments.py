@@ -1,8 +1,9 @@
-"""The command line: our flags beside every native Megatron flag, and what follows from them.
+"""The command line: this project's flags next to every native Megatron flag, and the values derived from
+them.
 
 `read_arguments` looks at the flags before Megatron starts. It derives the architecture from the HuggingFace
-folder, refuses what contradicts it or would be ignored, and leaves Megatron a parser with new defaults:
-Megatron then parses the same command line itself.
+folder. It refuses flags that contradict the architecture or would be ignored. It leaves Megatron a parser
+with new defaults: Megatron then parses the same command line itself.
 """
 
 from __future__ import annotations
@@ -64,31 +65,31 @@ _DEFAULTS = {
     "eval_interval": 100,
     "exit_signal_handler": True,
     # Megatron's reruns find broken hardware: they leave out the first step and end a run with a checkpoint
-    # that another GPU has to go on from. What is wrong with data or model is a matter of our guards.
+    # that another GPU has to continue from. Faults of data or model are for our guards.
     "rerun_mode": "disabled",
 }
 
 
 @dataclass(frozen=True)
 class SFTArguments:
-    """What has to be known before Megatron starts.
+    """The facts that must be known before Megatron starts.
 
     Attributes:
         hf_model: HuggingFace folder that gives the architecture and the tokenizer.
-        data: What the data flags ask for.
+        data: The options of the data flags.
         check_steps: Refuses a number of steps in which warm-ups or schedules would not end.
         epochs: Epochs to train, where the flags give no iterations or samples.
         defaults: Values that replace the defaults of Megatron's parser.
         settings: All arguments by name, as far as the flags tell.
         batch_size, eval_batch_size: Rows of one iteration over all ranks.
         eval_iters: Evaluation iterations that were asked for; None for all of the validation data.
-        hf_weights: The folder's weights where the run starts from them; None where it starts from a
-            checkpoint or from random weights.
+        hf_weights: The folder's weights if the run starts from them; None if it starts from a checkpoint or
+            from random weights.
         export: The HuggingFace folder to write at the end, if any.
-        reference: The reference model and where its log-probabilities are kept, if it is needed.
+        reference: The reference model and the folder of its log-probabilities, if it is needed.
         save: The folder of checkpoints, if any.
-        keep: Which checkpoints stay, and when the run stops early.
-        metrics_file: Where the metrics are written as JSON lines, if anywhere.
+        keep: Options on the checkpoints that stay and on an early stop.
+        metrics_file: The file for metrics as JSON lines, if any.
     """
 
     hf_model: Path
@@ -122,7 +123,7 @@ class SFTArguments:
         return argparse.Namespace(**{**self.settings, **derived})
 
     def add_to_parser(self, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Megatron's `extra_args_provider`."""
+        """Return Megatron's `extra_args_provider`."""
         parser = add_arguments(parser)
         parser.set_defaults(**self.defaults)
         return parser
@@ -130,16 +131,19 @@ class SFTArguments:
     def with_rows(
         self, epochs_rows: int | None, valid_rows: int, resumed: Resumed | None = None
     ) -> SFTArguments:
-        """These arguments with as many iterations as the rows of all epochs need, where epochs were asked
-        for, and evaluations that see each validation row once, unless --eval-iters says otherwise.
+        """Return these arguments with the number of iterations and of evaluation iterations.
+
+        Where epochs were asked for, there are as many iterations as the rows of all epochs need. Evaluations
+        see each validation row once, unless --eval-iters says otherwise. For example, 2 epochs of 1,000 rows
+        with a batch size of 32 need 63 iterations.
 
         Args:
             epochs_rows: Rows of all epochs; None where the length of the run is not given in epochs.
             valid_rows: Rows of an evaluation.
-            resumed: The checkpoint that the run goes on from, if any.
+            resumed: The checkpoint that the run resumes, if any.
 
         Raises:
-            ArgumentsError: The iterations leave none for what comes after a warm-up, or cannot be counted.
+            ArgumentsError: A warm-up takes all iterations, or the iterations cannot be counted.
         """
         iters = self.eval_iters
         if iters is None:
@@ -156,7 +160,8 @@ class SFTArguments:
         return replace(self, defaults=defaults)
 
     def with_turn_end(self, token: int | None, tell: Callable[[str], None]) -> SFTArguments:
-        """These arguments with an export that stops where training teaches the model to end a turn.
+        """Return these arguments with an export whose generation stops at the token that ends a turn in
+        training.
 
         Args:
             token: Id of the token that ends a turn; None where the chat template ends it in ordinary text.
@@ -178,8 +183,11 @@ class SFTArguments:
     def _with_another_batch_size(
         self, iterations: int, rows: int, epochs_iters: int | None
     ) -> dict[str, int]:
-        """What keeps the end of the learning rate's schedule at the end of a run that goes on with batches of
-        another size: Megatron counts the schedule in rows, as if all batches had the size of now."""
+        """Return arguments that keep the end of the learning rate's schedule at the end of the run.
+
+        This matters for a run that resumes with batches of another size. Megatron counts the schedule in
+        rows, as if all batches had the size of now.
+        """
         samples, train_iters = self.settings["train_samples"], self.settings["train_iters"]
         if samples is not None:
             more = math.ceil((samples - rows) / self.batch_size)
@@ -268,7 +276,7 @@ def read_arguments(argv: list[str], device: str) -> SFTArguments:
 
 
 def _model_settings(flags: CommandLine, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """Megatron arguments of the architecture; a flag that says otherwise is refused."""
+    """Return Megatron's arguments for the architecture; a flag that contradicts them is refused."""
     model = family_for(config).megatron_arguments(config)
     # Padding of the vocabulary is a matter of the layout, not of the model.
     del model["make_vocab_size_divisible_by"]
@@ -288,7 +296,10 @@ def _keep(settings: Mapping[str, Any]) -> KeepOptions:
 def _objective(
     settings: Mapping[str, Any], explicit: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Objective | ScheduledObjective]:
-    """The options of the objective and itself, checked with the experts that it must leave alone."""
+    """Return the options of the objective and the objective itself.
+
+    It is checked together with the model's experts, which it must leave alone.
+    """
     try:
         options, objective = check_objective(settings, explicit)
         if "old_log_prob" in objective.required_statistics:

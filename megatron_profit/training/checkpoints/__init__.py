@@ -1,1 +1,1 @@
-"""The folder of a run: which checkpoint is whole, what is saved, kept, loaded and exported."""
+"""The checkpoints of a run: finding a whole one, saving, keeping, loading and exporting."""

@@ -1,8 +1,8 @@
-"""Before a run begins: one decision for all its ranks on the checkpoint that it starts from.
+"""The decision on the checkpoint that a run starts from: one for all ranks, before the run begins.
 
 The first rank finds the newest whole checkpoint and, if need be, mends Megatron's tracker file (`folder.py`).
-The others help it to compare checksums (`shared_check.py`), then wait until they see the same file, over a
-network file system as well. From then on Megatron reads the one that all agree on.
+The others help it to compare checksums (`shared_check.py`). Then they wait until they see the same file, over
+a network file system as well. From then on Megatron reads the checkpoint that all agree on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_profit.training.checkpoints.shared_check import shared_check
 from megatron_profit.training.process.console import StrictParser, print_rank_0
 from megatron_profit.training.process.ranks import is_first_rank
 
-# How long a network file system may take to show a machine what another one has written.
+# Seconds that a network file system may take to show a machine the files of another one.
 _PATIENCE_SECONDS = 90
 # Iterations have at most 15 digits (`checkpoint_conversion.megatron_reader.is_iteration`).
 _ITERATIONS = 10**15
@@ -47,10 +47,10 @@ _store: Store | None = None
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run resumes.
 
     Attributes:
-        folder: Of the checkpoint.
+        folder: Folder of the checkpoint.
         iteration: Steps that it has made.
         saved: Megatron's arguments in it, by name; empty where it keeps none.
     """
@@ -61,25 +61,25 @@ class Resumed:
 
     @property
     def done(self) -> tuple[int, int]:
-        """Steps, and the rows that they took; zeros where the checkpoint does not say."""
+        """Steps and the rows that they took; zeros where the checkpoint does not say."""
         rows = self.saved.get("consumed_train_samples")
         return (self.iteration, rows) if type(rows) is int else (0, 0)
 
 
 def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
-    """Let the tracker file in `--load` name a whole checkpoint, the newest if it does not, on all ranks.
+    """Make the tracker file in `--load` name a whole checkpoint on all ranks: its own, else the newest one.
 
-    The first rank holds `--save` from then on, if there is such a folder and the run may write there.
+    If there is a folder `--save` and the run may write there, the first rank holds it from then on.
 
     Args:
         argv: The flags of the run.
 
     Returns:
-        The checkpoint whose run is continued; None for a run that begins, with whatever weights.
+        The checkpoint of the run that is resumed; None for a new run, whatever weights it starts with.
 
     Raises:
-        CheckpointError: When a checkpoint that is asked for is not whole, or none is, or the ranks do not
-            see the same folder, or another run saves there or has saved there.
+        CheckpointError: A checkpoint that was asked for is not whole, or there are checkpoints and none is
+            whole. Or the ranks do not see the same folder. Or another run saves there, or has saved there.
     """
     flags = _parse(argv)
     if flags.save is not None:
@@ -104,7 +104,7 @@ def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
 
 
 def _check_iteration(folder: Path, iteration: int, saved: Any) -> None:
-    """Refuse a checkpoint in the folder of another iteration: Megatron would go on from its own number."""
+    """Refuse a checkpoint in the folder of another iteration: Megatron would continue from its own number."""
     if saved in (None, iteration):
         return
     remedy = f"; rename the folder to {folder_of(Path(), saved)}" if type(saved) is int else ""
@@ -127,24 +127,24 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 
 def _claim(flags: Namespace) -> None:
-    """Check that the run may write into its folder, and hold it if it exists. The first rank does."""
+    """Check that the run may write into its folder, and hold it if it exists. The first rank calls this."""
     if not is_first_rank():
         return
     start, overwrite = flags.pretrained_checkpoint, flags.overwrite
     try:
         check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
         if flags.save.is_dir() and hold(flags.save):
-            # Another run may have left it just now.
+            # Another run may have left the folder just now.
             check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
     except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
         raise CheckpointError(f"--save {flags.save} cannot be used: {error}") from error
 
 
 def _decide(flags: Namespace, inspect: Inspect) -> str:
-    """Check, on the first rank, what the run may start from.
+    """Check, on the first rank, the checkpoint that the run may start from.
 
     Returns:
-        What the tracker file in `--load` holds now; "" where there is no checkpoint.
+        The content of the tracker file in `--load`; "" where there is no checkpoint.
     """
     decided = ""
     if flags.load is not None:
@@ -162,10 +162,10 @@ def _decide(flags: Namespace, inspect: Inspect) -> str:
 
 
 def check_checkpoints(argv: Sequence[str]) -> None:
-    """Check the checkpoint that a program reads and does not write, on all ranks.
+    """Check, on all ranks, the checkpoint of a program that reads it and does not write.
 
     Raises:
-        CheckpointError: It is not whole.
+        CheckpointError: The checkpoint is not whole.
     """
     flags = _parse(argv)
     if flags.load is not None:

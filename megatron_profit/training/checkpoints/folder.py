@@ -1,7 +1,7 @@
-"""The checkpoints of a save folder: which are whole, which one a run resumes from, which may go.
+"""The checkpoints of a save folder: which are whole, which one a run resumes from, which may be removed.
 
-Megatron's tracker file is taken at its word only when the checkpoint that it names is whole. Nothing here
-uses torch or a process group: the first rank of a run decides, see `training/checkpoints/choose.py`.
+Megatron's tracker file counts only when the checkpoint that it names is whole. This module uses neither torch
+nor a process group: the first rank of a run decides, see `training/checkpoints/choose.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from checkpoint_conversion.torch_dist.reader import is_iteration
 from checkpoint_conversion.torch_dist.reader import read_tracker as read_tracker_file
 from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 
-# In each checkpoint that this project's entry wrote; only those are ever removed.
+# The marker in each checkpoint that this project's entry wrote; only those checkpoints are ever removed.
 MARKER = "megatron_profit.json"
-# The means of the evaluation at a checkpoint's iteration, beside the marker.
+# The means of the evaluation at a checkpoint's iteration, next to the marker.
 VALIDATION = "validation.json"
 _NAME = re.compile(r"iter_(\d{7,15})", re.ASCII)
 # A whole checkpoint while another of the same iteration is written.
@@ -36,7 +36,7 @@ Inspect = Callable[[Path], str | None]
 
 
 class CheckpointError(ValueError):
-    """No checkpoint can be used; the message says which was tried, what is wrong and what to do."""
+    """No checkpoint can be used; the message names the one that was tried, its fault and the remedy."""
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(message))
@@ -51,45 +51,45 @@ class Saved:
 
     @property
     def is_own(self) -> bool:
-        """Whether this project's entry wrote it, in this place."""
+        """True if this project's entry wrote it, in this place."""
         return not self.folder.is_symlink() and (self.folder / MARKER).is_file()
 
     @property
     def is_complete(self) -> bool:
-        """Whether its save came to its end. Unlike `defect`, this reads nothing of it."""
+        """True if its save came to its end. Unlike `defect`, this does not read the checkpoint."""
         return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
 
     def validation(self, metric: str) -> float:
-        """A mean of the evaluation at this iteration; NaN where there is none.
+        """Return a mean of the evaluation at this iteration; NaN where there is none.
 
         Raises:
-            CheckpointError: The file with it is broken.
+            CheckpointError: The file with the means is broken.
         """
         value = read_json(self.folder / VALIDATION).get(metric)
         return value if isinstance(value, float) else math.nan
 
 
 def folder_of(save: Path, iteration: int) -> Path:
-    """Where Megatron writes the checkpoint of an iteration."""
+    """Return the folder in which Megatron writes the checkpoint of an iteration."""
     return save / f"iter_{iteration:07d}"
 
 
 def same_folder(load: str | Path | None, save: str | Path | None) -> bool:
-    """Whether a run loads from the folder that it saves in, so that nobody else saves there."""
+    """Return whether a run loads from the folder that it saves in, so that nobody else saves there."""
     return bool(load and save) and Path(load).resolve() == Path(save).resolve()
 
 
 def saved_in(save: Path) -> list[Saved]:
-    """What is in a save folder, newest first, whole or not."""
+    """Return the checkpoints of a save folder, newest first, whole or not."""
     found = ((entry, _NAME.fullmatch(entry.name)) for entry in save.iterdir() if entry.is_dir())
     saved = [Saved(int(match[1]), entry) for entry, match in found if match]
     return sorted(saved, key=lambda entry: entry.iteration, reverse=True)
 
 
 def defect(folder: Path) -> str | None:
-    """Why a checkpoint cannot be loaded; None for one that is there in full and runs no code.
+    """Return why a checkpoint cannot be loaded; None for one that is complete and runs no code.
 
-    The tensors are not read (`checkpoint_conversion.torch_dist.integrity.check_content` does that).
+    The tensors are not read (`checkpoint_conversion.torch_dist.integrity.check_content` reads them).
     """
     if not folder.is_dir():
         return f"{folder} is missing"
@@ -118,12 +118,12 @@ def settle(
 
     Args:
         load: The folder; it need not exist.
-        warn: Told each thing that was found amiss.
+        warn: Called with a line about each fault.
         is_own: Whether the run saves there too, so that nobody else does.
-        inspect: Says why a checkpoint that may be taken cannot be loaded; None for a sound one.
+        inspect: Returns why a checkpoint that may be taken cannot be loaded; None for a sound one.
 
     Returns:
-        What the tracker file holds now; "" where there is no checkpoint.
+        The new content of the tracker file; "" where there is no checkpoint.
 
     Raises:
         CheckpointError: When there was a checkpoint and none is whole, or the file cannot be written.
@@ -161,7 +161,7 @@ def settle(
 
 
 def read_tracker(load: Path) -> str:
-    """What the tracker file holds; "" where there is none."""
+    """Return the content of the tracker file; "" where there is none."""
     try:
         return read_tracker_file(load / TRACKER) or "nothing"
     except FileNotFoundError:
@@ -194,8 +194,8 @@ def check_named(load: Path, iteration: int | None, inspect: Inspect = defect) ->
 def make_room(folder: Path) -> None:
     """Empty the place of a checkpoint that is about to be written.
 
-    What a save that died has left is removed. A whole checkpoint is only set aside until the new one is
-    whole too. Links in the way of what Megatron writes are removed: it would write through them.
+    Files of a save that died are removed. A whole checkpoint is only set aside until the new one is whole
+    too. Links at the names that Megatron writes are removed: it would write through them.
     """
     for link in (folder.parent / TRACKER, folder):
         if link.is_symlink() and defect(link) is not None:
@@ -218,14 +218,14 @@ def prune(
 
     Args:
         save: The save folder.
-        latest: The iteration that the tracker file names; it stays, and so does what is newer and not
-            complete, since that may be being written.
-        keep_last: How many of the newest stay.
+        latest: The iteration that the tracker file names; it stays. Newer ones that are not complete stay
+            too, as they may be being written.
+        keep_last: Number of the newest that stay.
         metric: The best by this metric stays, if there is one.
         protected: Iterations that stay.
 
     Yields:
-        What was removed.
+        The removed folders.
     """
     own = [saved for saved in saved_in(save) if saved.is_own]
     complete = [saved for saved in own if saved.is_complete]
@@ -241,17 +241,20 @@ def prune(
 
 
 def set_aside_in(save: Path) -> list[Path]:
-    """The checkpoints that `make_room` has set aside and nobody has removed or put back."""
+    """Return the checkpoints that `make_room` has set aside and nobody has removed or put back."""
     return [aside for aside in save.glob(f"iter_*{_ASIDE}") if aside.is_dir()]
 
 
 def drop_replaced(folder: Path) -> None:
-    """Remove what `make_room` has set aside, once the new checkpoint is whole."""
+    """Remove the checkpoint that `make_room` has set aside, once the new one is whole."""
     remove_checkpoint(folder.with_name(folder.name + _ASIDE))
 
 
 def best(save: Path, metric: str) -> Saved | None:
-    """The complete checkpoint with the best evaluation, the earliest of equals; None where there is none."""
+    """Return the complete checkpoint with the best evaluation; None where there is none.
+
+    Of equals, the earliest counts.
+    """
     sign = BETTER[metric]
     candidates = [
         saved
@@ -266,12 +269,12 @@ BETTER = {"lm loss": -1, "objective": -1, "mean p": 1}
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     _write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The content; empty where there is no such file.
+    """Return the content of a JSON file; empty where there is no such file.
 
     Raises:
         CheckpointError: It is broken, or no regular file.
@@ -283,7 +286,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _amiss(load: Path, named: str, inspect: Inspect) -> str | None:
-    """What is wrong with the checkpoint that a tracker file names."""
+    """Return the fault of the checkpoint that a tracker file names, or None."""
     tracker = load / TRACKER
     if not named:
         return f"{tracker} is missing"
@@ -297,7 +300,7 @@ def _number(named: str) -> int:
 
 
 def put_back(load: Path) -> None:
-    """End what was under way when a save died, or found no space, that was to replace a whole checkpoint."""
+    """Restore a checkpoint whose replacement was not completed, because the save died or found no space."""
     for aside in set_aside_in(load):
         folder = aside.with_name(aside.name.removesuffix(_ASIDE))
         if defect(folder) is None:
@@ -308,7 +311,7 @@ def put_back(load: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint so that what is left of it, should this be interrupted, is not whole."""
+    """Remove a checkpoint so that an interruption leaves one that is recognisably not whole."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.is_dir():

@@ -1,9 +1,9 @@
 """HuggingFace weights straight into the ranks' parameters, and back, without a checkpoint on disk.
 
 Every model of Megatron-Core can say which block of which global tensor each of its parameters is
-(`sharded_state_dict`, made for torch_dist checkpoints). So whatever the layout of tensor, pipeline
-and expert parallelism, a rank knows what to read; the names and the arrangement of rows are those of
-`checkpoint_conversion`.
+(`sharded_state_dict`, made for torch_dist checkpoints). So a rank knows which blocks to read, whatever the
+layout of tensor, pipeline and expert parallelism. `checkpoint_conversion` gives the names and the arrangement
+of rows.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 
 
 def load_hook(model: HFModel) -> Hook:
-    """A `ModelConfig.pre_wrap_hooks` entry that fills the model with the weights of a folder.
+    """Return a `ModelConfig.pre_wrap_hooks` entry that fills the model with the weights of a folder.
 
-    It runs before the model is wrapped, so data-parallel copies, the optimizer's fp32 weights and
-    everything else start from these values.
+    It runs before the model is wrapped. So data-parallel copies, the optimizer's fp32 weights and all later
+    copies start from these values.
     """
 
     def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
@@ -57,7 +57,7 @@ def load_hook(model: HFModel) -> Hook:
 
 
 def keep_in(kept: list[MegatronModule]) -> Hook:
-    """A `ModelConfig.pre_wrap_hooks` entry that puts the rank's pipeline stages into a list."""
+    """Return a `ModelConfig.pre_wrap_hooks` entry that puts the rank's pipeline stages into a list."""
 
     def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
         kept.extend(chunks)
@@ -77,8 +77,8 @@ def load(model: HFModel, chunks: Sequence[MegatronModule]) -> None:
         chunks: The rank's pipeline stages, before they are wrapped.
 
     Raises:
-        ConversionError: For a parameter that the folder does not give, a value that the parameter's
-            dtype cannot hold, a truncated file, or a second copy of tied embeddings that differs.
+        ConversionError: The folder lacks a parameter, a file is truncated, or a value does not fit the
+            parameter's dtype. Or a second copy of tied embeddings differs.
     """
     start = time.monotonic()
     _check_alias(model)
@@ -94,7 +94,9 @@ def load(model: HFModel, chunks: Sequence[MegatronModule]) -> None:
 
 
 def _check_alias(model: HFModel) -> None:
-    """Let the first rank alone read both copies of tied embeddings in full, and all ranks fail."""
+    """Let the first rank alone compare both copies of tied embeddings in full, and let all ranks fail
+    together.
+    """
     if model.alias is None:
         return
     outcome: list[ConversionError | None] = [None]
@@ -110,7 +112,7 @@ def _check_alias(model: HFModel) -> None:
 
 @torch.no_grad()
 def load_checkpoint_into(chunks: Sequence[MegatronModule], folder: Path) -> None:
-    """Replace this rank's part of a model by that of a checkpoint that this run has written.
+    """Replace this rank's part of a model by the weights of a checkpoint that this run has written.
 
     All ranks call this together.
 
@@ -133,17 +135,17 @@ def load_checkpoint_into(chunks: Sequence[MegatronModule], folder: Path) -> None
 
 @torch.no_grad()
 def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
-    """Write the model to a HuggingFace folder; every rank writes what it holds, at the same time.
+    """Write the model to a HuggingFace folder. Every rank writes its part at the same time.
 
     All ranks call this together. The folder appears whole or not at all.
 
     Args:
-        output: What to write.
+        output: The folder to write.
         chunks: The rank's pipeline stages.
 
     Raises:
-        ConversionError: When the folder must not be written any more, the disk is full or fails, a
-            value is outside the range of the dtype, or the ranks do not hold the whole model.
+        ConversionError: The folder must not be written any more, or the disk is full or fails. Or a value is
+            outside the range of the dtype, or the ranks do not hold the whole model.
     """
     start = time.monotonic()
     rules = Rules(output.rules)
@@ -169,7 +171,7 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
 
 
 def _check_all_written(output: HFOutput, elements: int) -> None:
-    """Wait for all ranks, and check that each element was written, and once."""
+    """Wait for all ranks, and check that each element was written exactly once."""
     device = "cpu" if torch.distributed.get_backend() == "gloo" else "cuda"
     total = torch.tensor(elements, device=device)
     torch.distributed.all_reduce(total)
@@ -181,11 +183,10 @@ def _check_all_written(output: HFOutput, elements: int) -> None:
 
 
 def model_shards(chunks: Sequence[MegatronModule]) -> Iterator[tuple[Shard, bool]]:
-    """The shards whose values are this rank's parameters themselves, and whether this rank is the
-    one to save each.
+    """Yield the shards whose values are this rank's parameters, each with whether this rank saves it.
 
     Raises:
-        ConversionError: For a model whose parameters are not all among them.
+        ConversionError: The shards do not cover all of the model's parameters.
     """
     for chunk in chunks:
         content = chunk.sharded_state_dict()

@@ -1,7 +1,7 @@
-"""Which checkpoints a run keeps, and when it stops because an evaluation no longer improves.
+"""The checkpoints that a run keeps, and the stop of a run whose evaluations no longer improve.
 
-All that is needed for it lies in the checkpoints themselves: each has a marker with the state of the early
-stop, and the means of the evaluation at its iteration. So a resumed run decides like an uninterrupted one.
+All facts for it are in the checkpoints themselves. Each has a marker with the state of the early stop, and
+the means of the evaluation at its iteration. So a resumed run decides like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class KeepOptions:
-    """What the flags ask for.
+    """The options that the flags ask for.
 
     Attributes:
-        last: How many of the newest checkpoints stay; None for all.
+        last: Number of the newest checkpoints that stay; None for all.
         metric: The validation metric whose best checkpoint stays, and that an early stop watches.
-        patience: Evaluations without a new best after which a run stops; None for never.
+        patience: Evaluations without a new best after which a run stops; None for never. For example, with 2
+            a run stops at losses 1.0, 1.1, 1.05.
     """
 
     last: int | None = None
@@ -62,7 +63,7 @@ class KeepOptions:
 
 
 def add_keep_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of this module."""
+    """Add the flags of this module."""
     group.add_argument(
         "--keep-last",
         type=int,
@@ -88,13 +89,13 @@ def add_keep_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
-    """What the flags ask for, checked.
+    """Return the checked options of the flags.
 
     Args:
         settings: All arguments, by name.
 
     Raises:
-        ValueError: Names the flag, its value and what to do.
+        ValueError: Names the flag, its value and the remedy.
     """
     last, metric, patience = (settings[n] for n in ("keep_last", "keep_best", "early_stop"))
     for flag, value in (("--keep-last", last), ("--early-stop", patience)):
@@ -151,9 +152,9 @@ class Progress:
     """The evaluations so far, as far as an early stop needs them.
 
     Attributes:
-        metric: What is watched.
+        metric: The metric that is watched.
         best: Its best value; None before the first evaluation.
-        best_iteration: Where that was.
+        best_iteration: The iteration of the best value.
         iteration: The last evaluation.
         without_best: Evaluations since the best one.
     """
@@ -165,10 +166,10 @@ class Progress:
     without_best: int = 0
 
     def checked(self) -> Progress:
-        """This, if all values are of the types above.
+        """Return this object if all values are of the types above.
 
         Raises:
-            TypeError: One is not.
+            TypeError: A value is of another type.
         """
         numbers = (self.best_iteration, self.iteration, self.without_best)
         if not isinstance(self.metric, str) or not all(type(number) is int for number in numbers):
@@ -178,7 +179,10 @@ class Progress:
         return self
 
     def after(self, iteration: int, value: float) -> Progress:
-        """With one more evaluation; one that is made again, as at the end of a run, does not count."""
+        """Return the progress after one more evaluation.
+
+        An evaluation that is made again, as at the end of a run, does not count.
+        """
         if iteration <= self.iteration:
             return self
         sign = BETTER[self.metric]
@@ -192,8 +196,8 @@ class CheckpointKeeper(Callback):
     """Marks the checkpoints of a run, removes those that are not kept, and ends the run early.
 
     Args:
-        options: What the flags ask for.
-        record: What the run is made of; each checkpoint says so. Only the first rank needs it.
+        options: The options of the flags.
+        record: The record of the run, which each checkpoint holds. Only the first rank needs it.
     """
 
     def __init__(self, options: KeepOptions, record: RunRecord) -> None:
@@ -203,8 +207,10 @@ class CheckpointKeeper(Callback):
         self._resumed_from: frozenset[int] = frozenset()
 
     def before_training(self, iteration: int) -> None:
-        """Continue where the loaded checkpoint was; a run that had stopped ends without a step. A run that
-        replaces another removes it."""
+        """Continue from the state in the loaded checkpoint.
+
+        A run that had stopped ends without a step. A run that replaces another one removes it here.
+        """
         args = get_args()
         if args.overwrite and args.save:
             self._replace_run(Path(args.save))
@@ -233,7 +239,7 @@ class CheckpointKeeper(Callback):
         torch.distributed.barrier()
 
     def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Note the means, beside the checkpoint if there is one already, and stop the run in time."""
+        """Write the means next to the checkpoint, if it exists already, and stop the run in time."""
         if self._progress is None:
             return
         self._evaluated = (iteration, metrics)
@@ -269,14 +275,14 @@ class CheckpointKeeper(Callback):
                 for folder in removed:
                     print_rank_0(f"> removed {folder} (--keep-last {options.last})")
         except (CheckpointError, ConversionError, OSError) as error:
-            # The run is worth more than the space.
+            # The run is worth more than the space that a removal would free.
             print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
 
     def best(self) -> Saved:
-        """The best checkpoint in --save, the same on all ranks.
+        """Return the best checkpoint in --save, the same on all ranks.
 
         Raises:
-            ConversionError: When there is none.
+            ConversionError: There is none.
         """
         assert self._progress is not None
         save, metric = get_args().save, self._progress.metric
@@ -303,7 +309,7 @@ class CheckpointKeeper(Callback):
 
 
 def _prepare(folder: Path, size: int) -> str | None:
-    """Make sure of the place of a checkpoint; why it cannot be written there, or None."""
+    """Prepare the place of a checkpoint; return why it cannot be written there, or None."""
     save = folder.parent
     try:
         hold_still(save)
@@ -328,7 +334,7 @@ def _note(file: Path, metrics: Mapping[str, float]) -> None:
 
 
 def _saved_progress(file: Path) -> Progress | None:
-    """The state of the early stop in the marker of a checkpoint, if there is one."""
+    """Return the state of the early stop in the marker of a checkpoint, if there is one."""
     saved = read_json(file).get("progress")
     if saved is None:
         return None

@@ -2,7 +2,7 @@
 
 Each checkpoint holds the record of the run that wrote it, in `megatron_profit.json` under the key `run`. A
 run that resumes compares its own record with that one (`training/resume/compare.py`). The parallel layout is
-not part of it: a run may resume on another number of GPUs.
+not part of it: for example, a run on 8 GPUs may resume on 16.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Difference:
     Attributes:
         part: Attribute of `RunRecord`.
         setting: Its key there. The key of an inner mapping follows after a dot: "options.prob_threshold".
-        saved, now: The value in the checkpoint and the one of this run.
+        saved, now: The value in the checkpoint and in this run.
     """
 
     part: str
@@ -58,7 +58,7 @@ class RunRecord:
         data: `digest` of the tokenised training examples, their number (`examples`), `supervised_tokens`,
             the `sources` (paths), and the flags that decide which rows are drawn, such as `seq_length` and
             `packing`.
-        validation: The same of the validation data.
+        validation: The same for the validation data.
         tokenizer: `digest` of the files of the tokenizer, the chat template among them, and `turn_end_id`,
             the token that training teaches to end a turn with; exports stop there.
         seed: `seed`.
@@ -67,7 +67,7 @@ class RunRecord:
         length: `train_iters`, `train_samples`, `epochs`.
         batch: `global_batch_size`.
         optimizer: Kind, momenta, clipping, precision.
-        versions: By package.
+        versions: Versions of packages, by name.
     """
 
     objective: Settings = field(default_factory=dict)
@@ -83,16 +83,17 @@ class RunRecord:
     versions: Settings = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; `from_json` reads them."""
+        """Return the record as JSON values; `from_json` reads them."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_json(cls, value: Any) -> RunRecord:
-        """The record that `to_json` gave. Unknown parts are left out, missing ones are empty: another version
-        may have written it.
+        """Return the record that `to_json` gave.
+
+        Unknown parts are left out and missing ones are empty: another version may have written the record.
 
         Raises:
-            ValueError: It is not an object of objects.
+            ValueError: The value is not an object of objects.
         """
         if not isinstance(value, Mapping):
             raise ValueError(f"the record of a run must be an object, found {type(value).__name__}")
@@ -105,9 +106,9 @@ class RunRecord:
         return cls(**parts)
 
     def differences(self, saved: RunRecord) -> tuple[Difference, ...]:
-        """The settings that both records have and that differ, in the order of the parts.
+        """Return the settings that both records have and that differ, in the order of the parts.
 
-        Where files come from (`sources`) does not count: only what they hold does.
+        The places of files (`sources`) do not count: only their content does.
         """
         now, then = (dict(_flat(record.to_json())) for record in (self, saved))
         changed = [
@@ -117,7 +118,9 @@ class RunRecord:
 
 
 def _flat(parts: Mapping[str, Settings]) -> Iterator[tuple[tuple[str, str], Any]]:
-    """Each value under its part and its dotted name."""
+    """Yield each value with its part and its dotted name. For example, `("objective",
+    "options.prob_threshold"), 0.1`.
+    """
     for part, settings in parts.items():
         for name, value in settings.items():
             if isinstance(value, Mapping):
@@ -128,7 +131,7 @@ def _flat(parts: Mapping[str, Settings]) -> Iterator[tuple[tuple[str, str], Any]
 
 
 def digest_of_arrays(*arrays: npt.NDArray[Any]) -> str:
-    """A hash of the values of arrays, in their order."""
+    """Return a hash of the values of arrays, in their order."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(str((array.dtype.str, array.shape)).encode())
@@ -137,18 +140,18 @@ def digest_of_arrays(*arrays: npt.NDArray[Any]) -> str:
 
 
 def digest_of_json(value: Any) -> str:
-    """A hash of JSON values, in which the order of keys does not matter."""
+    """Return a hash of JSON values, in which the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LENGTH]
 
 
 def digest_of_config(config: Mapping[str, Any]) -> str:
-    """A hash of the content of a config.json that does not depend on who wrote it."""
+    """Return a hash of the content of a config.json that does not depend on who wrote it."""
     return digest_of_json({k: v for k, v in config.items() if k not in _NOT_OF_THE_MODEL})
 
 
 def package_versions() -> dict[str, str]:
-    """The versions that decide what the numbers of a run are."""
+    """Return the versions of the packages that a run's numbers depend on."""
     found = {"megatron_profit": megatron_profit.__version__}
     for package in _PACKAGES:
         try:

@@ -1,6 +1,6 @@
-"""A save folder before a run begins: it holds a run that is to go on, one to be replaced, or none.
+"""A save folder before a run begins: it holds a run to resume, a run to replace, or none.
 
-A run writes into a folder with checkpoints only if it goes on from them or was told to replace them. Only the
+A run writes into a folder with checkpoints only if it resumes from them or was told to replace them. Only the
 first rank of a run looks.
 """
 
@@ -37,13 +37,13 @@ _FILES = (
 def check_save_folder(
     save: Path, load: Path | None, *, overwrite: bool, start: Path | None = None
 ) -> None:
-    """Refuse to write into a folder with checkpoints that the run neither goes on from nor may replace.
+    """Refuse to write into a folder with checkpoints that the run neither resumes nor may replace.
 
-    What a run left that died before its first checkpoint was complete does not count.
+    Files of a run that died before its first checkpoint was complete do not count.
 
     Args:
         save: The folder; it need not exist.
-        load: Where the run goes on from, if anywhere.
+        load: The folder that the run resumes from, if any.
         overwrite: Whether the run may replace the one in the folder.
         start: The checkpoints that the run starts from anew, if any.
 
@@ -84,7 +84,7 @@ def check_save_folder(
 
 
 def tell_of_other_curves(folder: str) -> None:
-    """Warn where a run that begins anew writes its curves into a folder that has some."""
+    """Warn where a new run writes its curves into a folder that has some."""
     if has_curves(folder):
         print_rank_0(
             f"WARNING: --tensorboard-dir {folder} has the curves of another run, or of one that died; "
@@ -98,10 +98,10 @@ def clear_save_folder(save: Path) -> list[Path]:
     Links, checkpoints of other programs and all other files stay.
 
     Returns:
-        What was removed.
+        The removed files and folders.
 
     Raises:
-        OSError: Something cannot be removed.
+        OSError: A file cannot be removed.
     """
     removed = [save / name for name in _FILES if (save / name).is_file()]
     for file in removed:
@@ -113,7 +113,10 @@ def clear_save_folder(save: Path) -> list[Path]:
 
 
 def checkpoints_in(save: Path) -> list[Path]:
-    """The folders that hold a checkpoint, or did: newest first, without those whose save never ended."""
+    """Return the folders that hold or held a checkpoint, newest first.
+
+    Folders whose save never ended are left out.
+    """
     if not save.is_dir():
         return []
     folders = [saved.folder for saved in saved_in(save)]
@@ -121,7 +124,7 @@ def checkpoints_in(save: Path) -> list[Path]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Whether a save came to its end here; `.metadata` is written last."""
+    """Return whether a save came to its end here; `.metadata` is written last."""
     return (folder / ".metadata").is_file() or any(folder.glob("mp_rank_*"))
 
 
@@ -130,6 +133,6 @@ def _own(save: Path) -> list[Path]:
 
 
 def names_of(paths: list[Path]) -> str:
-    """The names of files or folders, the middle ones of many left out."""
+    """Return the names of files or folders; of many, the middle ones are left out."""
     names = [path.name for path in paths]
     return ", ".join(names if len(names) <= 3 else [*names[:2], "...", names[-1]])

@@ -1,4 +1,4 @@
-"""One run at a time in a folder of checkpoints: two would write over and remove one another's."""
+"""A lock on the folder of checkpoints: two runs in it would overwrite and remove each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from megatron_profit.training.process.console import print_rank_0
 from megatron_profit.training.process.ranks import is_first_rank
 
 NAME = ".in_use"
-# How long a run that is being stopped may take to leave; a network file system finds out later that one died.
+# Seconds that a run gets to leave while it is being stopped; a network file system notices late that it died.
 _PATIENCE_SECONDS = 180
-# Closing any descriptor of the file would give the lock up.
+# Closing any descriptor of the file would release the lock.
 _held: dict[Path, TextIOWrapper] = {}
 # Descriptors of these folders: while one is open, no other folder can get its inode.
 _folders: dict[Path, int] = {}
 
 
 def hold_new(save: Path) -> None:
-    """Hold a folder that was not there when the run looked for checkpoints.
+    """Hold a folder that did not exist when the run looked for checkpoints.
 
     Raises:
-        CheckpointError: As `hold`, or another run has been there meanwhile.
+        CheckpointError: As for `hold`, or another run has used the folder meanwhile.
     """
     if hold(save) and any(save.glob("iter_*")):
         raise CheckpointError(
@@ -42,7 +42,7 @@ def hold_new(save: Path) -> None:
 
 
 def hold_still(save: Path) -> None:
-    """Make a folder anew, and hold it, that was removed or moved away while this run went on.
+    """Make a folder again that was removed or moved away while this run went on, and hold it.
 
     Raises:
         CheckpointError: Another run has the folder, or has left checkpoints there, or it cannot be written.
@@ -65,7 +65,7 @@ def hold_still(save: Path) -> None:
 
 
 def _is_in_place(path: Path, descriptor: int) -> bool:
-    """Whether what was opened is still under its name."""
+    """Return whether the opened file or folder is still under its name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -73,17 +73,17 @@ def _is_in_place(path: Path, descriptor: int) -> bool:
 
 
 def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
-    """Keep other runs out of a folder until the first rank, which calls this, ends, however it ends.
+    """Keep other runs out of a folder until the first rank ends, however it ends. The first rank calls this.
 
-    The kernel holds the lock (POSIX, which NFS knows too), on a file `.in_use` that says who has it. A file
-    that is left behind means nothing. On other ranks, and when called again, it does nothing.
+    The kernel holds the lock (POSIX, which NFS knows too), on a file `.in_use` that names the run. A file
+    that is left over does not count. Other ranks, and later calls, return at once.
 
     Args:
         save: The folder; made if it does not exist.
         patience: Seconds to wait for a run that has it.
 
     Returns:
-        Whether the folder is held since this call.
+        Whether this call took the lock.
 
     Raises:
         CheckpointError: Another run has the folder, or it cannot be written.

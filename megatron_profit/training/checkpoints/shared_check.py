@@ -1,8 +1,8 @@
 """The checksums of a checkpoint, compared before Megatron loads it, by all processes of a run together.
 
 One process would read a large checkpoint for longer than the run takes to load it. So each one reads a share,
-and the first one learns what any of them has found. This happens before Megatron has a process group, over
-the store that it will use.
+and the first one collects their findings. This happens before Megatron has a process group, over the store
+that the group will use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from checkpoint_conversion.torch_dist.integrity import check_content, check_pres
 from megatron_profit.training.checkpoints.folder import CheckpointError, Inspect, defect
 from megatron_profit.training.process.console import print_rank_0
 
-# How long a network file system may take to show a machine what another one has written.
+# Seconds that a network file system may take to show a machine the files of another one.
 _PATIENCE_SECONDS = 90
 _PROGRESS_SECONDS = 10
 # Longer than any check. If a process ends before, torchrun ends the others.
@@ -44,8 +44,8 @@ def shared_check(store: Callable[[], Store], *, skip: bool) -> Iterator[Inspect 
         skip: Compare no checksums; then the first rank alone looks whether a checkpoint is whole.
 
     Yields:
-        On the first rank, what says why a checkpoint cannot be loaded; None on the others, which have helped
-        by then.
+        On the first rank, the function that returns why a checkpoint cannot be loaded. None on the others,
+        whose help is over by then.
     """
     rank, ranks = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
     check = _SharedCheck(store, rank, 1 if skip else ranks)

@@ -1,4 +1,4 @@
-"""How large a checkpoint is, and whether there is space for it."""
+"""The size of a checkpoint, and whether there is space for it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from megatron_profit.training.process.console import print_rank_0
 
 # Metadata, random generators and torch's header of each tensor.
 _SPARE_SHARE, _SPARE_BYTES = 0.01, 1 << 20
-# Values that an optimizer keeps of each parameter, besides the parameter itself.
+# Values that an optimizer keeps for each parameter, besides the parameter itself.
 _MOMENTS = {"adam": 2, "sgd": 1, "lion": 1}
 
 
 def estimated_bytes(settings: Mapping[str, Any], parameters: int) -> int:
-    """The size of a checkpoint: the weights and the state of the optimizer, over all ranks.
+    """Return the bytes of a checkpoint: the weights and the state of the optimizer, over all ranks.
 
     Args:
         settings: All arguments by name.
-        parameters: Of the whole model.
+        parameters: Number of the whole model's parameters.
     """
     half = settings["bf16"] or settings["fp16"]
     weights = 2 if half else 4
@@ -38,15 +38,15 @@ def estimated_bytes(settings: Mapping[str, Any], parameters: int) -> int:
 
 
 def check_space_at_start(save: Path, hf_model: Path, settings: Mapping[str, Any]) -> None:
-    """Tell how large a checkpoint is, and refuse a run whose first one would find too little space.
+    """Print the size of a checkpoint, and refuse a run whose first one would find too little space.
 
     Args:
-        save: Where the checkpoints go; it need not exist.
+        save: The folder of the checkpoints; it need not exist.
         hf_model: Folder of the model.
         settings: All arguments by name.
 
     Raises:
-        CheckpointError: Names both sizes and what to do.
+        CheckpointError: Names both sizes and the remedy.
     """
     config = read_hf_config(hf_model)
     shapes = expected_shapes(family_for(config).tensor_rules(config))

@@ -1,1 +1,1 @@
-"""What a run says: metrics, guards, curves and token reports."""
+"""The output of a run: metrics, guards, curves and token reports."""

@@ -1,8 +1,8 @@
 """The token report of some validation records, written at each evaluation.
 
-The evaluation computes the statistics anyway. Each rank of the last pipeline stage collects those of the
-chosen records that it meets, and when an evaluation ends one rank writes the page. A prompt's tokens have
-no probability there: they never meet the output layer.
+The evaluation computes the statistics anyway. Each rank of the last pipeline stage collects the tokens of the
+chosen records in its micro-batches. When an evaluation ends, one rank writes the page. A prompt's tokens have
+no probability in it, because they never meet the output layer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_profit.training.step.objective_loss import (
 DEFAULT_RECORDS = 20
 # A folder next to the pages, for pages of steps that are trained again.
 _SUPERSEDED = "superseded"
-# Columns of what is collected of a token.
+# Columns of the statistics collected for a token.
 _RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT = range(5)
 
 
@@ -46,8 +46,8 @@ class EvaluationReport(Callback):
         folder: Gets a page `step_0000100.html` for each evaluation.
         records: Index in the prepared data of each record to show.
         prepared: The validation data.
-        tokenizer: Of the model.
-        objective: What the run's objective is called.
+        tokenizer: The model's tokenizer.
+        objective: Name of the run's objective.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class EvaluationReport(Callback):
             self._endure(lambda: _set_aside(self.folder, iteration))
 
     def _endure(self, write: Callable[[], None]) -> None:
-        """The run is worth more than its reports; the first failure is told."""
+        """Call `write`, and report only its first failure: a report must never end the run."""
         try:
             write()
         except OSError as error:
@@ -74,7 +74,7 @@ class EvaluationReport(Callback):
             self._failed = True
 
     def watching(self, begin: Callable[[Batch], MicroBatchLoss]) -> Callable[[Batch], Any]:
-        """`begin`, and of what it begins in an evaluation the statistics."""
+        """Wrap `begin` so that this report sees the statistics of each evaluation micro-batch."""
 
         def watched(batch: Batch) -> Any:
             loss = begin(batch)
@@ -83,8 +83,10 @@ class EvaluationReport(Callback):
         return watched
 
     def add(self, batch: Batch, loss: MicroBatchLoss) -> None:
-        """Collect a micro-batch of an evaluation; write the page after the last. Ranks that differ only
-        in their data come here together."""
+        """Collect a micro-batch of an evaluation, and write the page after the last one.
+
+        Ranks that differ only in their data call this together.
+        """
         self._collected.append(self._tokens(batch, loss))
         self._micro_batches += 1
         if self._micro_batches < micro_batches_of_window():
@@ -97,7 +99,7 @@ class EvaluationReport(Callback):
             self._endure(lambda: self._write(torch.cat(everything), current_step() + 1))
 
     def _tokens(self, batch: Batch, loss: MicroBatchLoss) -> torch.Tensor:
-        """[tokens, 5] float64, the supervised tokens of the chosen records."""
+        """Return [tokens, 5] float64, the supervised tokens of the chosen records."""
         statistics = loss.statistics
         record = batch.record_index.transpose(0, 1).flatten()
         position = batch.position_ids.transpose(0, 1).flatten()
@@ -119,7 +121,7 @@ class EvaluationReport(Callback):
 
     def _record(self, index: int, tokens: torch.Tensor) -> TokenRecord:
         ids = self.prepared.examples[index][0].tolist()
-        # What is at a position of the row produces the token behind it.
+        # The prediction at a position of the row is for the next token.
         place = tokens[:, _POSITION].long() + 1
         nothing = torch.full((len(ids),), torch.nan)
         log_prob = nothing.index_copy(0, place, tokens[:, _LOG_PROB].float())
@@ -163,7 +165,7 @@ def _set_aside(folder: Path, step: int) -> None:
 
 
 def first_records(dataset: SFTDataset, count: int, evaluated_rows: int) -> tuple[int, ...]:
-    """The records that an evaluation of so many rows meets first, at most `count`."""
+    """Return the records that an evaluation of this many rows meets first, at most `count`."""
     found: dict[int, None] = {}
     rows = min(dataset.order.rows_until(1), evaluated_rows)
     dataset = dataset.with_samples(rows)

@@ -1,4 +1,4 @@
-"""What is reported of an event of a guard: the micro-batches that it may come from, and their records."""
+"""The report of a guard's event: the micro-batches that may have caused it, and their records."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Suspect:
     """A micro-batch that an event may come from.
 
     Attributes:
-        rank: Of the process.
+        rank: Rank of the process.
         micro_batch: Its number in the step on this rank, from 1.
         loss: Its cross-entropy, NaN where it is not finite.
         finite: Whether its loss is finite.
         records: Examples in it.
-        rejections: What Megatron's checks said of this rank.
+        rejections: Messages of Megatron's checks on this rank.
     """
 
     rank: int
@@ -33,7 +33,9 @@ class Suspect:
 
 
 def chosen_suspects(event: Event, suspects: Sequence[Suspect]) -> list[Suspect]:
-    """The micro-batches that an event may come from, the likeliest first; for a stall the latest ones."""
+    """Return the micro-batches that an event may come from, the likeliest first; for a stall
+    the latest ones.
+    """
     if event.kind == "non-finite loss":
         return [s for s in suspects if not s.finite]
     if event.kind == "non-finite gradient":
@@ -46,7 +48,7 @@ def chosen_suspects(event: Event, suspects: Sequence[Suspect]) -> list[Suspect]:
 def event_text(
     event: Event, step: int, suspects: Sequence[Suspect], names: Callable[[int], str]
 ) -> str:
-    """What is printed of an event."""
+    """Return the text that is printed for an event."""
     lines = [f"megatron_profit: guard: {event.kind} at step {step}: {event.text}."]
     for suspect in suspects[:_MICRO_BATCHES]:
         named = ", ".join(names(record) for record in suspect.records[:_RECORDS])

@@ -1,7 +1,7 @@
-"""What may be wrong with a step, and what is done about it: the numerical guards of a run.
+"""The numerical guards of a run: they find steps with a fault and say how the run reacts.
 
-Pure: `Guards` gets the facts of a step and answers with events. `run_monitor.py` collects the facts, alike
-on all ranks, and carries the answers out.
+This module is pure: `Guards` gets the facts of a step and answers with events. `run_monitor.py` collects the
+facts, the same on all ranks, and carries out the reactions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any
 
-# That of Megatron for a run that failed on the validation of a result.
+# Megatron's exit code for a run that failed on the validation of a result.
 EXIT_CODE = 17
 POLICIES = ("warn", "skip", "stop")
 _CHOICES = {
@@ -27,15 +27,16 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class GuardOptions:
-    """What to do about a step: warn, skip it (no optimizer step) or stop the run before its update.
+    """The reaction to a faulty step: warn, skip it (no optimizer step) or stop the run before its update.
 
     Attributes:
         on_nonfinite: NaN or infinity in the loss or the gradient.
-        on_spike: A loss or gradient norm far above those of recent steps.
+        on_spike: A loss or gradient norm far above the recent steps' values.
         on_empty: No supervised token in the global batch.
-        on_stall: Nothing trained for `stall_steps` steps in a row: nothing kept, or no optimizer step.
-        spike_grad_norm, spike_loss: Multiple of the median of recent steps that is a spike; 0 for none.
-        stall_steps: Behind the 32 halvings that bring Megatron's first fp16 loss scale down to 1.
+        on_stall: `stall_steps` steps in a row trained no token: none was kept, or the optimizer took no step.
+        spike_grad_norm, spike_loss: Multiple of the median of recent steps that is a spike; 0 for none. For
+            example, with 10 a gradient norm of 21 is a spike after a median of 2.
+        stall_steps: More than the 32 halvings that bring Megatron's first fp16 loss scale down to 1.
 
     Raises:
         ValueError: Names the flag, its value and the limit.
@@ -67,7 +68,7 @@ class GuardOptions:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> GuardOptions:
-        """From arguments by name."""
+        """Return the options from arguments by name."""
         return cls(**{option.name: settings[option.name] for option in fields(cls)})
 
 
@@ -102,13 +103,13 @@ def _flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What the guards know of a step, the same on all ranks.
+    """The facts of a step that the guards judge, the same on all ranks.
 
     Attributes:
         loss: Cross-entropy of the supervised tokens; meaningless where it is not finite.
         finite_loss: Whether the loss of every micro-batch is finite.
-        supervised, kept: Tokens.
-        grad_norm: None where the fp16 loss scaler found an overflow, and so no norm.
+        supervised, kept: Numbers of tokens.
+        grad_norm: None where the fp16 loss scaler found an overflow, so that there is no norm.
         rejected_fatal, rejected: Whether a check of Megatron's found a NaN, or a large value, on any rank.
     """
 
@@ -123,12 +124,12 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that is wrong with a step.
+    """A fault of a step.
 
     Attributes:
         kind: "non-finite loss", "non-finite gradient", "spike", "empty batch" or "stall".
-        policy: What is done about it.
-        text: What was seen.
+        policy: The reaction: warn, skip or stop.
+        text: A description of the fault.
     """
 
     kind: str
@@ -139,12 +140,13 @@ class Event:
 class Spikes:
     """Compares a value with the median of the last ones.
 
-    All values enter the window, spikes too: a few do not move a median, and what stays high is none.
+    All values enter the window, spikes too: a few do not move a median, and values that stay high are no
+    spikes.
 
     Args:
         factor: Multiple of the median that is a spike; 0 for none.
-        window: Values to remember.
-        least: Values that have to be known first.
+        window: Number of values to remember.
+        least: Number of values that must be known before any is judged.
     """
 
     def __init__(self, factor: float, window: int = 64, least: int = 16) -> None:
@@ -155,7 +157,7 @@ class Spikes:
         """Remember a value.
 
         Returns:
-            The median before it where it is a spike, else None.
+            The median of the earlier values if the value is a spike, else None.
         """
         if not (math.isfinite(value) and value > 0):
             return None
@@ -178,7 +180,7 @@ class Guards:
         self._grad_norms = Spikes(self.options.spike_grad_norm)
 
     def judge(self, facts: StepFacts) -> list[Event]:
-        """What is wrong with a step that has its gradient and is not made yet."""
+        """Return the faults of a step that has its gradient, before its update."""
         policy = self.options.on_nonfinite
         if not facts.finite_loss:
             return [Event("non-finite loss", policy, "the loss is NaN or infinite")]
@@ -201,7 +203,7 @@ class Guards:
         return [Event("spike", self.options.on_spike, text) for text in texts]
 
     def finish(self, facts: StepFacts, *, updated: bool) -> list[Event]:
-        """What is wrong with the steps so far, this one included."""
+        """Return the faults of the steps so far, this one included."""
         self._idle_steps = 0 if updated and facts.kept else self._idle_steps + 1
         if self._idle_steps == 0 or self._idle_steps % self.options.stall_steps:
             return []

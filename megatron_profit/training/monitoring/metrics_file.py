@@ -1,8 +1,8 @@
 """The metrics of a run as JSON lines: one object for each logged step, evaluation and event.
 
-A run that resumes at step R has its steps behind R again. What an earlier process logged of them is moved to
-a file beside, so that the file itself tells of each step once; starts and events remain, which are history. A
-line is written whole or not at all; a last line that a crash has cut off is moved away too.
+A run that resumes at step R makes the steps after R again. The lines that an earlier process logged for them
+are moved to a second file next to it. So the file itself has each step once. Starts and events stay, as they
+are history. A line is written whole or not at all. A last line that a crash has cut off is moved away too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.engine.regular_files import open_to_append
 
 SUPERSEDED = ".superseded"
-# Written once for a step.
+# Kinds of lines that are written once for a step.
 _UNIQUE = ("train", "evaluation")
 
 
@@ -26,8 +26,8 @@ class MetricsFile:
     """Appends to a file of JSON lines.
 
     Args:
-        path: The file; its folder is made where it is missing.
-        step: Steps that the weights have had with which the run begins.
+        path: The file; its folder is made if it is missing.
+        step: Steps that the weights have made when the run begins.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -52,7 +52,7 @@ class MetricsFile:
             stream.writelines(kept)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append an object; a step or evaluation that is there already is not written again.
+        """Append an object. A step or evaluation that is already in the file is not written again.
 
         Args:
             kind: "start", "train", "evaluation" or "guard".
@@ -60,7 +60,7 @@ class MetricsFile:
             values: The rest of the object; a number that is not finite becomes null.
 
         Raises:
-            OSError: It cannot be written; the file is as it was.
+            OSError: The line cannot be written; the file is unchanged.
         """
         if (kind, step) in self._written:
             return
@@ -82,7 +82,7 @@ class MetricsFile:
             raise
 
     def _is_in_place(self) -> bool:
-        """Whether the open file is still the one under its name, and was not removed or replaced."""
+        """Return whether the open file is still the one under its name, and was not removed or replaced."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except FileNotFoundError:
@@ -90,7 +90,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, without a last line that was cut off.
+    """Yield the objects of a file, without a last line that was cut off.
 
     Raises:
         ValueError: A line is no object with a kind and a step.

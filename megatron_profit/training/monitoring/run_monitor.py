@@ -1,4 +1,4 @@
-"""Watches a run: guards its steps, and logs what they and the evaluations yield.
+"""Watches a run: guards its steps, and logs their metrics and the evaluations' metrics.
 
 `RunMonitor` brings the facts of a step to all ranks, asks the guards before the optimizer's update, and names
 the records of a step that they object to. It logs sums over counts of all steps of the interval, on the
@@ -37,8 +37,8 @@ class RunMonitor(Callback):
 
     Attributes:
         guards: Judge the steps.
-        names: Of the training records.
-        metrics_file: Where to write JSON lines, if anywhere.
+        names: Names of the training records.
+        metrics_file: File for the JSON lines, if any.
     """
 
     guards: Guards
@@ -56,10 +56,10 @@ class RunMonitor(Callback):
     _logged: Interval = field(default_factory=Interval)
     _scalars: Interval = field(default_factory=Interval)
 
-    # What is seen of a step.
+    # What the monitor sees of a step.
 
     def watching(self, begin: Callable[[Batch], Any]) -> Callable[[Batch], Any]:
-        """`begin`, and of what it begins in training the records."""
+        """Wrap `begin` so that the records of each training micro-batch are remembered."""
 
         def watched(batch: Batch) -> Any:
             loss = begin(batch)
@@ -81,13 +81,13 @@ class RunMonitor(Callback):
             self._step = StepMetrics.reduce(losses, group)
             self._pairs = self._step.pairs()
             if _COUNT in self._pairs:
-                # The shares of the micro-batches in the step add up to 1, but for the rounding of each.
+                # The micro-batches' shares of the step add up to 1, except for rounding.
                 self._pairs[_COUNT] = (round(self._pairs[_COUNT][0]), 1.0)
         self._facts, self._events = self._agreed_facts(), None
         return [self._step.means()] if self._step is not None else losses
 
     def _agreed_facts(self) -> StepFacts:
-        """Of the step behind its backward pass, the same on all ranks."""
+        """Return the facts of the step after its backward pass, the same on all ranks."""
         kept, supervised = self._pairs.get("kept fraction", (0.0, 0.0))
         total, count = self._pairs.get("lm loss", (0.0, 1.0))
         objective = self._pairs.get("objective", (0.0, 1.0))[0]
@@ -101,7 +101,7 @@ class RunMonitor(Callback):
         return StepFacts(
             loss=loss,
             finite_loss=not bad,
-            # Counts that are zero carry a trifle, so that nothing is divided by zero.
+            # Counts that are zero carry a tiny value, so that no division is by zero.
             supervised=round(supervised),
             kept=round(kept),
             grad_norm=None,
@@ -109,7 +109,7 @@ class RunMonitor(Callback):
             rejected=bool(rejected),
         )
 
-    # What is done about it.
+    # What the monitor does about a step.
 
     def allows_update(self, grad_norm: float) -> bool:
         """See `Callback`."""
@@ -128,7 +128,7 @@ class RunMonitor(Callback):
     def exit_code(self, skipped: bool) -> int | None:
         """See `Callback`."""
         if self._events is None:
-            # The loss scaler has left the step out already, or Megatron ends the run.
+            # The loss scaler has already skipped the step, or Megatron ends the run.
             self._judge(None)
         assert self._facts is not None
         assert self._events is not None
@@ -140,7 +140,7 @@ class RunMonitor(Callback):
         return EXIT_CODE if any(event.policy == "stop" for event in events) else None
 
     def _report(self, events: Sequence[Event]) -> None:
-        """Say what happened, with the records of all ranks. A collective."""
+        """Print and log the events, with the records of all ranks. A collective."""
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self._suspects())
         if not _logs():
@@ -165,7 +165,10 @@ class RunMonitor(Callback):
             )
 
     def _suspects(self) -> list[Suspect]:
-        """The micro-batches of this rank; those of a tensor-parallel group are its first rank's."""
+        """Return the micro-batches of this rank.
+
+        In a tensor-parallel group only the first rank returns them.
+        """
         messages = tuple(dict.fromkeys(message for message, _ in self._rejections))
         if self._step is None or mpu.get_tensor_model_parallel_rank() != 0:
             return [Suspect(dist.get_rank(), 0, 0.0, True, (), messages)] if messages else []
@@ -177,7 +180,7 @@ class RunMonitor(Callback):
             for i, (loss, ok, batch) in enumerate(zip(losses, finite, records, strict=True), 1)
         ]
 
-    # What is logged.
+    # What the monitor logs.
 
     def scalars(self, iteration: int, skipped: bool) -> dict[str, Any]:
         """See `Callback`."""
@@ -199,7 +202,7 @@ class RunMonitor(Callback):
         seconds = step.line["elapsed time per iteration (ms)"] / 1000
         speed = throughput(interval, seconds * interval.steps, args.world_size)
         speed["peak memory GiB"] = _largest([_peak_memory() / 2**30])[0]
-        # What is left are numbers of the model's modules, such as the balancing losses of experts.
+        # The other values come from the model's modules, for example the balancing losses of experts.
         ours = {*_LINE, *step.values, *self._names}
         other = {name: value for name, value in step.line.items() if name not in ours}
         metrics = {**interval.means(), **other}
@@ -208,7 +211,7 @@ class RunMonitor(Callback):
         if _logs():
             print(step_line(step, args.train_iters, metrics, speed, seconds), flush=True)
         if step.iteration % args.log_interval:
-            # The line behind the first step of a process; the interval goes on.
+            # A line after the first step of a process; the interval goes on.
             return
         self._log_speed(step.iteration, {**speed, "seconds per step": seconds})
         record = {
@@ -277,7 +280,7 @@ class _Traced:
 
 # The metric that is a number of tokens.
 _COUNT = "supervised tokens"
-# Of Megatron's line, what is logged in another form or only counts steps.
+# Values of Megatron's line that are logged in another form or only count steps.
 _LINE = (
     *("iteration", "consumed samples", "skipped samples", "elapsed time per iteration (ms)"),
     *("throughput per GPU (TFLOP/s/GPU)", "global batch size", "number of skipped iterations"),
@@ -286,7 +289,10 @@ _LINE = (
 
 
 def throughput(interval: Interval, seconds: float, devices: int) -> dict[str, float]:
-    """Tokens and floating-point operations per second of an interval that took some seconds."""
+    """Return the tokens and floating-point operations per second of an interval.
+
+    For example, 10,000 tokens in 2 seconds are 5,000 tokens per second. Padding does not count.
+    """
     kept, supervised = interval.total("kept fraction")
     return {
         "tokens per second": interval.tokens / seconds,
@@ -297,19 +303,19 @@ def throughput(interval: Interval, seconds: float, devices: int) -> dict[str, fl
 
 
 def _largest(values: Sequence[float]) -> list[float]:
-    """The largest over all ranks of each value. A collective."""
+    """Return the largest over all ranks of each value. A collective."""
     tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device="cuda")
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def _logs() -> bool:
-    """Whether this rank logs: the last one, as in Megatron."""
+    """Return whether this rank logs: the last one, as in Megatron."""
     return dist.get_rank() == dist.get_world_size() - 1
 
 
 def _peak_memory() -> float:
-    """Bytes: of the GPU, or of the process on the CPU backend."""
+    """Return the peak memory in bytes: the GPU's, or the process's on the CPU backend."""
     if active_device() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.cuda.max_memory_allocated()

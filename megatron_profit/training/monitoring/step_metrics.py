@@ -1,7 +1,8 @@
-"""Sums and counts of what the loss function reports: over micro-batches and ranks, then over steps.
+"""Sums and counts of the loss function's metrics: over micro-batches and ranks, then over steps.
 
-They are divided only when a value is shown, so that what an interval of steps reports is that of all its
-tokens together, whatever the steps had, and also for metrics that only some of its steps report.
+They are divided only when a value is shown. So the value of an interval is the mean over all its tokens,
+whatever number each step had. This also holds for metrics that only some of the steps report. For example,
+steps with 10 and 30 tokens and means 1 and 2 give (10 + 60) / 40 = 1.75.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ SumAndCount = tuple[float, float]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step reports.
+    """The metrics of a step.
 
     Attributes:
-        names: Of the metrics.
+        names: Names of the metrics.
         local: [micro-batches, metrics, 2] float64, sum and count on this rank.
         total: [metrics, 2] float64, over the micro-batches of all ranks.
     """
@@ -37,7 +38,7 @@ class StepMetrics:
         """Add up [sum, count] pairs with one collective.
 
         Args:
-            losses: Of each micro-batch, by name; the same names in all.
+            losses: Metrics of each micro-batch, by name; the same names in all.
             group: Ranks that share the step's tokens.
 
         Raises:
@@ -56,26 +57,26 @@ class StepMetrics:
         return cls(names, local, total)
 
     def means(self) -> dict[str, Tensor]:
-        """Each metric as a scalar in fp32."""
+        """Return each metric as a scalar in fp32."""
         return dict(zip(self.names, (self.total[:, 0] / self.total[:, 1]).float(), strict=True))
 
     def pairs(self) -> dict[str, SumAndCount]:
-        """Each metric over all ranks, read back from the device."""
+        """Return each metric over all ranks, read back from the device."""
         return {n: (s, c) for n, (s, c) in zip(self.names, self.total.tolist(), strict=True)}
 
     def local_values(self, name: str) -> list[float]:
-        """The mean of a metric in each micro-batch of this rank."""
+        """Return the mean of a metric in each micro-batch of this rank."""
         pairs = self.local[:, self.names.index(name)]
         return (pairs[:, 0] / pairs[:, 1]).tolist()
 
 
 @dataclass
 class Interval:
-    """Steps since something was logged last.
+    """The steps since the last log line.
 
     Attributes:
-        steps, skipped: All, and those among them in which the optimizer took no step.
-        tokens: Of records.
+        steps, skipped: All steps, and the steps among them in which the optimizer took no step.
+        tokens: Tokens of records, without padding.
         floating_point_operations: By Megatron's count.
     """
 
@@ -86,7 +87,7 @@ class Interval:
     _pairs: dict[str, SumAndCount] = field(default_factory=dict)
 
     def add(self, pairs: Mapping[str, SumAndCount], *, skipped: bool) -> None:
-        """Count a step; of a skipped one nothing goes into the metrics, for it trained nothing."""
+        """Count a step; the metrics of a skipped one are left out, because it trained no token."""
         self.steps += 1
         self.skipped += skipped
         if skipped:
@@ -96,9 +97,9 @@ class Interval:
             self._pairs[name] = (before[0] + total, before[1] + count)
 
     def means(self) -> dict[str, float]:
-        """Each metric of the interval, in the order in which they appeared."""
+        """Return each metric of the interval, in the order in which they appeared."""
         return {name: total / count for name, (total, count) in self._pairs.items()}
 
     def total(self, name: str) -> SumAndCount:
-        """Sum and count of a metric; zeros where no step reported it."""
+        """Return the sum and count of a metric; zeros where no step reported it."""
         return self._pairs.get(name, (0.0, 0.0))

@@ -1,4 +1,4 @@
-"""What a run says before Megatron has set up its process group, and the line of its steps."""
+"""Messages of a run before Megatron has set up its process group, and the line of its steps."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from checkpoint_conversion.errors import printable
 from megatron_profit.megatron_patches.callbacks import LoggedStep
 from megatron_profit.training.process.ranks import is_first_rank
 
-# By then torchrun has ended this process, where the first one of the machine met the same error.
+# Time after which torchrun has ended this process, if the machine's first process met the same error.
 _PATIENCE_SECONDS = 30
 
 
 def print_rank_0(message: str) -> None:
-    """Print on the first process only; what a terminal would obey, as in a file's name, as escapes."""
+    """Print on the first process only.
+
+    Characters that a terminal would obey, as in a file's name, are printed as escapes.
+    """
     if is_first_rank():
         print(lines_to_print(message), flush=True)
 
 
 def lines_to_print(message: object) -> str:
-    """A message of several lines, each of which is safe to print."""
+    """Return a message of several lines, each safe to print."""
     return "\n".join(map(printable, str(message).split("\n")))
 
 
 def fail(message: object) -> NoReturn:
     """End the run with one message and the exit code 2.
 
-    The first process of each machine says it at once. The others wait, because torchrun ends all
-    processes as soon as one has ended, which might be before the first one has said anything.
+    The first process of each machine prints it at once. The others wait: torchrun ends all processes as soon
+    as one has ended, which might be before the first one has printed.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_PATIENCE_SECONDS)
@@ -56,16 +59,16 @@ def step_line(
     speed: Mapping[str, float],
     seconds: float,
 ) -> str:
-    """The line of an interval of steps: what is learnt, then how, then how fast.
+    """Return the line of an interval of steps: the metrics, then learning rate and gradient norm, then speed.
 
     It begins like Megatron's and has its form, `| name: value |`, so that what reads one reads both.
 
     Args:
         step: The last step of the interval.
         train_iters: Steps of the run.
-        metrics: Of the interval.
+        metrics: Metrics of the interval.
         speed: `run_monitor.throughput`, and the peak memory in GiB.
-        seconds: Of a step.
+        seconds: Seconds of a step.
     """
     values = {**metrics, **step.values}
     if values.get("loss scale") == 1:
@@ -88,5 +91,5 @@ def step_line(
 
 
 def _shown(value: float) -> str:
-    """A count with all its digits, another number with seven."""
+    """Return a count with all its digits, another number with seven."""
     return str(value) if isinstance(value, int) else f"{value:.7G}"

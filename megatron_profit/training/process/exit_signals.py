@@ -1,9 +1,9 @@
-"""Signals that end a run: checkpoint first, then an exit code that tells a scheduler to start it again.
+"""Signals that end a run: first a checkpoint, then an exit code that makes a scheduler start the run again.
 
-Megatron's `--exit-signal-handler` saves and leaves the loop after the step in which any rank has received
-one signal. Others lead to Megatron's handler here: SIGTERM, SIGUSR1, which clusters send some time before a
-limit (Slurm's `--signal`), SIGHUP, and SIGINT (Ctrl-C). While the process has no such handler yet, or no
-longer, they end it at once.
+Megatron's `--exit-signal-handler` saves and leaves the loop after the step in which any rank has received one
+signal. Other signals are forwarded to Megatron's handler here: SIGTERM, SIGUSR1, which clusters send some
+time before a limit (Slurm's `--signal`), SIGHUP, and SIGINT (Ctrl-C). Before the handler is set, and after it
+is gone, a signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ExitSignals(Callback):
     """Those that this rank has received.
 
     Args:
-        handled: The one that Megatron handles (`--exit-signal`).
+        handled: The signal that Megatron handles (`--exit-signal`).
     """
 
     def __init__(self, handled: signal.Signals) -> None:
@@ -37,13 +37,17 @@ class ExitSignals(Callback):
         self._received = 0
         self._pid = os.getpid()
         self._of_megatron: Any = signal.SIG_DFL
-        # When Ctrl-C was pressed first.
+        # The time of the first Ctrl-C.
         self._interrupted: float | None = None
-        # Where Ctrl-C ends the run at once; None while a step is trained, after which it can be saved.
+        # The phase in which Ctrl-C ends the run at once; None once steps are trained, as the run can then be
+        # saved.
         self._outside: str | None = "before the first step"
 
     def forward(self) -> None:
-        """Let the others lead to the one that Megatron handles. An ignored one stays so, as under nohup."""
+        """Forward the other signals to the one that Megatron handles.
+
+        An ignored signal stays ignored, as under nohup.
+        """
         self._of_megatron = signal.getsignal(self._handled)
         signal.signal(self._handled, self._on_handled)
         for other in FORWARDED:
@@ -54,16 +58,16 @@ class ExitSignals(Callback):
             signal.signal(interrupt, self._on_interrupt)
 
     def before_training(self, iteration: int) -> None:
-        """From now on Ctrl-C saves."""
+        """Let Ctrl-C save a checkpoint from now on."""
         self._outside = None
 
     @property
     def training_has_begun(self) -> bool:
-        """Whether the first step may have been made."""
+        """True once the first step may have been made."""
         return self._outside is None
 
     def release(self) -> None:
-        """Let all end the process at once again, because nothing is left to be saved."""
+        """Let all signals end the process at once again, because there is no step left to save."""
         get_signal_handler().release()
         self._outside = "after the last step"
         for other in FORWARDED:
@@ -71,10 +75,11 @@ class ExitSignals(Callback):
                 signal.signal(other, signal.SIG_DFL)
 
     def leave(self, end: SystemExit) -> NoReturn:
-        """End a run that has left Megatron's loop before its last step. All ranks come here together.
+        """End a run that has left Megatron's loop before its last step. All ranks call this together.
 
         Raises:
-            SystemExit: With 128 and the number of the signal, if there was one, as a shell would say.
+            SystemExit: The code is 128 plus the number of the signal, if there was one, as in a shell. For
+                example, 143 for SIGTERM.
         """
         if end.code != 0:
             raise end

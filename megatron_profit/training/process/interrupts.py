@@ -12,14 +12,14 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-# The terminal sends SIGINT to all processes, and torchrun passes on its own: such a pair is one Ctrl-C.
+# The terminal sends SIGINT to all processes, and torchrun passes its own on: such a pair is one Ctrl-C.
 TOGETHER_SECONDS = 2.0
-# As a shell would say.
+# The exit code of a shell: 128 plus the number of the signal.
 EXIT_CODE = 128 + signal.SIGINT
 
 
 def end_on_interrupt() -> None:
-    """Let Ctrl-C end this process, unless whoever has started it wants it to ignore that."""
+    """Let Ctrl-C end this process, unless the process that started it wants it to ignore Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _end)
 
@@ -29,7 +29,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def end(message: str) -> NoReturn:
-    """End this process in the handler of a signal; the first rank says why."""
+    """End this process in a signal handler; the first rank prints why."""
     say(f"megatron-profit-sft: {message}")
     begun = time.monotonic()
 
@@ -42,7 +42,7 @@ def end(message: str) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print a line on the first rank, in the handler of a signal: `print` may be at work below it."""
+    """Print a line on the first rank, in a signal handler: `print` may be running below it."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())

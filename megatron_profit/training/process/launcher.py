@@ -1,4 +1,4 @@
-"""What ties a rank to the torchrun that has started it."""
+"""The tie between a rank and the torchrun that started it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from megatron_profit.parent_death import die_with_parent
 
 
 def die_with_launcher() -> None:
-    """End this rank when torchrun is killed, which otherwise leaves its ranks running: they would write into
-    the folder of the run that takes their place."""
+    """End this rank when torchrun is killed.
+
+    Otherwise the ranks would go on and write into the folder of the run that takes their place.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()

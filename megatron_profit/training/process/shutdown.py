@@ -6,16 +6,16 @@ import time
 
 import torch
 
-# Seconds that other threads may take for what is left to them; they need less than one of Python's turns.
+# Seconds that other threads get to finish; they need less than one of Python's thread switches.
 _LAST_TURN = 0.1
 
 
 def end_communication() -> None:
-    """Destroy all process groups, such that the interpreter can be left at once.
+    """Destroy all process groups, so that the interpreter can exit at once.
 
-    torch and Megatron keep references to groups, with which Gloo's threads outlive the groups' destruction.
-    If one of them is still about to free a Python object of its last collective when the interpreter ends,
-    it takes the process with it: "terminate called without an active exception", signal 6.
+    torch and Megatron keep references to groups, so Gloo's threads outlive the groups' destruction. Suppose
+    that one of them is about to free a Python object of its last collective when the interpreter exits. It
+    then ends the process with "terminate called without an active exception", signal 6.
     """
     try:
         torch.distributed.destroy_process_group()

@@ -1,1 +1,1 @@
-"""Whether a run may go on from a checkpoint: its record compared with the one of the run that wrote it."""
+"""Resuming: the record of a run, compared with the record in its checkpoint."""

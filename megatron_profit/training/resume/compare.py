@@ -1,7 +1,8 @@
-"""Whether a run may go on from a checkpoint, and how it differs from the run that has written it.
+"""Comparison of a run with the checkpoint that it resumes: which differences are refused, which are printed.
 
-A difference that Megatron cannot load is refused here, before it starts. One that makes another run is
-refused unless `--allow-change` names it. All others are named in a line.
+A difference that Megatron cannot load is refused here, before Megatron starts. A difference that makes it
+another run is refused unless `--allow-change` names it. For example, `--allow-change data` allows other
+training data. All other differences are printed, one line each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron_profit.training.step.objective_flags import flag_of
 
 # Settings of the data that follow from the records themselves.
 _CONTENT = ("digest", "examples", "supervised_tokens")
-# Settings of the record that are called otherwise than their flags.
+# Settings of the record that have another name than their flags.
 _NAMES = {
     "name": "--objective",
     "normalization": "--objective-normalization",
@@ -30,7 +31,7 @@ _NAMES = {
     "num_samples": "num_samples in --dataset-info",
     "precision": "precision",
 }
-# Only a state of the distributed optimizer that is not reshardable depends on these.
+# Only an optimizer state that is not reshardable depends on these (of the distributed optimizer).
 _LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
 
 Tell = Callable[[str], None]
@@ -44,10 +45,10 @@ def check_resume(
     tell: Tell,
     is_finished: bool = False,
 ) -> None:
-    """Refuse a run that cannot go on from its checkpoint as it is, and tell what differs.
+    """Refuse a run that cannot resume from its checkpoint as it is, and print the differences.
 
     Args:
-        resumed: What the run goes on from.
+        resumed: The checkpoint that the run resumes.
         now: The record of the run.
         args: Megatron's arguments.
         rows_until: Rows of the training data before an epoch.
@@ -78,7 +79,10 @@ def check_resume(
 def _tell_of_passed_rows(
     resumed: Resumed, epochs: Any, rows_until: Callable[[int], int], tell: Tell
 ) -> None:
-    """The last batch of a run of whole epochs is filled up with empty rows, in the place of the next ones."""
+    """Tell that rows are passed over: a run of whole epochs fills its last batch with empty rows.
+
+    They stand in the place of the next rows of the data.
+    """
     rows = resumed.done[1]
     if type(epochs) is not int or not 0 < epochs * rows_until(1) < 2 * rows:
         return
@@ -91,7 +95,10 @@ def _tell_of_passed_rows(
 
 
 def schedule_line(args: Namespace, resumed: Resumed) -> str:
-    """The learning rate from the next step on, in words; in rows where earlier steps had more or fewer."""
+    """Return a line on the learning rate from the next step on.
+
+    It counts in rows where earlier steps had more or fewer of them.
+    """
     if args.use_checkpoint_opt_param_scheduler:
         return (
             "> learning rate and weight decay follow the checkpoint's schedule, whatever the flags say "
@@ -115,11 +122,11 @@ def schedule_line(args: Namespace, resumed: Resumed) -> str:
 
 
 def check_length(resumed: Resumed, arguments: SFTArguments, tell: Tell) -> None:
-    """Refuse a run that has made more steps than it shall have, and tell of one that has made them all.
+    """Refuse a run that has already made more steps than asked for; tell of one that has made them all.
 
     Args:
-        resumed: What the run goes on from.
-        arguments: What the flags ask for, with the steps of all epochs.
+        resumed: The checkpoint that the run resumes.
+        arguments: The flags of the run, with the steps of all epochs.
         tell: Gets a line of text.
 
     Raises:
@@ -149,7 +156,7 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
     """Refuse an optimizer that cannot take over the state in a checkpoint.
 
     Args:
-        resumed: What the run goes on from.
+        resumed: The checkpoint that the run resumes.
         args: Megatron's arguments.
         tell: Gets a line of text where there is no state to take over.
 
@@ -184,7 +191,7 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
 
 
 def _form_of_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides which tensors the state of an optimizer has."""
+    """Return the settings that decide which tensors an optimizer's state has."""
     return {
         "--optimizer": arguments.get("optimizer", "adam"),
         "--use-distributed-optimizer": bool(arguments.get("use_distributed_optimizer")),
@@ -195,7 +202,7 @@ def _form_of_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def precision(arguments: Mapping[str, Any]) -> str:
-    """Of the parameters: "bf16", "fp16" or "fp32"."""
+    """Return the precision of the parameters: "bf16", "fp16" or "fp32"."""
     return next((name for name in ("bf16", "fp16") if arguments.get(name)), "fp32")
 
 
@@ -207,20 +214,20 @@ def compare(
     guarded: Sequence[str],
     tell: Tell,
 ) -> set[str]:
-    """Compare a run with the one that has written a checkpoint.
+    """Compare a run with the run that wrote a checkpoint.
 
     Args:
-        checkpoint: What the run goes on from.
+        checkpoint: The checkpoint that the run resumes.
         now, saved: The records of the two.
-        allowed: Parts of the record that may be others.
-        guarded: Parts that may not, unless they are allowed.
+        allowed: Parts of the record that may differ.
+        guarded: Parts that may not differ, unless they are allowed.
         tell: Gets lines of text.
 
     Returns:
         The parts that differ.
 
     Raises:
-        CheckpointError: Names what differs, with both values, and the flag that allows it.
+        CheckpointError: Names each difference, with both values, and the flag that allows it.
     """
     found = now.differences(saved)
     changed = list(dict.fromkeys(difference.part for difference in found))
@@ -241,10 +248,10 @@ def compare(
 
 
 def saved_record(checkpoint: Path) -> RunRecord | None:
-    """The record in a checkpoint; None where it has none, as in one of an earlier version.
+    """Return the record in a checkpoint; None where there is none, for example in one of an earlier version.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The record is damaged.
     """
     content = read_json(checkpoint / MARKER)
     if RUN not in content:
@@ -256,7 +263,7 @@ def saved_record(checkpoint: Path) -> RunRecord | None:
 
 
 def _described(part: str, found: Iterable[Difference], now: RunRecord, saved: RunRecord) -> str:
-    """The differences of a part, as a user knows them."""
+    """Describe the differences of a part by the names of their flags."""
     changed = [difference for difference in found if difference.part == part]
     settings = [_change(difference) for difference in changed if difference.setting not in _CONTENT]
     if settings:

@@ -34,15 +34,15 @@ _SCHEDULE = (
 )
 _LENGTH = ("train_iters", "train_samples", "epochs")
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad")
-# Blocks of a file of weights that tell it from others, and their bytes.
+# The number of blocks that are hashed in each file of weights, and their bytes.
 _BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
 def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) -> RunRecord:
-    """The record of a run.
+    """Return the record of a run.
 
     Args:
-        arguments: What the flags ask for.
+        arguments: The flags of the run.
         data: The rows.
         loss: The objective in training.
     """
@@ -69,7 +69,7 @@ def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) ->
         model={"digest": digest_of_config(read_hf_config(arguments.hf_model))},
         schedule={
             **_chosen(args, _SCHEDULE),
-            # As it was given: what Megatron has may be derived from the length of the run.
+            # The flag as it was given: Megatron's value may be derived from the length of the run.
             "lr_decay_iters": arguments.settings["lr_decay_iters"],
         },
         length=_chosen(args, _LENGTH),
@@ -100,7 +100,7 @@ def _objective(loss: ObjectiveLoss) -> dict[str, Any]:
 
 
 def _statistics(args: Namespace, arguments: SFTArguments, loss: ObjectiveLoss) -> dict[str, Any]:
-    """What belongs to an objective that compares with another model."""
+    """Return the settings of an objective that compares the model with another one."""
     found: dict[str, Any] = {}
     if "old_log_prob" in loss.objective.required_statistics:
         found["psft_steps_per_refresh"] = args.psft_steps_per_refresh
@@ -110,7 +110,7 @@ def _statistics(args: Namespace, arguments: SFTArguments, loss: ObjectiveLoss) -
 
 
 def _content(prepared: Prepared, sources: Iterable[Source]) -> dict[str, Any]:
-    """Which tokens the examples have, and how many of each are trained."""
+    """Return a summary of the examples' tokens and of how many are trained."""
     return {
         "digest": digest_of_arrays(prepared.digests, prepared.labels, prepared.sources),
         "examples": len(prepared.digests),
@@ -133,10 +133,10 @@ def _validation(args: Namespace, options: DataOptions, data: SFTData) -> dict[st
 
 
 def digest_of_weights(folder: Path) -> str:
-    """A hash that tells the weights of a HuggingFace folder from others, also when they were copied.
+    """Return a hash that identifies the weights of a HuggingFace folder, also after they were copied.
 
-    Of each file it takes the size and some blocks that are spread over it: two models that were trained
-    differently differ nearly everywhere.
+    The hash takes the size of each file and some blocks that are spread over it. Two models that were trained
+    differently differ nearly everywhere, so these blocks suffice.
     """
     digest = sha256()
     for file in sorted(folder.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""The run of W&B, which goes on when the training does: its id lies in the save folder."""
+"""The W&B run, which continues when the training resumes: the save folder holds its id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics that an objective reads and no forward pass of a single micro-batch can compute.
+"""Statistics that an objective reads and that the forward pass of a single micro-batch cannot compute.
 
 `GivenStatistics` begins each micro-batch of a run with them. Their providers are callbacks of the loop, so
 that they have them in time.
@@ -54,7 +54,7 @@ class GivenStatistics:
         """Begin a micro-batch of training or evaluation."""
         loss, required = self.loss, self.loss.current_objective.required_statistics
         if "old_log_prob" in required and not torch.is_grad_enabled():
-            # In an evaluation the old policy is the current one, where PSFT is plain SFT.
+            # In an evaluation the old policy is the current one, so PSFT is plain SFT.
             loss, required = replace(loss, objective=build_objective("sft")), frozenset()
         given = {
             provider.statistic: values
@@ -65,7 +65,7 @@ class GivenStatistics:
 
 
 def needed_statistics(objective: Objective | ScheduledObjective) -> frozenset[str]:
-    """What an objective reads, and what a ranking for it over the global batch reads."""
+    """Return the statistics that an objective reads, or that its ranking over the global batch reads."""
     final = objective.objective if isinstance(objective, ScheduledObjective) else objective
     required = final.required_statistics
     if isinstance(final, RankedObjective) and "selected" in required:

@@ -1,7 +1,7 @@
-"""Which tokens of a whole global batch are trained, by their rank in it.
+"""The selection of tokens by their rank in a whole global batch.
 
-Before each step, a forward-only pass scores every supervised token of the coming global batch; the scores
-of all ranks are gathered and ranked. The mask depends on the layout only by the rounding of the scores.
+Before each step, a forward-only pass scores every supervised token of the coming global batch. The scores of
+all ranks are gathered and ranked. Only the rounding of the scores makes the mask depend on the layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GlobalRanking(StatisticProvider):
     An evaluation ranks each of its own global batches.
 
     Args:
-        loss: What the run trains with; a warm-up of plain SFT in it is not ranked.
+        loss: The loss of the run; a warm-up of plain SFT in it is not ranked.
         score_pass: Sees the rows of the run.
     """
 
@@ -54,7 +54,7 @@ class GlobalRanking(StatisticProvider):
             self._valid = _selected(scored, objective)
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] bool; None where no loss is computed."""
+        """Return [B, S] bool; None where no loss is computed."""
         table = self._train if torch.is_grad_enabled() else self._valid
         if table is None:
             return None
@@ -62,7 +62,7 @@ class GlobalRanking(StatisticProvider):
 
 
 def _selected(scored: Iterable[TokenTable | None], objective: RankedObjective) -> TokenTable | None:
-    """The mask of each of several global batches, of which a rank has scored its part. A collective."""
+    """Return the mask of each of several global batches, of which each rank scored a part. A collective."""
     selected = []
     for part in scored:
         if part is None:

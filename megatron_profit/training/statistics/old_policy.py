@@ -1,8 +1,9 @@
-"""The old policy of PSFT: what the model thought of each token at the start of an outer batch.
+"""The old policy of PSFT: each token's log-probability at the start of an outer batch.
 
-An outer batch is k optimizer steps. Before the first of them, one forward-only pass over the k global
-batches notes log p of every supervised token under the weights of that moment. A checkpoint inside an outer
-batch holds these numbers, because the weights that gave them are gone.
+An outer batch is k optimizer steps. Before the first of them, one forward-only pass over the k global batches
+notes log p of every supervised token under the current weights. A checkpoint inside an outer batch holds
+these numbers, because the weights that gave them are gone. For example, with k = 4 a checkpoint after step 6
+lies inside the outer batch of steps 4 to 7.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class OldPolicy(StatisticProvider):
     Args:
         score_pass: Sees the rows of the run.
         steps: Optimizer steps of an outer batch.
-        first: The iteration at which the first outer batch begins, behind a warm-up of plain SFT.
-        data: Tells these training data from others; a run with others cannot continue an outer batch.
+        first: The iteration at which the first outer batch begins, after a warm-up of plain SFT.
+        data: Digest of the training data; a run with other data cannot continue an outer batch.
     """
 
     statistic = "old_log_prob"
@@ -77,7 +78,7 @@ class OldPolicy(StatisticProvider):
         self._table: TokenTable | None = None
         # Whether the table holds the tokens of all ranks, as one read from a checkpoint does.
         self._complete = False
-        # The first iteration for which the table holds nothing; None until there is one.
+        # The first iteration for which the table has no values; None until there is a table.
         self._until: int | None = None
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
@@ -100,7 +101,7 @@ class OldPolicy(StatisticProvider):
         self._until = until
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] of a micro-batch that is trained; None where no loss is computed."""
+        """Return [B, S] of a training micro-batch; None where no loss is computed."""
         if self._table is None:
             return None
         return self._table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
@@ -141,11 +142,11 @@ class OldPolicy(StatisticProvider):
             self._table = None
 
     def _place(self, iteration: int) -> int:
-        """Steps of the outer batch that are done before an iteration."""
+        """Return the steps of the outer batch that are done before an iteration."""
         return max(iteration - self._first, 0) % self._steps
 
     def _form(self) -> dict[str, str]:
-        """What two runs must have in common to share an outer batch."""
+        """Return the settings that two runs must share to continue an outer batch."""
         args = get_args()
         return {
             "version": _VERSION,
@@ -157,14 +158,16 @@ class OldPolicy(StatisticProvider):
 
 
 def _write(file: Path, table: TokenTable, form: dict[str, str]) -> None:
-    """Whole or not at all."""
+    """Write the file atomically: under another name first, then renamed."""
     tensors = {"keys": table.keys.cpu(), **{n: v.cpu() for n, v in table.statistics.items()}}
     with whole_file(file) as stream:
         stream.write(save(tensors, metadata=form))
 
 
 def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, int, dict[str, str]]:
-    """The table, the first iteration for which it holds nothing, and the form of the run that wrote it."""
+    """Return the table, the first iteration without values in it, and the settings of the run
+    that wrote it.
+    """
     if not file.is_file():
         raise CheckpointError(
             f"iteration {iteration} is inside an outer batch of {steps} steps, but {file} is missing: this "
@@ -187,10 +190,10 @@ def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, int, dict
 
 
 def _check_table(keys: Tensor, values: Tensor) -> None:
-    """Refuse keys [T] and values [T] that no table has.
+    """Refuse keys [T] and values [T] that cannot come from a table.
 
     Raises:
-        ValueError: Says what is wrong.
+        ValueError: Names the fault.
     """
     if keys.dtype != torch.int64 or values.dtype != torch.float32 or keys.dim() != 1:
         raise ValueError(

@@ -1,9 +1,9 @@
 """The log-probabilities of a frozen reference model, computed once and kept on disk.
 
-They lie in a file of one float32 for each token of the data, in the order of the examples, so that a token
-is found by its record and its position, whatever the packing, the order or the layout. The name of the
-file's folder says what it was made from, so that it serves a later run of the same model and data and no
-other. Every start checks it by its checksum; a damaged one is computed again.
+A file holds one float32 for each token of the data, in the order of the examples. So a token is found by its
+record and its position, whatever the packing, the order or the layout. The name of the file's folder is a
+hash of its inputs: the file serves later runs of the same model and data, and no others. Every start compares
+its checksum; a damaged file is computed again.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ReferenceModel(StatisticProvider):
 
     Args:
         model: HuggingFace folder with the weights of the reference, of the architecture that is trained.
-        folder: Where the files are kept.
-        loss: What the run trains with.
+        folder: The folder of the files.
+        loss: The loss of the run.
         datasets: Rows of the data by name, "train" and "valid".
     """
 
@@ -72,11 +72,11 @@ class ReferenceModel(StatisticProvider):
         self._prepare(context)
 
     def of(self, batch: Batch) -> Tensor | None:
-        """[B, S] of a micro-batch; None on pipeline stages that compute no loss."""
+        """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
         return self.of_data(batch, "train" if torch.is_grad_enabled() else "valid")
 
     def of_data(self, batch: Batch, name: str) -> Tensor | None:
-        """The same for rows of "train" or "valid", whatever is done with them."""
+        """Return the same for rows of "train" or "valid", in training, evaluation or another pass."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return None
         wanted = batch.labels != -100
@@ -87,7 +87,7 @@ class ReferenceModel(StatisticProvider):
         return result
 
     def given(self, batch: Batch, name: str) -> Mapping[str, Tensor]:
-        """`of_data` by name, for a pass that computes other statistics."""
+        """Return `of_data` by name, for a pass that computes other statistics."""
         values = self.of_data(batch, name)
         return {} if values is None else {self.statistic: values}
 
@@ -108,7 +108,7 @@ class ReferenceModel(StatisticProvider):
             self._values[name] = np.memmap(folder / _VALUES, dtype=np.float32, mode="r")
 
     def _folders(self) -> dict[str, Path]:
-        """Where the values of each data set are, or will be."""
+        """Return the folder of each data set's values, whether they exist or not."""
         args = get_args()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class ReferenceModel(StatisticProvider):
         }
 
     def _missing(self, folders: Collection[Path]) -> list[Path]:
-        """Those without values, or with values that any machine finds damaged. A collective."""
+        """Return the folders without values, or whose values any machine finds damaged. A collective."""
         try:
             usable = [folder for folder in folders if is_usable(folder, [_VALUES], print_rank_0)]
         except OSError as error:
@@ -166,13 +166,13 @@ class ReferenceModel(StatisticProvider):
 
 
 def _places(batch: Batch, examples: Examples) -> Tensor:
-    """[B, S] int64, the place of each token's target among the ids of the examples."""
+    """Return [B, S] int64, the place of each token's target among the ids of the examples."""
     offsets = torch.from_numpy(examples.offsets).to(batch.labels.device)
     return offsets[batch.record_index.clamp(min=0)] + batch.position_ids + 1
 
 
 def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
-    """Rows that hold each example once, and empty ones behind them without end."""
+    """Return rows that hold each example once, followed by empty rows without end."""
     endless = 2**62
     return SFTDataset(
         dataset.examples,
@@ -203,11 +203,11 @@ def _weights_of(model: HFModel, context: TrainContext) -> Iterator[None]:
 
 
 def _identity(model: HFModel, notes: Path) -> list[str]:
-    """What tells one model from another: the content of its files.
+    """Return the hashes of a model's files, which identify it.
 
     Args:
         model: The model.
-        notes: Where is noted what was read, so that files which seem to be the same are read once.
+        notes: Folder for notes on files that were read, so that files which seem unchanged are read once.
     """
     files = [model.folder / CONFIG, *sorted({tensor.file for tensor in model.tensors.values()})]
     print_rank_0(f"> looking which weights the reference {model.folder} has")
@@ -224,7 +224,7 @@ def _digest(about: list[str], examples: Examples) -> str:
 
 
 def _common(found: list[Path]) -> set[Path]:
-    """What all ranks have found."""
+    """Return the folders that all ranks have found."""
     everywhere: list[list[Path]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, found)
     return set(found).intersection(*everywhere)

@@ -1,8 +1,9 @@
 """Forward-only passes over rows that are trained later, through Megatron's own schedules.
 
-Some objectives need to know, before a token is trained, what no forward pass of its micro-batch tells: how
-it ranks in the whole global batch, or how probable an older model found it. Rows are a pure function of
-their number, so a pass makes its own micro-batches and never touches Megatron's data iterators.
+Some objectives need facts before a token is trained that the forward pass of its micro-batch cannot give. For
+example, they need its rank in the whole global batch, or its probability under an older model. Rows are a
+pure function of their number, so a pass makes its own micro-batches and never touches Megatron's data
+iterators.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from megatron_profit.training.step.objective_loss import MicroBatchLoss, Objecti
 
 @dataclass(frozen=True)
 class Scores(Objective):
-    """No objective: makes the kernel compute `statistics` and trains nothing."""
+    """Not an objective: it makes the kernel compute `statistics` and trains no token."""
 
     statistics: frozenset[str] = frozenset()
 
@@ -81,11 +82,11 @@ class Rows:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of each rank."""
+        """Micro-batches of each rank."""
         return (self.stop - self.start) // self._stride
 
     def micro_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Those of this rank."""
+        """Yield this rank's micro-batches."""
         shift = mpu.get_data_parallel_rank() * self.micro_batch_size
         for first in range(self.start + shift, self.stop, self._stride):
             yield default_collate(
@@ -104,7 +105,7 @@ class _ScoredBatch:
         return self._loss.model_kwargs
 
     def loss_func(self, output_tensor: Tensor, non_loss_data: bool) -> TokenTable:
-        """What a schedule collects with `collect_non_loss_data`."""
+        """Return the table that a schedule collects with `collect_non_loss_data`."""
         statistics = self._loss.statistics
         shape = self._keys.shape
         supervised = statistics.supervised.view(shape[::-1]).t()
@@ -119,17 +120,17 @@ class _ScoredBatch:
 
 
 def keys_of(batch: Batch) -> Tensor:
-    """[B, S] int64, what each token of a micro-batch is found by."""
+    """Return [B, S] int64, the key by which each token of a micro-batch is found."""
     return token_keys(batch.sample_index, batch.position_ids)
 
 
 def data_group() -> dist.ProcessGroup:
-    """The ranks over which the tokens of a global batch are spread."""
+    """Return the ranks over which the tokens of a global batch are spread."""
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
 def nothing_given(batch: Batch, name: str = "") -> Mapping[str, Tensor]:
-    """No statistic but those that the kernel computes."""
+    """Return no statistics: the kernel computes all that are needed."""
     return {}
 
 
@@ -137,9 +138,9 @@ class ScorePass:
     """Computes statistics of rows of the run's data sets under the current weights.
 
     Args:
-        loss: What the run trains with.
-        given: Those of the statistics that the kernel cannot compute, [B, S] each, for a micro-batch of
-            "train" or "valid".
+        loss: The loss of the run.
+        given: The statistics that the kernel cannot compute, [B, S] each, for a micro-batch of "train" or
+            "valid".
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class ScorePass:
         self._valid: Dataset | None = None
 
     def watching(self, provider: Callable) -> Callable:
-        """A data set provider of Megatron that shows this object what it provides."""
+        """Wrap a data set provider of Megatron, so that this object sees the data sets."""
 
         @functools.wraps(provider)
         def provide(*args: Any, **kwargs: Any) -> tuple:
@@ -165,9 +166,9 @@ class ScorePass:
     def of_next_batches(
         self, context: TrainContext, count: int, statistics: frozenset[str]
     ) -> TokenTable | None:
-        """Statistics of the supervised tokens of the next `count` global batches.
+        """Return statistics of the supervised tokens of the next `count` global batches.
 
-        All ranks call it. Weights, gradients, random numbers and Megatron's data iterators stay as they are.
+        All ranks call it. Weights, gradients, random numbers and Megatron's data iterators stay unchanged.
 
         Args:
             context: The model in training.
@@ -186,7 +187,7 @@ class ScorePass:
     def of_valid_batch(
         self, context: TrainContext, number: int, statistics: frozenset[str]
     ) -> TokenTable | None:
-        """The same of one global batch of each evaluation, counted from 0."""
+        """Return the same for one global batch of each evaluation, counted from 0."""
         args = get_args()
         start = number * args.eval_global_batch_size
         stop = start + args.eval_global_batch_size
@@ -210,15 +211,15 @@ def score_rows(
     keys: Callable[[Batch], Tensor],
     given: Callable[[Batch], Mapping[str, Tensor]] = nothing_given,
 ) -> TokenTable | None:
-    """One forward-only pass over rows; see `ScorePass`.
+    """Make one forward-only pass over rows; see `ScorePass`.
 
     Args:
         context: The model in training.
         rows: What to look at.
         statistics: Names of vectors of `TokenStatistics`.
-        loss: Gives all but the objective.
-        keys: What the tokens of a micro-batch are to be found by, [B, S].
-        given: Those of the statistics that the kernel cannot compute, [B, S] each.
+        loss: Gives all settings but the objective.
+        keys: Gives the key of each token of a micro-batch, [B, S].
+        given: The statistics that the kernel cannot compute, [B, S] each.
     """
     args = get_args()
     loss = replace(loss, objective=Scores(statistics - {"log_prob"}), log_entropy=False)

@@ -1,7 +1,7 @@
-"""Values of supervised tokens, found by what a token is and not by where it lies.
+"""Values of supervised tokens, found by the token's identity and not by its place in a batch.
 
-A token is its sample and its position in the sample. So a table that was filled at one parallel layout,
-or before a resume, serves any other.
+A token's identity is its sample and its position in the sample. So a table that was filled at one parallel
+layout, or before a resume, serves any other.
 
 Shape suffixes: B micro-batch, S sequence; T tokens of the table.
 """
@@ -19,7 +19,9 @@ _POSITION_BITS = 32
 
 
 def token_keys(sample_index: Tensor, position: Tensor) -> Tensor:
-    """One int64 for each token, ordered by sample, then by position.
+    """Return one int64 for each token, ordered by sample, then by position.
+
+    For example, sample 3 and position 7 give 3 * 2^32 + 7.
 
     Args:
         sample_index: int64 in [0, 2^31), of any shape.
@@ -42,13 +44,13 @@ class TokenTable:
 
     @classmethod
     def of(cls, keys: Tensor, statistics: Mapping[str, Tensor]) -> TokenTable:
-        """A table of tokens in any order."""
+        """Return a table of tokens in any order."""
         keys, order = keys.sort()
         return cls(keys, {name: values[order] for name, values in statistics.items()})
 
     @classmethod
     def joined(cls, tables: list[TokenTable]) -> TokenTable:
-        """The tokens of several tables with the same statistics."""
+        """Return the tokens of several tables with the same statistics."""
         names = tables[0].statistics
         return cls.of(
             torch.cat([table.keys for table in tables]),
@@ -56,10 +58,10 @@ class TokenTable:
         )
 
     def look_up(self, name: str, keys: Tensor, wanted: Tensor) -> Tensor:
-        """The values of a statistic where `wanted` [B, S] is True, 0 elsewhere.
+        """Return the values of a statistic where `wanted` [B, S] is True, 0 elsewhere.
 
         Args:
-            name: Of the statistic.
+            name: Name of the statistic.
             keys: [B, S] int64.
             wanted: [B, S] bool.
 
@@ -80,7 +82,7 @@ class TokenTable:
         return self.statistics[name][place].masked_fill(~wanted, 0)
 
     def gathered(self, group: dist.ProcessGroup) -> TokenTable:
-        """The tokens of all ranks of a group, on each of them. A collective."""
+        """Return the tokens of all ranks of a group, on each of them. A collective."""
         if group.size() == 1:
             return self
         count = torch.tensor([len(self.keys)], device=self.keys.device)
@@ -94,7 +96,9 @@ class TokenTable:
 
 
 def _gathered(values: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """[T] of each rank to one vector; collectives want equal sizes, so all are padded to the largest."""
+    """Gather [T] of each rank into one vector. Collectives want equal sizes, so all are padded to the
+    largest.
+    """
     padded = values.new_zeros(max(sizes))
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in sizes]

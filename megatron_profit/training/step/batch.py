@@ -25,7 +25,7 @@ class Batch:
         position_ids: Position in the segment; 0 where one begins.
         record_index: The example that a token belongs to, -1 in padding.
         sample_index: Distinct for each time that an example is drawn, -1 in padding.
-        spans: Where the records of the whole rows lie; None where attention need not know it.
+        spans: Places of the records in the whole rows; None where attention does not need them.
         records: [records] int64 on the CPU, the example of each record of the whole rows, in order.
         cu_seqlens: [records + 1] int64 on the CPU, tokens of the records so far.
     """
@@ -45,12 +45,12 @@ def get_batch(
 ) -> Batch:
     """Take the next micro-batch.
 
-    Every rank reads its own copy of the whole rows, so nothing is broadcast, and middle pipeline stages know
+    Every rank reads its own copy of the whole rows. So no data is broadcast, and middle pipeline stages know
     the records as well.
 
     Args:
         data_iterator: Gives tensors [B, S] on the CPU.
-        isolate: Whether attention is told where records lie.
+        isolate: Whether attention gets the places of the records.
         multiple: Rows are cut after the longest record, to a multiple of this; None leaves them whole.
     """
     whole = next(data_iterator)

@@ -15,10 +15,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# Arguments that follow from config.json and that are choices of training all the same.
+# Arguments that follow from config.json and are choices of training nevertheless.
 CHOICES = frozenset({"moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"})
-# Flags of experts, routers and shared experts that no family of this project has, or that Megatron's
-# `moe_layer_freq` and the like give where one has experts. Other weights or another function of them.
+# Flags of experts, routers and shared experts that no family of this project has, or that `moe_layer_freq`
+# and similar arguments give where one has experts. They mean other weights or another function of them.
 ARCHITECTURE = (
     *("num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_latent_size"),
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
@@ -35,8 +35,11 @@ _BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 
 
 def expert_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a flag may change: tokens go to their experts alone, and where Transformer Engine is there
-    all experts of a rank are computed together."""
+    """Return defaults that a flag may change.
+
+    Tokens go to their experts alone. Where Transformer Engine is installed, all experts of a rank are
+    computed together.
+    """
     if settings["num_experts"] is None:
         return {}
     grouped = settings["transformer_impl"] == "transformer_engine"
@@ -48,12 +51,12 @@ def check_experts(settings: Mapping[str, Any], normalization: str, world_size: i
 
     Args:
         settings: All arguments by name.
-        normalization: What the objective's loss is divided by.
+        normalization: The divisor of the objective's loss, "valid" or "kept".
         world_size: Number of processes.
 
     Raises:
-        ValueError: For a layout that the experts or the processes cannot be split into, or a flag that
-            would be ignored or does harm.
+        ValueError: The layout does not fit the experts or the processes, or a flag would be ignored or does
+            harm.
     """
     ep, experts = settings["expert_model_parallel_size"], settings["num_experts"]
     etp = settings["expert_tensor_parallel_size"]
@@ -106,15 +109,15 @@ def _check_balancing(settings: Mapping[str, Any], normalization: str) -> None:
 
 
 def router_padding(record_index: torch.Tensor, model: GPTModel) -> torch.Tensor | None:
-    """Megatron's `padding_mask`: what the router's auxiliary losses leave out.
+    """Return Megatron's `padding_mask`: the tokens that the router's auxiliary losses leave out.
 
     Args:
         record_index: [B, L], negative in padding; with context parallelism the rank's part of the rows.
         model: The pipeline stage.
 
     Returns:
-        [B, L] bool, the part of the sequence-parallel rank behind the first stage, which splits it
-        itself; None for a model without experts.
+        [B, L] bool, after the first stage only the sequence-parallel rank's part; the first stage splits it
+        itself. None for a model without experts.
     """
     if model.config.num_moe_experts is None:
         return None
@@ -131,10 +134,11 @@ def router_padding(record_index: torch.Tensor, model: GPTModel) -> torch.Tensor 
 def scale_balancing(config: TransformerConfig, supervised_share: float) -> None:
     """Give the auxiliary losses of the router the weight that their coefficients say.
 
-    Megatron multiplies them with the tokens that the router sees and divides all gradients by the
-    divisor of the loss (megatron/core/transformer/moe/router.py, attach_and_log_load_balancing_loss),
-    which takes the two for the same number. Here prompts are routed and not supervised, so without
-    this the coefficient would grow with the length of the prompts.
+    Megatron multiplies them by the number of tokens that the router sees, and divides all gradients by the
+    divisor of the loss (megatron/core/transformer/moe/router.py, attach_and_log_load_balancing_loss). It
+    takes the two for the same number. Here prompts are routed and not supervised. So without this function
+    the coefficient would grow with the length of the prompts: for example, to 4 times its value where a
+    quarter of the tokens is supervised.
 
     Args:
         config: Its `moe_grad_scale_func` is set.

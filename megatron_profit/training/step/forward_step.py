@@ -19,17 +19,17 @@ from megatron_profit.training.step.row_length import row_multiple
 
 
 class BatchLoss(Protocol):
-    """What is done with one micro-batch on the last pipeline stage."""
+    """The handling of one micro-batch on the last pipeline stage."""
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `GPTModel.forward`, beside `labels`."""
+        """Keyword arguments for `GPTModel.forward`, besides `labels`."""
 
     loss_func: Callable
 
 
 def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
-    """A forward step for Megatron's schedules.
+    """Return a forward step for Megatron's schedules.
 
     Args:
         begin: Called with each micro-batch before the model.
@@ -63,7 +63,9 @@ def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
 
 
 def _count_tokens(batch: Batch) -> None:
-    """Tell Megatron's count of floating-point operations of records, not of rows and their padding."""
+    """Give Megatron's count of floating-point operations the tokens of records, not of rows with their
+    padding.
+    """
     cu_seqlens = batch.cu_seqlens
     if cu_seqlens.numel() < 2:
         # Rows of padding only: Megatron sums over the ranks where there is a count on each of them.
@@ -72,9 +74,9 @@ def _count_tokens(batch: Batch) -> None:
 
 
 def needs_record_spans(args: Namespace) -> bool:
-    """Whether attention has to know where the records of a row lie.
+    """Return whether attention has to know where the records of a row lie.
 
-    Without packing, what follows a record is padding, which causal attention does not see. Under context
-    parallelism our own attention goes by records in any case, Transformer Engine's does not.
+    Without packing, only padding follows a record, and causal attention does not see it. Under context
+    parallelism this project's own attention goes by records in any case; Transformer Engine's does not.
     """
     return args.packing or (args.context_parallel_size > 1 and args.transformer_impl == "local")

@@ -1,4 +1,4 @@
-"""Warns when the objective keeps almost no token, which is a run that trains nothing."""
+"""Warns when the objective keeps almost no token, so that the run trains almost no token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 class KeptShareMonitor:
     """Watches the share of supervised tokens that the objective keeps on this rank.
 
-    It reads the counts back after 4 micro-batches, then after 8, 16 and so on, so that a GPU is hardly ever
-    made to wait and a long run is not flooded.
+    It reads the counts back after 4 micro-batches, then after 8, 16 and so on. So a GPU hardly ever waits,
+    and a long run prints few warnings.
 
     Args:
         window: Micro-batches until the first check.

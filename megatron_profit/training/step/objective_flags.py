@@ -28,7 +28,7 @@ def load_outside_objective(argv: Sequence[str]) -> None:
     """Import the objective that a command line asks for, so that its flags exist when it is parsed.
 
     Raises:
-        ValueError: It cannot be imported.
+        ValueError: The objective cannot be imported.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--objective", nargs="?")
@@ -38,10 +38,10 @@ def load_outside_objective(argv: Sequence[str]) -> None:
 
 
 def add_objective_flags(group: argparse._ArgumentGroup) -> None:
-    """Add `--objective`, what goes with every objective, and the options of the registered ones.
+    """Add `--objective`, the flags of every objective, and the options of the registered ones.
 
     Raises:
-        ValueError: Two objectives have an option of the same name that is not the same.
+        ValueError: Two objectives have an option of the same name with another meaning.
     """
     group.add_argument(
         "--objective",
@@ -104,7 +104,7 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def flag_of(option: str) -> str:
-    """How the flag of an option or argument is written."""
+    """Return the flag of an option or argument. For example, `prob_threshold` gives `--prob-threshold`."""
     return "--" + option.replace("_", "-")
 
 
@@ -115,10 +115,10 @@ def check_objective(
 
     Args:
         settings: All arguments by name.
-        explicit: Those that were given.
+        explicit: The arguments that were given.
 
     Returns:
-        The options of the chosen objective that were given, and what it is with them.
+        The given options of the chosen objective, and the objective with them.
 
     Raises:
         ValueError: An option is missing, out of range, or would be ignored.
@@ -141,16 +141,16 @@ def check_objective(
 
 
 def objective_from_args(args: Namespace) -> Objective | ScheduledObjective:
-    """The objective of a run, from Megatron's arguments."""
+    """Return the objective of a run, from Megatron's arguments."""
     return _build(vars(args))
 
 
 def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
-    """Refuse a warm-up or a schedule that would leave nothing of an option that was given.
+    """Refuse a warm-up or a constant schedule that leaves no step for an option that was given.
 
     Args:
-        objective: What the flags ask for.
-        steps: Of the whole run.
+        objective: The objective of the flags.
+        steps: Steps of the whole run.
 
     Raises:
         ValueError: The objective, or the final value of an option, would have no step.
@@ -182,7 +182,7 @@ def _build(settings: Mapping[str, Any]) -> Objective | ScheduledObjective:
 
 
 def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledObjective) -> None:
-    """Refuse what would be without effect."""
+    """Refuse options without effect."""
     final = objective.objective if isinstance(objective, ScheduledObjective) else objective
     if settings["objective_normalization"] == "kept" and not final.drops_tokens:
         raise ValueError(
@@ -194,7 +194,7 @@ def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledO
 
 
 def _options_by_name() -> dict[str, dict[str, Field[Any]]]:
-    """Option names to the objectives that have one, in the order of the registry."""
+    """Return the objectives that have each option, by its name, in the order of the registry."""
     options: dict[str, dict[str, Field[Any]]] = {}
     for objective in objective_names():
         for option in objective_options(objective):
@@ -203,7 +203,7 @@ def _options_by_name() -> dict[str, dict[str, Field[Any]]]:
 
 
 def _flag_keywords(owners: Mapping[str, Field[Any]]) -> dict[str, Any]:
-    """Keywords of `add_argument` for an option, which several objectives may share."""
+    """Return the keywords of `add_argument` for an option, which several objectives may share."""
     (first, option), *others = owners.items()
     for other, its_option in others:
         if _form(its_option) != _form(option):
@@ -222,5 +222,5 @@ def _flag_keywords(owners: Mapping[str, Field[Any]]) -> dict[str, Any]:
 
 
 def _form(option: Field[Any]) -> dict[str, Any]:
-    """What makes two flags the same."""
+    """Return the properties that must agree for two options to be one flag."""
     return {key: value for key, value in option.metadata.items() if key != "help"}

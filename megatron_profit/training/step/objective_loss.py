@@ -1,8 +1,8 @@
 """The objective as a Megatron loss: output processor, loss function and metrics.
 
-`ObjectiveLoss` is all that a pretrain script of one's own needs; `megatron_profit.sft` uses the same.
-Megatron calls the output processor in place of output layer and loss (GPTModel.forward), and the loss
-function afterwards on the last pipeline stage. Both see one micro-batch, through one `MicroBatchLoss`.
+`ObjectiveLoss` is all that your own pretrain script needs; `megatron_profit.sft` uses the same. Megatron
+calls the output processor in place of output layer and loss (GPTModel.forward), and the loss function
+afterwards on the last pipeline stage. Both see one micro-batch, through one `MicroBatchLoss`.
 
 Shape suffixes: B micro-batch, S sequence, H hidden, N = S * B tokens in sequence-first order.
 """
@@ -36,7 +36,7 @@ IMPLEMENTATIONS = ("auto", "fused", "reference")
 # Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
 # vanishes next to any real count.
 _NO_TOKEN = 1e-20
-# That of pretrain_gpt.py: how many times the largest of the first losses is a spike.
+# The factor of pretrain_gpt.py: a loss of this many times the largest of the first losses is a spike.
 _SPIKY_LOSS_FACTOR = 10
 
 
@@ -44,13 +44,13 @@ _SPIKY_LOSS_FACTOR = 10
 class ObjectiveLoss:
     """Makes Megatron train `objective` in place of the plain cross-entropy.
 
-    Needs `--calculate-per-token-loss`: the loss is a sum with a count, so that the gradient of a global
-    batch does not depend on how it is split into micro-batches and over data-parallel ranks.
+    Needs `--calculate-per-token-loss`: the loss is a sum with a count. So the gradient of a global batch does
+    not depend on its split into micro-batches and over data-parallel ranks.
 
     Attributes:
         objective: From `megatron_profit.objectives.build_objective`, or one that changes over the steps.
         normalization: "valid" divides the summed loss by the supervised tokens of the global batch,
-            "kept" by the tokens whose weight is not zero; None is what the objective's source does.
+            "kept" by the tokens whose weight is not zero; None follows the objective's source.
         vocab_size: Size of the vocabulary without Megatron's padding; None when it is not padded.
         seed: For objectives that select at random.
         log_entropy: Whether to compute and log the mean entropy of the predicted distributions, which
@@ -58,7 +58,7 @@ class ObjectiveLoss:
         prob_quantiles: Quantiles of p to log.
         implementation: "fused" is the kernel (`megatron_profit.ops`), on NVIDIA GPUs in Triton;
             "reference" dense logits of all tokens and plain autograd, for comparison; "auto" is fused.
-        backward: What the kernel keeps for its backward pass, see `ops.linear_objective`.
+        backward: The kernel's strategy for its backward pass, see `ops.linear_objective`.
 
     Raises:
         ValueError: For an unknown name, or a strategy of the kernel without the kernel.
@@ -87,7 +87,7 @@ class ObjectiveLoss:
 
     @property
     def current_objective(self) -> Objective:
-        """That of the step which is trained, or was trained last before an evaluation."""
+        """The objective of the step that is trained, or that was trained last before an evaluation."""
         if isinstance(self.objective, ScheduledObjective):
             return self.objective.at(current_step())
         return self.objective
@@ -131,7 +131,7 @@ def check_implementation(implementation: str, backward: Backward) -> None:
 
 
 class MicroBatchLoss:
-    """The objective on one micro-batch: what the model gets, then what Megatron gets."""
+    """The objective on one micro-batch: the model's arguments, then the loss for Megatron."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class MicroBatchLoss:
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `GPTModel.forward`, beside `labels` (and `loss_mask` where used)."""
+        """Keyword arguments for `GPTModel.forward`, besides `labels` (and `loss_mask` where used)."""
         return {"output_processor": self._process_output}
 
     def _process_output(
@@ -167,8 +167,11 @@ class MicroBatchLoss:
         loss_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """Hidden states [S, B, H] (S split over the group under sequence parallelism), labels [B, S]
-        and an optional loss mask [B, S] of zeros and ones to the loss of each token [B, S] in fp32."""
+        """Compute the loss of each token [B, S] in fp32.
+
+        Inputs are hidden states [S, B, H] and labels [B, S]. Under sequence parallelism S is split over the
+        group. A loss mask [B, S] of zeros and ones is optional.
+        """
         # The weight is used without a call of its module, whose hooks wait for the all-gather of
         # parameters under --overlap-param-gather.
         for hook in output_layer._forward_pre_hooks.values():
@@ -194,8 +197,9 @@ class MicroBatchLoss:
             reduce_hidden_grad=not output_layer.sequence_parallel,
             implementation="auto" if fused else "reference",
             backward=self._loss.backward,
-            # Megatron's data parallelism has a buffer for every parameter, and takes what is already
-            # in it whatever --gradient-accumulation-fusion says, which is about its own linear layers.
+            # Megatron's data parallelism has a buffer for every parameter and keeps the gradient that is
+            # already in it. --gradient-accumulation-fusion does not change that; it is about Megatron's own
+            # linear layers.
             gradient_accumulation_fusion=fused and hasattr(weight, "grad_added_to_main_grad"),
         )
         self._statistics = statistics
@@ -210,7 +214,9 @@ class MicroBatchLoss:
     def loss_func(
         self, output_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Megatron's loss function: (summed loss, token count, metrics as [sum, count] pairs)."""
+        """Compute the loss as Megatron's loss function: (summed loss, token count, metrics as [sum, count]
+        pairs).
+        """
         statistics = self.statistics
         loss = output_tensor.float().sum()
         sums = token_sums(statistics, self._objective)
@@ -241,7 +247,7 @@ class MicroBatchLoss:
 
 
 def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tensor:
-    """Labels [B, S] with -100 where the mask [B, S] is 0."""
+    """Return labels [B, S] with -100 where the mask [B, S] is 0."""
     if loss_mask is None:
         return labels
     if ((loss_mask != 0) & (loss_mask != 1)).any():
@@ -253,21 +259,25 @@ def _masked(labels: torch.Tensor, loss_mask: torch.Tensor | None) -> torch.Tenso
 
 
 def current_step() -> int:
-    """The step that is trained, counted from 0, or the last one that was."""
+    """Return the step that is trained, counted from 0, or the step that was trained last."""
     args = get_args()
     # A run that was already finished when it started evaluates without a step of its own.
     return max(getattr(args, "curr_iteration", 0), args.iteration - 1)
 
 
 def _share_of_step() -> float:
-    """1 / the micro-batches of a step over all data-parallel ranks, so that Megatron's sum over sum
-    of a metric becomes its total over the step."""
+    """Return 1 / the micro-batches of a step over all data-parallel ranks.
+
+    With this factor, Megatron's sum over sum of a metric becomes its total over the step.
+    """
     ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
     return 1.0 / (_micro_batches_of_step() * ranks)
 
 
 def _micro_batches_of_step() -> int:
-    """Of this rank, in a step of training or an iteration of an evaluation."""
+    """Return the number of micro-batches that this rank runs per training step, or per
+    evaluation iteration.
+    """
     args = get_args()
     if torch.is_grad_enabled():  # evaluation runs without
         return get_num_microbatches()
@@ -275,7 +285,7 @@ def _micro_batches_of_step() -> int:
 
 
 def micro_batches_of_window() -> int:
-    """Of this rank, in a step of training or a whole evaluation."""
+    """Return the number of micro-batches that this rank runs per training step, or per whole evaluation."""
     return _micro_batches_of_step() * (1 if torch.is_grad_enabled() else get_args().eval_iters)
 
 
@@ -293,7 +303,7 @@ def _validate(loss: torch.Tensor, num_tokens: torch.Tensor) -> None:
             )
     if args.check_for_spiky_loss and torch.is_grad_enabled():
         machine.validate_result(
-            # Of a token: micro-batches differ in how many they train.
+            # Compared per token, because micro-batches differ in how many they train.
             result=loss.detach() / num_tokens.clamp(min=1),
             rejection_func=functools.partial(
                 machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"

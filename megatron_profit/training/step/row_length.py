@@ -1,8 +1,9 @@
-"""How long the rows of a micro-batch are.
+"""The length of the rows of a micro-batch.
 
 Rows of one record each (`--no-packing`) are mostly padding where records are shorter than `--seq-length`.
-They are cut after the longest record of their micro-batch, unless the layout needs rows of one length. Only
-padding is cut, so losses and gradients stay what they are.
+They are cut after the longest record of their micro-batch, unless the layout needs rows of one length. For
+example, records of 700 and 1,200 tokens in rows of 4,096 need rows of 1,216 at a multiple of 64. Only
+padding is cut, so losses and gradients stay the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _QUANTIZED_MULTIPLE = 128
 
 
 def row_multiple(args: Namespace) -> int | None:
-    """Return what the length of a cut row is a multiple of; None where rows keep `--seq-length`.
+    """Return the number that the length of a cut row is a multiple of; None where rows keep `--seq-length`.
 
     Args:
         args: Megatron's arguments, validated.
@@ -36,8 +37,10 @@ def row_multiple(args: Namespace) -> int | None:
 
 
 def stages_exchange_lengths(args: Namespace) -> bool:
-    """Return Megatron's `variable_seq_lengths`: whether pipeline stages tell each other the length of a
-    micro-batch before they send it."""
+    """Return Megatron's `variable_seq_lengths`.
+
+    It says whether pipeline stages exchange the length of a micro-batch before they send it.
+    """
     return args.pipeline_model_parallel_size > 1 and row_multiple(args) is not None
 
 

@@ -1,4 +1,4 @@
-"""What is logged about the tokens of a step: sums with counts, so that no mean depends on the layout."""
+"""The logged metrics of a step's tokens: sums with counts, so that no mean depends on the layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Sums = dict[str, tuple[Tensor, Tensor]]
 
 
 def token_sums(statistics: LinearObjectiveStatistics, objective: Objective) -> Sums:
-    """The metrics that follow from the statistics of a micro-batch [N], as (sum, count)."""
+    """Return the metrics that follow from the statistics of a micro-batch [N], as (sum, count)."""
     supervised = statistics.supervised
     kept = supervised & (statistics.weight != 0)
     dropped = supervised & ~kept
@@ -36,7 +36,7 @@ def token_sums(statistics: LinearObjectiveStatistics, objective: Objective) -> S
 
 
 def _supervised(statistics: LinearObjectiveStatistics) -> TokenStatistics:
-    """[N] to [M]."""
+    """Select the statistics of the supervised tokens: [N] to [M]."""
     names = TokenStatistics.__dataclass_fields__
     vectors = {name: getattr(statistics, name) for name in names}
     rows = statistics.supervised
@@ -52,7 +52,7 @@ class ProbQuantiles:
     is right within 0.8 % of its odds, for p between 1e-7 and 1 - 1e-7.
 
     Attributes:
-        quantiles: In (0, 1).
+        quantiles: Quantiles in (0, 1).
 
     Raises:
         ValueError: A quantile out of range, or given twice.
@@ -99,13 +99,13 @@ class ProbQuantiles:
         return {f"p quantile {q:g}": row for q, row in zip(self.quantiles, values, strict=True)}
 
     def _bins(self, log_prob: Tensor) -> Tensor:
-        """[M] int64. A NaN has no place in an order and is left out."""
+        """Return the bin of each token, [M] int64. A NaN has no place in an order and is left out."""
         log_odds = log_prob - log1mexp(log_prob)
         position = (log_odds[~log_prob.isnan()] + self.LIMIT) / (2 * self.LIMIT) * self.BINS
         return position.clamp(0, self.BINS - 1).long()
 
     def _quantile(self, quantile: float) -> Tensor:
-        """[value, 1], by interpolation within a bin; [0, 1] where there is no token."""
+        """Return [value, 1], interpolated within a bin; [0, 1] where there is no token."""
         below = self._counts.cumsum(0)
         rank = quantile * below[-1:].double()
         bin_ = torch.searchsorted(below.double(), rank).clamp(max=self.BINS - 1)
