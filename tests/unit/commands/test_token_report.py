@@ -81,7 +81,16 @@ def test_a_range_may_reach_beyond_the_last_record(folders, tmp_path):
 
 def test_a_reader_who_has_seen_enough_is_no_error(folders, tmp_path):
     out = tmp_path / "r.html"
-    tool = [sys.executable, token_report.__file__, "--model", folders / "hf", "--out", out]
+    tool = [
+        sys.executable,
+        "-m",
+        "megatron_profit",
+        "report",
+        "--model",
+        folders / "hf",
+        "--out",
+        out,
+    ]
     tool += ["--data", folders / "chats.jsonl", "--terminal"]
     reading, writing = os.pipe()
     os.close(reading)

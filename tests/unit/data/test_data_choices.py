@@ -18,8 +18,8 @@ from megatron_profit.data import (
     Source,
     Training,
     prepare_sets,
-    thoughts,
 )
+from megatron_profit.data.chat import thoughts
 from megatron_profit.data.store.prepare import TOO_LONG
 
 TALK = (
