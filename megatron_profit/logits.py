@@ -15,7 +15,7 @@ def main() -> None:
     """Compute the logits with the flags of the command line."""
     device = start()
 
-    from megatron_profit.training.logits import run
+    from megatron_profit.commands.logits import run
 
     run(device)
 

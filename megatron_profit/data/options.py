@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_profit.data.errors import DataError, shown
-from megatron_profit.data.files.records import VALID_SPLITS
 from megatron_profit.data.files.sources import COLUMNS, Source, read_sources
+from megatron_profit.data.files.splits import VALID_SPLITS
 from megatron_profit.data.render.renderer import Training
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.data.sequences.dataset import SFTDataset

@@ -22,10 +22,13 @@ from megatron_profit.objectives.base import COMPUTED_STATISTICS
 from megatron_profit.ops.autograd import LinearObjectiveFunction, Work
 from megatron_profit.ops.collectives import VocabShard
 from megatron_profit.ops.kernels import Implementation, choose_kernels
-from megatron_profit.ops.output import LinearObjectiveOutput, LinearObjectiveStatistics
 from megatron_profit.ops.reference import reference_linear_objective
 from megatron_profit.ops.rows import SupervisedRows, input_precision
-from megatron_profit.ops.statistics import linear_token_statistics
+from megatron_profit.ops.statistics import (
+    LinearObjectiveOutput,
+    LinearObjectiveStatistics,
+    linear_token_statistics,
+)
 from megatron_profit.ops.tiling import Backward, Tiling
 from megatron_profit.ops.validation import (
     IGNORED_LABEL,

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from megatron_profit.objectives import Objective, TokenStatistics
 from megatron_profit.ops.collectives import VocabShard
-from megatron_profit.ops.output import LinearObjectiveOutput, LinearObjectiveStatistics
+from megatron_profit.ops.statistics import LinearObjectiveOutput, LinearObjectiveStatistics
 
 
 def reference_linear_objective(

@@ -9,11 +9,13 @@ Shapes: M supervised rows, v vocabulary entries of a block, H hidden, V vocabula
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_profit.objectives import TokenStatistics
 from megatron_profit.ops.collectives import VocabShard
 from megatron_profit.ops.fields import MAX_LOGIT, Fields, finite_max, sum_of_exp
 from megatron_profit.ops.kernels import BlockKernels
@@ -23,6 +25,32 @@ from megatron_profit.ops.tiling import Tiling, Workspace
 # Combining takes a dozen small operations, which a GPU launches more slowly than it computes them. The
 # statistics of this many blocks are small compared with one block's logits.
 _PARTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearObjectiveStatistics(TokenStatistics):
+    """Statistics of every row, without a graph; 0 where the row is not supervised.
+
+    Attributes:
+        weight: [N] the objective's weight, without ``loss_weight``; 0 for a token that it drops.
+        supervised: [N] bool, rows with a label and a nonzero ``loss_weight``.
+    """
+
+    weight: Tensor
+    supervised: Tensor
+
+
+class LinearObjectiveOutput(NamedTuple):
+    """Result of ``linear_objective``.
+
+    Attributes:
+        loss: [N] loss_weight_t * L_t in float32 (float64 for float64 inputs); exactly 0 where the
+            row is not supervised.
+        statistics: statistics of each token, and the weight that the objective gave it.
+    """
+
+    loss: Tensor
+    statistics: LinearObjectiveStatistics
 
 
 class SoftmaxNormalizer(NamedTuple):

@@ -20,8 +20,8 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from checkpoint_conversion.hf.model import open_hf_model
+from megatron_profit.commands.logits import build_model, logits
 from megatron_profit.training.checkpoints.hf_weights import load, model_shards
-from megatron_profit.training.logits import build_model, logits
 
 
 @torch.no_grad()

@@ -96,8 +96,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "megatron_profit.models",
     ),
     "megatron_profit.sft": ("megatron_profit.megatron_patches", _TRAINING),
-    "megatron_profit.logits": ("megatron_profit.sft", _TRAINING),
     "megatron_profit.commands": ("megatron", "megatron_profit", "checkpoint_conversion"),
+    "megatron_profit.logits": ("megatron_profit.sft", "megatron_profit.commands"),
     "megatron_profit.__main__": ("megatron_profit.commands",),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_profit.data.errors import BrokenRecord, DataError, printable, shown
 from megatron_profit.data.files.bounded import read_json
 from megatron_profit.data.files.fields import read
-from megatron_profit.data.files.records import Split, data_files, left_out, not_data
+from megatron_profit.data.files.splits import Split, data_files, left_out, not_data
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
 ALPACA_COLUMNS = {

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_profit.data import DataError, Source, build_examples, normalise, read_records
 from megatron_profit.data.files import records
-from megatron_profit.data.files.records import VALID_SPLITS
+from megatron_profit.data.files.splits import VALID_SPLITS
 
 ROWS = [{"instruction": f"question {i}", "output": "a"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -15,7 +15,7 @@ from megatron_profit.data import (
     read_records,
     read_sources,
 )
-from megatron_profit.data.files.records import VALID_SPLITS
+from megatron_profit.data.files.splits import VALID_SPLITS
 
 # As the official ProFit repository and LLaMA-Factory have them.
 ENTRIES = {
