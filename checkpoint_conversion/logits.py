@@ -22,7 +22,7 @@ import torch
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
-from checkpoint_conversion.torch_dist.reader import find_checkpoint
+from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 
 # Prose, code, numbers and other scripts, so that many rows of the vocabulary are read.

@@ -34,11 +34,8 @@ from checkpoint_conversion.hf.writer import (
     copy_artifacts,
 )
 from checkpoint_conversion.progress import Progress, human
-from checkpoint_conversion.torch_dist.reader import (
-    MegatronCheckpoint,
-    find_checkpoint,
-    open_checkpoint,
-)
+from checkpoint_conversion.torch_dist.folder import find_checkpoint
+from checkpoint_conversion.torch_dist.reader import MegatronCheckpoint, open_checkpoint
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
 
 

@@ -26,7 +26,8 @@ from checkpoint_conversion.hf.chunks import CHUNK_BYTES
 from checkpoint_conversion.hf.folder import HFTensor
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.progress import Progress
-from checkpoint_conversion.torch_dist.reader import find_checkpoint, open_checkpoint
+from checkpoint_conversion.torch_dist.folder import find_checkpoint
+from checkpoint_conversion.torch_dist.reader import open_checkpoint
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
 
 if TYPE_CHECKING:  # the command's help needs no torch

@@ -21,15 +21,8 @@ from checkpoint_conversion.pickles.archive import Archive, read_archive
 from checkpoint_conversion.pickles.reader import Call, Instance, Named, read_pickle
 from checkpoint_conversion.pickles.uses import EXTRA_STATE, OBJECTS, TENSORS, within
 from checkpoint_conversion.torch_dist.checksum_list import check_listed
-from checkpoint_conversion.torch_dist.reader import (
-    COMMON_ENTRY,
-    COMMON_FILE,
-    Place,
-    SavedTensor,
-    check_files,
-    open_entry,
-    read_metadata,
-)
+from checkpoint_conversion.torch_dist.metadata import Place, SavedTensor, check_files, read_metadata
+from checkpoint_conversion.torch_dist.reader import COMMON_ENTRY, COMMON_FILE, open_entry
 
 _EXTRA_STATE = "_extra_state"
 # A larger common.pt is refused; it holds no tensors of the model.

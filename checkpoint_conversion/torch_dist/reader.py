@@ -15,27 +15,29 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from checkpoint_conversion.engine.checksums import PartialChecksums
 from checkpoint_conversion.engine.dtypes import TORCH_DTYPES, DType
 from checkpoint_conversion.engine.raw_files import OpenFiles
-from checkpoint_conversion.engine.regular_files import open_regular, read_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.families.family import Shape
 from checkpoint_conversion.hf.chunks import TRANSFER_BYTES, Chunk, chunks_of
-from checkpoint_conversion.hf.folder import read_json_object
 from checkpoint_conversion.pickles.archive import Archive, read_archive
-from checkpoint_conversion.pickles.reader import Instance, PickleError, Uses, read_pickle
+from checkpoint_conversion.pickles.reader import Uses
 from checkpoint_conversion.pickles.torch_pickle import (
     StoredTensor,
     contiguous_strides,
     locate_tensor,
 )
-from checkpoint_conversion.pickles.uses import METADATA, is_size, is_sizes, within
-from checkpoint_conversion.torch_dist.checksum_list import check_checksum, checksum_of
-from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
+from checkpoint_conversion.torch_dist.metadata import (
+    Place,
+    Saved,
+    SavedTensor,
+    check_files,
+    read_metadata,
+)
 
 # Megatron-Core keeps its unsharded state in an entry, and before 0.19 in a file
 # (megatron/core/dist_checkpointing/serialization.py, load_common_state_dict).
@@ -43,70 +45,10 @@ COMMON_ENTRY = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"
 # Keys of tensors besides the model's: optimizer state, also of chained optimizers.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)*optimizer\b")
-
-METADATA_FILE = ".metadata"
-# metadata.json may hold only these values; the last two until Megatron-Core 0.18.
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-# About 150 bytes for each chunk of a tensor, which allows three million chunks.
-_MOST_METADATA = 512 << 20
-_MOST_TRACKER = 4096
 # Layers, experts and ranks of the largest models give some 100,000 parts of layers or experts.
 _MOST_PARTS = 10_000_000
 # Parts of one layer that begin in the same row: one for each rank that has some of its columns.
 _MOST_SIDE_BY_SIDE = 512
-
-
-class Place(NamedTuple):
-    """The place of an entry: [start, start + length) of a file."""
-
-    file: Path
-    start: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        """The first byte after it."""
-        return self.start + self.length
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A chunk of a tensor as it was saved.
-
-    Attributes:
-        offsets, sizes: Its extent in the Megatron tensor.
-        place: Its entry.
-    """
-
-    offsets: Shape
-    sizes: Shape
-    place: Place
-
-
-@dataclass(frozen=True)
-class SavedTensor:
-    """A tensor as it was saved.
-
-    Attributes:
-        dtype: The name that torch has for it.
-    """
-
-    dtype: str
-    shape: Shape
-    chunks: tuple[Saved, ...]
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """The content of `.metadata`: the tensors by key, and the places of all other entries."""
-
-    tensors: Mapping[str, SavedTensor]
-    objects: Mapping[str, Place]
 
 
 @dataclass(frozen=True)
@@ -267,34 +209,6 @@ class MegatronCheckpoint:
         return stored
 
 
-def find_checkpoint(folder: str | Path, iteration: str | int | None = None) -> Path:
-    """Return the folder of a checkpoint within Megatron's save folder.
-
-    Args:
-        folder: A folder with latest_checkpointed_iteration.txt, or a checkpoint itself.
-        iteration: A number or "release"; None for the latest.
-
-    Raises:
-        ConversionError: When there is no such checkpoint.
-    """
-    folder = Path(folder)
-    try:
-        is_folder = folder.is_dir()
-    except OSError as error:
-        raise ConversionError(f"{folder}: {error.strerror}") from error
-    if not is_folder:
-        raise ConversionError(f"{folder}: no such folder")
-    if iteration is None and (folder / ".metadata").exists():
-        return folder
-    if iteration is None:
-        iteration = _latest(folder)
-    found = folder / _iteration_name(str(iteration))
-    if not found.is_dir():
-        there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        raise ConversionError(f"{found}: no such checkpoint; there are: {', '.join(there) or '-'}")
-    return found
-
-
 def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckpoint:
     """Read the metadata of a checkpoint and check its model tensors; no tensor is read.
 
@@ -375,39 +289,6 @@ def _read_entry(files: OpenFiles, place: Place, key: str, offset: int, count: in
     return data
 
 
-def _latest(folder: Path) -> str:
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        raise ConversionError(
-            f"{folder}: neither {TRACKER} nor .metadata; not a Megatron save folder"
-        )
-    return read_tracker(tracker)
-
-
-def read_tracker(tracker: Path) -> str:
-    """Return the content of a tracker file, or its beginning if it is much too long for a number.
-
-    Raises:
-        ConversionError: The file is not a regular file.
-        OSError: The file cannot be read.
-    """
-    with open(open_regular(tracker), "rb") as stream:
-        return stream.read(_MOST_TRACKER).decode("utf-8", errors="replace").strip()
-
-
-def is_iteration(text: str) -> bool:
-    """Return whether a text is the number of an iteration."""
-    return re.fullmatch(r"\d{1,15}", text, re.ASCII) is not None
-
-
-def _iteration_name(iteration: str) -> str:
-    if iteration == RELEASE:
-        return RELEASE
-    if not is_iteration(iteration):
-        raise ConversionError(f"iteration {iteration[:40]!r} is neither a number nor '{RELEASE}'")
-    return f"iter_{int(iteration):07d}"
-
-
 def _as_saved(rule: TensorRule, saved: Container[str]) -> list[TensorRule]:
     """Return a rule under the checkpoint's name for it; several if the checkpoint has one for each layer."""
     there = [key for key in rule.keys if key in saved]
@@ -478,88 +359,3 @@ def _check_disjoint(folder: Path, key: str, chunks: Iterable[Saved], stacked: in
                     f"{folder}: two chunks of {key} hold the same rows, from {one[0][0]} and from "
                     f"{other[0][0]} on"
                 )
-
-
-def check_files(ends: Iterable[tuple[Path, int]], key: str) -> None:
-    """Check that an entry lies within its files."""
-    sizes: dict[Path, int] = {}
-    for file, end in ends:
-        if file not in sizes:
-            if not file.is_file():
-                raise ConversionError(f"{file}: missing, or no regular file; {key} is in it")
-            sizes[file] = file.stat().st_size
-        if end > sizes[file]:
-            raise ConversionError(f"{file}: truncated; {key} does not end in it")
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """Return the content of `.metadata`, which is a pickle; no code that it refers to is run."""
-    _check_format(folder)
-    file = folder / METADATA_FILE
-    try:
-        content = read_regular(file, _MOST_METADATA)
-        check_checksum(file, checksum_of(content))
-        return _plain(folder, read_pickle(content, within(METADATA)))
-    except ConversionError:
-        raise
-    except FileNotFoundError:
-        raise ConversionError(f"{file}: missing; the checkpoint is not complete") from None
-    except OSError as error:
-        raise ConversionError(f"{file}: {error.strerror}") from error
-    except (PickleError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConversionError(f"{file}: not readable: {error}") from error
-
-
-def _check_format(folder: Path) -> None:
-    """Check that metadata.json has the few words that are known, and no others."""
-    file = folder / "metadata.json"
-    content = read_json_object(file)
-    backend = content.get("sharded_backend")
-    if backend != "torch_dist":
-        raise ConversionError(f"{folder}: checkpoint format {backend!r}; supported is 'torch_dist'")
-    for key, value in content.items():
-        if key not in _FORMAT or value != _FORMAT[key]:
-            raise ConversionError(f"{file}: {key!r} is {value!r}; damaged, or of a newer version")
-
-
-def _plain(folder: Path, content: Instance) -> Metadata:
-    """Return the pickle's records, without the parts that are not needed."""
-    state = content.state
-    places = {}
-    for index, info in state["storage_data"].items():
-        fqn, offset = index.state["fqn"], index.state.get("offset")
-        if info.state.get("transform_descriptors"):
-            raise ConversionError(f"{folder / METADATA_FILE}: {fqn} is compressed or encoded")
-        places[fqn, offset] = _place(folder, info.state)
-    tensors, objects = {}, {}
-    for key, entry in state["state_dict_metadata"].items():
-        if not isinstance(key, str):
-            raise TypeError(f"an entry has a {type(key).__name__} for a name")
-        if entry.cls.name == "TensorStorageMetadata":
-            tensors[key] = _tensor(key, entry.state, places)
-        elif (key, None) in places:
-            objects[key] = places[key, None]
-    return Metadata(tensors, objects)
-
-
-def _place(folder: Path, info: Mapping[str, Any]) -> Place:
-    """Return the place of an entry, which must be in a file of the folder itself."""
-    name, start, length = info["relative_path"], info["offset"], info["length"]
-    if not isinstance(name, str) or Path(name).name != name or name == "..":
-        raise ConversionError(f"{folder / METADATA_FILE}: it refers to {name!r}, another folder")
-    if not (is_size(start) and is_size(length)):
-        raise ValueError(f"an entry of {name} begins at {start!r} and has {length!r} bytes")
-    return Place(folder / name, start, length)
-
-
-def _tensor(
-    key: str, state: Mapping[str, Any], places: Mapping[tuple[str, Any], Place]
-) -> SavedTensor:
-    shape = state["size"]
-    chunks = []
-    for chunk in state["chunks"]:
-        offsets, sizes = chunk.state["offsets"], chunk.state["sizes"]
-        if not (is_sizes(offsets) and is_sizes(sizes) and len(offsets) == len(sizes) == len(shape)):
-            raise ValueError(f"{key} has a chunk of {sizes!r} at {offsets!r}")
-        chunks.append(Saved(offsets, sizes, places[key, offsets]))
-    return SavedTensor(state["properties"].state[0].name, shape, tuple(chunks))

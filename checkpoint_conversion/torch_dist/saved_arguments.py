@@ -14,10 +14,10 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
 from checkpoint_conversion.pickles.reader import Instance, PickleError
 from checkpoint_conversion.pickles.uses import arguments as argument_uses
+from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.reader import (
     COMMON_ENTRY,
     COMMON_FILE,
-    find_checkpoint,
     read_common_file,
     read_object,
 )

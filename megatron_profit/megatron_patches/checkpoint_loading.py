@@ -18,7 +18,7 @@ from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.torch_dist.checksum_list import write_checksums
 from checkpoint_conversion.torch_dist.integrity import read_vetted_common_file, vet_entry
-from checkpoint_conversion.torch_dist.reader import Metadata, Place, SavedTensor, read_metadata
+from checkpoint_conversion.torch_dist.metadata import Metadata, Place, SavedTensor, read_metadata
 from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch
 
 _MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"

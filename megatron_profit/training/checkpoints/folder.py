@@ -18,9 +18,9 @@ from typing import Any
 from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.hf.folder import read_json_object
+from checkpoint_conversion.torch_dist.folder import is_iteration
+from checkpoint_conversion.torch_dist.folder import read_tracker as read_tracker_file
 from checkpoint_conversion.torch_dist.integrity import check_whole
-from checkpoint_conversion.torch_dist.reader import is_iteration
-from checkpoint_conversion.torch_dist.reader import read_tracker as read_tracker_file
 from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 
 # The marker in each checkpoint that this project's entry wrote; only those checkpoints are ever removed.

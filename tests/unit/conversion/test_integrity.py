@@ -32,7 +32,7 @@ from checkpoint_conversion.pickles.uses import check_old_storage
 from checkpoint_conversion.torch_dist import integrity
 from checkpoint_conversion.torch_dist.checksum_list import CHECKSUMS, write_checksums
 from checkpoint_conversion.torch_dist.integrity import check_content, check_present, check_whole
-from checkpoint_conversion.torch_dist.reader import read_metadata
+from checkpoint_conversion.torch_dist.metadata import read_metadata
 from megatron_profit.megatron_patches import checkpoint_loading
 
 EXTRA = "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_2"

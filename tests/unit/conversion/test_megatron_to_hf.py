@@ -22,7 +22,7 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
 from checkpoint_conversion.torch_dist import reader as megatron_reader
-from checkpoint_conversion.torch_dist.reader import Place, Saved
+from checkpoint_conversion.torch_dist.metadata import Place, Saved
 
 
 class _GridPlanner(dcp.DefaultSavePlanner):

@@ -11,7 +11,8 @@ from torch.distributed import HashStore
 
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.torch_dist.reader import open_entry, read_metadata
+from checkpoint_conversion.torch_dist.metadata import read_metadata
+from checkpoint_conversion.torch_dist.reader import open_entry
 from megatron_profit.training.checkpoints import shared_check
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.shared_check import _SharedCheck, wait_until_present
