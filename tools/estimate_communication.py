@@ -22,7 +22,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_profit.commands.estimate_memory import GIB, estimate, gradient_bytes, stage_parameters
+from megatron_profit.commands.estimate_memory import GIB, estimate, gradient_bytes
+from megatron_profit.commands.parameter_counts import stage_parameters
 from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
 
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoint_conversion.engine.checksums import crc32
-from checkpoint_conversion.pickles.reader import Named, PersistentId, Uses, read_pickle
+from checkpoint_conversion.pickles.reader import read_pickle
 from checkpoint_conversion.pickles.uses import STORAGES, is_size
+from checkpoint_conversion.pickles.values import Named, PersistentId, Uses
 
 # Bytes that one read brings into the core's cache.
 _PART_BYTES = 1 << 20

@@ -15,9 +15,9 @@ from typing import Any
 
 from checkpoint_conversion.engine.dtypes import DTYPES, DType
 from checkpoint_conversion.pickles.archive import Archive
-from checkpoint_conversion.pickles.reader import Call, Instance, Named, PersistentId
 from checkpoint_conversion.pickles.stored_archive import StoredArchive
 from checkpoint_conversion.pickles.uses import TENSORS, within
+from checkpoint_conversion.pickles.values import Call, Instance, Named, PersistentId
 
 _STORAGES = {"FloatStorage": "F32", "BFloat16Storage": "BF16", "HalfStorage": "F16"}
 _STORAGE_OF = {dtype: storage for storage, dtype in _STORAGES.items()}

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoint_conversion.pickles.reader import (
+from checkpoint_conversion.pickles.reader import read_first_pickle
+from checkpoint_conversion.pickles.values import (
     Call,
     Instance,
     Named,
@@ -19,7 +20,6 @@ from checkpoint_conversion.pickles.reader import (
     PersistentId,
     Use,
     Uses,
-    read_first_pickle,
 )
 
 # Bytes of an element, by the class that torch names for a storage; the last one is of any dtype.

@@ -18,8 +18,9 @@ from checkpoint_conversion.engine.regular_files import read_regular
 from checkpoint_conversion.engine.workers import run_all
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.pickles.archive import Archive, read_archive
-from checkpoint_conversion.pickles.reader import Call, Instance, Named, read_pickle
+from checkpoint_conversion.pickles.reader import read_pickle
 from checkpoint_conversion.pickles.uses import EXTRA_STATE, OBJECTS, TENSORS, within
+from checkpoint_conversion.pickles.values import Call, Instance, Named
 from checkpoint_conversion.torch_dist.checksum_list import check_listed
 from checkpoint_conversion.torch_dist.metadata import Place, SavedTensor, check_files, read_metadata
 from checkpoint_conversion.torch_dist.reader import COMMON_ENTRY, COMMON_FILE, open_entry

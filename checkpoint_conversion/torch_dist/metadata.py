@@ -11,8 +11,9 @@ from checkpoint_conversion.engine.regular_files import read_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families.family import Shape
 from checkpoint_conversion.hf.folder import read_json_object
-from checkpoint_conversion.pickles.reader import Instance, PickleError, read_pickle
+from checkpoint_conversion.pickles.reader import read_pickle
 from checkpoint_conversion.pickles.uses import METADATA, is_size, is_sizes, within
+from checkpoint_conversion.pickles.values import Instance, PickleError
 from checkpoint_conversion.torch_dist.checksum_list import check_checksum, checksum_of
 
 METADATA_FILE = ".metadata"

@@ -25,12 +25,12 @@ from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.families.family import Shape
 from checkpoint_conversion.hf.chunks import TRANSFER_BYTES, Chunk, chunks_of
 from checkpoint_conversion.pickles.archive import Archive, read_archive
-from checkpoint_conversion.pickles.reader import Uses
 from checkpoint_conversion.pickles.torch_pickle import (
     StoredTensor,
     contiguous_strides,
     locate_tensor,
 )
+from checkpoint_conversion.pickles.values import Uses
 from checkpoint_conversion.torch_dist.metadata import (
     Place,
     Saved,

@@ -12,8 +12,8 @@ from typing import Any
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
-from checkpoint_conversion.pickles.reader import Instance, PickleError
 from checkpoint_conversion.pickles.uses import arguments as argument_uses
+from checkpoint_conversion.pickles.values import Instance, PickleError
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.reader import (
     COMMON_ENTRY,

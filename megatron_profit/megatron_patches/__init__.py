@@ -54,13 +54,7 @@ def activate(device: str = "auto") -> str:
             f"the {_active} backend is active already; {device!r} needs a new process"
         )
     check_megatron_version()
-
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ValueError("device 'cuda' was asked for, but torch sees no GPU; use 'cpu' or 'auto'")
-    chosen = "cuda" if has_gpu and device != "cpu" else "cpu"
+    chosen = _available(device)
 
     from megatron_profit.megatron_patches import elastic, megatron
 
@@ -81,6 +75,16 @@ def activate(device: str = "auto") -> str:
     apply_patches(megatron.MEGATRON_PATCHES)
     _active = chosen
     return chosen
+
+
+def _available(device: str) -> str:
+    """Return "cuda" or "cpu" for a device of the machine, or for "auto"."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device 'cuda' was asked for, but torch sees no GPU; use 'cpu' or 'auto'")
+    return "cuda" if has_gpu and device != "cpu" else "cpu"
 
 
 def all_patches() -> tuple[Patch, ...]:

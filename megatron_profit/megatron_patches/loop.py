@@ -229,17 +229,10 @@ def _call_after_evaluations() -> None:
     from megatron.training import training
 
     original = training.evaluate_and_print_results
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def evaluate_and_print_results(
-        prefix: str,
-        forward_step_func: Any,
-        data_iterator: Any,
-        model: Any,
-        iteration: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def evaluate_and_print_results(*args: Any, **kwargs: Any) -> None:
         found: dict[str, float] | None = None
         evaluate, print_rank_last = training.evaluate, training.print_rank_last
         get_tensorboard_writer = training.get_tensorboard_writer
@@ -265,13 +258,14 @@ def _call_after_evaluations() -> None:
             print_rank_last=lambda message: print_rank_last(without_perplexities(message)),
             get_tensorboard_writer=writer,
         ):
-            original(prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs)
+            original(*args, **kwargs)
         if callbacks() and found is not None:
             # The last rank is on the last pipeline stage, which alone has metrics.
             everyone = [found]
             torch.distributed.broadcast_object_list(
                 everyone, torch.distributed.get_world_size() - 1
             )
+            iteration = signature.bind(*args, **kwargs).arguments["iteration"]
             for callback in callbacks():
                 callback.after_evaluation(iteration, everyone[0])
 

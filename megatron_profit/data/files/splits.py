@@ -152,6 +152,11 @@ def _splits_inside(path: Path, split: Split) -> dict[str, str]:
 
 
 def saved_splits(folder: Path) -> list[str]:
+    """Return the names of the splits that the `datasets` library saved in a folder; [] for one data set.
+
+    Raises:
+        DataError: Its description is damaged.
+    """
     if (folder / "state.json").is_file():  # one data set
         return []
     description = folder / "dataset_dict.json"
@@ -247,6 +252,7 @@ def suffix_of(path: Path) -> str:
 
 
 def unreadable(description: Path, why: str) -> DataError:
+    """Return the error of a folder of the `datasets` library that cannot be read."""
     return DataError(
         f"{description}: not a readable data set of the datasets library ({why}); write it again "
         "with save_to_disk"

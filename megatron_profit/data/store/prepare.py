@@ -24,15 +24,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.chat.conversations import Conversation, is_read, normalise
+from megatron_profit.data.chat.conversations import Conversation, normalise
 from megatron_profit.data.chat.masks import NOTHING_TRAINED
 from megatron_profit.data.errors import BrokenRecord, DataError
-from megatron_profit.data.files.records import RawRecord, read_records
-from megatron_profit.data.files.sources import Layout, Source
+from megatron_profit.data.files.records import RawRecord
+from megatron_profit.data.files.sources import Source
 from megatron_profit.data.render.renderer import ChatRenderer, RenderedConversation, Training
 from megatron_profit.data.render.template import load_tokenizer
 from megatron_profit.data.report import Finding, Found, PreparationReport, SourceCounts
 from megatron_profit.data.store.examples import Chunk, Examples, collect
+from megatron_profit.data.store.tasks import _CHUNK_RECORDS, Task, tasks_of
 from megatron_profit.parent_death import die_with_parent
 
 NOTHING_SUPERVISED = "no supervised token is left within the sequence length"
@@ -40,10 +41,7 @@ TOO_LONG = "the record is longer than the sequence length"
 # Findings in records that are used, see `Finding`.
 NULLS_LEFT_OUT = "null fields of tool calls and tools that are left out"
 TURNS_LEFT_OUT = "turns that are left out, as they do not fit into the sequence length"
-
 PROGRESS_SECONDS = 2.0
-_CHUNK_RECORDS = 128
-_CHUNK_BYTES = 8 * 2**20
 # Below this, starting processes takes longer than the work.
 _BYTES_PER_WORKER = 8 * 2**20
 _CHUNKS_AHEAD = 4
@@ -133,7 +131,7 @@ def prepared_chunks(
     loaded = _load_renderer(renderer, preparation) if isinstance(renderer, Path) else renderer
     report.turn_end_id = loaded.markers.end_id
     tell = _Ticker(progress, report)
-    tasks = _tasks(sources)
+    tasks = tasks_of(sources)
     if isinstance(renderer, Path) and workers > 1:
         chunks = _parallel(tasks, renderer, preparation, workers)
     else:
@@ -180,61 +178,8 @@ def default_workers(sources: Sequence[Source]) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_PER_WORKER))
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """Records of one file for a worker."""
-
-    source: int
-    file: int
-    layout: Layout
-    records: list[RawRecord]
-
-    @property
-    def size(self) -> int:
-        """Approximate bytes of its records."""
-        return sum(record.size for record in self.records)
-
-
-def _tasks(sources: Sequence[Source]) -> Iterator[_Task]:
-    # Every path is looked at before the first file is read.
-    files = [source.files() for source in sources]
-    numbers = itertools.count()
-    for source_number, source in enumerate(sources):
-        missing = set(source.layout.columns.values())
-        for file, number in zip(files[source_number], numbers, strict=False):
-            records = read_records(file, source.split, is_read(source.layout))
-            for batch in _batches(_noting_keys(records, missing)):
-                yield _Task(source_number, number, source.layout, batch)
-        if missing and not source.layout.optional >= missing:
-            raise DataError(
-                f"{source.path}: no record has the column "
-                f"{', '.join(sorted(missing))}; correct the names of the columns"
-            )
-
-
-def _batches(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
-    """Yield records in lists that are worth sending to another process; large records in short lists."""
-    batch: list[RawRecord] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += record.size
-        if len(batch) == _CHUNK_RECORDS or size >= _CHUNK_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _noting_keys(records: Iterator[RawRecord], missing: set[str]) -> Iterator[RawRecord]:
-    for record in records:
-        if missing:
-            missing.difference_update(record.value)
-        yield record
-
-
 def _parallel(
-    tasks: Iterable[_Task], tokenizer: Path, preparation: Preparation, workers: int
+    tasks: Iterable[Task], tokenizer: Path, preparation: Preparation, workers: int
 ) -> Iterator[Chunk]:
     # Not fork, because this process may hold threads of torch and of the tokenizers library.
     context = multiprocessing.get_context("spawn")
@@ -272,7 +217,7 @@ def _start_worker(tokenizer: Path, preparation: Preparation) -> None:
     _worker = _Worker(_load_renderer(tokenizer, preparation), preparation)
 
 
-def _run_in_worker(task: _Task) -> Chunk:
+def _run_in_worker(task: Task) -> Chunk:
     assert _worker is not None, "the pool starts it"
     return _worker(task)
 
@@ -284,7 +229,7 @@ class _Worker:
     renderer: ChatRenderer
     preparation: Preparation
 
-    def __call__(self, task: _Task) -> Chunk:
+    def __call__(self, task: Task) -> Chunk:
         parts, talks = _Parts(task), []
         for record in task.records:
             try:
@@ -351,7 +296,7 @@ class _Example:
 class _Parts:
     """The parts of a chunk, which grow record by record."""
 
-    def __init__(self, task: _Task) -> None:
+    def __init__(self, task: Task) -> None:
         self._task = task
         self._examples: list[_Example] = []
         self._numbers: list[int] = []

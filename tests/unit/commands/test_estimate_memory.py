@@ -18,8 +18,8 @@ from megatron_profit.commands.estimate_memory import (
     chunks_under_way,
     estimate,
     layer_activations,
-    stage_parameters,
 )
+from megatron_profit.commands.parameter_counts import stage_parameters
 from megatron_profit.commands.run_shape import PUBLISHED, ShapeError, published_config, read_run
 from megatron_profit.training.arguments.errors import ArgumentsError
 

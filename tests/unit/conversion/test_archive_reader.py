@@ -13,9 +13,9 @@ import torch
 from hostile_files import archive, saved
 
 from checkpoint_conversion.pickles.archive import Archive, ArchiveError, read_archive
-from checkpoint_conversion.pickles.reader import PickleError
 from checkpoint_conversion.pickles.torch_pickle import locate_tensor, tensor_pickle, write_archive
 from checkpoint_conversion.pickles.uses import OBJECTS, TENSORS, within
+from checkpoint_conversion.pickles.values import PickleError
 
 
 def in_memory(content: bytes) -> Archive:

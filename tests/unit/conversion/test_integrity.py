@@ -27,8 +27,8 @@ from hostile_files import PAYLOADS, Creates, archive, build, byte_tensor, saved
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
-from checkpoint_conversion.pickles.reader import PickleError
 from checkpoint_conversion.pickles.uses import check_old_storage
+from checkpoint_conversion.pickles.values import PickleError
 from checkpoint_conversion.torch_dist import integrity
 from checkpoint_conversion.torch_dist.checksum_list import CHECKSUMS, write_checksums
 from checkpoint_conversion.torch_dist.integrity import check_content, check_present, check_whole

@@ -16,14 +16,7 @@ import torch
 from hostile_files import PAYLOADS, WORKING, Steps, text
 
 from checkpoint_conversion.pickles import reader as pickle_reader
-from checkpoint_conversion.pickles.reader import (
-    Instance,
-    Named,
-    OrderedMap,
-    PickleError,
-    read_first_pickle,
-    read_pickle,
-)
+from checkpoint_conversion.pickles.reader import read_first_pickle, read_pickle
 from checkpoint_conversion.pickles.uses import (
     EXTRA_STATE,
     METADATA,
@@ -32,6 +25,7 @@ from checkpoint_conversion.pickles.uses import (
     arguments,
     within,
 )
+from checkpoint_conversion.pickles.values import Instance, Named, OrderedMap, PickleError
 
 PLAIN = [
     None,
