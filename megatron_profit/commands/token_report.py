@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
@@ -44,7 +45,7 @@ from megatron_profit.data.errors import printable
 from megatron_profit.data.options import add_rendering_flags
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
-from megatron_profit.token_report import page, score_records, terminal_text
+from megatron_profit.token_report import TokenRecord, page, score_records, terminal_text
 
 OBJECTIVES = (
     "profit prob_threshold=0.1 threshold_direction=higher",
@@ -199,16 +200,6 @@ def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write the file under another name next to it, then rename it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
@@ -254,13 +245,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
     arguments = parser.parse_args(argv)
+    _check(arguments, parser)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if bool(arguments.megatron) != bool(arguments.hf_template):
         parser.error("--megatron and --hf-template go together")
     if arguments.out is None and not arguments.terminal:
-        parser.error("nothing to make: give --out FILE.html, --terminal or both")
+        parser.error("no output is asked for: give --out FILE.html, --terminal or both")
     if arguments.max_tokens < 2:
         parser.error(f"--max-tokens is {arguments.max_tokens}; it must be at least 2")
-    return arguments
 
 
 def check_output(path: Path | None, overwrite: bool) -> None:
@@ -325,16 +320,24 @@ def make_report(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             progress=lambda line: print(line, file=sys.stderr),
         )
+    _show(arguments, scored, objectives)
+
+
+def _show(
+    arguments: argparse.Namespace,
+    scored: Sequence[TokenRecord],
+    objectives: Mapping[str, Objective],
+) -> None:
+    """Write the page, print the terminal form, or both."""
     if arguments.out is not None:
         title = (
             arguments.title or f"Token report: {Path(arguments.megatron or arguments.model).name}"
         )
         files = ", ".join(Path(file).name for file in arguments.data)
         subtitle = f"{len(scored)} records of {files}; {arguments.dtype}"
-        write_whole(
-            arguments.out,
-            page(scored, title=title, subtitle=subtitle, **slider(list(objectives.values()))),
-        )
+        threshold = slider(list(objectives.values()))
+        with whole_file(arguments.out) as stream:
+            stream.write(page(scored, title=title, subtitle=subtitle, **threshold).encode())
         print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)", file=sys.stderr)
     if arguments.terminal:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
