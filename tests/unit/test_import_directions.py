@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import house
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -146,6 +148,20 @@ def test_rooms_come_after_those_that_they_import():
             known = other == "megatron" or any(within(earlier, other) for earlier in seen)
             assert known, f"{room} may import {other}, which comes later"
         seen.append(room)
+
+
+def test_the_picture_of_training_shows_its_imports():
+    """Each arrow of the picture in docs/architecture.md is an import, and each import an arrow."""
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.split("flowchart TD\n")[1].split("```")[0]
+    drawn = {
+        (tail, head)
+        for line in picture.splitlines()
+        for tail, heads in re.findall(r"(\w+)(?:\[.*?\])? --> (.+)", line)
+        for head in re.findall(r"(\w+)(?:\[.*?\])?", re.sub(r"\[.*?\]", "", heads))
+    }
+    files = {str(file.relative_to(REPOSITORY)): file.read_text("utf-8") for _, file in modules()}
+    assert drawn == house.arrows(files)
 
 
 def test_megatron_and_torch_are_changed_in_one_place_only():
