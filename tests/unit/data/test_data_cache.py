@@ -13,7 +13,7 @@ import pytest
 
 from megatron_profit.data import DataError, Preparation, Source, Training
 from megatron_profit.data.files import records
-from megatron_profit.data.store import cache, prepare
+from megatron_profit.data.store import cache, tasks
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(400)]
 
@@ -127,7 +127,7 @@ def test_whatever_changes_the_result_is_prepared_anew(prepared, sources, tokeniz
 
 
 def test_several_processes_give_the_same_examples(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 50)
+    monkeypatch.setattr(tasks, "_CHUNK_RECORDS", 50)
     alone = prepared()
     together = prepared(folder=tmp_path / "other", workers=2)
     assert same(alone, together)

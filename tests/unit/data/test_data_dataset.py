@@ -14,7 +14,7 @@ from megatron_profit.data import (
 )
 from megatron_profit.data.chat import conversations as chat
 from megatron_profit.data.chat import messages
-from megatron_profit.data.store import prepare
+from megatron_profit.data.store import prepare, tasks
 
 
 def pair(question, answer):
@@ -155,7 +155,7 @@ def test_nothing_usable_says_why(renderer, write_lines):
 def test_progress_is_told_about_every_two_seconds(renderer, write_lines, monkeypatch):
     clock = iter(np.arange(0.0, 100.0, 0.5))
     monkeypatch.setattr(prepare.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(prepare, "_CHUNK_RECORDS", 1)
+    monkeypatch.setattr(tasks, "_CHUNK_RECORDS", 1)
     told = []
     build_examples(write_lines([pair("q", "a")] * 12), renderer, 32, progress=told.append)
     assert len(told) == 3

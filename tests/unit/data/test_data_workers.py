@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_profit.data import DataError, DataOptions, RawRecord
-from megatron_profit.data.store import prepare
+from megatron_profit.data.store import tasks
 
 # Prepares with two workers, and says so when their first results have come.
 SCRIPT = """
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from megatron_profit.data import (Preparation, Source)
 from megatron_profit.data.store import cache
-from megatron_profit.data.store import prepare
+from megatron_profit.data.store import prepare, tasks
 
 if __name__ == "__main__":
     data, tokenizer, folder = map(Path, sys.argv[1:])
@@ -70,10 +70,10 @@ def test_workers_end_with_the_process_that_prepares(small_tokenizer, tmp_path):
 def test_large_records_go_to_the_workers_a_few_at_a_time():
     def sizes(*records):
         raw = (RawRecord({}, "a", number, "line", size=size) for number, size in enumerate(records))
-        return [[record.size for record in batch] for batch in prepare._batches(raw)]
+        return [[record.size for record in batch] for batch in tasks._batches(raw)]
 
     assert sizes(*[1] * 300) == [[1] * 128, [1] * 128, [1] * 44]
-    large = prepare._CHUNK_BYTES
+    large = tasks._CHUNK_BYTES
     assert sizes(1, large, large // 2, large // 2, 3) == [[1, large], [large // 2] * 2, [3]]
     assert sizes() == []
 
