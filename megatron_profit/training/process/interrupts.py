@@ -12,6 +12,8 @@ import time
 from types import FrameType
 from typing import NoReturn
 
+from megatron_profit.training.process.ranks import is_first_rank
+
 # The terminal sends SIGINT to all processes, and torchrun passes its own on: such a pair is one Ctrl-C.
 TOGETHER_SECONDS = 2.0
 # The exit code of a shell: 128 plus the number of the signal.
@@ -43,6 +45,6 @@ def end(message: str) -> NoReturn:
 
 def say(line: str) -> None:
     """Print a line on the first rank, in a signal handler: `print` may be running below it."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())

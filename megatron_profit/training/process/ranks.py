@@ -1,4 +1,8 @@
-"""The first rank of a run, and the values that all ranks have from it."""
+"""The first rank of a run, and the values that all ranks have from it.
+
+The entry needs the first rank before it imports anything that takes long, so torch is imported only where a
+collective needs it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 
 def is_first_rank() -> bool:
     """Return whether this is the first process of the run, also before there is a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -21,6 +21,8 @@ def from_first_rank[T](function: Callable[[], T]) -> T:
 
     File systems may show a new file late on other machines, so that they would find something else.
     """
+    import torch.distributed as dist
+
     found: list[Any] = [function() if is_first_rank() else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]

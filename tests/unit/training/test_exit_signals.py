@@ -186,3 +186,10 @@ def test_an_end_of_megatron_without_an_exit_code_is_an_error(capsys):
         sys.exit()
     assert end.value.code == 2
     assert "error: Megatron has ended the run; its last line above" in capsys.readouterr().err
+
+
+def test_the_entry_can_be_interrupted_before_torch_is_imported():
+    """Importing torch takes seconds, in which Ctrl-C would end in a traceback of many lines."""
+    code = "import sys, megatron_profit.sft; print({'torch', 'megatron.core'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert result.stdout == "set()\n", result.stderr
