@@ -36,6 +36,12 @@ def printable(text: object) -> str:
     shown = str(text)
     if len(shown) > _LONGEST:
         shown = f"{shown[: _LONGEST - _TAIL]} […] {shown[-_TAIL:]}"
+    return escaped(shown)
+
+
+def escaped(text: object, keep: str = "") -> str:
+    """Return a text of any length with its unprintable characters as escapes, except for those in `keep`."""
+    shown = str(text)
     if shown.isprintable():
         return shown
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in shown)

@@ -40,12 +40,7 @@ def open_regular(file: str | Path) -> int:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError:
         raise ConversionError(f"{file}: no file can have this name") from None
-    try:
-        _check_kind(file, os.fstat(descriptor).st_mode)
-    except ConversionError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return _checked(descriptor, file)
 
 
 def read_regular(file: str | Path, most: int = MOST_JSON) -> bytes:
@@ -84,12 +79,7 @@ def open_to_append(file: Path) -> int:
                 "leads to"
             ) from error
         raise
-    try:
-        _check_kind(file, os.fstat(descriptor).st_mode)
-    except ConversionError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return _checked(descriptor, file)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -113,7 +103,23 @@ def check_model_folder(folder: Path) -> None:
             raise ConversionError(f"{entry}: larger than {human(MOST_JSON)}, the limit for JSON")
 
 
+def kind_of(mode: int) -> str | None:
+    """Return a name for a mode (`os.stat`), for example "a pipe"; None for a regular file."""
+    if stat.S_ISREG(mode):
+        return None
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+
+
 def _check_kind(file: str | Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+    if (kind := kind_of(mode)) is not None:
         raise ConversionError(f"{file} is {kind}; a regular file is needed")
+
+
+def _checked(descriptor: int, file: str | Path) -> int:
+    """Return the descriptor of a regular file, and close any other."""
+    try:
+        _check_kind(file, os.fstat(descriptor).st_mode)
+    except ConversionError:
+        os.close(descriptor)
+        raise
+    return descriptor

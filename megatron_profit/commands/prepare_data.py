@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.errors import escaped
 from megatron_profit.data import (
     DataError,
     DataOptions,
@@ -26,7 +27,6 @@ from megatron_profit.data import (
     load_tokenizer,
     prepare_sets,
 )
-from megatron_profit.data.errors import printable
 
 # Characters of a record's text that may be printed to the terminal.
 _LAYOUT = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
@@ -108,7 +108,7 @@ def _show(found: PreparedSet, tokenizer: PreTrainedTokenizerBase, count: int) ->
         for end in range(1, len(ids) + 1):
             if end == len(ids) or supervised[end] != supervised[begin]:
                 text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
-                text = printable(text, keep=_LAYOUT)
+                text = escaped(text, keep=_LAYOUT)
                 print(f"⟦{text}⟧" if supervised[begin] else text, end="")
                 begin = end
         print()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoint_conversion.engine.output import whole_file
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, escaped
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from megatron_profit.data import (
@@ -41,7 +41,6 @@ from megatron_profit.data import (
     read_sources,
 )
 from megatron_profit.data.chat.conversations import is_read
-from megatron_profit.data.errors import printable
 from megatron_profit.data.options import add_rendering_flags
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
@@ -155,7 +154,7 @@ def rendered_examples(
         turn = f", turn {number}" if len(examples) > 1 else ""
         if cut.supervised[1:].any():
             name = f"{Path(record.file).name}, {record.unit} {record.number}{turn}"
-            found.append((printable(name), cut))
+            found.append((escaped(name), cut))
         else:
             left_out(f"{record.where}{turn}: nothing supervised in {max_tokens} tokens")
     return found
@@ -163,7 +162,7 @@ def rendered_examples(
 
 def left_out(what: str) -> None:
     """Print that a record or turn was left out."""
-    print(f"left out {printable(what)}", file=sys.stderr)
+    print(f"left out {escaped(what)}", file=sys.stderr)
 
 
 def source_records(source: Source) -> Iterator[RawRecord]:

@@ -3,6 +3,8 @@
 import logging
 import reprlib
 
+from checkpoint_conversion.errors import escaped
+
 # Bounded in depth and length: a shown value may be a whole record, and may nest without end.
 _SHORT = reprlib.Repr(maxlevel=3, maxlist=12, maxdict=8, maxstring=60, maxlong=30)
 
@@ -15,7 +17,7 @@ class DataError(ValueError):
     """
 
     def __str__(self) -> str:
-        return "\n".join(map(printable, self.args))
+        return "\n".join(map(escaped, self.args))
 
 
 class BrokenRecord(ValueError):
@@ -41,21 +43,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def printable(text: object, keep: str = "") -> str:
-    """Return a name or text from outside, made safe for a message.
-
-    Characters that a terminal obeys, line breaks and lone surrogates become escapes, except for characters in
-    `keep`. For example, a line break becomes a backslash and an n.
-    """
-    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))
-
-
 def escape_logs(library: str) -> None:
     """Print each log record of a library as one printable line, as it may quote the content of a file."""
     for handler in logging.getLogger(library).handlers:
-        handler.addFilter(_escaped)
+        handler.addFilter(_escape)
 
 
-def _escaped(record: logging.LogRecord) -> bool:
-    record.msg, record.args = printable(record.getMessage()), ()
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = escaped(record.getMessage()), ()
     return True

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megatron_profit.data.errors import printable, shown
+from checkpoint_conversion.errors import escaped
+from megatron_profit.data.errors import shown
 
 # The number of places of each kind in the JSON; and in the text.
 _PLACES_KEPT = 10_000
@@ -253,7 +254,7 @@ class PreparationReport:
                 lines.append(f"  the first: {found.detail}")
         if self.unread:
             lines.append(f"fields that nothing reads, and records with them: {self._unread()}")
-        return "\n".join(map(printable, lines))
+        return "\n".join(map(escaped, lines))
 
     def _unread(self) -> str:
         most = sorted(self.unread.items(), key=lambda item: (-item[1], item[0]))

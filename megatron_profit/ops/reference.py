@@ -105,11 +105,6 @@ def _top_entropy(probs: Tensor, count: int) -> Tensor:
     return torch.special.entr(top / top.sum(-1, keepdim=True)).sum(-1)
 
 
-def dense_log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return [N, V] log-probabilities in nats; half-precision logits are upcast to float32."""
-    return _log_softmax(hidden @ weight.t())
-
-
 def _log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 

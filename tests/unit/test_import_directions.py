@@ -22,20 +22,26 @@ _LIBRARIES = (
     "megatron_profit.ops",
     "megatron_profit.data",
 )
+_BELOW_DATA = ("checkpoint_conversion.errors", "checkpoint_conversion.engine")
 ALLOWED: dict[str, tuple[str, ...]] = {
+    "checkpoint_conversion.errors": (),
+    "checkpoint_conversion.progress": (),
+    "checkpoint_conversion.engine": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.progress"),
+    ),
     "megatron_profit.objectives": (),
     "megatron_profit.ops": ("megatron_profit.objectives",),
     "megatron_profit.parent_death": (),
-    "megatron_profit.data.errors": (),
-    "megatron_profit.data.files": ("megatron_profit.data.errors",),
-    "megatron_profit.data.report": ("megatron_profit.data.errors",),
+    "megatron_profit.data.errors": ("checkpoint_conversion.errors",),
+    "megatron_profit.data.files": (*_BELOW_DATA, "megatron_profit.data.errors"),
+    "megatron_profit.data.report": ("checkpoint_conversion.errors", "megatron_profit.data.errors"),
     "megatron_profit.data.chat": ("megatron_profit.data.errors", "megatron_profit.data.files"),
     "megatron_profit.data.render": (
         *("megatron_profit.data.errors", "megatron_profit.data.files"),
         *("megatron_profit.data.report", "megatron_profit.data.chat"),
     ),
     "megatron_profit.data.store": (
-        *("megatron_profit.data.errors", "megatron_profit.data.files"),
+        *(*_BELOW_DATA, "megatron_profit.data.errors", "megatron_profit.data.files"),
         *("megatron_profit.data.report", "megatron_profit.data.chat"),
         *("megatron_profit.data.render", "megatron_profit.parent_death"),
     ),
@@ -43,11 +49,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.data": (),
     "megatron_profit.token_report": _LIBRARIES[1:],
     "megatron_profit.models": ("megatron",),
-    "checkpoint_conversion.errors": (),
-    "checkpoint_conversion.progress": (),
-    "checkpoint_conversion.engine": (
-        *("checkpoint_conversion.errors", "checkpoint_conversion.progress"),
-    ),
     "checkpoint_conversion.families": ("checkpoint_conversion.errors",),
     "checkpoint_conversion.pickles": ("checkpoint_conversion.engine",),
     "checkpoint_conversion.hf": (

@@ -8,26 +8,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from checkpoint_conversion.engine.regular_files import MOST_JSON, kind_of
 from megatron_profit.data.errors import DataError
 
 # Bytes of a record as the file spells it: about 8 million tokens.
 LARGEST_RECORD = 32 * 2**20
-# Bytes of a file that describes others, such as dataset_info.json.
-LARGEST_JSON = 100 * 10**6
 BLOCK = 2**20
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def check_regular(path: Path) -> None:
@@ -37,11 +27,8 @@ def check_regular(path: Path) -> None:
         DataError: It is of another kind, which the message names.
         OSError: It does not exist, or may not be looked at.
     """
-    kind = stat.S_IFMT(path.stat().st_mode)
-    if kind != stat.S_IFREG:
-        raise DataError(
-            f"{path}: {_KINDS.get(kind, 'no regular file')}; a regular file is needed here"
-        )
+    if (kind := kind_of(path.stat().st_mode)) is not None:
+        raise DataError(f"{path}: {kind}; a regular file is needed here")
 
 
 def check_json(path: Path) -> None:
@@ -52,9 +39,9 @@ def check_json(path: Path) -> None:
         OSError: It does not exist, or may not be looked at.
     """
     check_regular(path)
-    if (size := path.stat().st_size) > LARGEST_JSON:
+    if (size := path.stat().st_size) > MOST_JSON:
         raise DataError(
-            f"{path}: has {size:,} bytes; of such a file at most {LARGEST_JSON:,} are read"
+            f"{path}: has {size:,} bytes; of such a file at most {MOST_JSON:,} are read"
         )
 
 

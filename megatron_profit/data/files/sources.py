@@ -11,7 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.data.errors import BrokenRecord, DataError, printable, shown
+from checkpoint_conversion.errors import escaped
+from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.files.bounded import read_json
 from megatron_profit.data.files.fields import read
 from megatron_profit.data.files.splits import Split, data_files, left_out, not_data
@@ -184,7 +185,7 @@ class Source:
                 "folders and files of unknown suffix are not read: "
                 f"{len(names)} ({', '.join(map(shown, names[:_NAMED]))}{more})"
             )
-        return printable(f"{self.path}: {'; '.join(notes)}") if notes else ""
+        return escaped(f"{self.path}: {'; '.join(notes)}") if notes else ""
 
 
 def read_sources(

@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32  # ten times as fast as zlib's
 
-from megatron_profit.data.errors import DataError, printable, shown
+from checkpoint_conversion.errors import escaped
+from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.files.bounded import check_regular, read_json
 
 _CHECKSUMS = "checksums.json"
@@ -125,8 +126,8 @@ def _put_aside(folder: Path, number: int, why: Exception) -> None:
     except OSError as error:
         raise OSError(f"{folder} is damaged ({why}) and cannot be renamed: {error}") from error
     print(
-        f"WARNING: {printable(folder)} is damaged ({why}) and is made again; the damaged one is now "
-        f"{printable(aside.name)}, which may be deleted",
+        f"WARNING: {escaped(folder)} is damaged ({why}) and is made again; the damaged one is now "
+        f"{escaped(aside.name)}, which may be deleted",
         file=sys.stderr,
         flush=True,
     )
@@ -177,7 +178,7 @@ def _check(folder: Path, names: Collection[str], progress: Progress) -> None:
                 if progress and time.monotonic() - told > _PROGRESS_SECONDS:
                     told = time.monotonic()
                     part = f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB"
-                    progress(f"checking {printable(folder)}: {part}")
+                    progress(f"checking {escaped(folder)}: {part}")
         if f"{found:08x}" != checksum:
             raise DamagedError(f"{name} has the CRC-32 {found:08x}, not {shown(checksum)}")
 

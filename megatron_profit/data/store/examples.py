@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.errors import printable
+from checkpoint_conversion.errors import escaped
 from megatron_profit.data.report import Found, PreparationReport
 from megatron_profit.data.store.checksums import CheckedFiles
 
@@ -78,7 +78,7 @@ class Prepared:
         """Return the place of an example's record: FILE:LINE, or FILE:POSITION if the file is
         not JSON lines.
         """
-        return f"{printable(self.file_names[self.files[index]])}:{self.numbers[index]}"
+        return f"{escaped(self.file_names[self.files[index]])}:{self.numbers[index]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def test_files_of_a_tokenizer_must_be_regular(small_tokenizer, tmp_path, name, k
 def test_descriptions_are_read_up_to_a_size(small_tokenizer, tmp_path):
     def grown(path):
         with path.open("ab") as file:
-            file.truncate(files.LARGEST_JSON + 1)
+            file.truncate(files.MOST_JSON + 1)
 
     (tmp_path / "dataset_info.json").write_text("{}")
     grown(tmp_path / "dataset_info.json")
