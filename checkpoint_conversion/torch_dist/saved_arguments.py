@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS, Config, family_for
@@ -41,35 +41,37 @@ def check_checkpoint_matches(
     """
     checkpoint = find_checkpoint(folder, iteration)
     expected = family_for(config).megatron_arguments(config)
-    check_architecture(_arguments(checkpoint), expected, checkpoint, hf_folder)
+    check_architecture(_arguments(_common_state(checkpoint)), expected, checkpoint, hf_folder)
 
 
-def read_saved_arguments(folder: Path, iteration: str | int | None = None) -> dict[str, Any]:
-    """Return the arguments that a checkpoint keeps, if they are plain.
+class SavedRun(NamedTuple):
+    """What a checkpoint records of the run that wrote it.
 
-    A plain argument is a number, a text, a truth value, None, or a list of these. The arguments are in
-    a pickle; no object that it refers to is imported or called.
+    Attributes:
+        iteration: Its number of steps, as it is recorded; None where there is none.
+        arguments: The plain arguments by name: numbers, texts, truth values, None, and lists of these. Empty
+            for a checkpoint without arguments.
+    """
+
+    iteration: Any
+    arguments: dict[str, Any]
+
+
+def read_saved_run(folder: Path, iteration: str | int | None = None) -> SavedRun:
+    """Return the number of steps and the arguments that a checkpoint records.
+
+    They are in a pickle; no object that it refers to is imported or called.
 
     Args:
         folder: Megatron's save folder, or a checkpoint in it.
         iteration: A number or "release"; None for the latest.
 
-    Returns:
-        Values by name; empty for a checkpoint without arguments.
-
     Raises:
         ConversionError: When there is no such checkpoint, or it cannot be read.
     """
-    return _arguments(find_checkpoint(folder, iteration))
-
-
-def read_saved_iteration(folder: Path, iteration: str | int | None = None) -> Any:
-    """Return the number of steps that a checkpoint records; None where it records none.
-
-    Takes the same arguments as `read_saved_arguments` and raises the same.
-    """
     common = _common_state(find_checkpoint(folder, iteration))
-    return common.get("iteration") if isinstance(common, dict) else None
+    steps = common.get("iteration") if isinstance(common, dict) else None
+    return SavedRun(steps, _arguments(common))
 
 
 def check_architecture(
@@ -114,8 +116,7 @@ def stock_flags(arguments: Mapping[str, Any]) -> str:
     return " ".join(flags)
 
 
-def _arguments(checkpoint: Path) -> dict[str, Any]:
-    common = _common_state(checkpoint)
+def _arguments(common: Any) -> dict[str, Any]:
     arguments = common.get("args") if isinstance(common, dict) else None
     values = arguments.state if isinstance(arguments, Instance) else None
     if not isinstance(values, dict):

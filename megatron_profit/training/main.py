@@ -186,9 +186,8 @@ def _known_ends(signals: ExitSignals) -> Iterator[None]:
     except CheckpointException as error:
         fail(f"a checkpoint was not read or written: {reason_of_all_ranks(error)}")
     except SystemExit as end:
-        if (
-            end.code is None
-        ):  # where Megatron cannot load a part of a checkpoint; its exit code would be 0
+        if end.code is None:
+            # Megatron cannot load a part of a checkpoint; its exit code would be 0.
             fail("Megatron has ended the run; its last line above says why")
         signals.leave(end)
     except Exception as error:

@@ -17,10 +17,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, rendezvous
 
-from checkpoint_conversion.torch_dist.saved_arguments import (
-    read_saved_arguments,
-    read_saved_iteration,
-)
+from checkpoint_conversion.torch_dist.saved_arguments import read_saved_run
 from megatron_profit.training.checkpoints.folder import (
     CheckpointError,
     Inspect,
@@ -99,8 +96,9 @@ def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
     if flags.finetune or not named.isdigit():
         return None
     folder, iteration = folder_of(flags.load, int(named)), int(named)
-    _check_iteration(folder, iteration, read_saved_iteration(flags.load, named))
-    return Resumed(folder, iteration, read_saved_arguments(flags.load, named))
+    saved = read_saved_run(flags.load, named)
+    _check_iteration(folder, iteration, saved.iteration)
+    return Resumed(folder, iteration, saved.arguments)
 
 
 def _check_iteration(folder: Path, iteration: int, saved: Any) -> None:

@@ -6,6 +6,7 @@ that they have them in time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,7 @@ from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import MicroBatchLoss, ObjectiveLoss
 
 
-class StatisticProvider(Callback):
+class StatisticProvider(Callback, ABC):
     """Provides a statistic that an objective reads and the kernel cannot compute.
 
     Attributes:
@@ -32,9 +33,9 @@ class StatisticProvider(Callback):
 
     statistic: str
 
+    @abstractmethod
     def of(self, batch: Batch) -> Tensor | None:
         """Return the statistic [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
 from checkpoint_conversion.torch_dist.saved_arguments import (
     check_checkpoint_matches,
-    read_saved_arguments,
-    read_saved_iteration,
+    read_saved_run,
 )
 from checkpoint_conversion.verify import verify
 
@@ -75,7 +74,7 @@ def _check(folder, hf, iteration=None):
 def test_converted_checkpoint(qwen3, tmp_path):
     folder = tmp_path / "megatron"
     hf_to_megatron(qwen3, folder)
-    for saved in (read_saved_arguments(folder), read_saved_arguments(folder / "release")):
+    for saved in (read_saved_run(folder).arguments, read_saved_run(folder / "release").arguments):
         assert saved.items() >= _expected(qwen3).items()
         assert saved["padded_vocab_size"] == VOCABULARY
     _check(folder, qwen3)
@@ -89,15 +88,15 @@ def test_numbered_checkpoint(qwen3, tmp_path, legacy):
     if legacy:
         torch.save(state, checkpoint / "common.pt")
     for saved in (
-        read_saved_arguments(tmp_path),
-        read_saved_arguments(tmp_path, 7),
-        read_saved_arguments(checkpoint),
+        read_saved_run(tmp_path).arguments,
+        read_saved_run(tmp_path, 7).arguments,
+        read_saved_run(checkpoint).arguments,
     ):
         assert saved == {**_expected(qwen3), "seed": 5, "load": None}
-    assert read_saved_iteration(tmp_path) == read_saved_iteration(checkpoint) == 7
+    assert read_saved_run(tmp_path).iteration == read_saved_run(checkpoint).iteration == 7
     _check(tmp_path, qwen3, "7")
     with pytest.raises(ConversionError, match="iter_0000008: no such checkpoint"):
-        read_saved_arguments(tmp_path, 8)
+        read_saved_run(tmp_path, 8)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +172,8 @@ def test_without_grouped_queries_each_head_is_a_group(qwen3, tmp_path, heads):
 )
 def test_absent_arguments_are_accepted(qwen3, tmp_path, state):
     _save_run(tmp_path, qwen3, state)
-    assert read_saved_arguments(tmp_path) == {}
-    assert read_saved_iteration(tmp_path) == (7 if state == {"iteration": 7} else None)
+    assert read_saved_run(tmp_path).arguments == {}
+    assert read_saved_run(tmp_path).iteration == (7 if state == {"iteration": 7} else None)
     _check(tmp_path, qwen3)
 
 
@@ -197,7 +196,7 @@ def test_no_code_of_the_pickle_is_run(qwen3, tmp_path, legacy):
     named = r"common\.pt" if legacy else r"__0_0\.distcp: cannot read common_state"
     message = rf"{named}.*: it refers to _?io\.open, which has no place in it.* --ignore-arguments"
     for read in (
-        lambda: read_saved_arguments(tmp_path),
+        lambda: read_saved_run(tmp_path).arguments,
         lambda: plan_export(tmp_path, qwen3),
         lambda: verify(qwen3, megatron=tmp_path),
     ):
@@ -217,7 +216,7 @@ def test_classes_of_other_versions_of_megatron_are_passed_over(qwen3, tmp_path, 
     for name in ("megatron.of", "megatron.of.the", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
     _save_run(tmp_path, qwen3, _state(**_expected(qwen3), mode=module.Mode.FAST, kind=module.Mode))
-    assert read_saved_arguments(tmp_path) == _expected(qwen3)
+    assert read_saved_run(tmp_path).arguments == _expected(qwen3)
 
 
 def test_a_class_of_another_package_is_named(qwen3, tmp_path):
