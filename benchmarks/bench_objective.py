@@ -7,7 +7,7 @@
 All computations of a configuration get the same tensors and take turns. Some know no objective. They
 compute a cross-entropy per token and are masked afterwards, as their users do. A computation that
 cannot run here is listed with the reason. The results go to benchmarks/results as a dated JSON and
-Markdown file. It is written anew after each configuration, so an interrupted run has one too.
+Markdown file. It is rewritten after each configuration, so an interrupted run has one too.
 
 Shape suffixes: N tokens, M supervised tokens, H hidden, V vocabulary rows of this rank.
 """

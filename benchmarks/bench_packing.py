@@ -9,7 +9,7 @@ Each file has three runs, which take turns. Each is a real run on the CPU in a p
 3. this project's entry with --packing.
 
 The second run saves time over the first by computing logits of supervised tokens only. The third saves
-time over the second by packing. The result is written anew after each round of a file, so an
+time over the second by packing. The result is rewritten after each round of a file, so an
 interrupted run has one too.
 
 Rows are as long as the longest record needs, rounded up to a power of two, so that no record loses its

@@ -140,7 +140,7 @@ def known_name(name: str, known: Container[str]) -> str:
 
 
 def _by_known_name(tensors: Mapping[str, HFTensor], known: Container[str]) -> dict[str, HFTensor]:
-    """Return the tensors by the family's names, without buffers that transformers computes anew."""
+    """Return the tensors by the family's names, without buffers that transformers computes itself."""
     found: dict[str, HFTensor] = {}
     for name, tensor in tensors.items():
         if _COMPUTED.search(name):

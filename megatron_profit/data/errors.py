@@ -29,7 +29,7 @@ class BrokenRecord(ValueError):
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)  # with these two arguments another process makes it anew
+        super().__init__(reason, detail)  # with these two arguments another process makes it again
         self.reason = reason
         self.detail = detail
 

@@ -47,7 +47,7 @@ _FOR_NEW_SHAPES = [
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron's self-attention with rotary angles that begin anew in each record."""
+    """Megatron's self-attention with rotary angles that begin at 0 in each record."""
 
     def forward(
         self,

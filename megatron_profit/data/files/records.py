@@ -123,7 +123,7 @@ def _read_file(path: Path, split: Split, wanted: Wanted) -> Iterator[RawRecord]:
         ) from error
     if empty:
         raise DataError(
-            f"{path}: holds no record; remove it from the list of files or write it anew"
+            f"{path}: holds no record; remove it from the list of files or write it again"
         )
 
 
@@ -211,7 +211,7 @@ def _read_parquet(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
-            f"{path}: not a readable parquet file ({error}); write it anew, or convert it to .jsonl"
+            f"{path}: not a readable parquet file ({error}); write it again, or convert it to .jsonl"
         ) from error
 
 

@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         size = f"tokenizer.json has {file.stat().st_size:,} bytes"
         raise DataError(
             f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error}; {size}); copy its "
-            "files from the model's repository anew"
+            "files from the model's repository again"
         ) from error
     return tokenizer
 

@@ -30,7 +30,7 @@ def check_tokens(template: ChatTemplate, text: str) -> None:
             f"{template.name} drops text: of {shown(text)} it knows "
             f"{f'no token for {shown(missing)}' if missing else 'no token'}; its vocabulary has "
             f"{template.tokenizer.vocab_size:,} tokens, so its files may be incomplete. Copy tokenizer.json "
-            "from the model's folder anew"
+            "from the model's folder again"
         )
 
 

@@ -59,7 +59,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
                 context-parallel size. That padding belongs to the example's segment.
             groups: Examples to draw from and how often; None for all of them once an epoch.
             epochs: Rows after this many epochs have no label; None for epochs without end.
-            period: Rows of one evaluation, None for training data. Every period begins anew with the first
+            period: Rows of one evaluation, None for training data. Every period starts again with the first
                 row, and rows after one epoch have no label. So an evaluation counts no example twice, and
                 every evaluation of a run sees the same rows.
 

@@ -45,7 +45,7 @@ def check_save_folder(
         save: The folder; it need not exist.
         load: The folder that the run resumes from, if any.
         overwrite: Whether the run may replace the one in the folder.
-        start: The checkpoints that the run starts from anew, if any.
+        start: The checkpoints that a new run starts from, if any.
 
     Raises:
         CheckpointError: Names the folder, the checkpoints in it and the flags that help.

@@ -169,7 +169,7 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
     if saved.get("no_save_optim"):
         tell(
             f"> {checkpoint} was written with --no-save-optim: the state of the optimizer and the schedule "
-            "of the learning rate begin anew"
+            "of the learning rate start again"
         )
         return
     then, now = _form_of_optimizer(saved), _form_of_optimizer(vars(args))
@@ -184,7 +184,7 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
     if changed:
         raise CheckpointError(
             f"the state of the optimizer in {checkpoint} does not fit {', '.join(changed)}. Give the old "
-            "value, or let state and learning rate begin anew with --no-load-optim"
+            "value, or let state and learning rate start again with --no-load-optim"
             + "; --dist-ckpt-optim-fully-reshardable makes checkpoints that fit every layout"
             * moved
         )

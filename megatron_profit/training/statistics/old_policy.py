@@ -172,7 +172,7 @@ def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, int, dict
         raise CheckpointError(
             f"iteration {iteration} is inside an outer batch of {steps} steps, but {file} is missing: this "
             f"checkpoint is not one of PSFT with --psft-steps-per-refresh {steps}. Resume with the flags "
-            "that it was trained with, or start from it anew with --pretrained-checkpoint"
+            "that it was trained with, or begin a new run from it with --pretrained-checkpoint"
         )
     try:
         with safe_open(file, framework="pt") as stored:
@@ -208,6 +208,6 @@ def _check_table(keys: Tensor, values: Tensor) -> None:
 
 def _damaged(file: Path, why: object) -> CheckpointError:
     return CheckpointError(
-        f"{file} is damaged: {why}. Resume from an earlier checkpoint (--ckpt-step), or start from this one "
-        "anew with --pretrained-checkpoint"
+        f"{file} is damaged: {why}. Resume from an earlier checkpoint (--ckpt-step), or begin a new "
+        "run from this one with --pretrained-checkpoint"
     )
