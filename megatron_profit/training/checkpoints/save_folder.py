@@ -75,7 +75,8 @@ def check_save_folder(
             f"--save {save} holds checkpoints ({names_of(held)}), and this is a restart by torchrun, which "
             f"does not repeat --overwrite; to go on with them, give --load {save} in place of it"
         )
-    foreign = [folder for folder in held if folder not in _own(save)]
+    own = _own(save)
+    foreign = [folder for folder in held if folder not in own]
     if foreign:
         raise CheckpointError(
             f"--save {save} holds checkpoints that this entry has not written ({names_of(foreign)}), and "
