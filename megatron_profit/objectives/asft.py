@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_profit.objectives.base import (
     Objective,
@@ -19,6 +16,9 @@ from megatron_profit.objectives.base import (
 from megatron_profit.objectives.checks import number_in
 from megatron_profit.objectives.numerics import log1mexp, log_ratio
 from megatron_profit.objectives.registry import register_objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The least 1 - p, for weights that fit float32 also times the loss scale of float16.
 _LEAST = 1e-20
@@ -62,9 +62,8 @@ class ASFT(Objective):
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         loss, weight = weighted_nll(statistics.prob, statistics)
         # (p_ref - p) / (1 - p), without the difference of two numbers near 1
-        pull = -torch.expm1(
-            _log_complement(_ref(statistics)) - _log_complement(statistics.log_prob)
-        )
+        ref_rest, rest = _log_complement(_ref(statistics)), _log_complement(statistics.log_prob)
+        pull = -(ref_rest - rest).expm1()
         return ObjectiveOutput(
             loss + self.kl_weight * two_outcome_kl(_ref(statistics), statistics.log_prob),
             weight + self.kl_weight * pull,
@@ -73,14 +72,14 @@ class ASFT(Objective):
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return the mean of KL2 as a sum and a count."""
         kl = two_outcome_kl(_ref(statistics), statistics.log_prob)
-        return {"KL to reference": (kl.sum(), torch.tensor(kl.numel(), device=kl.device))}
+        return {"KL to reference": (kl.sum(), kl.new_tensor(kl.numel()))}
 
 
 def two_outcome_kl(ref_log_prob: Tensor, log_prob: Tensor) -> Tensor:
     """Return [N] KL of {target, not the target} in nats; infinite where p = 0 and p_ref is not."""
     ref_prob = ref_log_prob.exp()
     # Where p_ref = 0 the term is 0, although the logarithm of the ratio is infinite.
-    target = torch.where(ref_prob == 0, 0.0, ref_prob * log_ratio(ref_log_prob, log_prob))
+    target = (ref_prob * log_ratio(ref_log_prob, log_prob)).masked_fill(ref_prob == 0, 0.0)
     ref_rest, rest = _log_complement(ref_log_prob), _log_complement(log_prob)
     return target + ref_rest.exp() * (ref_rest - rest)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Statistics that a kernel computes on demand, and statistics that only the caller can give.
 COMPUTED_STATISTICS = ("entropy", "sum_squared_prob", "top20_entropy")
@@ -56,6 +56,8 @@ class TokenStatistics:
     softmax_prob: Tensor | None = None
 
     def __post_init__(self) -> None:
+        import torch
+
         if self.log_prob.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"log_prob is {self.log_prob.dtype}; statistics must be float32 or float64: "
@@ -156,6 +158,8 @@ class Objective(ABC):
             ValueError: a required statistic is missing.
         """
         if "uniform" in self.required_statistics and statistics.uniform is None:
+            import torch
+
             statistics = replace(statistics, uniform=torch.rand_like(statistics.log_prob.detach()))
         missing = sorted(n for n in self.required_statistics if getattr(statistics, n) is None)
         if missing:
@@ -180,5 +184,5 @@ def weighted_nll(weight: Tensor, statistics: TokenStatistics) -> ObjectiveOutput
     log_prob = statistics.log_prob
     weight = weight.detach().to(log_prob.dtype)
     loss = -weight * log_prob
-    # Uses where, not the product alone: 0 * inf is NaN.
-    return ObjectiveOutput(torch.where(weight == 0, torch.zeros_like(loss), loss), weight)
+    # Fills in zeros, not the product alone: 0 * inf is NaN.
+    return ObjectiveOutput(loss.masked_fill(weight == 0, 0.0), weight)

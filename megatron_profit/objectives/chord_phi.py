@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from megatron_profit.objectives.base import (
     Objective,
     ObjectiveOutput,
@@ -28,5 +26,5 @@ class ChordPhi(Objective):
     drops_tokens: ClassVar[bool] = False
 
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        one_minus_prob = -torch.expm1(statistics.log_prob)
+        one_minus_prob = -statistics.log_prob.expm1()
         return weighted_nll(statistics.prob * one_minus_prob, statistics)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics
 from megatron_profit.objectives.registry import register_objective
 
@@ -30,4 +28,4 @@ class DEFT(Objective):
         assert statistics.sum_squared_prob is not None
         exponent = statistics.sum_squared_prob.detach()
         scaled = exponent * statistics.log_prob
-        return ObjectiveOutput(-torch.expm1(scaled) / exponent, scaled.exp())
+        return ObjectiveOutput(-scaled.expm1() / exponent, scaled.exp())

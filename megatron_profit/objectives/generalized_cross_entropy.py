@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from megatron_profit.objectives.base import ObjectiveOutput, TokenStatistics, option
 from megatron_profit.objectives.checks import number_in
 from megatron_profit.objectives.registry import register_objective
@@ -46,7 +44,7 @@ class GeneralizedCrossEntropy(ThresholdObjective):
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         scaled = self.prob_exponent * statistics.log_prob
         # expm1 keeps the digits of 1 - p^q near p = 1.
-        loss, weight = -torch.expm1(scaled) / self.prob_exponent, scaled.exp()
+        loss, weight = -scaled.expm1() / self.prob_exponent, scaled.exp()
         if self.threshold_direction is None:
             return ObjectiveOutput(loss, weight)
         dropped = ~self.kept(statistics)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def log_ratio(log_prob: Tensor, other: Tensor) -> Tensor:
     """Return log(p / p_other) in nats; 0 where both are 0, which a difference would make NaN."""
     both_zero = log_prob.isneginf() & other.isneginf()
-    return torch.where(both_zero, torch.zeros_like(log_prob), log_prob - other)
+    return (log_prob - other).masked_fill(both_zero, 0.0)
 
 
 def log1mexp(log_prob: Tensor) -> Tensor:
@@ -22,6 +23,6 @@ def log1mexp(log_prob: Tensor) -> Tensor:
     """
     small = log_prob < -math.log(2)
     # The branch that is not taken gets a harmless input: its gradient would be NaN otherwise.
-    large_part = torch.log(-torch.expm1(log_prob.masked_fill(small, -1.0)))
-    small_part = torch.log1p(-torch.exp(log_prob.masked_fill(~small, -1.0)))
-    return torch.where(small, small_part, large_part)
+    large_part = (-log_prob.masked_fill(small, -1.0).expm1()).log()
+    small_part = (-log_prob.masked_fill(~small, -1.0).exp()).log1p()
+    return small_part.where(small, large_part)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics, option
 from megatron_profit.objectives.checks import number_in
 from megatron_profit.objectives.numerics import log_ratio
 from megatron_profit.objectives.registry import register_objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Bound on log(p / p_old) in nats, as in the released code; exp of it stays finite.
 LOG_RATIO_LIMIT = 20.0
@@ -66,7 +67,7 @@ class PSFT(Objective):
         """Return the clip fraction, the mean ratio, and Schulman's k3 estimate of a KL."""
         log_r = _clamped(_log_ratio(statistics))
         ratio = log_r.exp()
-        count = torch.tensor(ratio.numel(), device=ratio.device)
+        count = ratio.new_tensor(ratio.numel())
         return {
             "clip fraction": ((ratio > 1 + self.clip_high).sum(), count),
             "ratio below clip": ((ratio < 1 - self.clip_low).sum(), count),

@@ -6,9 +6,10 @@ position) does not: every layout, and every rank of a tensor-parallel group, dra
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from torch import Tensor
 _MASK_64 = (1 << 64) - 1
 
 
@@ -42,6 +43,8 @@ def token_uniform(seed: int, sample_index: Tensor, position: Tensor) -> Tensor:
     Raises:
         ValueError: an index is not int64.
     """
+    import torch
+
     for name, index in (("sample_index", sample_index), ("position", position)):
         if index.dtype != torch.int64:
             raise ValueError(f"{name} is {index.dtype}; pass int64 (.long()).")

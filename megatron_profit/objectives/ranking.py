@@ -6,10 +6,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_profit.objectives.base import (
     Objective,
@@ -20,6 +17,9 @@ from megatron_profit.objectives.base import (
 )
 from megatron_profit.objectives.checks import number_in, one_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RANK_SCOPES = ("micro_batch", "global_batch")
 
 
@@ -29,6 +29,8 @@ def top_share(score: Tensor, share: float) -> Tensor:
     Among equal scores the earlier position is kept. For example, scores 3, 1, 3, 2 with share 0.25 keep the
     first position only. A NaN counts as the highest, so that it shows.
     """
+    import torch
+
     kept = torch.zeros_like(score, dtype=torch.bool)
     order = score.detach().sort(descending=True, stable=True).indices
     kept[order[: kept_count(share, score.numel())]] = True

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_profit.objectives.base import TokenStatistics, option
 from megatron_profit.objectives.numerics import log_ratio
 from megatron_profit.objectives.ranking import RankedObjective
 from megatron_profit.objectives.registry import register_objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register_objective("rho1")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from megatron_profit.objectives.base import (
     Objective,
     ObjectiveOutput,
@@ -24,4 +22,5 @@ class SFT(Objective):
     drops_tokens: ClassVar[bool] = False
 
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        return weighted_nll(torch.ones_like(statistics.log_prob), statistics)
+        log_prob = statistics.log_prob
+        return weighted_nll(log_prob.new_ones(log_prob.shape), statistics)

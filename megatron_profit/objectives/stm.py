@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
 
 from megatron_profit.objectives.base import (
     Objective,
@@ -51,5 +50,5 @@ class STM(Objective):
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         ref = statistics.ref_log_prob
         assert ref is not None
-        dropped = strictly_beyond(torch.lt, ref.exp(), ref, self.ref_prob_threshold)
+        dropped = strictly_beyond(operator.lt, ref.exp(), ref, self.ref_prob_threshold)
         return weighted_nll(~dropped, statistics)

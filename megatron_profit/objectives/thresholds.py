@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_profit.objectives.base import Objective, TokenStatistics, option
 from megatron_profit.objectives.checks import flatten, number_in, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 THRESHOLD_DIRECTIONS = ("higher", "lower", "middle", "random")
 
@@ -111,22 +113,24 @@ class ThresholdObjective(Objective):
         assert self.prob_threshold is not None
         low, high = self.prob_threshold[0], self.prob_threshold[-1]
         prob, log_prob = statistics.prob, statistics.log_prob
-        dropped = torch.zeros_like(log_prob, dtype=torch.bool)
-        if self.threshold_direction in ("higher", "middle"):
-            dropped |= strictly_beyond(torch.lt, prob, log_prob, low)
-        if self.threshold_direction in ("lower", "middle"):
-            dropped |= strictly_beyond(torch.gt, prob, log_prob, high)
-        return ~dropped
+        if self.threshold_direction == "higher":
+            return ~strictly_beyond(operator.lt, prob, log_prob, low)
+        kept = ~strictly_beyond(operator.gt, prob, log_prob, high)
+        if self.threshold_direction == "middle":
+            kept &= ~strictly_beyond(operator.lt, prob, log_prob, low)
+        return kept
 
 
 def strictly_beyond(
     compare: Callable[[Tensor, float], Tensor], prob: Tensor, log_prob: Tensor, tau: float
 ) -> Tensor:
-    """Return [N] bool: p is strictly below (``torch.lt``) or above (``torch.gt``) tau.
+    """Return [N] bool: p is strictly below (``operator.lt``) or above (``operator.gt``) tau.
 
     A p that equals tau must not fall on either side, and rounding decides which form shows the equality: p
     itself after a softmax, log p when only the logarithm is known. Both must agree. For example, a float32
     0.1 may be 0.09999999 as exp(log p); its log p still equals log 0.1.
     """
+    import torch
+
     log_tau = torch.tensor(tau, dtype=log_prob.dtype).log().item()
     return compare(prob, tau) & compare(log_prob, log_tau)
