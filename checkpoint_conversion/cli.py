@@ -19,6 +19,21 @@ DRY_RUN = "check everything and print each tensor; read no data, write nothing"
 IGNORE_ARGUMENTS = "do not compare the arguments that the checkpoint keeps with config.json"
 
 
+class FlagHelp(argparse.RawDescriptionHelpFormatter):
+    """Formats help that marks required flags and names defaults, unless the text of a flag names its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if action.required:
+            mark = "required"
+        elif default in (None, False, (), argparse.SUPPRESS) or "default" in text:
+            return text
+        else:
+            mark = "default " + ("on" if default is True else "%(default)s")
+        end = "." if text.endswith(".") else ""
+        return f"{text.removesuffix('.')} ({mark}){end}"
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the commands that write a folder."""
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")

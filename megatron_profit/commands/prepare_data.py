@@ -14,9 +14,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
+from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import escaped
 from megatron_profit.data import (
@@ -27,6 +27,9 @@ from megatron_profit.data import (
     load_tokenizer,
     prepare_sets,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Characters of a record's text that may be printed to the terminal.
 _LAYOUT = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
@@ -82,17 +85,15 @@ def describe(name: str, sets: dict[str, PreparedSet]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=FlagHelp, allow_abbrev=False
+    )
     parser.add_argument("--hf-model", required=True, metavar="DIR", help="Folder of the tokenizer.")
     parser.add_argument("--seq-length", type=int, required=True, help="Positions of a row.")
     parser.add_argument("--seed", type=int, default=1234, help="Of the order of the rows.")
     parser.add_argument("--report", type=Path, metavar="FILE", help="Write the report as JSON.")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="Print N examples.")
-    add_data_flags(parser.add_argument_group("data"))
-    parser.set_defaults(data=None)
-    for action in parser._actions:
-        action.required = action.required or action.dest == "data"
+    add_data_flags(parser.add_argument_group("data"), required=True)
     return parser
 
 

@@ -9,6 +9,8 @@ probabilities, search, and each record as text and as a table. Objectives that r
 tokens.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
@@ -17,11 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
-
+from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import ConversionError, escaped
 from checkpoint_conversion.hf.folder import read_hf_config
@@ -41,17 +41,21 @@ from megatron_profit.data import (
     read_sources,
 )
 from megatron_profit.data.chat.conversations import is_read
-from megatron_profit.data.options import add_rendering_flags
+from megatron_profit.data.flags import add_rendering_flags
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
-from megatron_profit.token_report import TokenRecord, page, score_records, terminal_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_profit.token_report import TokenRecord
 
 OBJECTIVES = (
     "profit prob_threshold=0.1 threshold_direction=higher",
     "dft",
     "entropy",
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 
 
 class ReportError(ValueError):
@@ -182,12 +186,21 @@ def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
         yield str(out)
 
 
-def load_model(folder: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Return a transformers model for evaluation, on the GPU if there is one."""
+def load_model(folder: str, dtype: str) -> torch.nn.Module:
+    """Return a transformers model for evaluation, on the GPU if there is one.
+
+    Raises:
+        ReportError: transformers cannot load the folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=getattr(torch, dtype),
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -203,7 +216,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=FlagHelp,
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -221,11 +234,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", nargs="+", required=True, metavar="FILE", help="chat files, as in training"
     )
     add_rendering_flags(parser)
+    parser.add_argument("--records", default="0-19", help="positions over all files, e.g. 0-9,250")
     parser.add_argument(
-        "--records", default="0-19", help="positions over all files, e.g. 0-9,250 (default 0-19)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=8192, help="longer records lose their end (default 8192)"
+        "--max-tokens", type=int, default=8192, help="longer records lose their end"
     )
     parser.add_argument(
         "--objective",
@@ -286,6 +297,8 @@ def make_report(arguments: argparse.Namespace) -> None:
     Raises:
         ReportError, DataError, ConversionError: for input that cannot be used; the message says what to do.
     """
+    from megatron_profit.token_report import score_records
+
     check_output(arguments.out, arguments.overwrite)
     objectives = dict(map(parse_objective, arguments.objective or OBJECTIVES))
     positions = parse_records(arguments.records)
@@ -303,7 +316,6 @@ def make_report(arguments: argparse.Namespace) -> None:
         arguments.allow_special_tokens or (),
     )
     records = chosen_records(sources, positions, renderer, arguments.max_tokens)
-    dtype = DTYPES[arguments.dtype]
     source = (
         megatron_as_hf(arguments.megatron, arguments.hf_template)
         if arguments.megatron
@@ -311,11 +323,13 @@ def make_report(arguments: argparse.Namespace) -> None:
     )
     with source as model_folder:
         scored = score_records(
-            load_model(model_folder, dtype),
+            load_model(model_folder, arguments.dtype),
             tokenizer,
             records,
             objectives,
-            ref_model=load_model(arguments.ref_model, dtype) if arguments.ref_model else None,
+            ref_model=load_model(arguments.ref_model, arguments.dtype)
+            if arguments.ref_model
+            else None,
             seed=arguments.seed,
             progress=lambda line: print(line, file=sys.stderr),
         )
@@ -328,6 +342,8 @@ def _show(
     objectives: Mapping[str, Objective],
 ) -> None:
     """Write the page, print the terminal form, or both."""
+    from megatron_profit.token_report import page, terminal_text
+
     if arguments.out is not None:
         title = (
             arguments.title or f"Token report: {Path(arguments.megatron or arguments.model).name}"
@@ -348,7 +364,6 @@ def _show(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report; return 1 for input that cannot be used."""
-    disable_progress_bar()
     arguments = parse_arguments(argv)
     try:
         make_report(arguments)

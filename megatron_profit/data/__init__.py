@@ -11,7 +11,8 @@ from megatron_profit.data.chat.conversations import Conversation, normalise
 from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.files.records import RawRecord, read_records
 from megatron_profit.data.files.sources import Layout, Source, read_sources
-from megatron_profit.data.options import DataOptions, PreparedSet, add_data_flags, prepare_sets
+from megatron_profit.data.flags import add_data_flags
+from megatron_profit.data.options import DataOptions, PreparedSet, prepare_sets
 from megatron_profit.data.render.renderer import ChatRenderer, RenderedConversation, Training
 from megatron_profit.data.render.template import load_tokenizer
 from megatron_profit.data.render.turn_markers import TurnMarkers

@@ -3,22 +3,26 @@
 Shape suffixes: S sequence length, L ids of one example, N examples.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import Dataset
 
 from megatron_profit.data.sequences.order import Group, RowOrder
 from megatron_profit.data.store.examples import Examples
 
+if TYPE_CHECKING:
+    import torch
+
 IGNORED_LABEL = -100
 
 
-class SFTDataset(Dataset[dict[str, torch.Tensor]]):
-    """Rows of one example, or with packing of as many as fit.
+class SFTDataset:
+    """A map-style data set for torch's `DataLoader`: rows of one example, or with packing of as many as fit.
 
     Each example is a segment of its row whose positions begin at 0, and so is the padding at the row's end.
     The examples of a row are a function of (seed, row) alone (order.py). So a run that resumes at row i gets
@@ -87,7 +91,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         self.epochs = epochs
         self._resize(num_samples, period)
 
-    def with_samples(self, num_samples: int, period: int | None = None) -> "SFTDataset":
+    def with_samples(self, num_samples: int, period: int | None = None) -> SFTDataset:
         """Return the same rows in another number; the copy shares the examples and the order."""
         other = copy.copy(self)
         other._resize(num_samples, period)
@@ -167,6 +171,8 @@ class _Row:
         self._segment(-(-count // pad_multiple) * pad_multiple)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        import torch
+
         self._segment(len(self._tokens_S) - self._end)
         columns = {
             "tokens": self._tokens_S,
