@@ -24,7 +24,7 @@ class FlagHelp(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if action.required:
+        if action.required and action.option_strings:
             mark = "required"
         elif default in (None, False, (), argparse.SUPPRESS) or "default" in text:
             return text

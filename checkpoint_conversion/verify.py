@@ -212,7 +212,9 @@ def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
 
 def main() -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoint_conversion.verify")
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoint_conversion.verify", formatter_class=cli.FlagHelp
+    )
     parser.add_argument(
         "--hf", required=True, nargs="+", action="extend", metavar="DIR", help="one or two folders"
     )

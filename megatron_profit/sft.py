@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+from collections.abc import Sequence
 
 from megatron_profit.megatron_patches import DEVICES, activate
 from megatron_profit.megatron_patches.enduring import endure_console
-from megatron_profit.training.process.console import StrictParser, fail
+from megatron_profit.training.process.console import StrictParser, fail, print_rank_0
 from megatron_profit.training.process.interrupts import end_on_interrupt
 from megatron_profit.training.process.launcher import die_with_launcher
+
+_HELP, _HELP_ALL = {"-h", "--help"}, "--help-all"
 
 
 def main() -> None:
@@ -21,11 +25,37 @@ def main() -> None:
     endure_console()
     end_on_interrupt()
     die_with_launcher()
+    text = help_text(sys.argv[1:])
+    if text is not None:
+        print_rank_0(text)
+        return
     device = start()
 
     from megatron_profit.training.main import run
 
     run(device)
+
+
+def help_text(argv: Sequence[str]) -> str | None:
+    """Return the help that the command line asks for, None if it asks for none.
+
+    `--help` is fast, because it imports neither torch nor Megatron.
+    """
+    if _HELP_ALL not in argv and not _HELP.intersection(argv):
+        return None
+    from megatron_profit.training.arguments.errors import ArgumentsError
+
+    try:
+        if _HELP_ALL in argv:
+            start()
+            from megatron_profit.training.arguments.command_line import full_parser
+
+            return full_parser(argv).format_help()
+        from megatron_profit.training.arguments.help import own_help
+
+        return own_help(argv)
+    except ArgumentsError as error:
+        fail(error)
 
 
 def start() -> str:

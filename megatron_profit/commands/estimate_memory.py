@@ -28,6 +28,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from checkpoint_conversion.cli import FlagHelp
 from megatron_profit.commands.parameter_counts import Parameters, stage_parameters
 from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
 
@@ -364,6 +365,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="megatron-profit estimate --gpus N [--model NAME] [options] [training flags]",
+        formatter_class=FlagHelp,
         allow_abbrev=False,
     )
     parser.add_argument("--gpus", type=int, required=True, help="processes of the whole run")

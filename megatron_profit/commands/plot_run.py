@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.training.monitoring.metrics_file import read_metrics
 
@@ -166,7 +167,7 @@ def labelled(run: str) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the curves of the runs on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=FlagHelp)
     parser.add_argument(
         "runs",
         nargs="+",

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.training.arguments import add_megatron_arguments
-
-from megatron_profit.data import add_data_flags
+from checkpoint_conversion.cli import FlagHelp
+from megatron_profit.data.flags import add_data_flags
 from megatron_profit.megatron_patches import DEVICES
 from megatron_profit.training.arguments.errors import ArgumentsError
-from megatron_profit.training.checkpoints.keeping import add_keep_flags
+from megatron_profit.training.checkpoints.keep_options import add_keep_flags
 from megatron_profit.training.checkpoints.run_record import GUARDED
-from megatron_profit.training.monitoring.evaluation_report import DEFAULT_RECORDS
 from megatron_profit.training.monitoring.guards import add_guard_flags
-from megatron_profit.training.statistics.old_policy import DEFAULT_STEPS
 from megatron_profit.training.step.objective_flags import (
     add_objective_flags,
+    add_option_flags,
     flag_of,
     load_outside_objective,
 )
@@ -29,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
         raise ArgumentsError(message)
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _HelpFormatter(FlagHelp):
     """Shows the help of Megatron's flags, some of which hold a percent sign that argparse trips over."""
 
     def _expand_help(self, action: argparse.Action) -> str:
@@ -39,9 +37,7 @@ class _HelpFormatter(argparse.HelpFormatter):
             return action.help or ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of this project to a parser, among them one for each option of an objective."""
-    group = parser.add_argument_group(title="megatron_profit")
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--device",
         choices=DEVICES,
@@ -86,39 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="Load a checkpoint without comparing its checksums first, which reads all of it once.",
     )
-    add_keep_flags(group)
-    add_data_flags(group)
     group.add_argument(
         "--epochs",
         type=int,
         metavar="E",
         help="Train every record this often, in place of --train-iters or --train-samples.",
     )
-    add_objective_flags(group)
-    add_guard_flags(group)
-    group.add_argument(
-        "--metrics-file",
-        metavar="FILE",
-        help="JSON lines with the metrics of each logged step and each evaluation; by default "
-        "metrics.jsonl in --save.",
-    )
-    group.add_argument(
-        "--token-report",
-        metavar="DIR",
-        help="Write a token report of some validation records at each evaluation.",
-    )
-    group.add_argument(
-        "--token-report-records",
-        type=int,
-        default=DEFAULT_RECORDS,
-        metavar="N",
-        help="How many records the token report shows.",
-    )
+
+
+def _add_statistics_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--psft-steps-per-refresh",
         type=int,
         metavar="K",
-        default=DEFAULT_STEPS,
+        default=8,
         help="Optimizer steps of an outer batch, before which --objective psft refreshes its old policy.",
     )
     group.add_argument(
@@ -133,6 +110,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Where the reference's log-probabilities are kept, to be computed only once; by default "
         "ref_log_prob in --save.",
     )
+
+
+def _add_report_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--metrics-file",
+        metavar="FILE",
+        help="JSON lines with the metrics of each logged step and each evaluation; by default "
+        "metrics.jsonl in --save.",
+    )
+    group.add_argument(
+        "--token-report",
+        metavar="DIR",
+        help="Write a token report of some validation records at each evaluation.",
+    )
+    group.add_argument(
+        "--token-report-records",
+        type=int,
+        default=20,
+        metavar="N",
+        help="How many records the token report shows.",
+    )
+
+
+# Arguments that a command line must give, besides the length of the run.
+REQUIRED = ("hf_model", "data", "seq_length", "micro_batch_size", "lr")
+
+# Title of a group of flags -> the function that adds them, in the order of --help.
+_GROUPS: Mapping[str, Callable[[argparse._ArgumentGroup], None]] = {
+    "model and run": _add_run_flags,
+    "data": add_data_flags,
+    "objective": add_objective_flags,
+    "options of objectives": add_option_flags,
+    "statistics from elsewhere": _add_statistics_flags,
+    "checkpoints": add_keep_flags,
+    "guards": add_guard_flags,
+    "metrics and reports": _add_report_flags,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of this project to a parser, among them one for each option of an objective."""
+    for title, add in _GROUPS.items():
+        add(parser.add_argument_group(title))
     return parser
 
 
@@ -173,6 +193,26 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     Raises:
         ArgumentsError: A flag is unknown, or its value cannot be used.
     """
+    parser = full_parser(argv)
+    defaults = {action.dest: action.default for action in parser._actions}
+    options = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return CommandLine(vars(parser.parse_args(argv)), defaults, options)
+
+
+def full_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser of this project's and of Megatron's flags.
+
+    Args:
+        argv: The command line. It may name an objective from outside, whose options are flags too.
+
+    Raises:
+        ArgumentsError: The objective cannot be imported, or an option of it has the name of another flag.
+    """
+    # This import takes seconds, and help does without it.
+    from megatron.training.arguments import add_megatron_arguments
+
     parser = _Parser(
         prog="megatron-profit-sft",
         usage="torchrun … -m megatron_profit.sft --hf-model DIR --data FILE… [flags]",
@@ -182,15 +222,10 @@ def parse_command_line(argv: list[str]) -> CommandLine:
     )
     try:
         load_outside_objective(argv)
-        parser = add_megatron_arguments(add_arguments(parser))
+        return add_megatron_arguments(add_arguments(parser))
     except ValueError as error:
         raise ArgumentsError(f"--objective: {error}") from error
     except argparse.ArgumentError as error:
         raise ArgumentsError(
             f"an option of an objective has the name of a native flag ({error}); rename it"
         ) from error
-    defaults = {action.dest: action.default for action in parser._actions}
-    options = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return CommandLine(vars(parser.parse_args(argv)), defaults, options)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_profit.training.arguments.command_line import (
+    REQUIRED,
     CommandLine,
 )
 from megatron_profit.training.arguments.errors import ArgumentsError
@@ -104,7 +105,7 @@ def check_given(flags: CommandLine) -> None:
     for name, remedy in _REFUSED.items():
         if flags.changes(name):
             raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
-    for name in ("hf_model", "data", "seq_length", "micro_batch_size", "lr"):
+    for name in REQUIRED:
         if explicit.get(name) is None:
             raise ArgumentsError(f"{flags.option(name)} is missing")
     spans = ("train_iters", "train_samples", "epochs")

@@ -49,7 +49,7 @@ from megatron_profit.training.arguments.parallel_layout import check_layout
 from megatron_profit.training.arguments.platform import platform_settings
 from megatron_profit.training.arguments.refused import OTHER_ARCHITECTURES, check_given
 from megatron_profit.training.checkpoints.choose import Resumed
-from megatron_profit.training.checkpoints.keeping import KeepOptions, keep_options
+from megatron_profit.training.checkpoints.keep_options import KeepOptions, keep_options
 from megatron_profit.training.monitoring.guards import GuardOptions
 from megatron_profit.training.statistics.old_policy import check_old_policy
 from megatron_profit.training.step import experts

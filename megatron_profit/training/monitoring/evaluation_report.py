@@ -31,7 +31,6 @@ from megatron_profit.training.step.objective_loss import (
     micro_batches_of_window,
 )
 
-DEFAULT_RECORDS = 20
 # A folder next to the pages, for pages of steps that are trained again.
 _SUPERSEDED = "superseded"
 # Columns of the statistics collected for a token.

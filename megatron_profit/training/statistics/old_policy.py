@@ -31,7 +31,6 @@ from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_flags import flag_of
 
 FILE_NAME = "old_policy.safetensors"
-DEFAULT_STEPS = 8
 _VERSION = "1"
 
 

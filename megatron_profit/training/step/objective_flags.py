@@ -19,9 +19,11 @@ from megatron_profit.objectives import (
     objective_names,
     objective_options,
 )
-from megatron_profit.ops.tiling import BACKWARDS
-from megatron_profit.training.step.objective_loss import IMPLEMENTATIONS, check_implementation
-from megatron_profit.training.step.token_metrics import ProbQuantiles
+from megatron_profit.training.step.kernel_flags import (
+    BACKWARDS,
+    IMPLEMENTATIONS,
+    check_implementation,
+)
 
 
 def load_outside_objective(argv: Sequence[str]) -> None:
@@ -38,11 +40,7 @@ def load_outside_objective(argv: Sequence[str]) -> None:
 
 
 def add_objective_flags(group: argparse._ArgumentGroup) -> None:
-    """Add `--objective`, the flags of every objective, and the options of the registered ones.
-
-    Raises:
-        ValueError: Two objectives have an option of the same name with another meaning.
-    """
+    """Add `--objective` and the flags that every objective has."""
     group.add_argument(
         "--objective",
         default="profit",
@@ -69,7 +67,7 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
         action="append",
         metavar=("OPTION", "SHAPE", "START", "STEPS"),
         help="Let an option of the objective go from START to the value of its own flag over the first "
-        f"STEPS steps behind the warm-up; SHAPE is {', '.join(SCHEDULE_SHAPES)}. For instance "
+        f"STEPS steps after the warm-up; SHAPE is {', '.join(SCHEDULE_SHAPES)}. For example, "
         "prob_threshold linear 0.0 500. May be given once for each option.",
     )
     group.add_argument(
@@ -99,6 +97,14 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
         "fewest operations; recompute keeps none, which takes the least memory; auto keeps at most as "
         "much as the output layer's weight, or 256 MB on a CPU and 1.25 GiB on a GPU where that is more.",
     )
+
+
+def add_option_flags(group: argparse._ArgumentGroup) -> None:
+    """Add a flag for each option of the registered objectives.
+
+    Raises:
+        ValueError: Two objectives have an option of the same name with another meaning.
+    """
     for name, owners in _options_by_name().items():
         group.add_argument(flag_of(name), **_flag_keywords(owners))
 
@@ -183,6 +189,8 @@ def _build(settings: Mapping[str, Any]) -> Objective | ScheduledObjective:
 
 def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledObjective) -> None:
     """Refuse options without effect."""
+    from megatron_profit.training.step.token_metrics import ProbQuantiles
+
     final = objective.objective if isinstance(objective, ScheduledObjective) else objective
     if settings["objective_normalization"] == "kept" and not final.drops_tokens:
         raise ValueError(

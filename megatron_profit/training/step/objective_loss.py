@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import mpu
@@ -28,11 +28,17 @@ from megatron_profit.objectives import (
     token_uniform,
 )
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
-from megatron_profit.ops.tiling import BACKWARDS, Backward
 from megatron_profit.training.step.kept_share import KeptShareMonitor
+from megatron_profit.training.step.kernel_flags import (
+    BACKWARDS,
+    IMPLEMENTATIONS,
+    check_implementation,
+)
 from megatron_profit.training.step.token_metrics import ProbQuantiles, token_sums
 
-IMPLEMENTATIONS = ("auto", "fused", "reference")
+if TYPE_CHECKING:
+    from megatron_profit.ops.tiling import Backward
+
 # Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
 # vanishes next to any real count.
 _NO_TOKEN = 1e-20
@@ -115,19 +121,6 @@ class ObjectiveLoss:
                 "micro-batches, and a token's weight would depend on which one it is in"
             )
         return MicroBatchLoss(self, sample_index, position_ids, given or {})
-
-
-def check_implementation(implementation: str, backward: Backward) -> None:
-    """Refuse a strategy of the kernel where the kernel is not used.
-
-    Raises:
-        ValueError: It would be ignored.
-    """
-    if implementation == "reference" and backward != "auto":
-        raise ValueError(
-            f"--objective-backward {backward} is a strategy of the fused kernel, and "
-            "--objective-implementation reference is plain autograd on dense logits; drop one of them"
-        )
 
 
 class MicroBatchLoss:

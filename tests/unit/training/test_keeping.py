@@ -17,11 +17,10 @@ from megatron_profit.training.checkpoints.folder import (
     prune,
     write_json,
 )
+from megatron_profit.training.checkpoints.keep_options import KeepOptions, keep_options
 from megatron_profit.training.checkpoints.keeping import (
-    KeepOptions,
     Progress,
     _prepare,
-    keep_options,
 )
 
 SETTINGS = {
