@@ -8,16 +8,19 @@ Weights, layout and precision come from the flags of `megatron_profit.sft`; `che
 
 from __future__ import annotations
 
+import sys
+
 from megatron_profit.sft import start
 
 
 def main() -> None:
     """Compute the logits with the flags of the command line."""
-    device = start()
+    argv = sys.argv[1:]
+    device = start(argv)
 
     from megatron_profit.commands.logits import run
 
-    run(device)
+    run(argv, device)
 
 
 if __name__ == "__main__":

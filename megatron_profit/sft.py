@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches import DEVICES, activate
 from megatron_profit.megatron_patches.enduring import endure_console
 from megatron_profit.training.process.console import StrictParser, fail, print_rank_0
@@ -25,15 +26,16 @@ def main() -> None:
     endure_console()
     end_on_interrupt()
     die_with_launcher()
-    text = help_text(sys.argv[1:])
+    argv = sys.argv[1:]
+    text = help_text(argv)
     if text is not None:
         print_rank_0(text)
         return
-    device = start()
+    device = start(argv)
 
-    from megatron_profit.training.main import run
+    from megatron_profit.training import main
 
-    run(device)
+    main.main(argv, device)
 
 
 def help_text(argv: Sequence[str]) -> str | None:
@@ -43,11 +45,9 @@ def help_text(argv: Sequence[str]) -> str | None:
     """
     if _HELP_ALL not in argv and not _HELP.intersection(argv):
         return None
-    from megatron_profit.training.arguments.errors import ArgumentsError
-
     try:
         if _HELP_ALL in argv:
-            start()
+            start(argv)
             from megatron_profit.training.arguments.command_line import full_parser
 
             return full_parser(argv).format_help()
@@ -58,15 +58,20 @@ def help_text(argv: Sequence[str]) -> str | None:
         fail(error)
 
 
-def start() -> str:
+def start(argv: Sequence[str]) -> str:
     """Make the process ready for Megatron, before anything imports it.
 
+    --device is read here by itself: the parser of all flags imports Megatron, which needs the device first.
+
+    Args:
+        argv: The flags of the run, without the program's name.
+
     Returns:
-        The device of the command line, "cuda" or "cpu".
+        The device that they ask for, "cuda" or "cpu".
     """
     parser = StrictParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    device = parser.parse_known_args()[0].device
+    device = parser.parse_known_args(argv)[0].device
     _stand_in_for_torchrun()
     # Tensor parallelism overlaps communication only with this, and Megatron insists on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from megatron_profit.training.arguments.sft_arguments import SFTArguments
 
 from megatron_profit.training.arguments import sft_arguments as training_arguments
-from megatron_profit.training.arguments.sft_arguments import SFTArguments
 
 
 def read_command(

@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         network_bandwidth=options.network_bandwidth,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron's import prints
-        from megatron_profit.training.arguments.errors import ArgumentsError
+        from megatron_profit.flags import ArgumentsError
     from checkpoint_conversion.errors import ConversionError
     from megatron_profit.data import DataError
 

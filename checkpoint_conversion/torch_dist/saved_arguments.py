@@ -39,20 +39,22 @@ def check_checkpoint_matches(
     Raises:
         ConversionError: When there is no such checkpoint, it cannot be read, or an argument differs.
     """
-    checkpoint = find_checkpoint(folder, iteration)
+    saved = read_saved_run(folder, iteration)
     expected = family_for(config).megatron_arguments(config)
-    check_architecture(_arguments(_common_state(checkpoint)), expected, checkpoint, hf_folder)
+    check_architecture(saved.arguments, expected, saved.folder, hf_folder)
 
 
 class SavedRun(NamedTuple):
     """What a checkpoint records of the run that wrote it.
 
     Attributes:
+        folder: The checkpoint.
         iteration: Its number of steps, as it is recorded; None where there is none.
         arguments: The plain arguments by name: numbers, texts, truth values, None, and lists of these. Empty
             for a checkpoint without arguments.
     """
 
+    folder: Path
     iteration: Any
     arguments: dict[str, Any]
 
@@ -69,9 +71,10 @@ def read_saved_run(folder: Path, iteration: str | int | None = None) -> SavedRun
     Raises:
         ConversionError: When there is no such checkpoint, or it cannot be read.
     """
-    common = _common_state(find_checkpoint(folder, iteration))
+    checkpoint = find_checkpoint(folder, iteration)
+    common = _common_state(checkpoint)
     steps = common.get("iteration") if isinstance(common, dict) else None
-    return SavedRun(steps, _arguments(common))
+    return SavedRun(checkpoint, steps, _arguments(common))
 
 
 def check_architecture(

@@ -396,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the estimate; 0 if it fits, 1 if not, 2 for bad input."""
     options, training = parse_arguments(sys.argv[1:] if argv is None else argv)
     with contextlib.redirect_stdout(io.StringIO()):  # of Megatron's import
-        from megatron_profit.training.arguments.errors import ArgumentsError
+        from megatron_profit.flags import ArgumentsError
     from checkpoint_conversion.errors import ConversionError
     from megatron_profit.data import DataError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from collections.abc import Sequence
 
 import torch
@@ -22,10 +22,12 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
 from checkpoint_conversion.errors import ConversionError
+from megatron_profit.flags import ArgumentsError
 from megatron_profit.models.layer_specs import layer_spec
-from megatron_profit.training.arguments.errors import ArgumentsError
-from megatron_profit.training.arguments.sft_arguments import read_arguments
-from megatron_profit.training.checkpoints.choose import check_checkpoints
+from megatron_profit.training.arguments.command_line import provider_of
+from megatron_profit.training.arguments.derive import derive
+from megatron_profit.training.arguments.disk import open_hf_weights
+from megatron_profit.training.checkpoints.choose import CheckpointFlags, check_checkpoints
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.hf_weights import load_hook
 from megatron_profit.training.process.console import fail
@@ -38,16 +40,17 @@ _NO_TRAINING = (
 _WEIGHTS_ONLY = "--no-load-optim --no-load-rng"
 
 
-def run(device: str) -> None:
+def run(argv: Sequence[str], device: str) -> None:
     """Read the flags, load the model, save the logits.
 
     Args:
+        argv: The flags, without the program's name.
         device: The device that `megatron_profit.megatron_patches.activate` chose.
     """
     parser = argparse.ArgumentParser("python -m megatron_profit.logits", allow_abbrev=False)
     parser.add_argument("--tokens", required=True, help="file of torch.save: token ids [N, S]")
     parser.add_argument("--logits", required=True, help="file to write: fp32 [N, S, vocabulary]")
-    own, flags = parser.parse_known_args()
+    own, flags = parser.parse_known_args(argv)
     tokens = torch.load(own.tokens, weights_only=True)
     chunks = build_model([*flags, "--seq-length", str(tokens.size(1))], device)
     result = logits(chunks, tokens)
@@ -67,18 +70,19 @@ def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
         flags: The flags of `megatron_profit.sft`, without the flags of training.
         device: "cuda" or "cpu".
     """
-    sys.argv[1:] = [*_NO_TRAINING.split(), *_WEIGHTS_ONLY.split(), *flags]
+    argv = [*_NO_TRAINING.split(), *_WEIGHTS_ONLY.split(), *flags]
     try:
-        check_checkpoints(sys.argv[1:])
-        arguments = read_arguments(sys.argv[1:], device)
+        settings = derive(argv, device, int(os.environ.get("WORLD_SIZE", "1")))
+        check_checkpoints(CheckpointFlags.of(settings.values), settings.check_checkpoint)
+        hf_weights = open_hf_weights(settings.values)
     except (ArgumentsError, CheckpointError, ConversionError) as error:
         fail(error)
-    args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+    args = parse_and_validate_args(extra_args_provider=provider_of(settings.values))
     initialize_megatron()
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = layer_spec
-    if arguments.hf_weights is not None:
-        config.pre_wrap_hooks.append(load_hook(arguments.hf_weights))
+    if hf_weights is not None:
+        config.pre_wrap_hooks.append(load_hook(hf_weights))
     chunks, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},

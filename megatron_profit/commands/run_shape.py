@@ -6,15 +6,10 @@ follow its defaults, and take either a command line or a published model with a 
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 
 # Published Qwen3: hidden size, MLP size, layers, attention heads, key/value heads, tied, size of an expert.
 PUBLISHED = {
@@ -29,8 +24,6 @@ PUBLISHED = {
 }
 # Flags that the parser needs and that have no meaning for an estimate.
 _UNIMPORTANT = {"--data": "none.jsonl", "--lr": "1e-5", "--train-iters": "1", "--objective": "sft"}
-# Flags that look at the disk or write to it.
-_WITH_FILES = ("--export-hf", "--load", "--save", "--pretrained-checkpoint", "--tensorboard-dir")
 _UNEVEN = (
     "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
@@ -234,61 +227,16 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
         ArgumentsError: The training would refuse the flags.
         ConversionError: The folder has no usable config.json.
     """
-    from megatron_profit.training.arguments.sft_arguments import read_arguments
+    from megatron_profit.training.arguments.derive import derive
 
     if model is not None and "--hf-model" in argv:
         raise ShapeError("--model and --hf-model contradict each other; give one of them")
-    argv = _without_files(argv)
+    argv, config = list(argv), None
     spans = ("--epochs", "--train-samples") if "--train-iters" not in argv else ()
     for flag, value in _UNIMPORTANT.items():
         if flag not in argv and not (flag == "--train-iters" and any(s in argv for s in spans)):
             argv += [flag, value]
-    argv.append("--random-init")
-    with _config_folder(model) as folder, _world_size(gpus):
-        if folder is not None:
-            argv += ["--hf-model", str(folder)]
-        arguments = read_arguments(argv, "cuda")
-        # Values in the namespace come before the parser's defaults, as in `SFTArguments.add_to_parser`.
-        args = _parser().parse_args(argv, Namespace(**arguments.defaults))
-    return RunShape(args, gpus)
-
-
-@cache
-def _parser() -> ArgumentParser:
-    """Return the parser of all flags of the training; it takes long to make."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_profit.training.arguments.command_line import add_arguments
-
-    return add_megatron_arguments(add_arguments(ArgumentParser(allow_abbrev=False)))
-
-
-def _without_files(argv: Sequence[str]) -> list[str]:
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in _WITH_FILES:
-        parser.add_argument(flag)
-    return parser.parse_known_args(list(argv))[1]
-
-
-@contextmanager
-def _config_folder(model: str | None) -> Iterator[Path | None]:
-    if model is None:
-        yield None
-        return
-    config = published_config(model)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config))
-        yield Path(folder)
-
-
-@contextmanager
-def _world_size(gpus: int) -> Iterator[None]:
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(gpus)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = before
+    if model is not None:
+        argv += ["--hf-model", model]
+        config = published_config(model)
+    return RunShape(derive(argv, "cuda", gpus, config).namespace, gpus)

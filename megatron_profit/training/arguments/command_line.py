@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from checkpoint_conversion.cli import FlagHelp
 from megatron_profit.data.flags import add_data_flags
+from megatron_profit.flags import ArgumentsError, add_flags, flag_of
 from megatron_profit.megatron_patches import DEVICES
-from megatron_profit.training.arguments.errors import ArgumentsError
-from megatron_profit.training.checkpoints.keep_options import add_keep_flags
+from megatron_profit.training.checkpoints.keep_options import KeepOptions
 from megatron_profit.training.checkpoints.run_record import GUARDED
-from megatron_profit.training.monitoring.guards import add_guard_flags
+from megatron_profit.training.monitoring.guards import GuardOptions
 from megatron_profit.training.step.objective_flags import (
     add_objective_flags,
     add_option_flags,
-    flag_of,
     load_outside_objective,
 )
 
@@ -136,15 +137,16 @@ def _add_report_flags(group: argparse._ArgumentGroup) -> None:
 # Arguments that a command line must give, besides the length of the run.
 REQUIRED = ("hf_model", "data", "seq_length", "micro_batch_size", "lr")
 
-# Title of a group of flags -> the function that adds them, in the order of --help.
+# Title of a group of flags -> the function that adds them, in the order of --help. A new room adds its own
+# here: a function, or a dataclass of flags (`megatron_profit.flags`).
 _GROUPS: Mapping[str, Callable[[argparse._ArgumentGroup], None]] = {
     "model and run": _add_run_flags,
     "data": add_data_flags,
     "objective": add_objective_flags,
     "options of objectives": add_option_flags,
     "statistics from elsewhere": _add_statistics_flags,
-    "checkpoints": add_keep_flags,
-    "guards": add_guard_flags,
+    "checkpoints": partial(add_flags, options=KeepOptions),
+    "guards": partial(add_flags, options=GuardOptions),
     "metrics and reports": _add_report_flags,
 }
 
@@ -161,12 +163,12 @@ class CommandLine:
     """A parsed command line.
 
     Attributes:
-        explicit: The flags that were given, by argument name.
+        given: The flags that were given, by argument name.
         defaults: The defaults of all flags.
         options: The written form of each flag, for example `--seq-length` for `seq_length`.
     """
 
-    explicit: Mapping[str, Any]
+    given: Mapping[str, Any]
     defaults: Mapping[str, Any]
     options: Mapping[str, str]
 
@@ -176,29 +178,39 @@ class CommandLine:
 
     def changes(self, name: str) -> bool:
         """Return whether the flag was given with another value than its default."""
-        return name in self.explicit and self.explicit[name] != self.defaults[name]
+        return name in self.given and self.given[name] != self.defaults[name]
 
     def refuse_contradictions(self, derived: Mapping[str, Any], source: str) -> None:
+        """Refuse a flag that gives an argument another value than `source` does."""
         for name, value in derived.items():
-            if name in self.explicit and self.explicit[name] != value:
+            if name in self.given and self.given[name] != value:
                 raise ArgumentsError(
-                    f"{self.option(name)} gives {name}={self.explicit[name]!r}, but {source} {value!r}; "
+                    f"{self.option(name)} gives {name}={self.given[name]!r}, but {source} {value!r}; "
                     "drop the flag"
                 )
 
 
-def parse_command_line(argv: list[str]) -> CommandLine:
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
     """Parse the flags as Megatron's own parser does, together with this project's flags.
 
     Raises:
         ArgumentsError: A flag is unknown, or its value cannot be used.
     """
     parser = full_parser(argv)
-    defaults = {action.dest: action.default for action in parser._actions}
+    defaults = vars(parser.parse_args([]))
     options = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return CommandLine(vars(parser.parse_args(argv)), defaults, options)
+
+
+def provider_of(values: Mapping[str, Any]) -> Callable[[argparse.ArgumentParser], Any]:
+    """Return Megatron's `extra_args_provider` for arguments that are parsed already.
+
+    Megatron asks the parser that the provider returns for the arguments. So it gets these, validates them,
+    and does not read `sys.argv`.
+    """
+    return lambda _: SimpleNamespace(parse_args=lambda: argparse.Namespace(**values))
 
 
 def full_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -220,11 +232,9 @@ def full_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    load_outside_objective(argv)
     try:
-        load_outside_objective(argv)
         return add_megatron_arguments(add_arguments(parser))
-    except ValueError as error:
-        raise ArgumentsError(f"--objective: {error}") from error
     except argparse.ArgumentError as error:
         raise ArgumentsError(
             f"an option of an objective has the name of a native flag ({error}); rename it"

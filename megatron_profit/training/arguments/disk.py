@@ -3,40 +3,97 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.hf.output import HFOutput, plan_output
-from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
+from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
 from checkpoint_conversion.torch_dist.writer import TRACKER
-from megatron_profit.objectives import Objective, ScheduledObjective
-from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.data import DataOptions
+from megatron_profit.flags import ArgumentsError, flag_of
+from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.checkpoints.folder import same_folder
 from megatron_profit.training.checkpoints.save_folder import METRICS
 from megatron_profit.training.statistics.given_statistics import needed_statistics
-from megatron_profit.training.step.objective_flags import (
-    flag_of,
-)
 
 
-def open_hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> HFModel | None:
+@dataclass(frozen=True)
+class RunFiles:
+    """The folders and files of a run, opened or checked.
+
+    Attributes:
+        hf_weights: The folder's weights if the run starts from them; None if it starts from a checkpoint or
+            from random weights.
+        data: The options of the data flags.
+        export: The HuggingFace folder to write at the end, if any.
+        reference: The reference model and the folder of its log-probabilities, if it is needed.
+        metrics: The file for metrics as JSON lines, if any.
+    """
+
+    hf_weights: HFModel | None
+    data: DataOptions
+    export: HFOutput | None
+    reference: tuple[HFModel, Path] | None
+    metrics: Path | None
+
+    def with_turn_end(
+        self, settings: RunSettings, token: int | None, tell: Callable[[str], None]
+    ) -> RunFiles:
+        """Return these files with an export whose generation stops at the token that ends a turn in training.
+
+        Args:
+            settings: The settings of the run.
+            token: Id of the token that ends a turn; None where the chat template ends it in ordinary text.
+            tell: Gets a line of text where the files of the model name no such token.
+
+        Raises:
+            ConversionError: A file of the model has stop tokens that are not token ids.
+        """
+        if token is None:
+            tell(
+                "> warning: the chat template ends a turn with ordinary text, so no token stops the trained "
+                "model; give that text as a stop string to the program that generates"
+            )
+        stops = plan_stop_tokens(settings.hf_model, settings.config, token)
+        if stops.added is not None:
+            tell(f"> in an export, {stops}")
+        return self if self.export is None else replace(self, export=self.export.stopping_at(token))
+
+
+def open_files(settings: RunSettings) -> RunFiles:
+    """Open or check what the flags name, before any work is done. The checkpoint is chosen already.
+
+    Raises:
+        ArgumentsError, ConversionError, DataError: A file or folder is missing, damaged or cannot be written.
+    """
+    values = settings.values
+    check_logs(values)
+    return RunFiles(
+        hf_weights=open_hf_weights(values),
+        data=DataOptions.from_flags(
+            {**values, "valid_data": None} if settings.given.get("eval_iters") == 0 else values
+        ),
+        export=plan_export(values),
+        reference=open_reference(settings),
+        metrics=metrics_file(values),
+    )
+
+
+def open_hf_weights(settings: Mapping[str, Any]) -> HFModel | None:
     """Return the HuggingFace weights to start from; None to start from a checkpoint or random weights.
 
-    A checkpoint of another architecture is refused. So is a folder that was named as the source of the
-    weights and holds none: only an empty --load that is also --save stands for a new run.
+    A folder that was named as the source of the weights and holds none is refused: only an empty --load that
+    is also --save stands for a new run.
     """
-    for name in ("load", "pretrained_checkpoint"):
-        folder = settings[name]
-        if folder and (Path(folder) / TRACKER).is_file():
-            check_checkpoint_matches(Path(folder), config, Path(settings["hf_model"]))
-            return None
     started = settings["pretrained_checkpoint"]
+    if any(folder and (Path(folder) / TRACKER).is_file() for folder in (settings["load"], started)):
+        return None
     if settings["random_init"] and not started:
         return None
     for name in ("load", "pretrained_checkpoint"):
@@ -47,13 +104,12 @@ def open_hf_weights(settings: Mapping[str, Any], config: Mapping[str, Any]) -> H
                 f"weights of --hf-model {settings['hf_model']}, with --random-init from random ones"
             )
     try:
-        model = open_hf_model(settings["hf_model"])
+        return open_hf_model(settings["hf_model"])
     except ConversionError as error:
         raise ArgumentsError(
             "no checkpoint was given (--pretrained-checkpoint, --load), and the weights of --hf-model "
             f"cannot be used: {error}"
         ) from error
-    return model
 
 
 def metrics_file(settings: Mapping[str, Any]) -> Path | None:
@@ -113,42 +169,15 @@ def _goes_on(settings: Mapping[str, Any]) -> bool:
     return same_folder(load, settings["save"]) and (Path(load) / TRACKER).is_file()
 
 
-def open_reference(
-    settings: Mapping[str, Any],
-    objective: Objective | ScheduledObjective,
-    config: Mapping[str, Any],
-) -> tuple[HFModel, Path] | None:
+def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:
     """Return the reference model and the folder of its log-probabilities, where the objective needs them."""
-    if "ref_log_prob" not in needed_statistics(objective):
-        for name in ("ref_hf_model", "ref_cache"):
-            if settings[name]:
-                raise ArgumentsError(
-                    f"{flag_of(name)} is for objectives with a reference model, which "
-                    f"{settings['objective']} is not with these options; drop it"
-                )
+    if "ref_log_prob" not in needed_statistics(settings.objective):
         return None
-    if not (settings["ref_cache"] or settings["save"]):
-        raise ArgumentsError(
-            f"--objective {settings['objective']} needs a place for the log-probabilities of its "
-            "reference model; give --ref-cache DIR or --save DIR"
-        )
-    if settings["pretrained_checkpoint"] and not settings["ref_hf_model"]:
-        raise ArgumentsError(
-            f"--objective {settings['objective']} compares with a reference model, which is --hf-model by "
-            "default, but this run starts from --pretrained-checkpoint; name the reference with "
-            "--ref-hf-model DIR"
-        )
-    if settings["objective"] == "rho1" and not settings["ref_hf_model"]:
-        raise ArgumentsError(
-            "--objective rho1 ranks by what the reference knows and the model does not; against the weights "
-            "that it starts from that is noise. Name a better model with --ref-hf-model DIR"
-        )
-    folder = settings["ref_hf_model"] or settings["hf_model"]
+    values = settings.values
+    folder = values["ref_hf_model"] or values["hf_model"]
     try:
         model = open_hf_model(folder)
-        same = model.family.megatron_arguments(model.config) == family_for(
-            config
-        ).megatron_arguments(config)
+        same = model.family.megatron_arguments(model.config) == settings.architecture
     except ConversionError as error:
         raise ArgumentsError(
             f"the weights of the reference model {folder} cannot be used: {error}; give another folder "
@@ -156,7 +185,7 @@ def open_reference(
         ) from error
     if not same:
         raise ArgumentsError(
-            f"--ref-hf-model {folder} has another architecture than --hf-model {settings['hf_model']}; "
+            f"--ref-hf-model {folder} has another architecture than --hf-model {values['hf_model']}; "
             "the reference is computed with the model that is trained, so both must be alike"
         )
-    return model, Path(settings["ref_cache"] or Path(settings["save"]) / "ref_log_prob")
+    return model, Path(values["ref_cache"] or Path(values["save"]) / "ref_log_prob")

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from checkpoint_conversion.cli import FlagHelp
 from megatron_profit.training.arguments.command_line import REQUIRED, add_arguments
-from megatron_profit.training.arguments.errors import ArgumentsError
 from megatron_profit.training.step.objective_flags import load_outside_objective
 
 _USAGE = (
@@ -38,11 +37,8 @@ def own_help(argv: Sequence[str]) -> str:
         allow_abbrev=False,
     )
     parser.add_argument("--help-all", action="store_true", help="Show Megatron's flags as well.")
-    try:
-        load_outside_objective(argv)
-        add_arguments(parser)
-    except ValueError as error:
-        raise ArgumentsError(f"--objective: {error}") from error
+    load_outside_objective(argv)
+    add_arguments(parser)
     _add_native_flags(parser.add_argument_group("native flags that a run needs or often has"))
     for action in parser._actions:
         action.required = action.dest in REQUIRED

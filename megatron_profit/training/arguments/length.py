@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_profit.flags import ArgumentsError
 from megatron_profit.objectives import Objective, ScheduledObjective
-from megatron_profit.training.arguments.errors import ArgumentsError
-from megatron_profit.training.step.objective_flags import (
-    check_steps,
-)
+from megatron_profit.training.step.objective_flags import check_steps
 
 
-def scheduler_of_flags(explicit: Mapping[str, Any]) -> dict[str, Any]:
+def scheduler_of_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     """Let the flags decide the learning rate's schedule after a resume too.
 
     The checkpoint's schedule is used only if a flag names it.
     """
     checkpoint, flags = "use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"
-    if explicit.get(checkpoint) and explicit.get(flags):
+    if given.get(checkpoint) and given.get(flags):
         raise ArgumentsError(
             "--use-checkpoint-opt_param-scheduler and --override-opt_param-scheduler contradict each other; "
             "drop one"
         )
-    return {} if explicit.get(checkpoint) else {flags: True}
+    return {} if given.get(checkpoint) else {flags: True}
 
 
 def steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
@@ -62,7 +60,4 @@ def check_run_steps(
             f"--lr-warmup-{unit} {warmup} leaves none of the {decay} {unit} for the decay of the learning "
             f"rate; give fewer than {decay}"
         )
-    try:
-        check_steps(objective, steps)
-    except ValueError as error:
-        raise ArgumentsError(str(error)) from error
+    check_steps(objective, steps)

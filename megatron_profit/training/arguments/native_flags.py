@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_profit.flags import ArgumentsError
+
 _AT_LEAST_ONE = (
     *("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
@@ -29,6 +31,8 @@ _NOT_NEGATIVE = (
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "lr_warmup_fraction")
 # numpy takes 32 bits, and Megatron adds some hundreds for each pipeline stage.
 _LARGEST_SEED = 2**32 - 1 - 2**20
+# Iterations have at most 15 digits (`checkpoint_conversion.megatron_reader.is_iteration`).
+_ITERATIONS = 10**15
 # The package that an optimizer needs and Megatron does not bring.
 _EMERGING = "emerging_optimizers"
 
@@ -41,18 +45,21 @@ def check_native_flags(settings: Mapping[str, Any], option: Callable[[str], str]
         option: Gives the flag of an argument. For example, `lr` gives `--lr`.
 
     Raises:
-        ValueError: Names the flag, its value, the limit and what to do.
+        ArgumentsError: Names the flag, its value, the limit and what to do.
     """
 
     def check(names: tuple[str, ...], limit: str, holds: Callable[[float], bool]) -> None:
         for name in names:
             value = settings[name]
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"{option(name)} is {value}; it must be {limit}")
+            if value is not None and not (abs(value) < math.inf and holds(value)):
+                raise ArgumentsError(f"{option(name)} is {value}; it must be {limit}")
 
     check(_AT_LEAST_ONE, "at least 1", lambda value: value >= 1)
     check(_NOT_NEGATIVE, "a number that is not negative", lambda value: value >= 0)
     check(_BELOW_ONE, "in [0, 1)", lambda value: 0 <= value < 1)
+    check(
+        ("ckpt_step",), f"at least 1 and below {_ITERATIONS}", lambda value: 0 < value < _ITERATIONS
+    )
     check(("seed",), f"at most {_LARGEST_SEED}", lambda value: value <= _LARGEST_SEED)
     _check_schedule(settings)
     _check_optimizer(settings)
@@ -63,12 +70,12 @@ def _check_schedule(settings: Mapping[str, Any]) -> None:
     for name, limit in (("min-lr", rate), ("lr-warmup-init", rate)):
         value = settings[name.replace("-", "_")]
         if value is not None and value > limit:
-            raise ValueError(f"--{name} {value} is above --lr {limit}; give at most that")
+            raise ArgumentsError(f"--{name} {value} is above --lr {limit}; give at most that")
     given = [f"--lr-wsd-decay-{unit}" for unit in ("iters", "samples")]
     if settings["lr_decay_style"] == "WSD" and not any(
         settings[flag[2:].replace("-", "_")] for flag in given
     ):
-        raise ValueError(
+        raise ArgumentsError(
             "--lr-decay-style WSD decays in the end, and it is not said for how long; give "
             f"{given[bool(settings['train_samples'])]}"
         )
@@ -77,14 +84,14 @@ def _check_schedule(settings: Mapping[str, Any]) -> None:
 def _check_optimizer(settings: Mapping[str, Any]) -> None:
     optimizer = settings["optimizer"]
     if optimizer == "sgd" and settings["use_distributed_optimizer"]:
-        raise ValueError(
+        raise ArgumentsError(
             "--use-distributed-optimizer cannot be used with --optimizer sgd; drop it, or use --optimizer "
             "adam"
         )
     if optimizer not in ("adam", "sgd") and importlib.util.find_spec(_EMERGING) is None:
-        raise ValueError(
+        raise ArgumentsError(
             f"--optimizer {optimizer} needs the package emerging-optimizers, which is not installed; install "
             "it, or use --optimizer adam"
         )
     if settings["bf16"] and settings["fp16"]:
-        raise ValueError("--bf16 and --fp16 contradict each other; drop one")
+        raise ArgumentsError("--bf16 and --fp16 contradict each other; drop one")

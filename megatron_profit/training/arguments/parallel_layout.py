@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_profit.training.arguments.errors import ArgumentsError
-from megatron_profit.training.step.objective_flags import (
-    flag_of,
-)
+from megatron_profit.flags import ArgumentsError, flag_of
 
 
 def check_layout(settings: Mapping[str, Any], world_size: int) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_profit.training.arguments.command_line import (
-    REQUIRED,
-    CommandLine,
-)
-from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.flags import ArgumentsError, flag_of
+from megatron_profit.objectives import Objective, ScheduledObjective
+from megatron_profit.training.arguments.command_line import REQUIRED, CommandLine
+from megatron_profit.training.statistics.given_statistics import needed_statistics
 from megatron_profit.training.step import experts
 
 # Native flags that this entry would have to ignore, each with a remedy.
@@ -101,47 +100,73 @@ OTHER_ARCHITECTURES = (
 
 def check_given(flags: CommandLine) -> None:
     """Refuse flags that would be ignored, and require the flags that are needed."""
-    explicit = flags.explicit
+    given = flags.given
     for name, remedy in _REFUSED.items():
         if flags.changes(name):
             raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
     for name in REQUIRED:
-        if explicit.get(name) is None:
+        if given.get(name) is None:
             raise ArgumentsError(f"{flags.option(name)} is missing")
     spans = ("train_iters", "train_samples", "epochs")
-    given = [flags.option(name) for name in spans if explicit.get(name) is not None]
-    if not given:
+    lengths = [flags.option(name) for name in spans if given.get(name) is not None]
+    if not lengths:
         raise ArgumentsError("--train-iters (or --epochs, or --train-samples) is missing")
-    if len(given) > 1:
-        raise ArgumentsError(f"{' and '.join(given)} contradict each other; give one of them")
-    if explicit.get("eval_iters") and not (
-        explicit.get("valid_data") or explicit.get("valid_split")
-    ):
+    if len(lengths) > 1:
+        raise ArgumentsError(f"{' and '.join(lengths)} contradict each other; give one of them")
+    if given.get("eval_iters") and not (given.get("valid_data") or given.get("valid_split")):
         raise ArgumentsError(
-            f"--eval-iters {explicit['eval_iters']} needs data to evaluate on; give --valid-data or "
+            f"--eval-iters {given['eval_iters']} needs data to evaluate on; give --valid-data or "
             "--valid-split"
         )
-    if explicit.get("eval_iters") == 0 and explicit.get("valid_split"):
+    if given.get("eval_iters") == 0 and given.get("valid_split"):
         raise ArgumentsError(
-            f"--valid-split {explicit['valid_split']} sets records aside to evaluate on, and --eval-iters 0 "
+            f"--valid-split {given['valid_split']} sets records aside to evaluate on, and --eval-iters 0 "
             "evaluates on none; drop one"
         )
-    if explicit.get("overwrite") and not (explicit.get("save") or explicit.get("export_hf")):
+    if given.get("overwrite") and not (given.get("save") or given.get("export_hf")):
         raise ArgumentsError(
             "--overwrite is about what --save and --export-hf hold, and neither is given; drop it"
         )
-    _check_token_report(explicit)
+    _check_token_report(given)
 
 
-def _check_token_report(explicit: Mapping[str, Any]) -> None:
-    count, folder = explicit.get("token_report_records"), explicit.get("token_report")
+def _check_token_report(given: Mapping[str, Any]) -> None:
+    count, folder = given.get("token_report_records"), given.get("token_report")
     if count is not None and folder is None:
         raise ArgumentsError("--token-report-records is for --token-report, which is missing")
     if count is not None and count < 1:
         raise ArgumentsError(f"--token-report-records is {count}; it must be at least 1")
-    evaluates = explicit.get("valid_data") or explicit.get("valid_split")
-    if folder is not None and (not evaluates or explicit.get("eval_iters") == 0):
+    evaluates = given.get("valid_data") or given.get("valid_split")
+    if folder is not None and (not evaluates or given.get("eval_iters") == 0):
         raise ArgumentsError(
             f"--token-report {folder} is written at evaluations, and there are none; give --valid-data "
             "or --valid-split"
+        )
+
+
+def check_reference(values: Mapping[str, Any], objective: Objective | ScheduledObjective) -> None:
+    """Refuse flags of a reference model that are missing, or that the objective would ignore."""
+    if "ref_log_prob" not in needed_statistics(objective):
+        for name in ("ref_hf_model", "ref_cache"):
+            if values[name]:
+                raise ArgumentsError(
+                    f"{flag_of(name)} is for objectives with a reference model, which "
+                    f"{values['objective']} is not with these options; drop it"
+                )
+        return
+    if not (values["ref_cache"] or values["save"]):
+        raise ArgumentsError(
+            f"--objective {values['objective']} needs a place for the log-probabilities of its "
+            "reference model; give --ref-cache DIR or --save DIR"
+        )
+    if values["pretrained_checkpoint"] and not values["ref_hf_model"]:
+        raise ArgumentsError(
+            f"--objective {values['objective']} compares with a reference model, which is --hf-model by "
+            "default, but this run starts from --pretrained-checkpoint; name the reference with "
+            "--ref-hf-model DIR"
+        )
+    if values["objective"] == "rho1" and not values["ref_hf_model"]:
+        raise ArgumentsError(
+            "--objective rho1 ranks by what the reference knows and the model does not; against the weights "
+            "that it starts from that is noise. Name a better model with --ref-hf-model DIR"
         )

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import time
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, rendezvous
 
-from checkpoint_conversion.torch_dist.saved_arguments import read_saved_run
+from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, read_saved_run
+from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.training.checkpoints.folder import (
     CheckpointError,
     Inspect,
@@ -31,13 +31,11 @@ from megatron_profit.training.checkpoints.folder import (
 from megatron_profit.training.checkpoints.save_folder import check_save_folder
 from megatron_profit.training.checkpoints.save_lock import hold
 from megatron_profit.training.checkpoints.shared_check import shared_check
-from megatron_profit.training.process.console import StrictParser, print_rank_0
+from megatron_profit.training.process.console import print_rank_0
 from megatron_profit.training.process.ranks import is_first_rank
 
 # Seconds that a network file system may take to show a machine the files of another one.
 _PATIENCE_SECONDS = 90
-# Iterations have at most 15 digits (`checkpoint_conversion.megatron_reader.is_iteration`).
-_ITERATIONS = 10**15
 # The store that Megatron's process group will use too; where a rank hosts it, it ends with its last user.
 _store: Store | None = None
 
@@ -63,13 +61,45 @@ class Resumed:
         return (self.iteration, rows) if type(rows) is int else (0, 0)
 
 
-def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
+@dataclass(frozen=True)
+class CheckpointFlags:
+    """The flags that name checkpoints.
+
+    Attributes:
+        load, save, start: The folders of --load, --save and --pretrained-checkpoint.
+        step: The checkpoint in `load` that is read; None for the newest.
+        finetune: Whether only the weights of `load` are taken.
+        overwrite: Whether the run may take the place of the one in `save`.
+        skip_checksums: Whether checkpoints are read without comparing their checksums first.
+    """
+
+    load: Path | None
+    save: Path | None
+    start: Path | None
+    step: int | None
+    finetune: bool
+    overwrite: bool
+    skip_checksums: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> CheckpointFlags:
+        """Return the flags among all arguments, given by name."""
+        folders = (values[name] for name in ("load", "save", "pretrained_checkpoint"))
+        others = ("ckpt_step", "finetune", "overwrite", "skip_checksums")
+        return cls(
+            *(Path(folder) if folder else None for folder in folders),
+            *(values[name] for name in others),
+        )
+
+
+def settle_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None]) -> Resumed | None:
     """Make the tracker file in `--load` name a whole checkpoint on all ranks: its own, else the newest one.
 
     If there is a folder `--save` and the run may write there, the first rank holds it from then on.
 
     Args:
-        argv: The flags of the run.
+        flags: The flags of the run.
+        check: Refuses a checkpoint of another model.
 
     Returns:
         The checkpoint of the run that is resumed; None for a new run, whatever weights it starts with.
@@ -78,26 +108,37 @@ def settle_checkpoints(argv: Sequence[str]) -> Resumed | None:
         CheckpointError: A checkpoint that was asked for is not whole, or there are checkpoints and none is
             whole. Or the ranks do not see the same folder. Or another run saves there, or has saved there.
     """
-    flags = _parse(argv)
     if flags.save is not None:
         _claim(flags)
-    if flags.load is None and flags.pretrained_checkpoint is None:
+    if flags.load is None and flags.start is None:
         return None
     with shared_check(_shared, skip=flags.skip_checksums) as inspect:
         if inspect is not None:
             decided = _decide(flags, inspect)
-    if flags.load is None:
-        return None
-    if is_first_rank():
-        _publish(decided)
-    else:
-        decided = _wait_for(flags.load)
-    named = str(flags.ckpt_step or decided)
+    if flags.load is not None:
+        if is_first_rank():
+            _publish(decided)
+        else:
+            decided = _wait_for(flags.load)
+        if named := str(flags.step or decided):
+            return _resumed(flags, named, check)
+    if flags.start is not None and (flags.start / TRACKER).is_file():
+        check(read_saved_run(flags.start))
+    return None
+
+
+def _resumed(
+    flags: CheckpointFlags, named: str, check: Callable[[SavedRun], None]
+) -> Resumed | None:
+    """Read the checkpoint in `--load`; return it if the run goes on from it."""
+    assert flags.load is not None
+    saved = read_saved_run(flags.load, named)
     if flags.finetune or not named.isdigit():
+        check(saved)
         return None
     folder, iteration = folder_of(flags.load, int(named)), int(named)
-    saved = read_saved_run(flags.load, named)
     _check_iteration(folder, iteration, saved.iteration)
+    check(saved)
     return Resumed(folder, iteration, saved.arguments)
 
 
@@ -109,36 +150,22 @@ def _check_iteration(folder: Path, iteration: int, saved: Any) -> None:
     raise CheckpointError(f"{folder} holds the checkpoint of iteration {saved!r}{remedy}")
 
 
-def _parse(argv: Sequence[str]) -> Namespace:
-    parser = StrictParser(add_help=False, allow_abbrev=False)
-    for name in ("--load", "--save", "--pretrained-checkpoint"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--ckpt-step", type=int)
-    for name in ("--finetune", "--overwrite", "--skip-checksums"):
-        parser.add_argument(name, action="store_true")
-    flags = parser.parse_known_args(argv)[0]
-    if flags.ckpt_step is not None and not 0 < flags.ckpt_step < _ITERATIONS:
-        raise CheckpointError(
-            f"--ckpt-step is {flags.ckpt_step}; it must be at least 1 and below {_ITERATIONS}"
-        )
-    return flags
-
-
-def _claim(flags: Namespace) -> None:
+def _claim(flags: CheckpointFlags) -> None:
     """Check that the run may write into its folder, and hold it if it exists. The first rank calls this."""
     if not is_first_rank():
         return
-    start, overwrite = flags.pretrained_checkpoint, flags.overwrite
+    assert flags.save is not None
+    allowed = {"overwrite": flags.overwrite, "start": flags.start}
     try:
-        check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+        check_save_folder(flags.save, flags.load, **allowed)
         if flags.save.is_dir() and hold(flags.save):
             # Another run may have left the folder just now.
-            check_save_folder(flags.save, flags.load, overwrite=overwrite, start=start)
+            check_save_folder(flags.save, flags.load, **allowed)
     except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
         raise CheckpointError(f"--save {flags.save} cannot be used: {error}") from error
 
 
-def _decide(flags: Namespace, inspect: Inspect) -> str:
+def _decide(flags: CheckpointFlags, inspect: Inspect) -> str:
     """Check, on the first rank, the checkpoint that the run may start from.
 
     Returns:
@@ -148,28 +175,35 @@ def _decide(flags: Namespace, inspect: Inspect) -> str:
     if flags.load is not None:
         own = same_folder(flags.load, flags.save)
         # With --ckpt-step, another checkpoint than the one in the tracker file is read.
-        first = defect if flags.ckpt_step else inspect
+        first = defect if flags.step else inspect
         decided = settle(
             flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=own, inspect=first
         )
-        if flags.ckpt_step:
-            check_named(flags.load, flags.ckpt_step, inspect)
-    if flags.pretrained_checkpoint is not None:
-        check_named(flags.pretrained_checkpoint, None, defect if decided else inspect)
+        if flags.step:
+            check_named(flags.load, flags.step, inspect)
+    if flags.start is not None:
+        check_named(flags.start, None, defect if decided else inspect)
     return decided
 
 
-def check_checkpoints(argv: Sequence[str]) -> None:
+def check_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None]) -> None:
     """Check, on all ranks, the checkpoint of a program that reads it and does not write.
+
+    Args:
+        flags: The flags of the program.
+        check: Refuses a checkpoint of another model.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
     """
-    flags = _parse(argv)
     if flags.load is not None:
         with shared_check(_shared, skip=flags.skip_checksums) as inspect:
             if inspect is not None:
-                check_named(flags.load, flags.ckpt_step, inspect)
+                check_named(flags.load, flags.step, inspect)
+    for folder, step in ((flags.load, flags.step), (flags.start, None)):
+        if folder is not None and (folder / TRACKER).is_file():
+            check(read_saved_run(folder, step))
+            break
 
 
 def _publish(decided: str) -> None:

@@ -100,7 +100,7 @@ class CheckpointKeeper(Callback):
 
     def __init__(self, options: KeepOptions, record: RunRecord) -> None:
         self._options, self._record = options, record
-        self._progress = None if options.metric is None else Progress(options.metric)
+        self._progress = None if options.keep_best is None else Progress(options.keep_best)
         self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
         self._resumed_from: frozenset[int] = frozenset()
 
@@ -168,10 +168,12 @@ class CheckpointKeeper(Callback):
         save, options = Path(get_args().save), self._options
         try:
             drop_replaced(folder_of(save, iteration))
-            if options.last is not None:
-                removed = prune(save, iteration, options.last, options.metric, self._resumed_from)
+            if options.keep_last is not None:
+                removed = prune(
+                    save, iteration, options.keep_last, options.keep_best, self._resumed_from
+                )
                 for folder in removed:
-                    print_rank_0(f"> removed {folder} (--keep-last {options.last})")
+                    print_rank_0(f"> removed {folder} (--keep-last {options.keep_last})")
         except (CheckpointError, ConversionError, OSError) as error:
             # The run is worth more than the space that a removal would free.
             print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
@@ -192,7 +194,7 @@ class CheckpointKeeper(Callback):
         return found
 
     def _stop_if_patience_has_ended(self, iteration: int) -> None:
-        args, progress, patience = get_args(), self._progress, self._options.patience
+        args, progress, patience = get_args(), self._progress, self._options.early_stop
         if patience is None or progress is None or progress.without_best < patience:
             return
         if iteration < args.train_iters:

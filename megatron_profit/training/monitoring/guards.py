@@ -6,99 +6,83 @@ facts, the same on all ranks, and carries out the reactions.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from statistics import median
-from typing import Any
+
+from megatron_profit.flags import ArgumentsError, flag, flag_of
 
 # Megatron's exit code for a run that failed on the validation of a result.
 EXIT_CODE = 17
 POLICIES = ("warn", "skip", "stop")
-_CHOICES = {
-    "on_nonfinite": ("skip", "stop"),
-    "on_spike": POLICIES,
-    "on_empty": POLICIES,
-    "on_stall": ("warn", "stop"),
-}
 
 
 @dataclass(frozen=True)
 class GuardOptions:
     """The reaction to a faulty step: warn, skip it (no optimizer step) or stop the run before its update.
 
-    Attributes:
-        on_nonfinite: NaN or infinity in the loss or the gradient.
-        on_spike: A loss or gradient norm far above the recent steps' values.
-        on_empty: No supervised token in the global batch.
-        on_stall: `stall_steps` steps in a row trained no token: none was kept, or the optimizer took no step.
-        spike_grad_norm, spike_loss: Multiple of the median of recent steps that is a spike; 0 for none. For
-            example, with 10 a gradient norm of 21 is a spike after a median of 2.
-        stall_steps: More than the 32 halvings that bring Megatron's first fp16 loss scale down to 1.
+    For example, with `spike_grad_norm` 10 a gradient norm of 21 is a spike after a median of 2. By default
+    `stall_steps` is more than the 32 halvings that bring Megatron's first fp16 loss scale down to 1.
 
     Raises:
-        ValueError: Names the flag, its value and the limit.
+        ArgumentsError: Names the flag, its value and the limit.
     """
 
-    on_nonfinite: str = "stop"
-    on_spike: str = "warn"
-    on_empty: str = "skip"
-    on_stall: str = "warn"
-    spike_grad_norm: float = 10.0
-    spike_loss: float = 3.0
-    stall_steps: int = 50
+    on_nonfinite: str = flag(
+        "What to do about NaN or infinity in loss or gradient: skip the optimizer step, or stop the run "
+        "before it. An overflow of fp16 loss scaling is no such event.",
+        default="stop",
+        choices=("skip", "stop"),
+    )
+    on_spike: str = flag(
+        "What to do about a spike of loss or gradient norm.", default="warn", choices=POLICIES
+    )
+    on_empty: str = flag(
+        "What to do about a global batch without a supervised token.",
+        default="skip",
+        choices=POLICIES,
+    )
+    on_stall: str = flag(
+        "What to do when nothing was trained for --stall-steps steps in a row.",
+        default="warn",
+        choices=("warn", "stop"),
+    )
+    spike_grad_norm: float = flag(
+        "A gradient norm of this many times the median of recent steps is a spike; 0 for none.",
+        default=10.0,
+        type=float,
+        metavar="N",
+    )
+    spike_loss: float = flag(
+        "A cross-entropy of this many times the median of recent steps is a spike; 0 for none.",
+        default=3.0,
+        type=float,
+        metavar="N",
+    )
+    stall_steps: int = flag(
+        "Steps in a row that keep no token or take no optimizer step.",
+        default=50,
+        type=int,
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{_flag(name)} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
+        for option in fields(self):
+            value, choices = getattr(self, option.name), option.metadata.get("choices")
+            if choices and value not in choices:
+                raise ArgumentsError(
+                    f"{flag_of(option.name)} is {value!r}; choose one of {', '.join(choices)}"
                 )
         for name in ("spike_grad_norm", "spike_loss"):
             factor = getattr(self, name)
             if not (factor == 0 or 1 < factor < math.inf):
-                raise ValueError(
-                    f"{_flag(name)} is {factor}; it must be a multiple above 1 of the recent median, or 0 "
-                    "for no such check"
+                raise ArgumentsError(
+                    f"{flag_of(name)} is {factor}; it must be a multiple above 1 of the recent median, or "
+                    "0 for no such check"
                 )
         if self.stall_steps < 1:
-            raise ValueError(f"--stall-steps is {self.stall_steps}; it must be at least 1")
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> GuardOptions:
-        """Return the options from arguments by name."""
-        return cls(**{option.name: settings[option.name] for option in fields(cls)})
-
-
-def add_guard_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of `GuardOptions`."""
-    helps = {
-        "on_nonfinite": "What to do about NaN or infinity in loss or gradient: skip the optimizer step, or "
-        "stop the run before it. An overflow of fp16 loss scaling is no such event.",
-        "on_spike": "What to do about a spike of loss or gradient norm.",
-        "on_empty": "What to do about a global batch without a supervised token.",
-        "on_stall": "What to do when nothing was trained for --stall-steps steps in a row.",
-        "spike_grad_norm": "A gradient norm of this many times the median of recent steps is a spike; 0 for "
-        "none.",
-        "spike_loss": "A cross-entropy of this many times the median of recent steps is a spike; 0 for none.",
-        "stall_steps": "Steps in a row that keep no token or take no optimizer step.",
-    }
-    for option in fields(GuardOptions):
-        kind = type(option.default)
-        group.add_argument(
-            _flag(option.name),
-            type=kind,
-            default=option.default,
-            choices=_CHOICES.get(option.name),
-            metavar=None if kind is str else "N",
-            help=helps[option.name],
-        )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            raise ArgumentsError(f"--stall-steps is {self.stall_steps}; it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.process.console import print_rank_0
@@ -28,7 +29,6 @@ from megatron_profit.training.statistics.given_statistics import StatisticProvid
 from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
-from megatron_profit.training.step.objective_flags import flag_of
 
 FILE_NAME = "old_policy.safetensors"
 _VERSION = "1"
@@ -41,19 +41,19 @@ def check_old_policy(settings: Mapping[str, Any]) -> None:
         settings: Megatron's arguments and `psft_steps_per_refresh`, by name.
 
     Raises:
-        ValueError: Names the flag, its value and what to do.
+        ArgumentsError: Names the flag, its value and what to do.
     """
     steps = settings["psft_steps_per_refresh"]
     if steps == 1:
-        raise ValueError(
+        raise ArgumentsError(
             "--psft-steps-per-refresh 1 refreshes the old policy before every step: the ratio p / p_old "
             "is then 1 and PSFT exactly SFT; give 2 or more (8 in the paper), or use --objective sft"
         )
     if steps < 1:
-        raise ValueError(f"--psft-steps-per-refresh is {steps}; it must be at least 2")
+        raise ArgumentsError(f"--psft-steps-per-refresh is {steps}; it must be at least 2")
     for name in ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed"):
         if settings.get(name):
-            raise ValueError(
+            raise ArgumentsError(
                 f"--{name.replace('_', '-')} changes the global batch during the run, but an outer batch of "
                 "PSFT is --psft-steps-per-refresh equal ones; drop the flag"
             )

@@ -15,6 +15,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_profit.flags import ArgumentsError
+
 # Arguments that follow from config.json and are choices of training nevertheless.
 CHOICES = frozenset({"moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_router_dtype"})
 # Flags of experts, routers and shared experts that no family of this project has, or that `moe_layer_freq`
@@ -55,19 +57,21 @@ def check_experts(settings: Mapping[str, Any], normalization: str, world_size: i
         world_size: Number of processes.
 
     Raises:
-        ValueError: The layout does not fit the experts or the processes, or a flag would be ignored or does
-            harm.
+        ArgumentsError: The layout does not fit the experts or the processes, or a flag would be ignored or
+            does harm.
     """
     ep, experts = settings["expert_model_parallel_size"], settings["num_experts"]
     etp = settings["expert_tensor_parallel_size"]
     if experts is None:
         for name, size in (("model", ep), ("tensor", etp)):
             if size not in (None, 1):
-                raise ValueError(f"--expert-{name}-parallel-size {size}: the model has no experts")
+                raise ArgumentsError(
+                    f"--expert-{name}-parallel-size {size}: the model has no experts"
+                )
         return
     tp, pp = settings["tensor_model_parallel_size"], settings["pipeline_model_parallel_size"]
     if tp > 1 and not settings["sequence_parallel"]:
-        raise ValueError(
+        raise ArgumentsError(
             f"--tensor-model-parallel-size {tp} needs --sequence-parallel where a model has experts: "
             "without it every rank would route all tokens"
         )
@@ -83,9 +87,9 @@ def check_experts(settings: Mapping[str, Any], normalization: str, world_size: i
         ),
     ):
         if size < 1 or total % size:
-            raise ValueError(f"{flag} {size} does not divide {of}, {total}")
+            raise ArgumentsError(f"{flag} {size} does not divide {of}, {total}")
     if settings["moe_grouped_gemm"] and settings["transformer_impl"] == "local":
-        raise ValueError("--moe-grouped-gemm needs Transformer Engine; drop the flag")
+        raise ArgumentsError("--moe-grouped-gemm needs Transformer Engine; drop the flag")
     _check_balancing(settings, normalization)
 
 
@@ -96,12 +100,12 @@ def _check_balancing(settings: Mapping[str, Any], normalization: str) -> None:
     )
     for kind in kinds:
         if kind not in _BALANCING:
-            raise ValueError(
+            raise ArgumentsError(
                 f"--moe-router-load-balancing-type {kind} routes otherwise than the model was trained "
                 f"to; it can be {', '.join(_BALANCING)}"
             )
     if normalization == "kept" and any(coefficients) and kinds != ["none"]:
-        raise ValueError(
+        raise ArgumentsError(
             f"--moe-aux-loss-coeff {coefficients[0]}: where the loss is divided by the kept tokens, the "
             "objective would decide how strongly the router is balanced; use --objective-normalization "
             "valid, or --moe-aux-loss-coeff 0"

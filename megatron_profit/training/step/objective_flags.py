@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from typing import Any
 
+from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.objectives import (
     NORMALIZATIONS,
     SCHEDULE_SHAPES,
@@ -30,13 +30,16 @@ def load_outside_objective(argv: Sequence[str]) -> None:
     """Import the objective that a command line asks for, so that its flags exist when it is parsed.
 
     Raises:
-        ValueError: The objective cannot be imported.
+        ArgumentsError: The objective cannot be imported.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--objective", nargs="?")
     chosen = parser.parse_known_args(argv)[0].objective
     if chosen is not None:
-        load_objective(chosen)
+        try:
+            load_objective(chosen)
+        except ValueError as error:
+            raise ArgumentsError(f"--objective: {error}") from error
 
 
 def add_objective_flags(group: argparse._ArgumentGroup) -> None:
@@ -103,52 +106,42 @@ def add_option_flags(group: argparse._ArgumentGroup) -> None:
     """Add a flag for each option of the registered objectives.
 
     Raises:
-        ValueError: Two objectives have an option of the same name with another meaning.
+        ArgumentsError: Two objectives have an option of the same name with another meaning.
     """
-    for name, owners in _options_by_name().items():
-        group.add_argument(flag_of(name), **_flag_keywords(owners))
+    try:
+        for name, owners in _options_by_name().items():
+            group.add_argument(flag_of(name), **_flag_keywords(owners))
+    except ValueError as error:
+        raise ArgumentsError(f"--objective: {error}") from error
 
 
-def flag_of(option: str) -> str:
-    """Return the flag of an option or argument. For example, `prob_threshold` gives `--prob-threshold`."""
-    return "--" + option.replace("_", "-")
-
-
-def check_objective(
-    settings: Mapping[str, Any], explicit: Mapping[str, Any]
-) -> tuple[dict[str, Any], Objective | ScheduledObjective]:
-    """Check the flags of the objective together, before anything is loaded.
+def objective_of(
+    settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> Objective | ScheduledObjective:
+    """Return the objective that the flags ask for.
 
     Args:
         settings: All arguments by name.
-        explicit: The arguments that were given.
-
-    Returns:
-        The given options of the chosen objective, and the objective with them.
+        given: The arguments that were given.
 
     Raises:
-        ValueError: An option is missing, out of range, or would be ignored.
+        ArgumentsError: An option is missing, out of range, or would be ignored.
     """
     chosen = settings["objective"]
     own = {option.name for option in objective_options(chosen)}
     for name, owners in _options_by_name().items():
-        if name in explicit and name not in own:
-            raise ValueError(
+        if name in given and name not in own:
+            raise ArgumentsError(
                 f"{flag_of(name)} is an option of --objective {' and '.join(owners)}, not of {chosen}; "
                 "drop it"
             )
-    options = {name: explicit[name] for name in sorted(own) if name in explicit}
+    options = {name: given[name] for name in sorted(own) if name in given}
     try:
-        objective = _build({**settings, "objective_options": options})
+        objective = _build(settings, options)
         _check_effect(settings, objective)
     except ValueError as error:
-        raise ValueError(f"--objective {chosen}: {error}") from error
-    return options, objective
-
-
-def objective_from_args(args: Namespace) -> Objective | ScheduledObjective:
-    """Return the objective of a run, from Megatron's arguments."""
-    return _build(vars(args))
+        raise ArgumentsError(f"--objective {chosen}: {error}") from error
+    return objective
 
 
 def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
@@ -159,27 +152,29 @@ def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
         steps: Steps of the whole run.
 
     Raises:
-        ValueError: The objective, or the final value of an option, would have no step.
+        ArgumentsError: The objective, or the final value of an option, would have no step.
     """
     if not isinstance(objective, ScheduledObjective):
         return
     left = steps - objective.warmup_steps
     if left < 1:
-        raise ValueError(
+        raise ArgumentsError(
             f"--objective-warmup-steps {objective.warmup_steps} leaves no step of the run's {steps} for the "
             f"objective; give fewer than {steps}, or --objective sft"
         )
     for schedule in objective.schedules:
         if schedule.shape == "constant" and schedule.steps >= left:
-            raise ValueError(
+            raise ArgumentsError(
                 f"--objective-schedule {schedule.option} constant keeps its start for {schedule.steps} "
                 f"steps, which are all {left} of the run, so {flag_of(schedule.option)} would be "
                 "ignored; give fewer than that, or drop the schedule"
             )
 
 
-def _build(settings: Mapping[str, Any]) -> Objective | ScheduledObjective:
-    objective = build_objective(settings["objective"], **settings["objective_options"])
+def _build(
+    settings: Mapping[str, Any], options: Mapping[str, Any]
+) -> Objective | ScheduledObjective:
+    objective = build_objective(settings["objective"], **options)
     schedules = tuple(OptionSchedule(*given) for given in settings["objective_schedule"] or ())
     warmup = settings["objective_warmup_steps"]
     if not schedules and not warmup:

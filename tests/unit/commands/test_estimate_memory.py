@@ -21,7 +21,7 @@ from megatron_profit.commands.estimate_memory import (
 )
 from megatron_profit.commands.parameter_counts import stage_parameters
 from megatron_profit.commands.run_shape import PUBLISHED, ShapeError, published_config, read_run
-from megatron_profit.training.arguments.errors import ArgumentsError
+from megatron_profit.flags import ArgumentsError
 
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()

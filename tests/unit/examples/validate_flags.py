@@ -21,7 +21,6 @@ def complaint(flags: list[str], processes: int) -> str | None:
     )
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import unset_global_variables
-
     from megatron_profit.training.arguments.sft_arguments import read_arguments
 
     os.environ |= {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}

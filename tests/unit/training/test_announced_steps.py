@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_profit.data import PackingReport
-from megatron_profit.training.datasets import _tell_of_steps
+from megatron_profit.training.plan.datasets import _tell_of_steps
 
 
 @pytest.fixture

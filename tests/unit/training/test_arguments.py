@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
+from megatron_profit.training.arguments.sft_arguments import read_arguments
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.data import DataError
+from megatron_profit.flags import ArgumentsError
 from megatron_profit.objectives import Objective, option, registry
-from megatron_profit.training.arguments.errors import ArgumentsError
 from megatron_profit.training.arguments.platform import platform_settings
-from megatron_profit.training.arguments.sft_arguments import read_arguments
 from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.step.objective_flags import objective_from_args
 

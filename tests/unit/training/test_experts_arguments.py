@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core import mpu
-
-from megatron_profit.training.arguments.errors import ArgumentsError
 from megatron_profit.training.arguments.sft_arguments import read_arguments
+
+from megatron_profit.flags import ArgumentsError
 from megatron_profit.training.step.experts import router_padding, scale_balancing
 
 DENSE = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from make_tiny_model import TinyShape, make_tiny_model
-
-from megatron_profit.training.arguments import disk
-from megatron_profit.training.arguments.errors import ArgumentsError
 from megatron_profit.training.arguments.sft_arguments import read_arguments
+
+from megatron_profit.flags import ArgumentsError
+from megatron_profit.training.arguments import disk
 
 
 @pytest.fixture(scope="module")

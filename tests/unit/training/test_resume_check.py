@@ -12,7 +12,7 @@ import pytest
 from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError
 from megatron_profit.training.checkpoints.run_record import RunRecord
-from megatron_profit.training.resume.compare import (
+from megatron_profit.training.plan.compare import (
     check_length,
     check_optimizer_state,
     check_resume,
@@ -226,7 +226,7 @@ def test_a_run_that_has_made_its_steps_is_told_so_and_one_that_has_made_more_is_
     tmp_path, settings, steps, asked
 ):
     none = {"epochs": None, "train_iters": None, "train_samples": None}
-    arguments = SimpleNamespace(steps=steps, settings={**none, **settings})
+    arguments = SimpleNamespace(steps=steps, values={**none, **settings})
     told: list[str] = []
     check_length(Resumed(tmp_path, 9, {}), arguments, told.append)
     assert told == []

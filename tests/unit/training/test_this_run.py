@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from megatron_profit.training.resume.this_run import digest_of_weights
+from megatron_profit.training.plan.this_run import digest_of_weights
 
 
 def weights(folder: Path, seed: int) -> Path:

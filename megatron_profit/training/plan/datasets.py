@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.utils import Split
@@ -20,7 +21,7 @@ from megatron_profit.data import (
     load_tokenizer,
     prepare_sets,
 )
-from megatron_profit.training.arguments.sft_arguments import SFTArguments
+from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.process.console import print_rank_0
 
 
@@ -87,27 +88,31 @@ def _train_rows(args: Namespace, counted: int) -> int:
     return max(counted, args.consumed_train_samples + left * args.global_batch_size)
 
 
-def prepare_data(arguments: SFTArguments) -> SFTData:
+def prepare_data(settings: RunSettings, options: DataOptions) -> SFTData:
     """Map the prepared examples of the run, and report the records that were left out.
 
     The first process of a machine prepares data that are not in the cache. The others wait for its files.
+
+    Args:
+        settings: The settings of the run.
+        options: The options of the data flags.
 
     Raises:
         DataError: Data cannot be read, or no example can be trained.
     """
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if leader:
-        _check_tokenizer(arguments)
+        _check_tokenizer(settings.hf_model, settings.values["vocab_size"])
     sets = prepare_sets(
-        arguments.data,
-        arguments.hf_model,
-        epochs=arguments.epochs,
+        options,
+        settings.hf_model,
+        epochs=settings.values["epochs"],
         leader=leader,
         progress=print_rank_0,
     )
     train, valid = sets["train"], sets.get("valid")
     print_rank_0(f"> train data: {train.prepared.report}\n{train.packing}")
-    _tell_of_steps(train.packing, arguments.batch_size)
+    _tell_of_steps(train.packing, settings.batch_size)
     if valid and valid.prepared is train.prepared:
         print_rank_0(f"> valid data, set aside of the records above: {valid.packing}")
     elif valid:
@@ -118,7 +123,7 @@ def prepare_data(arguments: SFTArguments) -> SFTData:
         train.packing.supervised_share,
         train.prepared,
         valid and valid.prepared,
-        _digest(train.prepared, arguments.data),
+        _digest(train.prepared, options),
     )
 
 
@@ -146,8 +151,7 @@ def _digest(prepared: Prepared, options: DataOptions) -> str:
     return digest.hexdigest()[:24]
 
 
-def _check_tokenizer(arguments: SFTArguments) -> None:
-    folder, vocab_size = arguments.hf_model, arguments.defaults["vocab_size"]
+def _check_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > vocab_size:
         raise DataError(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.hf.folder import read_hf_config
 from megatron_profit.data import DataOptions, Prepared, Source
 from megatron_profit.data.store.cache import tokenizer_files
 from megatron_profit.objectives import Objective, ScheduledObjective
-from megatron_profit.training.arguments.sft_arguments import SFTArguments
+from megatron_profit.training.arguments.derive import RunSettings
+from megatron_profit.training.arguments.disk import RunFiles
 from megatron_profit.training.checkpoints.run_record import (
     RunRecord,
     digest_of_arrays,
@@ -21,9 +20,8 @@ from megatron_profit.training.checkpoints.run_record import (
     digest_of_json,
     package_versions,
 )
-from megatron_profit.training.datasets import SFTData
-from megatron_profit.training.resume.compare import precision
-from megatron_profit.training.step.objective_loss import ObjectiveLoss
+from megatron_profit.training.plan.compare import precision
+from megatron_profit.training.plan.datasets import SFTData
 
 _SCHEDULE = (
     *("lr", "min_lr", "lr_decay_style", "lr_decay_samples"),
@@ -38,59 +36,59 @@ _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum
 _BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
-def describe_run(arguments: SFTArguments, data: SFTData, loss: ObjectiveLoss) -> RunRecord:
+def describe_run(settings: RunSettings, files: RunFiles, data: SFTData) -> RunRecord:
     """Return the record of a run.
 
     Args:
-        arguments: The flags of the run.
+        settings: The settings of the run.
+        files: Its files.
         data: The rows.
-        loss: The objective in training.
     """
-    args, options = arguments.namespace, arguments.data
+    values, options = settings.values, files.data
     return RunRecord(
         objective={
-            "name": args.objective,
-            **_objective(loss),
-            **_statistics(args, arguments, loss),
+            "name": values["objective"],
+            **_objective(settings),
+            **_statistics(settings, files),
         },
         data={
             **_content(data.train_prepared, options.train),
-            **_rows(args),
+            **_rows(values),
             "valid_split": options.valid_split,
             "weights": [source.weight for source in options.train],
             "num_samples": [source.num_samples for source in options.train],
         },
-        validation=_validation(args, options, data),
+        validation=_validation(values, options, data),
         tokenizer={
-            "digest": digest_of_json(tokenizer_files(arguments.hf_model)),
+            "digest": digest_of_json(tokenizer_files(settings.hf_model)),
             "turn_end_id": data.turn_end,
         },
-        seed={"seed": args.seed},
-        model={"digest": digest_of_config(read_hf_config(arguments.hf_model))},
+        seed={"seed": values["seed"]},
+        model={"digest": digest_of_config(settings.config)},
         schedule={
-            **_chosen(args, _SCHEDULE),
+            **_chosen(values, _SCHEDULE),
             # The flag as it was given: Megatron's value may be derived from the length of the run.
-            "lr_decay_iters": arguments.settings["lr_decay_iters"],
+            "lr_decay_iters": settings.given.get("lr_decay_iters"),
         },
-        length=_chosen(args, _LENGTH),
-        batch={"global_batch_size": arguments.batch_size},
-        optimizer={**_chosen(args, _OPTIMIZER), "precision": precision(vars(args))},
+        length=_chosen(values, _LENGTH),
+        batch={"global_batch_size": settings.batch_size},
+        optimizer={**_chosen(values, _OPTIMIZER), "precision": precision(values)},
         versions=package_versions(),
     )
 
 
-def _chosen(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names}
+def _chosen(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names}
 
 
-def _objective(loss: ObjectiveLoss) -> dict[str, Any]:
-    scheduled = loss.objective
+def _objective(settings: RunSettings) -> dict[str, Any]:
+    scheduled = settings.objective
     if not isinstance(scheduled, ScheduledObjective):
         scheduled = ScheduledObjective(scheduled)
     final: Objective = scheduled.objective
     return {
         "options": {option.name: getattr(final, option.name) for option in fields(final)},
-        "normalization": loss.normalization or final.normalization,
+        "normalization": settings.values["objective_normalization"] or final.normalization,
         "warmup_steps": scheduled.warmup_steps,
         "schedules": [
             [schedule.option, schedule.shape, list(schedule.start), schedule.steps]
@@ -99,13 +97,13 @@ def _objective(loss: ObjectiveLoss) -> dict[str, Any]:
     }
 
 
-def _statistics(args: Namespace, arguments: SFTArguments, loss: ObjectiveLoss) -> dict[str, Any]:
+def _statistics(settings: RunSettings, files: RunFiles) -> dict[str, Any]:
     """Return the settings of an objective that compares the model with another one."""
     found: dict[str, Any] = {}
-    if "old_log_prob" in loss.objective.required_statistics:
-        found["psft_steps_per_refresh"] = args.psft_steps_per_refresh
-    if arguments.reference is not None:
-        found["reference"] = digest_of_weights(arguments.reference[0].folder)
+    if "old_log_prob" in settings.objective.required_statistics:
+        found["psft_steps_per_refresh"] = settings.values["psft_steps_per_refresh"]
+    if files.reference is not None:
+        found["reference"] = digest_of_weights(files.reference[0].folder)
     return found
 
 
@@ -119,17 +117,17 @@ def _content(prepared: Prepared, sources: Iterable[Source]) -> dict[str, Any]:
     }
 
 
-def _rows(args: Namespace) -> Mapping[str, Any]:
+def _rows(values: Mapping[str, Any]) -> Mapping[str, Any]:
     names = ("seq_length", "packing", "too_long", "train_on", "train_think", "template_date")
-    return _chosen(args, names)
+    return _chosen(values, names)
 
 
-def _validation(args: Namespace, options: DataOptions, data: SFTData) -> dict[str, Any]:
+def _validation(values: Mapping[str, Any], options: DataOptions, data: SFTData) -> dict[str, Any]:
     if data.valid_prepared is None:
         return {}
     if options.valid_split:
         return {"valid_split": options.valid_split}
-    return {**_content(data.valid_prepared, options.valid), **_rows(args)}
+    return {**_content(data.valid_prepared, options.valid), **_rows(values)}
 
 
 def digest_of_weights(folder: Path) -> str:

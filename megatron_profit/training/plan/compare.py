@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import printable
-from megatron_profit.training.arguments.sft_arguments import SFTArguments
+from megatron_profit.flags import flag_of
+from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError, read_json
 from megatron_profit.training.checkpoints.run_record import GUARDED, RUN, Difference, RunRecord
-from megatron_profit.training.step.objective_flags import flag_of
 
 # Settings of the data that follow from the records themselves.
 _CONTENT = ("digest", "examples", "supervised_tokens")
@@ -121,24 +121,24 @@ def schedule_line(args: Namespace, resumed: Resumed) -> str:
     return f"> learning rate from step {resumed.iteration + 1} on: {course}, {warmup:g} of warm-up"
 
 
-def check_length(resumed: Resumed, arguments: SFTArguments, tell: Tell) -> None:
+def check_length(resumed: Resumed, settings: RunSettings, tell: Tell) -> None:
     """Refuse a run that has already made more steps than asked for; tell of one that has made them all.
 
     Args:
         resumed: The checkpoint that the run resumes.
-        arguments: The flags of the run, with the steps of all epochs.
+        settings: The settings of the run, with the steps of all epochs.
         tell: Gets a line of text.
 
     Raises:
         CheckpointError: Names both numbers and the flags that help.
     """
-    steps, settings = arguments.steps, arguments.settings
+    steps, values = settings.steps, settings.values
     if steps is None or resumed.iteration < steps:
         return
     flag = next(
-        flag_of(name) for name in ("epochs", "train_iters", "train_samples") if settings[name]
+        flag_of(name) for name in ("epochs", "train_iters", "train_samples") if values[name]
     )
-    asked = f"{flag} {settings[flag[2:].replace('-', '_')]}"
+    asked = f"{flag} {values[flag[2:].replace('-', '_')]}"
     if flag != "--train-iters":
         asked += f" ({steps} steps)"
     if resumed.iteration > steps:

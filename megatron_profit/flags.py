@@ -1,0 +1,44 @@
+"""Groups of flags as frozen dataclasses, and the error of flags that cannot be used.
+
+A field is a flag: its default is the flag's default, its metadata are the keywords of `add_argument`. For
+example, `keep_last: int | None = flag("Remove all but the N newest.", type=int, metavar="N")` is
+`--keep-last N`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Any
+
+
+class ArgumentsError(ValueError):
+    """The flags cannot be used; the message names the value, the limit and the remedy."""
+
+
+def flag(help: str, *, default: Any = None, **argparse: Any) -> Any:
+    """Declare a flag: a field of a dataclass that `add_flags` adds to a parser.
+
+    Args:
+        help: The effect of the flag.
+        default: Its value when it is not given.
+        **argparse: Further keywords of `ArgumentParser.add_argument`: `type`, `choices`, `metavar`, ...
+    """
+    return field(default=default, metadata={"help": help, **argparse})
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of an option or argument. For example, `prob_threshold` gives `--prob-threshold`."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(group: argparse._ActionsContainer, options: type) -> None:
+    """Add the flags that the fields of a dataclass declare."""
+    for option in fields(options):
+        group.add_argument(flag_of(option.name), default=option.default, **option.metadata)
+
+
+def options_of[T](options: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass of flags with the values of these arguments, given by name."""
+    return options(**{option.name: values[option.name] for option in fields(options)})  # type: ignore[arg-type]

@@ -1,0 +1,98 @@
+"""The plan of a run, made once: the settings of its flags, and everything that it needs opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_profit.training.arguments.derive import RunSettings, derive
+from megatron_profit.training.arguments.disk import RunFiles, open_files
+from megatron_profit.training.checkpoints.choose import (
+    CheckpointFlags,
+    Resumed,
+    settle_checkpoints,
+)
+from megatron_profit.training.checkpoints.run_record import RunRecord
+from megatron_profit.training.checkpoints.save_folder import tell_of_other_curves
+from megatron_profit.training.checkpoints.save_lock import hold_new
+from megatron_profit.training.checkpoints.size import check_space_at_start
+from megatron_profit.training.plan.compare import check_length, check_resume
+from megatron_profit.training.plan.datasets import SFTData, prepare_data
+from megatron_profit.training.plan.this_run import describe_run
+from megatron_profit.training.plan.wandb_run import resume_wandb_run
+from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.ranks import is_first_rank
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that is ready to start.
+
+    Attributes:
+        settings: Everything that follows from the flags, config.json and the number of rows.
+        files: The folders and files that the flags name.
+        data: The rows.
+        record: The record that each checkpoint of the run holds; empty off the first rank.
+    """
+
+    settings: RunSettings
+    files: RunFiles
+    data: SFTData
+    record: RunRecord
+
+
+def plan_run(argv: Sequence[str], device: str) -> RunPlan:
+    """Plan a run on this rank. All ranks of the run call this.
+
+    Args:
+        argv: The flags of `megatron_profit.sft`, without the program's name.
+        device: "cuda" or "cpu", as `megatron_profit.megatron_patches.activate` chose it.
+
+    Raises:
+        ArgumentsError: The flags cannot be used. No file but config.json has been opened.
+        CheckpointError, ConversionError, DataError: A checkpoint, a model or the data cannot be used.
+    """
+    return open_run(derive(argv, device, int(os.environ.get("WORLD_SIZE", "1"))))
+
+
+def open_run(settings: RunSettings) -> RunPlan:
+    """Choose the checkpoint, prepare the data, open the models and hold the folder of checkpoints.
+
+    Raises:
+        ArgumentsError, CheckpointError, ConversionError, DataError: As `plan_run`.
+    """
+    flags = CheckpointFlags.of(settings.values)
+    resumed = settle_checkpoints(flags, settings.check_checkpoint)
+    files = open_files(settings)
+    data = prepare_data(settings, files.data)
+    settings = settings.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
+    files = files.with_turn_end(settings, data.turn_end, print_rank_0)
+    record = RunRecord()
+    if is_first_rank():
+        record = describe_run(settings, files, data)
+        _check_record(record, settings, data, resumed)
+    if settings.save is not None:
+        hold_new(settings.save)
+    resume_wandb_run(settings.values, resumed)
+    return RunPlan(settings, files, data, record)
+
+
+def _check_record(
+    record: RunRecord, settings: RunSettings, data: SFTData, resumed: Resumed | None
+) -> None:
+    """Check the record of the run against the checkpoint to resume, and the space on the disk.
+
+    Raises:
+        CheckpointError: The record does not fit the checkpoint, or there is too little space to save.
+    """
+    curves = settings.values["tensorboard_dir"]
+    is_finished = resumed is not None and resumed.iteration == settings.steps
+    if resumed is not None:
+        check_length(resumed, settings, print_rank_0)
+        rows_until = data.train.order.rows_until
+        check_resume(*(resumed, record, settings.namespace, rows_until, print_rank_0), is_finished)
+    elif curves:
+        tell_of_other_curves(curves)
+    if settings.save is not None and not is_finished:
+        check_space_at_start(settings.save, settings.hf_model, settings.values)
