@@ -20,10 +20,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training_commands import read_command
 
 from megatron_profit.commands.estimate_memory import GIB, estimate
-from megatron_profit.commands.run_shape import published_config, read_run
+from megatron_profit.commands.run_shape import RunShape, published_config
+from megatron_profit.data import DataOptions
+from megatron_profit.training.arguments.derive import derive
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])
@@ -119,12 +120,12 @@ def named_memory(script: Path) -> int:
 
 
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
-def test_what_a_script_starts_is_accepted_and_fits_the_gpu(launch, case, tmp_path, monkeypatch):
+def test_what_a_script_starts_is_accepted_and_fits_the_gpu(launch, case):
     arguments = launch(case.script, case.variables)
-    check_command(arguments, case, tmp_path, monkeypatch)
+    check_command(arguments, case)
 
 
-def check_command(arguments: list[str], case: Launch, tmp_path: Path, monkeypatch) -> None:
+def check_command(arguments: list[str], case: Launch) -> None:
     """Processes, layout, parser, resuming and memory of what torchrun got."""
     nodes, per_node = (int(value(arguments, f"--{n}", "1")) for n in ("nnodes", "nproc-per-node"))
     assert nodes * per_node == case.gpus
@@ -133,10 +134,10 @@ def check_command(arguments: list[str], case: Launch, tmp_path: Path, monkeypatc
     assert value(torchrun, "--shutdown-timeout") == "300"
     assert "SIGUSR1" in value(torchrun, "--signals-to-handle")
     assert ("--standalone" in torchrun) == (nodes == 1)
-    monkeypatch.chdir(tmp_path)
-    read_command(flags, case.gpus, published_config(case.model), monkeypatch)
+    settings = derive(flags, "cuda", case.gpus, published_config(case.model))
+    DataOptions.from_flags(settings.values)
     assert value(flags, "--load") == value(flags, "--save"), "the same command resumes"
-    memory = max(memory.total for memory in estimate(read_run(flags, case.gpus)))
+    memory = max(memory.total for memory in estimate(RunShape(settings.namespace, case.gpus)))
     assert memory <= (case.gpu_memory or named_memory(EXAMPLES / case.script)) * GIB
 
 
@@ -201,7 +202,7 @@ def test_an_unknown_model_needs_a_layout(commands, tmp_path, script):
     subprocess.run([EXAMPLES / script], env=environment, check=True, **run)
 
 
-def test_the_kubernetes_job_starts_what_the_script_starts(launch, tmp_path, monkeypatch):
+def test_the_kubernetes_job_starts_what_the_script_starts(launch, tmp_path):
     job = yaml.safe_load(KUBERNETES.read_text())
     name, worker = job["metadata"]["name"], job["spec"]["pytorchReplicaSpecs"]["Worker"]
     pod = worker["template"]["spec"]
@@ -221,7 +222,7 @@ def test_the_kubernetes_job_starts_what_the_script_starts(launch, tmp_path, monk
         "multi_node.sh", {**variables, "MODEL": "Qwen3-32B-Base"}, *container["args"]
     )
     case = Launch("multi_node.sh", "Qwen3-32B", 16, gpu_memory=named_memory(KUBERNETES))
-    check_command(arguments, case, tmp_path, monkeypatch)
+    check_command(arguments, case)
 
 
 def slurm_variables(tmp_path: Path) -> dict[str, str]:
@@ -231,10 +232,10 @@ def slurm_variables(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("container", [{}, {"CONTAINER": "image.sqsh"}], ids=["bare", "container"])
-def test_the_slurm_job_starts_what_the_script_starts(launch, container, tmp_path, monkeypatch):
+def test_the_slurm_job_starts_what_the_script_starts(launch, container, tmp_path):
     arguments = launch("slurm.sbatch", {**slurm_variables(tmp_path), **container})
     assert value(arguments, "--rdzv-endpoint") == "node-a:20041"
-    check_command(arguments, Launch("multi_node.sh", "Qwen3-32B", 16), tmp_path, monkeypatch)
+    check_command(arguments, Launch("multi_node.sh", "Qwen3-32B", 16))
     settings = dict(
         re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (EXAMPLES / "slurm.sbatch").read_text(), re.M)
     )

@@ -21,13 +21,14 @@ def complaint(flags: list[str], processes: int) -> str | None:
     )
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.global_vars import unset_global_variables
-    from megatron_profit.training.arguments.sft_arguments import read_arguments
+
+    from megatron_profit.training.arguments.command_line import provider_of
+    from megatron_profit.training.arguments.derive import derive
 
     os.environ |= {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
-    sys.argv[1:] = flags
     try:
-        arguments = read_arguments(flags, "cpu").with_rows(1000, 0)
-        args = parse_and_validate_args(extra_args_provider=arguments.add_to_parser)
+        settings = derive(flags, "cpu", processes).with_rows(1000, 0)
+        args = parse_and_validate_args(extra_args_provider=provider_of(settings.values))
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     except (AssertionError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -39,7 +40,7 @@ def complaint(flags: list[str], processes: int) -> str | None:
 if __name__ == "__main__":
     results = []
     with contextlib.redirect_stdout(sys.stderr):
-        start()
+        start([])
         for flags, processes in json.load(sys.stdin):
             results.append(complaint(flags, processes))
     for result in results:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
-from megatron_profit.training.arguments.sft_arguments import read_arguments
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.data import DataError
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.objectives import Objective, option, registry
+from megatron_profit.training.arguments.command_line import add_arguments, provider_of
+from megatron_profit.training.arguments.derive import RunSettings, derive
+from megatron_profit.training.arguments.disk import RunFiles, open_files
 from megatron_profit.training.arguments.platform import platform_settings
 from megatron_profit.training.checkpoints.choose import Resumed
-from megatron_profit.training.step.objective_flags import objective_from_args
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -47,30 +49,47 @@ def hf_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def parse(hf_folder, monkeypatch):
-    """Parses flags on top of the required ones, as a process among `world_size`."""
+def read(flags: Sequence[object], world_size: int = 1) -> tuple[RunSettings, RunFiles]:
+    """Derives a run's settings and opens its files, as one of `world_size` processes."""
+    settings = derive([*map(str, flags)], "cpu", world_size)
+    return settings, open_files(settings)
 
-    def run(*flags: str, world_size: int = 1, objective=PROFIT):
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        required = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
+
+@pytest.fixture
+def parse(hf_folder):
+    """Reads flags on top of the required ones; returns the settings."""
+
+    def run(*flags: str, world_size: int = 1, objective=PROFIT, files: bool = False):
+        required = ["--hf-model", hf_folder, "--data", "a.jsonl", "--seq-length", "64"]
         rest = ["--micro-batch-size", "2", "--random-init", "--lr", "1e-5", "--train-iters", "9"]
-        return read_arguments([*required, *rest, *objective, *flags], "cpu")
+        return read([*required, *rest, *objective, *flags], world_size)[files]
 
     return run
 
 
 def test_signals_save_a_checkpoint_unless_nothing_else_is_said(parse):
-    assert megatron_args(parse()).exit_signal_handler is True
+    assert parse().values["exit_signal_handler"] is True
 
 
-def megatron_args(arguments, *argv):
-    parser = arguments.add_to_parser(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-    return parser.parse_args(argv)
+def test_megatron_gets_what_its_own_parser_makes_of_the_flags(parse, monkeypatch):
+    """Besides the arguments that follow from config.json or the machine; `sys.argv` is not read."""
+    monkeypatch.setattr("sys.argv", ["a notebook", "--with", "arguments of its own"])
+    flags = "--adam-beta2 0.9 --recompute-modules mlp core_attn --no-packing --seed 7".split()
+    settings = parse(*flags)
+    own = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    expected = vars(own.parse_args([*PROFIT, *flags]))
+    args = vars(provider_of(settings.values)(own).parse_args())
+    assert (args["adam_beta2"], args["recompute_modules"]) == (0.9, ["mlp", "core_attn"])
+    assert (args["packing"], args["prob_threshold"]) == (False, expected["prob_threshold"])
+    assert not expected.keys() - args.keys()
+    others = {name for name in expected if args[name] != expected[name]}
+    assert len(others) < 50 < 500 < len(expected)
+    assert {"num_layers", "tokenizer_type", "lr", "seq_length"} <= others
+    assert not others & {name[2:].replace("-", "_") for name in flags if name.startswith("--")}
 
 
 def test_architecture_comes_from_the_folder(parse):
-    args = megatron_args(parse())
+    args = parse().values
     expected = {
         "num_layers": 4,
         "hidden_size": 64,
@@ -93,19 +112,19 @@ def test_architecture_comes_from_the_folder(parse):
         "calculate_per_token_loss": True,
         "tokenizer_type": "HuggingFaceTokenizer",
     }
-    assert {name: getattr(args, name) for name in expected} == expected
+    assert {name: args[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(("tp", "padded"), [(1, 507), (2, 508), (4, 508)])
 def test_the_vocabulary_is_padded_only_as_tensor_parallelism_needs(parse, tp, padded):
     arguments = parse("--tensor-model-parallel-size", str(tp), world_size=tp)
-    assert arguments.defaults["padded_vocab_size"] == padded
+    assert arguments.values["padded_vocab_size"] == padded
 
 
 def test_a_flag_of_ones_own_still_wins_over_a_convention(parse):
     arguments = parse("--make-vocab-size-divisible-by", "128", "--log-interval", "7")
-    assert arguments.defaults["padded_vocab_size"] == 512
-    assert megatron_args(arguments, "--log-interval", "7").log_interval == 7
+    assert arguments.values["padded_vocab_size"] == 512
+    assert arguments.values["log_interval"] == 7
 
 
 @pytest.mark.parametrize(
@@ -263,14 +282,14 @@ def test_what_an_objective_would_ignore_is_refused(parse, flags, named):
 def test_objectives_share_flags_with_their_own_defaults(parse):
     for flags, share in ((("entropy",), 0.2), (("entropy", "--keep-share", "0.7"), 0.7)):
         flags = ("--objective", *flags)
-        objective = objective_from_args(megatron_args(parse(objective=flags), *flags))
+        objective = parse(objective=flags).objective
         assert objective.keep_share == share
 
 
 def test_a_schedule_and_a_warm_up_reach_the_objective(parse):
     flags = ("--objective-schedule", "prob_threshold", "linear", "0.0", "4")
     flags += ("--objective-warmup-steps", "2")
-    objective = objective_from_args(megatron_args(parse(*flags), *PROFIT, *flags))
+    objective = parse(*flags).objective
     assert objective.at(1).name == "sft"
     assert [objective.at(step).prob_threshold for step in (2, 4, 6)] == [(0.0,), (0.05,), (0.1,)]
 
@@ -285,10 +304,10 @@ def outside_objective(monkeypatch):
 
 def test_an_outside_objective_brings_its_flags(parse, outside_objective, capsys):
     flags = ("--objective", outside_objective, "--focal-gamma", "3")
-    objective = objective_from_args(megatron_args(parse(objective=flags), *flags))
+    objective = parse(objective=flags).objective
     assert (objective.name, objective.focal_gamma) == (outside_objective, 3.0)
     with pytest.raises(SystemExit):
-        read_arguments(["--objective", outside_objective, "--help"], "cpu")
+        derive(["--objective", outside_objective, "--help"], "cpu", 1)
     assert "--focal-gamma" in capsys.readouterr().out
     with pytest.raises(ArgumentsError, match=r"focal_gamma 0.5 is below 1"):
         parse(objective=(*flags[:3], "0.5"))
@@ -313,7 +332,7 @@ def test_options_that_clash_are_refused(parse, outside_objective, name, form, me
 @pytest.mark.parametrize("spelling", [("0.3", "0.7"), ("0.3,0.7",), ("0.3 0.7",)])
 def test_two_thresholds_in_any_spelling(parse, spelling):
     arguments = parse(objective=("--prob-threshold", *spelling, "--threshold-direction", "middle"))
-    assert objective_from_args(megatron_args(arguments)).prob_threshold == (0.3, 0.7)
+    assert arguments.objective.prob_threshold == (0.3, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +350,7 @@ def test_a_missing_flag_is_named(hf_folder, name):
     }
     del flags[name]
     with pytest.raises(ArgumentsError, match=name):
-        read_arguments([part for pair in flags.items() for part in pair], "cpu")
+        read([part for pair in flags.items() for part in pair])
 
 
 @pytest.mark.parametrize(
@@ -346,7 +365,7 @@ def test_a_run_without_a_step_of_full_learning_rate_is_refused(hf_folder, flags,
     command = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64", *length]
     command += ["--micro-batch-size", "2", "--lr", "1e-5", *PROFIT, "--random-init", *flags]
     with pytest.raises(ArgumentsError, match=named):
-        read_arguments(command, "cpu")
+        read(command)
 
 
 def test_embedding_and_loss_may_count_as_layers_of_the_pipeline(parse):
@@ -364,11 +383,11 @@ def test_epochs_become_iterations(parse, hf_folder):
         parse("--epochs", "2")
     flags = ["--hf-model", hf_folder, "--data", "a.jsonl", "--seq-length", "64", "--epochs", "3"]
     flags += ["--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-5"]
-    arguments = read_arguments([*map(str, flags), *PROFIT, "--random-init"], "cpu")
-    assert arguments.epochs == 3
-    assert arguments.with_rows(24, 0).defaults["train_iters"] == 3
-    assert arguments.with_rows(25, 0).defaults["train_iters"] == 4
-    assert "train_iters" not in parse().with_rows(None, 0).defaults
+    arguments, _ = read([*flags, *PROFIT, "--random-init"])
+    assert arguments.values["epochs"] == 3
+    assert arguments.with_rows(24, 0).values["train_iters"] == 3
+    assert arguments.with_rows(25, 0).values["train_iters"] == 4
+    assert parse().with_rows(None, 0).values["train_iters"] == 9
 
 
 @pytest.mark.parametrize(
@@ -400,7 +419,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused(hf_folder, flags, named, span):
     command += ["--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-5"]
     command += [*PROFIT, "--random-init", *flags]
     with pytest.raises(ArgumentsError) as error:
-        read_arguments([*map(str, command)], "cpu").with_rows(24, 0)
+        read(command)[0].with_rows(24, 0)
     assert all(part in str(error.value) for part in named), error.value
 
 
@@ -439,7 +458,7 @@ def weights_of(hf_folder):
     def weights_of(*flags: object):
         command = ["--hf-model", hf_folder, "--data", "a.jsonl", "--seq-length", "64", *PROFIT]
         command += ["--micro-batch-size", "1", "--lr", "1e-5", "--train-iters", "9", *flags]
-        model = read_arguments(list(map(str, command)), "cpu").hf_weights
+        model = read(command)[1].hf_weights
         return model and model.folder
 
     return weights_of
@@ -474,7 +493,7 @@ def test_weights_of_another_shape_are_refused(weights_of, with_weights):
 
 @pytest.mark.parametrize(("flags", "dtype"), [((), "float32"), (("--bf16",), "bfloat16")])
 def test_an_export_has_the_dtype_of_the_run(parse, tmp_path, flags, dtype):
-    export = parse("--export-hf", str(tmp_path / "new" / "out"), *flags).export
+    export = parse("--export-hf", str(tmp_path / "new" / "out"), *flags, files=True).export
     assert {tensor.dtype.torch for tensor in export.tensors.values()} == {dtype}
     assert not (tmp_path / "new").exists()
 
@@ -511,9 +530,9 @@ def test_broken_folders_are_refused(parse, hf_folder):
 
 
 def test_no_evaluation_although_there_is_validation_data(parse):
-    arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "0")
-    assert arguments.data.valid == ()
-    assert arguments.with_rows(None, 0).defaults["eval_iters"] == 0
+    flags = ("--valid-data", "v.jsonl", "--eval-iters", "0")
+    assert parse(*flags, files=True).data.valid == ()
+    assert parse(*flags).with_rows(None, 0).values["eval_iters"] == 0
 
 
 @pytest.mark.parametrize("apex", [False, True])
@@ -530,10 +549,10 @@ def test_what_a_gpu_machine_has_decides_the_layers(monkeypatch, apex, engine):
 
 def test_one_evaluation_sees_each_validation_example_once(parse):
     arguments = parse("--valid-data", "v.jsonl", "--global-batch-size", "8")
-    assert arguments.with_rows(None, 17).defaults["eval_iters"] == 3
-    assert arguments.with_rows(None, 0).defaults["eval_iters"] == 0
+    assert arguments.with_rows(None, 17).values["eval_iters"] == 3
+    assert arguments.with_rows(None, 0).values["eval_iters"] == 0
     arguments = parse("--valid-data", "v.jsonl", "--eval-iters", "2")
-    assert arguments.with_rows(None, 17).defaults["eval_iters"] == 2
+    assert arguments.with_rows(None, 17).values["eval_iters"] == 2
 
 
 def resumed(iteration: int, rows: int) -> Resumed:
@@ -543,7 +562,7 @@ def resumed(iteration: int, rows: int) -> Resumed:
 def in_epochs(hf_folder: Path, *flags: str):
     command = ["--hf-model", str(hf_folder), "--data", "a.jsonl", "--seq-length", "64"]
     command += ["--micro-batch-size", "1", "--lr", "1e-5", "--random-init", *PROFIT, *flags]
-    return read_arguments(command, "cpu")
+    return derive(command, "cpu", 1)
 
 
 @pytest.mark.parametrize(
@@ -561,28 +580,28 @@ def test_epochs_go_on_after_the_rows_that_were_taken(hf_folder, rows, batch, don
     arguments = in_epochs(hf_folder, "--epochs", "2", "--global-batch-size", str(batch))
     before = None if done is None else resumed(*done)
     arguments = arguments.with_rows(rows, 0, before)
-    assert arguments.defaults["train_iters"] == arguments.steps == steps
-    assert arguments.defaults["first_step"] == (done[0] if done else 0) + 1
+    assert arguments.values["train_iters"] == arguments.steps == steps
+    assert arguments.values["first_step"] == (done[0] if done else 0) + 1
 
 
 def test_with_another_batch_size_the_schedule_still_ends_with_the_run(hf_folder):
     """Megatron counts it in rows: 24 are taken, 4 steps of 8 are to come, 56 in all."""
     flags = ("--train-iters", "10", "--global-batch-size", "8")
-    defaults = in_epochs(hf_folder, *flags).with_rows(None, 0, resumed(6, 24)).defaults
-    assert defaults["lr_decay_iters"] * 8 == 56
+    values = in_epochs(hf_folder, *flags).with_rows(None, 0, resumed(6, 24)).values
+    assert values["lr_decay_iters"] * 8 == 56
     given = in_epochs(hf_folder, *flags, "--lr-decay-iters", "9")
-    assert "lr_decay_iters" not in given.with_rows(None, 0, resumed(6, 24)).defaults
+    assert given.with_rows(None, 0, resumed(6, 24)).values["lr_decay_iters"] == 9
     same = in_epochs(hf_folder, "--train-iters", "10", "--global-batch-size", "4")
-    assert "lr_decay_iters" not in same.with_rows(None, 0, resumed(6, 24)).defaults
+    assert same.with_rows(None, 0, resumed(6, 24)).values["lr_decay_iters"] is None
     samples = in_epochs(hf_folder, "--train-samples", "100", "--global-batch-size", "8")
     with pytest.raises(ArgumentsError, match=r"24 rows in 6 steps.*--train-iters 16 in place"):
         samples.with_rows(None, 0, resumed(6, 24))
 
 
 def test_a_resume_follows_the_flags_unless_they_name_the_checkpoints_schedule(parse):
-    assert megatron_args(parse()).override_opt_param_scheduler is True
+    assert parse().values["override_opt_param_scheduler"] is True
     flag = "--use-checkpoint-opt_param-scheduler"
-    assert megatron_args(parse(flag), flag).override_opt_param_scheduler is False
+    assert parse(flag).values["override_opt_param_scheduler"] is False
     with pytest.raises(ArgumentsError, match="contradict each other"):
         parse(flag, "--override-opt_param-scheduler")
 
@@ -597,6 +616,11 @@ def test_a_resume_follows_the_flags_unless_they_name_the_checkpoints_schedule(pa
         ("--weight-decay -1", "--weight-decay is -1.0"),
         ("--adam-beta2 1", r"--adam-beta2 is 1.0; it must be in \[0, 1\)"),
         ("--seed 4294967295", "--seed is 4294967295; it must be at most"),
+        ("--ckpt-step 0", "--ckpt-step is 0; it must be at least 1 and below"),
+        ("--ckpt-step -1", "--ckpt-step is -1; it must be at least 1 and below"),
+        ("--ckpt-step 1" + "0" * 15, "--ckpt-step is 1000000000000000; it must be at least"),
+        ("--ckpt-step " + "9" * 400, "--ckpt-step is 9999"),
+        ("--seed " + "9" * 400, "it must be at most"),
         ("--log-interval 0", "--log-interval is 0; it must be at least 1"),
         ("--num-workers -1", "--num-workers is -1"),
         ("--lr-decay-style WSD", "give --lr-wsd-decay-iters"),
@@ -626,18 +650,18 @@ def test_an_optimizer_whose_package_is_missing_is_refused(parse, monkeypatch):
 
 def test_help_shows_our_flags_before_megatrons(capsys):
     with pytest.raises(SystemExit) as end:
-        read_arguments(["--help"], "cpu")
+        derive(["--help"], "cpu", 1)
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert text.index("--hf-model") < text.index("--prob-threshold") < text.index("--num-layers")
 
 
 def test_metrics_go_beside_the_checkpoints_or_where_a_flag_says(parse, tmp_path):
-    assert parse().metrics_file is None
-    assert parse("--save", str(tmp_path)).metrics_file == tmp_path / "metrics.jsonl"
+    assert parse(files=True).metrics is None
+    assert parse("--save", str(tmp_path), files=True).metrics == tmp_path / "metrics.jsonl"
     file = tmp_path / "other.jsonl"
     flags = ("--save", str(tmp_path), "--metrics-file", str(file))
-    assert parse(*flags).metrics_file == file
+    assert parse(*flags, files=True).metrics == file
     with pytest.raises(ArgumentsError, match=r"--metrics-file .* is a folder; name a file"):
         parse("--metrics-file", str(tmp_path))
 
@@ -657,7 +681,5 @@ def test_guards_that_cannot_work_are_refused(parse, flags, named):
 
 
 def test_megatrons_reruns_are_off_unless_asked_for(parse):
-    arguments = parse()
-    assert megatron_args(arguments).rerun_mode == "disabled"
-    asked = megatron_args(arguments, "--rerun-mode", "validate_results")
-    assert asked.rerun_mode == "validate_results"
+    assert parse().values["rerun_mode"] == "disabled"
+    assert parse("--rerun-mode", "validate_results").values["rerun_mode"] == "validate_results"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core import mpu
-from megatron_profit.training.arguments.sft_arguments import read_arguments
 
 from megatron_profit.flags import ArgumentsError
+from megatron_profit.training.arguments.derive import derive
 from megatron_profit.training.step.experts import router_padding, scale_balancing
 
 DENSE = {
@@ -42,26 +41,18 @@ PROFIT = "--objective profit --prob-threshold 0.1 --threshold-direction higher"
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 
-@pytest.fixture
-def parse(tmp_path, monkeypatch):
-    def run(flags: str, world_size: int = 1, config=MOE, objective: str = PROFIT):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        rest = "--data a.jsonl --seq-length 64 --micro-batch-size 2 --random-init --lr 1 --train-iters 9"
-        return read_arguments(
-            ["--hf-model", str(tmp_path), *f"{rest} {objective} {flags}".split()], "cpu"
-        )
-
-    return run
+def parse(flags: str, world_size: int = 1, config=MOE):
+    rest = "--hf-model x --data a.jsonl --seq-length 64 --micro-batch-size 2 --lr 1 --train-iters 9"
+    return derive(f"{rest} {PROFIT} {flags}".split(), "cpu", world_size, config)
 
 
-def test_the_experts_come_from_the_folder(parse):
-    defaults = parse("").defaults
-    assert defaults["num_experts"] == 8
-    assert defaults["moe_aux_loss_coeff"] == 0.02
-    assert defaults["moe_token_dispatcher_type"] == "alltoall"
-    assert defaults["moe_grouped_gemm"] is False
-    assert "moe_grouped_gemm" not in parse("", config=DENSE).defaults
+def test_the_experts_come_from_the_folder():
+    values = parse("").values
+    assert values["num_experts"] == 8
+    assert values["moe_aux_loss_coeff"] == 0.02
+    assert values["moe_token_dispatcher_type"] == "alltoall"
+    assert values["moe_grouped_gemm"] is False
+    assert parse("", config=DENSE).values["moe_grouped_gemm"] is False
 
 
 @pytest.mark.parametrize(
@@ -75,7 +66,7 @@ def test_the_experts_come_from_the_folder(parse):
         ("--moe-router-load-balancing-type none --objective-normalization kept", 1),
     ],
 )
-def test_layouts_and_choices_of_training_are_accepted(parse, flags, world_size):
+def test_layouts_and_choices_of_training_are_accepted(flags, world_size):
     parse(flags, world_size)
 
 
@@ -94,7 +85,7 @@ def test_layouts_and_choices_of_training_are_accepted(parse, flags, world_size):
         ("--objective-normalization kept", 1, ("0.02", "--moe-aux-loss-coeff 0")),
     ],
 )
-def test_what_cannot_work_is_refused(parse, flags, world_size, named):
+def test_what_cannot_work_is_refused(flags, world_size, named):
     with pytest.raises(ArgumentsError) as error:
         parse(flags, world_size)
     assert all(part in str(error.value) for part in named), error.value
@@ -104,7 +95,7 @@ def test_what_cannot_work_is_refused(parse, flags, world_size, named):
     "flags",
     ["--expert-model-parallel-size 2", "--expert-tensor-parallel-size 2", "--num-experts 2"],
 )
-def test_a_dense_model_has_no_experts(parse, flags):
+def test_a_dense_model_has_no_experts(flags):
     with pytest.raises(ArgumentsError, match=flags.split()[0]):
         parse(flags, 2, DENSE)
 

@@ -7,12 +7,12 @@ import math
 
 import pytest
 
+from megatron_profit.flags import add_flags, options_of
 from megatron_profit.training.monitoring.guards import (
     GuardOptions,
     Guards,
     Spikes,
     StepFacts,
-    add_guard_flags,
 )
 
 GOOD = {"loss": 2.0, "finite_loss": True, "supervised": 100, "kept": 80, "grad_norm": 1.0}
@@ -36,11 +36,11 @@ def after(steps: int, **options) -> Guards:
 
 def test_flags_and_options_are_the_same():
     parser = argparse.ArgumentParser()
-    add_guard_flags(parser.add_argument_group())
-    assert GuardOptions.from_settings(vars(parser.parse_args([]))) == GuardOptions()
+    add_flags(parser, GuardOptions)
+    assert options_of(GuardOptions, vars(parser.parse_args([]))) == GuardOptions()
     given = parser.parse_args("--on-spike skip --spike-loss 2.5 --stall-steps 7".split())
     expected = GuardOptions(on_spike="skip", spike_loss=2.5, stall_steps=7)
-    assert GuardOptions.from_settings(vars(given)) == expected
+    assert options_of(GuardOptions, vars(given)) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from make_tiny_model import TinyShape, make_tiny_model
-from megatron_profit.training.arguments.sft_arguments import read_arguments
 
 from megatron_profit.flags import ArgumentsError
-from megatron_profit.training.arguments import disk
+from megatron_profit.training.arguments.derive import derive
+from megatron_profit.training.arguments.disk import open_reference
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def models(tmp_path_factory):
 def read(models, *flags):
     needed = "--seq-length 16 --micro-batch-size 1 --lr 1e-3 --train-iters 2".split()
     files = ["--hf-model", str(models / "model"), "--data", str(models / "data.jsonl")]
-    return read_arguments([*files, *needed, *map(str, flags)], "cpu")
+    return open_reference(derive([*files, *needed, *map(str, flags)], "cpu", 1))
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,11 @@ def test_a_ranking_by_excess_loss_needs_another_model(models, scope):
     flags = ["--objective", "rho1", "--rank-scope", scope, "--save", models / "out"]
     with pytest.raises(ArgumentsError, match="rho1 ranks by what the reference knows"):
         read(models, *flags)
-    model, _ = read(models, *flags, "--ref-hf-model", models / "model").reference
+    model, _ = read(models, *flags, "--ref-hf-model", models / "model")
     assert model.folder == models / "model"
 
 
-def test_the_default_reference_is_not_another_checkpoint(models, tmp_path, monkeypatch):
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    monkeypatch.setattr(disk, "check_checkpoint_matches", lambda *_: None)
+def test_the_default_reference_is_not_another_checkpoint(models, tmp_path):
     flags = ["--objective", "stm", "--ref-cache", "x", "--pretrained-checkpoint", tmp_path]
     with pytest.raises(ArgumentsError, match="name the reference with --ref-hf-model"):
         read(models, *flags)
@@ -74,6 +72,6 @@ def test_the_default_reference_is_not_another_checkpoint(models, tmp_path, monke
 
 def test_the_model_itself_is_the_default(models):
     flags = ["--objective", "stm", "--save", models / "out"]
-    model, folder = read(models, *flags).reference
+    model, folder = read(models, *flags)
     assert model.folder == models / "model"
     assert folder == models / "out" / "ref_log_prob"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_profit.training.checkpoints import choose as resume
-from megatron_profit.training.checkpoints.choose import settle_checkpoints
+from megatron_profit.training.checkpoints.choose import CheckpointFlags, settle_checkpoints
 from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError
 from megatron_profit.training.checkpoints.save_folder import check_save_folder, clear_save_folder
 
@@ -117,15 +117,10 @@ def test_many_checkpoints_are_named_in_short(tmp_path):
 @pytest.mark.parametrize("name", ["a" * 300, "circle"])
 def test_a_folder_that_cannot_be_is_named(tmp_path, name):
     (tmp_path / "circle").symlink_to("circle")
-    folder = str(tmp_path / name)
+    folder = tmp_path / name
+    flags = CheckpointFlags(folder, folder, None, None, False, False, False)
     with pytest.raises(CheckpointError, match=rf"^--save {folder} cannot be used: "):
-        settle_checkpoints(["--save", folder, "--load", folder])
-
-
-@pytest.mark.parametrize("step", ["0", "-1", "1" + "0" * 15, "9" * 400])
-def test_a_step_that_is_no_iteration_is_refused(tmp_path, step):
-    with pytest.raises(CheckpointError, match=rf"--ckpt-step is {step}; it must be at least 1"):
-        settle_checkpoints(["--load", str(tmp_path), "--ckpt-step", step])
+        settle_checkpoints(flags, lambda saved: None)
 
 
 @pytest.mark.parametrize(
