@@ -143,7 +143,8 @@ def worker(loss: str) -> None:
     from megatron_profit.megatron_patches import activate
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    device = activate(sys.argv[sys.argv.index("--device") + 1])
+    flags = sys.argv[1:]
+    device = activate(flags[flags.index("--device") + 1])
     from megatron.training import get_args
 
     from megatron_profit.training import main
@@ -163,7 +164,7 @@ def worker(loss: str) -> None:
         return forward_step
 
     main.make_forward_step = make_watched_step
-    main.run(device)
+    main.main(flags, device)
     args = get_args()
     report = {
         "before": watch[0].before,
@@ -185,7 +186,7 @@ class PeerLoss:
 
         token_loss, kept = token_loss.float(), self._supervised
         if self._loss != "stock":
-            (tau,) = get_args().objective_options["prob_threshold"]
+            (tau,) = get_args().prob_threshold
             kept = kept & (token_loss.detach().neg().exp() >= float(tau))
         total, count = (token_loss * kept).sum(), self._supervised.sum()
         share = torch.stack([kept.sum().float(), count.float()])

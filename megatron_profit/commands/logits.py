@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +30,7 @@ from megatron_profit.training.checkpoints.choose import CheckpointFlags, check_c
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.hf_weights import load_hook
 from megatron_profit.training.process.console import fail
+from megatron_profit.training.process.ranks import world_size
 from megatron_profit.training.process.shutdown import end_communication
 
 # Settings of a training run of no steps: no optimizer is built, and none is loaded.
@@ -72,7 +72,7 @@ def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
     """
     argv = [*_NO_TRAINING.split(), *_WEIGHTS_ONLY.split(), *flags]
     try:
-        settings = derive(argv, device, int(os.environ.get("WORLD_SIZE", "1")))
+        settings = derive(argv, device, world_size())
         check_checkpoints(CheckpointFlags.of(settings.values), settings.check_checkpoint)
         hf_weights = open_hf_weights(settings.values)
     except (ArgumentsError, CheckpointError, ConversionError) as error:

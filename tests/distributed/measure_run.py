@@ -142,7 +142,8 @@ def main(out: Path) -> None:
     collectives = Collectives()
     from megatron_profit.sft import start
 
-    device = start()
+    flags = sys.argv[1:]
+    device = start(flags)
     from megatron.core import parallel_state as mpu
     from megatron.core.pipeline_parallel import schedules
     from megatron.training import training
@@ -201,7 +202,7 @@ def main(out: Path) -> None:
         return result
 
     entry.pretrain = measured
-    entry.run(device)
+    entry.main(flags, device)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.models"),
     ),
-    "megatron_profit.sft": ("megatron_profit.megatron_patches", _TRAINING),
+    "megatron_profit.sft": (
+        *("megatron_profit.flags", "megatron_profit.megatron_patches", _TRAINING),
+    ),
     "megatron_profit.commands": ("megatron", "megatron_profit", "checkpoint_conversion"),
     "megatron_profit.logits": ("megatron_profit.sft", "megatron_profit.commands"),
     "megatron_profit.__main__": ("megatron_profit.commands",),

@@ -7,7 +7,6 @@ a network file system as well. From then on Megatron reads the checkpoint that a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from megatron_profit.training.checkpoints.save_folder import check_save_folder
 from megatron_profit.training.checkpoints.save_lock import hold
 from megatron_profit.training.checkpoints.shared_check import shared_check
 from megatron_profit.training.process.console import print_rank_0
-from megatron_profit.training.process.ranks import is_first_rank
+from megatron_profit.training.process.ranks import is_first_rank, world_size
 
 # Seconds that a network file system may take to show a machine the files of another one.
 _PATIENCE_SECONDS = 90
@@ -207,7 +206,7 @@ def check_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None])
 
 
 def _publish(decided: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         _shared().set("checkpoint", decided)
 
 

@@ -1,7 +1,7 @@
 """The record of a run in its checkpoints: objective, data, tokenizer, seed, schedule and so on.
 
 Each checkpoint holds the record of the run that wrote it, in `megatron_profit.json` under the key `run`. A
-run that resumes compares its own record with that one (`training/resume/compare.py`). The parallel layout is
+run that resumes compares its own record with that one (`training/plan/compare.py`). The parallel layout is
 not part of it: for example, a run on 8 GPUs may resume on 16.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from megatron_profit.training.plan.datasets import SFTData, prepare_data
 from megatron_profit.training.plan.this_run import describe_run
 from megatron_profit.training.plan.wandb_run import resume_wandb_run
 from megatron_profit.training.process.console import print_rank_0
-from megatron_profit.training.process.ranks import is_first_rank
+from megatron_profit.training.process.ranks import is_first_rank, world_size
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def plan_run(argv: Sequence[str], device: str) -> RunPlan:
         ArgumentsError: The flags cannot be used. No file but config.json has been opened.
         CheckpointError, ConversionError, DataError: A checkpoint, a model or the data cannot be used.
     """
-    return open_run(derive(argv, device, int(os.environ.get("WORLD_SIZE", "1"))))
+    return open_run(derive(argv, device, world_size()))
 
 
 def open_run(settings: RunSettings) -> RunPlan:

@@ -16,6 +16,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def world_size() -> int:
+    """Return the number of processes of the run, also before there is a process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def from_first_rank[T](function: Callable[[], T]) -> T:
     """Call a function on the first rank and return its result on every rank. A collective.
 

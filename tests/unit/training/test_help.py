@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from megatron_profit.training.arguments.sft_arguments import _DEFAULTS
 
 from megatron_profit.objectives import registry
 from megatron_profit.ops import tiling
 from megatron_profit.sft import help_text
 from megatron_profit.training.arguments.command_line import REQUIRED, full_parser
+from megatron_profit.training.arguments.derive import _DEFAULTS
 from megatron_profit.training.step import kernel_flags
 
 NATIVE = "native flags that a run needs or often has"
