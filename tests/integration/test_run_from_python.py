@@ -24,7 +24,7 @@ def test_the_program_in_the_documentation_trains(ranks, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     shutil.copy(DATA, tmp_path / "data.jsonl")
     result = ranks(1, script, "--objective", "of this program", "--train-iters", 99)
-    assert "2 4\n" in result.stdout, "steps and layers of the plan"
+    assert "\n2 2\n" in result.stdout, "steps and layers of the plan"
     assert "ended with ['--objective', 'of this program', '--train-iters', '99']" in result.stdout
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if line["kind"] == "train"]
