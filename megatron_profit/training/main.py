@@ -81,8 +81,7 @@ def run(plan: RunPlan) -> None:
     """
     settings, files, data = plan.settings, plan.files, plan.data
     args, model_config = _checked_by_megatron(settings)
-    chunks: list[MegatronModule] = []
-    _complete(model_config, args, plan, chunks)
+    chunks = _complete(model_config, args, plan)
     loss = objective_loss(settings)
     reference = _reference(plan, loss)
     score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
@@ -129,10 +128,8 @@ def _checked_by_megatron(settings: RunSettings) -> tuple[Namespace, Any]:
         fail(f"Megatron refuses the flags: {refusal(error)}")
 
 
-def _complete(
-    model_config: Any, args: Namespace, plan: RunPlan, chunks: list[MegatronModule]
-) -> None:
-    """Give Megatron's configuration the layers, the weights and a list that gets the model."""
+def _complete(model_config: Any, args: Namespace, plan: RunPlan) -> list[MegatronModule]:
+    """Give Megatron's configuration the layers and the weights; return a list that will hold the model."""
     model_config.transformer.variable_seq_lengths = stages_exchange_lengths(args)
     if not args.packing:
         print_rank_0(f"> {length_of_rows(args)}")
@@ -142,7 +139,9 @@ def _complete(
         scale_balancing(model_config.transformer, plan.data.supervised_share)
     if plan.files.hf_weights is not None:
         model_config.pre_wrap_hooks.append(load_hook(plan.files.hf_weights))
+    chunks: list[MegatronModule] = []
     model_config.pre_wrap_hooks.append(keep_in(chunks))
+    return chunks
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -197,7 +198,14 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         ArgumentsError: A flag is unknown, or its value cannot be used.
     """
     parser = full_parser(argv)
-    defaults = vars(parser.parse_args([]))
+    # As argparse does it: of two flags for one argument the first decides, and a text is converted.
+    defaults = {
+        action.dest: parser._get_value(action, action.default)
+        if isinstance(action.default, str)
+        else action.default
+        for action in reversed(parser._actions)
+        if action.default is not argparse.SUPPRESS
+    }
     options = {action.dest: action.option_strings[0] for action in reversed(parser._actions)}
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -208,9 +216,10 @@ def provider_of(values: Mapping[str, Any]) -> Callable[[argparse.ArgumentParser]
     """Return Megatron's `extra_args_provider` for arguments that are parsed already.
 
     Megatron asks the parser that the provider returns for the arguments. So it gets these, validates them,
-    and does not read `sys.argv`.
+    and does not read `sys.argv`. It changes some of them, so it gets a copy.
     """
-    return lambda _: SimpleNamespace(parse_args=lambda: argparse.Namespace(**values))
+    parsed = argparse.Namespace(**copy.deepcopy(dict(values)))
+    return lambda _: SimpleNamespace(parse_args=lambda: parsed)
 
 
 def full_parser(argv: Sequence[str]) -> argparse.ArgumentParser:

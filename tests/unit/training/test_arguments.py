@@ -21,7 +21,12 @@ from megatron_profit.training.arguments.command_line import add_arguments, provi
 from megatron_profit.training.arguments.derive import RunSettings, derive
 from megatron_profit.training.arguments.disk import RunFiles, open_files
 from megatron_profit.training.arguments.platform import platform_settings
-from megatron_profit.training.checkpoints.choose import Resumed
+from megatron_profit.training.checkpoints.choose import (
+    CheckpointFlags,
+    Resumed,
+    check_checkpoints,
+    settle_checkpoints,
+)
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -313,6 +318,17 @@ def test_an_outside_objective_brings_its_flags(parse, outside_objective, capsys)
         parse(objective=(*flags[:3], "0.5"))
 
 
+def test_an_outside_objective_may_require_an_option(parse, outside_objective):
+    fields = [("sharpness", float, option("how sharp", type=float, required=True))]
+    evaluate = {"evaluate": lambda self, statistics: None}
+    registry.register_objective("sharp")(
+        make_dataclass("Sharp", fields, bases=(Objective,), namespace=evaluate, frozen=True)
+    )
+    assert parse(objective=("--objective", "sharp", "--sharpness", "2")).objective.sharpness == 2.0
+    with pytest.raises(ArgumentsError, match="required: --sharpness"):
+        parse(objective=("--objective", "sharp"))
+
+
 @pytest.mark.parametrize(
     ("name", "form", "message"),
     [
@@ -474,6 +490,20 @@ def test_weights_come_from_the_folder_unless_there_is_a_checkpoint(
     assert weights_of("--load", ended, "--save", ended) is None
     assert weights_of("--load", begun, "--pretrained-checkpoint", ended) is None
     assert weights_of("--random-init") is None
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+@pytest.mark.parametrize("choose", [settle_checkpoints, check_checkpoints])
+def test_a_checkpoint_of_another_architecture_is_refused(
+    parse, with_weights, tmp_path, flag, choose
+):
+    hf_to_megatron(with_weights, tmp_path / "ended")
+    settings = parse(flag, str(tmp_path / "ended"))
+    assert choose(CheckpointFlags.of(settings.values), settings.check_checkpoint) is None
+    (with_weights / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 7}))
+    settings = parse(flag, str(tmp_path / "ended"))
+    with pytest.raises(ConversionError, match="rotary_base is 500000 in the checkpoint and 7 by"):
+        choose(CheckpointFlags.of(settings.values), settings.check_checkpoint)
 
 
 def test_weights_have_to_come_from_somewhere(weights_of, hf_folder, tmp_path):
