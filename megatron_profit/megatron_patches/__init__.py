@@ -13,7 +13,7 @@ from megatron_profit.megatron_patches.patch import (
     Patch,
     applied_patches,
     apply_patches,
-    check_megatron_version,
+    check_upstream,
 )
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -41,7 +41,7 @@ def activate(device: str = "auto") -> str:
 
     Raises:
         ValueError: For an unknown device, or "cuda" on a machine without a GPU.
-        UnsupportedVersionError: When megatron-core is not the version that the patches are for.
+        UnsupportedVersionError: Megatron-Core or torch is missing, or differs where a patch changes it.
         RuntimeError: When another device is active already, or Megatron was imported before.
     """
     global _active
@@ -53,26 +53,23 @@ def activate(device: str = "auto") -> str:
         raise RuntimeError(
             f"the {_active} backend is active already; {device!r} needs a new process"
         )
-    check_megatron_version()
     chosen = _available(device)
-
-    from megatron_profit.megatron_patches import elastic, megatron
-
+    patches = _patches_for(chosen)
+    for notice in check_upstream(patches):
+        _print_notice(notice)
     if chosen == "cpu":
         if "megatron.core" in sys.modules:
             raise RuntimeError(
                 "megatron was imported before the CPU backend was activated; call "
                 "megatron_profit.megatron_patches.activate() first"
             )
-        from megatron_profit.megatron_patches import cpu
-
-        _print_notice()
-        apply_patches(cpu.TORCH_PATCHES)
-        apply_patches(cpu.MEGATRON_PATCHES)
+        _print_notice(
+            "CPU backend: Megatron runs on the CPU under gloo. This is for learning, debugging and tests; "
+            "train on GPUs."
+        )
     else:
         _keep_to_the_cudnn_of_torch()
-    apply_patches(elastic.TORCH_PATCHES)
-    apply_patches(megatron.MEGATRON_PATCHES)
+    apply_patches(patches)
     _active = chosen
     return chosen
 
@@ -89,10 +86,20 @@ def _available(device: str) -> str:
 
 def all_patches() -> tuple[Patch, ...]:
     """Return every patch that the project has, for the documentation and for tests."""
-    from megatron_profit.megatron_patches import cpu, elastic, megatron
+    return _patches_for("cpu")
+
+
+def _patches_for(device: str) -> tuple[Patch, ...]:
+    """Return the patches for a device in their order: the CPU backend's come first."""
+    from megatron_profit.megatron_patches import elastic, megatron
 
     shared = (*elastic.TORCH_PATCHES, *megatron.MEGATRON_PATCHES)
-    return (*shared, *cpu.TORCH_PATCHES, *cpu.MEGATRON_PATCHES)
+    if device != "cpu":
+        return shared
+
+    from megatron_profit.megatron_patches import cpu
+
+    return (*cpu.TORCH_PATCHES, *cpu.MEGATRON_PATCHES, *shared)
 
 
 def _keep_to_the_cudnn_of_torch() -> None:
@@ -111,10 +118,6 @@ def _keep_to_the_cudnn_of_torch() -> None:
         os.environ["CUDNN_HOME"] = package.submodule_search_locations[0]
 
 
-def _print_notice() -> None:
+def _print_notice(notice: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(
-            "megatron_profit: CPU backend: Megatron runs on the CPU under gloo. This is for learning, "
-            "debugging and tests; train on GPUs.",
-            flush=True,
-        )
+        print(f"megatron_profit: {notice}", flush=True)

@@ -19,10 +19,7 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.torch_dist.checksum_list import write_checksums
 from checkpoint_conversion.torch_dist.integrity import read_vetted_common_file, vet_entry
 from checkpoint_conversion.torch_dist.metadata import Metadata, Place, SavedTensor, read_metadata
-from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch
-
-_MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
-_TORCH = "torch 2.15"
+from megatron_profit.megatron_patches.patch import Patch
 
 
 @contextlib.contextmanager
@@ -157,39 +154,36 @@ def _list_checksums() -> None:
 CHECKPOINT_PATCHES = (
     Patch(
         name="checkpoint-metadata",
-        upstream=_TORCH,
-        file="torch/distributed/checkpoint/filesystem.py",
+        functions=("torch/distributed/checkpoint/filesystem.py:FileSystemReader.read_metadata",),
         reason="FileSystemReader unpickles .metadata with Python's unpickler, which calls any function that "
         "the file names.",
         apply=_make_metadata_of_plain_values,
     ),
     Patch(
         name="checkpoint-entries",
-        upstream=_TORCH,
-        file="torch/distributed/checkpoint/filesystem.py",
+        functions=("torch/distributed/checkpoint/filesystem.py:FileSystemReader.read_data",),
         reason="FileSystemReader does not look at an entry before it loads it: an archive that says two "
         "things, a storage that is shorter than its tensor, or what Transformer Engine unpickles by itself.",
         apply=_vet_entries_before_they_are_read,
     ),
     Patch(
         name="checkpoint-objects",
-        upstream=_TORCH,
-        file="torch/distributed/checkpoint/default_planner.py",
+        functions=(
+            "torch/distributed/checkpoint/default_planner.py:DefaultLoadPlanner.load_bytes",
+        ),
         reason="DefaultLoadPlanner loads the entries that are not tensors with weights_only=False, so that "
         "they may call any function.",
         apply=_load_objects_without_running_them,
     ),
     Patch(
         name="checkpoint-common-file",
-        upstream=_MEGATRON,
-        file="megatron/core/dist_checkpointing/strategies/common.py",
+        functions=("megatron/core/dist_checkpointing/strategies/common.py:load_common",),
         reason="load_common leaves weights_only to the environment (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD).",
         apply=_load_common_files_without_running_them,
     ),
     Patch(
         name="checkpoint-checksums",
-        upstream=_MEGATRON,
-        file="megatron/core/dist_checkpointing/serialization.py",
+        functions=("megatron/core/dist_checkpointing/core.py:save_config",),
         reason="A flipped bit in .metadata or in a small file of a checkpoint is not found; "
         "--verify-integrity reads the whole checkpoint again on the first rank.",
         apply=_list_checksums,

@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch
+from megatron_profit.megatron_patches.patch import Patch
 
 _CPU = torch.device("cpu")
-_MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
-_TORCH = "torch (any)"
 
 
 def _is_cuda(value: Any) -> bool:
@@ -268,37 +266,40 @@ def _build_data_iterators_without_drawing() -> None:
 TORCH_PATCHES = (
     Patch(
         name="cpu-no-dynamo",
-        upstream=_TORCH,
-        file="torch/_dynamo/config.py",
+        functions=("torch/_dynamo/config.py:disable",),
         reason="Megatron compiles small fusions with torch.compile at import; on the CPU that costs "
         "minutes of compilation for nothing.",
         apply=_disable_dynamo,
     ),
     Patch(
         name="cpu-torch-cuda",
-        upstream=_TORCH,
-        file="torch/cuda/__init__.py",
+        functions=(
+            "torch/cuda/__init__.py:is_available",
+            "torch/cuda/__init__.py:current_stream",
+            "torch/cuda/__init__.py:synchronize",
+            "torch/nn/modules/module.py:Module.cuda",
+        ),
         reason="Megatron calls torch.cuda without asking whether there is a GPU.",
         apply=_replace_torch_cuda,
     ),
     Patch(
         name="cpu-devices",
-        upstream=_TORCH,
-        file="torch/overrides.py",
+        functions=("torch/overrides.py:TorchFunctionMode",),
         reason="Megatron writes device='cuda', Tensor.cuda() and Tensor.type() comparisons in place.",
         apply=_rewrite_devices,
     ),
     Patch(
         name="cpu-all-to-all",
-        upstream=_TORCH,
-        file="torch/distributed/distributed_c10d.py",
+        functions=("torch/distributed/distributed_c10d.py:all_to_all_single",),
         reason="Megatron's expert parallelism passes split sizes as CPU tensors; gloo wants lists.",
         apply=_split_sizes_as_lists,
     ),
     Patch(
         name="cpu-uneven-collectives",
-        upstream=_TORCH,
-        file="torch/distributed/distributed_c10d.py",
+        functions=(
+            "torch/distributed/distributed_c10d.py:all_gather",
+            "torch/distributed/distributed_c10d.py:reduce_scatter",
+        ),
         reason="Tensor-parallel experts gather and scatter as many tokens as were routed to each rank; "
         "NCCL takes sizes that differ, gloo does not.",
         apply=_allow_uneven_sizes,
@@ -308,23 +309,23 @@ TORCH_PATCHES = (
 MEGATRON_PATCHES = (
     Patch(
         name="cpu-no-gpu-libraries",
-        upstream=_MEGATRON,
-        file="megatron/core/optimizer/__init__.py",
+        functions=("megatron/core/optimizer/distrib_optimizer.py:HAVE_APEX_OR_TE",),
         reason="Megatron takes the optimizers and norms of Transformer Engine or Apex as soon as they can "
         "be imported, and their kernels run on GPUs only.",
         apply=_hide_gpu_libraries,
     ),
     Patch(
         name="cpu-rng",
-        upstream=_MEGATRON,
-        file="megatron/core/tensor_parallel/random.py",
+        functions=(
+            "megatron/core/tensor_parallel/random.py:_get_cuda_rng_state",
+            "megatron/core/tensor_parallel/random.py:_set_cuda_rng_state",
+        ),
         reason="The RNG tracker reads torch.cuda.default_generators, which is empty without a GPU.",
         apply=_use_cpu_generator,
     ),
     Patch(
         name="cpu-data-iterators",
-        upstream=_MEGATRON,
-        file="megatron/training/training.py",
+        functions=("megatron/training/training.py:build_train_valid_test_data_iterators",),
         reason="A data loader draws a seed for its workers from the CPU's generator, which here is that of "
         "dropout too: after the state of a checkpoint was restored, a resumed run would draw once more.",
         apply=_build_data_iterators_without_drawing,

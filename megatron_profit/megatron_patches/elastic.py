@@ -32,8 +32,7 @@ def _begin_each_attempt_with_an_empty_store() -> None:
 TORCH_PATCHES = (
     Patch(
         name="store-of-each-attempt",
-        upstream="torch 2.15",
-        file="torch/distributed/rendezvous.py",
+        functions=("torch/distributed/rendezvous.py:_create_c10d_store",),
         reason="With --max-restarts, the ranks that torchrun starts again find the addresses of the dead "
         "ones in the store of the agent, which it keeps, and try to connect to them.",
         apply=_begin_each_attempt_with_an_empty_store,

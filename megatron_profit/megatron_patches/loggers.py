@@ -10,9 +10,7 @@ from typing import Any
 
 from megatron_profit.megatron_patches.callbacks import RunFailure
 from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason, warn
-from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch, replaced
-
-_MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
+from megatron_profit.megatron_patches.patch import Patch, replaced
 
 
 class _Nowhere:
@@ -84,8 +82,7 @@ def _log_to_wandb_that_endures() -> None:
 LOGGER_PATCHES = (
     Patch(
         name="tensorboard-writer",
-        upstream=_MEGATRON,
-        file="megatron/training/global_vars.py",
+        functions=("megatron/training/global_vars.py:_set_tensorboard_writer",),
         reason="A full disk ends the thread that writes TensorBoard's events, and with the next value the "
         "run. A run that goes on from a checkpoint shows the steps after it twice. And without TensorBoard, "
         "W&B is given no values.",
@@ -93,8 +90,11 @@ LOGGER_PATCHES = (
     ),
     Patch(
         name="wandb-writer",
-        upstream=_MEGATRON,
-        file="megatron/training/global_vars.py",
+        functions=(
+            "megatron/training/global_vars.py:_set_wandb_writer",
+            "megatron/training/wandb_utils.py:on_save_checkpoint_success",
+            "megatron/training/wandb_utils.py:on_load_checkpoint_success",
+        ),
         reason="An error of W&B ends the run.",
         apply=_log_to_wandb_that_endures,
     ),

@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_profit.megatron_patches.callbacks import LoggedStep, TrainContext, callbacks
-from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch, replaced
+from megatron_profit.megatron_patches.patch import Patch, replaced
 
-_MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
-_TRAINING = "megatron/training/training.py"
 # The only metric of a language model whose exponential is a perplexity; the name is Megatron's.
 _CROSS_ENTROPY = "lm loss"
 
@@ -337,15 +335,16 @@ class _WithoutPerplexities:
 LOOP_PATCHES = (
     Patch(
         name="before-training",
-        upstream=_MEGATRON,
-        file=_TRAINING,
+        functions=("megatron/training/training.py:train",),
         reason="Nothing of a program is called between the load of a checkpoint and the first step.",
         apply=_call_before_training,
     ),
     Patch(
         name="train-step",
-        upstream=_MEGATRON,
-        file=_TRAINING,
+        functions=(
+            "megatron/training/training.py:train_step",
+            "megatron/core/optimizer/optimizer.py:ChainedOptimizer.step",
+        ),
         reason="Nobody is asked before a step, nor between the gradient and the optimizer's update, where a "
         "step that would do harm can still be left out; sums over micro-batches and ranks are divided and "
         "thrown away.",
@@ -353,8 +352,7 @@ LOOP_PATCHES = (
     ),
     Patch(
         name="training-log",
-        upstream=_MEGATRON,
-        file=_TRAINING,
+        functions=("megatron/training/training.py:training_log",),
         reason="training_log averages the means of the steps of an interval, shares no value with anybody "
         "but its own long line, and knows no other logger than TensorBoard and W&B. After the first step of "
         "a process it keeps its sums and its clock, so that with --log-interval 1 the second line shows the "
@@ -363,16 +361,14 @@ LOOP_PATCHES = (
     ),
     Patch(
         name="rejected-results",
-        upstream=_MEGATRON,
-        file="megatron/core/rerun_state_machine.py",
+        functions=("megatron/core/rerun_state_machine.py:RerunStateMachine.validate_result",),
         reason="With reruns disabled, a NaN in a loss or gradient raises on the rank that has it, without "
         "a word on the data, and leaves the others waiting.",
         apply=_hand_over_rejections,
     ),
     Patch(
         name="skipped-iterations",
-        upstream=_MEGATRON,
-        file=_TRAINING,
+        functions=("megatron/training/training.py:dummy_train_step",),
         reason="To pass over an iteration of --iterations-to-skip, the first tensor-parallel rank alone "
         "takes micro-batches, and looks for tensors in them that pretrain_gpt.py has. Here every rank reads "
         "its own.",
@@ -380,16 +376,14 @@ LOOP_PATCHES = (
     ),
     Patch(
         name="before-evaluation",
-        upstream=_MEGATRON,
-        file=_TRAINING,
+        functions=("megatron/training/training.py:evaluate",),
         reason="An objective that compares with another model needs its statistics before the iterations of "
         "an evaluation.",
         apply=_call_before_evaluations,
     ),
     Patch(
         name="after-evaluation",
-        upstream=_MEGATRON,
-        file=_TRAINING,
+        functions=("megatron/training/training.py:evaluate_and_print_results",),
         reason="The metrics of an evaluation are added up in fp32, where counts above 2^24 lose digits, "
         "printed and thrown away, each with a perplexity, which only the cross-entropy has.",
         apply=_call_after_evaluations,

@@ -12,11 +12,9 @@ from megatron_profit.megatron_patches.loop import LOOP_PATCHES
 from megatron_profit.megatron_patches.optimizer.block_norm import block_norm
 from megatron_profit.megatron_patches.optimizer.chained_optimizer import regrouped
 from megatron_profit.megatron_patches.optimizer.param_groups import adapt_groups
-from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch
+from megatron_profit.megatron_patches.patch import Patch
 from megatron_profit.megatron_patches.saving import SAVING_PATCHES
 from megatron_profit.parent_death import die_with_parent
-
-_MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
 
 
 def _skip_compilation_of_shipped_helpers() -> None:
@@ -255,16 +253,18 @@ def _weigh_auxiliary_losses_alike_on_all_ranks() -> None:
 MEGATRON_PATCHES = (
     Patch(
         name="shipped-dataset-helpers",
-        upstream=_MEGATRON,
-        file="megatron/core/datasets/utils.py",
+        functions=("megatron/core/datasets/utils.py:compile_helpers",),
         reason="initialize_megatron runs `make` in a folder that has no Makefile in the wheel, and "
         "exits; the compiled helpers_cpp is in the wheel, so nothing has to be compiled.",
         apply=_skip_compilation_of_shipped_helpers,
     ),
     Patch(
         name="distributed-optimizer-load",
-        upstream=_MEGATRON,
-        file="megatron/core/optimizer/distrib_optimizer.py",
+        functions=(
+            "megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.state_dict",
+            "megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.load_state_dict",
+            "megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer._set_main_param_and_optimizer_states",
+        ),
         reason="Without Apex and Transformer Engine, the distributed optimizer cannot load a "
         "checkpoint: torch's Adam has no state yet; its step, a tensor of each parameter, is missed or "
         "overwritten by the one from before the load, and shared by all parameters; and fp32 "
@@ -273,8 +273,10 @@ MEGATRON_PATCHES = (
     ),
     Patch(
         name="hyperparameters-of-the-flags",
-        upstream=_MEGATRON,
-        file="megatron/core/optimizer/optimizer.py",
+        functions=(
+            "megatron/core/optimizer/optimizer.py:MegatronOptimizer._filter_and_reorder_param_groups",
+            "megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.load_state_dict",
+        ),
         reason="With another --lr or --min-lr no checkpoint can be loaded, because parameter groups are "
         "recognised by these numbers. What else a group holds (betas, epsilon) is taken from the checkpoint, "
         "so that its flags are ignored without a word.",
@@ -282,32 +284,33 @@ MEGATRON_PATCHES = (
     ),
     Patch(
         name="momentum-load",
-        upstream=_MEGATRON,
-        file="megatron/core/optimizer/__init__.py",
+        functions=(
+            "megatron/core/optimizer/optimizer.py:MegatronOptimizer.__init__",
+            "megatron/core/optimizer/__init__.py:_get_megatron_optimizer_based_on_param_groups",
+        ),
         reason="SGD comes without the function that makes its state before a checkpoint is loaded into it, "
         "so that no run of --optimizer sgd can be resumed.",
         apply=_load_momenta,
     ),
     Patch(
         name="optimizer-padding",
-        upstream=_MEGATRON,
-        file="megatron/core/optimizer/distrib_optimizer.py",
+        functions=(
+            "megatron/core/optimizer/distrib_optimizer.py:DistributedOptimizer.sharded_param_state_dp_reshardable",
+        ),
         reason="sharded_param_state_dp_reshardable fills the gaps between parameters with torch.empty: what "
         "was in memory goes into the checkpoint, and equal runs save different files.",
         apply=_save_zeros_as_padding,
     ),
     Patch(
         name="chained-optimizer-load",
-        upstream=_MEGATRON,
-        file="megatron/core/optimizer/optimizer.py",
+        functions=("megatron/core/optimizer/optimizer.py:ChainedOptimizer.load_state_dict",),
         reason="A checkpoint of a run with expert parallelism, which has an optimizer of its own for the "
         "experts, is refused by a run without, and the other way round, although nothing is missing.",
         apply=_load_with_another_number_of_optimizers,
     ),
     Patch(
         name="norm-in-blocks",
-        upstream=_MEGATRON,
-        file="megatron/core/utils.py",
+        functions=("megatron/core/utils.py:local_multi_tensor_l2_norm",),
         reason="Without Apex and Transformer Engine, the norms of gradients and parameters are torch.norm in "
         "fp32, which on a CPU is too small for large tensors: by 0.2 % at 28 million elements, and less "
         "where a layout splits them, so that clipping depends on the layout.",
@@ -316,16 +319,19 @@ MEGATRON_PATCHES = (
     *SAVING_PATCHES,
     Patch(
         name="no-checkpoint-twice",
-        upstream=_MEGATRON,
-        file="megatron/training/training.py",
+        functions=(
+            "megatron/training/checkpointing.py:save_checkpoint",
+            "megatron/training/checkpointing.py:get_loaded_iteration",
+        ),
         reason="A finished run that is started again writes its last checkpoint again, over the one that it "
         "has just loaded; killed meanwhile, it would leave none.",
         apply=_save_no_checkpoint_twice,
     ),
     Patch(
         name="router-token-count",
-        upstream=_MEGATRON,
-        file="megatron/core/transformer/moe/moe_utils.py",
+        functions=(
+            "megatron/core/transformer/moe/moe_utils.py:get_tokens_per_expert_and_token_count",
+        ),
         reason="With a padding mask, a rank's own tokens are counted after an all-reduce that works in "
         "place, so that auxiliary losses weigh as many times more as the group has ranks. Its own would be "
         "wrong as well: each rank has a part of the loss, which has to be weighed with the tokens of all, "
@@ -334,8 +340,9 @@ MEGATRON_PATCHES = (
     ),
     Patch(
         name="queue-of-results",
-        upstream=_MEGATRON,
-        file="megatron/core/dist_checkpointing/strategies/filesystem_async.py",
+        functions=(
+            "megatron/core/dist_checkpointing/strategies/filesystem_async.py:get_write_results_queue",
+        ),
         reason="The first save starts a process for a queue, which takes 0.35 GB and some seconds, and which "
         "only --async-save needs. A rank that is killed leaves it behind for good. A signal that torchrun "
         "passes on ends it before the save that the signal has asked for.",

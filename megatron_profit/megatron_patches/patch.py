@@ -1,24 +1,28 @@
 """The form of every change that this project makes to Megatron-Core or PyTorch.
 
-A patch names its upstream version and file, and the reason of the change, so that it can be removed when
-upstream no longer needs it. Patches are applied only to the versions that they were written for.
+A patch names the upstream functions that it changes, and the reason, so that it can be removed when upstream
+no longer needs it. It is applied only where the source of these functions is one that it was written for.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import runpy
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-MEGATRON_CORE_VERSION = "0.19.2"
+from megatron_profit.megatron_patches.upstream.sources import (
+    Digests,
+    installed_digests,
+    installed_folder,
+    known_digests,
+)
+
 _applied: set[str] = set()
 
 
 class UnsupportedVersionError(RuntimeError):
-    """An upstream package is missing or has another version than the patches were written for."""
+    """An upstream package is missing, or differs where a patch changes it."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,14 @@ class Patch:
 
     Attributes:
         name: Short identifier, unique over all patches.
-        upstream: Package and version that the patch was written for.
-        file: The upstream file whose behaviour changes.
+        functions: The upstream functions, methods, classes or variables that it replaces, wraps or relies
+            on, as "megatron/training/training.py:train" or "torch/a.py:Class.method".
         reason: Why the change is needed.
         apply: Makes the change; called at most once in a process.
     """
 
     name: str
-    upstream: str
-    file: str
+    functions: tuple[str, ...]
     reason: str
     apply: Callable[[], None]
 
@@ -53,28 +56,60 @@ def applied_patches() -> frozenset[str]:
     return frozenset(_applied)
 
 
-def check_megatron_version() -> None:
-    """Refuse a Megatron-Core that the patches were not written for.
+def functions_of(patches: Sequence[Patch]) -> list[str]:
+    """Return the upstream functions of patches, each once."""
+    return list(dict.fromkeys(function for patch in patches for function in patch.functions))
+
+
+def check_upstream(patches: Sequence[Patch]) -> list[str]:
+    """Compare the installed upstream functions with the ones that the patches were written for.
+
+    Returns:
+        A line for each package of another version than the tests ran with, whose functions are the same.
 
     Raises:
-        UnsupportedVersionError: When megatron-core is missing or has another version.
+        UnsupportedVersionError: A function is missing or differs; all such functions are named.
     """
-    spec = (
-        importlib.util.find_spec("megatron.core") if importlib.util.find_spec("megatron") else None
+    known, installed = known_digests(), installed_digests(functions_of(patches))
+    for version, digests in installed.items():
+        if changed := changed_functions(known, digests):
+            raise UnsupportedVersionError(_refusal(version, changed, known, patches))
+    return [
+        f"{version} is not the version that the tests ran with ({tested}); its functions that are changed "
+        "here are the same"
+        for version in installed
+        if version != (tested := _tested_version(known, version))
+    ]
+
+
+def changed_functions(known: Digests, installed: Mapping[str, str]) -> list[str]:
+    """Return the functions whose installed source is none of the known ones."""
+    accepted = {pair for digests in known.values() for pair in digests.items()}
+    return [function for function in installed if (function, installed[function]) not in accepted]
+
+
+def _refusal(version: str, changed: Sequence[str], known: Digests, patches: Sequence[Patch]) -> str:
+    folder = installed_folder(changed[0])
+    tested = _tested_version(known, version)
+    requirement = tested.replace("megatron-core", "megatron-core[training]").replace(" ", "==")
+    named = [
+        f"{name} in {file} (patch {', '.join(p.name for p in patches if function in p.functions)})"
+        for function in changed
+        for file, _, name in [function.partition(":")]
+    ]
+    return (
+        f"{version}{f' in {folder}' if folder else ''} is missing functions that are changed here, or has "
+        f"other ones than {tested}, for which the changes were written: {', '.join(named)}. Install the "
+        f"tested version with: pip install '{requirement}', and take other ones off PYTHONPATH; or review "
+        "these functions and accept them with: python -m megatron_profit.megatron_patches --accept"
     )
-    found, where = "none", ""
-    if spec is not None and spec.origin is not None:
-        # The module that will be imported, which a folder on PYTHONPATH decides and not the installed
-        # package.
-        file = Path(spec.origin).with_name("package_info.py")
-        found, where = runpy.run_path(str(file))["__version__"], f" in {file.parent}"
-    if found.partition("+")[0] != MEGATRON_CORE_VERSION:
-        raise UnsupportedVersionError(
-            f"megatron-core {MEGATRON_CORE_VERSION} is needed, found {found}{where}: the changes in "
-            "megatron_profit/megatron_patches are written against that version. "
-            f"Install it with: pip install 'megatron-core[training]=={MEGATRON_CORE_VERSION}'"
-            + (", or take the other one off PYTHONPATH" if where else "")
-        )
+
+
+def _tested_version(known: Digests, version: str) -> str:
+    """Return the newest known version of a package, as "torch 2.15.0"."""
+    package = version.partition(" ")[0]
+    found = [name for name in known if name.partition(" ")[0] == package]
+    return max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
 
 class replaced:

@@ -10,9 +10,7 @@ from typing import Any
 
 from megatron_profit.megatron_patches.callbacks import RunFailure, callbacks
 from megatron_profit.megatron_patches.enduring import reason
-from megatron_profit.megatron_patches.patch import MEGATRON_CORE_VERSION, Patch
-
-_MEGATRON = f"megatron-core {MEGATRON_CORE_VERSION}"
+from megatron_profit.megatron_patches.patch import Patch
 
 
 def _announce_checkpoints() -> None:
@@ -175,24 +173,27 @@ class _WithReason:
 SAVING_PATCHES = (
     Patch(
         name="with-checkpoint",
-        upstream=_MEGATRON,
-        file="megatron/core/dist_checkpointing/serialization.py",
+        functions=("megatron/core/dist_checkpointing/serialization.py:save",),
         reason="save_checkpoint has no place for the state of a run that is not one of model, optimizer "
         "or data loader, and writes among whatever a save that died has left in the folder.",
         apply=_announce_checkpoints,
     ),
     Patch(
         name="after-checkpoint",
-        upstream=_MEGATRON,
-        file="megatron/training/checkpointing.py",
+        functions=(
+            "megatron/training/checkpointing.py:save_checkpoint",
+            "megatron/training/async_utils.py:schedule_async_save",
+        ),
         reason="There is no hook after the tracker file is written, which is the moment from which older "
         "checkpoints are not needed. A failure names only the class of its exception.",
         apply=_announce_saved_checkpoints,
     ),
     Patch(
         name="reason-of-a-failed-write",
-        upstream=_MEGATRON,
-        file="megatron/core/dist_checkpointing/strategies/filesystem_async.py",
+        functions=(
+            "megatron/core/dist_checkpointing/strategies/filesystem_async.py:FileSystemWriterAsync.write_preloaded_data",
+            "megatron/core/dist_checkpointing/strategies/filesystem_async.py:FileSystemWriterAsync.write_preloaded_data_multithread",
+        ),
         reason="Of a failed write only the class of the exception is kept; and where a second thread writes, "
         "the rank ends and the others wait for it.",
         apply=_keep_the_reason_of_a_failed_write,

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from megatron_profit import megatron_patches
-from megatron_profit.megatron_patches import patch
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -24,27 +23,9 @@ def test_every_patch_says_what_it_changes_and_why():
     patches = megatron_patches.all_patches()
     assert len({p.name for p in patches}) == len(patches)
     for p in patches:
-        assert p.upstream.split()[0] in ("megatron-core", "torch")
-        assert p.file.startswith(("megatron/", "torch/"))
+        assert p.functions
+        assert all(f.startswith(("megatron/", "torch/")) and ":" in f for f in p.functions)
         assert p.reason.endswith(".")
-
-
-@pytest.mark.parametrize("found", ["0.17.0", "0.20.0"])
-def test_another_megatron_version_is_refused(tmp_path, found):
-    """Also one that only lies on PYTHONPATH, as Megatron-LM's checkout does for many."""
-    core = tmp_path / "megatron" / "core"
-    core.mkdir(parents=True)
-    (tmp_path / "megatron" / "__init__.py").touch()
-    (core / "__init__.py").write_text("raise SystemExit('imported')")
-    (core / "package_info.py").write_text(f"__version__ = {found!r}")
-    result = run_python(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from megatron_profit.megatron_patches import activate\nactivate('cpu')\n"
-    )
-    assert result.returncode != 0
-    message = result.stderr.splitlines()[-1]
-    for part in (found, str(core), patch.MEGATRON_CORE_VERSION, "pip install"):
-        assert part in message
 
 
 def test_unknown_devices_are_refused():
