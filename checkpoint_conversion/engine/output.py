@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from checkpoint_conversion.engine.lock import lock_file
 from checkpoint_conversion.engine.raw_files import writing
 from checkpoint_conversion.engine.regular_files import read_regular
 from checkpoint_conversion.errors import ConversionError
@@ -20,8 +19,6 @@ from checkpoint_conversion.progress import human
 _SPARE_BYTES = 16 << 20  # for headers, metadata and tokenizer
 # A file next to the output's files. It says which command wrote them, and their sizes.
 MARKER = ".checkpoint_conversion.json"
-# Errors of file systems that have no locks.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -55,22 +52,21 @@ def whole_folder(
     _check_space(out, needed)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    descriptor = _claim(partial)
-    try:
-        _clear(partial)
-        _recover(out)
-        _check_replaceable(out, overwrite, command)
-        yield partial
-        _mark(partial, command)
-        for folder in (entry for entry in partial.rglob("*") if not _is_file(entry)):
-            sync_file(folder)
-        os.fsync(descriptor)
-        _replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(descriptor)
+    with _claim(partial):
+        try:
+            _remove(partial)
+            partial.mkdir()
+            _recover(out)
+            _check_replaceable(out, overwrite, command)
+            yield partial
+            _mark(partial, command)
+            for folder in (entry for entry in partial.rglob("*") if not _is_file(entry)):
+                sync_file(folder)
+            sync_file(partial)
+            _replace(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def check_output(
@@ -240,42 +236,20 @@ def _is_file(entry: Path) -> bool:
     return entry.is_symlink() or not entry.is_dir()
 
 
-def _claim(partial: Path) -> int:
-    """Make and lock the temporary folder; return the descriptor that holds the lock."""
-    while True:
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir()
-        try:
-            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        try:
-            _lock(descriptor)
-            # Its last owner may have renamed or removed the folder before this process held the lock.
-            if os.path.samestat(os.fstat(descriptor), partial.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ConversionError(f"{partial}: another conversion is writing here") from None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> None:
+def _claim(partial: Path) -> contextlib.ExitStack:
+    """Keep other processes from a temporary folder until the end of the `with` block."""
+    claim = contextlib.ExitStack()
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+        claim.enter_context(lock_file(partial.with_suffix(".lock"), patience=0))
+    except BlockingIOError:
+        raise ConversionError(f"{partial}: another conversion is writing here") from None
+    return claim
 
 
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if _is_file(entry):
-            entry.unlink()
-        else:
-            shutil.rmtree(entry)
+def _remove(entry: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        entry.unlink() if _is_file(entry) else shutil.rmtree(entry)
 
 
 def _replace(partial: Path, out: Path) -> None:

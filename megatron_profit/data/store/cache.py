@@ -2,11 +2,11 @@
 
 One process of a machine (the leader) prepares. The others wait for the finished folder by looking at the file
 system: no collective is involved, so none can time out, and jobs that share a file system share the work.
-A folder appears by one rename. The preparing process holds a lock file and touches it. If a lock is no longer
-touched, its process has died, and another one takes it over. A damaged folder is renamed and made again.
+A folder appears by one rename. The preparing process holds a lock, which the kernel releases if it dies. A
+damaged folder is renamed and made again.
 
 The lock saves work and protects no data: each process writes into a folder of its own and the first rename
-wins. So a process that was wrongly taken for dead does no harm.
+wins. So two processes that prepare at once, on a file system without locks, do no harm.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
+from checkpoint_conversion.engine.lock import lock_file
+from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.files.bounded import open_regular
 from megatron_profit.data.files.sources import Source
 from megatron_profit.data.render.tokenizer_files import decides_ids, tokenizer_paths
 from megatron_profit.data.report import PreparationReport
-from megatron_profit.data.store.checksums import is_usable
+from megatron_profit.data.store.checksums import is_usable, machine_name
 from megatron_profit.data.store.examples import ABOUT, FILES, Prepared, load, write
 from megatron_profit.data.store.prepare import (
     Preparation,
@@ -43,9 +44,8 @@ from megatron_profit.data.store.prepare import (
 _BLOCK = 8 * 2**20
 
 POLL_SECONDS = 0.2
-TOUCH_SECONDS = 5.0
-# A network file system may show a touch late.
-STALE_SECONDS = 60.0
+# Silence after which the unfinished folder of another machine is taken for a dead process's.
+STALE_SECONDS = 600.0
 
 
 def default_cache() -> Path:
@@ -109,14 +109,13 @@ def prepare(
             if not leader:
                 time.sleep(POLL_SECONDS)
                 continue
-            token = uuid.uuid4().hex
-            with _lock(folder.with_suffix(".lock"), token, progress) as mine:
-                if mine and not folder.exists():
+            with _lock(folder, progress):
+                if not folder.exists():
                     with _reading("the data"):
                         count = workers or default_workers(sources)
-                    _fill(folder, token, sources, tokenizer, preparation, count, progress, states)
+                    _fill(folder, sources, tokenizer, preparation, count, progress, states)
         return _under_these_paths(load(folder, file_names(files)), folder, sources)
-    except OSError as error:
+    except (OSError, ConversionError) as error:
         raise DataError(
             f"{cache}: the prepared data cannot be written or read there ({error}); give another "
             "folder with --data-cache"
@@ -135,7 +134,6 @@ def _under_these_paths(prepared: Prepared, folder: Path, sources: Sequence[Sourc
 
 def _fill(
     folder: Path,
-    token: str,
     sources: Sequence[Source],
     tokenizer: Path,
     preparation: Preparation,
@@ -144,7 +142,7 @@ def _fill(
     states: Sequence[_State],
 ) -> None:
     _remove_left_overs(folder)
-    temporary = _temporary(folder, token)
+    temporary = folder.with_suffix(f".tmp-{machine_name()}-{uuid.uuid4().hex}")
     report = PreparationReport()
     chunks = prepared_chunks(
         sources, tokenizer, preparation, report, workers=workers, progress=progress
@@ -156,34 +154,38 @@ def _fill(
     try:
         write(chunks, report, temporary, about)
         _check_unchanged(states)
-        if not folder.exists():  # made by a process that was taken for dead, meanwhile
+        if not folder.exists():  # made meanwhile, on a file system without locks
             temporary.rename(folder)
     except FileNotFoundError:
-        # This process was silent for so long that its successor removed its files.
+        # Another machine, which does not see this one's lock, removed the files after a long silence.
         if temporary.exists():
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _temporary(folder: Path, token: str) -> Path:
-    """Return the folder into which the holder of the lock `token` writes."""
-    return folder.with_suffix(f".tmp-{token}")
+def _lock(
+    path: Path, progress: Callable[[str], None] | None = None
+) -> AbstractContextManager[bool]:
+    """Hold the lock of a file or folder that is about to be made; wait for a process that makes it."""
+    lock = path.with_suffix(".lock")
+    told = f"waiting for another process that prepares the same data ({lock})"
+    return lock_file(lock, waiting=lambda: progress and progress(told))
 
 
 def _remove_left_overs(folder: Path) -> None:
-    """Remove files that dead processes left of any data; they touched these folders as they did
-    their locks.
-    """
-    # The own lock, touched a moment ago, tells the file system's time.
+    """Remove the unfinished folders of dead processes; `folder` is the one whose lock is held."""
+    # The own lock, made a moment ago, tells the file system's time.
     now = folder.with_suffix(".lock").stat().st_mtime
     for left_over in folder.parent.glob("*.tmp-*"):
-        try:
-            silent = now - left_over.stat().st_mtime
-        except FileNotFoundError:
-            continue
-        if silent > STALE_SECONDS:
-            shutil.rmtree(left_over, ignore_errors=True)
+        of = left_over.with_suffix("")
+        with suppress(OSError, ConversionError), ExitStack() as stack:
+            if of != folder and not stack.enter_context(lock_file(of.with_suffix(".lock"), 0)):
+                continue
+            latest = max(path.stat().st_mtime for path in (left_over, *left_over.iterdir()))
+            is_from_here = left_over.suffix.startswith(f".tmp-{machine_name()}-")
+            if is_from_here or now - latest > STALE_SECONDS:
+                shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _key(
@@ -285,11 +287,14 @@ def content_digest(path: Path, cache: Path) -> str:
         ]
     note = cache / "files" / sha256(repr(known).encode()).hexdigest()
     note.parent.mkdir(parents=True, exist_ok=True)
-    while not (digest := _noted(note)):
-        with _lock(note.with_suffix(".lock"), uuid.uuid4().hex, None) as mine:
-            if mine:
+    if not (digest := _noted(note)):
+        with _lock(note):
+            if not (digest := _noted(note)):
                 found = [(str(file.relative_to(path)), _hash_file(file)) for file in inner]
-                _write_whole(note, f"{note.name} {sha256(repr(found).encode()).hexdigest()}")
+                digest = sha256(repr(found).encode()).hexdigest()
+                # Without locks, another process may be writing the same note.
+                with suppress(FileExistsError, FileNotFoundError), whole_file(note) as stream:
+                    stream.write(f"{note.name} {digest}".encode())
     return digest
 
 
@@ -309,114 +314,3 @@ def _hash_file(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(f".tmp-{uuid.uuid4().hex}")
-    temporary.write_text(text, encoding="ascii")
-    temporary.rename(path)
-
-
-@contextmanager
-def _lock(path: Path, token: str, progress: Callable[[str], None] | None) -> Iterator[bool]:
-    """Hold a lock file: True; or False if another process held it and has released it by now.
-
-    `token` belongs to this holder alone: no process touches or removes another's lock by mistake.
-    """
-    if not _acquire(path, token):
-        _wait(path, progress)
-        yield False
-        return
-    released = threading.Event()
-    touching = threading.Thread(target=_touch, args=(path, token, released), daemon=True)
-    touching.start()
-    try:
-        yield True
-    finally:
-        released.set()
-        touching.join()
-        _remove(path, token)
-
-
-def _acquire(path: Path, token: str) -> bool:
-    try:
-        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        return False
-    with os.fdopen(file, "w") as lock:
-        json.dump({"token": token, "processes": _processes(), "pid": os.getpid()}, lock)
-    return True
-
-
-def _holder(path: Path) -> dict[str, Any]:
-    """Return the content of a lock; empty where it is gone, or not written yet."""
-    try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _processes() -> str | None:
-    """Return a name of the set of processes among which a process number is unique.
-
-    It is one boot of a machine, in one container. None where the system does not say.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _touch(path: Path, token: str, released: threading.Event) -> None:
-    temporary = _temporary(path.with_suffix(""), token)
-    while not released.wait(TOUCH_SECONDS):
-        if _holder(path).get("token") != token:
-            return  # taken over: this process was silent for too long
-        for touched in (path, temporary):
-            with suppress(OSError):
-                os.utime(touched)
-
-
-def _wait(path: Path, progress: Callable[[str], None] | None) -> None:
-    """Wait until the lock is gone; a dead process's lock is removed."""
-    if progress:
-        progress(f"waiting for another process that prepares the same data ({path})")
-    seen, since = None, time.monotonic()
-    while True:
-        try:
-            holder, touched = _holder(path), path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return
-        state = (touched, holder.get("token"))
-        if state != seen:  # clocks of machines differ: only change counts
-            seen, since = state, time.monotonic()
-        died = _died_here(holder)
-        if died:
-            shutil.rmtree(
-                _temporary(path.with_suffix(""), holder.get("token", "")), ignore_errors=True
-            )
-        if died or time.monotonic() - since > STALE_SECONDS:
-            _remove(path, holder.get("token"))
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def _died_here(holder: Mapping[str, Any]) -> bool:
-    """Return whether the holder was one of the processes that are seen here, and has ended."""
-    if not holder or holder.get("processes") is None or holder["processes"] != _processes():
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, KeyError, TypeError):
-        return False
-    return False
-
-
-def _remove(path: Path, token: str | None) -> None:
-    """Remove the lock, if it still has this token."""
-    if _holder(path).get("token") == token:
-        path.unlink(missing_ok=True)

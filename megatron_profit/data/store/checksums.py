@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import io
 import json
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32  # ten times as fast as zlib's
 
+from checkpoint_conversion.engine.lock import NoLocksError, take_lock
 from checkpoint_conversion.errors import escaped
 from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.files.bounded import check_regular, read_json
@@ -141,7 +141,7 @@ def _check_once(folder: Path, names: Collection[str], progress: Progress) -> Non
     """
     try:
         note = os.open(
-            folder / f"checked-{_machine()}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
+            folder / f"checked-{machine_name()}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666
         )
     except FileNotFoundError:
         raise
@@ -150,8 +150,8 @@ def _check_once(folder: Path, names: Collection[str], progress: Progress) -> Non
         return
     try:
         before = os.pread(note, 16, 0)
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(note, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError, NoLocksError):
+            take_lock(note)
         if os.pread(note, 16, 0) == before:
             _check(folder, names, progress)
             with contextlib.suppress(OSError):  # a full disk: the others check for themselves
@@ -206,11 +206,11 @@ def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]
 
 
 @functools.cache
-def _machine() -> str:
+def machine_name() -> str:
     """Return a name of this machine since its start, which differs from other machines with the
     same files.
     """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return socket.gethostname()
+        return socket.gethostname().replace(".", "-")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import socket
 import time
 from io import TextIOWrapper
 from pathlib import Path
 
-from checkpoint_conversion.engine.output import NO_LOCKS
+from checkpoint_conversion.engine.lock import NoLocksError, is_in_place, take_lock
 from checkpoint_conversion.engine.regular_files import open_to_append
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.training.checkpoints.folder import CheckpointError
@@ -48,9 +46,9 @@ def hold_still(save: Path) -> None:
         CheckpointError: Another run has the folder, or has left checkpoints there, or it cannot be written.
     """
     save = save.resolve()
-    if save not in _held or _is_in_place(save / NAME, _held[save].fileno()):
+    if save not in _held or is_in_place(save / NAME, _held[save].fileno()):
         return
-    is_new = not _is_in_place(save, _folders[save])
+    is_new = not is_in_place(save, _folders[save])
     os.close(_folders.pop(save))
     _held.pop(save).close()
     hold(save, patience=0)
@@ -64,19 +62,11 @@ def hold_still(save: Path) -> None:
         )
 
 
-def _is_in_place(path: Path, descriptor: int) -> bool:
-    """Return whether the opened file or folder is still under its name."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
     """Keep other runs out of a folder until the first rank ends, however it ends. The first rank calls this.
 
-    The kernel holds the lock (POSIX, which NFS knows too), on a file `.in_use` that names the run. A file
-    that is left over does not count. Other ranks, and later calls, return at once.
+    The kernel holds the lock, on a file `.in_use` that names the run. A file that is left over does not
+    count. Other ranks, and later calls, return at once.
 
     Args:
         save: The folder; made if it does not exist.
@@ -115,31 +105,24 @@ def hold(save: Path, patience: float = _PATIENCE_SECONDS) -> bool:
 
 
 def _wait_for(file: TextIOWrapper, save: Path, patience: float) -> None:
-    end, told = time.monotonic() + patience, False
-    while not _locked(file, save):
+    def holder() -> str:
         file.seek(0)
-        holder = file.read() or "another process"
-        if time.monotonic() >= end:
-            raise CheckpointError(
-                f"--save {save} is in use by another run ({holder}); end that one, or name another folder. "
-                f"If its machine is gone and the lock is still there, remove {save / NAME}"
-            )
-        if not told:
-            print_rank_0(f"> waiting for the run that uses --save {save} to end ({holder})")
-            told = True
-        time.sleep(0.2)
+        return file.read() or "another process"
 
+    def waiting() -> None:
+        print_rank_0(f"> waiting for the run that uses --save {save} to end ({holder()})")
 
-def _locked(file: TextIOWrapper, save: Path) -> bool:
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_held = take_lock(file.fileno(), patience, waiting)
+    except NoLocksError:
+        print_rank_0(
+            f"WARNING: {save} is on a file system without locks; nothing keeps a second run out of it"
+        )
+        return
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            print_rank_0(
-                f"WARNING: {save} is on a file system without locks; nothing keeps a second run out of it"
-            )
-            return True
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise CheckpointError(f"--save {save} cannot be locked: {error.strerror}") from error
-        return False
-    return True
+        raise CheckpointError(f"--save {save} cannot be locked: {error.strerror}") from error
+    if not is_held:
+        raise CheckpointError(
+            f"--save {save} is in use by another run ({holder()}); end that one, or name another folder. "
+            f"If its machine is gone and the lock is still there, remove {save / NAME}"
+        )

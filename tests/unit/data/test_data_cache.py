@@ -14,6 +14,7 @@ import pytest
 from megatron_profit.data import DataError, Preparation, Source, Training
 from megatron_profit.data.files import records
 from megatron_profit.data.store import cache, tasks
+from megatron_profit.data.store.checksums import machine_name
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i}"} for i in range(400)]
 
@@ -201,87 +202,66 @@ def test_others_wait_for_the_leader(prepared, tmp_path):
     assert log.read_text() == "400"
 
 
-def _lock_of_a_dead_process(path):
+def _begin_and_die(folder):
+    """Begin to prepare data, as a process that is killed."""
+    with cache._lock(folder):
+        folder.with_suffix(f".tmp-{machine_name()}-1").mkdir()
+        os._exit(1)
+
+
+def _dead_process(folder):
     context = multiprocessing.get_context("fork")
-    holder = context.Process(target=cache._acquire, args=(path, "dead"))
+    holder = context.Process(target=_begin_and_die, args=(folder,))
     holder.start()
     holder.join()
-    assert path.exists()
+    assert folder.with_suffix(".lock").exists()
 
 
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch):
-    path = tmp_path / "a.lock"
-    _lock_of_a_dead_process(path)
-    unfinished = cache._temporary(tmp_path / "a", "dead")
-    unfinished.mkdir()
-    with cache._lock(path, "b", None) as mine:
-        assert not mine
-    assert not unfinished.exists()
-    with cache._lock(path, "b", None) as mine:
-        assert mine
-        assert path.exists()
-    assert not path.exists()
-    # On another machine, whose processes cannot be asked, silence tells.
-    monkeypatch.setattr(cache, "STALE_SECONDS", 0.3)
-    path.write_text(json.dumps({"token": "c", "processes": "elsewhere", "pid": 1}))
-    start, told = time.monotonic(), []
-    with cache._lock(path, "d", told.append) as mine:
-        assert not mine
-    assert time.monotonic() - start >= 0.3
-    assert str(path) in told[0]
-
-
-def test_a_lock_that_is_touched_is_not_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "STALE_SECONDS", 0.5)
-    monkeypatch.setattr(cache, "TOUCH_SECONDS", 0.1)
-    monkeypatch.setattr(cache, "_died_here", lambda _: False)
-    path = tmp_path / "a.lock"
-    with cache._lock(path, "a", None) as mine:
-        assert mine
-        time.sleep(1)
-        touched = path.stat().st_mtime_ns
-        time.sleep(0.3)
-        assert path.stat().st_mtime_ns > touched
-
-
-def test_only_the_lock_that_is_meant_is_touched_and_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "TOUCH_SECONDS", 0.05)
-    path = tmp_path / "a.lock"
-    with cache._lock(path, "old", None) as mine:
-        assert mine
-        path.unlink()  # taken for dead while it was suspended
-        assert cache._acquire(path, "new")
-        os.utime(path, (1, 1))
-        time.sleep(0.3)
-        assert path.stat().st_mtime == 1, "the old holder does not keep the new one's lock fresh"
-        cache._remove(path, "old")  # as a second process that waited for the old one
-    assert cache._holder(path)["token"] == "new"
-
-
-def test_a_process_of_another_container_is_not_taken_for_dead(tmp_path, monkeypatch):
-    path = tmp_path / "a.lock"
-    _lock_of_a_dead_process(path)
-    assert cache._died_here(cache._holder(path))
-    monkeypatch.setattr(cache, "_processes", lambda: "the same host, other processes")
-    assert not cache._died_here(cache._holder(path))
-    monkeypatch.setattr(cache, "_processes", lambda: None)
-    assert not cache._died_here({"processes": None, "pid": 2**22 + 1})
+def test_the_lock_and_the_remains_of_a_dead_process_are_taken_over_at_once(tmp_path):
+    folder, others = tmp_path / "a", tmp_path / "b"
+    for dead in (folder, others):
+        _dead_process(dead)
+    told = []
+    with cache._lock(folder, told.append) as is_locked:
+        assert is_locked
+        assert folder.with_suffix(".lock").exists()
+        cache._remove_left_overs(folder)
+    assert list(tmp_path.iterdir()) == []
+    assert told == []
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
-    folder = tmp_path / "a"
-    assert cache._acquire(folder.with_suffix(".lock"), "mine")
-    alive, dead = cache._temporary(folder, "alive"), cache._temporary(folder, "dead")
-    alive.mkdir()
-    dead.mkdir()
-    past = time.time() - 2 * cache.STALE_SECONDS
-    os.utime(dead, (past, past))
-    cache._remove_left_overs(folder)
-    assert alive.exists()
-    assert not dead.exists()
+    folder, others = tmp_path / "a", tmp_path / "b"
+    elsewhere = tmp_path / "c.tmp-another_machine-1"
+    own = others.with_suffix(f".tmp-{machine_name()}-1")
+    context = multiprocessing.get_context("fork")
+    begun, ended = context.Event(), context.Event()
+
+    def live():
+        with cache._lock(others):
+            own.mkdir()
+            begun.set()
+            ended.wait(60)
+
+    living = context.Process(target=live)
+    living.start()
+    assert begun.wait(60)
+    elsewhere.mkdir()
+    (elsewhere / "tokens.bin").touch()
+    with cache._lock(folder):
+        cache._remove_left_overs(folder)
+        assert own.exists()
+        assert elsewhere.exists(), "it may be locked where this machine does not see it"
+        past = time.time() - 2 * cache.STALE_SECONDS
+        for path in (elsewhere / "tokens.bin", elsewhere):
+            os.utime(path, (past, past))
+        cache._remove_left_overs(folder)
+        assert not elsewhere.exists()
+    ended.set()
+    living.join()
 
 
-def test_a_process_that_was_taken_for_dead_and_cleaned_up_behind_starts_again(
+def test_a_process_whose_files_another_machine_has_removed_starts_again(
     prepared, tmp_path, monkeypatch
 ):
     write, calls = cache.write, []

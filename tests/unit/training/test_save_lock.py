@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from checkpoint_conversion.engine import lock
 from megatron_profit.training.checkpoints import save_lock
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.save_lock import NAME, hold, hold_new, hold_still
@@ -95,7 +96,7 @@ def test_another_error_of_the_lock_is_named(tmp_path, monkeypatch):
     def lockf(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(save_lock.fcntl, "lockf", lockf)
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
     with pytest.raises(CheckpointError, match="cannot be locked: Input/output error"):
         hold(tmp_path / "run")
 
@@ -104,7 +105,7 @@ def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(save_lock.fcntl, "lockf", lockf)
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
     hold(tmp_path / "run")
     assert "without locks" in capsys.readouterr().out
 
