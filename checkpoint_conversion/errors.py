@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TextIO
+
 # Characters of a printed text: the most in all, and at the end of one that is cut.
 _LONGEST, _TAIL = 2000, 400
 
@@ -25,6 +27,16 @@ class ConversionError(Exception):
         message, *details = self.args
         lines = (printable(line) for text in details for line in text.splitlines())
         return "\n".join((message, *lines))
+
+
+def warning(message: object) -> str:
+    """Return the line of a warning, in the one form that every part of this project uses."""
+    return f"WARNING: {printable(message)}"
+
+
+def warn(message: object, stream: TextIO | None = None) -> None:
+    """Print a warning, by default to stdout; in a run, `console.warn_rank_0` prints one for all processes."""
+    print(warning(message), file=stream, flush=True)
 
 
 def printable(text: object) -> str:

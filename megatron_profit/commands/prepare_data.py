@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
-from checkpoint_conversion.errors import escaped
+from checkpoint_conversion.errors import escaped, warning
 from megatron_profit.data import (
     DataError,
     DataOptions,
@@ -80,8 +80,8 @@ def describe(name: str, sets: dict[str, PreparedSet]) -> str:
     found, report = sets[name], sets[name].prepared.report
     if name != "train" and found.prepared is sets["train"].prepared:
         return f"{name} data, set aside of the records above: {found.packing}"
-    warning = found.packing.warning if name == "train" else None
-    return f"{name} data: {report}\n{found.packing}" + (f"\nwarning: {warning}" if warning else "")
+    amiss = found.packing.warning if name == "train" else None
+    return f"{name} data: {report}\n{found.packing}" + (f"\n{warning(amiss)}" if amiss else "")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from checkpoint_conversion.errors import escaped
+from checkpoint_conversion.errors import escaped, warning
 from megatron_profit.data.errors import shown
 
 # The number of places of each kind in the JSON; and in the text.
@@ -249,7 +249,7 @@ class PreparationReport:
         for name, found in self.found.items():
             if found.count:
                 share_of = f"{found.count:,} of {found.of:,} {found.unit}"
-                lines.append(f"warning: {name}: {share_of} ({_first(found.places)})")
+                lines.append(warning(f"{name}: {share_of} ({_first(found.places)})"))
             if found.count and found.detail:
                 lines.append(f"  the first: {found.detail}")
         if self.unread:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from checkpoint_conversion.errors import warn, warning
+
 _STREAMS = {1: "stdout", 2: "stderr"}
 
 
@@ -68,11 +70,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
 
 
-def warn(message: str) -> None:
-    """Print a warning."""
-    print(f"WARNING: {message}", flush=True)
-
-
 def endure_console() -> None:
     """Let this process and its children go on when nobody reads their output any more or a disk is full.
 
@@ -122,11 +119,9 @@ class _Descriptor(io.RawIOBase):
         if not self._failed:
             self._failed = True
             name = _STREAMS[self._descriptor]
-            lost = (
-                f"WARNING: {name} cannot be written ({reason(error)}); the run goes on without it\n"
-            )
+            lost = f"{name} cannot be written ({reason(error)}); the run goes on without it"
             with contextlib.suppress(OSError):
-                os.write(sum(_STREAMS) - self._descriptor, lost.encode())
+                os.write(sum(_STREAMS) - self._descriptor, f"{warning(lost)}\n".encode())
         if error.errno == errno.EPIPE:
             # Also serves libraries that write without Python.
             null = os.open(os.devnull, os.O_WRONLY)

@@ -8,8 +8,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.errors import warn
 from megatron_profit.megatron_patches.callbacks import RunFailure
-from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason, warn
+from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason
 from megatron_profit.megatron_patches.patch import Patch, replaced
 
 

@@ -56,7 +56,7 @@ def test_metrics_reach_console_and_tensorboard_and_evaluation_runs(sft, flags, t
     assert re.search(
         r"a step of 8 rows holds \d+\.\d records on average, [\d,]+ tokens", result.stdout
     )
-    assert "> warning: records fill" not in result.stdout
+    assert "WARNING: records fill" not in result.stdout
     events = EventAccumulator(str(tmp_path)).Reload()
     for name in (*METRICS, "entropy", "p quantile 0.1", "p quantile 0.9"):
         assert len(logged(result.stdout, name)) == 4

@@ -69,11 +69,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("megatron", "checkpoint_conversion.errors"),
         *("megatron_profit.megatron_patches", "megatron_profit.parent_death"),
     ),
-    f"{_TRAINING}.step": (*_LIBRARIES[:3], "megatron_profit.flags", "megatron_profit.models"),
+    f"{_TRAINING}.step": (
+        *(*_LIBRARIES[:3], "megatron_profit.flags", "megatron_profit.models"),
+        "checkpoint_conversion.errors",
+    ),
     f"{_TRAINING}.monitoring": (
-        *(*_LIBRARIES, "checkpoint_conversion.engine", "megatron_profit.token_report"),
-        *("megatron_profit.flags", "megatron_profit.megatron_patches"),
-        *(f"{_TRAINING}.process", f"{_TRAINING}.step"),
+        *(*_LIBRARIES, "checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        *("megatron_profit.flags", "megatron_profit.token_report"),
+        *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
     ),
     f"{_TRAINING}.checkpoints": (
         *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from isal.isal_zlib import crc32  # ten times as fast as zlib's
 
 from checkpoint_conversion.engine.lock import NoLocksError, take_lock
-from checkpoint_conversion.errors import escaped
+from checkpoint_conversion.errors import escaped, warn
 from megatron_profit.data.errors import DataError, shown
 from megatron_profit.data.files.bounded import check_regular, read_json
 
@@ -125,11 +125,10 @@ def _put_aside(folder: Path, number: int, why: Exception) -> None:
         return
     except OSError as error:
         raise OSError(f"{folder} is damaged ({why}) and cannot be renamed: {error}") from error
-    print(
-        f"WARNING: {escaped(folder)} is damaged ({why}) and is made again; the damaged one is now "
-        f"{escaped(aside.name)}, which may be deleted",
-        file=sys.stderr,
-        flush=True,
+    warn(
+        f"{folder} is damaged ({why}) and is made again; the damaged one is now {aside.name}, which may be "
+        "deleted",
+        sys.stderr,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, warning
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.hf.output import HFOutput, plan_output
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
@@ -57,8 +57,10 @@ class RunFiles:
         """
         if token is None:
             tell(
-                "> warning: the chat template ends a turn with ordinary text, so no token stops the trained "
-                "model; give that text as a stop string to the program that generates"
+                warning(
+                    "the chat template ends a turn with ordinary text, so no token stops the trained model; "
+                    "give that text as a stop string to the program that generates"
+                )
             )
         stops = plan_stop_tokens(settings.hf_model, settings.config, token)
         if stops.added is not None:

@@ -30,7 +30,7 @@ from megatron_profit.training.checkpoints.folder import (
 from megatron_profit.training.checkpoints.save_folder import check_save_folder
 from megatron_profit.training.checkpoints.save_lock import hold
 from megatron_profit.training.checkpoints.shared_check import shared_check
-from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.console import warn_rank_0
 from megatron_profit.training.process.ranks import is_first_rank, world_size
 
 # Seconds that a network file system may take to show a machine the files of another one.
@@ -175,9 +175,7 @@ def _decide(flags: CheckpointFlags, inspect: Inspect) -> str:
         own = same_folder(flags.load, flags.save)
         # With --ckpt-step, another checkpoint than the one in the tracker file is read.
         first = defect if flags.step else inspect
-        decided = settle(
-            flags.load, lambda m: print_rank_0(f"WARNING: {m}"), is_own=own, inspect=first
-        )
+        decided = settle(flags.load, warn_rank_0, is_own=own, inspect=first)
         if flags.step:
             check_named(flags.load, flags.step, inspect)
     if flags.start is not None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from megatron.training import get_args
 
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, warn
 from megatron_profit.megatron_patches.callbacks import Callback
-from megatron_profit.megatron_patches.enduring import reason, warn
+from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.checkpoints.folder import (
     BETTER,
     MARKER,
@@ -39,7 +39,7 @@ from megatron_profit.training.checkpoints.run_record import RUN, RunRecord
 from megatron_profit.training.checkpoints.save_folder import clear_save_folder, names_of
 from megatron_profit.training.checkpoints.save_lock import hold_still
 from megatron_profit.training.checkpoints.size import check_space
-from megatron_profit.training.process.console import fail, print_rank_0
+from megatron_profit.training.process.console import fail, print_rank_0, warn_rank_0
 from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 
 _FORMAT = 1
@@ -176,7 +176,7 @@ class CheckpointKeeper(Callback):
                     print_rank_0(f"> removed {folder} (--keep-last {options.keep_last})")
         except (CheckpointError, ConversionError, OSError) as error:
             # The run is worth more than the space that a removal would free.
-            print_rank_0(f"WARNING: no checkpoint that is not kept could be removed: {error}")
+            warn_rank_0(f"no checkpoint that is not kept could be removed: {error}")
 
     def best(self) -> Saved:
         """Return the best checkpoint in --save, the same on all ranks.

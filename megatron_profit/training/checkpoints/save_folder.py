@@ -19,7 +19,7 @@ from megatron_profit.training.checkpoints.folder import (
     set_aside_in,
 )
 from megatron_profit.training.monitoring.metrics_file import SUPERSEDED
-from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.console import warn_rank_0
 
 METRICS = "metrics.jsonl"
 WANDB_RUN = "wandb_run.json"
@@ -87,8 +87,8 @@ def check_save_folder(
 def tell_of_other_curves(folder: str) -> None:
     """Warn where a new run writes its curves into a folder that has some."""
     if has_curves(folder):
-        print_rank_0(
-            f"WARNING: --tensorboard-dir {folder} has the curves of another run, or of one that died; "
+        warn_rank_0(
+            f"--tensorboard-dir {folder} has the curves of another run, or of one that died; "
             "TensorBoard shows this one in their place"
         )
 

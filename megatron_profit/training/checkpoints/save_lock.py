@@ -14,7 +14,7 @@ from checkpoint_conversion.engine.regular_files import open_to_append
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.save_folder import checkpoints_in
-from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.console import print_rank_0, warn_rank_0
 from megatron_profit.training.process.ranks import is_first_rank
 
 NAME = ".in_use"
@@ -54,7 +54,7 @@ def hold_still(save: Path) -> None:
     hold(save, patience=0)
     if not is_new:
         return
-    print_rank_0(f"WARNING: --save {save} was removed while the run was going on; it is made anew")
+    warn_rank_0(f"--save {save} was removed while the run was going on; it is made anew")
     if checkpoints_in(save):
         raise CheckpointError(
             f"--save {save}: the folder was removed while this run was going on, and another run has written "
@@ -115,8 +115,8 @@ def _wait_for(file: TextIOWrapper, save: Path, patience: float) -> None:
     try:
         is_held = take_lock(file.fileno(), patience, waiting)
     except NoLocksError:
-        print_rank_0(
-            f"WARNING: {save} is on a file system without locks; nothing keeps a second run out of it"
+        warn_rank_0(
+            f"{save} is on a file system without locks; nothing keeps a second run out of it"
         )
         return
     except OSError as error:

@@ -17,9 +17,10 @@ from megatron.core import mpu
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.errors import warn
 from megatron_profit.data import Prepared, SFTDataset
 from megatron_profit.megatron_patches.callbacks import Callback
-from megatron_profit.megatron_patches.enduring import reason, warn
+from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.objectives import TokenStatistics
 from megatron_profit.token_report import TokenRecord, page, token_texts
 from megatron_profit.training.process.console import print_rank_0

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
+from checkpoint_conversion.errors import warn
 from megatron_profit.megatron_patches import active_device
 from megatron_profit.megatron_patches.callbacks import Callback, LoggedStep
-from megatron_profit.megatron_patches.enduring import reason, warn
+from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.monitoring.guard_report import Suspect, chosen_suspects, event_text
 from megatron_profit.training.monitoring.guards import EXIT_CODE, Event, Guards, StepFacts
 from megatron_profit.training.monitoring.metrics_file import MetricsFile

@@ -22,7 +22,7 @@ from megatron_profit.data import (
     prepare_sets,
 )
 from megatron_profit.training.arguments.derive import RunSettings
-from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.console import print_rank_0, warn_rank_0
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def _tell_of_steps(rows: PackingReport, batch_size: int) -> None:
     """
     print_rank_0(rows.of_step(batch_size))
     if rows.warning is not None:
-        print_rank_0(f"> warning: {rows.warning}")
+        warn_rank_0(rows.warning)
     if rows.rows < batch_size:
         shorter = " or a shorter --seq-length" if rows.rows < rows.examples else ""
-        print_rank_0(
-            f"> warning: an epoch has {rows.rows:,} rows, fewer than the {batch_size:,} of a step: give a "
+        warn_rank_0(
+            f"an epoch has {rows.rows:,} rows, fewer than the {batch_size:,} of a step: give a "
             f"smaller --global-batch-size{shorter}"
         )
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron.training import get_args, get_wandb_writer
 
+from checkpoint_conversion.errors import warn
 from megatron_profit.megatron_patches.callbacks import Callback
-from megatron_profit.megatron_patches.enduring import reason, warn
+from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.checkpoints.folder import read_json, same_folder, write_json
 from megatron_profit.training.checkpoints.save_folder import WANDB_RUN

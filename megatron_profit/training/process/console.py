@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
-from checkpoint_conversion.errors import printable
+from checkpoint_conversion.errors import printable, warn
 from megatron_profit.megatron_patches.callbacks import LoggedStep
 from megatron_profit.training.process.ranks import is_first_rank
 
@@ -25,6 +25,12 @@ def print_rank_0(message: str) -> None:
     """
     if is_first_rank():
         print(lines_to_print(message), flush=True)
+
+
+def warn_rank_0(message: object) -> None:
+    """Print a warning on the first process only."""
+    if is_first_rank():
+        warn(message)
 
 
 def lines_to_print(message: object) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
+
+from checkpoint_conversion.errors import warn
 
 
 class KeptShareMonitor:
@@ -33,11 +33,10 @@ class KeptShareMonitor:
             return
         kept, supervised = self._counts.tolist()
         if supervised and kept < self.limit * supervised:
-            warnings.warn(
+            warn(
                 f"the objective kept {kept} of the last {supervised} supervised tokens on this rank "
                 f"(under {self.limit:.0%}), so this run trains almost nothing. A model that was never "
                 "trained gives every token a small probability: start from a base model or from plain "
-                "SFT (--objective sft), or choose other options of the objective, such as --prob-threshold.",
-                stacklevel=2,
+                "SFT (--objective sft), or choose other options of the objective, such as --prob-threshold"
             )
         self.window, self._micro_batches, self._counts = 2 * self.window, 0, None

@@ -176,7 +176,7 @@ def test_the_tool_reports_what_is_in_the_data(tool, write_lines):
     assert "warning" not in printed
     _, printed, alone = tool("--data", file, "--no-packing", seq_length=128)
     assert alone["train"]["rows"]["rows"] == 50
-    assert "warning: records fill" in printed
+    assert "WARNING: records fill" in printed
 
 
 def test_long_records_may_be_dropped(tool, write_lines):

@@ -293,5 +293,5 @@ def test_what_was_dropped_is_in_the_report(templates, write_lines):
     assert (found.count, found.of) == (2, 4)
     assert found.places == [f"{path}, line 2", f"{path}, line 3"]
     assert report.skipped[render.UNKNOWN_TRAINED].places == [f"{path}, line 5"]
-    told = f"warning: {render.TEXT_DROPPED}: 2 of 4 examples ({path}, line 2; {path}, line 3)"
+    told = f"WARNING: {render.TEXT_DROPPED}: 2 of 4 examples ({path}, line 2; {path}, line 3)"
     assert told in str(report).splitlines()

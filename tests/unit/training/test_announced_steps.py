@@ -31,13 +31,13 @@ def test_a_run_of_full_rows_says_what_a_step_holds(told):
 
 def test_padding_is_a_warning(told):
     _, line = told(examples=50, rows=50, batch_size=4)
-    assert line.startswith("> warning: records fill 20.0% of the positions of rows")
+    assert line.startswith("WARNING: records fill 20.0% of the positions of rows")
 
 
 def test_a_step_of_more_rows_than_an_epoch_has_is_a_warning(told):
     packed = told(examples=10, rows=2, batch_size=8)[-1]
     assert packed == (
-        "> warning: an epoch has 2 rows, fewer than the 8 of a step: give a smaller --global-batch-size or a "
+        "WARNING: an epoch has 2 rows, fewer than the 8 of a step: give a smaller --global-batch-size or a "
         "shorter --seq-length"
     )
     alone = told(examples=4, rows=4, batch_size=8)[-1]
