@@ -42,7 +42,10 @@ class LoggedStep:
             (absent where the loss scaler found none) and so on.
         tokens: Tokens of records, over all ranks.
         floating_point_operations: Of the step over all ranks, by Megatron's count.
-        line: The values of Megatron's console line by name, where it is due; else None.
+        module_losses: Losses of the step that the model's modules add by themselves, for example the
+            balancing losses of experts: tensors [] by name.
+        seconds: Seconds of the steps since the last line but the first step's, where a line is due; else
+            None.
     """
 
     iteration: int
@@ -50,7 +53,8 @@ class LoggedStep:
     values: Mapping[str, float]
     tokens: float
     floating_point_operations: float
-    line: Mapping[str, float] | None
+    module_losses: Mapping[str, Any]
+    seconds: float | None
 
 
 class Callback:

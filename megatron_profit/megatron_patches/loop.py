@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_profit.megatron_patches.callbacks import LoggedStep, TrainContext, callbacks
@@ -95,10 +95,16 @@ def _let_callbacks_log() -> None:
         if not found:
             return original(*call.args, **call.kwargs)
         given["loss_dict"] = {name: value for values in found for name, value in values.items()}
-        lines: list[str] = []
-        with replaced(training, print_rank_last=lines.append):
+        is_due = given["is_first_iteration"] or iteration % get_args().log_interval == 0
+        seconds = _interval_seconds() if is_due else None
+        reports = _Reports(training.get_moe_metrics_tracker())
+        with replaced(
+            training,
+            print_rank_last=lambda line: None,
+            get_moe_metrics_tracker=lambda: reports,
+        ):
             result = original(*call.args, **call.kwargs)
-        step = _logged_step(given, lines)
+        step = _logged_step(given, reports.losses, seconds)
         for callback in callbacks():
             callback.log(step)
         return result
@@ -106,7 +112,27 @@ def _let_callbacks_log() -> None:
     training.training_log = training_log
 
 
-def _logged_step(given: Mapping[str, Any], lines: Sequence[str]) -> LoggedStep:
+def _interval_seconds() -> float:
+    """Return the seconds that Megatron's clock shows, without evaluations and saves. A collective."""
+    from megatron.training.global_vars import get_timers
+
+    return get_timers()("interval-time").elapsed(reset=False, barrier=True)
+
+
+class _Reports:
+    """Keeps the losses of experts that Megatron's tracker would add to the sums of its own line."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.losses: dict[str, Any] = {}
+        self._tracker = tracker
+
+    def report(self, **settings: Any) -> str:
+        return self._tracker.report(**{**settings, "total_loss_dict": self.losses})
+
+
+def _logged_step(
+    given: Mapping[str, Any], module_losses: Mapping[str, Any], seconds: float | None
+) -> LoggedStep:
     """Return the values of a step from the arguments of `training_log`; all ranks agree on them."""
     from megatron.training import training
     from megatron.training.global_vars import get_args
@@ -133,14 +159,9 @@ def _logged_step(given: Mapping[str, Any], lines: Sequence[str]) -> LoggedStep:
             seqlen_squared_sum_in_batch=given.get("seqlen_squared_sum_in_batch"),
             total_real_tokens_in_batch=tokens,
         ),
-        line=fields_of_line(lines[0]) if lines else None,
+        module_losses=module_losses,
+        seconds=seconds,
     )
-
-
-def fields_of_line(line: str) -> dict[str, float]:
-    """Return the numbers of a console line of Megatron by name: some appear in no other place."""
-    pairs = re.findall(r"([^|\]]+): +([-+.\deE]+|nan|inf|-inf) *(?=\|)", line)
-    return {name.strip(): float(value) for name, value in pairs}
 
 
 def _ask_before_updates(optimizer: Any) -> None:
@@ -232,8 +253,7 @@ def _call_after_evaluations() -> None:
     @functools.wraps(original)
     def evaluate_and_print_results(*args: Any, **kwargs: Any) -> None:
         found: dict[str, float] | None = None
-        evaluate, print_rank_last = training.evaluate, training.print_rank_last
-        get_tensorboard_writer = training.get_tensorboard_writer
+        evaluate = training.evaluate
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal found
@@ -246,26 +266,20 @@ def _call_after_evaluations() -> None:
                 found = {name: float(value) for name, value in metrics.items()}
             return metrics, *rest
 
-        def writer() -> Any:
-            real = get_tensorboard_writer()
-            return real and _WithoutPerplexities(real)
-
-        with replaced(
-            training,
-            evaluate=watched,
-            print_rank_last=lambda message: print_rank_last(without_perplexities(message)),
-            get_tensorboard_writer=writer,
-        ):
+        if not callbacks():
+            with replaced(training, evaluate=watched):
+                return original(*args, **kwargs)
+        with replaced(training, evaluate=watched, print_rank_last=lambda line: None):
             original(*args, **kwargs)
-        if callbacks() and found is not None:
-            # The last rank is on the last pipeline stage, which alone has metrics.
-            everyone = [found]
-            torch.distributed.broadcast_object_list(
-                everyone, torch.distributed.get_world_size() - 1
-            )
-            iteration = signature.bind(*args, **kwargs).arguments["iteration"]
+        given = signature.bind(*args, **kwargs).arguments
+        # The last rank is on the last pipeline stage, which alone has metrics.
+        everyone = [found]
+        torch.distributed.broadcast_object_list(everyone, torch.distributed.get_world_size() - 1)
+        if everyone[0] is not None:
+            training.print_rank_last(evaluation_line(given["prefix"], everyone[0]))
             for callback in callbacks():
-                callback.after_evaluation(iteration, everyone[0])
+                callback.after_evaluation(given["iteration"], everyone[0])
+        return None
 
     training.evaluate_and_print_results = evaluate_and_print_results
 
@@ -308,28 +322,19 @@ class _Sums:
         return dict(zip(pairs, total[:, 0] / total[:, 1], strict=True))
 
 
-def without_perplexities(message: str) -> str:
-    """Return a line of an evaluation, or the rule around it, with the perplexity of the
-    cross-entropy only.
+def evaluation_line(where: str, metrics: Mapping[str, float]) -> str:
+    """Return Megatron's line of an evaluation, with the perplexity of the cross-entropy only.
+
+    Args:
+        where: The step, and after the last one the data set, as "iteration 20 on test set".
+        metrics: The value of each metric by name.
     """
-    if set(message) == {"-"}:
-        return "-" * 80
-    return re.sub(rf"(?<=\| )(?!{_CROSS_ENTROPY} )[^|]+ PPL: \S+ \| ", "", message)
-
-
-class _WithoutPerplexities:
-    """A TensorBoard writer that leaves out perplexities of metrics other than the cross-entropy."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
-        is_perplexity = tag.removesuffix(" vs samples").endswith(" ppl")
-        if not is_perplexity or tag.startswith(f"{_CROSS_ENTROPY} "):
-            self._writer.add_scalar(tag, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
+    line = f" validation loss at {where} | "
+    for name, value in metrics.items():
+        line += f"{name} value: {value:.6E} | "
+        if name == _CROSS_ENTROPY:
+            line += f"{name} PPL: {math.exp(min(20, value)):.6E} | "
+    return line
 
 
 LOOP_PATCHES = (

@@ -53,7 +53,6 @@ class RunMonitor(Callback):
     _pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
     _facts: StepFacts | None = None
     _events: list[Event] | None = None
-    _names: set[str] = field(default_factory=set)
     _logged: Interval = field(default_factory=Interval)
     _scalars: Interval = field(default_factory=Interval)
 
@@ -185,7 +184,6 @@ class RunMonitor(Callback):
 
     def scalars(self, iteration: int, skipped: bool) -> dict[str, Any]:
         """See `Callback`."""
-        self._names.update(self._pairs)
         for interval in (self._scalars, self._logged):
             interval.add(self._pairs, skipped=skipped)
         if iteration % get_args().tensorboard_log_interval:
@@ -198,15 +196,15 @@ class RunMonitor(Callback):
         interval, args = self._logged, get_args()
         interval.tokens += step.tokens
         interval.floating_point_operations += step.floating_point_operations
-        if step.line is None:
+        for name, loss in step.module_losses.items():
+            interval.module_losses[name] = interval.module_losses.get(name, 0) + loss
+        if step.seconds is None:
             return
-        seconds = step.line["elapsed time per iteration (ms)"] / 1000
-        speed = throughput(interval, seconds * interval.steps, args.world_size)
+        seconds = step.seconds / interval.steps
+        speed = throughput(interval, step.seconds, args.world_size)
         speed["peak memory GiB"] = _largest([_peak_memory() / 2**30])[0]
-        # The other values come from the model's modules, for example the balancing losses of experts.
-        ours = {*_LINE, *step.values, *self._names}
-        other = {name: value for name, value in step.line.items() if name not in ours}
-        metrics = {**interval.means(), **other}
+        losses = {name: float(s) / interval.steps for name, s in interval.module_losses.items()}
+        metrics = {**interval.means(), **losses}
         if _COUNT in metrics and metrics[_COUNT].is_integer():
             metrics[_COUNT] = int(metrics[_COUNT])
         if _logs():
@@ -281,12 +279,6 @@ class _Traced:
 
 # The metric that is a number of tokens.
 _COUNT = "supervised tokens"
-# Values of Megatron's line that are logged in another form or only count steps.
-_LINE = (
-    *("iteration", "consumed samples", "skipped samples", "elapsed time per iteration (ms)"),
-    *("throughput per GPU (TFLOP/s/GPU)", "global batch size", "number of skipped iterations"),
-    "number of nan iterations",
-)
 
 
 def throughput(interval: Interval, seconds: float, devices: int) -> dict[str, float]:

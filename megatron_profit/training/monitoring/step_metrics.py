@@ -78,12 +78,14 @@ class Interval:
         steps, skipped: All steps, and the steps among them in which the optimizer took no step.
         tokens: Tokens of records, without padding.
         floating_point_operations: By Megatron's count.
+        module_losses: Sums over the steps of the losses that the model's modules add by themselves.
     """
 
     steps: int = 0
     skipped: int = 0
     tokens: float = 0.0
     floating_point_operations: float = 0.0
+    module_losses: dict[str, Tensor] = field(default_factory=dict)
     _pairs: dict[str, SumAndCount] = field(default_factory=dict)
 
     def add(self, pairs: Mapping[str, SumAndCount], *, skipped: bool) -> None:

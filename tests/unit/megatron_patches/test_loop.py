@@ -1,4 +1,4 @@
-"""What is read from and taken out of Megatron's lines, and who is asked before an update."""
+"""The line of an evaluation, the losses of experts, and who is asked before an update."""
 
 from __future__ import annotations
 
@@ -7,62 +7,34 @@ import pytest
 from megatron_profit.megatron_patches.callbacks import Callback, register
 from megatron_profit.megatron_patches.loop import (
     _ask_before_updates,
-    _WithoutPerplexities,
-    fields_of_line,
-    without_perplexities,
+    _Reports,
+    evaluation_line,
 )
-
-LINE = (
-    " [2026-11-20 10:00:00.000000] iteration       12/     600 | consumed samples:           96 |"
-    " elapsed time per iteration (ms): 91.5 | learning rate: 1.000000E-03 | global batch size:     8 |"
-    " load_balancing_loss: 1.0E+00 | loss scale: 1.0 | grad norm: nan |"
-    " number of skipped iterations:   0 |"
-)
-
-
-def test_the_numbers_of_a_line_are_found_by_name():
-    fields = fields_of_line(LINE)
-    assert str(fields.pop("grad norm")) == "nan"
-    assert fields == {
-        "consumed samples": 96,
-        "elapsed time per iteration (ms)": 91.5,
-        "learning rate": 1e-3,
-        "global batch size": 8,
-        "load_balancing_loss": 1,
-        "loss scale": 1,
-        "number of skipped iterations": 0,
-    }
 
 
 def test_only_the_cross_entropy_has_a_perplexity():
-    line = (
-        " validation loss at iteration 2 | objective value: 5.0E+00 | objective PPL: 1.4E+02 | "
-        "lm loss value: 6.0E+00 | lm loss PPL: 4.0E+02 | p quantile 0.1 value: 1E-01 | "
-        "p quantile 0.1 PPL: 1.1E+00 | "
+    metrics = {"objective": 5.0, "lm loss": 6.0, "p quantile 0.1": 0.1}
+    assert evaluation_line("iteration 2", metrics) == (
+        " validation loss at iteration 2 | objective value: 5.000000E+00 | lm loss value: 6.000000E+00 | "
+        "lm loss PPL: 4.034288E+02 | p quantile 0.1 value: 1.000000E-01 | "
     )
-    assert without_perplexities(line) == (
-        " validation loss at iteration 2 | objective value: 5.0E+00 | lm loss value: 6.0E+00 | "
-        "lm loss PPL: 4.0E+02 | p quantile 0.1 value: 1E-01 | "
-    )
-    assert set(without_perplexities("-" * 500)) == {"-"}
+    assert "lm loss PPL: 4.851652E+08" in evaluation_line("iteration 2", {"lm loss": 900.0})
 
 
-def test_tensorboard_gets_no_other_perplexity():
-    class Writer:
-        def __init__(self):
-            self.tags = []
+class Tracker:
+    """Megatron's tracker of experts: it adds to the sums that it is given."""
 
-        def add_scalar(self, tag, value, step):
-            self.tags.append(tag)
+    def report(self, iteration, total_loss_dict):
+        total_loss_dict["load_balancing_loss"] = 1.5
+        return f"of step {iteration}"
 
-    writer = Writer()
-    filtered = _WithoutPerplexities(writer)
-    for name in ("lm loss", "mean p"):
-        for ending in ("", " vs samples", " ppl", " ppl vs samples"):
-            filtered.add_scalar(f"{name} validation{ending}", 0.0, 1)
-    assert filtered.tags is writer.tags
-    expected = [f"lm loss validation{e}" for e in ("", " vs samples", " ppl", " ppl vs samples")]
-    assert writer.tags == [*expected, "mean p validation", "mean p validation vs samples"]
+
+def test_the_losses_of_experts_are_taken_as_numbers():
+    sums = {"load_balancing_loss": 7.0}
+    reports = _Reports(Tracker())
+    assert reports.report(iteration=3, total_loss_dict=sums) == "of step 3"
+    assert reports.losses == {"load_balancing_loss": 1.5}
+    assert sums == {"load_balancing_loss": 7.0}
 
 
 class Optimizer:

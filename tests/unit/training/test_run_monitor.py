@@ -80,7 +80,7 @@ def test_throughput_is_of_the_whole_interval():
 @pytest.mark.parametrize("skipped", [False, True])
 def test_the_line_can_be_read_and_parsed(skipped):
     values = {"learning rate": 1e-5, "loss scale": 1.0, "grad norm": 0.91}
-    step = LoggedStep(12, skipped, values, 0.0, 0.0, {})
+    step = LoggedStep(12, skipped, values, 0.0, 0.0, {}, 1.5)
     metrics = {"lm loss": 6.1904321, "objective": -0.000012345678}
     speed = {
         "tokens per second": 4120.4,
@@ -101,7 +101,7 @@ def test_the_line_can_be_read_and_parsed(skipped):
 
 
 def test_counts_have_all_their_digits():
-    step = LoggedStep(12, False, {"grad norm": 0.91}, 0.0, 0.0, {})
+    step = LoggedStep(12, False, {"grad norm": 0.91}, 0.0, 0.0, {}, 1.5)
     speed = dict.fromkeys(
         (
             *("tokens per second", "supervised tokens per second", "kept tokens per second"),
