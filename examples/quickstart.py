@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -42,6 +41,8 @@ BASE_DATA, PROFIT_DATA = DATA / "arithmetic_base.jsonl", DATA / "arithmetic_chat
 HELD_OUT = DATA / "arithmetic_heldout.jsonl"
 
 PYTHON = sys.executable
+# Lines that a command prints for a reader.
+TELLING = ("wrote", "error", "megatron-profit-sft: error", "> train data", "megatron_profit:")
 TRAIN = [
     *(PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     *("-m", "megatron_profit.sft", "--device", "cpu"),  # two processes would share one GPU
@@ -306,12 +307,44 @@ def remove(results: Sequence[Path]) -> None:
 
 
 def execute(step: Step) -> None:
-    """Run a step's command; of its output, show only the lines that tell its progress."""
+    """Run a step's command; show its progress, and of its output only the lines with results and errors."""
     title(step.title)
     print(f"   $ {step}".replace("python", os.path.relpath(PYTHON), 1), flush=True)
+    progress = Progress(step)
     for line in run(step.command, log_of(step.result)):
-        if told := tell(line):
-            print(f"   {told}", flush=True)
+        progress.show()
+        if line.startswith(TELLING):
+            print(f"   {line}", flush=True)
+    progress.show()
+
+
+class Progress:
+    """What a training writes into its metrics file: one training step in ten per cent, and evaluations."""
+
+    def __init__(self, step: Step) -> None:
+        flags = dict(zip(step.command, step.command[1:], strict=False))
+        self.steps = int(flags.get("--train-iters", 0))
+        self.file = step.result / "metrics.jsonl"
+        self.at = self.file.stat().st_size if self.file.exists() else 0
+
+    def show(self) -> None:
+        """Print what was written since the last call."""
+        if not self.file.exists():
+            return
+        with self.file.open("rb") as file:
+            file.seek(self.at)
+            lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            if line.endswith(b"\n"):
+                self.at += len(line)
+                self._show(json.loads(line))
+
+    def _show(self, record: dict) -> None:
+        step = record["step"]
+        if record["kind"] == "evaluation":
+            print(f"   held out        {metrics(record)}", flush=True)
+        elif record["kind"] == "train" and (step == 1 or step % max(1, self.steps // 10) == 0):
+            print(f"   step {step:>4}/{self.steps}  {metrics(record)}", flush=True)
 
 
 def log_of(result: Path) -> Path:
@@ -319,32 +352,17 @@ def log_of(result: Path) -> Path:
     return result.with_name(f"{result.name}.log")
 
 
-def tell(line: str) -> str:
-    """Shorten a line for the screen: keep results, errors, and one training step in ten per cent."""
-    if found := re.search(r"iteration +(\d+)/ *(\d+) \|", line):
-        step, steps = int(found[1]), int(found[2])
-        shown = step == 1 or step % max(1, steps // 10) == 0
-        return f"step {step:>4}/{steps}  {metrics(line)}" if shown else ""
-    if "validation loss at iteration" in line:
-        return f"held out        {metrics(line)}"
-    telling = ("wrote", "error", "megatron-profit-sft: error", "> train data", "megatron_profit:")
-    return line if line.startswith(telling) else ""
-
-
 def title(text: str) -> None:
     """Print the title of a step."""
     print(f"\n== {text}", flush=True)
 
 
-def metrics(line: str) -> str:
-    """Return the metrics in a training line, in short form."""
+def metrics(record: dict) -> str:
+    """Return the metrics of a training step or an evaluation, in short form."""
     shown = {"objective": "objective", "lm loss": "cross-entropy", "kept fraction": "kept"}
     shown |= {"mean p kept": "p kept", "mean p dropped": "p dropped"}
-    parts = []
-    for name, label in shown.items():
-        if found := re.search(rf"\| {name}(?: value)?: (\S+) ", line):
-            parts.append(f"{label} {float(found[1]):.3f}")
-    return "  ".join(parts)
+    found = {label: record.get(name) for name, label in shown.items()}
+    return "  ".join(f"{label} {value:.3f}" for label, value in found.items() if value is not None)
 
 
 def run(command: Sequence[str], log: Path) -> Iterator[str]:

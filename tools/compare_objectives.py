@@ -21,6 +21,7 @@ it should not forget.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -38,6 +39,8 @@ from typing import Any
 from zlib import crc32
 
 import make_arithmetic_data
+
+from megatron_profit.training.monitoring.metrics_file import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = {
@@ -184,7 +187,8 @@ def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
         return read_result(finished)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    printed = execute(plan.command(setting, run, seed, folder / "hf"), folder / "train.log")
+    command = plan.command(setting, run, seed, folder / "hf")
+    execute([*command, "--metrics-file", str(folder / "metrics.jsonl")], folder / "train.log")
     with _ONE_MODEL_AT_A_TIME:
         accuracy, retained, length = examine(plan, setting, folder / "hf")
     result = Result(
@@ -193,8 +197,8 @@ def read_or_make(plan: Plan, setting: str, run: str, seed: int) -> Result:
         seed=seed,
         accuracy=accuracy,
         retained=retained,
-        cross_entropy=last_number(printed, r"validation loss.*?\| lm loss value: (\S+)"),
-        kept=last_number(printed, r"\| kept fraction: (\S+)"),
+        cross_entropy=last_metric(folder / "metrics.jsonl", "evaluation", "lm loss"),
+        kept=last_metric(folder / "metrics.jsonl", "train", "kept fraction"),
         length=length,
     )
     shutil.rmtree(folder / "hf")
@@ -225,8 +229,8 @@ def read_result(file: Path) -> Result:
         ) from error
 
 
-def execute(command: Sequence[str], log: Path) -> str:
-    """Run a command and return its output, which goes to `log` as well.
+def execute(command: Sequence[str], log: Path) -> None:
+    """Run a command, whose output goes to `log`.
 
     Raises:
         ComparisonError: the command failed.
@@ -235,18 +239,17 @@ def execute(command: Sequence[str], log: Path) -> str:
         code = subprocess.run(
             command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT
         ).returncode
-    printed = log.read_text(encoding="utf-8")
     if code:
-        lines = printed.splitlines()
+        lines = log.read_text(encoding="utf-8").splitlines()
         tail = "\n".join([x for x in lines if "error: " in x] or lines[-15:])
         raise ComparisonError(f"{shlex.join(command)}\nfailed ({log}):\n{tail}")
-    return printed
 
 
-def last_number(printed: str, pattern: str) -> float:
-    """Return the last value that a training printed under a name; NaN if there is none."""
-    found = re.findall(pattern, printed)
-    return float(found[-1]) if found else float("nan")
+def last_metric(file: Path, kind: str, name: str) -> float:
+    """Return the last value of a metric in a run's metrics file; NaN if there is none."""
+    records = [record for record in read_metrics(file) if record["kind"] == kind]
+    values = [record[name] for record in records if record.get(name) is not None]
+    return values[-1] if values else math.nan
 
 
 def examine(plan: Plan, setting: str, folder: Path) -> tuple[float, float | None, float]:
