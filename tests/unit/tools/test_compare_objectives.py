@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import compare_objectives
 import make_arithmetic_data
@@ -166,7 +167,14 @@ def trainings(monkeypatch, tmp_path):
     def execute(command, log):
         commands.append(command)
         shutil.copytree(tmp_path / "base", command[command.index("--export-hf") + 1])
-        return "| kept fraction: 0.5 |\n validation loss at iteration 2 | lm loss value: 4.0 |"
+        records = [
+            {"kind": "train", "step": 1, "kept fraction": 0.9},
+            {"kind": "train", "step": 2, "kept fraction": 0.5},
+            {"kind": "evaluation", "step": 2, "lm loss": 4.0},
+            {"kind": "train", "step": 3, "lm loss": None},
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        Path(command[command.index("--metrics-file") + 1]).write_text(text)
 
     monkeypatch.setattr(compare_objectives, "execute", execute)
     return commands
