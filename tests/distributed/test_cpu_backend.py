@@ -82,7 +82,13 @@ def test_experts_train_alike_at_every_layout(ranks, expert_checkpoint, world_siz
     assert steps(result.stdout) == [pytest.approx(step, rel=2e-4) for step in expected]
 
 
-@pytest.mark.parametrize("layout", ["--tensor-model-parallel-size 2 --sequence-parallel", ""])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        pytest.param("", marks=pytest.mark.slow),
+    ],
+)
 def test_an_objective_in_a_script_of_ones_own(ranks, layout):
     """With the three lines, plain SFT trains exactly as the script does without them."""
     flags = [*MODEL, *TRAINING, *layout.split()]

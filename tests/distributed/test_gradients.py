@@ -162,7 +162,9 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2], ids=["tp1", "tp2"])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["tp1", "tp2"]
+)
 @pytest.mark.parametrize("direction", SELECTIONS)
 def test_every_selection_equals_the_reference(
     step, untied_model, untied_reference, direction, world_size
@@ -221,11 +223,13 @@ LAYOUTS = {
         "--objective-backward save",
     ),
 }
+# The table of test_layouts.py and the other layouts here have the same parts.
+SLOW_LAYOUTS = ("pp2", "tp2-sp-reference", "tp2-dp2")
 
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n == "tp2-sp-reference")) for n in LAYOUTS],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW_LAYOUTS)) for n in LAYOUTS],
 )
 def test_any_layout_gives_the_same_gradient(step, tied_model, tied_reference, layout):
     tokens = tied_reference
@@ -251,7 +255,10 @@ PACKED_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("tp2")) for n in PACKED_LAYOUTS],
+)
 def test_packed_rows_give_the_gradient_of_their_records_alone(
     step, tied_model, packed_reference, layout
 ):
@@ -327,7 +334,7 @@ def test_a_ranking_within_the_micro_batch(step, tied_model, tied_reference):
     assert logged(output, "kept fraction") == pytest.approx(count / len(values), rel=1e-5)
 
 
-@pytest.mark.parametrize("normalization", ["valid", "kept"])
+@pytest.mark.parametrize("normalization", [pytest.param("valid", marks=pytest.mark.slow), "kept"])
 def test_a_global_batch_of_which_nothing_is_kept_moves_nothing(step, tied_model, normalization):
     moved, output = step(
         tied_model,

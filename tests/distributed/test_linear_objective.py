@@ -241,6 +241,6 @@ def run_checks(world):
         check_partial_hidden_gradient(pairs[world.rank() % 2])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_split_vocabulary_equals_one_process(world_size, tmp_path):
     spawn_ranks(run_checks, world_size, tmp_path)

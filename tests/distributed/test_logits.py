@@ -48,9 +48,18 @@ FAMILY_LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+# Tied embeddings at every layout; an output layer of its own where all kinds of parallelism meet.
+FAST = {("tp2-sp", "tied"), ("pp2", "tied"), ("tp2-pp2", "tied"), ("tp2-pp2", "untied")}
+
+
 @pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=[slow] * (n in ("tp1", "tp2"))) for n in LAYOUTS]
+    ("layout", "tied"),
+    [
+        pytest.param(layout, kind == "tied", id=f"{layout}-{kind}", marks=[slow] * is_slow)
+        for layout in LAYOUTS
+        for kind in ("tied", "untied")
+        for is_slow in [(layout, kind) not in FAST]
+    ],
 )
 def test_logits_are_those_of_huggingface(request, ranks, tmp_path, layout, tied):
     model = request.getfixturevalue("tied_model" if tied else "untied_model")

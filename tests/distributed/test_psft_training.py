@@ -57,7 +57,7 @@ def assert_same_training(folder: Path, hf: Path, plain: Trained) -> None:
         )
 
 
-@pytest.mark.parametrize("layout", [SHARDED, "2 pp2 mb2"])
+@pytest.mark.parametrize("layout", [SHARDED, pytest.param("2 pp2 mb2", marks=pytest.mark.slow)])
 def test_every_step_is_that_of_a_plain_implementation(run, tied_model, plain, tmp_path, layout):
     run(layout)
     assert_same_training(tmp_path, tied_model.hf, plain)

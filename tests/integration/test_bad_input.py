@@ -83,7 +83,19 @@ def broken_tokenizer(tmp_path: Path, tiny: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each kind through the whole entry; unit tests have the others' messages.
+FAST = (
+    "an unknown architecture",
+    "a broken tokenizer",
+    "no such data file",
+    "no assistant anywhere",
+    "tensor parallelism",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in FAST)) for case in CASES]
+)
 def test_bad_input_is_refused(ranks, tmp_path, tiny, case):
     flags, named = CASES[case](tmp_path, tiny)
     command = {

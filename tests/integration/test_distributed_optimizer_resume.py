@@ -29,7 +29,9 @@ def logged(output: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"\| {name}: (\S+) \|", output)]
 
 
-@pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param((), marks=pytest.mark.slow), ("--bf16",)], ids=["fp32", "bf16"]
+)
 def test_a_resumed_run_continues_like_the_uninterrupted_one(sft, command, tmp_path, precision):
     command = [*command, *precision]
     whole = sft(2, *command).stdout

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import forked_torchrun
 import matplotlib.image
 import pytest
 import torch
@@ -29,13 +35,51 @@ def start(out: Path, **steps: int) -> subprocess.CompletedProcess:
     )
 
 
+def start_here(quickstart: ModuleType, out: Path) -> str:
+    """Start it in this process, with few steps, and return what it prints."""
+    printed = io.StringIO()
+    argv = ["quickstart.py", f"--out={out}", "--base-steps=4", "--profit-steps=4"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(quickstart, "run", forking(quickstart.TRAIN, quickstart.run))
+        quickstart.main()
+    return printed.getvalue()
+
+
+def forking(launch, run):
+    """Return the quickstart's `run`; the ranks of a `launch` are forks of a process that knows Megatron."""
+
+    def forking_run(command: Sequence[str], log: Path) -> Iterator[str]:
+        if list(command[: len(launch)]) != launch:
+            yield from run(command, log)
+            return
+        flags = [*launch, *command[len(launch) :]][launch.index("megatron_profit.sft") + 1 :]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        torchrun = forked_torchrun.context().Process(
+            target=forked_torchrun.launch, args=(2, flags, log, 0, env)
+        )
+        torchrun.start()
+        torchrun.join(300)
+        assert torchrun.exitcode == 0, log.read_text()[-8000:]
+        yield from log.read_text().splitlines()
+
+    return forking_run
+
+
 @pytest.fixture(scope="module")
-def first(tmp_path_factory) -> tuple[Path, str]:
+def first(quickstart, tmp_path_factory) -> tuple[Path, str]:
     """The output folder of a whole quickstart, and what it printed."""
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    result = start(out, base_steps=4, profit_steps=4)
+    return out, start_here(quickstart, out)
+
+
+@pytest.mark.slow
+def test_it_starts_from_a_shell(tmp_path):
+    result = start(tmp_path / "run", base_steps=2, profit_steps=2)
     assert result.returncode == 0, result.stdout
-    return out, result.stdout
+    assert re.search(r"ProFit +\d+ of 64 right", result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +156,14 @@ def test_the_second_profit_launch_resumed_where_the_first_was_interrupted(first)
     assert re.findall(r"iteration +(\d+)/ +4 \|", log) == ["1", "2", "3", "4"]
 
 
-def test_a_second_start_keeps_all_and_draws_the_figure_again(first):
+def test_a_second_start_keeps_all_and_draws_the_figure_again(quickstart, first):
     out, _ = first
     drawn = (out / "curves.png").stat().st_mtime_ns
     logs = {log: log.read_bytes() for log in out.glob("*.log") if log.name != "curves.png.log"}
-    result = start(out, base_steps=4, profit_steps=4)
-    assert result.returncode == 0, result.stdout
-    assert result.stdout.count("kept from an earlier start") == 7
-    assert "torch.distributed.run" not in result.stdout
-    assert "removing" not in result.stdout
+    printed = start_here(quickstart, out)
+    assert printed.count("kept from an earlier start") == 7
+    assert "torch.distributed.run" not in printed
+    assert "removing" not in printed
     assert {log: log.read_bytes() for log in logs} == logs
     assert (out / "curves.png").stat().st_mtime_ns > drawn
 

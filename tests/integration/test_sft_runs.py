@@ -129,7 +129,11 @@ def test_a_run_may_resume_at_another_layout(sft, flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tied", "layout"), [(False, ""), (True, "--pipeline-model-parallel-size 2")]
+    ("tied", "layout"),
+    [
+        (False, ""),
+        pytest.param(True, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+    ],
 )
 def test_parameters_may_be_gathered_during_the_forward_pass(sft, tmp_path, tied, layout):
     """The output layer waits for its own parameters, although its module is never called."""
