@@ -127,9 +127,9 @@ class ScaledDotProductAttention(MegatronModule):
         if attention_bias is not None:
             raise ValueError("an attention bias needs Transformer Engine")
         if packed_seq_params is None and self.cp_group is None:
-            heads_first = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             with sdpa_kernel(_FOR_NEW_SHAPES, set_priority=True):
-                context = self._attend(*heads_first, attention_mask)
+                context = self._attend(q, k, v, attention_mask)
             return context.permute(2, 0, 1, 3).flatten(2)
         if not isinstance(packed_seq_params, RecordSpans) or attention_mask is not None:
             raise ValueError(
@@ -183,13 +183,13 @@ class ScaledDotProductAttention(MegatronModule):
                 (key, piece.key, keys),
                 (value, piece.key, keys),
             )
-            heads_first = (
+            q, k, v = (
                 t[start : start + count, piece.row].transpose(0, 1).unsqueeze(0)
                 for t, start, count in parts
             )
             later = torch.ones(end - begin, keys, dtype=torch.bool, device=query.device)
             later = later.triu_(keys - (end - begin) + 1)
-            contexts.append(self._attend(*heads_first, later).squeeze(0).transpose(0, 1))
+            contexts.append(self._attend(q, k, v, later).squeeze(0).transpose(0, 1))
         return contexts
 
     def _attend(

@@ -35,7 +35,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def layer_spec(
@@ -77,7 +77,7 @@ def _local_block_spec(
 
 
 def _with_own_parts(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
-    parts = {"core_attention": ScaledDotProductAttention}
+    parts: dict[str, type] = {"core_attention": ScaledDotProductAttention}
     if config.qk_layernorm:
         parts |= {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm}
     spec = _with_attention_parts(spec, parts)

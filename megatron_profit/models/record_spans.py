@@ -195,7 +195,7 @@ class RecordSpans(PackedSeqParams):
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             pieces=tuple(find_pieces(position_ids, cp_size, cp_rank)),
-            shape=tuple(position_ids.shape),
+            shape=(position_ids.size(0), position_ids.size(1)),
             device=device,
             cp_size=cp_size,
         )
@@ -231,12 +231,10 @@ class RecordSpans(PackedSeqParams):
             key_index = self._moved(
                 np.concatenate([np.arange(s, s + n) for s, n in zip(starts, keys, strict=True)])
             )
-        return VariableLengths(
-            *(self._moved(np.cumsum([0, *counts], dtype=np.int32)) for counts in (queries, keys)),
-            max(queries),
-            max(keys),
-            key_index,
+        cu_queries, cu_keys = (
+            self._moved(np.cumsum([0, *counts], dtype=np.int32)) for counts in (queries, keys)
         )
+        return VariableLengths(cu_queries, cu_keys, max(queries), max(keys), key_index)
 
     @cached_property
     def natural_order(self) -> torch.Tensor:

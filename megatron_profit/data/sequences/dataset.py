@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,10 @@ class SFTDataset:
 
     Attributes:
         labelled_rows: Rows before the ones without labels, None where there is no such limit.
+        split: The use of the rows in Megatron's terms, which training sets: Megatron asks a data set for it.
     """
+
+    split: Any = None
 
     def __init__(
         self,

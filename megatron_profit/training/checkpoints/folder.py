@@ -76,7 +76,9 @@ def folder_of(save: Path, iteration: int) -> Path:
 
 def same_folder(load: str | Path | None, save: str | Path | None) -> bool:
     """Return whether a run loads from the folder that it saves in, so that nobody else saves there."""
-    return bool(load and save) and Path(load).resolve() == Path(save).resolve()
+    if not load or not save:
+        return False
+    return Path(load).resolve() == Path(save).resolve()
 
 
 def saved_in(save: Path) -> list[Saved]:

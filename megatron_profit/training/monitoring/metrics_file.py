@@ -34,7 +34,8 @@ class MetricsFile:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(open_to_append(path))  # before anything is read: it must be no link
-        kept, moved = [], []
+        kept: list[bytes] = []
+        moved: list[bytes] = []
         for line in _lines(path):
             (kept if _is_whole(line) and _stays(json.loads(line), step) else moved).append(line)
         if moved:

@@ -75,7 +75,7 @@ class SFTData:
             valid.split = Split.valid
             return train, valid, None
 
-        provide.is_distributed = True
+        provide.is_distributed = True  # type: ignore[attr-defined]
         return provide
 
 
@@ -119,10 +119,10 @@ def prepare_data(settings: RunSettings, options: DataOptions) -> SFTData:
         print_rank_0(f"> valid data: {valid.prepared.report}\n{valid.packing}")
     return SFTData(
         train.dataset,
-        valid and valid.dataset,
+        None if valid is None else valid.dataset,
         train.packing.supervised_share,
         train.prepared,
-        valid and valid.prepared,
+        None if valid is None else valid.prepared,
         _digest(train.prepared, options),
     )
 
