@@ -20,8 +20,9 @@ _SUMS = ("read", "kept", "examples", "total_tokens", "supervised_tokens")
 
 @dataclass(slots=True)
 class Skipped:
-    """Records left out for one reason: their number, the places of the first 10,000, and the finding in the
-    first.
+    """Records left out for one reason.
+
+    Their number, the places of the first 10,000, and the finding in the first.
     """
 
     detail: str
@@ -194,8 +195,10 @@ class PreparationReport:
             self.lengths[bucket] += 1
 
     def under(self, paths: Mapping[str, str]) -> "PreparationReport":
-        """Return the report with the places under other paths; `paths` maps the path of each source to
-        another.
+        """Return the report with the places under other paths.
+
+        Args:
+            paths: Path of each source in this report -> its other path.
         """
         if all(old == new for old, new in paths.items()):
             return self

@@ -144,8 +144,9 @@ class ScaledDotProductAttention(MegatronModule):
     def _attend_in_records(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: RecordSpans
     ) -> torch.Tensor:
-        """Return the context [L, B, heads * head_dim] of query [L, B, …] and of key and value [S, B, …] of
-        whole rows.
+        """Return the context [L, B, heads * head_dim] of query [L, B, …].
+
+        Key and value [S, B, …] are the whole rows'.
         """
         plan = rows.plan
         contexts = []
@@ -171,9 +172,7 @@ class ScaledDotProductAttention(MegatronModule):
     def _attend_with_earlier_keys(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, piece: Piece
     ) -> list[torch.Tensor]:
-        """Return the contexts [queries, heads, head_dim] of a piece whose record began before its first
-        query.
-        """
+        """Return contexts [queries, heads, head_dim] of a piece whose record began before its first query."""
         contexts = []
         for begin in range(0, piece.queries, _QUERY_BLOCK):
             end = min(begin + _QUERY_BLOCK, piece.queries)
@@ -274,9 +273,7 @@ class _VariableLengths:
 
 
 def computes_unfused() -> bool:
-    """Return whether Transformer Engine, which chose how to attend in the last call, had no kernel for
-    records.
-    """
+    """Return whether Transformer Engine had no kernel for records when it last chose how to attend."""
     engine = sys.modules.get("transformer_engine.pytorch.attention.dot_product_attention")
     return bool(getattr(engine, "_attention_backends", {}).get("use_unfused_attention"))
 

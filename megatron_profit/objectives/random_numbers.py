@@ -62,7 +62,8 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Shift right logically. torch's own shift is arithmetic, so the copies of the sign bit are
-    masked off.
+    """Shift right logically.
+
+    torch's own shift is arithmetic, so the copies of the sign bit are masked off.
     """
     return (bits >> count) & (_MASK_64 >> count)

@@ -15,8 +15,9 @@ SCHEDULE_SHAPES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class OptionSchedule:
-    """Takes an option from ``start`` to its final value, which it has from ``steps`` on. For example, a
-    linear schedule from 0 over 100 steps to 0.1 gives 0.05 at step 50.
+    """Takes an option from ``start`` to its final value, which it has from ``steps`` on.
+
+    For example, a linear schedule from 0 over 100 steps to 0.1 gives 0.05 at step 50.
 
     Attributes:
         option: name of an option that is a float or a tuple of floats.

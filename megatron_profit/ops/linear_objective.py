@@ -170,8 +170,9 @@ def linear_objective(
 
 
 def _evaluate(objective: Objective, statistics: TokenStatistics) -> ObjectiveOutput:
-    """Ask the objective for loss and weight, unless there is no token: a ranking of no tokens
-    is undefined.
+    """Ask the objective for loss and weight, unless there is no token.
+
+    A ranking of no tokens is undefined.
     """
     log_prob = statistics.log_prob
     if not log_prob.numel():

@@ -73,9 +73,7 @@ def pass_entries(logits: Tensor) -> int:
 
 
 def _entries(size: Mapping[str, int], tensor: Tensor) -> int:
-    """Return the numbers that fit into this many bytes on the tensor's device, in its
-    statistics' precision.
-    """
+    """Return how many numbers of the tensor's statistics fit into this many bytes on its device."""
     return size[_kind(tensor)] // statistics_dtype(tensor.dtype).itemsize
 
 

@@ -1,5 +1,6 @@
-"""The probabilities that a model gives to chosen records, token by token: a page for the browser, lines for a
-terminal.
+"""The probabilities that a model gives to chosen records, token by token.
+
+They are shown as a page for the browser or as lines for a terminal.
 
 ```python
 records = score_records(model, tokenizer, conversations, {"profit": build_objective("profit", ...)})

@@ -126,8 +126,9 @@ def score_records(
 
 
 def statistics_of(objective: Objective) -> frozenset[str]:
-    """Return the statistics of a token that an objective needs; for a ranking over all tokens,
-    its score's.
+    """Return the statistics of a token that an objective needs.
+
+    For a ranking over all tokens, they are its score's.
     """
     if isinstance(objective, RankedObjective):
         return objective.score_statistics
@@ -209,8 +210,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 
 
 def _texts_alone(decode: Callable[..., list[str]], ids: Sequence[int]) -> list[str]:
-    """Return [T] the text of each token alone, with the space before it that some decoders drop
-    at the start.
+    """Return [T] the text of each token alone.
+
+    It has the space before the token that some decoders drop at the start.
     """
     distinct = list(dict.fromkeys(ids))
     alone = dict(zip(distinct, decode([[i] for i in distinct]), strict=True))

@@ -138,8 +138,9 @@ def _answer(entry: dict[str, Any], *, calls_as_text: bool) -> Turn:
 
 
 def _without_thoughts(content: str, reasoning: str) -> str:
-    """Return the content without a think block that repeats the reasoning, which a template would write
-    twice.
+    """Return the content without a think block that repeats the reasoning.
+
+    A template would write such a block twice.
 
     Raises:
         BrokenRecord: The block holds other thoughts.

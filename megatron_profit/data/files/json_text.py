@@ -80,8 +80,7 @@ class JsonText:
     def items[Item](
         self, decode: Callable[[str, int], tuple[Item, int]]
     ) -> Iterator[tuple[Item, int]]:
-        """Yield the items of the list that begins at the next character, with the number of characters of
-        each.
+        """Yield the items of the list that begins at the next character, each with its number of characters.
 
         Args:
             decode: Makes an item of a text from a place on, and returns the place of its end too.
@@ -130,14 +129,17 @@ class JsonText:
         return self._is_near_end(error.pos) or error.msg.startswith("Unterminated string")
 
     def _is_near_end(self, at: int) -> bool:
-        """Return whether unread text may change the value here: `e9`, for example, changes the number before
-        it.
+        """Return whether unread text may change the value here.
+
+        For example, `e9` changes the number before it.
         """
         return at >= len(self._text) - _LONGEST_TOKEN
 
     def _read_on(self) -> bool:
-        """Drop the text that was parsed, and read as much again as is left, at least a block; False at the
-        end.
+        """Drop the text that was parsed, and read as much again as is left, at least a block.
+
+        Returns:
+            False at the end of the file.
         """
         self._line, self._column = self._place(self._at)
         self._text, self._at = self._text[self._at :], 0

@@ -354,8 +354,7 @@ def _nests_deeper(value: Any, limit: int) -> bool:
 
 
 class _Objects:
-    """Makes the objects of a JSON text, and notes objects that name a field twice: their meaning is
-    ambiguous.
+    """Makes the objects of a JSON text, and notes the ambiguous ones, which name a field twice.
 
     Attributes:
         doubtful: Identity of such an object -> the name, and the object, so that no other gets its identity.

@@ -41,11 +41,11 @@ SUFFIXES = (*_JSON, ".parquet", ".arrow")
 
 
 def data_files(path: Path, split: Split = "train") -> list[Path]:
-    """Return the data files of a folder, sorted by name; a data set of the `datasets` library or a file is
-    itself.
+    """Return the data files of a folder, sorted by name.
 
-    If file names contain a split, only the files of `split` are returned. For example, "train" takes
-    train-00000-of-00001.parquet and leaves out gsm8k_test.jsonl.
+    A file, or a data set of the `datasets` library, is returned as it is. If file names contain a split, only
+    the files of `split` are returned. For example, "train" takes train-00000-of-00001.parquet and leaves out
+    gsm8k_test.jsonl.
 
     Raises:
         DataError: The path does not exist, cannot be read, or its names do not show which files are `split`.

@@ -136,9 +136,7 @@ def _filled(columns: list[pyarrow.parquet.ColumnChunkMetaData]) -> bool | None:
 def _rows_at_once(
     path: Path, leaves: list[tuple[pyarrow.DataType, pyarrow.parquet.ColumnChunkMetaData]]
 ) -> int:
-    """Return the number of rows of a column that can be unpacked at once, by the sizes in the
-    file's footer.
-    """
+    """Return how many rows of a column can be unpacked at once, by the sizes in the file's footer."""
     dense = 1
     for kind, column in leaves:
         if column.num_values > _MOST_ENTRIES:
@@ -286,8 +284,9 @@ def _mapped(
 
 
 def _as_bytes(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """Return a leaf without constraints on its values: texts and dates are checked when they
-    are converted.
+    """Return a leaf without constraints on its values.
+
+    Texts and dates are checked when they are converted.
     """
     if isinstance(kind, pyarrow.BaseExtensionType):
         return _mapped(kind.storage_type, _as_bytes)
@@ -353,10 +352,10 @@ def _batch(columns: Sequence[pyarrow.Array], schema: pyarrow.Schema) -> pyarrow.
 
 
 def portions(batch: pyarrow.RecordBatch) -> Iterator[tuple[pyarrow.RecordBatch, list[int]]]:
-    """Yield the parts of a batch that take up to `LARGEST_RECORD` bytes as Python objects, with the bytes of
-    each row.
+    """Yield the parts of a batch, each with the bytes of its rows.
 
-    A row that takes more comes alone, and as it is; the dictionaries of others are unpacked.
+    A part takes up to `LARGEST_RECORD` bytes as Python objects. A row that takes more comes alone, and as it
+    is; the dictionaries of others are unpacked.
     """
     for start in range(0, len(batch), _ROWS):
         rows = batch.slice(start, _ROWS)

@@ -15,7 +15,7 @@ _ASKED, _ANSWERED, _ASKED_AGAIN, _ANSWERED_AGAIN = "7vAsk7", "8vSay8", "6vQue6",
 
 @dataclass(frozen=True, slots=True)
 class TurnMarkers:
-    """The text with which a template brackets the assistant's turns.
+    r"""The text with which a template brackets the assistant's turns.
 
     Attributes:
         header: Text right before every assistant turn, e.g. "<|im_start|>assistant\\n".
@@ -107,8 +107,9 @@ def _probe(template: ChatTemplate) -> _Probe:
 
 
 def _question_end(template: ChatTemplate, probe: _Probe) -> str:
-    """Return the end of a question; a lone one may end otherwise: Phi-3's template writes the end of the
-    text.
+    """Return the end of a question.
+
+    A lone question may end otherwise. For example, Phi-3's template writes the end of the text.
     """
     if probe.prompt.startswith(probe.after_question):
         return probe.after_question
@@ -142,9 +143,7 @@ def _common_tokens(template: ChatTemplate, first: str, second: str) -> str:
 
 
 def _added_id_after(template: ChatTemplate, text: str, sentinel: str, end: str) -> int | None:
-    """Return the id of the first added token in the `end` that follows the sentinel, None if
-    there is none.
-    """
+    """Return the id of the first added token in the `end` that follows the sentinel, or None."""
     begin = text.index(sentinel) + len(sentinel)
     limit = text.index(end, begin) + len(end)
     (encoding,) = template.encode([text])

@@ -52,8 +52,9 @@ class PackingReport:
 
     @property
     def efficiency(self) -> float:
-        """Share of all positions that holds an example. For example, 0.5 if half of the positions are
-        padding.
+        """Share of all positions that holds an example.
+
+        For example, 0.5 if half of the positions are padding.
         """
         return self.tokens / max(self.rows * self.seq_length, 1)
 

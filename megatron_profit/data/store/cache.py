@@ -49,8 +49,9 @@ STALE_SECONDS = 600.0
 
 
 def default_cache() -> Path:
-    """Return $MEGATRON_PROFIT_CACHE, else `megatron_profit` next to HuggingFace's folders or in the user's
-    cache.
+    """Return the folder for prepared data.
+
+    It is $MEGATRON_PROFIT_CACHE, else `megatron_profit` next to HuggingFace's folders or in the user's cache.
 
     Raises:
         DataError: The user has no home folder.
@@ -80,8 +81,9 @@ def prepare(
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Prepared:
-    """Return the examples of the sources, mapped from the cache; they are prepared first if they are not in
-    it.
+    """Return the examples of the sources, mapped from the cache.
+
+    They are prepared first if they are not in the cache.
 
     Args:
         sources: The sources to read.
@@ -216,9 +218,7 @@ def _key(
 
 
 def tokenizer_files(tokenizer: Path) -> list[list[str]]:
-    """Return name and hash of each file in a folder that a tokenizer's ids and its chat
-    template depend on.
-    """
+    """Return name and hash of each file that a tokenizer's ids and its chat template depend on."""
     return [
         [str(path.relative_to(tokenizer)), _hash_file(path)]
         for path in tokenizer_paths(tokenizer)

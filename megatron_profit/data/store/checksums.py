@@ -206,8 +206,9 @@ def _expected(folder: Path, names: Collection[str]) -> dict[str, tuple[int, str]
 
 @functools.cache
 def machine_name() -> str:
-    """Return a name of this machine since its start, which differs from other machines with the
-    same files.
+    """Return a name of this machine since its start.
+
+    Other machines with the same files have other names.
     """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

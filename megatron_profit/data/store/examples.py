@@ -75,8 +75,9 @@ class Prepared:
     report: PreparationReport
 
     def name(self, index: int) -> str:
-        """Return the place of an example's record: FILE:LINE, or FILE:POSITION if the file is
-        not JSON lines.
+        """Return the place of an example's record.
+
+        It is FILE:LINE for JSON lines, and FILE:POSITION for other files.
         """
         return f"{escaped(self.file_names[self.files[index]])}:{self.numbers[index]}"
 
@@ -194,8 +195,9 @@ def write(
 
 
 def load(folder: Path, file_names: Sequence[str]) -> Prepared:
-    """Return the examples that `write` put into a folder, mapped into memory; the files must have been
-    checked.
+    """Return the examples that `write` put into a folder, mapped into memory.
+
+    The caller has checked the files.
     """
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     arrays = {

@@ -50,8 +50,9 @@ _BYTES_AHEAD = 256 * 2**20
 
 @dataclass(frozen=True)
 class Preparation:
-    """The settings with which records become examples. Together with the files and the tokenizer they decide
-    the result.
+    """The settings with which records become examples.
+
+    Together with the files and the tokenizer they decide the result.
 
     Attributes:
         seq_length: Positions of a training row, at least 1. An example of L ids gives L - 1 pairs of token
