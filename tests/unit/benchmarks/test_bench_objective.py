@@ -23,6 +23,7 @@ def assert_measured(result):
     assert result["peak_bytes"] >= 0
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_was_measured_and_what_was_not(tmp_path):
     only = ("--only", "ours", "matmuls", "official", "verl")
     results, text = run(tmp_path, "--ours", "chunk_vocab=7", *only)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from conversion_helpers import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, expected_megatron, read_hf
 
@@ -42,6 +43,7 @@ torch.save(loaded, result)
 """
 
 
+@pytest.mark.slow
 def test_megatron_core_loads_the_result(qwen3, tmp_path):
     hf_to_megatron(qwen3, tmp_path / "out")
     qkv, padded = 4 * KV_HEADS * HEAD_DIM, 512
