@@ -371,6 +371,7 @@ def run(command: Sequence[str], log: Path) -> Iterator[str]:
         process = subprocess.Popen(
             command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
+        assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
             yield line.rstrip()

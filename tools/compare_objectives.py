@@ -388,7 +388,7 @@ def quickstart_settings(folder: Path) -> dict[str, Setting]:
             part: folder / f"{stem}_{part}.jsonl" for part, records in parts.items() if records
         }
         for part, file in files.items():
-            write_whole(file, "".join(json.dumps(record) + "\n" for record in parts[part]))
+            write_whole(file, "".join(json.dumps(record) + "\n" for record in parts[part] or ()))
         settings[name] = Setting(files["train"], files["heldout"], files.get("known"))
     return settings
 
@@ -640,7 +640,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     text = table(results, base)
-    report = {"base": {str(measure): share for measure, share in base.items()}}
+    report: dict[str, Any] = {"base": {str(measure): share for measure, share in base.items()}}
     report |= {"train": plan.train, "runs": plan.runs, "results": [asdict(r) for r in results]}
     write_whole(plan.out / "results.json", json.dumps(report, indent=1) + "\n")
     write_whole(plan.out / "results.md", text)

@@ -122,7 +122,7 @@ def _tensor(run: RunShape, layers: Sequence[bool], stage: int, supervised_share:
     """
     unit = run.tokens * run.args.hidden_size * run.bytes_per_number * _ring(run.tp)
     if run.args.sequence_parallel:
-        forward, backward, entry, output = 2, 3, 2, 2
+        forward, backward, entry, output = 2, 3, 2, 2.0
     else:
         forward, backward, entry, output = 2, 2, 2, 2 * supervised_share
     pair = forward * _forwards(run) + backward

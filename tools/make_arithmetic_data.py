@@ -143,7 +143,7 @@ def in_other_words(records: Sequence[dict], wordings: int, seed: int = 0) -> lis
     """Ask each sum of the held-out file in `wordings` drawn wordings and orders, without repetitions."""
     rng = random.Random(seed)
     split = SPLITS["arithmetic_heldout"]
-    made = {}
+    made: dict[str, dict] = {}
     for record in records:
         a, b = numbers_in(record["messages"][0]["content"])
         for _ in range(wordings):

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 # From the range reserved for documentation, which no machine has.
 _ADDRESSES = ("192.0.2.1", "192.0.2.2")
@@ -44,7 +45,7 @@ class Node:
         self,
         command: Sequence[str],
         environment: Mapping[str, str] | None = None,
-        **options: object,
+        **options: Any,
     ) -> subprocess.Popen:
         """Start a command on this node, with the node's settings for torchrun and gloo.
 
