@@ -18,10 +18,11 @@ from megatron_profit.objectives import (  # noqa: F401
 )
 from megatron_profit.objectives.base import (
     COMPUTED_STATISTICS,
-    GIVEN_STATISTICS,
+    EXTERNAL_STATISTICS,
     NORMALIZATIONS,
     Objective,
     ObjectiveOutput,
+    StatisticsOnly,
     TokenStatistics,
     option,
     weighted_nll,
@@ -43,7 +44,7 @@ from megatron_profit.objectives.schedule import (
 
 __all__ = [
     "COMPUTED_STATISTICS",
-    "GIVEN_STATISTICS",
+    "EXTERNAL_STATISTICS",
     "NORMALIZATIONS",
     "SCHEDULE_SHAPES",
     "Objective",
@@ -51,6 +52,7 @@ __all__ = [
     "OptionSchedule",
     "RankedObjective",
     "ScheduledObjective",
+    "StatisticsOnly",
     "TokenStatistics",
     "build_objective",
     "kept_count",

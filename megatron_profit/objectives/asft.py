@@ -14,7 +14,7 @@ from megatron_profit.objectives.base import (
     weighted_nll,
 )
 from megatron_profit.objectives.checks import number_in
-from megatron_profit.objectives.numerics import log1mexp, log_ratio
+from megatron_profit.objectives.numerics import count_of, log1mexp, log_ratio
 from megatron_profit.objectives.registry import register_objective
 
 if TYPE_CHECKING:
@@ -62,17 +62,20 @@ class ASFT(Objective):
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         loss, weight = weighted_nll(statistics.prob, statistics)
         # (p_ref - p) / (1 - p), without the difference of two numbers near 1
-        ref_rest, rest = _log_complement(_ref(statistics)), _log_complement(statistics.log_prob)
+        ref_rest, rest = (
+            _log_complement(statistics.ref_log_prob),
+            _log_complement(statistics.log_prob),
+        )
         pull = -(ref_rest - rest).expm1()
         return ObjectiveOutput(
-            loss + self.kl_weight * two_outcome_kl(_ref(statistics), statistics.log_prob),
+            loss + self.kl_weight * two_outcome_kl(statistics.ref_log_prob, statistics.log_prob),
             weight + self.kl_weight * pull,
         )
 
     def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Return the mean of KL2 as a sum and a count."""
-        kl = two_outcome_kl(_ref(statistics), statistics.log_prob)
-        return {"KL to reference": (kl.sum(), kl.new_tensor(kl.numel()))}
+        kl = two_outcome_kl(statistics.ref_log_prob, statistics.log_prob)
+        return {"KL to reference": (kl.sum(), count_of(kl))}
 
 
 def two_outcome_kl(ref_log_prob: Tensor, log_prob: Tensor) -> Tensor:
@@ -87,8 +90,3 @@ def two_outcome_kl(ref_log_prob: Tensor, log_prob: Tensor) -> Tensor:
 def _log_complement(log_prob: Tensor) -> Tensor:
     """Return log(1 - p), with 1 - p at least ``_LEAST``."""
     return log1mexp(log_prob.clamp(max=-_LEAST))
-
-
-def _ref(statistics: TokenStatistics) -> Tensor:
-    assert statistics.ref_log_prob is not None
-    return statistics.ref_log_prob

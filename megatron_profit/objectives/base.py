@@ -8,75 +8,111 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Statistics that a kernel computes on demand, and statistics that only the caller can give.
+# Statistics that a kernel computes on demand.
 COMPUTED_STATISTICS = ("entropy", "sum_squared_prob", "top20_entropy")
-GIVEN_STATISTICS = ("ref_log_prob", "old_log_prob", "uniform", "selected")
-OPTIONAL_STATISTICS = (*COMPUTED_STATISTICS, *GIVEN_STATISTICS)
+# External statistics, which only the caller can give. These are the ones of this package's objectives; an
+# objective may name others.
+EXTERNAL_STATISTICS = ("ref_log_prob", "old_log_prob", "uniform", "selected")
+OPTIONAL_STATISTICS = (*COMPUTED_STATISTICS, *EXTERNAL_STATISTICS)
+# The names that an external statistic cannot have.
+KERNEL_STATISTICS = ("log_prob", "softmax_prob", *COMPUTED_STATISTICS)
 
 # The divisor of the summed loss: all supervised tokens of the global batch, or the tokens of nonzero weight.
 NORMALIZATIONS = ("valid", "kept")
 
 
-@dataclass(frozen=True, eq=False)
 class TokenStatistics:
     """Statistics of the model's prediction for each target token; every vector has the shape of ``log_prob``.
 
+    A kernel's statistic that is not known is None. An external statistic is an attribute if it is known. For
+    example, ``TokenStatistics(log_prob, margin=m).margin`` is m. ``vars`` gives all known vectors by name.
+
     Attributes:
         log_prob: [N] log-probability of the target in nats, float32 or float64.
+        softmax_prob: [N] probability of the target as the softmax gave it. ``exp(log_prob)`` rounds. For
+            example, it turns a float32 0.1 into 0.09999999. So a kernel that has the softmax passes it.
         entropy: [N] entropy of the predicted distribution in nats.
         sum_squared_prob: [N] sum over the vocabulary of p_v squared.
         top20_entropy: [N] entropy of the 20 most probable tokens, renormalised to sum 1, in nats.
-        ref_log_prob: [N] log-probability of the target under a frozen reference model, in nats.
-        old_log_prob: [N] log-probability of the target under an earlier state of the model that is
-            trained, in nats.
-        uniform: [N] one random number in [0, 1) per token, for random selection.
-        selected: [N] bool, the tokens that were chosen by a ranking of the whole global batch.
-        softmax_prob: [N] probability of the target as the softmax gave it. ``exp(log_prob)`` rounds. For
-            example, it turns a float32 0.1 into 0.09999999. So a kernel that has the softmax passes it.
 
-    Raises:
-        ValueError: ``log_prob`` is neither float32 nor float64, a vector has another shape, or
-            ``selected`` is not bool.
+    This package's external statistics are:
+
+    ============ =============================================================================
+    ref_log_prob [N] log-probability of the target under a frozen reference model, in nats
+    old_log_prob [N] the same under an earlier state of the model that is trained
+    uniform      [N] one random number in [0, 1) per token, for random selection
+    selected     [N] bool, tokens that were chosen by a ranking of the whole global batch
+    ============ =============================================================================
     """
 
     log_prob: Tensor
+    softmax_prob: Tensor | None = None
     entropy: Tensor | None = None
     sum_squared_prob: Tensor | None = None
     top20_entropy: Tensor | None = None
-    ref_log_prob: Tensor | None = None
-    old_log_prob: Tensor | None = None
-    uniform: Tensor | None = None
-    selected: Tensor | None = None
-    softmax_prob: Tensor | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(self, log_prob: Tensor, **statistics: Tensor | None) -> None:
+        """Keep the vectors; one that is None counts as unknown.
+
+        Raises:
+            ValueError: ``log_prob`` is neither float32 nor float64, a vector has another shape, or an
+                external statistic has the name of another attribute.
+        """
         import torch
 
-        if self.log_prob.dtype not in (torch.float32, torch.float64):
+        if log_prob.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"log_prob is {self.log_prob.dtype}; statistics must be float32 or float64: "
+                f"log_prob is {log_prob.dtype}; statistics must be float32 or float64: "
                 "compute them from logits upcast with .float()."
             )
-        for name in (*OPTIONAL_STATISTICS, "softmax_prob"):
-            vector = getattr(self, name)
-            if vector is not None and vector.shape != self.log_prob.shape:
+        known = {name: vector for name, vector in statistics.items() if vector is not None}
+        for name, vector in known.items():
+            if name not in KERNEL_STATISTICS:
+                check_external_name(name)
+            if vector.shape != log_prob.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(vector.shape)}, log_prob has "
-                    f"{tuple(self.log_prob.shape)}; pass one entry per token in every statistic."
+                    f"{tuple(log_prob.shape)}; pass one entry per token in every statistic."
                 )
-        if self.selected is not None and self.selected.dtype != torch.bool:
-            raise ValueError(f"selected is {self.selected.dtype}; pass a mask of torch.bool.")
+        vars(self).update(log_prob=log_prob, **known)
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Refuse an external statistic that is not known."""
+        raise AttributeError(f"no statistic {name} is known; pass TokenStatistics({name}=...)")
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        """Refuse to change a vector."""
+        raise AttributeError(f"{name} cannot be set; see TokenStatistics.replaced")
+
+    def replaced(self, **statistics: Tensor | None) -> TokenStatistics:
+        """Return these statistics with others added or in their place."""
+        return TokenStatistics(**{**vars(self), **statistics})
+
+    @property
+    def external(self) -> Mapping[str, Tensor]:
+        """[N] each, the external statistics by name."""
+        return {name: v for name, v in vars(self).items() if name not in KERNEL_STATISTICS}
 
     @property
     def prob(self) -> Tensor:
         """[N] probability of the target: ``softmax_prob`` where known, else ``exp(log_prob)``."""
         return self.log_prob.exp() if self.softmax_prob is None else self.softmax_prob
+
+
+def check_external_name(name: str) -> None:
+    """Refuse a name that no external statistic can have.
+
+    Raises:
+        ValueError: the kernel has a statistic of the name, or ``TokenStatistics`` another attribute.
+    """
+    if name in KERNEL_STATISTICS or hasattr(TokenStatistics, name) or not name.isidentifier():
+        raise ValueError(f"an external statistic cannot be called {name!r}; choose another name.")
 
 
 class ObjectiveOutput(NamedTuple):
@@ -123,10 +159,53 @@ class Objective(ABC):
     """Whether a token of positive probability can have the weight 0, so that counts of kept tokens mean
     anything."""
 
+    reference_must_differ: ClassVar[str] = ""
+    """Why the weights that a run starts from are no sensible reference model; empty where they are one."""
+    providers: ClassVar[Mapping[str, str]] = {}
+    """The classes that provide external statistics of this objective's own in a training run:
+    ``{"margin": "package.module:Class"}``. They are imported in training only."""
+
     @property
     def required_statistics(self) -> frozenset[str]:
-        """Names from ``OPTIONAL_STATISTICS`` that ``evaluate`` reads, under the current options."""
+        """Names of the statistics that ``evaluate`` reads, under the current options.
+
+        Besides ``COMPUTED_STATISTICS`` these are external ones, which may have any name.
+        """
         return frozenset()
+
+    @property
+    def lookahead(self) -> Mapping[str, frozenset[str]]:
+        """External statistics that follow from all tokens of a global batch.
+
+        Each comes with the names of the statistics that ``look_ahead`` reads for it.
+        """
+        return {}
+
+    @property
+    def needed_statistics(self) -> frozenset[str]:
+        """Names of the statistics that ``evaluate`` or ``look_ahead`` reads."""
+        return self.required_statistics.union(*self.lookahead.values())
+
+    @property
+    def final(self) -> Objective:
+        """The objective that a run ends with."""
+        return self
+
+    def at(self, step: int) -> Objective:
+        """Return the objective of a step, counted from 0."""
+        return self
+
+    def for_evaluation(self) -> Objective:
+        """Return the objective that an evaluation reports."""
+        return self
+
+    def look_ahead(self, statistics: TokenStatistics) -> Mapping[str, Tensor]:
+        """Compute the statistics of ``lookahead`` for all N supervised tokens of a global batch.
+
+        Args:
+            statistics: [N] vectors, the ones that ``lookahead`` names among them.
+        """
+        return {}
 
     @abstractmethod
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
@@ -157,11 +236,11 @@ class Objective(ABC):
         Raises:
             ValueError: a required statistic is missing.
         """
-        if "uniform" in self.required_statistics and statistics.uniform is None:
+        if "uniform" in self.required_statistics - vars(statistics).keys():
             import torch
 
-            statistics = replace(statistics, uniform=torch.rand_like(statistics.log_prob.detach()))
-        missing = sorted(n for n in self.required_statistics if getattr(statistics, n) is None)
+            statistics = statistics.replaced(uniform=torch.rand_like(statistics.log_prob.detach()))
+        missing = sorted(self.required_statistics - vars(statistics).keys())
         if missing:
             raise ValueError(
                 f"objective {type(self).__name__} needs the statistic {', '.join(missing)}; "
@@ -169,6 +248,21 @@ class Objective(ABC):
             )
         loss, weight = self.evaluate(statistics)
         return ObjectiveOutput(loss, weight.detach())
+
+
+@dataclass(frozen=True)
+class StatisticsOnly(Objective):
+    """Not an objective: it makes a kernel compute statistics and trains no token."""
+
+    names: frozenset[str] = frozenset()
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        return self.names
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        zeros = statistics.log_prob.new_zeros(statistics.log_prob.shape)
+        return ObjectiveOutput(zeros, zeros)
 
 
 def weighted_nll(weight: Tensor, statistics: TokenStatistics) -> ObjectiveOutput:

@@ -43,6 +43,5 @@ class ImportanceWeightedSFT(Objective):
         return frozenset({"ref_log_prob"})
 
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        assert statistics.ref_log_prob is not None
         ratio = log_ratio(statistics.log_prob, statistics.ref_log_prob).exp()
         return weighted_nll(ratio.clamp(self.ratio_min, self.ratio_max), statistics)

@@ -9,6 +9,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def count_of(vector: Tensor) -> Tensor:
+    """Return the number of entries of [N] as a scalar int64 on its device, without waiting for the device."""
+    import torch
+
+    return vector.new_full((), vector.numel(), dtype=torch.int64)
+
+
 def log_ratio(log_prob: Tensor, other: Tensor) -> Tensor:
     """Return log(p / p_other) in nats; 0 where both are 0, which a difference would make NaN."""
     both_zero = log_prob.isneginf() & other.isneginf()

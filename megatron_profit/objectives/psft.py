@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics, option
 from megatron_profit.objectives.checks import number_in
-from megatron_profit.objectives.numerics import log_ratio
+from megatron_profit.objectives.numerics import count_of, log_ratio
 from megatron_profit.objectives.registry import register_objective
+from megatron_profit.objectives.sft import SFT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,10 @@ class PSFT(Objective):
     def required_statistics(self) -> frozenset[str]:
         return frozenset({"old_log_prob", "entropy"})
 
+    def for_evaluation(self) -> Objective:
+        """Return plain SFT: in an evaluation the old policy is the current one."""
+        return SFT()
+
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         log_r = _log_ratio(statistics)
         ratio = _clamped(log_r).exp()
@@ -67,7 +72,7 @@ class PSFT(Objective):
         """Return the clip fraction, the mean ratio, and Schulman's k3 estimate of a KL."""
         log_r = _clamped(_log_ratio(statistics))
         ratio = log_r.exp()
-        count = ratio.new_tensor(ratio.numel())
+        count = count_of(ratio)
         return {
             "clip fraction": ((ratio > 1 + self.clip_high).sum(), count),
             "ratio below clip": ((ratio < 1 - self.clip_low).sum(), count),
@@ -79,7 +84,6 @@ class PSFT(Objective):
 
 def _log_ratio(statistics: TokenStatistics) -> Tensor:
     """Return [N] log(p / p_old)."""
-    assert statistics.old_log_prob is not None
     return log_ratio(statistics.log_prob, statistics.old_log_prob)
 
 

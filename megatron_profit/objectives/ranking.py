@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
@@ -51,8 +52,8 @@ class RankedObjective(Objective):
 
     Under the scope ``micro_batch`` the n tokens are one call's, so the mask depends on how a global batch is
     split. Under ``global_batch`` whoever sees the whole batch computes the ``score_statistics`` of all its
-    tokens, ranks their ``score`` (``top_share``), and passes the
-    statistic ``selected``: the same mask for any layout.
+    tokens, calls ``look_ahead`` with them, and passes the statistic ``selected``: the same mask for any
+    layout.
 
     Attributes:
         keep_share: share of the supervised tokens that is trained, in (0, 1].
@@ -82,7 +83,7 @@ class RankedObjective(Objective):
     @property
     @abstractmethod
     def score_statistics(self) -> frozenset[str]:
-        """Names from ``OPTIONAL_STATISTICS`` that ``score`` reads."""
+        """Names of the statistics that ``score`` reads."""
 
     @abstractmethod
     def score(self, statistics: TokenStatistics) -> Tensor:
@@ -94,9 +95,19 @@ class RankedObjective(Objective):
             return frozenset({"selected"})
         return self.score_statistics
 
+    @property
+    def lookahead(self) -> Mapping[str, frozenset[str]]:
+        return {"selected": self.score_statistics} if self.rank_scope == "global_batch" else {}
+
+    def look_ahead(self, statistics: TokenStatistics) -> Mapping[str, Tensor]:
+        """Return ``selected``: the top share of the tokens by their score."""
+        return {name: top_share(self.score(statistics), self.keep_share) for name in self.lookahead}
+
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        kept = statistics.selected
         if self.rank_scope == "micro_batch":
-            kept = top_share(self.score(statistics), self.keep_share)
-        assert kept is not None
-        return weighted_nll(kept, statistics)
+            return weighted_nll(top_share(self.score(statistics), self.keep_share), statistics)
+        import torch
+
+        if statistics.selected.dtype != torch.bool:
+            raise ValueError(f"selected is {statistics.selected.dtype}; pass a mask of torch.bool.")
+        return weighted_nll(statistics.selected, statistics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_profit.objectives.base import TokenStatistics, option
 from megatron_profit.objectives.numerics import log_ratio
@@ -23,6 +23,11 @@ class Rho1(RankedObjective):
     The sum is divided by the kept tokens. 60 % are kept (70 % for the 7B model).
     """
 
+    reference_must_differ: ClassVar[str] = (
+        "ranks by what the reference knows and the model does not; against the weights that it starts from "
+        "that is noise"
+    )
+
     keep_share: float = option(
         "share of the supervised tokens that is trained, in (0, 1]", default=0.6, type=float
     )
@@ -32,5 +37,4 @@ class Rho1(RankedObjective):
         return frozenset({"ref_log_prob"})
 
     def score(self, statistics: TokenStatistics) -> Tensor:
-        assert statistics.ref_log_prob is not None
         return log_ratio(statistics.ref_log_prob, statistics.log_prob)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_profit.objectives.base import Objective
+from megatron_profit.objectives.base import Objective, ObjectiveOutput, TokenStatistics
 from megatron_profit.objectives.checks import flatten, number_in, one_of
 from megatron_profit.objectives.sft import SFT
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEDULE_SHAPES = ("constant", "linear", "cosine")
 
@@ -68,8 +72,8 @@ class OptionSchedule:
 
 
 @dataclass(frozen=True)
-class ScheduledObjective:
-    """An objective for each step of a run.
+class ScheduledObjective(Objective):
+    """An objective for each step of a run, which `at` gives. Without a step it is the one at the end.
 
     Attributes:
         objective: the objective at the end of the schedules.
@@ -124,6 +128,26 @@ class ScheduledObjective:
     def required_statistics(self) -> frozenset[str]:
         """The statistics that at least one of the steps needs."""
         return self.objective.required_statistics
+
+    @property
+    def lookahead(self) -> Mapping[str, frozenset[str]]:
+        return self.objective.lookahead
+
+    @property
+    def final(self) -> Objective:
+        return self.objective
+
+    def look_ahead(self, statistics: TokenStatistics) -> Mapping[str, Tensor]:
+        return self.objective.look_ahead(statistics)
+
+    def for_evaluation(self) -> Objective:
+        return self.objective.for_evaluation()
+
+    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+        return self.objective.evaluate(statistics)
+
+    def metrics(self, statistics: TokenStatistics) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return self.objective.metrics(statistics)
 
     def at(self, step: int) -> Objective:
         """Return the objective of a step, counted from 0."""

@@ -49,6 +49,5 @@ class STM(Objective):
 
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         ref = statistics.ref_log_prob
-        assert ref is not None
         dropped = strictly_beyond(operator.lt, ref.exp(), ref, self.ref_prob_threshold)
         return weighted_nll(~dropped, statistics)

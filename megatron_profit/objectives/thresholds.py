@@ -107,7 +107,6 @@ class ThresholdObjective(Objective):
     def kept(self, statistics: TokenStatistics) -> Tensor:
         """Return M, [N] bool."""
         if self.threshold_direction == "random":
-            assert statistics.uniform is not None
             assert self.keep_ratio is not None
             return statistics.uniform < self.keep_ratio
         assert self.prob_threshold is not None
@@ -122,7 +121,7 @@ class ThresholdObjective(Objective):
 
 
 def strictly_beyond(
-    compare: Callable[[Tensor, float], Tensor], prob: Tensor, log_prob: Tensor, tau: float
+    compare: Callable[..., Tensor], prob: Tensor, log_prob: Tensor, tau: float
 ) -> Tensor:
     """Return [N] bool: p is strictly below (``operator.lt``) or above (``operator.gt``) tau.
 
@@ -132,5 +131,5 @@ def strictly_beyond(
     """
     import torch
 
-    log_tau = torch.tensor(tau, dtype=log_prob.dtype).log().item()
+    log_tau = torch.tensor(tau, dtype=log_prob.dtype).log()
     return compare(prob, tau) & compare(log_prob, log_tau)

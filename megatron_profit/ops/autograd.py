@@ -163,7 +163,11 @@ class _LogitsGradient:
     ) -> None:
         self._kept, self._vectors = work.kept, vectors
         self._gradient_, self._workspace = work.kernels.gradient_, workspace
-        self._kept_active = active[active < work.tiling.kept_rows] if self._kept else active[:0]
+        self._kept_active = active[:0]
+        if self._kept:
+            self._kept_active = active
+            if work.tiling.kept_rows < len(work.rows):
+                self._kept_active = active[active < work.tiling.kept_rows]
         self._all_kept = len(self._kept_active) == len(active) == work.tiling.kept_rows
         self._size = len(active)
         self._recomputed = hidden_rows[len(self._kept_active) :]

@@ -11,7 +11,7 @@ Shapes: N tokens, M supervised rows, H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 import torch
 import torch.distributed as dist
@@ -31,12 +31,12 @@ from megatron_profit.ops.statistics import (
 )
 from megatron_profit.ops.tiling import Backward, Tiling
 from megatron_profit.ops.validation import (
-    IGNORED_LABEL,
     check_extra_statistics,
     check_inputs,
     check_labels,
     check_main_grad,
     check_options,
+    join_external,
 )
 
 
@@ -49,16 +49,14 @@ def linear_objective(
     group: dist.ProcessGroup | None = None,
     loss_weight: Tensor | None = None,
     vocab_size: int | None = None,
-    ref_log_prob: Tensor | None = None,
-    old_log_prob: Tensor | None = None,
-    uniform: Tensor | None = None,
-    selected: Tensor | None = None,
+    external: Mapping[str, Tensor] | None = None,
     extra_statistics: Set[str] = frozenset(),
     reduce_hidden_grad: bool = True,
     gradient_accumulation_fusion: bool = False,
     implementation: Implementation = "auto",
     backward: Backward = "auto",
     chunk_vocab: int | None = None,
+    **named: Tensor | None,
 ) -> LinearObjectiveOutput:
     """Compute an objective's per-token loss on logits ``hidden @ weight.T`` that are never kept.
 
@@ -79,14 +77,9 @@ def linear_objective(
         loss_weight: [N] floating, a factor on each loss; 0 is unsupervised. None means 1.
         vocab_size: vocabulary without padding. Rows after it stay out of the softmax and get a zero gradient.
             None means that no row is padding.
-        ref_log_prob: [N] log-probabilities under a frozen reference model in nats, for objectives
-            that need them.
-        old_log_prob: [N] the same under an earlier state of the model, for objectives of its ratio.
-        uniform: [N] random numbers in [0, 1), for objectives that draw
-            (``objectives.token_uniform`` makes them). Without a group they may be left to torch's
-            default generator.
-        selected: [N] bool, a choice of tokens that the caller made, for objectives that rank over more tokens
-            than this call's.
+        external: [N] each, statistics that the objective reads and only the caller can know, by name:
+            floating, or a mask of bool. ``TokenStatistics`` lists this package's own. ``uniform``
+            (``objectives.token_uniform`` makes it) may be left to torch's default generator without a group.
         extra_statistics: names from ``COMPUTED_STATISTICS`` to compute although the objective does
             not ask for them.
         reduce_hidden_grad: sums the gradient of hidden over the group, so that it is complete on
@@ -107,66 +100,53 @@ def linear_objective(
         chunk_vocab: vocabulary entries of a block, whose logits exist at one time for all
             supervised rows; by default 1024, and more where all of them are below 32 MB on a CPU,
             256 MB on a GPU, in float32.
+        **named: external statistics of this package's objectives as keywords, such as ``uniform=``.
 
     Returns:
-        The loss [N] with a graph to hidden and weight, and statistics [N] without one.
+        The loss [N] with a graph to hidden and weight, and statistics without one.
 
     Raises:
         ValueError: shapes, dtypes, devices, labels or options that do not fit, or a missing
             statistic that only the caller can give. Raised before any collective.
+        TypeError: an unknown keyword.
     """
-    given = {
-        "ref_log_prob": ref_log_prob,
-        "old_log_prob": old_log_prob,
-        "uniform": uniform,
-        "selected": selected,
-    }
-    check_inputs(hidden, weight, labels, loss_weight, given, objective, group)
+    external = join_external(external, named)
+    check_inputs(hidden, weight, labels, loss_weight, external, objective, group)
     check_extra_statistics(extra_statistics)
     check_options(implementation, backward, chunk_vocab, gradient_accumulation_fusion)
     shard = VocabShard.of_this_rank(weight.size(0), vocab_size, group)
     check_labels(labels, shard.vocab_size)
     if implementation == "reference":
         return reference_linear_objective(
-            hidden,
-            weight,
-            labels,
-            objective,
+            *(hidden, weight, labels, objective),
             group=group,
             loss_weight=loss_weight,
             vocab_size=vocab_size,
+            external=external,
             reduce_hidden_grad=reduce_hidden_grad,
-            **given,
         )
     kernels = choose_kernels(implementation, hidden)
-    trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     main_grad = None
     if gradient_accumulation_fusion and torch.is_grad_enabled() and weight.requires_grad:
         main_grad = check_main_grad(weight)
-
-    supervised = labels != IGNORED_LABEL
-    if loss_weight is not None:
-        supervised &= loss_weight != 0
-    rows = SupervisedRows.of(supervised, labels)
-    tiling = Tiling.of(weight, len(rows), chunk_vocab, backward if trains else "recompute")
+    rows = SupervisedRows.of(labels, loss_weight)
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        backward = "recompute"  # there is none, so that no logits need to be kept
+    tiling = Tiling.of(weight, len(rows), chunk_vocab, backward)
     with torch.no_grad(), input_precision(hidden):
         wanted = objective.required_statistics.intersection(COMPUTED_STATISTICS) | extra_statistics
         normalizer, computed, kept = linear_token_statistics(
             hidden, weight, rows, shard, tiling, kernels, wanted
         )
-        known = {name: rows.take(v) for name, v in given.items() if v is not None}
-        statistics = TokenStatistics(**computed, **known)
-        token_loss, token_weight = _evaluate(objective, statistics)
-        scale = 1.0 if loss_weight is None else loss_weight[rows.index].to(token_loss.dtype)
+        taken = {name: rows.take(vector) for name, vector in external.items()}
+        tokens = TokenStatistics(**computed, **taken)
+        token_loss, token_weight = _evaluate(objective, tokens)
+        scale = 1.0 if loss_weight is None else rows.take(loss_weight).to(token_loss.dtype)
+    work = Work(rows, shard, tiling, kernels, reduce_hidden_grad, kept, main_grad)
     loss = LinearObjectiveFunction.apply(
-        hidden,
-        weight,
-        token_loss * scale,
-        token_weight * scale,
-        normalizer,
-        Work(rows, shard, tiling, kernels, reduce_hidden_grad, kept, main_grad),
+        hidden, weight, token_loss * scale, token_weight * scale, normalizer, work
     )
-    return LinearObjectiveOutput(loss, _every_row(statistics, token_weight, supervised, rows))
+    return LinearObjectiveOutput(loss, LinearObjectiveStatistics(tokens, token_weight, rows))
 
 
 def _evaluate(objective: Objective, statistics: TokenStatistics) -> ObjectiveOutput:
@@ -180,15 +160,3 @@ def _evaluate(objective: Objective, statistics: TokenStatistics) -> ObjectiveOut
     loss, weight = objective(statistics)
     # A float64 ref_log_prob makes them wider than the kernel's vectors.
     return ObjectiveOutput(loss.to(log_prob.dtype), weight.to(log_prob.dtype))
-
-
-def _every_row(
-    statistics: TokenStatistics, weight: Tensor, supervised: Tensor, rows: SupervisedRows
-) -> LinearObjectiveStatistics:
-    """Spread the statistics of the supervised rows [M] over all rows [N]."""
-    known = {name: vector for name, vector in vars(statistics).items() if vector is not None}
-    return LinearObjectiveStatistics(
-        **{name: rows.scatter(vector) for name, vector in known.items()},
-        weight=rows.scatter(weight),
-        supervised=supervised,
-    )

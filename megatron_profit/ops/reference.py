@@ -9,6 +9,7 @@ Shape suffixes: N tokens, M supervised rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.nn import functional
 
 from megatron_profit.objectives import Objective, TokenStatistics
 from megatron_profit.ops.collectives import VocabShard
+from megatron_profit.ops.rows import SupervisedRows
 from megatron_profit.ops.statistics import LinearObjectiveOutput, LinearObjectiveStatistics
+from megatron_profit.ops.validation import join_external
 
 
 def reference_linear_objective(
@@ -30,11 +33,9 @@ def reference_linear_objective(
     group: dist.ProcessGroup | None = None,
     loss_weight: Tensor | None = None,
     vocab_size: int | None = None,
-    ref_log_prob: Tensor | None = None,
-    old_log_prob: Tensor | None = None,
-    uniform: Tensor | None = None,
-    selected: Tensor | None = None,
+    external: Mapping[str, Tensor] | None = None,
     reduce_hidden_grad: bool = True,
+    **named: Tensor | None,
 ) -> LinearObjectiveOutput:
     """Compute the loss of each token and all its statistics on dense logits.
 
@@ -47,14 +48,12 @@ def reference_linear_objective(
         group: process group that the vocabulary is split over; None for one process.
         loss_weight: [N] factor on each loss; 0 is unsupervised.
         vocab_size: vocabulary without padding.
-        ref_log_prob: [N], see ``linear_objective``.
-        old_log_prob: [N], see ``linear_objective``.
-        uniform: [N], see ``linear_objective``.
-        selected: [N], see ``linear_objective``.
+        external: [N] each, see ``linear_objective``.
         reduce_hidden_grad: see ``linear_objective``.
+        **named: see ``linear_objective``.
 
     Returns:
-        The same as ``linear_objective``. Statistics are 0 in unsupervised rows.
+        The same as ``linear_objective``, with all statistics that the kernel can compute.
     """
     factor = torch.ones_like(labels, dtype=hidden.dtype) if loss_weight is None else loss_weight
     supervised = (labels != -100) & (factor != 0)
@@ -76,25 +75,17 @@ def reference_linear_objective(
             "sum_squared_prob": probs_NV.pow(2).sum(1),
             "top20_entropy": _top_entropy(probs_NV, 20),
             "softmax_prob": probs_NV.gather(1, labels.clamp(min=0)[:, None])[:, 0],
-            "ref_log_prob": ref_log_prob,
-            "old_log_prob": old_log_prob,
-            "uniform": uniform,
-            "selected": selected,
+            **join_external(external, named),
         }
-    given = {name: vector for name, vector in details.items() if vector is not None}
-    output = objective(
-        TokenStatistics(
-            log_prob=log_prob[supervised], **{name: v[supervised] for name, v in given.items()}
-        )
-    )
+    tokens = {name: vector[supervised] for name, vector in details.items()}
+    output = objective(TokenStatistics(log_prob[supervised], **tokens))
     loss = log_prob.new_zeros(len(labels)).masked_scatter(
         supervised, output.loss.to(log_prob.dtype)
     )
     statistics = LinearObjectiveStatistics(
-        log_prob=log_prob.detach().where(supervised, 0.0),
-        **{name: vector.masked_fill(~supervised, 0) for name, vector in given.items()},
-        weight=torch.zeros_like(loss).masked_scatter(supervised, output.weight.to(loss.dtype)),
-        supervised=supervised,
+        TokenStatistics(log_prob.detach()[supervised], **tokens),
+        output.weight.to(loss.dtype),
+        SupervisedRows.of(labels, loss_weight),
     )
     return LinearObjectiveOutput(loss * factor, statistics)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+IGNORED_LABEL = -100
+
 
 @dataclass(frozen=True, eq=False)
 class SupervisedRows:
@@ -26,8 +28,14 @@ class SupervisedRows:
     num_rows: int
 
     @classmethod
-    def of(cls, supervised: Tensor, labels: Tensor) -> SupervisedRows:
-        """Return the rows where ``supervised`` [N] bool is True, with their ``labels`` [N]."""
+    def of(cls, labels: Tensor, loss_weight: Tensor | None) -> SupervisedRows:
+        """Return the rows with a label in ``labels`` [N] and, if given, a nonzero ``loss_weight`` [N].
+
+        A GPU has to be waited for here: the number of rows is the size of all further tensors.
+        """
+        supervised = labels != IGNORED_LABEL
+        if loss_weight is not None:
+            supervised &= loss_weight != 0
         index = supervised.nonzero().squeeze(1)
         return cls(index, labels[index], labels.numel())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,46 @@ from megatron_profit.ops.tiling import Tiling, Workspace
 _PARTS_AT_ONCE = 32
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LinearObjectiveStatistics(TokenStatistics):
-    """Statistics of every row, without a graph; 0 where the row is not supervised.
+@dataclass(frozen=True, eq=False)
+class LinearObjectiveStatistics:
+    """Statistics without a graph: of the M supervised rows, and on demand of all N rows.
+
+    The name of a statistic is an attribute, too: [N], 0 where the row is not supervised, None where a
+    kernel's statistic is not known. For example, ``statistics.log_prob`` spreads
+    ``statistics.tokens.log_prob`` over all rows. Each access makes a new vector, so code that runs at each
+    step takes ``tokens``.
 
     Attributes:
-        weight: [N] the objective's weight, without ``loss_weight``; 0 for a token that it drops.
-        supervised: [N] bool, rows with a label and a nonzero ``loss_weight``.
+        tokens: [M] vectors of the supervised rows, in the order of the rows.
+        token_weight: [M] the objective's weight, without ``loss_weight``; 0 for a token that it drops.
+        rows: the supervised rows: ``rows.index`` [M] are their places among the N.
     """
 
-    weight: Tensor
-    supervised: Tensor
+    tokens: TokenStatistics
+    token_weight: Tensor
+    rows: SupervisedRows
+
+    @property
+    def weight(self) -> Tensor:
+        """[N] ``token_weight``; 0 where the row is not supervised."""
+        return self.rows.scatter(self.token_weight)
+
+    @property
+    def supervised(self) -> Tensor:
+        """[N] bool, rows with a label and a nonzero ``loss_weight``."""
+        return self.rows.scatter(torch.ones_like(self.rows.index, dtype=torch.bool))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a statistic [N] by its name in ``TokenStatistics``."""
+        if name.startswith("__"):  # asked for by copies, before there are any tokens
+            raise AttributeError(name)
+        vector = getattr(self.tokens, name)
+        return None if vector is None else self.rows.scatter(vector)
+
+    def all_rows(self) -> dict[str, Tensor]:
+        """Return all known vectors [N] by name, ``weight`` and ``supervised`` among them."""
+        spread = {name: self.rows.scatter(vector) for name, vector in vars(self.tokens).items()}
+        return {**spread, "weight": self.weight, "supervised": self.supervised}
 
 
 class LinearObjectiveOutput(NamedTuple):

@@ -12,11 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_profit.objectives import Objective
-from megatron_profit.objectives.base import COMPUTED_STATISTICS
+from megatron_profit.objectives.base import (
+    COMPUTED_STATISTICS,
+    EXTERNAL_STATISTICS,
+    check_external_name,
+)
 from megatron_profit.ops.kernels import IMPLEMENTATIONS, Implementation
+from megatron_profit.ops.rows import IGNORED_LABEL
 from megatron_profit.ops.tiling import BACKWARDS, Backward
-
-IGNORED_LABEL = -100
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,7 +29,7 @@ def check_inputs(
     weight: Tensor,
     labels: Tensor,
     loss_weight: Tensor | None,
-    given: Mapping[str, Tensor | None],
+    external: Mapping[str, Tensor],
     objective: Objective,
     group: dist.ProcessGroup | None,
 ) -> None:
@@ -37,7 +40,7 @@ def check_inputs(
         weight: [V, H].
         labels: [N] int64.
         loss_weight: floating [N] or None.
-        given: statistics [N] that the caller gives, or None, by argument name.
+        external: statistics [N] that the caller gives, by name.
         objective: asks for the statistics.
         group: process group or None.
 
@@ -48,11 +51,14 @@ def check_inputs(
     _check_vector("labels", labels, hidden)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}; pass int64 (.long()).")
-    for name, vector in {"loss_weight": loss_weight, **given}.items():
-        if vector is not None:
-            _check_vector(name, vector, hidden)
-            _check_constant(name, vector)
-    _check_statistics(objective, given, group)
+    if loss_weight is not None:
+        _check_vector("loss_weight", loss_weight, hidden)
+        _check_constant("loss_weight", loss_weight)
+    for name, vector in external.items():
+        check_external_name(name)
+        _check_vector(name, vector, hidden)
+        _check_constant(name, vector, mask_allowed=True)
+    _check_statistics(objective, external, group)
 
 
 def check_options(
@@ -85,6 +91,29 @@ def check_options(
                 f"{name} has no meaning for implementation='reference', which is plain autograd on "
                 "dense logits; leave it out."
             )
+
+
+def join_external(
+    external: Mapping[str, Tensor] | None, named: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Return the external statistics by name, from the mapping and from keyword arguments.
+
+    Raises:
+        TypeError: a keyword is neither an argument nor a statistic of this package's objectives.
+        ValueError: a statistic is given twice.
+    """
+    joined = dict(external or {})
+    for name, vector in named.items():
+        if name not in EXTERNAL_STATISTICS:
+            raise TypeError(
+                f"linear_objective has no argument {name!r}; a statistic of your own goes into "
+                f'external={{"{name}": [N]}}.'
+            )
+        if vector is not None:
+            if name in joined:
+                raise ValueError(f"{name} is given twice; leave it out of external.")
+            joined[name] = vector
+    return joined
 
 
 def check_main_grad(weight: Tensor) -> Tensor:
@@ -166,27 +195,29 @@ def _check_vector(name: str, vector: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name} is on {vector.device} and hidden on {hidden.device}; move it.")
 
 
-def _check_constant(name: str, vector: Tensor) -> None:
-    if name == "selected":
-        if vector.dtype != torch.bool:
-            raise ValueError(f"{name} is {vector.dtype}; pass a mask of torch.bool.")
-    elif not vector.is_floating_point():
-        raise ValueError(f"{name} is {vector.dtype}; pass a floating dtype (.float()).")
+def _check_constant(name: str, vector: Tensor, *, mask_allowed: bool = False) -> None:
+    if not (vector.is_floating_point() or (mask_allowed and vector.dtype == torch.bool)):
+        mask = "a mask of torch.bool or " if mask_allowed else ""
+        raise ValueError(f"{name} is {vector.dtype}; pass {mask}a floating dtype (.float()).")
     if vector.requires_grad:
         raise ValueError(f"{name} requires a gradient, but it is held constant; pass .detach().")
 
 
 def _check_statistics(
-    objective: Objective, given: Mapping[str, Tensor | None], group: dist.ProcessGroup | None
+    objective: Objective, external: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
     name = type(objective).__name__
-    for missing in sorted(objective.required_statistics & given.keys()):
-        if given[missing] is not None:
-            continue
-        if missing != "uniform":
+    for missing in sorted(objective.required_statistics - external.keys()):
+        if missing == "uniform":
+            if group is not None:
+                raise ValueError(
+                    f"objective {name} draws random numbers, which must agree over the group; "
+                    "pass uniform=[N] (objectives.token_uniform makes them)."
+                )
+        elif missing in EXTERNAL_STATISTICS:
             raise ValueError(f"objective {name} needs {missing}; pass {missing}=[N].")
-        if group is not None:
+        elif missing not in COMPUTED_STATISTICS:
             raise ValueError(
-                f"objective {name} draws random numbers, which must agree over the group; "
-                "pass uniform=[N] (objectives.token_uniform makes them)."
+                f"objective {name} needs {missing}, which the kernel does not compute (it computes "
+                f'{", ".join(COMPUTED_STATISTICS)}); pass external={{"{missing}": [N]}}.'
             )

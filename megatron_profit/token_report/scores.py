@@ -19,11 +19,9 @@ from megatron_profit.data import RenderedConversation
 from megatron_profit.objectives import (
     COMPUTED_STATISTICS,
     Objective,
-    ObjectiveOutput,
-    RankedObjective,
+    StatisticsOnly,
     TokenStatistics,
     token_uniform,
-    top_share,
 )
 from megatron_profit.ops import linear_objective
 
@@ -56,20 +54,6 @@ class TokenRecord:
     weights: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Observer(Objective):
-    """Not an objective: it makes the kernel compute statistics."""
-
-    names: frozenset[str] = frozenset()
-
-    @property
-    def required_statistics(self) -> frozenset[str]:
-        return self.names
-
-    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        return ObjectiveOutput(-statistics.log_prob, torch.ones_like(statistics.log_prob))
-
-
 def score_records(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,7 +82,7 @@ def score_records(
         ValueError: an objective needs a reference and there is none, or a model's logits are more
             than a product of hidden states and output weight.
     """
-    needed = frozenset().union(*(statistics_of(o) for o in objectives.values()))
+    needed = frozenset().union(*(o.needed_statistics for o in objectives.values()))
     _check_reference(objectives, ref_model is not None)
     wanted = needed.intersection(COMPUTED_STATISTICS)
     for each in (model, ref_model):
@@ -110,7 +94,7 @@ def score_records(
         statistics = token_statistics(model, ids, wanted)
         if ref_model is not None:
             reference = token_statistics(ref_model, ids, frozenset())
-            statistics = replace(statistics, ref_log_prob=reference.log_prob)
+            statistics = statistics.replaced(ref_log_prob=reference.log_prob)
         records.append(
             TokenRecord(
                 name,
@@ -123,16 +107,6 @@ def score_records(
         if progress is not None:
             progress(f"{number} records, {name}: {len(ids):,} tokens")
     return evaluate_objectives(records, objectives, seed=seed)
-
-
-def statistics_of(objective: Objective) -> frozenset[str]:
-    """Return the statistics of a token that an objective needs.
-
-    For a ranking over all tokens, they are its score's.
-    """
-    if isinstance(objective, RankedObjective):
-        return objective.score_statistics
-    return objective.required_statistics
 
 
 def evaluate_objectives(
@@ -150,7 +124,7 @@ def evaluate_objectives(
     """
     batch = _joined(records, seed)
     per_objective = {
-        name: _whole(objective, batch)(batch).weight.float()
+        name: objective(batch.replaced(**objective.look_ahead(batch))).weight.float()
         for name, objective in objectives.items()
     }
     counts = [int(record.supervised.sum()) for record in records]
@@ -178,7 +152,7 @@ def token_statistics(
         ids = ids.to(model.device)
         hidden_TH = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         output = linear_objective(
-            hidden_TH[:-1], model.get_output_embeddings().weight, ids[1:], _Observer(wanted)
+            hidden_TH[:-1], model.get_output_embeddings().weight, ids[1:], StatisticsOnly(wanted)
         )
     names = ("log_prob", "softmax_prob", *sorted(wanted))
     return TokenStatistics(
@@ -253,7 +227,7 @@ def _texts_of_group(prefixes: Sequence[str]) -> list[str]:
 
 
 def _check_reference(objectives: Mapping[str, Objective], has_reference: bool) -> None:
-    lacking = [n for n, o in objectives.items() if "ref_log_prob" in statistics_of(o)]
+    lacking = [n for n, o in objectives.items() if "ref_log_prob" in o.needed_statistics]
     if lacking and not has_reference:
         raise ValueError(
             f"{', '.join(lacking)} compares with a reference model, and none was given; "
@@ -282,23 +256,12 @@ def _with_first(vector: Tensor, first: Any) -> Tensor:
 
 def _joined(records: Sequence[TokenRecord], seed: int) -> TokenStatistics:
     """Return the statistics [N] of the supervised tokens of all records."""
-    names = [n for n, v in vars(records[0].statistics).items() if v is not None]
     joined = {
-        name: torch.cat([getattr(r.statistics, name)[r.supervised] for r in records])
-        for name in names
+        name: torch.cat([vars(r.statistics)[name][r.supervised] for r in records])
+        for name in vars(records[0].statistics)
     }
     uniform = [
         token_uniform(seed, torch.tensor(i), r.supervised.nonzero().squeeze(1))
         for i, r in enumerate(records)
     ]
     return TokenStatistics(**joined, uniform=torch.cat(uniform), old_log_prob=joined["log_prob"])
-
-
-def _whole(
-    objective: Objective, batch: TokenStatistics
-) -> Callable[[TokenStatistics], ObjectiveOutput]:
-    """Return the objective, with its ranking over the whole batch already decided."""
-    if not isinstance(objective, RankedObjective) or objective.rank_scope == "micro_batch":
-        return objective
-    selected = top_share(objective.score(batch), objective.keep_share)
-    return lambda statistics: objective(replace(statistics, selected=selected))

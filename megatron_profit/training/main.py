@@ -46,10 +46,8 @@ from megatron_profit.training.plan.wandb_run import WandbRun
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.exit_signals import ExitSignals
 from megatron_profit.training.process.shutdown import end_communication
-from megatron_profit.training.statistics.given_statistics import GivenStatistics, StatisticProvider
-from megatron_profit.training.statistics.global_ranking import GlobalRanking
-from megatron_profit.training.statistics.old_policy import OldPolicy
-from megatron_profit.training.statistics.reference_model import ReferenceModel
+from megatron_profit.training.statistics.external_statistics import ExternalStatistics, RunParts
+from megatron_profit.training.statistics.providers import make_providers
 from megatron_profit.training.statistics.score_pass import ScorePass
 from megatron_profit.training.step.experts import scale_balancing
 from megatron_profit.training.step.forward_step import make_forward_step
@@ -83,14 +81,15 @@ def run(plan: RunPlan) -> None:
     args, model_config = _checked_by_megatron(settings)
     chunks = _complete(model_config, args, plan)
     loss = objective_loss(settings)
-    reference = _reference(plan, loss)
-    score_pass = ScorePass(loss, *() if reference is None else (reference.given,))
-    providers = providers_of(settings, loss, score_pass, reference, data.digest)
-    given = GivenStatistics(loss, providers)
+    score_pass = ScorePass(loss)
+    datasets = {"train": data.train} | ({} if data.valid is None else {"valid": data.valid})
+    parts = RunParts(args, loss, score_pass, datasets, data.digest, files.reference)
+    providers = make_providers(parts)
+    external = ExternalStatistics(loss, providers)
     keeper = CheckpointKeeper(settings.keep, plan.record)
     report = evaluation_report(settings, data)
     signals = ExitSignals(args.exit_signal)
-    begin = given.begin if report is None else report.watching(given.begin)
+    begin = external.begin if report is None else report.watching(external.begin)
     monitor = RunMonitor(Guards(settings.guards), data.train_prepared.name, files.metrics)
     register(*providers, keeper, WandbRun(), *filter(None, [report]), signals, monitor)
     with _known_ends(signals):
@@ -209,34 +208,5 @@ def evaluation_report(settings: RunSettings, data: SFTData) -> EvaluationReport 
         records=first_records(data.valid, values["token_report_records"], rows),
         prepared=data.valid_prepared,
         tokenizer=load_tokenizer(settings.hf_model),
-        # An evaluation of PSFT is plain SFT: the old policy is the current one.
-        objective="sft" if values["objective"] == "psft" else values["objective"],
+        objective=settings.objective.for_evaluation().name,
     )
-
-
-def _reference(plan: RunPlan, loss: ObjectiveLoss) -> ReferenceModel | None:
-    if plan.files.reference is None:
-        return None
-    sets = {"train": plan.data.train, "valid": plan.data.valid}
-    datasets = {name: part for name, part in sets.items() if part is not None}
-    return ReferenceModel(*plan.files.reference, loss, datasets)
-
-
-def providers_of(
-    settings: RunSettings,
-    loss: ObjectiveLoss,
-    score_pass: ScorePass,
-    reference: ReferenceModel | None,
-    data_digest: str,
-) -> tuple[StatisticProvider, ...]:
-    """Return the providers of the statistics that the objective needs and the kernel cannot compute."""
-    # The reference is first: a ranking may need it.
-    providers: list[StatisticProvider] = [] if reference is None else [reference]
-    required = loss.objective.required_statistics
-    if "old_log_prob" in required:
-        steps = settings.values["psft_steps_per_refresh"]
-        first = settings.values["objective_warmup_steps"]
-        providers.append(OldPolicy(score_pass, steps, first, data_digest))
-    if "selected" in required:
-        providers.append(GlobalRanking(loss, score_pass))
-    return tuple(providers)

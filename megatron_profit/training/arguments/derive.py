@@ -18,7 +18,7 @@ from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, check_architecture
 from megatron_profit.flags import ArgumentsError, options_of
-from megatron_profit.objectives import Objective, ScheduledObjective
+from megatron_profit.objectives import Objective
 from megatron_profit.training.arguments.command_line import CommandLine, parse_command_line
 from megatron_profit.training.arguments.length import (
     batch_size_changes,
@@ -37,7 +37,7 @@ from megatron_profit.training.arguments.refused import (
 from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.checkpoints.keep_options import KeepOptions, keep_options
 from megatron_profit.training.monitoring.guards import GuardOptions
-from megatron_profit.training.statistics.old_policy import check_old_policy
+from megatron_profit.training.statistics.providers import check_providers, provider_classes
 from megatron_profit.training.step import experts
 from megatron_profit.training.step.objective_flags import objective_of
 
@@ -72,7 +72,7 @@ class RunSettings:
     config: Mapping[str, Any]
     given: Mapping[str, Any]
     values: Mapping[str, Any]
-    objective: Objective | ScheduledObjective
+    objective: Objective
     guards: GuardOptions
     keep: KeepOptions
     batch_size: int
@@ -242,21 +242,18 @@ def _model_arguments(flags: CommandLine, config: Mapping[str, Any], source: Path
     return model
 
 
-def _objective(
-    values: Mapping[str, Any], given: Mapping[str, Any], processes: int
-) -> Objective | ScheduledObjective:
+def _objective(values: Mapping[str, Any], given: Mapping[str, Any], processes: int) -> Objective:
     """Return the objective.
 
     It is checked together with the model's experts, which it must leave alone.
     """
     objective = objective_of(values, given)
-    if "old_log_prob" in objective.required_statistics:
-        check_old_policy(values)
-    elif "psft_steps_per_refresh" in given:
-        raise ArgumentsError(
-            f"--psft-steps-per-refresh is for --objective psft, not for {values['objective']}; drop it"
-        )
-    final = objective.objective if isinstance(objective, ScheduledObjective) else objective
-    normalization = values["objective_normalization"] or final.normalization
+    check_providers(objective, values, given)
+    normalization = values["objective_normalization"] or objective.final.normalization
     experts.check_experts(values, normalization, processes)
     return objective
+
+
+def recorded_names(objective: Objective) -> list[str]:
+    """Return the arguments of an objective's statistics that a resumed run must not change."""
+    return [name for p in provider_classes(objective).values() for name in p.recorded]

@@ -20,7 +20,6 @@ from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.checkpoints.folder import same_folder
 from megatron_profit.training.checkpoints.save_folder import METRICS
-from megatron_profit.training.statistics.given_statistics import needed_statistics
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _goes_on(settings: Mapping[str, Any]) -> bool:
 
 def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:
     """Return the reference model and the folder of its log-probabilities, where the objective needs them."""
-    if "ref_log_prob" not in needed_statistics(settings.objective):
+    if "ref_log_prob" not in settings.objective.needed_statistics:
         return None
     values = settings.values
     folder = values["ref_hf_model"] or values["hf_model"]

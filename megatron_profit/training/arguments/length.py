@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_profit.flags import ArgumentsError
-from megatron_profit.objectives import Objective, ScheduledObjective
+from megatron_profit.objectives import Objective
 from megatron_profit.training.step.objective_flags import check_steps
 
 
@@ -40,9 +40,7 @@ def batch_size_changes(settings: Mapping[str, Any]) -> bool:
     return bool(settings["rampup_batch_size"] or settings["step_batch_size_schedule"])
 
 
-def check_run_steps(
-    settings: Mapping[str, Any], objective: Objective | ScheduledObjective, steps: int
-) -> None:
+def check_run_steps(settings: Mapping[str, Any], objective: Objective, steps: int) -> None:
     """Refuse a run without a step, or whose warm-up leaves no step for the decay of the learning rate.
 
     Raises:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_profit.flags import ArgumentsError, flag_of
-from megatron_profit.objectives import Objective, ScheduledObjective
+from megatron_profit.flags import ArgumentsError
+from megatron_profit.objectives import Objective
 from megatron_profit.training.arguments.command_line import REQUIRED, CommandLine
-from megatron_profit.training.statistics.given_statistics import needed_statistics
 from megatron_profit.training.step import experts
 
 # Native flags that this entry would have to ignore, each with a remedy.
@@ -144,15 +143,9 @@ def _check_token_report(given: Mapping[str, Any]) -> None:
         )
 
 
-def check_reference(values: Mapping[str, Any], objective: Objective | ScheduledObjective) -> None:
+def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
     """Refuse flags of a reference model that are missing, or that the objective would ignore."""
-    if "ref_log_prob" not in needed_statistics(objective):
-        for name in ("ref_hf_model", "ref_cache"):
-            if values[name]:
-                raise ArgumentsError(
-                    f"{flag_of(name)} is for objectives with a reference model, which "
-                    f"{values['objective']} is not with these options; drop it"
-                )
+    if "ref_log_prob" not in objective.needed_statistics:
         return
     if not (values["ref_cache"] or values["save"]):
         raise ArgumentsError(
@@ -165,8 +158,7 @@ def check_reference(values: Mapping[str, Any], objective: Objective | ScheduledO
             "default, but this run starts from --pretrained-checkpoint; name the reference with "
             "--ref-hf-model DIR"
         )
-    if values["objective"] == "rho1" and not values["ref_hf_model"]:
+    if (why := objective.final.reference_must_differ) and not values["ref_hf_model"]:
         raise ArgumentsError(
-            "--objective rho1 ranks by what the reference knows and the model does not; against the weights "
-            "that it starts from that is noise. Name a better model with --ref-hf-model DIR"
+            f"--objective {values['objective']} {why}. Name a better model with --ref-hf-model DIR"
         )

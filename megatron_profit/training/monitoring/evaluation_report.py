@@ -101,11 +101,13 @@ class EvaluationReport(Callback):
     def _tokens(self, batch: Batch, loss: MicroBatchLoss) -> torch.Tensor:
         """Return [tokens, 5] float64, the supervised tokens of the chosen records."""
         statistics = loss.statistics
-        record = batch.record_index.transpose(0, 1).flatten()
-        position = batch.position_ids.transpose(0, 1).flatten()
-        chosen = torch.tensor(self.records, device=record.device)
-        here = statistics.supervised & torch.isin(record, chosen)
-        columns = (record, position, statistics.log_prob, statistics.prob, statistics.weight)
+        record, position = (
+            statistics.rows.take(index.transpose(0, 1).flatten())
+            for index in (batch.record_index, batch.position_ids)
+        )
+        here = torch.isin(record, torch.tensor(self.records, device=record.device))
+        tokens = statistics.tokens
+        columns = (record, position, tokens.log_prob, tokens.prob, statistics.token_weight)
         return torch.stack([column[here].double() for column in columns], 1).cpu()
 
     def _write(self, tokens: torch.Tensor, steps: int) -> None:

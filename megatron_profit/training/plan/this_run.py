@@ -11,7 +11,7 @@ from typing import Any
 from megatron_profit.data import DataOptions, Prepared, Source
 from megatron_profit.data.store.cache import tokenizer_files
 from megatron_profit.objectives import Objective, ScheduledObjective
-from megatron_profit.training.arguments.derive import RunSettings
+from megatron_profit.training.arguments.derive import RunSettings, recorded_names
 from megatron_profit.training.arguments.disk import RunFiles
 from megatron_profit.training.checkpoints.run_record import (
     RunRecord,
@@ -99,9 +99,8 @@ def _objective(settings: RunSettings) -> dict[str, Any]:
 
 def _statistics(settings: RunSettings, files: RunFiles) -> dict[str, Any]:
     """Return the settings of an objective that compares the model with another one."""
-    found: dict[str, Any] = {}
-    if "old_log_prob" in settings.objective.required_statistics:
-        found["psft_steps_per_refresh"] = settings.values["psft_steps_per_refresh"]
+    names = recorded_names(settings.objective)
+    found: dict[str, Any] = {name: settings.values[name] for name in names}
     if files.reference is not None:
         found["reference"] = digest_of_weights(files.reference[0].folder)
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import mpu
@@ -25,7 +25,7 @@ from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.process.console import print_rank_0
-from megatron_profit.training.statistics.given_statistics import StatisticProvider
+from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
 from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
@@ -70,6 +70,20 @@ class OldPolicy(StatisticProvider):
     """
 
     statistic = "old_log_prob"
+    flags: ClassVar[Mapping[str, str]] = {"psft_steps_per_refresh": "--objective psft"}
+    recorded = ("psft_steps_per_refresh",)
+    in_evaluation = False
+
+    @classmethod
+    def check(cls, settings: Mapping[str, Any]) -> None:
+        """Refuse flags with which outer batches of equal global batches cannot be formed or resumed."""
+        check_old_policy(settings)
+
+    @classmethod
+    def from_run(cls, run: RunParts) -> OldPolicy:
+        """Return the old policy of a run."""
+        steps, first = run.args.psft_steps_per_refresh, run.args.objective_warmup_steps
+        return cls(run.score_pass, steps, first, run.data_digest)
 
     def __init__(self, score_pass: ScorePass, steps: int, first: int = 0, data: str = "") -> None:
         self._score_pass, self._steps, self._first = score_pass, steps, first
@@ -99,7 +113,7 @@ class OldPolicy(StatisticProvider):
             self._complete = False
         self._until = until
 
-    def of(self, batch: Batch) -> Tensor | None:
+    def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return [B, S] of a training micro-batch; None where no loss is computed."""
         if self._table is None:
             return None

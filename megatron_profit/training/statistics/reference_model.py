@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.hf_weights import load
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.ranks import from_first_rank
-from megatron_profit.training.statistics.given_statistics import StatisticProvider
+from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
 from megatron_profit.training.statistics.score_pass import Rows, data_group, score_rows
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
@@ -57,6 +58,9 @@ class ReferenceModel(StatisticProvider):
     """
 
     statistic = "ref_log_prob"
+    flags: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("ref_hf_model", "ref_cache"), "objectives with a reference model"
+    )
 
     def __init__(
         self, model: HFModel, folder: Path, loss: ObjectiveLoss, datasets: Mapping[str, SFTDataset]
@@ -65,31 +69,28 @@ class ReferenceModel(StatisticProvider):
         self._datasets = datasets
         self._values: dict[str, np.ndarray] = {}
 
+    @classmethod
+    def from_run(cls, run: RunParts) -> ReferenceModel:
+        """Return the reference model of a run."""
+        assert run.reference is not None, "the arguments open it where it is needed"
+        return cls(*run.reference, run.loss, run.datasets)
+
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
         self._prepare(context)
 
     def before_evaluation(self, context: TrainContext) -> None:
         self._prepare(context)
 
-    def of(self, batch: Batch) -> Tensor | None:
+    def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
-        return self.of_data(batch, "train" if torch.is_grad_enabled() else "valid")
-
-    def of_data(self, batch: Batch, name: str) -> Tensor | None:
-        """Return the same for rows of "train" or "valid", in training, evaluation or another pass."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return None
         wanted = batch.labels != -100
-        places = _places(batch, self._datasets[name].examples)[wanted].cpu().numpy()
-        values = self._values[name][places]
+        places = _places(batch, self._datasets[data].examples)[wanted].cpu().numpy()
+        values = self._values[data][places]
         result = torch.zeros(wanted.shape, device=wanted.device)
         result[wanted] = torch.from_numpy(values).to(wanted.device)
         return result
-
-    def given(self, batch: Batch, name: str) -> Mapping[str, Tensor]:
-        """Return `of_data` by name, for a pass that computes other statistics."""
-        values = self.of_data(batch, name)
-        return {} if values is None else {self.statistic: values}
 
     def _prepare(self, context: TrainContext) -> None:
         """Find the values, or compute them. A collective of all ranks, at the first call."""

@@ -29,26 +29,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from megatron_profit.megatron_patches.callbacks import TrainContext
-from megatron_profit.objectives import Objective, ObjectiveOutput, TokenStatistics
+from megatron_profit.objectives import StatisticsOnly
+from megatron_profit.training.statistics.external_statistics import (
+    StatisticProvider,
+    statistics_of,
+)
 from megatron_profit.training.statistics.token_table import TokenTable, token_keys
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.forward_step import make_forward_step
 from megatron_profit.training.step.objective_loss import MicroBatchLoss, ObjectiveLoss
-
-
-@dataclass(frozen=True)
-class Scores(Objective):
-    """Not an objective: it makes the kernel compute `statistics` and trains no token."""
-
-    statistics: frozenset[str] = frozenset()
-
-    @property
-    def required_statistics(self) -> frozenset[str]:
-        return self.statistics
-
-    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
-        nothing = torch.zeros_like(statistics.log_prob)
-        return ObjectiveOutput(nothing, nothing)
 
 
 @dataclass(frozen=True)
@@ -107,16 +96,8 @@ class _ScoredBatch:
     def loss_func(self, output_tensor: Tensor, non_loss_data: bool) -> TokenTable:
         """Return the table that a schedule collects with `collect_non_loss_data`."""
         statistics = self._loss.statistics
-        shape = self._keys.shape
-        supervised = statistics.supervised.view(shape[::-1]).t()
-
-        def of_supervised(values_N: Tensor) -> Tensor:
-            return values_N.view(shape[::-1]).t()[supervised]
-
-        return TokenTable(
-            self._keys[supervised],
-            {name: of_supervised(getattr(statistics, name)) for name in sorted(self._names)},
-        )
+        keys = statistics.rows.take(self._keys.t().flatten())
+        return TokenTable(keys, {n: vars(statistics.tokens)[n] for n in sorted(self._names)})
 
 
 def keys_of(batch: Batch) -> Tensor:
@@ -129,26 +110,19 @@ def data_group() -> dist.ProcessGroup:
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
-def nothing_given(batch: Batch, name: str = "") -> Mapping[str, Tensor]:
-    """Return no statistics: the kernel computes all that are needed."""
-    return {}
-
-
 class ScorePass:
     """Computes statistics of rows of the run's data sets under the current weights.
 
     Args:
         loss: The loss of the run.
-        given: The statistics that the kernel cannot compute, [B, S] each, for a micro-batch of "train" or
-            "valid".
+
+    Attributes:
+        providers: Give the statistics that the kernel cannot compute.
     """
 
-    def __init__(
-        self,
-        loss: ObjectiveLoss,
-        given: Callable[[Batch, str], Mapping[str, Tensor]] = nothing_given,
-    ) -> None:
-        self._loss, self._given = loss, given
+    def __init__(self, loss: ObjectiveLoss) -> None:
+        self._loss = loss
+        self.providers: list[StatisticProvider] = []
         self._train: Dataset | None = None
         self._valid: Dataset | None = None
 
@@ -197,10 +171,10 @@ class ScorePass:
     def _of(
         self, context: TrainContext, rows: Rows, statistics: frozenset[str], name: str
     ) -> TokenTable | None:
-        def given(batch: Batch) -> Mapping[str, Tensor]:
-            return self._given(batch, name)
+        def external(batch: Batch) -> Mapping[str, Tensor]:
+            return statistics_of(self.providers, statistics, batch, name)
 
-        return score_rows(context, rows, statistics, self._loss, keys_of, given)
+        return score_rows(context, rows, statistics, self._loss, keys_of, external)
 
 
 def score_rows(
@@ -209,7 +183,7 @@ def score_rows(
     statistics: frozenset[str],
     loss: ObjectiveLoss,
     keys: Callable[[Batch], Tensor],
-    given: Callable[[Batch], Mapping[str, Tensor]] = nothing_given,
+    external: Callable[[Batch], Mapping[str, Tensor]] = lambda batch: {},
 ) -> TokenTable | None:
     """Make one forward-only pass over rows; see `ScorePass`.
 
@@ -219,13 +193,13 @@ def score_rows(
         statistics: Names of vectors of `TokenStatistics`.
         loss: Gives all settings but the objective.
         keys: Gives the key of each token of a micro-batch, [B, S].
-        given: The statistics that the kernel cannot compute, [B, S] each.
+        external: The statistics that the kernel cannot compute, [B, S] each.
     """
     args = get_args()
-    loss = replace(loss, objective=Scores(statistics - {"log_prob"}), log_entropy=False)
+    loss = replace(loss, objective=StatisticsOnly(statistics - {"log_prob"}), log_entropy=False)
 
     def begin(batch: Batch) -> _ScoredBatch:
-        return _ScoredBatch(keys(batch), loss.micro_batch(given=given(batch)), statistics)
+        return _ScoredBatch(keys(batch), loss.micro_batch(external=external(batch)), statistics)
 
     chunks = len(context.model)
     iterators = [iter(rows.micro_batches()) for _ in range(chunks)]

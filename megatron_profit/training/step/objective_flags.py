@@ -115,9 +115,7 @@ def add_option_flags(group: argparse._ArgumentGroup) -> None:
         raise ArgumentsError(f"--objective: {error}") from error
 
 
-def objective_of(
-    settings: Mapping[str, Any], given: Mapping[str, Any]
-) -> Objective | ScheduledObjective:
+def objective_of(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Objective:
     """Return the objective that the flags ask for.
 
     Args:
@@ -144,7 +142,7 @@ def objective_of(
     return objective
 
 
-def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
+def check_steps(objective: Objective, steps: int) -> None:
     """Refuse a warm-up or a constant schedule that leaves no step for an option that was given.
 
     Args:
@@ -171,9 +169,7 @@ def check_steps(objective: Objective | ScheduledObjective, steps: int) -> None:
             )
 
 
-def _build(
-    settings: Mapping[str, Any], options: Mapping[str, Any]
-) -> Objective | ScheduledObjective:
+def _build(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Objective:
     objective = build_objective(settings["objective"], **options)
     schedules = tuple(OptionSchedule(*given) for given in settings["objective_schedule"] or ())
     warmup = settings["objective_warmup_steps"]
@@ -182,12 +178,11 @@ def _build(
     return ScheduledObjective(objective, schedules, warmup)
 
 
-def _check_effect(settings: Mapping[str, Any], objective: Objective | ScheduledObjective) -> None:
+def _check_effect(settings: Mapping[str, Any], objective: Objective) -> None:
     """Refuse options without effect."""
     from megatron_profit.training.step.token_metrics import ProbQuantiles
 
-    final = objective.objective if isinstance(objective, ScheduledObjective) else objective
-    if settings["objective_normalization"] == "kept" and not final.drops_tokens:
+    if settings["objective_normalization"] == "kept" and not objective.final.drops_tokens:
         raise ValueError(
             "--objective-normalization kept would change nothing, because this objective drops no "
             "token; drop the flag"

@@ -24,7 +24,6 @@ from megatron.training import get_args
 from megatron_profit.objectives import (
     NORMALIZATIONS,
     Objective,
-    ScheduledObjective,
     token_uniform,
 )
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
@@ -34,14 +33,16 @@ from megatron_profit.training.step.kernel_flags import (
     IMPLEMENTATIONS,
     check_implementation,
 )
-from megatron_profit.training.step.token_metrics import ProbQuantiles, token_sums
+from megatron_profit.training.step.token_metrics import (
+    ProbQuantiles,
+    as_pairs,
+    share_of_total,
+    token_sums,
+)
 
 if TYPE_CHECKING:
     from megatron_profit.ops.tiling import Backward
 
-# Added to counts that can be zero, so that the mean over no token is reported as 0 and not as NaN. It
-# vanishes next to any real count.
-_NO_TOKEN = 1e-20
 # The factor of pretrain_gpt.py: a loss of this many times the largest of the first losses is a spike.
 _SPIKY_LOSS_FACTOR = 10
 
@@ -54,7 +55,7 @@ class ObjectiveLoss:
     not depend on its split into micro-batches and over data-parallel ranks.
 
     Attributes:
-        objective: From `megatron_profit.objectives.build_objective`, or one that changes over the steps.
+        objective: From `megatron_profit.objectives.build_objective`, or a `ScheduledObjective`.
         normalization: "valid" divides the summed loss by the supervised tokens of the global batch,
             "kept" by the tokens whose weight is not zero; None follows the objective's source.
         vocab_size: Size of the vocabulary without Megatron's padding; None when it is not padded.
@@ -70,7 +71,7 @@ class ObjectiveLoss:
         ValueError: For an unknown name, or a strategy of the kernel without the kernel.
     """
 
-    objective: Objective | ScheduledObjective
+    objective: Objective
     normalization: str | None = None
     vocab_size: int | None = None
     seed: int = 0
@@ -93,16 +94,15 @@ class ObjectiveLoss:
 
     @property
     def current_objective(self) -> Objective:
-        """The objective of the step that is trained, or that was trained last before an evaluation."""
-        if isinstance(self.objective, ScheduledObjective):
-            return self.objective.at(current_step())
-        return self.objective
+        """The objective of the step that is trained; in an evaluation, of the step that was trained last."""
+        objective = self.objective.at(current_step())
+        return objective if torch.is_grad_enabled() else objective.for_evaluation()
 
     def micro_batch(
         self,
         sample_index: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        given: Mapping[str, torch.Tensor] | None = None,
+        external: Mapping[str, torch.Tensor] | None = None,
     ) -> MicroBatchLoss:
         """Begin a micro-batch.
 
@@ -110,7 +110,7 @@ class ObjectiveLoss:
             sample_index: [B, S] int64, distinct for each time that an example is drawn; only objectives
                 that select at random need it.
             position_ids: [B, S] int64, position in the example; needed with `sample_index`.
-            given: [B, S] each, statistics that the objective needs and only the caller can know.
+            external: [B, S] each, statistics that the objective needs and only the caller can know.
 
         Raises:
             ValueError: Without `--calculate-per-token-loss`.
@@ -120,7 +120,7 @@ class ObjectiveLoss:
                 "the objective needs --calculate-per-token-loss: without it Megatron averages over "
                 "micro-batches, and a token's weight would depend on which one it is in"
             )
-        return MicroBatchLoss(self, sample_index, position_ids, given or {})
+        return MicroBatchLoss(self, sample_index, position_ids, external or {})
 
 
 class MicroBatchLoss:
@@ -131,17 +131,17 @@ class MicroBatchLoss:
         loss: ObjectiveLoss,
         sample_index: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        given: Mapping[str, torch.Tensor],
+        external: Mapping[str, torch.Tensor],
     ) -> None:
         self._loss = loss
         self._objective = loss.current_objective
         self._sample_index, self._position_ids = sample_index, position_ids
-        self._given = given
+        self._external = external
         self._statistics: LinearObjectiveStatistics | None = None
 
     @property
     def statistics(self) -> LinearObjectiveStatistics:
-        """[N] vectors of the micro-batch, known once the model has run on the last pipeline stage."""
+        """The statistics of the micro-batch, known once the model has run on the last pipeline stage."""
         assert self._statistics is not None, "the model has not run"
         return self._statistics
 
@@ -184,9 +184,11 @@ class MicroBatchLoss:
             self._objective,
             group=group if group.size() > 1 else None,
             vocab_size=self._loss.vocab_size,
-            uniform=self._uniform(),
+            external={
+                name: values.transpose(0, 1).flatten()
+                for name, values in (self._external | self._drawn()).items()
+            },
             extra_statistics=frozenset({"entropy"} if self._loss.log_entropy else ()),
-            **{name: values.transpose(0, 1).flatten() for name, values in self._given.items()},
             reduce_hidden_grad=not output_layer.sequence_parallel,
             implementation="auto" if fused else "reference",
             backward=self._loss.backward,
@@ -198,11 +200,11 @@ class MicroBatchLoss:
         self._statistics = statistics
         return loss_N.view(labels.size(1), labels.size(0)).transpose(0, 1)
 
-    def _uniform(self) -> torch.Tensor | None:
+    def _drawn(self) -> dict[str, torch.Tensor]:
+        """Return the random numbers [B, S] of an objective that draws."""
         if "uniform" not in self._objective.required_statistics or self._sample_index is None:
-            return None
-        uniform_BS = token_uniform(self._loss.seed, self._sample_index, self._position_ids)
-        return uniform_BS.transpose(0, 1).flatten()
+            return {}
+        return {"uniform": token_uniform(self._loss.seed, self._sample_index, self._position_ids)}
 
     def loss_func(
         self, output_tensor: torch.Tensor
@@ -219,20 +221,11 @@ class MicroBatchLoss:
         normalization = self._loss.normalization or self._objective.normalization
         num_tokens = num_supervised if normalization == "valid" else num_kept
         _validate(loss, num_tokens)
-        share_of_step = torch.tensor(_share_of_step(), dtype=torch.float64, device=loss.device)
-        metrics = {
-            "objective": (loss, num_tokens),
-            **sums,
-            "supervised tokens": (num_supervised, share_of_step),
-        }
-        # In fp32 a count above 2^24 would lose its last digits.
-        report = {
-            name: torch.stack([total.detach().double(), count.double() + _NO_TOKEN])
-            for name, (total, count) in metrics.items()
-        }
+        report = as_pairs({"objective": (loss, num_tokens), **sums})
+        report["supervised tokens"] = share_of_total(num_supervised, _parts_of_step())
         if self._loss.prob_quantiles is not None:
             report |= self._loss.prob_quantiles.add(
-                statistics.log_prob[statistics.supervised],
+                statistics.tokens.log_prob,
                 micro_batches_of_window(),
                 mpu.get_data_parallel_group(with_context_parallel=True),
             )
@@ -258,13 +251,10 @@ def current_step() -> int:
     return max(getattr(args, "curr_iteration", 0), args.iteration - 1)
 
 
-def _share_of_step() -> float:
-    """Return 1 / the micro-batches of a step over all data-parallel ranks.
-
-    With this factor, Megatron's sum over sum of a metric becomes its total over the step.
-    """
+def _parts_of_step() -> int:
+    """Return the number of micro-batches of a step over all data-parallel ranks."""
     ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
-    return 1.0 / (_micro_batches_of_step() * ranks)
+    return _micro_batches_of_step() * ranks
 
 
 def _micro_batches_of_step() -> int:

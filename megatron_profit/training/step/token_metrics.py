@@ -1,4 +1,9 @@
-"""The logged metrics of a step's tokens: sums with counts, so that no mean depends on the layout."""
+"""The logged metrics of a step's tokens: sums with counts, so that no mean depends on the layout.
+
+Megatron takes a metric as a pair and divides the sum of all first numbers by the sum of all second ones: in
+an evaluation, and in the training log of a script without this project's callbacks. `as_pairs`,
+`share_of_total` and `ProbQuantiles` bring metrics into this form.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +14,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_profit.objectives import Objective, TokenStatistics
-from megatron_profit.objectives.numerics import log1mexp
+from megatron_profit.objectives import Objective
+from megatron_profit.objectives.numerics import count_of, log1mexp
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics
+
+# Added to counts, which can be zero, so that the mean over no token is 0 and not NaN. It vanishes next to any
+# real count.
+_NO_TOKEN = 1e-20
 
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 
 def token_sums(statistics: LinearObjectiveStatistics, objective: Objective) -> Sums:
-    """Return the metrics that follow from the statistics of a micro-batch [N], as (sum, count)."""
-    supervised = statistics.supervised
-    kept = supervised & (statistics.weight != 0)
-    dropped = supervised & ~kept
-    num_supervised, num_kept = supervised.sum(), kept.sum()
-    prob = statistics.prob
+    """Return the metrics that follow from the statistics of a micro-batch, as (sum, count)."""
+    tokens, kept = statistics.tokens, statistics.token_weight != 0
+    num_supervised, num_kept = count_of(kept), kept.sum()
+    prob = tokens.prob
     sums = {
-        "lm loss": (-statistics.log_prob[supervised].sum(), num_supervised),
+        "lm loss": (-tokens.log_prob.sum(), num_supervised),
         "kept fraction": (num_kept, num_supervised),
-        "mean p": (prob[supervised].sum(), num_supervised),
-        "mean p kept": (prob[kept].sum(), num_kept),
-        "mean p dropped": (prob[dropped].sum(), dropped.sum()),
+        "mean p": (prob.sum(), num_supervised),
+        "mean p kept": (prob.where(kept, 0.0).sum(), num_kept),
+        "mean p dropped": (prob.where(~kept, 0.0).sum(), num_supervised - num_kept),
     }
-    if statistics.entropy is not None:
-        sums["entropy"] = (statistics.entropy[supervised].sum(), num_supervised)
-    return {**sums, **objective.metrics(_supervised(statistics))}
+    if tokens.entropy is not None:
+        sums["entropy"] = (tokens.entropy.sum(), num_supervised)
+    return {**sums, **objective.metrics(tokens)}
 
 
-def _supervised(statistics: LinearObjectiveStatistics) -> TokenStatistics:
-    """Select the statistics of the supervised tokens: [N] to [M]."""
-    names = TokenStatistics.__dataclass_fields__
-    vectors = {name: getattr(statistics, name) for name in names}
-    rows = statistics.supervised
-    return TokenStatistics(**{n: None if v is None else v[rows] for n, v in vectors.items()})
+def as_pairs(sums: Sums) -> dict[str, Tensor]:
+    """Return each metric as [sum, count] in fp64: in fp32 a count above 2^24 would lose its last digits."""
+    return {
+        name: torch.stack([total.detach().double(), count.double() + _NO_TOKEN])
+        for name, (total, count) in sums.items()
+    }
+
+
+def share_of_total(number: Tensor, parts: int) -> Tensor:
+    """Return a pair whose quotient is the total of `number` over so many parts of a step, not a mean."""
+    return torch.stack([number.double(), number.new_full((), 1 / parts, dtype=torch.float64)])
 
 
 @dataclass
@@ -86,7 +98,7 @@ class ProbQuantiles:
             Each metric as [value, 1] at the end of a window and [0, 0] before, so that Megatron's sum over
             sum is the value.
         """
-        counts = torch.bincount(self._bins(log_prob), minlength=self.BINS)
+        counts = self._in_bins(log_prob)
         self._counts = counts if self._counts is None else self._counts + counts
         self._micro_batches += 1
         if self._micro_batches < micro_batches:
@@ -98,11 +110,14 @@ class ProbQuantiles:
             self._counts, self._micro_batches = None, 0
         return {f"p quantile {q:g}": row for q, row in zip(self.quantiles, values, strict=True)}
 
-    def _bins(self, log_prob: Tensor) -> Tensor:
-        """Return the bin of each token, [M] int64. A NaN has no place in an order and is left out."""
+    def _in_bins(self, log_prob: Tensor) -> Tensor:
+        """Return the tokens of each bin, [BINS] int64. A NaN has no place in an order and is left out."""
         log_odds = log_prob - log1mexp(log_prob)
-        position = (log_odds[~log_prob.isnan()] + self.LIMIT) / (2 * self.LIMIT) * self.BINS
-        return position.clamp(0, self.BINS - 1).long()
+        position = (log_odds + self.LIMIT) / (2 * self.LIMIT) * self.BINS
+        bins = position.clamp(0, self.BINS - 1).nan_to_num(self.BINS).long()
+        # Added up with one more bin for NaN: a `bincount` reads the largest bin back from the device.
+        counts = bins.new_zeros(self.BINS + 1)
+        return counts.index_add_(0, bins, torch.ones_like(bins))[: self.BINS]
 
     def _quantile(self, quantile: float) -> Tensor:
         """Return [value, 1], interpolated within a bin; [0, 1] where there is no token."""

@@ -1,6 +1,8 @@
 """The contract of every registered objective, and the registry that builds them."""
 
 import argparse
+import copy
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from objective_options import OPTIONS
 
 from megatron_profit.objectives import (
+    COMPUTED_STATISTICS,
     Objective,
     ObjectiveOutput,
     RankedObjective,
@@ -66,7 +69,7 @@ def test_a_token_does_not_depend_on_its_neighbours_unless_it_is_ranked(name, opt
     torch.manual_seed(1)
     statistics = random_statistics()
     whole = objective(statistics)
-    half = {n: v[32:] for n, v in vars(statistics).items() if v is not None}
+    half = {n: v[32:] for n, v in vars(statistics).items()}
     for one, other in zip(objective(TokenStatistics(**half)), whole, strict=True):
         torch.testing.assert_close(one, other[32:], rtol=0, atol=0)
 
@@ -79,11 +82,11 @@ def test_certain_and_impossible_tokens_give_no_nan(name, options):
     half = torch.full_like(log_prob, 0.5)
     statistics = TokenStatistics(
         log_prob,
-        half,
-        half,
-        half,
-        ref,
-        old,
+        entropy=half,
+        sum_squared_prob=half,
+        top20_entropy=half,
+        ref_log_prob=ref,
+        old_log_prob=old,
         uniform=half,
         selected=half > 0,
         softmax_prob=log_prob.exp(),
@@ -103,7 +106,9 @@ def test_certain_and_impossible_tokens_give_no_nan(name, options):
 @pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
 def test_a_nan_shows(name, options):
     nan, one = torch.tensor([torch.nan]), torch.ones(1)
-    statistics = TokenStatistics(nan, one, one, one, nan, nan, uniform=0 * one, selected=one > 0)
+    computed = dict.fromkeys(COMPUTED_STATISTICS, one)
+    external = {"ref_log_prob": nan, "old_log_prob": nan, "uniform": 0 * one, "selected": one > 0}
+    statistics = TokenStatistics(nan, **computed, **external)
     assert build_objective(name, **options)(statistics).loss.isnan().all()
 
 
@@ -205,8 +210,49 @@ def test_statistics_refuse_half_precision_and_other_shapes():
         TokenStatistics(torch.zeros(3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"entropy has shape \(2,\), log_prob has \(3,\)"):
         TokenStatistics(torch.zeros(3), entropy=torch.zeros(2))
+    ranking = build_objective("entropy", rank_scope="global_batch")
     with pytest.raises(ValueError, match=r"selected is torch\.float32; pass a mask of torch\.bool"):
-        TokenStatistics(torch.zeros(3), selected=torch.zeros(3))
+        ranking(TokenStatistics(torch.zeros(3), selected=torch.zeros(3)))
+
+
+def test_external_statistics_have_any_name_that_is_free():
+    log_prob, margin = torch.zeros(3), torch.ones(3)
+    statistics = TokenStatistics(log_prob, entropy=log_prob, margin=margin, unknown=None)
+    assert statistics.margin is margin
+    assert statistics.external == {"margin": margin}
+    assert vars(statistics) == {"log_prob": log_prob, "entropy": log_prob, "margin": margin}
+    assert statistics.sum_squared_prob is None
+    with pytest.raises(
+        AttributeError, match=r"no statistic unknown is known; pass TokenStatistics\(u"
+    ):
+        _ = statistics.unknown
+    with pytest.raises(
+        AttributeError, match=r"margin cannot be set; see TokenStatistics\.replaced"
+    ):
+        statistics.margin = log_prob
+    other = statistics.replaced(margin=log_prob, width=margin)
+    assert other.external == {"margin": log_prob, "width": margin}
+    for name in ("prob", "external", "replaced", "no name"):
+        with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+            TokenStatistics(log_prob, **{name: margin})
+
+
+def test_statistics_can_be_copied_and_stored():
+    statistics = TokenStatistics(torch.zeros(3), margin=torch.ones(3))
+    for copied in (copy.deepcopy(statistics), pickle.loads(pickle.dumps(statistics))):
+        assert vars(copied).keys() == {"log_prob", "margin"}
+        assert copied.margin.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+def test_an_objective_without_a_schedule_is_the_same_at_every_step(name, options):
+    objective = build_objective(name, **options)
+    assert objective.at(0) is objective.at(10**6) is objective.final is objective
+    evaluated = objective.for_evaluation()
+    assert evaluated is objective if name != "psft" else evaluated.name == "sft"
+    assert "old_log_prob" not in evaluated.needed_statistics
+    assert objective.needed_statistics >= objective.required_statistics
+    assert (objective.lookahead != {}) == (options.get("rank_scope") == "global_batch")
 
 
 def test_prob_is_the_softmax_where_it_is_known():

@@ -53,6 +53,21 @@ def test_a_ranking_of_the_global_batch_comes_from_outside():
     assert output.loss.tolist() == [1.0, 0.0, 3.0]
 
 
+@pytest.mark.parametrize("name", ["entropy", "rho1"])
+def test_a_look_ahead_ranks_as_a_single_micro_batch_does(name):
+    torch.manual_seed(0)
+    vectors = {"entropy": torch.rand(40), "ref_log_prob": -torch.rand(40)}
+    whole = TokenStatistics(-torch.rand(40), **vectors)
+    objective = build_objective(name, keep_share=0.3, rank_scope="global_batch")
+    reads = build_objective(name).required_statistics
+    assert objective.lookahead == {"selected": reads}
+    assert objective.needed_statistics == {"selected", *reads}
+    decided = objective.look_ahead(whole)
+    kept = build_objective(name, keep_share=0.3)(whole).weight
+    assert torch.equal(objective(whole.replaced(**decided)).weight, kept)
+    assert build_objective(name).look_ahead(whole) == {}
+
+
 @pytest.mark.parametrize("share", [0, -0.1, 1.0001, math.nan, True, "all"])
 def test_a_share_outside_of_0_to_1_is_refused(share):
     with pytest.raises(ValueError, match=rf"keep_share {share!r} is not a number in \(0, 1\]"):

@@ -3,10 +3,17 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_profit.objectives import OptionSchedule, ScheduledObjective, build_objective
+from megatron_profit.objectives import (
+    Objective,
+    OptionSchedule,
+    ScheduledObjective,
+    TokenStatistics,
+    build_objective,
+)
 
 PROFIT = build_objective("profit", prob_threshold=0.5, threshold_direction="higher")
 MIDDLE = build_objective("profit", prob_threshold=(0.2, 0.6), threshold_direction="middle")
@@ -63,11 +70,25 @@ def test_a_warm_up_comes_first_and_delays_the_schedule():
     assert ScheduledObjective(PROFIT, warmup_steps=1).at(1) is PROFIT
 
 
+def test_without_a_step_it_is_the_objective_at_the_end():
+    statistics = TokenStatistics(torch.tensor([0.4, 0.6]).log())
+    schedule = (OptionSchedule("prob_threshold", "linear", 0.1, 2),)
+    objectives = ScheduledObjective(PROFIT, schedule, warmup_steps=2)
+    assert isinstance(objectives, Objective)
+    assert objectives.final is objectives.for_evaluation() is PROFIT
+    assert objectives(statistics).weight.tolist() == [0, 1]
+    assert objectives.at(2)(statistics).weight.tolist() == [1, 1]
+    proximal = ScheduledObjective(build_objective("psft"), warmup_steps=2)
+    assert proximal.for_evaluation().name == "sft"
+
+
 def test_any_fractional_option_can_have_a_schedule():
     schedule = (OptionSchedule("keep_share", "linear", 1.0, 10),)
     objectives = ScheduledObjective(build_objective("entropy", rank_scope="global_batch"), schedule)
     assert objectives.at(5).keep_share == pytest.approx(0.6)
     assert objectives.required_statistics == {"selected"}
+    assert objectives.lookahead == {"selected": {"entropy"}}
+    assert objectives.needed_statistics == {"selected", "entropy"}
 
 
 @pytest.mark.parametrize(

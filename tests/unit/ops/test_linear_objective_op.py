@@ -3,6 +3,7 @@
 Every comparison is against the dense float64 oracle or against a formula written out here.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from objective_options import every_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_profit.objectives import Objective, ObjectiveOutput, build_objective
-from megatron_profit.objectives.base import OPTIONAL_STATISTICS
+from megatron_profit.objectives.base import COMPUTED_STATISTICS, OPTIONAL_STATISTICS
 from megatron_profit.ops import linear_objective, reference_linear_objective
 from megatron_profit.ops.tiling import Tiling
 
@@ -114,11 +115,9 @@ def assert_same_result(result, expected, **tolerance):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, check_dtype=False, **tolerance)
-    for name, vector in vars(output.statistics).items():
-        if vector is not None:
-            torch.testing.assert_close(
-                vector, vars(expected_output.statistics)[name], check_dtype=False, **tolerance
-            )
+    expected_vectors = expected_output.statistics.all_rows()
+    for name, vector in output.statistics.all_rows().items():
+        torch.testing.assert_close(vector, expected_vectors[name], check_dtype=False, **tolerance)
 
 
 @pytest.mark.parametrize("objective", every_objective(), ids=repr)
@@ -266,9 +265,8 @@ def test_unsupervised_rows_are_never_read():
     problem.hidden[~supervised] = torch.nan
     output, grad_hidden, grad_weight = problem.run(linear_objective, EveryStatistic())
     assert torch.equal(output.statistics.supervised, supervised)
-    for tensor in (output.loss, grad_hidden, *vars(output.statistics).values()):
-        if tensor is not None:
-            assert tensor[~supervised].eq(0).all()
+    for tensor in (output.loss, grad_hidden, *output.statistics.all_rows().values()):
+        assert tensor[~supervised].eq(0).all()
     assert grad_weight.isfinite().all()
 
 
@@ -512,8 +510,9 @@ def test_only_what_is_asked_for_is_computed():
     problem = Problem.random()
     inputs = (problem.hidden, problem.weight, problem.labels)
     statistics = linear_objective(*inputs, SFT).statistics
-    for name in OPTIONAL_STATISTICS:
+    for name in COMPUTED_STATISTICS:
         assert getattr(statistics, name) is None
+    assert vars(statistics.tokens).keys() == {"log_prob", "softmax_prob"}
     assert linear_objective(*inputs, TopEntropy()).statistics.sum_squared_prob is None
     wanted = linear_objective(*inputs, SFT, extra_statistics={"entropy"}).statistics
     assert wanted.entropy is not None
@@ -527,7 +526,7 @@ def test_only_what_is_asked_for_is_computed():
 def test_statistics_carry_no_graph_and_no_grad_works():
     problem = Problem.random()
     output, *_ = problem.run(linear_objective, EveryStatistic())
-    assert not any(v.requires_grad for v in vars(output.statistics).values() if v is not None)
+    assert not any(vector.requires_grad for vector in output.statistics.all_rows().values())
     with torch.no_grad():
         evaluated = linear_objective(
             problem.hidden.requires_grad_(),
@@ -606,6 +605,57 @@ def test_no_tensor_grows_with_the_tokens_times_the_vocabulary(num_rows):
     with Watch() as watch:
         problem.run(linear_objective, EveryStatistic(), chunk_vocab=100, backward="recompute")
     assert watch.largest <= num_rows * 100
+
+
+@pytest.mark.parametrize("function", [linear_objective, reference_linear_objective])
+def test_statistics_of_supervised_rows_and_of_all_rows(function):
+    problem = Problem.random()
+    statistics = problem.run(function, EveryStatistic())[0].statistics
+    supervised = (problem.labels != -100) & (problem.vectors["loss_weight"] != 0)
+    assert torch.equal(statistics.rows.index, supervised.nonzero()[:, 0])
+    assert torch.equal(statistics.tokens.ref_log_prob, problem.vectors["ref_log_prob"][supervised])
+    for name, vector in statistics.all_rows().items():
+        assert torch.equal(getattr(statistics, name), vector)
+        assert vector.shape == (N,)
+        assert vector[~supervised].eq(0).all()
+    assert torch.equal(statistics.prob[supervised], statistics.tokens.prob)
+    assert torch.equal(statistics.weight[supervised], statistics.token_weight)
+    with pytest.raises(AttributeError, match="no statistic margin is known"):
+        _ = statistics.margin
+    assert torch.equal(deepcopy(statistics).log_prob, statistics.log_prob)
+
+
+@dataclass(frozen=True)
+class Margin(Objective):
+    """An objective of a user, with a statistic that this package does not know."""
+
+    @property
+    def required_statistics(self):
+        return frozenset({"margin"})
+
+    def evaluate(self, statistics):
+        return ObjectiveOutput(-statistics.margin * statistics.log_prob, statistics.margin)
+
+
+@pytest.mark.parametrize("options", [{}, {"implementation": "reference"}])
+def test_an_external_statistic_of_any_name(options):
+    problem = Problem.random()
+    inputs = (problem.hidden, problem.weight, problem.labels, Margin())
+    margin = torch.arange(N, dtype=torch.float64)
+    output = linear_objective(*inputs, external={"margin": margin}, **options)
+    assert torch.equal(output.statistics.weight, margin.where(problem.labels != -100, 0))
+    assert torch.equal(output.statistics.margin, output.statistics.weight)
+    with pytest.raises(
+        ValueError, match=r'needs margin, which .*; pass external={"margin": \[N\]}'
+    ):
+        linear_objective(*inputs, **options)
+    with pytest.raises(TypeError, match=r'no argument .margin.; .* external={"margin": \[N\]}'):
+        linear_objective(*inputs, margin=margin, **options)
+    with pytest.raises(ValueError, match="uniform is given twice"):
+        linear_objective(*inputs, external={"uniform": margin}, uniform=margin, **options)
+    for name in ("entropy", "log_prob", "prob"):
+        with pytest.raises(ValueError, match=f"external statistic cannot be called '{name}'"):
+            linear_objective(*inputs, external={"margin": margin, name: margin}, **options)
 
 
 VALID = {

@@ -1,0 +1,70 @@
+"""Statistics that follow from a whole global batch, for example which tokens are its top share.
+
+Before each step, a forward-only pass computes the statistics that the objective looks ahead at, for every
+supervised token of the coming global batch. They are gathered from all ranks, and the objective decides on
+each. Only the rounding of the statistics makes the result depend on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_profit.megatron_patches.callbacks import TrainContext
+from megatron_profit.objectives import Objective, TokenStatistics
+from megatron_profit.training.statistics.external_statistics import StatisticProvider
+from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
+from megatron_profit.training.statistics.token_table import TokenTable
+from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.objective_loss import ObjectiveLoss
+
+
+class Lookahead(StatisticProvider):
+    """Gives a statistic of `Objective.lookahead`. An evaluation looks at each of its own global batches.
+
+    Args:
+        statistic: The statistic.
+        loss: The loss of the run; a warm-up of plain SFT in it looks at none.
+        score_pass: Sees the rows of the run.
+    """
+
+    def __init__(self, statistic: str, loss: ObjectiveLoss, score_pass: ScorePass) -> None:
+        self.statistic, self._loss, self._score_pass = statistic, loss, score_pass
+        self._tables: dict[str, TokenTable | None] = {}
+
+    def before_train_step(self, context: TrainContext, iteration: int) -> None:
+        objective = self._loss.current_objective
+        if reads := objective.lookahead.get(self.statistic):
+            seen = self._score_pass.of_next_batches(context, 1, reads | {"log_prob"})
+            self._tables["train"] = self._decided([seen], objective)
+
+    def before_evaluation(self, context: TrainContext) -> None:
+        objective = self._loss.current_objective.for_evaluation()
+        if reads := objective.lookahead.get(self.statistic):
+            batches = range(get_args().eval_iters)
+            valid = self._score_pass.of_valid_batch
+            seen = [valid(context, number, reads | {"log_prob"}) for number in batches]
+            self._tables["valid"] = self._decided(seen, objective)
+
+    def of(self, batch: Batch, data: str) -> Tensor | None:
+        """Return [B, S]; None where no loss is computed."""
+        table = self._tables.get(data)
+        if table is None:
+            return None
+        return table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
+
+    def _decided(
+        self, seen: Iterable[TokenTable | None], objective: Objective
+    ) -> TokenTable | None:
+        """Return the statistic for several global batches, of which each rank saw a part. A collective."""
+        decided = []
+        for part in seen:
+            if part is None:
+                return None
+            # Tokens are in the order of their keys, so that ties are broken alike at any layout.
+            whole = part.gathered(data_group())
+            values = objective.look_ahead(TokenStatistics(**whole.statistics))
+            decided.append(TokenTable(whole.keys, {self.statistic: values[self.statistic]}))
+        return TokenTable.joined(decided)
