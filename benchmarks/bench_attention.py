@@ -28,7 +28,7 @@ from megatron_profit.models.attention import (
     computes_unfused,
     with_variable_lengths,
 )
-from megatron_profit.models.record_spans import RecordSpans
+from megatron_profit.models.record_spans import RecordSpans, record_bounds
 
 ENGINE, TORCH = "Transformer Engine", "torch"
 
@@ -114,7 +114,9 @@ def timed(core: torch.nn.Module, position_ids: torch.Tensor, options: argparse.N
     upstream = torch.randn_like(inputs[0]).flatten(2)
     _wait(options.device)
     start = time.perf_counter()
-    rows = RecordSpans.from_positions(position_ids, torch.device(options.device))
+    rows = RecordSpans.of(
+        record_bounds(position_ids), position_ids.shape, torch.device(options.device)
+    )
     core(*inputs, None, AttnMaskType.causal, packed_seq_params=rows).backward(upstream)
     _wait(options.device)
     return 1e3 * (time.perf_counter() - start)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -123,27 +124,48 @@ def context_parallel_index(seq_length: int, cp_size: int, cp_rank: int) -> torch
     return torch.cat([torch.arange(begin, end) for begin, end in chunks])
 
 
-def find_pieces(position_ids: torch.Tensor, cp_size: int = 1, cp_rank: int = 0) -> list[Piece]:
+def record_bounds(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return [segments + 1] int64, where the segments of rows [B, S] begin in the flattened rows, and B * S.
+
+    A segment is a record, or the padding at the end of a row. For example, rows of 4 positions 0 1 0 1 and
+    0 1 2 0 give 0, 2, 4, 7 and 8.
+
+    Args:
+        position_ids: [B, S] integers on the CPU; 0 exactly where a segment begins.
+
+    Raises:
+        ValueError: When a row does not begin with position 0.
+    """
+    first = position_ids[:, 0]
+    if first.any():
+        row = int(first.nonzero()[0])
+        raise ValueError(f"row {row} of {len(first)} begins at position {first[row]}, not at 0")
+    begins = (position_ids.flatten() == 0).nonzero()[:, 0]
+    return torch.cat([begins, begins.new_tensor([position_ids.numel()])])
+
+
+def find_pieces(
+    bounds: torch.Tensor, seq_length: int, cp_size: int = 1, cp_rank: int = 0
+) -> list[Piece]:
     """Return the pieces of a micro-batch on one rank, by row and then by place in the row.
 
     Args:
-        position_ids: [B, S] integers on the CPU, of the whole rows; 0 exactly where a record (or the
-            padding) begins.
+        bounds: From `record_bounds`.
+        seq_length: Positions of a whole row.
 
     Raises:
-        ValueError: When a row does not begin with position 0, or cannot be split.
+        ValueError: When a row cannot be split.
     """
-    rows, seq_length = position_ids.shape
     chunks = context_parallel_chunks(seq_length, cp_size, cp_rank)
     pieces = []
-    for row, positions in enumerate(position_ids.numpy()):
-        begins = np.flatnonzero(positions == 0)
-        if len(begins) == 0 or begins[0] != 0:
-            raise ValueError(f"row {row} of {rows} begins at position {positions[0]}, not at 0")
-        ends = [*begins[1:].tolist(), seq_length]
+    segments = pairwise(bounds.tolist())
+    for row, segments_of_row in groupby(segments, lambda segment: segment[0] // seq_length):
+        spans = [
+            (begin - row * seq_length, end - row * seq_length) for begin, end in segments_of_row
+        ]
         local = 0
         for first, last in chunks:
-            for begin, end in zip(begins.tolist(), ends, strict=True):
+            for begin, end in spans:
                 query, stop = max(begin, first), min(end, last)
                 if query < stop:
                     here = local + query - first
@@ -181,21 +203,29 @@ class RecordSpans(PackedSeqParams):
         self.qkv_format = "sbhd"
 
     @classmethod
-    def from_positions(
+    def of(
         cls,
-        position_ids: torch.Tensor,
+        bounds: torch.Tensor,
+        shape: tuple[int, int],
         device: torch.device,
         cp_size: int = 1,
         cp_rank: int = 0,
     ) -> RecordSpans:
-        """Find the records of a micro-batch by its position ids [B, S] on the CPU."""
-        begins = (position_ids == 0).flatten().nonzero()[:, 0]
-        cu_seqlens = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).int()
+        """Return the places of a micro-batch's records.
+
+        Args:
+            bounds: From `record_bounds`.
+            shape: (B, S) of the whole rows.
+            device: The device of the attention.
+            cp_size: Context-parallel ranks that share a row.
+            cp_rank: This rank among them.
+        """
+        cu_seqlens = bounds.int()
         return cls(
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            pieces=tuple(find_pieces(position_ids, cp_size, cp_rank)),
-            shape=(position_ids.size(0), position_ids.size(1)),
+            pieces=tuple(find_pieces(bounds, shape[1], cp_size, cp_rank)),
+            shape=shape,
             device=device,
             cp_size=cp_size,
         )

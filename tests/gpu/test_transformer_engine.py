@@ -14,7 +14,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_profit.models import attention
-from megatron_profit.models.record_spans import RecordSpans, context_parallel_index
+from megatron_profit.models.record_spans import (
+    RecordSpans,
+    context_parallel_index,
+    record_bounds,
+)
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 # Rows of 1,024 positions: records of many lengths, of one token, a record that fills the row.
@@ -38,7 +42,9 @@ def attend(core, tensors, position_ids, upstream, cp_size):
     seq_length = position_ids.shape[1]
     places, contexts = [], []
     for cp_rank in range(cp_size):
-        rows = RecordSpans.from_positions(position_ids, query.device, cp_size, cp_rank)
+        rows = RecordSpans.of(
+            record_bounds(position_ids), position_ids.shape, query.device, cp_size, cp_rank
+        )
         places.append(context_parallel_index(seq_length, cp_size, cp_rank).to(query.device))
         own = query[places[-1]]
         contexts.append(core(own, key, value, None, AttnMaskType.causal, packed_seq_params=rows))

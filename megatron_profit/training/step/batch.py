@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import mpu
 
-from megatron_profit.models.record_spans import RecordSpans, context_parallel_index
+from megatron_profit.models.record_spans import RecordSpans, context_parallel_index, record_bounds
 from megatron_profit.training.step.row_length import cut_rows
 
 
@@ -62,20 +62,15 @@ def get_batch(
         name: (values if cp[0] == 1 else values[:, own]).cuda(non_blocking=True)
         for name, values in whole.items()
     }
-    spans = None
-    if isolate:
-        # Found on the CPU, where the data are: a GPU would have to be waited for.
-        spans = RecordSpans.from_positions(whole["position_ids"], part["tokens"].device, *cp)
-    records, cu_seqlens = _records(whole["position_ids"], whole["record_index"])
+    # Found on the CPU, where the data are: a GPU would have to be waited for.
+    bounds, shape = record_bounds(whole["position_ids"]), tuple(whole["tokens"].shape)
+    spans = RecordSpans.of(bounds, shape, part["tokens"].device, *cp) if isolate else None
+    records, cu_seqlens = _records(bounds, whole["record_index"])
     return Batch(**part, spans=spans, records=records, cu_seqlens=cu_seqlens)
 
 
-def _records(
-    position_ids: torch.Tensor, record_index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Batch.records` and `Batch.cu_seqlens` of rows [B, S], without the padding."""
-    begins = (position_ids.flatten() == 0).nonzero()[:, 0]
-    ends = torch.cat([begins[1:], begins.new_tensor([position_ids.numel()])])
-    records = record_index.flatten()[begins]
-    lengths = (ends - begins)[records >= 0]
+def _records(bounds: torch.Tensor, record_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `Batch.records` and `Batch.cu_seqlens` of rows [B, S], without the padding."""
+    records = record_index.flatten()[bounds[:-1]]
+    lengths = bounds.diff()[records >= 0]
     return records[records >= 0], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -18,9 +18,18 @@ from megatron_profit.models.record_spans import (
     RecordSpans,
     context_parallel_index,
     find_pieces,
+    record_bounds,
 )
 
 CPU = torch.device("cpu")
+
+
+def spans_of(position_ids, **ranks):
+    """The places of the records of rows [B, S]."""
+    bounds, shape = record_bounds(position_ids), tuple(position_ids.shape)
+    return RecordSpans.of(bounds, shape, CPU, **ranks)
+
+
 # Rows of 24 positions: records of many lengths, of one, a record that fills the row.
 RECORDS = [[5, 1, 1, 9, 8], [24], [1, 2, 3, 4, 5, 9], [13, 11]]
 
@@ -89,7 +98,7 @@ def test_records_of_a_row_do_not_see_each_other(rows):
     ids = positions(rows)
     tensors = inputs(24, len(rows))
     expected = reference(*tensors, other_record_or_later(ids))
-    actual = attention()(*tensors, packed_seq_params=RecordSpans.from_positions(ids, CPU))
+    actual = attention()(*tensors, packed_seq_params=spans_of(ids))
     assert_close(actual, expected)
     for ours, exact in zip(gradients(actual, tensors), gradients(expected, tensors), strict=True):
         assert_close(ours, exact)
@@ -98,7 +107,7 @@ def test_records_of_a_row_do_not_see_each_other(rows):
 def test_a_record_is_the_same_packed_and_alone_bit_for_bit():
     ids = positions([[5, 7, 12]])
     tensors = inputs(24, 1)
-    packed = attention()(*tensors, packed_seq_params=RecordSpans.from_positions(ids, CPU))
+    packed = attention()(*tensors, packed_seq_params=spans_of(ids))
     begin = 0
     for length in (5, 7, 12):
         alone = [t[begin : begin + length] for t in tensors]
@@ -130,7 +139,7 @@ def test_context_parallel_ranks_together_are_the_whole(monkeypatch, size, block)
     core.cp_group = object()
     actual = torch.empty(24, len(RECORDS), 24)
     for rank, (index, part) in enumerate(zip(ranks.indices, ranks.parts, strict=True)):
-        rows = RecordSpans.from_positions(ids, CPU, cp_size=size, cp_rank=rank)
+        rows = spans_of(ids, cp_size=size, cp_rank=rank)
         actual = actual.index_copy(0, index, core(*part, packed_seq_params=rows))
     expected = reference(*tensors, other_record_or_later(ids))
     assert_close(actual, expected)
@@ -175,7 +184,7 @@ def test_transformer_engine_gets_the_pieces_as_variable_lengths(monkeypatch, siz
     core = with_variable_lengths(VariableLengthKernel)()
     expected = reference(*tensors, other_record_or_later(ids))
     for rank, (index, part) in enumerate(zip(ranks.indices, ranks.parts, strict=True)):
-        rows = RecordSpans.from_positions(ids, CPU, cp_size=size, cp_rank=rank)
+        rows = spans_of(ids, cp_size=size, cp_rank=rank)
         context = core(*part, None, AttnMaskType.causal, packed_seq_params=rows)
         assert_close(context, expected[index])
 
@@ -192,7 +201,7 @@ def test_attention_without_a_kernel_for_records_is_told_once(monkeypatch):
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(_attention_backends=chosen))
     module._warn_where_unfused.cache_clear()
     core, tensors = with_variable_lengths(VariableLengthKernel)(), inputs(24, len(RECORDS))
-    rows = RecordSpans.from_positions(positions(RECORDS), CPU)
+    rows = spans_of(positions(RECORDS))
     with pytest.warns(UserWarning, match="flash-attn .* --transformer-impl local"):
         core(*tensors, None, AttnMaskType.causal, packed_seq_params=rows)
     with warnings.catch_warnings():
@@ -217,7 +226,7 @@ def test_pieces_hold_every_position_once():
         seen = torch.zeros_like(ids)
         for rank in range(size):
             index = context_parallel_index(24, size, rank)
-            for piece in find_pieces(ids, size, rank):
+            for piece in find_pieces(record_bounds(ids), ids.size(1), size, rank):
                 queries = index[piece.query : piece.query + piece.queries]
                 seen[piece.row, queries] += 1
                 last_key = piece.key + piece.keys - 1
@@ -227,9 +236,14 @@ def test_pieces_hold_every_position_once():
         assert (seen == 1).all()
 
 
+def test_bounds_of_records():
+    rows = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
+    assert record_bounds(rows).tolist() == [0, 2, 4, 7, 8]
+
+
 def test_rows_that_cannot_be_used_are_named():
     with pytest.raises(ValueError, match="row 1 of 2 begins at position 3"):
-        find_pieces(torch.tensor([[0, 1], [3, 4]]))
+        record_bounds(torch.tensor([[0, 1], [3, 4]]))
     with pytest.raises(ValueError, match=r"26 positions .* multiple of 4"):
         context_parallel_index(26, 2, 0)
 
