@@ -50,6 +50,17 @@ def test_the_example_keeps_the_contract():
     assert build_objective(OWN)(TokenStatistics(torch.tensor([0.0]))).loss == 0
 
 
+def test_an_objective_with_a_statistic_of_its_own():
+    objective = build_objective("own_objective:RareTokens", frequency_threshold=0.01)
+    log_prob = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    with pytest.raises(ValueError, match="RareTokens needs the statistic target_frequency"):
+        objective(TokenStatistics(log_prob))
+    frequency = torch.tensor([0.0, 0.01, 0.04, 0.25])
+    loss, weight = objective(TokenStatistics(log_prob, target_frequency=frequency))
+    torch.testing.assert_close(weight, torch.tensor([1.0, 1.0, 0.5, 0.2]))
+    torch.testing.assert_close(loss, -weight * log_prob)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
