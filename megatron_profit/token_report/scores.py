@@ -18,11 +18,13 @@ from torch import Tensor
 from megatron_profit.data import RenderedConversation
 from megatron_profit.objectives import (
     COMPUTED_STATISTICS,
+    EXTERNAL_STATISTICS,
     Objective,
     StatisticsOnly,
     TokenStatistics,
     token_uniform,
 )
+from megatron_profit.objectives.base import KERNEL_STATISTICS
 from megatron_profit.ops import linear_objective
 
 if TYPE_CHECKING:
@@ -79,11 +81,11 @@ def score_records(
         The records, with the weights of each objective (see ``evaluate_objectives``).
 
     Raises:
-        ValueError: an objective needs a reference and there is none, or a model's logits are more
-            than a product of hidden states and output weight.
+        ValueError: an objective needs a reference and there is none, or a statistic of its own, or a
+            model's logits are more than a product of hidden states and output weight.
     """
     needed = frozenset().union(*(o.needed_statistics for o in objectives.values()))
-    _check_reference(objectives, ref_model is not None)
+    _check_statistics(objectives, ref_model is not None)
     wanted = needed.intersection(COMPUTED_STATISTICS)
     for each in (model, ref_model):
         if each is not None:
@@ -226,13 +228,20 @@ def _texts_of_group(prefixes: Sequence[str]) -> list[str]:
     return [prefixes[-1][a:b] for a, b in pairwise(accumulate(begun, max))]
 
 
-def _check_reference(objectives: Mapping[str, Objective], has_reference: bool) -> None:
+def _check_statistics(objectives: Mapping[str, Objective], has_reference: bool) -> None:
     lacking = [n for n, o in objectives.items() if "ref_log_prob" in o.needed_statistics]
     if lacking and not has_reference:
         raise ValueError(
             f"{', '.join(lacking)} compares with a reference model, and none was given; "
             "give one or leave the objective out"
         )
+    for name, objective in objectives.items():
+        known = {*KERNEL_STATISTICS, *EXTERNAL_STATISTICS, *objective.lookahead}
+        if unknown := sorted(objective.needed_statistics - known):
+            raise ValueError(
+                f"{name} needs the statistic {', '.join(unknown)}, which only a training run provides; leave "
+                "the objective out"
+            )
 
 
 def _check_output_layer(model: PreTrainedModel) -> None:

@@ -82,6 +82,16 @@ def test_statistics_are_those_of_the_logits(conversations):
     assert joined[kept_entropies].min() > joined[~kept_entropies].max()
 
 
+def test_a_statistic_that_a_report_cannot_know_is_named(conversations):
+    class Own(type(build_objective("sft"))):
+        required_statistics = frozenset({"margin", "entropy"})
+
+    with pytest.raises(
+        ValueError, match="own needs the statistic margin, which only a training run"
+    ):
+        score_records(None, None, conversations, {"own": Own()})
+
+
 def test_a_missing_reference_is_named(conversations):
     class Excess(type(build_objective("sft"))):
         required_statistics = frozenset({"ref_log_prob"})
