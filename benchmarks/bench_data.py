@@ -32,17 +32,17 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_profit.data import (
     ChatRenderer,
-    Layout,
+    ColumnMapping,
+    DataReport,
+    DataSource,
     Preparation,
-    PreparationReport,
-    Source,
     load_tokenizer,
     normalise,
     read_records,
 )
 from megatron_profit.data.sequences.packing import pack
 from megatron_profit.data.store.examples import collect
-from megatron_profit.data.store.prepare import file_names, prepared_chunks
+from megatron_profit.data.store.prepare import file_names, tokenize_records
 
 SYNTHETIC = 1_000_000
 
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write it with its JSON."""
     arguments = _arguments(argv)
     datasets.disable_progress_bars()
-    layout = Layout.of_columns(arguments.data_columns)
+    layout = ColumnMapping.of_columns(arguments.data_columns)
     renderer = ChatRenderer(load_tokenizer(arguments.tokenizer))
     files = []
     for path in arguments.data:
-        source = Source(str(path), _layout_for(path, layout))
+        source = DataSource(str(path), _layout_for(path, layout))
         files.append(_measure_file(source, renderer, arguments))
     lengths = synthetic_lengths(arguments.synthetic, arguments.seq_length)
     result = {
@@ -94,10 +94,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _layout_for(path: Path, layout: Layout) -> Layout:
+def _layout_for(path: Path, layout: ColumnMapping) -> ColumnMapping:
     """Return the layout, if the file's first record has its columns."""
     first = next(read_records(path)).value
-    return layout if all(column in first for column in layout.columns.values()) else Layout()
+    return layout if all(column in first for column in layout.columns.values()) else ColumnMapping()
 
 
 def synthetic_lengths(count: int, seq_length: int) -> np.ndarray:
@@ -107,15 +107,15 @@ def synthetic_lengths(count: int, seq_length: int) -> np.ndarray:
 
 
 def _measure_file(
-    source: Source, renderer: ChatRenderer, arguments: argparse.Namespace
+    source: DataSource, renderer: ChatRenderer, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     preparation = Preparation(arguments.seq_length)
     talks = [normalise(record, source.layout) for record in read_records(source.path)]
     texts = [renderer.text(talk) for talk in talks]
 
     def ours() -> Any:
-        report = PreparationReport()
-        chunks = prepared_chunks([source], renderer, preparation, report)
+        report = DataReport()
+        chunks = tokenize_records([source], renderer, preparation, report)
         return collect(chunks, file_names([source.files()]), report)
 
     tokenizer = load_tokenizer(arguments.tokenizer)

@@ -21,9 +21,9 @@ from checkpoint_conversion.engine.output import whole_folder
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import worker_count
 from checkpoint_conversion.families import TensorRule, extra_states
-from checkpoint_conversion.hf.chunks import Chunk, chunks_of
+from checkpoint_conversion.hf.chunks import TensorChunk, chunks_of
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
-from checkpoint_conversion.progress import Progress, human
+from checkpoint_conversion.progress import ProgressLine, human
 from checkpoint_conversion.torch_dist.saved_arguments import stock_flags
 from checkpoint_conversion.torch_dist.writer import write_release
 
@@ -94,9 +94,9 @@ def hf_to_megatron(
         whole_folder(Path(out), [model.folder], overwrite, "hf_to_megatron", plan.nbytes) as folder,
         OpenFiles() as files,
     ):
-        counter = Progress(len(plan.tensors), plan.nbytes, progress)
+        counter = ProgressLine(len(plan.tensors), plan.nbytes, progress)
 
-        def read(chunk: Chunk, kind: DType, into: memoryview) -> None:
+        def read(chunk: TensorChunk, kind: DType, into: memoryview) -> None:
             model.read_into(chunk, kind, into, files, check_finite)
             counter.add(chunk.key, len(into))
 

@@ -22,7 +22,7 @@ from checkpoint_conversion.engine.output import whole_folder
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.hf.chunks import Chunk
+from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
@@ -33,7 +33,7 @@ from checkpoint_conversion.hf.writer import (
     artifacts,
     copy_artifacts,
 )
-from checkpoint_conversion.progress import Progress, human
+from checkpoint_conversion.progress import ProgressLine, human
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.reader import MegatronCheckpoint, open_checkpoint
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
@@ -60,7 +60,7 @@ class ExportPlan:
         """Bytes of all tensors to write."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def dtype_of(self, chunk: Chunk) -> DType:
+    def dtype_of(self, chunk: TensorChunk) -> DType:
         """Return the dtype to write for a part of a Megatron tensor."""
         return self.tensors[chunk.piece.hf[0]].dtype
 
@@ -151,14 +151,14 @@ def megatron_to_hf(
     sources = [plan.template, checkpoint.folder]
     chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
     buffers = Buffers()
-    counter = Progress(len(plan.tensors), plan.nbytes, progress)
+    counter = ProgressLine(len(plan.tensors), plan.nbytes, progress)
     with (
         whole_folder(Path(out), sources, overwrite, COMMAND, plan.nbytes) as folder,
         HFWriter(folder, plan.tensors, plan.weight_map) as writer,
         OpenFiles() as files,
     ):
 
-        def export(chunk: Chunk) -> None:
+        def export(chunk: TensorChunk) -> None:
             dtype = plan.dtype_of(chunk)
             data = buffers.first(chunk.elements * dtype.itemsize)
             row_bytes = len(data) // chunk.rows

@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class Progress:
+class ProgressLine:
     """Counter of tensors and bytes, which writes at most one line per interval. Threads may share it.
 
     Args:

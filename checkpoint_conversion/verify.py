@@ -25,7 +25,7 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.chunks import CHUNK_BYTES
 from checkpoint_conversion.hf.folder import HFTensor
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
-from checkpoint_conversion.progress import Progress
+from checkpoint_conversion.progress import ProgressLine
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.reader import open_checkpoint
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the command's help needs no torch
 TOLERANCE = 1e-3
 
 
-class Rows(NamedTuple):
+class RowRange(NamedTuple):
     """The same rows of a tensor on both sides, each in its own dtype."""
 
     name: str
@@ -78,7 +78,7 @@ def verify(
 ) -> Report:
     """Compare a HuggingFace folder with another one, or with a Megatron checkpoint.
 
-    Rows that pad a Megatron vocabulary are not compared.
+    RowRange that pad a Megatron vocabulary are not compared.
 
     Args:
         hf: HuggingFace folder.
@@ -110,13 +110,13 @@ def verify(
         rows = _rows_of_folders(left, right, skipped)
     names = left.names()
     nbytes = sum(left.tensors[name].nbytes for name in names)
-    counter = Progress(len(names), nbytes, progress)
+    counter = ProgressLine(len(names), nbytes, progress)
     differences += _compare(rows, counter)
     counter.finish()
     return Report(len(names), nbytes, differences)
 
 
-def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[Rows]:
+def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[RowRange]:
     from checkpoint_conversion.hf.torch_tensors import TORCH, read_chunk
 
     checkpoint = open_checkpoint(folder, model.rules)
@@ -126,11 +126,11 @@ def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[Rows]:
             values = read_chunk(checkpoint, chunk, dtype).view(chunk.rows, -1)
             for source, start, rows in chunk.layout:
                 tensor = model.tensors[chunk.piece.hf[source]]
-                yield Rows(tensor.name, _read(tensor, start, rows), values[:rows])
+                yield RowRange(tensor.name, _read(tensor, start, rows), values[:rows])
                 values = values[rows:]
 
 
-def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterator[Rows]:
+def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterator[RowRange]:
     for name in left.names():
         if name in skipped:
             continue
@@ -138,7 +138,7 @@ def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterat
         step = max(1, CHUNK_BYTES // one.row_bytes)
         for start in range(0, one.shape[0], step):
             rows = min(step, one.shape[0] - start)
-            yield Rows(name, _read(one, start, rows), _read(other, start, rows))
+            yield RowRange(name, _read(one, start, rows), _read(other, start, rows))
 
 
 def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
@@ -189,7 +189,7 @@ class _Count:
             yield Difference(name, "values", detail)
 
 
-def _compare(pairs: Iterator[Rows], counter: Progress) -> list[Difference]:
+def _compare(pairs: Iterator[RowRange], counter: ProgressLine) -> list[Difference]:
     import torch
 
     bits_of = {2: torch.int16, 4: torch.int32}

@@ -8,16 +8,16 @@ OPTIONS = {
         {"threshold_direction": "higher", "prob_threshold": 0.2},
         {"threshold_direction": "lower", "prob_threshold": 0.2},
         {"threshold_direction": "middle", "prob_threshold": (0.1, 0.4)},
-        {"threshold_direction": "random", "keep_ratio": 0.6},
+        {"threshold_direction": "random", "keep_fraction": 0.6},
     ],
-    "entropy": [{}, {"keep_share": 0.5, "rank_scope": "global_batch"}],
+    "entropy": [{}, {"keep_fraction": 0.5, "rank_scope": "global_batch"}],
     "psft": [{}, {"clip_low": 0.0, "clip_high": 0.0}],
     "dft": [{}],
     "gce": [
         {},
         {"prob_exponent": 10.0},
         {"prob_exponent": 1e-3, "threshold_direction": "higher", "prob_threshold": 0.2},
-        {"threshold_direction": "random", "keep_ratio": 0.6},
+        {"threshold_direction": "random", "keep_fraction": 0.6},
     ],
     "eaft": [{}, {"entropy_exponent": 0.333}],
     "deft": [{}],
@@ -25,7 +25,7 @@ OPTIONS = {
     "iw-sft": [{}, {"ratio_min": 0.0, "ratio_max": 100.0}],
     "asft": [{}, {"kl_weight": 3.0}],
     "stm": [{}, {"ref_prob_threshold": 0.05}],
-    "rho1": [{}, {"keep_share": 0.3, "rank_scope": "global_batch"}],
+    "rho1": [{}, {"keep_fraction": 0.3, "rank_scope": "global_batch"}],
 }
 
 

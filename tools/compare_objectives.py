@@ -50,7 +50,7 @@ RUNS = {
     "profit < 0.5": "--objective profit --prob-threshold 0.5 --threshold-direction lower",
     "dft": "--objective dft",
     "eaft": "--objective eaft",
-    "entropy 20 %": "--objective entropy --keep-share 0.2",
+    "entropy 20 %": "--objective entropy --keep-fraction 0.2",
     "sft, then profit 0.1": "--objective profit --prob-threshold 0.1 --threshold-direction higher "
     "--objective-warmup-steps 75",
     "psft": "--objective psft",
@@ -308,10 +308,10 @@ def questions_in(file: Path, columns: Sequence[str], pattern: str) -> tuple[list
         ComparisonError: a reference answer has no match of the pattern, or no record can be used.
         DataError: the file cannot be read, or its first record is in no known format.
     """
-    from megatron_profit.data import BrokenRecord, Layout, normalise, read_records
+    from megatron_profit.data import BrokenRecord, ColumnMapping, normalise, read_records
     from megatron_profit.data.chat.conversations import is_read
 
-    layout, questions, unusable = Layout.of_columns(columns), [], 0
+    layout, questions, unusable = ColumnMapping.of_columns(columns), [], 0
     for record in read_records(file, wanted=is_read(layout)):
         try:
             *asked, reference = normalise(record, layout).messages

@@ -254,7 +254,7 @@ def _remove(entry: Path) -> None:
 
 def _replace(partial: Path, out: Path) -> None:
     """Put the complete folder in the place of `out`."""
-    old = _set_aside(out)
+    old = _back_up(out)
     if out.exists() and any(out.iterdir()):
         out.rename(old)
     partial.rename(out)
@@ -264,12 +264,12 @@ def _replace(partial: Path, out: Path) -> None:
 
 def _recover(out: Path) -> None:
     """Complete or undo a replacement that was interrupted after its first rename."""
-    old = _set_aside(out)
+    old = _back_up(out)
     if old.is_dir() and out.exists():
         shutil.rmtree(old)
     elif old.is_dir():
         old.rename(out)
 
 
-def _set_aside(out: Path) -> Path:
+def _back_up(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")

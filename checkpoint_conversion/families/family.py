@@ -33,7 +33,7 @@ CHANGEABLE_ARGUMENTS = frozenset(
 
 
 @dataclass(frozen=True)
-class Piece:
+class StackedSlice:
     """One part of a Megatron tensor: one layer's, or one expert's of a layer.
 
     Attributes:
@@ -95,11 +95,11 @@ class TensorRule:
         """All names that the Megatron tensor may have."""
         return (self.megatron, *self.aliases)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[StackedSlice]:
         """Yield the pieces; the last stacked axis runs fastest."""
         for index in itertools.product(*map(range, self.stack)):
             numbers = dict(zip(self.axes, index, strict=True))
-            yield Piece(index, tuple(name.format(**numbers) for name in self.hf))
+            yield StackedSlice(index, tuple(name.format(**numbers) for name in self.hf))
 
     def renamed(self, key: str) -> TensorRule:
         """Return the same rule for a tensor that is named by one of its aliases."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from checkpoint_conversion.engine.dtypes import DType
-from checkpoint_conversion.families.family import Piece, Shape, TensorRule
+from checkpoint_conversion.families.family import Shape, StackedSlice, TensorRule
 from checkpoint_conversion.families.layouts import Layout, clipped
 
 CHUNK_BYTES = 8 << 20
@@ -20,11 +20,11 @@ TRANSFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorChunk:
     """Rows [start, start + rows) of one piece of a Megatron tensor."""
 
     rule: TensorRule
-    piece: Piece
+    piece: StackedSlice
     start: int
     rows: int
 
@@ -53,15 +53,15 @@ class Chunk:
         """The HuggingFace rows that these rows are made of."""
         return clipped(self.rule.layout, self.start, self.start + self.rows)
 
-    def parts(self, dtype: DType, limit: int = TRANSFER_BYTES) -> Iterator[Chunk]:
+    def parts(self, dtype: DType, limit: int = TRANSFER_BYTES) -> Iterator[TensorChunk]:
         """Cut this chunk into runs of rows of at most `limit` bytes each, but at least a row."""
         step = max(1, limit * self.rows // (self.elements * dtype.itemsize))
         for first in range(0, self.rows, step):
             rows = min(step, self.rows - first)
-            yield Chunk(self.rule, self.piece, self.start + first, rows)
+            yield TensorChunk(self.rule, self.piece, self.start + first, rows)
 
 
-def chunks_of(rule: TensorRule, dtype: DType, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def chunks_of(rule: TensorRule, dtype: DType, limit: int = CHUNK_BYTES) -> Iterator[TensorChunk]:
     """Yield the chunks that make up a Megatron tensor, each of at most `limit` bytes but at least a row."""
     for piece in rule.pieces():
-        yield from Chunk(rule, piece, 0, rule.piece_shape[0]).parts(dtype, limit)
+        yield from TensorChunk(rule, piece, 0, rule.piece_shape[0]).parts(dtype, limit)

@@ -12,7 +12,7 @@ from checkpoint_conversion.engine.dtypes import DTYPES, DType
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, Family, TensorRule, family_for
-from checkpoint_conversion.hf.chunks import CHUNK_BYTES, Chunk
+from checkpoint_conversion.hf.chunks import CHUNK_BYTES, TensorChunk
 from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
 
 _BASE = "model."
@@ -81,7 +81,7 @@ class HFModel:
 
     def read_into(
         self,
-        chunk: Chunk,
+        chunk: TensorChunk,
         dtype: DType,
         into: memoryview,
         files: OpenFiles | None = None,

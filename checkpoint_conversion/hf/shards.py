@@ -17,8 +17,8 @@ import torch
 
 from checkpoint_conversion.engine.raw_files import write_at, writing
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families.family import Piece, Shape, TensorRule
-from checkpoint_conversion.hf.chunks import CHUNK_BYTES, Chunk
+from checkpoint_conversion.families.family import Shape, StackedSlice, TensorRule
+from checkpoint_conversion.hf.chunks import CHUNK_BYTES, TensorChunk
 from checkpoint_conversion.hf.folder import HFTensor
 from checkpoint_conversion.hf.model import HFModel
 from checkpoint_conversion.hf.torch_tensors import TORCH, cast, read_chunk, tensor_bytes
@@ -76,7 +76,7 @@ class Rules:
         for start in range(0, rows, step):
             count = min(step, rows - start)
             yield Block(
-                Chunk(rule, piece, first + start, count),
+                TensorChunk(rule, piece, first + start, count),
                 window,
                 shard.values[start : start + count],
             )
@@ -87,7 +87,7 @@ class _Entry:
     rule: TensorRule
 
     @cached_property
-    def pieces(self) -> dict[tuple[int, ...], Piece]:
+    def pieces(self) -> dict[tuple[int, ...], StackedSlice]:
         return {piece.index: piece for piece in self.rule.pieces()}
 
 
@@ -101,7 +101,7 @@ class Block:
         values: The shard's values of these rows.
     """
 
-    chunk: Chunk
+    chunk: TensorChunk
     window: tuple[slice, ...]
     values: torch.Tensor
 

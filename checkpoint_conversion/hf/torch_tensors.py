@@ -8,18 +8,18 @@ import torch
 
 from checkpoint_conversion.engine.dtypes import DTYPES, TORCH_DTYPES, DType
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf.chunks import Chunk
+from checkpoint_conversion.hf.chunks import TensorChunk
 
 TORCH = {name: getattr(torch, dtype.torch) for name, dtype in DTYPES.items()}
 
 
-class Source(Protocol):
+class WeightReader(Protocol):
     """A reader of chunks: a HuggingFace model or a Megatron checkpoint."""
 
-    def read_into(self, chunk: Chunk, dtype: DType, into: memoryview) -> None: ...
+    def read_into(self, chunk: TensorChunk, dtype: DType, into: memoryview) -> None: ...
 
 
-def read_chunk(source: Source, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
+def read_chunk(source: WeightReader, chunk: TensorChunk, dtype: torch.dtype) -> torch.Tensor:
     """Read the values of a chunk in a dtype; shape `chunk.sizes`.
 
     Raises:

@@ -23,7 +23,7 @@ from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.families.family import Shape
-from checkpoint_conversion.hf.chunks import TRANSFER_BYTES, Chunk, chunks_of
+from checkpoint_conversion.hf.chunks import TRANSFER_BYTES, TensorChunk, chunks_of
 from checkpoint_conversion.pickles.archive import Archive, read_archive
 from checkpoint_conversion.pickles.torch_pickle import (
     StoredTensor,
@@ -70,13 +70,13 @@ class MegatronCheckpoint:
     _located: dict[Saved, StoredTensor] = field(default_factory=dict)
     _checksums: PartialChecksums[tuple[str, Saved]] = field(default_factory=PartialChecksums)
 
-    def chunks(self, rule: TensorRule) -> Iterator[Chunk]:
+    def chunks(self, rule: TensorRule) -> Iterator[TensorChunk]:
         """Return the chunks in which to read a tensor."""
         return chunks_of(rule, self.dtypes[rule.megatron], TRANSFER_BYTES)
 
     def read_into(
         self,
-        chunk: Chunk,
+        chunk: TensorChunk,
         dtype: DType,
         into: memoryview,
         files: OpenFiles | None = None,
@@ -117,7 +117,9 @@ class MegatronCheckpoint:
                 files.read(saved.place.file, saved.place.start + stored.offset + start, data, key)
                 self._check(key, saved, stored, start, data)
 
-    def _assemble(self, chunk: Chunk, dtype: DType, data: memoryview, files: OpenFiles) -> None:
+    def _assemble(
+        self, chunk: TensorChunk, dtype: DType, data: memoryview, files: OpenFiles
+    ) -> None:
         """Assemble the overlapping parts of the saved chunks.
 
         Axis 0 is the rows, and axis 1, if any, the columns.

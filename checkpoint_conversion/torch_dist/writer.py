@@ -28,7 +28,7 @@ from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.engine.raw_files import NewFile
 from checkpoint_conversion.engine.workers import Buffers, run_all
 from checkpoint_conversion.families.family import Shape
-from checkpoint_conversion.hf.chunks import Chunk
+from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.pickles.torch_pickle import (
     Call,
     Instance,
@@ -60,8 +60,8 @@ _COMMON_ARGUMENTS = {
     "pipeline_model_parallel_size": 1,
     "ckpt_format": "torch_dist",
 }
-Tensors = Sequence[tuple[Chunk, DType]]
-Read = Callable[[Chunk, DType, memoryview], None]
+Tensors = Sequence[tuple[TensorChunk, DType]]
+Read = Callable[[TensorChunk, DType, memoryview], None]
 
 
 def write_release(
@@ -150,7 +150,7 @@ def _files(tensors: Tensors) -> Iterator[Tensors]:
     """Yield the chunks of each file."""
     total = sum(chunk.elements * dtype.itemsize for chunk, dtype in tensors)
     limit = min(max(total // _FILES, _LEAST_FILE_BYTES), _MOST_FILE_BYTES)
-    group: list[tuple[Chunk, DType]] = []
+    group: list[tuple[TensorChunk, DType]] = []
     size = 0
     for chunk, dtype in tensors:
         group.append((chunk, dtype))
@@ -196,7 +196,7 @@ def _write_chunks(
         yield _Place(chunk.key, chunk.offsets, output.path.name, start, output.end - start)
 
 
-def _data(chunk: Chunk, dtype: DType, read: Read, buffers: Buffers) -> Iterator[memoryview]:
+def _data(chunk: TensorChunk, dtype: DType, read: Read, buffers: Buffers) -> Iterator[memoryview]:
     for part in chunk.parts(dtype):
         data = buffers.first(part.elements * dtype.itemsize)
         read(part, dtype, data)

@@ -20,12 +20,12 @@ from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import escaped, warning
 from megatron_profit.data import (
+    BuiltSet,
     DataError,
     DataOptions,
-    PreparedSet,
     add_data_flags,
+    build_sets,
     load_tokenizer,
-    prepare_sets,
 )
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= arguments.seed < 2**64:
             raise DataError(f"--seed is {arguments.seed}; it must be in 0..2^64 - 1")
         options = DataOptions.from_flags(vars(arguments))
-        sets = prepare_sets(options, tokenizer, progress=_tell)
+        sets = build_sets(options, tokenizer, progress=_tell)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,7 +75,7 @@ def _check_report(file: Path) -> None:
         raise DataError(f"--report {file} cannot be written; name another file")
 
 
-def describe(name: str, sets: dict[str, PreparedSet]) -> str:
+def describe(name: str, sets: dict[str, BuiltSet]) -> str:
     """Return the report of a set as text. The records of a validation split are the training data's."""
     found, report = sets[name], sets[name].prepared.report
     if name != "train" and found.prepared is sets["train"].prepared:
@@ -101,7 +101,7 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _show(found: PreparedSet, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+def _show(found: BuiltSet, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     for index in range(min(count, len(found.prepared.examples))):
         ids, supervised = found.prepared.examples[index]
         print(f"--- example {index}, {found.prepared.name(index)}")
@@ -115,7 +115,7 @@ def _show(found: PreparedSet, tokenizer: PreTrainedTokenizerBase, count: int) ->
         print()
 
 
-def _as_json(sets: dict[str, PreparedSet]) -> dict:
+def _as_json(sets: dict[str, BuiltSet]) -> dict:
     # A validation split has no records of its own: they are counted with the data that it was set aside from.
     train = sets["train"].prepared
     return {

@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_profit.data.errors import DataError, shown
-from megatron_profit.data.files.sources import Source, read_sources
+from megatron_profit.data.files.sources import DataSource, read_sources
 from megatron_profit.data.files.splits import VALID_SPLITS
-from megatron_profit.data.render.renderer import Training
+from megatron_profit.data.render.renderer import SupervisionPolicy
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.data.sequences.dataset import SFTDataset
 from megatron_profit.data.sequences.order import Group
 from megatron_profit.data.sequences.report import PackingReport
-from megatron_profit.data.store.cache import default_cache, prepare
-from megatron_profit.data.store.examples import Prepared
+from megatron_profit.data.store.cache import default_cache, load_or_build
+from megatron_profit.data.store.examples import TokenizedData
 from megatron_profit.data.store.prepare import Preparation
 
 # Validation rows are shuffled, so that the first of them (--eval-iters) are a sample of all: packing puts
@@ -47,8 +47,8 @@ class DataOptions:
         cache: Folder for prepared data.
     """
 
-    train: tuple[Source, ...]
-    valid: tuple[Source, ...]
+    train: tuple[DataSource, ...]
+    valid: tuple[DataSource, ...]
     valid_split: float
     preparation: Preparation
     packing: bool
@@ -73,7 +73,7 @@ class DataOptions:
                 f"--data-workers is {workers}; it must be in 1..{_most_workers()} on this machine"
             )
         naming = {"columns": flags["data_columns"] or (), "dataset_info": flags["dataset_info"]}
-        training = Training(flags["train_on"], flags["train_think"])
+        training = SupervisionPolicy(flags["train_on"], flags["train_think"])
         return cls(
             train=read_sources(flags["data"], weights=flags["data_weights"] or (), **naming),
             valid=read_sources(flags["valid_data"] or (), split=VALID_SPLITS, **naming),
@@ -93,7 +93,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class PreparedSet:
+class BuiltSet:
     """One of the data sets of a run.
 
     Attributes:
@@ -102,7 +102,7 @@ class PreparedSet:
         packing: Report on how full the rows are.
     """
 
-    prepared: Prepared
+    prepared: TokenizedData
     dataset: SFTDataset
     packing: PackingReport
 
@@ -112,14 +112,14 @@ def _most_workers() -> int:
     return max(_FEWEST_LIMIT, _WORKERS_PER_CORE * (os.cpu_count() or 1))
 
 
-def prepare_sets(
+def build_sets(
     options: DataOptions,
     tokenizer: Path,
     *,
     epochs: int | None = None,
     leader: bool = True,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, PreparedSet]:
+) -> dict[str, BuiltSet]:
     """Return the data sets "train" and, where there is one, "valid", of 0 rows each (see `with_samples`).
 
     Args:
@@ -133,8 +133,8 @@ def prepare_sets(
         DataError: The data cannot be used.
     """
 
-    def prepared_of(sources: tuple[Source, ...]) -> Prepared:
-        return prepare(
+    def prepared_of(sources: tuple[DataSource, ...]) -> TokenizedData:
+        return load_or_build(
             *(sources, tokenizer, options.preparation, options.cache),
             leader=leader,
             workers=options.workers,
@@ -160,13 +160,13 @@ def prepare_sets(
 
 
 def _rows(
-    prepared: Prepared,
+    prepared: TokenizedData,
     options: DataOptions,
     groups: list[Group],
     *,
     seed: int,
     epochs: int | None = None,
-) -> PreparedSet:
+) -> BuiltSet:
     seq_length = options.preparation.seq_length
     dataset = SFTDataset(
         prepared.examples,
@@ -179,10 +179,10 @@ def _rows(
     )
     positions, labels = prepared.examples.positions, prepared.labels
     packing = PackingReport.of(dataset.order, positions, labels, seq_length)
-    return PreparedSet(prepared, dataset, packing)
+    return BuiltSet(prepared, dataset, packing)
 
 
-def _groups(prepared: Prepared, sources: tuple[Source, ...]) -> list[Group]:
+def _groups(prepared: TokenizedData, sources: tuple[DataSource, ...]) -> list[Group]:
     """Return the groups to draw from, one for each source: all examples, or as many as `num_samples` says.
 
     If a source has fewer, some examples come more than once.

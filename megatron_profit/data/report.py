@@ -114,7 +114,7 @@ class SourceCounts:
 
 
 @dataclass(slots=True)
-class PreparationReport:
+class DataReport:
     """The counts of all records.
 
     Attributes:
@@ -194,7 +194,7 @@ class PreparationReport:
             self.lengths += [0] * (bucket + 1 - len(self.lengths))
             self.lengths[bucket] += 1
 
-    def under(self, paths: Mapping[str, str]) -> "PreparationReport":
+    def under(self, paths: Mapping[str, str]) -> "DataReport":
         """Return the report with the places under other paths.
 
         Args:
@@ -228,7 +228,7 @@ class PreparationReport:
         return {name: getattr(self, name) for name in _SUMS} | asdict(self)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "PreparationReport":
+    def from_json(cls, value: Mapping[str, Any]) -> "DataReport":
         skipped = {reason: Skipped(**found) for reason, found in value["skipped"].items()}
         found = {name: Found(**counts) for name, counts in value["found"].items()}
         sources = [SourceCounts(**counts) for counts in value["sources"]]

@@ -32,7 +32,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_profit.models.record_spans import Piece, RecordSpans
+from megatron_profit.models.record_spans import QuerySpan, RecordSpans
 
 # Queries that attend at once where a mask is needed, which has this many rows.
 _QUERY_BLOCK = 1024
@@ -170,7 +170,7 @@ class ScaledDotProductAttention(MegatronModule):
         return context.unflatten(0, query.shape[:2])
 
     def _attend_with_earlier_keys(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, piece: Piece
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, piece: QuerySpan
     ) -> list[torch.Tensor]:
         """Return contexts [queries, heads, head_dim] of a piece whose record began before its first query."""
         contexts = []

@@ -6,7 +6,7 @@ tells it: this object takes the place of Megatron's PackedSeqParams.
 
 Context parallelism splits each row as Megatron does, into 2 * CP chunks. Rank r holds chunks r and
 2 * CP - 1 - r (a causal mask gives them equal work). For example, with CP = 2 rank 0 holds chunks 0 and 3.
-A record may lie across chunks: its queries on a rank are one or two `Piece`s, whose keys begin with the
+A record may lie across chunks: its queries on a rank are one or two `QuerySpan`s, whose keys begin with the
 record.
 
 Shape suffixes: B rows, S positions of a row, L positions of a row on this rank, T = B * L.
@@ -28,7 +28,7 @@ _SIMILAR = 0.75
 
 
 @dataclass(frozen=True)
-class Piece:
+class QuerySpan:
     """Consecutive queries of one record on this rank, and the keys that they may see.
 
     Query i sees the keys up to number keys - queries + i. For example, with 2 queries and 5 keys, query 0
@@ -78,7 +78,7 @@ class AttentionPlan:
     """
 
     buckets: tuple[Bucket, ...]
-    continued: tuple[Piece, ...]
+    continued: tuple[QuerySpan, ...]
     order: torch.Tensor
 
 
@@ -146,7 +146,7 @@ def record_bounds(position_ids: torch.Tensor) -> torch.Tensor:
 
 def find_pieces(
     bounds: torch.Tensor, seq_length: int, cp_size: int = 1, cp_rank: int = 0
-) -> list[Piece]:
+) -> list[QuerySpan]:
     """Return the pieces of a micro-batch on one rank, by row and then by place in the row.
 
     Args:
@@ -169,7 +169,7 @@ def find_pieces(
                 query, stop = max(begin, first), min(end, last)
                 if query < stop:
                     here = local + query - first
-                    pieces.append(Piece(row, here, stop - query, begin, stop - begin))
+                    pieces.append(QuerySpan(row, here, stop - query, begin, stop - begin))
             local += last - first
     return pieces
 
@@ -189,7 +189,7 @@ class RecordSpans(PackedSeqParams):
             angles within a record only, so both mean the same.
     """
 
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[QuerySpan, ...] = ()
     shape: tuple[int, int] = (0, 0)
     device: torch.device | None = None
     cp_size: int = 1
@@ -275,7 +275,7 @@ class RecordSpans(PackedSeqParams):
         ]
         return torch.argsort(torch.cat(parts)).to(self.device, non_blocking=True)
 
-    def _bucket(self, group: list[Piece]) -> Bucket:
+    def _bucket(self, group: list[QuerySpan]) -> Bucket:
         length, rows = group[0].queries, self.shape[0]
         offset = np.minimum(
             np.arange(length)[None, :], np.array([p.queries - 1 for p in group])[:, None]
@@ -311,14 +311,14 @@ def rotary_angles(
     return table[:, 0, 0][position_ids.T][:, :, None]
 
 
-def _tokens(order: np.ndarray, piece: Piece) -> np.ndarray:
+def _tokens(order: np.ndarray, piece: QuerySpan) -> np.ndarray:
     """Return the part of [L, B] that holds the piece's queries."""
     return order[piece.query : piece.query + piece.queries, piece.row]
 
 
-def _similar_lengths(pieces: list[Piece]) -> list[list[Piece]]:
+def _similar_lengths(pieces: list[QuerySpan]) -> list[list[QuerySpan]]:
     """Return the pieces in groups of similar lengths, each with its longest first."""
-    groups: list[list[Piece]] = []
+    groups: list[list[QuerySpan]] = []
     for piece in sorted(pieces, key=lambda p: -p.queries):
         if groups and piece.queries >= _SIMILAR * groups[-1][0].queries:
             groups[-1].append(piece)

@@ -30,6 +30,8 @@ from megatron_profit.objectives.base import (
 from megatron_profit.objectives.random_numbers import token_uniform
 from megatron_profit.objectives.ranking import RankedObjective, kept_count, top_share
 from megatron_profit.objectives.registry import (
+    RENAMED_NORMALIZATIONS,
+    RENAMED_OPTIONS,
     build_objective,
     load_objective,
     objective_names,
@@ -46,6 +48,8 @@ __all__ = [
     "COMPUTED_STATISTICS",
     "EXTERNAL_STATISTICS",
     "NORMALIZATIONS",
+    "RENAMED_NORMALIZATIONS",
+    "RENAMED_OPTIONS",
     "SCHEDULE_SHAPES",
     "Objective",
     "ObjectiveOutput",

@@ -24,7 +24,7 @@ OPTIONAL_STATISTICS = (*COMPUTED_STATISTICS, *EXTERNAL_STATISTICS)
 KERNEL_STATISTICS = ("log_prob", "softmax_prob", *COMPUTED_STATISTICS)
 
 # The divisor of the summed loss: all supervised tokens of the global batch, or the tokens of nonzero weight.
-NORMALIZATIONS = ("valid", "kept")
+NORMALIZATIONS = ("supervised", "kept")
 
 
 class TokenStatistics:
@@ -153,7 +153,7 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
-    normalization: ClassVar[str] = "valid"
+    normalization: ClassVar[str] = "supervised"
     """The divisor of the summed loss that the objective's source uses, from NORMALIZATIONS."""
     drops_tokens: ClassVar[bool] = True
     """Whether a token of positive probability can have the weight 0, so that counts of kept tokens mean

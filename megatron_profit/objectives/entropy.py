@@ -23,7 +23,7 @@ class Entropy(RankedObjective):
     micro-batch and divides by the kept tokens.
     """
 
-    keep_share: float = option(
+    keep_fraction: float = option(
         "share of the supervised tokens that is trained, in (0, 1]", default=0.2, type=float
     )
 

@@ -33,7 +33,7 @@ class GeneralizedCrossEntropy(ThresholdObjective):
     def __post_init__(self) -> None:
         exponent = number_in("prob_exponent", self.prob_exponent, 0, low_open=True)
         object.__setattr__(self, "prob_exponent", exponent)
-        given = (self.prob_threshold, self.threshold_direction, self.keep_ratio)
+        given = (self.prob_threshold, self.threshold_direction, self.keep_fraction)
         if any(value is not None for value in given):
             super().__post_init__()
 

@@ -21,7 +21,7 @@ class ProFit(ThresholdObjective):
     ``ThresholdObjective`` describes the options and the direction of each threshold.
 
     The released code gives ``random`` a threshold tau and *drops* with probability tau:
-    ``keep_ratio = 1 - tau``, so its 0.3 is ``keep_ratio=0.7`` here, which keeps 70 % of the tokens.
+    ``keep_fraction = 1 - tau``, so its 0.3 is ``keep_fraction=0.7`` here, which keeps 70 % of the tokens.
     """
 
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:

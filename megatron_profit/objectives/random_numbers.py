@@ -24,7 +24,7 @@ _FACTOR_1 = _signed(0xBF58476D1CE4E5B9)
 _FACTOR_2 = _signed(0x94D049BB133111EB)
 
 
-def token_uniform(seed: int, sample_index: Tensor, position: Tensor) -> Tensor:
+def token_uniform(seed: int, draw_index: Tensor, position: Tensor) -> Tensor:
     """Return a random number in [0, 1) for each token, a function of seed, sample and position only.
 
     SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"),
@@ -32,10 +32,10 @@ def token_uniform(seed: int, sample_index: Tensor, position: Tensor) -> Tensor:
 
     Args:
         seed: any integer; taken modulo 2**64.
-        sample_index: [...] int64, global index of the sample. For fresh numbers in each epoch,
+        draw_index: [...] int64, global index of the sample. For fresh numbers in each epoch,
             change the seed.
         position: [...] int64, position of the token in its sample; broadcasts against
-            ``sample_index``.
+            ``draw_index``.
 
     Returns:
         [...] float32, multiples of 2**-24, the same on every device.
@@ -45,11 +45,11 @@ def token_uniform(seed: int, sample_index: Tensor, position: Tensor) -> Tensor:
     """
     import torch
 
-    for name, index in (("sample_index", sample_index), ("position", position)):
+    for name, index in (("draw_index", draw_index), ("position", position)):
         if index.dtype != torch.int64:
             raise ValueError(f"{name} is {index.dtype}; pass int64 (.long()).")
-    stream = _mix(torch.full_like(sample_index, _signed(seed)) + _GAMMA)
-    stream = _mix(stream + (sample_index + 1) * _GAMMA)
+    stream = _mix(torch.full_like(draw_index, _signed(seed)) + _GAMMA)
+    stream = _mix(stream + (draw_index + 1) * _GAMMA)
     bits = _mix(stream + (position + 1) * _GAMMA)
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 

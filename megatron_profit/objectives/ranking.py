@@ -48,7 +48,7 @@ def kept_count(share: float, num_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class RankedObjective(Objective):
-    """L_t = -M_t log p_t with M_t = 1 on the ceil(keep_share * n) tokens of highest score; weight M_t.
+    """L_t = -M_t log p_t with M_t = 1 on the ceil(keep_fraction * n) tokens of highest score; weight M_t.
 
     Under the scope ``micro_batch`` the n tokens are one call's, so the mask depends on how a global batch is
     split. Under ``global_batch`` whoever sees the whole batch computes the ``score_statistics`` of all its
@@ -56,7 +56,7 @@ class RankedObjective(Objective):
     layout.
 
     Attributes:
-        keep_share: share of the supervised tokens that is trained, in (0, 1].
+        keep_fraction: share of the supervised tokens that is trained, in (0, 1].
         rank_scope: micro_batch or global_batch.
 
     Raises:
@@ -65,7 +65,7 @@ class RankedObjective(Objective):
 
     normalization: ClassVar[str] = "kept"
 
-    keep_share: float = option(
+    keep_fraction: float = option(
         "share of the supervised tokens that is trained, in (0, 1]", default=1.0, type=float
     )
     rank_scope: str = option(
@@ -76,8 +76,8 @@ class RankedObjective(Objective):
     )
 
     def __post_init__(self) -> None:
-        share = number_in("keep_share", self.keep_share, 0, 1, low_open=True)
-        object.__setattr__(self, "keep_share", share)
+        share = number_in("keep_fraction", self.keep_fraction, 0, 1, low_open=True)
+        object.__setattr__(self, "keep_fraction", share)
         one_of("rank_scope", self.rank_scope, RANK_SCOPES)
 
     @property
@@ -101,11 +101,13 @@ class RankedObjective(Objective):
 
     def look_ahead(self, statistics: TokenStatistics) -> Mapping[str, Tensor]:
         """Return ``selected``: the top share of the tokens by their score."""
-        return {name: top_share(self.score(statistics), self.keep_share) for name in self.lookahead}
+        return {
+            name: top_share(self.score(statistics), self.keep_fraction) for name in self.lookahead
+        }
 
     def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
         if self.rank_scope == "micro_batch":
-            return weighted_nll(top_share(self.score(statistics), self.keep_share), statistics)
+            return weighted_nll(top_share(self.score(statistics), self.keep_fraction), statistics)
         import torch
 
         if statistics.selected.dtype != torch.bool:

@@ -17,6 +17,10 @@ from megatron_profit.objectives.base import Objective
 
 ENTRY_POINT_GROUP = "megatron_profit.objectives"
 
+# Earlier names of options and of divisors, which are accepted for one version.
+RENAMED_OPTIONS = {"keep_ratio": "keep_fraction", "keep_share": "keep_fraction"}
+RENAMED_NORMALIZATIONS = {"valid": "supervised"}
+
 _OBJECTIVES: dict[str, type[Objective]] = {}
 
 ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
@@ -87,6 +91,7 @@ def build_objective(name: str, /, **options: Any) -> Objective:
         ValueError: unknown name, unknown option (both list the possible ones), or an invalid value.
     """
     known = [option.name for option in objective_options(name)]
+    options = {RENAMED_OPTIONS.get(option, option): value for option, value in options.items()}
     unknown = [option for option in options if option not in known]
     if unknown:
         takes = f"its options are {', '.join(known)}" if known else "it takes no options"

@@ -28,7 +28,7 @@ class Rho1(RankedObjective):
         "that is noise"
     )
 
-    keep_share: float = option(
+    keep_fraction: float = option(
         "share of the supervised tokens that is trained, in (0, 1]", default=0.6, type=float
     )
 

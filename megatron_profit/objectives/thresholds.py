@@ -26,7 +26,7 @@ class ThresholdObjective(Objective):
     higher    ``prob_threshold`` tau         p >= tau
     lower     ``prob_threshold`` tau         p <= tau
     middle    ``prob_threshold`` t0 t1       t0 <= p <= t1
-    random    ``keep_ratio`` r               uniform < r, whatever p is
+    random    ``keep_fraction`` r               uniform < r, whatever p is
     ========= ============================== =============================
 
     A NaN probability is never dropped, so that it shows in the loss.
@@ -35,7 +35,7 @@ class ThresholdObjective(Objective):
         prob_threshold: one or two probabilities in [0, 1]. Takes a number, a sequence, or
             strings such as "0.1", "0.3 0.7" and "0.3,0.7"; always a tuple of floats afterwards.
         threshold_direction: higher, lower, middle or random.
-        keep_ratio: share of tokens that ``random`` keeps, in [0, 1].
+        keep_fraction: share of tokens that ``random`` keeps, in [0, 1].
 
     Raises:
         ValueError: a missing, surplus, unparsable or out-of-range option.
@@ -48,38 +48,40 @@ class ThresholdObjective(Objective):
     )
     threshold_direction: str | None = option(
         "which tokens to train: those at or above the threshold (higher), at or below it (lower), "
-        "between two thresholds (middle), or a random share of keep_ratio (random)",
+        "between two thresholds (middle), or a random share of keep_fraction (random)",
         choices=THRESHOLD_DIRECTIONS,
     )
-    keep_ratio: float | None = option(
+    keep_fraction: float | None = option(
         "share of tokens that the direction random KEEPS, in [0, 1]: 0.7 keeps 7 of 10", type=float
     )
 
     def __post_init__(self) -> None:
         one_of("threshold_direction", self.threshold_direction, THRESHOLD_DIRECTIONS)
         if self.threshold_direction == "random":
-            self._settle_keep_ratio()
+            self._check_keep_fraction()
         else:
-            self._settle_thresholds()
+            self._check_thresholds()
 
-    def _settle_keep_ratio(self) -> None:
+    def _check_keep_fraction(self) -> None:
         if self.prob_threshold is not None:
             raise ValueError(
                 f"prob_threshold={self.prob_threshold!r} has no meaning for "
-                "threshold_direction='random'; remove it and set keep_ratio (0.7 keeps 70 %)."
+                "threshold_direction='random'; remove it and set keep_fraction (0.7 keeps 70 %)."
             )
-        if self.keep_ratio is None:
+        if self.keep_fraction is None:
             raise ValueError(
-                "keep_ratio is missing for threshold_direction='random'; "
+                "keep_fraction is missing for threshold_direction='random'; "
                 "set it in [0, 1] (0.7 keeps 70 % of the tokens)."
             )
-        object.__setattr__(self, "keep_ratio", number_in("keep_ratio", self.keep_ratio, 0, 1))
+        object.__setattr__(
+            self, "keep_fraction", number_in("keep_fraction", self.keep_fraction, 0, 1)
+        )
 
-    def _settle_thresholds(self) -> None:
+    def _check_thresholds(self) -> None:
         direction, given = self.threshold_direction, self.prob_threshold
-        if self.keep_ratio is not None:
+        if self.keep_fraction is not None:
             raise ValueError(
-                f"keep_ratio={self.keep_ratio!r} is only for threshold_direction='random', "
+                f"keep_fraction={self.keep_fraction!r} is only for threshold_direction='random', "
                 f"not {direction!r}; remove it, or set threshold_direction='random'."
             )
         if given is None:
@@ -107,8 +109,8 @@ class ThresholdObjective(Objective):
     def kept(self, statistics: TokenStatistics) -> Tensor:
         """Return M, [N] bool."""
         if self.threshold_direction == "random":
-            assert self.keep_ratio is not None
-            return statistics.uniform < self.keep_ratio
+            assert self.keep_fraction is not None
+            return statistics.uniform < self.keep_fraction
         assert self.prob_threshold is not None
         low, high = self.prob_threshold[0], self.prob_threshold[-1]
         prob, log_prob = statistics.prob, statistics.log_prob

@@ -20,13 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from megatron_profit.ops.collectives import VocabShard
 from megatron_profit.ops.kernels import BlockKernels
-from megatron_profit.ops.rows import SupervisedRows, input_precision, statistics_dtype
+from megatron_profit.ops.rows import SupervisedTokens, input_precision, statistics_dtype
 from megatron_profit.ops.statistics import SoftmaxNormalizer
-from megatron_profit.ops.tiling import Source, Tiling, Workspace
+from megatron_profit.ops.tiling import GatheredLogits, Tiling, Workspace
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class BackwardInputs:
     """Inputs of the backward pass, besides the tensors that autograd saves.
 
     Attributes:
@@ -40,7 +40,7 @@ class Work:
         main_grad: [V, H] buffer. If given, the gradient of the weight is added to it and not returned.
     """
 
-    rows: SupervisedRows
+    rows: SupervisedTokens
     shard: VocabShard
     tiling: Tiling
     kernels: BlockKernels
@@ -64,7 +64,7 @@ class LinearObjectiveFunction(torch.autograd.Function):
         loss: Tensor,
         coefficient: Tensor,
         normalizer: SoftmaxNormalizer,
-        work: Work,
+        work: BackwardInputs,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, coefficient, *normalizer)
         ctx.work = work
@@ -74,7 +74,7 @@ class LinearObjectiveFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, coefficient, *normalizer = ctx.saved_tensors
-        work: Work = ctx.work
+        work: BackwardInputs = ctx.work
         with input_precision(hidden):
             grad_hidden, grad_weight = _input_gradients(
                 hidden,
@@ -89,7 +89,7 @@ class LinearObjectiveFunction(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _sum_rows_(grad_hidden: Tensor, work: Work) -> None:
+def _sum_rows_(grad_hidden: Tensor, work: BackwardInputs) -> None:
     """Sum the supervised rows of grad_hidden [N, H] over the group.
 
     Every rank enters with [M, H]: M follows from the labels alone, so the shapes agree.
@@ -103,7 +103,7 @@ def _input_gradients(
     weight: Tensor,
     coefficient: Tensor,
     normalizer: SoftmaxNormalizer,
-    work: Work,
+    work: BackwardInputs,
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -158,7 +158,7 @@ class _LogitsGradient:
         hidden_rows: Tensor,
         active: Tensor,
         vectors: tuple[Tensor, ...],
-        work: Work,
+        work: BackwardInputs,
         workspace: Workspace,
     ) -> None:
         self._kept, self._vectors = work.kept, vectors
@@ -190,7 +190,7 @@ class _LogitsGradient:
             self._fill(grad, None, column, slice(from_kept, None))
         return grad
 
-    def _fill(self, grad: Tensor, source: Source, column: Tensor, part: slice) -> None:
+    def _fill(self, grad: Tensor, source: GatheredLogits, column: Tensor, part: slice) -> None:
         """Fill a part of the rows of ``grad``."""
         coefficient, at_target, max_logit, sum_exp = (vector[part] for vector in self._vectors)
         self._gradient_(

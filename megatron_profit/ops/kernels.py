@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_profit.ops import torch_kernels
-from megatron_profit.ops.fields import Fields
-from megatron_profit.ops.tiling import Source, Workspace
+from megatron_profit.ops.partial_statistics import PartialStatistics
+from megatron_profit.ops.tiling import GatheredLogits, Workspace
 
 Implementation = Literal["auto", "torch", "triton", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "torch", "triton", "reference")
@@ -34,15 +34,17 @@ class BlockKernels(NamedTuple):
 
     Attributes:
         statistics: (logits, column, fields, workspace) to partial statistics [parts, fields, n]
-            (see ``Fields``); leaves the logits as they are.
+            (see ``PartialStatistics``); leaves the logits as they are.
         gradient_: (grad, source, column, coefficient, at_target, max_logit, sum_exp, workspace) fills
             ``grad`` [n, v] with coefficient * (softmax - onehot) in its dtype; ``at_target`` is the
             value for the target's column. Without a ``source``, ``grad`` holds the logits. A ``source`` is
             (logits [m, v], rows [n] int64); then the logits are ``logits[rows]``.
     """
 
-    statistics: Callable[[Tensor, Tensor, Fields, Workspace], Tensor]
-    gradient_: Callable[[Tensor, Source, Tensor, Tensor, Tensor, Tensor, Tensor, Workspace], None]
+    statistics: Callable[[Tensor, Tensor, PartialStatistics, Workspace], Tensor]
+    gradient_: Callable[
+        [Tensor, GatheredLogits, Tensor, Tensor, Tensor, Tensor, Tensor, Workspace], None
+    ]
 
 
 TORCH = BlockKernels(torch_kernels.block_statistics, torch_kernels.block_gradient_)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from megatron_profit.objectives import Objective, ObjectiveOutput, TokenStatistics
 from megatron_profit.objectives.base import COMPUTED_STATISTICS
-from megatron_profit.ops.autograd import LinearObjectiveFunction, Work
+from megatron_profit.ops.autograd import BackwardInputs, LinearObjectiveFunction
 from megatron_profit.ops.collectives import VocabShard
 from megatron_profit.ops.kernels import Implementation, choose_kernels
 from megatron_profit.ops.reference import reference_linear_objective
-from megatron_profit.ops.rows import SupervisedRows, input_precision
+from megatron_profit.ops.rows import SupervisedTokens, input_precision
 from megatron_profit.ops.statistics import (
     LinearObjectiveOutput,
     LinearObjectiveStatistics,
@@ -129,7 +129,7 @@ def linear_objective(
     main_grad = None
     if gradient_accumulation_fusion and torch.is_grad_enabled() and weight.requires_grad:
         main_grad = check_main_grad(weight)
-    rows = SupervisedRows.of(labels, loss_weight)
+    rows = SupervisedTokens.of(labels, loss_weight)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         backward = "recompute"  # there is none, so that no logits need to be kept
     tiling = Tiling.of(weight, len(rows), chunk_vocab, backward)
@@ -142,7 +142,7 @@ def linear_objective(
         tokens = TokenStatistics(**computed, **taken)
         token_loss, token_weight = _evaluate(objective, tokens)
         scale = 1.0 if loss_weight is None else rows.take(loss_weight).to(token_loss.dtype)
-    work = Work(rows, shard, tiling, kernels, reduce_hidden_grad, kept, main_grad)
+    work = BackwardInputs(rows, shard, tiling, kernels, reduce_hidden_grad, kept, main_grad)
     loss = LinearObjectiveFunction.apply(
         hidden, weight, token_loss * scale, token_weight * scale, normalizer, work
     )

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from megatron_profit.objectives import Objective, TokenStatistics
 from megatron_profit.ops.collectives import VocabShard
-from megatron_profit.ops.rows import SupervisedRows
+from megatron_profit.ops.rows import SupervisedTokens
 from megatron_profit.ops.statistics import LinearObjectiveOutput, LinearObjectiveStatistics
 from megatron_profit.ops.validation import join_external
 
@@ -85,7 +85,7 @@ def reference_linear_objective(
     statistics = LinearObjectiveStatistics(
         TokenStatistics(log_prob.detach()[supervised], **tokens),
         output.weight.to(loss.dtype),
-        SupervisedRows.of(labels, loss_weight),
+        SupervisedTokens.of(labels, loss_weight),
     )
     return LinearObjectiveOutput(loss * factor, statistics)
 

@@ -14,7 +14,7 @@ IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, eq=False)
-class SupervisedRows:
+class SupervisedTokens:
     """M supervised rows among N.
 
     Attributes:
@@ -28,7 +28,7 @@ class SupervisedRows:
     num_rows: int
 
     @classmethod
-    def of(cls, labels: Tensor, loss_weight: Tensor | None) -> SupervisedRows:
+    def of(cls, labels: Tensor, loss_weight: Tensor | None) -> SupervisedTokens:
         """Return the rows with a label in ``labels`` [N] and, if given, a nonzero ``loss_weight`` [N].
 
         A GPU has to be waited for here: the number of rows is the size of all further tensors.

@@ -17,9 +17,14 @@ from torch import Tensor
 
 from megatron_profit.objectives import TokenStatistics
 from megatron_profit.ops.collectives import VocabShard
-from megatron_profit.ops.fields import MAX_LOGIT, Fields, finite_max, sum_of_exp
 from megatron_profit.ops.kernels import BlockKernels
-from megatron_profit.ops.rows import SupervisedRows, statistics_dtype
+from megatron_profit.ops.partial_statistics import (
+    MAX_LOGIT,
+    PartialStatistics,
+    finite_max,
+    sum_of_exp,
+)
+from megatron_profit.ops.rows import SupervisedTokens, statistics_dtype
 from megatron_profit.ops.tiling import Tiling, Workspace
 
 # Combining takes a dozen small operations, which a GPU launches more slowly than it computes them. The
@@ -44,7 +49,7 @@ class LinearObjectiveStatistics:
 
     tokens: TokenStatistics
     token_weight: Tensor
-    rows: SupervisedRows
+    rows: SupervisedTokens
 
     @property
     def weight(self) -> Tensor:
@@ -98,7 +103,7 @@ class SoftmaxNormalizer(NamedTuple):
 def linear_token_statistics(
     hidden: Tensor,
     weight: Tensor,
-    rows: SupervisedRows,
+    rows: SupervisedTokens,
     shard: VocabShard,
     tiling: Tiling,
     kernels: BlockKernels,
@@ -119,7 +124,7 @@ def linear_token_statistics(
         The normalizer; ``log_prob``, ``softmax_prob`` and the wanted statistics, each [M]; and the logits
         [kept_rows, v] of each block, empty if none are to be kept.
     """
-    fields, workspace = Fields.of(wanted), Workspace(hidden.device)
+    fields, workspace = PartialStatistics.of(wanted), Workspace(hidden.device)
     hidden_rows = hidden[rows.index]
     nothing = fields.nothing(len(rows), hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype)))
     parts = [nothing[None]]

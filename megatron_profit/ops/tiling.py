@@ -33,7 +33,7 @@ BACKWARDS = tuple(_KEPT_WEIGHTS)
 _KEPT_BYTES = {"cpu": 256 << 20, "gpu": 1280 << 20}
 
 # Logits [m, v] and the rows [n] to read; None if the logits are in place already.
-Source = tuple[Tensor, Tensor] | None
+GatheredLogits = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_profit.ops.fields import MAX_LOGIT, REST, TARGET, TOP, Fields, finite_max
+from megatron_profit.ops.partial_statistics import (
+    MAX_LOGIT,
+    REST,
+    TARGET,
+    TOP_K,
+    PartialStatistics,
+    finite_max,
+)
 from megatron_profit.ops.rows import statistics_dtype
-from megatron_profit.ops.tiling import Source, Workspace, pass_entries
+from megatron_profit.ops.tiling import GatheredLogits, Workspace, pass_entries
 
 # exp(x) = exp2(x * log2(e)). torch's exp takes 2.7 times as long on a CPU (AVX-512, torch 2.15), and a GPU
 # computes exp this way itself. Rounding the product does no harm: a probability near 1 has x near 0.
@@ -25,7 +32,7 @@ _GROUP = 32
 
 
 def block_statistics(
-    logits: Tensor, column: Tensor, fields: Fields, workspace: Workspace
+    logits: Tensor, column: Tensor, fields: PartialStatistics, workspace: Workspace
 ) -> Tensor:
     """Partial statistics [1, fields, n] of logits [n, v]; see ``BlockKernels``."""
     part = logits.new_empty(fields.size, len(logits), dtype=statistics_dtype(logits.dtype))
@@ -35,7 +42,7 @@ def block_statistics(
 
 
 def _row_statistics(
-    logits: Tensor, column: Tensor, fields: Fields, part: Tensor, workspace: Workspace
+    logits: Tensor, column: Tensor, fields: PartialStatistics, part: Tensor, workspace: Workspace
 ) -> None:
     """Fill ``part`` [fields, n]."""
     shifted = _upcast(logits, workspace)
@@ -63,7 +70,7 @@ def _row_statistics(
 
 def block_gradient_(
     grad: Tensor,
-    source: Source,
+    source: GatheredLogits,
     column: Tensor,
     coefficient: Tensor,
     at_target: Tensor,
@@ -114,12 +121,12 @@ def _largest(logits: Tensor) -> Tensor:
     groups are searched: a search among all logits is slow on a CPU.
     """
     width = logits.size(1)
-    if width < TOP:
-        return torch.nn.functional.pad(logits, (0, TOP - width), value=-torch.inf).t()
+    if width < TOP_K:
+        return torch.nn.functional.pad(logits, (0, TOP_K - width), value=-torch.inf).t()
     grouped = width - width % _GROUP
-    if grouped <= TOP * _GROUP:
-        return logits.topk(TOP, sorted=False).values.t()
+    if grouped <= TOP_K * _GROUP:
+        return logits.topk(TOP_K, sorted=False).values.t()
     groups = logits[:, :grouped].unflatten(1, (-1, _GROUP))
-    best = groups.amax(2).topk(TOP, sorted=False).indices
+    best = groups.amax(2).topk(TOP_K, sorted=False).indices
     candidates = groups.gather(1, best[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
-    return torch.cat([candidates, logits[:, grouped:]], 1).topk(TOP, sorted=False).values.t()
+    return torch.cat([candidates, logits[:, grouped:]], 1).topk(TOP_K, sorted=False).values.t()

@@ -36,7 +36,7 @@ from megatron_profit.training.checkpoints.hf_weights import (
     load_checkpoint_into,
     load_hook,
 )
-from megatron_profit.training.checkpoints.keeping import CheckpointKeeper
+from megatron_profit.training.checkpoints.retention import Retention
 from megatron_profit.training.monitoring.evaluation_report import EvaluationReport, first_records
 from megatron_profit.training.monitoring.guards import Guards
 from megatron_profit.training.monitoring.run_monitor import RunMonitor
@@ -47,8 +47,8 @@ from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.exit_signals import ExitSignals
 from megatron_profit.training.process.shutdown import end_communication
 from megatron_profit.training.statistics.external_statistics import ExternalStatistics, RunParts
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass
 from megatron_profit.training.statistics.providers import make_providers
-from megatron_profit.training.statistics.score_pass import ScorePass
 from megatron_profit.training.step.experts import scale_balancing
 from megatron_profit.training.step.forward_step import make_forward_step
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
@@ -81,12 +81,12 @@ def run(plan: RunPlan) -> None:
     args, model_config = _checked_by_megatron(settings)
     chunks = _complete(model_config, args, plan)
     loss = objective_loss(settings)
-    score_pass = ScorePass(loss)
+    lookahead_pass = LookaheadPass(loss)
     datasets = {"train": data.train} | ({} if data.valid is None else {"valid": data.valid})
-    parts = RunParts(args, loss, score_pass, datasets, data.digest, files.reference)
+    parts = RunParts(args, loss, lookahead_pass, datasets, data.digest, files.reference)
     providers = make_providers(parts)
     external = ExternalStatistics(loss, providers)
-    keeper = CheckpointKeeper(settings.keep, plan.record)
+    keeper = Retention(settings.keep, plan.record)
     report = evaluation_report(settings, data)
     signals = ExitSignals(args.exit_signal)
     begin = external.begin if report is None else report.watching(external.begin)
@@ -95,7 +95,7 @@ def run(plan: RunPlan) -> None:
     with _known_ends(signals):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
-            score_pass.watching(data.provider(args)),
+            lookahead_pass.watching(data.provider(args)),
             ModelType.encoder_or_decoder,
             make_forward_step(monitor.watching(begin)),
         )
@@ -167,7 +167,7 @@ def _known_ends(signals: ExitSignals) -> Iterator[None]:
     signals.release()
 
 
-def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: CheckpointKeeper) -> None:
+def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> None:
     """Write the HuggingFace folder, with --export-best of the best checkpoint's weights."""
     assert plan.files.export is not None
     try:

@@ -160,7 +160,7 @@ CASES = {
     "eaft": Case("eaft", _eaft),
     "chord-phi": Case("chord-phi", lambda t: _all(-t.prob * (1 - t.prob) * t.log_prob)),
     "entropy": Case(
-        "entropy --rank-scope global_batch --keep-share 0.3",
+        "entropy --rank-scope global_batch --keep-fraction 0.3",
         lambda t: _of_kept(t, _top(_entropy_of(t), 0.3)),
     ),
     "psft": psft(4),
@@ -174,7 +174,7 @@ CASES = {
         lambda t: _of_kept(t, _clear_of(t.ref.exp(), 0.001)),
     ),
     "rho1": Case(
-        "rho1 --rank-scope global_batch --keep-share 0.4",
+        "rho1 --rank-scope global_batch --keep-fraction 0.4",
         lambda t: _of_kept(t, _top(t.ref - t.log_prob.detach(), 0.4)),
     ),
 }

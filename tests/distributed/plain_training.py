@@ -176,7 +176,7 @@ def _batches(examples: Examples, plan: Plan, count: int) -> list[Rows]:
 
 
 def _records(row: Mapping[str, Tensor]) -> list[Record]:
-    own = [row["sample_index"] == sample for sample in row["sample_index"].unique() if sample >= 0]
+    own = [row["draw_index"] == sample for sample in row["draw_index"].unique() if sample >= 0]
     return [Record(row["tokens"][part], row["labels"][part]) for part in own]
 
 

@@ -65,16 +65,16 @@ def reference(model: TinyModel, seq_length: int = SEQ_LENGTH, batch: int = BATCH
     hf = AutoModelForCausalLM.from_pretrained(model.hf, dtype=torch.float64)
     log_probs, targets, uniform = [], [], []
     for row in (rows[i] for i in range(batch)):
-        for record in row["sample_index"].unique():
-            tokens, labels, position_ids, sample_index = (
-                row[name][(row["sample_index"] == record) & (record >= 0)]
-                for name in ("tokens", "labels", "position_ids", "sample_index")
+        for record in row["draw_index"].unique():
+            tokens, labels, position_ids, draw_index = (
+                row[name][(row["draw_index"] == record) & (record >= 0)]
+                for name in ("tokens", "labels", "position_ids", "draw_index")
             )
             if len(tokens):
                 supervised = labels != -100
                 log_probs.append(hf(tokens[None]).logits[0, supervised].log_softmax(-1))
                 targets.append(labels[supervised])
-                uniform.append(token_uniform(SEED, sample_index, position_ids)[supervised])
+                uniform.append(token_uniform(SEED, draw_index, position_ids)[supervised])
     log_probs_NV = torch.cat(log_probs)
     probs_NV = log_probs_NV.detach().exp()
     return Tokens(
@@ -158,7 +158,7 @@ SELECTIONS = {
         ["--prob-threshold", tau, t.threshold(0.9)],
         (t.prob >= tau) & (t.prob <= t.threshold(0.9)),
     ),
-    "random": lambda t, tau: (["--keep-ratio", 0.6], t.uniform < 0.6),
+    "random": lambda t, tau: (["--keep-fraction", 0.6], t.uniform < 0.6),
 }
 
 
@@ -269,7 +269,7 @@ def test_packed_rows_give_the_gradient_of_their_records_alone(
         tied_model,
         2,
         *("--packing", "--seq-length", PACKED_LENGTH, "--global-batch-size", PACKED_BATCH),
-        *("--objective", "profit", "--threshold-direction", "random", "--keep-ratio", 0.6),
+        *("--objective", "profit", "--threshold-direction", "random", "--keep-fraction", 0.6),
         *PACKED_LAYOUTS[layout].split(),
     )
     assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
@@ -325,7 +325,7 @@ def test_a_ranking_within_the_micro_batch(step, tied_model, tied_reference):
     moved, output = step(
         tied_model,
         2,
-        *("--objective", "entropy", "--keep-share", (count - 0.5) / len(values)),
+        *("--objective", "entropy", "--keep-fraction", (count - 0.5) / len(values)),
         *("--micro-batch-size", BATCH, "--tensor-model-parallel-size", 2, "--sequence-parallel"),
     )
     assert_same_gradients(moved, tokens.gradients(kept, count))
@@ -334,7 +334,9 @@ def test_a_ranking_within_the_micro_batch(step, tied_model, tied_reference):
     assert logged(output, "kept fraction") == pytest.approx(count / len(values), rel=1e-5)
 
 
-@pytest.mark.parametrize("normalization", [pytest.param("valid", marks=pytest.mark.slow), "kept"])
+@pytest.mark.parametrize(
+    "normalization", [pytest.param("supervised", marks=pytest.mark.slow), "kept"]
+)
 def test_a_global_batch_of_which_nothing_is_kept_moves_nothing(step, tied_model, normalization):
     moved, output = step(
         tied_model,

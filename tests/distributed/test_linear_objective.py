@@ -43,7 +43,7 @@ OBJECTIVES = [
     build_objective("profit", threshold_direction="higher", prob_threshold=0.02),
     build_objective("profit", threshold_direction="lower", prob_threshold=0.02),
     build_objective("profit", threshold_direction="middle", prob_threshold=(0.01, 0.05)),
-    build_objective("profit", threshold_direction="random", keep_ratio=0.5),
+    build_objective("profit", threshold_direction="random", keep_fraction=0.5),
     EveryStatistic(),
     *every_objective(),
 ]

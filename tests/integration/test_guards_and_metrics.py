@@ -43,7 +43,7 @@ def records(tiny: Path, step: int, data_parallel: int) -> list[list[str]]:
     stride = MICRO_BATCH * data_parallel
     first = (step - 1) * BATCH + (data_parallel - 1) * MICRO_BATCH
     for begin in range(first, step * BATCH, stride):
-        rows = [dataset[row]["record_index"].tolist() for row in range(begin, begin + MICRO_BATCH)]
+        rows = [dataset[row]["example_index"].tolist() for row in range(begin, begin + MICRO_BATCH)]
         indices = [i for row in rows for i in dict.fromkeys(row) if i >= 0]
         found.append([f"{BASE.name}:{i + 1}" for i in indices])
     return found

@@ -30,7 +30,7 @@ from megatron_profit.data.files.fields import (
     typed,
 )
 from megatron_profit.data.files.records import RawRecord
-from megatron_profit.data.files.sources import Layout
+from megatron_profit.data.files.sources import ColumnMapping
 
 EMPTY_ASSISTANT = "an assistant turn is empty"
 NO_ASSISTANT = "there is no assistant turn"
@@ -57,7 +57,7 @@ FORMATS = (
 )
 
 
-def is_read(layout: Layout) -> Callable[[str], bool]:
+def is_read(layout: ColumnMapping) -> Callable[[str], bool]:
     """Return a function that says, by its name, whether `normalise` reads a field of a record."""
     named = frozenset(layout.columns.values()) or frozenset().union(*_RECORD_FIELDS.values())
     return lambda name: name in named or masks.may_mask(name)
@@ -93,7 +93,7 @@ class Conversation:
         return [self.messages[i] for i in self.positions]
 
 
-def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
+def normalise(record: RawRecord, layout: ColumnMapping | None = None) -> Conversation:
     """Return the conversation of a raw record in any known format.
 
     Without a layout the keys tell the format: `messages`, `conversations`, `instruction` or `output`, or
@@ -106,7 +106,7 @@ def normalise(record: RawRecord, layout: Layout | None = None) -> Conversation:
     """
     if record.broken:
         raise record.broken
-    layout = layout or Layout()
+    layout = layout or ColumnMapping()
     renamed = layout.renamed(record.value)
     value = {key: item for key, item in renamed.items() if item is not None}
     kind = _format(value)

@@ -59,7 +59,7 @@ _NAMED = 5
 
 
 @dataclass(frozen=True)
-class Layout:
+class ColumnMapping:
     """The names of a file's fields, where its keys do not tell.
 
     Attributes:
@@ -91,7 +91,7 @@ class Layout:
                 raise DataError(f"the tag {name!r} is not known; known are {', '.join(_TAGS)}")
 
     @classmethod
-    def of_columns(cls, pairs: Iterable[str]) -> "Layout":
+    def of_columns(cls, pairs: Iterable[str]) -> "ColumnMapping":
         """Return the layout of "name=column" pairs, for example prompt=question response=answer."""
         columns = {}
         for pair in pairs:
@@ -149,7 +149,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One entry of --data.
 
     Attributes:
@@ -161,7 +161,7 @@ class Source:
     """
 
     path: str
-    layout: Layout = field(default_factory=Layout)
+    layout: ColumnMapping = field(default_factory=ColumnMapping)
     weight: float = 1.0
     split: Split = "train"
     num_samples: int | None = None
@@ -195,7 +195,7 @@ def read_sources(
     columns: Sequence[str] = (),
     dataset_info: str | None = None,
     split: Split = "train",
-) -> tuple[Source, ...]:
+) -> tuple[DataSource, ...]:
     """Return the sources that the flags of the command line describe.
 
     Args:
@@ -213,7 +213,7 @@ def read_sources(
             f"--data-weights gives {len(weights)} weights for {len(names)} files; give one for each"
         )
     entries, folder = _read_info(dataset_info) if dataset_info else ({}, Path())
-    layout = Layout.of_columns(columns)
+    layout = ColumnMapping.of_columns(columns)
     sources = []
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         if not 0 < weight < float("inf"):
@@ -226,7 +226,7 @@ def read_sources(
                 f"{shown(_nearest_first(name, entries))}"
             )
         else:
-            sources.append(Source(name, layout, weight, split))
+            sources.append(DataSource(name, layout, weight, split))
     return tuple(sources)
 
 
@@ -248,7 +248,7 @@ def _read_info(path: str) -> tuple[dict[str, Any], Path]:
     return entries, file.parent
 
 
-def _from_entry(name: str, entry: Any, folder: Path, weight: float, split: Split) -> Source:
+def _from_entry(name: str, entry: Any, folder: Path, weight: float, split: Split) -> DataSource:
     where = f"the entry {name} of dataset_info.json"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {shown(entry)}, not an object")
@@ -271,7 +271,7 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float, split: Split
     num_samples = _entry_value(where, entry, "num_samples", int, None)
     if num_samples is not None and num_samples < 1:
         raise DataError(f"{where}: num_samples is {num_samples}; it must be at least 1")
-    return Source(
+    return DataSource(
         str(folder / entry["file_name"]),
         _entry_layout(where, entry, formatting),
         weight,
@@ -280,7 +280,7 @@ def _from_entry(name: str, entry: Any, folder: Path, weight: float, split: Split
     )
 
 
-def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
+def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> ColumnMapping:
     sharegpt = formatting != "alpaca"
     columns, tags = (_entry_names(where, entry, key) for key in ("columns", "tags"))
     for column in columns:
@@ -292,7 +292,7 @@ def _entry_layout(where: str, entry: dict[str, Any], formatting: str) -> Layout:
         defaults = {"prompt": "instruction", "query": "input", "response": "output"}
     # As in LLaMA-Factory: whoever names one column names all of them.
     try:
-        return Layout(
+        return ColumnMapping(
             columns or defaults,
             sharegpt,
             tags={**_TAGS, **tags} if sharegpt else {},

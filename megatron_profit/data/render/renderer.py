@@ -69,7 +69,7 @@ class RenderedConversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Training:
+class SupervisionPolicy:
     """The parts of the assistant's turns that are trained.
 
     Attributes:
@@ -137,7 +137,7 @@ class ChatRenderer:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        training: Training | None = None,
+        training: SupervisionPolicy | None = None,
         day: date | None = None,
         allowed_tokens: Sequence[str] = (),
     ) -> None:
@@ -156,7 +156,7 @@ class ChatRenderer:
                 special token, or a marker of the template.
         """
         self.template = ChatTemplate(tokenizer, day)
-        self.training = training or Training()
+        self.training = training or SupervisionPolicy()
         self.markers = learn_markers(self.template)
         self._unknown = unknown_id(self.template)
         self._unknown_token = (

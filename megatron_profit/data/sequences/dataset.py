@@ -121,8 +121,8 @@ class SFTDataset:
             tokens: Ids; `pad_id` in padding.
             labels: The next token of the same example where it is supervised, else -100.
             position_ids: Position in the segment; 0 where one begins.
-            record_index: The example that the token belongs to, -1 in padding.
-            sample_index: Distinct for each (example, time it is drawn), whatever the packing, -1 in
+            example_index: The example that the token belongs to, -1 in padding.
+            draw_index: Distinct for each (example, time it is drawn), whatever the packing, -1 in
                 padding. Random numbers that are keyed by it and the position are new in each epoch and
                 the same in any layout.
 
@@ -131,7 +131,7 @@ class SFTDataset:
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"row {index} of {self.num_samples}")
-        row = _Row(self.seq_length, self.pad_id)
+        row = _RowBuilder(self.seq_length, self.pad_id)
         for example, sample in zip(*self._members(index), strict=True):
             ids_L, supervised_L = self.examples[example]
             row.append(ids_L, supervised_L, int(example), int(sample), self.pad_multiple)
@@ -146,7 +146,7 @@ class SFTDataset:
         return examples.tolist(), samples.tolist()
 
 
-class _Row:
+class _RowBuilder:
     """The tensors of one row, filled example by example."""
 
     def __init__(self, seq_length: int, pad_id: int) -> None:
@@ -181,8 +181,8 @@ class _Row:
             "tokens": self._tokens_S,
             "labels": self._labels_S,
             "position_ids": self._position_S,
-            "record_index": self._record_S,
-            "sample_index": self._sample_S,
+            "example_index": self._record_S,
+            "draw_index": self._sample_S,
         }
         return {name: torch.from_numpy(column) for name, column in columns.items()}
 

@@ -47,7 +47,7 @@ def pack(lengths: npt.NDArray[np.integer], capacity: int) -> PackedRows:
         )
     counts = np.bincount(lengths)
     distinct = np.flatnonzero(counts)[::-1]
-    rows = _Rows(capacity)
+    rows = _OpenRows(capacity)
     row_of = np.empty(len(lengths), dtype=np.int64)
     # Longest first; equal lengths keep their order, so that a shuffled list decides who meets whom.
     longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
@@ -58,7 +58,7 @@ def pack(lengths: npt.NDArray[np.integer], capacity: int) -> PackedRows:
     return PackedRows(np.argsort(row_of, kind="stable"), bounds.astype(np.int64))
 
 
-class _Rows:
+class _OpenRows:
     """The rows under construction, by the room that they have left."""
 
     def __init__(self, capacity: int) -> None:

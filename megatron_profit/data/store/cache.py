@@ -29,16 +29,16 @@ from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.files.bounded import open_regular
-from megatron_profit.data.files.sources import Source
+from megatron_profit.data.files.sources import DataSource
 from megatron_profit.data.render.tokenizer_files import decides_ids, tokenizer_paths
-from megatron_profit.data.report import PreparationReport
+from megatron_profit.data.report import DataReport
 from megatron_profit.data.store.checksums import is_usable, machine_name
-from megatron_profit.data.store.examples import ABOUT, FILES, Prepared, load, write
+from megatron_profit.data.store.examples import ABOUT, FILES, TokenizedData, load, write
 from megatron_profit.data.store.prepare import (
     Preparation,
     default_workers,
     file_names,
-    prepared_chunks,
+    tokenize_records,
 )
 
 _BLOCK = 8 * 2**20
@@ -71,8 +71,8 @@ def default_cache() -> Path:
         ) from error
 
 
-def prepare(
-    sources: Sequence[Source],
+def load_or_build(
+    sources: Sequence[DataSource],
     tokenizer: Path,
     preparation: Preparation,
     cache: Path,
@@ -80,7 +80,7 @@ def prepare(
     leader: bool = True,
     workers: int | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Prepared:
+) -> TokenizedData:
     """Return the examples of the sources, mapped from the cache.
 
     They are prepared first if they are not in the cache.
@@ -124,7 +124,9 @@ def prepare(
         ) from error
 
 
-def _under_these_paths(prepared: Prepared, folder: Path, sources: Sequence[Source]) -> Prepared:
+def _under_these_paths(
+    prepared: TokenizedData, folder: Path, sources: Sequence[DataSource]
+) -> TokenizedData:
     """Return the data with the report's places under this run's paths.
 
     The same files may have been prepared under other paths.
@@ -136,7 +138,7 @@ def _under_these_paths(prepared: Prepared, folder: Path, sources: Sequence[Sourc
 
 def _fill(
     folder: Path,
-    sources: Sequence[Source],
+    sources: Sequence[DataSource],
     tokenizer: Path,
     preparation: Preparation,
     workers: int,
@@ -145,8 +147,8 @@ def _fill(
 ) -> None:
     _remove_left_overs(folder)
     temporary = folder.with_suffix(f".tmp-{machine_name()}-{uuid.uuid4().hex}")
-    report = PreparationReport()
-    chunks = prepared_chunks(
+    report = DataReport()
+    chunks = tokenize_records(
         sources, tokenizer, preparation, report, workers=workers, progress=progress
     )
     about = {
@@ -191,7 +193,7 @@ def _remove_left_overs(folder: Path) -> None:
 
 
 def _key(
-    sources: Sequence[Source],
+    sources: Sequence[DataSource],
     files: Sequence[Sequence[Path]],
     tokenizer: Path,
     preparation: Preparation,

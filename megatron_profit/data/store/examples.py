@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpoint_conversion.errors import escaped
-from megatron_profit.data.report import Found, PreparationReport
+from megatron_profit.data.report import DataReport, Found
 from megatron_profit.data.store.checksums import CheckedFiles
 
 ABOUT = "about.json"
@@ -51,7 +51,7 @@ class Examples:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class TokenizedData:
     """Examples, and the place of each one's record.
 
     Attributes:
@@ -72,7 +72,7 @@ class Prepared:
     numbers: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
     labels: npt.NDArray[np.int32]
-    report: PreparationReport
+    report: DataReport
 
     def name(self, index: int) -> str:
         """Return the place of an example's record.
@@ -83,16 +83,16 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class ExampleBatch:
     """Some examples of one file, and the records left out between them.
 
     Attributes:
-        source, file: As in `Prepared`.
+        source, file: As in `TokenizedData`.
         read: Records that went in.
         ids, supervised: As in `Examples`.
         lengths: Ids of each example.
         whole: The same before truncation.
-        numbers, digests, labels: As in `Prepared`.
+        numbers, digests, labels: As in `TokenizedData`.
         skipped: (place, reason, detail) of each record that was left out.
         truncated: Places of the records that lost their end.
         unread: Unread field -> usable records that have it.
@@ -132,7 +132,7 @@ _ARRAYS = {
 FILES = (*_ARRAYS, ABOUT)
 
 
-def _arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
+def _arrays(chunk: ExampleBatch) -> dict[str, npt.NDArray[Any]]:
     return {
         "ids": chunk.ids,
         "supervised": chunk.supervised,
@@ -146,9 +146,9 @@ def _arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
 
 
 def _prepared(
-    arrays: Mapping[str, npt.NDArray[Any]], file_names: Sequence[str], report: PreparationReport
-) -> Prepared:
-    return Prepared(
+    arrays: Mapping[str, npt.NDArray[Any]], file_names: Sequence[str], report: DataReport
+) -> TokenizedData:
+    return TokenizedData(
         Examples(arrays["ids"], arrays["supervised"], arrays["offsets"]),
         sources=arrays["sources"],
         files=arrays["files"],
@@ -165,8 +165,8 @@ def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def collect(
-    chunks: Iterable[Chunk], file_names: Sequence[str], report: PreparationReport
-) -> Prepared:
+    chunks: Iterable[ExampleBatch], file_names: Sequence[str], report: DataReport
+) -> TokenizedData:
     """Return the examples of all chunks, in memory. `report` is complete when the chunks end."""
     parts = [_arrays(chunk) for chunk in chunks]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in _ARRAYS}
@@ -174,7 +174,7 @@ def collect(
 
 
 def write(
-    chunks: Iterable[Chunk], report: PreparationReport, folder: Path, about: dict[str, Any]
+    chunks: Iterable[ExampleBatch], report: DataReport, folder: Path, about: dict[str, Any]
 ) -> None:
     """Write the examples of all chunks as they come; the memory for one chunk suffices.
 
@@ -194,7 +194,7 @@ def write(
         files.finish()
 
 
-def load(folder: Path, file_names: Sequence[str]) -> Prepared:
+def load(folder: Path, file_names: Sequence[str]) -> TokenizedData:
     """Return the examples that `write` put into a folder, mapped into memory.
 
     The caller has checked the files.
@@ -203,4 +203,4 @@ def load(folder: Path, file_names: Sequence[str]) -> Prepared:
     arrays = {
         name: np.memmap(folder / name, dtype=kind, mode="r") for name, kind in _ARRAYS.items()
     }
-    return _prepared(arrays, file_names, PreparationReport.from_json(about["report"]))
+    return _prepared(arrays, file_names, DataReport.from_json(about["report"]))

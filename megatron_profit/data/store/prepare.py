@@ -28,11 +28,15 @@ from megatron_profit.data.chat.conversations import Conversation, normalise
 from megatron_profit.data.chat.masks import NOTHING_TRAINED
 from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.files.records import RawRecord
-from megatron_profit.data.files.sources import Source
-from megatron_profit.data.render.renderer import ChatRenderer, RenderedConversation, Training
+from megatron_profit.data.files.sources import DataSource
+from megatron_profit.data.render.renderer import (
+    ChatRenderer,
+    RenderedConversation,
+    SupervisionPolicy,
+)
 from megatron_profit.data.render.template import load_tokenizer
-from megatron_profit.data.report import Finding, Found, PreparationReport, SourceCounts
-from megatron_profit.data.store.examples import Chunk, Examples, collect
+from megatron_profit.data.report import DataReport, Finding, Found, SourceCounts
+from megatron_profit.data.store.examples import ExampleBatch, Examples, collect
 from megatron_profit.data.store.tasks import _CHUNK_RECORDS, Task, tasks_of
 from megatron_profit.parent_death import die_with_parent
 
@@ -65,7 +69,7 @@ class Preparation:
 
     seq_length: int
     too_long: Literal["truncate", "drop"] = "truncate"
-    training: Training = field(default_factory=Training)
+    training: SupervisionPolicy = field(default_factory=SupervisionPolicy)
     day: date | None = None
     allowed_tokens: tuple[str, ...] = ()
 
@@ -82,7 +86,7 @@ def build_examples(
     seq_length: int,
     *,
     progress: Callable[[str], None] | None = None,
-) -> tuple[Examples, PreparationReport]:
+) -> tuple[Examples, DataReport]:
     """Reads, normalises, renders and tokenises every record of the files, in memory and in this process.
 
     Args:
@@ -96,23 +100,23 @@ def build_examples(
         DataError: A file cannot be read, its first record is in no known format, or no record is usable.
     """
     names = [files] if isinstance(files, str | Path) else files
-    sources = [Source(str(name)) for name in names]
+    sources = [DataSource(str(name)) for name in names]
     preparation = Preparation(seq_length, training=renderer.training)
-    report = PreparationReport()
-    chunks = prepared_chunks(sources, renderer, preparation, report, progress=progress)
+    report = DataReport()
+    chunks = tokenize_records(sources, renderer, preparation, report, progress=progress)
     names = file_names([source.files() for source in sources])
     return collect(chunks, names, report).examples, report
 
 
-def prepared_chunks(
-    sources: Sequence[Source],
+def tokenize_records(
+    sources: Sequence[DataSource],
     renderer: ChatRenderer | Path,
     preparation: Preparation,
-    report: PreparationReport,
+    report: DataReport,
     *,
     workers: int = 1,
     progress: Callable[[str], None] | None = None,
-) -> Iterator[Chunk]:
+) -> Iterator[ExampleBatch]:
     """Yield the examples of all sources, in order, while `report` counts them.
 
     Args:
@@ -155,7 +159,7 @@ def prepared_chunks(
 
 
 def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
-    """Return the content of `Prepared.file_names` for the files of each source.
+    """Return the content of `TokenizedData.file_names` for the files of each source.
 
     Each name has as much of its path's end as tells all files apart. For example, a/x.jsonl and b/x.jsonl
     keep their folders.
@@ -168,7 +172,7 @@ def file_names(files: Iterable[Sequence[Path]]) -> list[str]:
     return names
 
 
-def default_workers(sources: Sequence[Source]) -> int:
+def default_workers(sources: Sequence[DataSource]) -> int:
     """Return as many processes as the data are worth, and at most one for each core."""
     files = [file for source in sources for file in source.files()]
     size = sum(
@@ -181,10 +185,10 @@ def default_workers(sources: Sequence[Source]) -> int:
 
 def _parallel(
     tasks: Iterable[Task], tokenizer: Path, preparation: Preparation, workers: int
-) -> Iterator[Chunk]:
+) -> Iterator[ExampleBatch]:
     # Not fork, because this process may hold threads of torch and of the tokenizers library.
     context = multiprocessing.get_context("spawn")
-    waiting: deque[tuple[int, Future[Chunk]]] = deque()
+    waiting: deque[tuple[int, Future[ExampleBatch]]] = deque()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, preparation))
     try:
         for task in tasks:
@@ -202,7 +206,7 @@ def _parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def _bytes_of(waiting: Iterable[tuple[int, Future[Chunk]]]) -> int:
+def _bytes_of(waiting: Iterable[tuple[int, Future[ExampleBatch]]]) -> int:
     return sum(size for size, _ in waiting)
 
 
@@ -218,7 +222,7 @@ def _start_worker(tokenizer: Path, preparation: Preparation) -> None:
     _worker = _Worker(_load_renderer(tokenizer, preparation), preparation)
 
 
-def _run_in_worker(task: Task) -> Chunk:
+def _run_in_worker(task: Task) -> ExampleBatch:
     assert _worker is not None, "the pool starts it"
     return _worker(task)
 
@@ -230,7 +234,7 @@ class _Worker:
     renderer: ChatRenderer
     preparation: Preparation
 
-    def __call__(self, task: Task) -> Chunk:
+    def __call__(self, task: Task) -> ExampleBatch:
         parts, talks = _Parts(task), []
         for record in task.records:
             try:
@@ -343,11 +347,11 @@ class _Parts:
         for name, finding in findings.items():
             self._found.setdefault(name, Found(finding.unit)).add(finding, record.where)
 
-    def chunk(self, refused: str = "") -> Chunk:
+    def chunk(self, refused: str = "") -> ExampleBatch:
         """Return all of it."""
         ids = [example.ids for example in self._examples]
         supervised = [example.supervised for example in self._examples]
-        return Chunk(
+        return ExampleBatch(
             source=self._task.source,
             file=self._task.file,
             read=len(self._task.records),
@@ -386,7 +390,7 @@ def _digest(examples: Sequence[_Example]) -> int:
 class _Ticker:
     """Prints the progress of the preparation, at most every PROGRESS_SECONDS."""
 
-    def __init__(self, progress: Callable[[str], None] | None, report: PreparationReport) -> None:
+    def __init__(self, progress: Callable[[str], None] | None, report: DataReport) -> None:
         self._progress, self._report = progress, report
         self._start = self._told = time.monotonic()
 

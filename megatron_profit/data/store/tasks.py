@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_profit.data.chat.conversations import is_read
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.files.records import RawRecord, read_records
-from megatron_profit.data.files.sources import Layout, Source
+from megatron_profit.data.files.sources import ColumnMapping, DataSource
 
 _CHUNK_RECORDS = 128
 _CHUNK_BYTES = 8 * 2**20
@@ -21,7 +21,7 @@ class Task:
 
     source: int
     file: int
-    layout: Layout
+    layout: ColumnMapping
     records: list[RawRecord]
 
     @property
@@ -30,7 +30,7 @@ class Task:
         return sum(record.size for record in self.records)
 
 
-def tasks_of(sources: Sequence[Source]) -> Iterator[Task]:
+def tasks_of(sources: Sequence[DataSource]) -> Iterator[Task]:
     """Yield the tasks of all sources, in order."""
     # Every path is looked at before the first file is read.
     files = [source.files() for source in sources]

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_profit.ops.tiling import Source, Workspace
+from megatron_profit.ops.tiling import GatheredLogits, Workspace
 
 _STEP = 4096
 
 
 def block_gradient_(
     grad: Tensor,
-    source: Source,
+    source: GatheredLogits,
     column: Tensor,
     coefficient: Tensor,
     at_target: Tensor,

@@ -3,7 +3,7 @@
 One program works on one row and one part of the block's columns, in steps of STEP columns. It keeps
 the running maximum and sums of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) in
 registers, rescaled whenever the maximum grows, and writes them once. A row is cut into parts so that
-few rows fill a GPU as well; the caller combines parts, blocks and ranks in the same way (``Fields``).
+few rows fill a GPU as well; ``PartialStatistics`` combines parts, blocks and ranks in the same way.
 All arithmetic is float32. Offsets are int64: rows x columns may exceed 2**31.
 
 The 20 largest logits, where an objective asks for them, are torch's topk: a second read.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_profit.ops.fields import TOP, Fields
+from megatron_profit.ops.partial_statistics import TOP_K, PartialStatistics
 from megatron_profit.ops.tiling import Workspace
 
 _STEP = 2048
@@ -24,7 +24,7 @@ _PART_COLUMNS = 16 * _STEP
 
 
 def block_statistics(
-    logits: Tensor, column: Tensor, fields: Fields, workspace: Workspace
+    logits: Tensor, column: Tensor, fields: PartialStatistics, workspace: Workspace
 ) -> Tensor:
     """Partial statistics [P, fields, n] of logits [n, v]; see ``BlockKernels``."""
     num_rows, width = logits.shape
@@ -45,7 +45,7 @@ def block_statistics(
     )
     if fields.top is not None:
         parts[:, fields.top] = -torch.inf
-        count = min(TOP, width)
+        count = min(TOP_K, width)
         top = slice(fields.top.start, fields.top.start + count)
         parts[0, top] = logits.topk(count, sorted=False).values.t().float()
     return parts

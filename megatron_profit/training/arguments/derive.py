@@ -213,22 +213,22 @@ def derive(
 def _arguments(flags: CommandLine, config: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Return all arguments by name: what config.json, the device and this entry decide, and the flags."""
     given, hf_model = flags.given, flags.given["hf_model"]
-    fixed, soft = platform_settings(device, local=given.get("transformer_impl") == "local")
-    flags.refuse_contradictions(fixed, "this machine needs")
-    soft = {**_DEFAULTS, **soft, **scheduler_of_flags(given)}
+    required, suggested = platform_settings(device, local=given.get("transformer_impl") == "local")
+    flags.refuse_contradictions(required, "this machine needs")
+    suggested = {**_DEFAULTS, **suggested, **scheduler_of_flags(given)}
     if config.get("initializer_range") is not None:
         read = ConfigReader(config, "every family")
-        soft["init_method_std"] = read.number("initializer_range", at_least=0.0)
+        suggested["init_method_std"] = read.number("initializer_range", at_least=0.0)
     model = _model_arguments(flags, config, Path(hf_model) / "config.json")
     derived = {
-        **fixed,
+        **required,
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": str(hf_model),
         "dataloader_type": "single",
         "calculate_per_token_loss": True,
     }
-    values = {**flags.defaults, **model, **soft, **derived, **given}
-    return {**values, **experts.expert_defaults(values), **fixed, **given}
+    values = {**flags.defaults, **model, **suggested, **derived, **given}
+    return {**values, **experts.expert_defaults(values), **required, **given}
 
 
 def _model_arguments(flags: CommandLine, config: Mapping[str, Any], source: Path) -> dict[str, Any]:

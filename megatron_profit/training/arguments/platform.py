@@ -34,7 +34,7 @@ def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any],
         return {**_LOCAL_LAYERS, **_CPU, "gradient_accumulation_fusion": False}, {"num_workers": 0}
     # The output layer is Megatron's own in any case, and its fusion comes from Apex.
     fusion = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    soft = {"gradient_accumulation_fusion": fusion}
+    suggested = {"gradient_accumulation_fusion": fusion}
     if local or importlib.util.find_spec("transformer_engine") is None:
-        return dict(_LOCAL_LAYERS), soft
-    return {}, soft
+        return dict(_LOCAL_LAYERS), suggested
+    return {}, suggested

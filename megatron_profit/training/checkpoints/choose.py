@@ -21,8 +21,8 @@ from megatron_profit.training.checkpoints.folder import (
     CheckpointError,
     Inspect,
     check_named,
-    defect,
     folder_of,
+    problem_of,
     read_tracker,
     same_folder,
     settle,
@@ -91,7 +91,7 @@ class CheckpointFlags:
         )
 
 
-def settle_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None]) -> Resumed | None:
+def choose_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None]) -> Resumed | None:
     """Make the tracker file in `--load` name a whole checkpoint on all ranks: its own, else the newest one.
 
     If there is a folder `--save` and the run may write there, the first rank holds it from then on.
@@ -174,12 +174,12 @@ def _decide(flags: CheckpointFlags, inspect: Inspect) -> str:
     if flags.load is not None:
         own = same_folder(flags.load, flags.save)
         # With --ckpt-step, another checkpoint than the one in the tracker file is read.
-        first = defect if flags.step else inspect
+        first = problem_of if flags.step else inspect
         decided = settle(flags.load, warn_rank_0, is_own=own, inspect=first)
         if flags.step:
             check_named(flags.load, flags.step, inspect)
     if flags.start is not None:
-        check_named(flags.start, None, defect if decided else inspect)
+        check_named(flags.start, None, problem_of if decided else inspect)
     return decided
 
 

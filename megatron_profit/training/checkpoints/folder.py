@@ -56,7 +56,7 @@ class Saved:
 
     @property
     def is_complete(self) -> bool:
-        """True if its save came to its end. Unlike `defect`, this does not read the checkpoint."""
+        """True if its save came to its end. Unlike `problem_of`, this does not read the checkpoint."""
         return all((self.folder / name).is_file() for name in (".metadata", "metadata.json"))
 
     def validation(self, metric: str) -> float:
@@ -88,7 +88,7 @@ def saved_in(save: Path) -> list[Saved]:
     return sorted(saved, key=lambda entry: entry.iteration, reverse=True)
 
 
-def defect(folder: Path) -> str | None:
+def problem_of(folder: Path) -> str | None:
     """Return why a checkpoint cannot be loaded; None for one that is complete and runs no code.
 
     The tensors are not read (`checkpoint_conversion.torch_dist.integrity.check_content` reads them).
@@ -112,7 +112,7 @@ def settle(
     warn: Callable[[str], None],
     *,
     is_own: bool = True,
-    inspect: Inspect = defect,
+    inspect: Inspect = problem_of,
 ) -> str:
     """Make the tracker file of a folder name a whole checkpoint: the one that it names, else the newest.
 
@@ -136,14 +136,14 @@ def settle(
     except OSError as error:
         raise CheckpointError(f"{load} cannot be read: {error.strerror}") from error
     if is_own:
-        put_back(load)
+        restore_backup(load)
     tracker = load / TRACKER
     named = read_tracker(load)
-    amiss = _amiss(load, named, inspect)
+    amiss = _problem_of_named(load, named, inspect)
     for saved in saved_in(load):
         if amiss is None and saved.iteration <= _number(named):
             break
-        found = inspect(saved.folder) if amiss is not None else defect(saved.folder)
+        found = inspect(saved.folder) if amiss is not None else problem_of(saved.folder)
         if found is not None:
             warn(f"{saved.folder} is skipped, it is not whole: {found}")
         elif amiss is not None:
@@ -172,7 +172,7 @@ def read_tracker(load: Path) -> str:
         raise CheckpointError(f"{load / TRACKER} cannot be read: {error}") from error
 
 
-def check_named(load: Path, iteration: int | None, inspect: Inspect = defect) -> None:
+def check_named(load: Path, iteration: int | None, inspect: Inspect = problem_of) -> None:
     """Check a checkpoint that is asked for by name, or the latest of a folder that a run starts from.
 
     Args:
@@ -184,9 +184,9 @@ def check_named(load: Path, iteration: int | None, inspect: Inspect = defect) ->
         CheckpointError: It is not whole.
     """
     named = read_tracker(load) if iteration is None else str(iteration)
-    found = _amiss(load, named, inspect) if named else None
+    found = _problem_of_named(load, named, inspect) if named else None
     if found is not None:
-        found_whole = (saved for saved in saved_in(load) if defect(saved.folder) is None)
+        found_whole = (saved for saved in saved_in(load) if problem_of(saved.folder) is None)
         whole = ", ".join(str(saved.iteration) for saved in found_whole)
         raise CheckpointError(
             f"{found}; whole checkpoints in {load} are of iterations: {whole or 'none'}"
@@ -200,12 +200,12 @@ def make_room(folder: Path) -> None:
     too. Links at the names that Megatron writes are removed: it would write through them.
     """
     for link in (folder.parent / TRACKER, folder):
-        if link.is_symlink() and defect(link) is not None:
+        if link.is_symlink() and problem_of(link) is not None:
             link.unlink()
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     aside = folder.with_name(folder.name + _ASIDE)
-    if defect(folder) is None:
+    if problem_of(folder) is None:
         remove_checkpoint(aside)
         folder.rename(aside)
     else:
@@ -242,7 +242,7 @@ def prune(
             yield saved.folder
 
 
-def set_aside_in(save: Path) -> list[Path]:
+def backups_in(save: Path) -> list[Path]:
     """Return the checkpoints that `make_room` has set aside and nobody has removed or put back."""
     return [aside for aside in save.glob(f"iter_*{_ASIDE}") if aside.is_dir()]
 
@@ -287,7 +287,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}; correct it or remove it") from error
 
 
-def _amiss(load: Path, named: str, inspect: Inspect) -> str | None:
+def _problem_of_named(load: Path, named: str, inspect: Inspect) -> str | None:
     """Return the fault of the checkpoint that a tracker file names, or None."""
     tracker = load / TRACKER
     if not named:
@@ -301,11 +301,11 @@ def _number(named: str) -> int:
     return -1 if named == RELEASE else int(named)
 
 
-def put_back(load: Path) -> None:
+def restore_backup(load: Path) -> None:
     """Restore a checkpoint whose replacement was not completed, because the save died or found no space."""
-    for aside in set_aside_in(load):
+    for aside in backups_in(load):
         folder = aside.with_name(aside.name.removesuffix(_ASIDE))
-        if defect(folder) is None:
+        if problem_of(folder) is None:
             remove_checkpoint(aside)
         else:
             remove_checkpoint(folder)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import megatron_profit
+from megatron_profit.objectives import RENAMED_NORMALIZATIONS, RENAMED_OPTIONS
 
 Settings = Mapping[str, Any]
 
@@ -103,7 +104,7 @@ class RunRecord:
                 raise ValueError(
                     f"{name} in the record of a run must be an object, found {type(part).__name__}"
                 )
-        return cls(**parts)
+        return cls(**{**parts, "objective": _renamed(parts["objective"])})
 
     def differences(self, saved: RunRecord) -> tuple[Difference, ...]:
         """Return the settings that both records have and that differ, in the order of the parts.
@@ -115,6 +116,17 @@ class RunRecord:
             key for key in now if key in then and then[key] != now[key] and key[1] != "sources"
         ]
         return tuple(Difference(*key, then[key], now[key]) for key in changed)
+
+
+def _renamed(objective: Settings) -> Settings:
+    """Return the record of an objective with the names of today."""
+    found = dict(objective)
+    if isinstance(options := objective.get("options"), Mapping):
+        found["options"] = {RENAMED_OPTIONS.get(name, name): options[name] for name in options}
+    if "normalization" in objective:
+        divisor = objective["normalization"]
+        found["normalization"] = RENAMED_NORMALIZATIONS.get(str(divisor), divisor)
+    return found
 
 
 def _flat(parts: Mapping[str, Settings]) -> Iterator[tuple[tuple[str, str], Any]]:

@@ -13,10 +13,10 @@ from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 from megatron_profit.megatron_patches.loggers import has_curves
 from megatron_profit.training.checkpoints.folder import (
     CheckpointError,
+    backups_in,
     remove_checkpoint,
     same_folder,
     saved_in,
-    set_aside_in,
 )
 from megatron_profit.training.monitoring.metrics_file import SUPERSEDED
 from megatron_profit.training.process.console import warn_rank_0
@@ -107,7 +107,7 @@ def clear_save_folder(save: Path) -> list[Path]:
     removed = [save / name for name in _FILES if (save / name).is_file()]
     for file in removed:
         file.unlink()
-    for folder in (*_own(save), *set_aside_in(save)):
+    for folder in (*_own(save), *backups_in(save)):
         remove_checkpoint(folder)
         removed.append(folder)
     return removed

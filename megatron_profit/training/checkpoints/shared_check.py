@@ -23,7 +23,7 @@ from checkpoint_conversion.engine.workers import worker_count
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import duration, human
 from checkpoint_conversion.torch_dist.integrity import check_content, check_present, size_of
-from megatron_profit.training.checkpoints.folder import CheckpointError, Inspect, defect
+from megatron_profit.training.checkpoints.folder import CheckpointError, Inspect, problem_of
 from megatron_profit.training.process.console import print_rank_0
 
 # Seconds that a network file system may take to show a machine the files of another one.
@@ -51,7 +51,7 @@ def shared_check(store: Callable[[], Store], *, skip: bool) -> Iterator[Inspect 
     check = _SharedCheck(store, rank, 1 if skip else ranks)
     if rank > 0 and not skip:
         check.help()
-    yield (defect if skip else check.inspect) if rank == 0 else None
+    yield (problem_of if skip else check.inspect) if rank == 0 else None
     if rank == 0:
         check.dismiss()
 
@@ -69,7 +69,7 @@ class _SharedCheck:
         Raises:
             CheckpointError: Another machine does not see the same files.
         """
-        found = defect(folder)
+        found = problem_of(folder)
         if found is not None:
             return found
         start, nbytes = time.monotonic(), size_of(folder)

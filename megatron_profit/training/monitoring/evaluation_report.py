@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import warn
-from megatron_profit.data import Prepared, SFTDataset
+from megatron_profit.data import SFTDataset, TokenizedData
 from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.objectives import TokenStatistics
@@ -52,7 +52,7 @@ class EvaluationReport(Callback):
 
     folder: Path
     records: Sequence[int]
-    prepared: Prepared
+    prepared: TokenizedData
     tokenizer: PreTrainedTokenizerBase
     objective: str
     _collected: list[torch.Tensor] = field(default_factory=list, repr=False)
@@ -62,7 +62,7 @@ class EvaluationReport(Callback):
     def before_training(self, iteration: int) -> None:
         """Set aside the pages of later steps, which an earlier process or another run has written."""
         if is_first_rank():
-            self._endure(lambda: _set_aside(self.folder, iteration))
+            self._endure(lambda: _back_up(self.folder, iteration))
 
     def _endure(self, write: Callable[[], None]) -> None:
         """Call `write`, and report only its first failure: a report must never end the run."""
@@ -103,7 +103,7 @@ class EvaluationReport(Callback):
         statistics = loss.statistics
         record, position = (
             statistics.rows.take(index.transpose(0, 1).flatten())
-            for index in (batch.record_index, batch.position_ids)
+            for index in (batch.example_index, batch.position_ids)
         )
         here = torch.isin(record, torch.tensor(self.records, device=record.device))
         tokens = statistics.tokens
@@ -156,7 +156,7 @@ class _Watched:
         return result
 
 
-def _set_aside(folder: Path, step: int) -> None:
+def _back_up(folder: Path, step: int) -> None:
     pages = ((file, file.stem.removeprefix("step_")) for file in folder.glob("step_*.html"))
     later = [file for file, number in pages if number.isdecimal() and int(number) > step]
     if later:
@@ -172,7 +172,7 @@ def first_records(dataset: SFTDataset, count: int, evaluated_rows: int) -> tuple
     rows = min(dataset.order.rows_until(1), evaluated_rows)
     dataset = dataset.with_samples(rows)
     for row in range(rows):
-        found |= dict.fromkeys(i for i in dataset[row]["record_index"].tolist() if i >= 0)
+        found |= dict.fromkeys(i for i in dataset[row]["example_index"].tolist() if i >= 0)
         if len(found) >= count:
             break
     return tuple(sorted(list(found)[:count]))

@@ -16,10 +16,10 @@ from megatron_profit.data import (
     DataError,
     DataOptions,
     PackingReport,
-    Prepared,
     SFTDataset,
+    TokenizedData,
+    build_sets,
     load_tokenizer,
-    prepare_sets,
 )
 from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
@@ -42,8 +42,8 @@ class SFTData:
     train: SFTDataset
     valid: SFTDataset | None
     supervised_share: float
-    train_prepared: Prepared
-    valid_prepared: Prepared | None = None
+    train_prepared: TokenizedData
+    valid_prepared: TokenizedData | None = None
     digest: str = ""
 
     @property
@@ -88,7 +88,7 @@ def _train_rows(args: Namespace, counted: int) -> int:
     return max(counted, args.consumed_train_samples + left * args.global_batch_size)
 
 
-def prepare_data(settings: RunSettings, options: DataOptions) -> SFTData:
+def build_datasets(settings: RunSettings, options: DataOptions) -> SFTData:
     """Map the prepared examples of the run, and report the records that were left out.
 
     The first process of a machine prepares data that are not in the cache. The others wait for its files.
@@ -103,7 +103,7 @@ def prepare_data(settings: RunSettings, options: DataOptions) -> SFTData:
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if leader:
         _check_tokenizer(settings.hf_model, settings.values["vocab_size"])
-    sets = prepare_sets(
+    sets = build_sets(
         options,
         settings.hf_model,
         epochs=settings.values["epochs"],
@@ -142,7 +142,7 @@ def _tell_of_steps(rows: PackingReport, batch_size: int) -> None:
         )
 
 
-def _digest(prepared: Prepared, options: DataOptions) -> str:
+def _digest(prepared: TokenizedData, options: DataOptions) -> str:
     """Return a hash of the records in each row of the training data, and of the tokens trained in them."""
     form = (options.seed, options.packing, options.preparation, options.valid_split)
     weights = [(source.weight, source.num_samples) for source in options.train]

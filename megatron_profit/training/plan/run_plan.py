@@ -10,14 +10,14 @@ from megatron_profit.training.arguments.disk import RunFiles, open_files
 from megatron_profit.training.checkpoints.choose import (
     CheckpointFlags,
     Resumed,
-    settle_checkpoints,
+    choose_checkpoints,
 )
 from megatron_profit.training.checkpoints.run_record import RunRecord
 from megatron_profit.training.checkpoints.save_folder import tell_of_other_curves
 from megatron_profit.training.checkpoints.save_lock import hold_new
 from megatron_profit.training.checkpoints.size import check_space_at_start
 from megatron_profit.training.plan.compare import check_length, check_resume
-from megatron_profit.training.plan.datasets import SFTData, prepare_data
+from megatron_profit.training.plan.datasets import SFTData, build_datasets
 from megatron_profit.training.plan.this_run import describe_run
 from megatron_profit.training.plan.wandb_run import resume_wandb_run
 from megatron_profit.training.process.console import print_rank_0
@@ -62,9 +62,9 @@ def open_run(settings: RunSettings) -> RunPlan:
         ArgumentsError, CheckpointError, ConversionError, DataError: As `plan_run`.
     """
     flags = CheckpointFlags.of(settings.values)
-    resumed = settle_checkpoints(flags, settings.check_checkpoint)
+    resumed = choose_checkpoints(flags, settings.check_checkpoint)
     files = open_files(settings)
-    data = prepare_data(settings, files.data)
+    data = build_datasets(settings, files.data)
     settings = settings.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
     files = files.with_turn_end(settings, data.turn_end, print_rank_0)
     record = RunRecord()

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.data import DataOptions, Prepared, Source
+from megatron_profit.data import DataOptions, DataSource, TokenizedData
 from megatron_profit.data.store.cache import tokenizer_files
 from megatron_profit.objectives import Objective, ScheduledObjective
 from megatron_profit.training.arguments.derive import RunSettings, recorded_names
@@ -106,7 +106,7 @@ def _statistics(settings: RunSettings, files: RunFiles) -> dict[str, Any]:
     return found
 
 
-def _content(prepared: Prepared, sources: Iterable[Source]) -> dict[str, Any]:
+def _content(prepared: TokenizedData, sources: Iterable[DataSource]) -> dict[str, Any]:
     """Return a summary of the examples' tokens and of how many are trained."""
     return {
         "digest": digest_of_arrays(prepared.digests, prepared.labels, prepared.sources),

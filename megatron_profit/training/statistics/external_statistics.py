@@ -23,7 +23,7 @@ from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import MicroBatchLoss, ObjectiveLoss
 
 if TYPE_CHECKING:
-    from megatron_profit.training.statistics.score_pass import ScorePass
+    from megatron_profit.training.statistics.lookahead_pass import LookaheadPass
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RunParts:
     Attributes:
         args: Megatron's arguments.
         loss: The loss of the run; `loss.objective.final` has the options of the objective.
-        score_pass: Computes statistics of rows before they are trained.
+        lookahead_pass: Computes statistics of rows before they are trained.
         datasets: Rows of the data by name, "train" and "valid".
         data_digest: Digest of the training data.
         reference: The reference model and the folder of its log-probabilities, if it is needed.
@@ -41,7 +41,7 @@ class RunParts:
 
     args: Namespace
     loss: ObjectiveLoss
-    score_pass: ScorePass
+    lookahead_pass: LookaheadPass
     datasets: Mapping[str, SFTDataset]
     data_digest: str
     reference: tuple[HFModel, Path] | None
@@ -110,4 +110,4 @@ class ExternalStatistics:
         data = "train" if torch.is_grad_enabled() else "valid"
         names = self.loss.current_objective.required_statistics
         external = statistics_of(self.providers, names, batch, data)
-        return self.loss.micro_batch(batch.sample_index, batch.position_ids, external)
+        return self.loss.micro_batch(batch.draw_index, batch.position_ids, external)

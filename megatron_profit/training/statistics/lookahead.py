@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.objectives import Objective, TokenStatistics
 from megatron_profit.training.statistics.external_statistics import StatisticProvider
-from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, data_group, keys_of
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
@@ -27,11 +27,11 @@ class Lookahead(StatisticProvider):
     Args:
         statistic: The statistic.
         loss: The loss of the run; a warm-up of plain SFT in it looks at none.
-        score_pass: Sees the rows of the run.
+        lookahead_pass: Sees the rows of the run.
     """
 
-    def __init__(self, statistic: str, loss: ObjectiveLoss, score_pass: ScorePass) -> None:
-        self.statistic, self._loss, self._score_pass = statistic, loss, score_pass
+    def __init__(self, statistic: str, loss: ObjectiveLoss, lookahead_pass: LookaheadPass) -> None:
+        self.statistic, self._loss, self._score_pass = statistic, loss, lookahead_pass
         self._tables: dict[str, TokenTable | None] = {}
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:

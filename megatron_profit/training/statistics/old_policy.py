@@ -26,7 +26,7 @@ from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.process.console import print_rank_0
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
-from megatron_profit.training.statistics.score_pass import ScorePass, data_group, keys_of
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, data_group, keys_of
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
 
@@ -63,7 +63,7 @@ class OldPolicy(StatisticProvider):
     """Gives `old_log_prob`, and refreshes it every `steps` optimizer steps.
 
     Args:
-        score_pass: Sees the rows of the run.
+        lookahead_pass: Sees the rows of the run.
         steps: Optimizer steps of an outer batch.
         first: The iteration at which the first outer batch begins, after a warm-up of plain SFT.
         data: Digest of the training data; a run with other data cannot continue an outer batch.
@@ -83,10 +83,12 @@ class OldPolicy(StatisticProvider):
     def from_run(cls, run: RunParts) -> OldPolicy:
         """Return the old policy of a run."""
         steps, first = run.args.psft_steps_per_refresh, run.args.objective_warmup_steps
-        return cls(run.score_pass, steps, first, run.data_digest)
+        return cls(run.lookahead_pass, steps, first, run.data_digest)
 
-    def __init__(self, score_pass: ScorePass, steps: int, first: int = 0, data: str = "") -> None:
-        self._score_pass, self._steps, self._first = score_pass, steps, first
+    def __init__(
+        self, lookahead_pass: LookaheadPass, steps: int, first: int = 0, data: str = ""
+    ) -> None:
+        self._score_pass, self._steps, self._first = lookahead_pass, steps, first
         self._data = data
         self._table: TokenTable | None = None
         # Whether the table holds the tokens of all ranks, as one read from a checkpoint does.

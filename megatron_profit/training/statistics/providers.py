@@ -76,14 +76,14 @@ def _provider_class(objective: Objective, statistic: str) -> type[StatisticProvi
 
 
 def check_providers(
-    objective: Objective, settings: Mapping[str, Any], explicit: Mapping[str, Any]
+    objective: Objective, settings: Mapping[str, Any], from_command_line: Mapping[str, Any]
 ) -> None:
     """Check the arguments of the providers, and refuse the ones that no provider of the run reads.
 
     Args:
         objective: The objective of the run.
         settings: All arguments by name.
-        explicit: The arguments that were given.
+        from_command_line: The arguments that were given.
 
     Raises:
         ArgumentsError: Names the flag and what to do, or a statistic without a provider.
@@ -94,7 +94,7 @@ def check_providers(
             provider.check(settings)
             continue
         for name, whose in provider.flags.items():
-            if name in explicit:
+            if name in from_command_line:
                 raise ArgumentsError(
                     f"{flag_of(name)} is for {whose}, not for --objective {settings['objective']} with these "
                     "options; drop it"
@@ -105,5 +105,7 @@ def make_providers(run: RunParts) -> tuple[StatisticProvider, ...]:
     """Return the providers of a run; the ones that a look-ahead may need come first."""
     objective = run.loss.objective
     providers = [provider.from_run(run) for provider in provider_classes(objective).values()]
-    run.score_pass.providers.extend(providers)
-    return *providers, *(Lookahead(name, run.loss, run.score_pass) for name in objective.lookahead)
+    run.lookahead_pass.providers.extend(providers)
+    return *providers, *(
+        Lookahead(name, run.loss, run.lookahead_pass) for name in objective.lookahead
+    )

@@ -37,7 +37,7 @@ from megatron_profit.training.checkpoints.hf_weights import load
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.ranks import from_first_rank
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
-from megatron_profit.training.statistics.score_pass import Rows, data_group, score_rows
+from megatron_profit.training.statistics.lookahead_pass import RowRange, data_group, score_rows
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
@@ -153,7 +153,7 @@ class ReferenceModel(StatisticProvider):
         for start in range(0, stop, stride * _MICRO_BATCHES):
             print_rank_0(f"> reference log-probabilities: {name} row {start:,} of {stop:,}")
             end = min(start + stride * _MICRO_BATCHES, stop)
-            part = Rows(rows, start, end, args.micro_batch_size)
+            part = RowRange(rows, start, end, args.micro_batch_size)
             wanted = frozenset({"log_prob"})
             table = score_rows(context, part, wanted, self._loss, lambda b: _places(b, examples))
             if table is None:
@@ -169,7 +169,7 @@ class ReferenceModel(StatisticProvider):
 def _places(batch: Batch, examples: Examples) -> Tensor:
     """Return [B, S] int64, the place of each token's target among the ids of the examples."""
     offsets = torch.from_numpy(examples.offsets).to(batch.labels.device)
-    return offsets[batch.record_index.clamp(min=0)] + batch.position_ids + 1
+    return offsets[batch.example_index.clamp(min=0)] + batch.position_ids + 1
 
 
 def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:

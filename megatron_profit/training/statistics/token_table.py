@@ -18,16 +18,16 @@ from torch import Tensor
 _POSITION_BITS = 32
 
 
-def token_keys(sample_index: Tensor, position: Tensor) -> Tensor:
+def token_keys(draw_index: Tensor, position: Tensor) -> Tensor:
     """Return one int64 for each token, ordered by sample, then by position.
 
     For example, sample 3 and position 7 give 3 * 2^32 + 7.
 
     Args:
-        sample_index: int64 in [0, 2^31), of any shape.
+        draw_index: int64 in [0, 2^31), of any shape.
         position: int64 in [0, 2^32), of a shape that broadcasts.
     """
-    return (sample_index << _POSITION_BITS) | position
+    return (draw_index << _POSITION_BITS) | position
 
 
 @dataclass(frozen=True, eq=False)

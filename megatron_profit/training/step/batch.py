@@ -23,8 +23,8 @@ class Batch:
         tokens: Token ids.
         labels: The next token where it is supervised, else -100.
         position_ids: Position in the segment; 0 where one begins.
-        record_index: The example that a token belongs to, -1 in padding.
-        sample_index: Distinct for each time that an example is drawn, -1 in padding.
+        example_index: The example that a token belongs to, -1 in padding.
+        draw_index: Distinct for each time that an example is drawn, -1 in padding.
         spans: Places of the records in the whole rows; None where attention does not need them.
         records: [records] int64 on the CPU, the example of each record of the whole rows, in order.
         cu_seqlens: [records + 1] int64 on the CPU, tokens of the records so far.
@@ -33,8 +33,8 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
-    record_index: torch.Tensor
-    sample_index: torch.Tensor
+    example_index: torch.Tensor
+    draw_index: torch.Tensor
     spans: RecordSpans | None
     records: torch.Tensor
     cu_seqlens: torch.Tensor
@@ -65,12 +65,14 @@ def get_batch(
     # Found on the CPU, where the data are: a GPU would have to be waited for.
     bounds, shape = record_bounds(whole["position_ids"]), tuple(whole["tokens"].shape)
     spans = RecordSpans.of(bounds, shape, part["tokens"].device, *cp) if isolate else None
-    records, cu_seqlens = _records(bounds, whole["record_index"])
+    records, cu_seqlens = _records(bounds, whole["example_index"])
     return Batch(**part, spans=spans, records=records, cu_seqlens=cu_seqlens)
 
 
-def _records(bounds: torch.Tensor, record_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _records(
+    bounds: torch.Tensor, example_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `Batch.records` and `Batch.cu_seqlens` of rows [B, S], without the padding."""
-    records = record_index.flatten()[bounds[:-1]]
+    records = example_index.flatten()[bounds[:-1]]
     lengths = bounds.diff()[records >= 0]
     return records[records >= 0], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -53,7 +53,7 @@ def check_experts(settings: Mapping[str, Any], normalization: str, world_size: i
 
     Args:
         settings: All arguments by name.
-        normalization: The divisor of the objective's loss, "valid" or "kept".
+        normalization: The divisor of the objective's loss, "supervised" or "kept".
         world_size: Number of processes.
 
     Raises:
@@ -108,15 +108,15 @@ def _check_balancing(settings: Mapping[str, Any], normalization: str) -> None:
         raise ArgumentsError(
             f"--moe-aux-loss-coeff {coefficients[0]}: where the loss is divided by the kept tokens, the "
             "objective would decide how strongly the router is balanced; use --objective-normalization "
-            "valid, or --moe-aux-loss-coeff 0"
+            "supervised, or --moe-aux-loss-coeff 0"
         )
 
 
-def router_padding(record_index: torch.Tensor, model: GPTModel) -> torch.Tensor | None:
+def router_padding(example_index: torch.Tensor, model: GPTModel) -> torch.Tensor | None:
     """Return Megatron's `padding_mask`: the tokens that the router's auxiliary losses leave out.
 
     Args:
-        record_index: [B, L], negative in padding; with context parallelism the rank's part of the rows.
+        example_index: [B, L], negative in padding; with context parallelism the rank's part of the rows.
         model: The pipeline stage.
 
     Returns:
@@ -125,7 +125,7 @@ def router_padding(record_index: torch.Tensor, model: GPTModel) -> torch.Tensor 
     """
     if model.config.num_moe_experts is None:
         return None
-    padding_BL = record_index < 0
+    padding_BL = example_index < 0
     if mpu.get_context_parallel_rank() == 0:
         # Only a row without a record begins with padding. Megatron would divide by its 0 tokens. The
         # other ranks' parts may begin anywhere in the row.

@@ -54,7 +54,7 @@ def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
             None,
             labels=batch.labels,
             packed_seq_params=batch.spans,
-            padding_mask=router_padding(batch.record_index, gpt),
+            padding_mask=router_padding(batch.example_index, gpt),
             **loss.model_kwargs,
         )
         return output, loss.loss_func

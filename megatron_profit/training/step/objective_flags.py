@@ -10,6 +10,8 @@ from typing import Any
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.objectives import (
     NORMALIZATIONS,
+    RENAMED_NORMALIZATIONS,
+    RENAMED_OPTIONS,
     SCHEDULE_SHAPES,
     Objective,
     OptionSchedule,
@@ -53,8 +55,9 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--objective-normalization",
+        type=lambda name: RENAMED_NORMALIZATIONS.get(name, name),
         choices=NORMALIZATIONS,
-        help="Divide the summed loss by all supervised tokens of the global batch (valid) or by those "
+        help="Divide the summed loss by the supervised tokens of the global batch (supervised) or by those "
         "that the objective keeps (kept); by default as the objective's source does.",
     )
     group.add_argument(
@@ -110,7 +113,8 @@ def add_option_flags(group: argparse._ArgumentGroup) -> None:
     """
     try:
         for name, owners in _options_by_name().items():
-            group.add_argument(flag_of(name), **_flag_keywords(owners))
+            earlier = [flag_of(old) for old, new in RENAMED_OPTIONS.items() if new == name]
+            group.add_argument(flag_of(name), *earlier, dest=name, **_flag_keywords(owners))
     except ValueError as error:
         raise ArgumentsError(f"--objective: {error}") from error
 
@@ -171,7 +175,10 @@ def check_steps(objective: Objective, steps: int) -> None:
 
 def _build(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Objective:
     objective = build_objective(settings["objective"], **options)
-    schedules = tuple(OptionSchedule(*given) for given in settings["objective_schedule"] or ())
+    schedules = tuple(
+        OptionSchedule(RENAMED_OPTIONS.get(option, option), *shape)
+        for option, *shape in settings["objective_schedule"] or ()
+    )
     warmup = settings["objective_warmup_steps"]
     if not schedules and not warmup:
         return objective

@@ -27,7 +27,7 @@ from megatron_profit.objectives import (
     token_uniform,
 )
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
-from megatron_profit.training.step.kept_share import KeptShareMonitor
+from megatron_profit.training.step.kept_fraction import KeptFractionMonitor
 from megatron_profit.training.step.kernel_flags import (
     BACKWARDS,
     IMPLEMENTATIONS,
@@ -56,7 +56,7 @@ class ObjectiveLoss:
 
     Attributes:
         objective: From `megatron_profit.objectives.build_objective`, or a `ScheduledObjective`.
-        normalization: "valid" divides the summed loss by the supervised tokens of the global batch,
+        normalization: "supervised" divides the summed loss by the supervised tokens of the global batch,
             "kept" by the tokens whose weight is not zero; None follows the objective's source.
         vocab_size: Size of the vocabulary without Megatron's padding; None when it is not padded.
         seed: For objectives that select at random.
@@ -79,7 +79,7 @@ class ObjectiveLoss:
     prob_quantiles: ProbQuantiles | None = None
     implementation: str = "auto"
     backward: Backward = "auto"
-    monitor: KeptShareMonitor = field(default_factory=KeptShareMonitor, repr=False)
+    monitor: KeptFractionMonitor = field(default_factory=KeptFractionMonitor, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -100,16 +100,16 @@ class ObjectiveLoss:
 
     def micro_batch(
         self,
-        sample_index: torch.Tensor | None = None,
+        draw_index: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         external: Mapping[str, torch.Tensor] | None = None,
     ) -> MicroBatchLoss:
         """Begin a micro-batch.
 
         Args:
-            sample_index: [B, S] int64, distinct for each time that an example is drawn; only objectives
+            draw_index: [B, S] int64, distinct for each time that an example is drawn; only objectives
                 that select at random need it.
-            position_ids: [B, S] int64, position in the example; needed with `sample_index`.
+            position_ids: [B, S] int64, position in the example; needed with `draw_index`.
             external: [B, S] each, statistics that the objective needs and only the caller can know.
 
         Raises:
@@ -120,7 +120,7 @@ class ObjectiveLoss:
                 "the objective needs --calculate-per-token-loss: without it Megatron averages over "
                 "micro-batches, and a token's weight would depend on which one it is in"
             )
-        return MicroBatchLoss(self, sample_index, position_ids, external or {})
+        return MicroBatchLoss(self, draw_index, position_ids, external or {})
 
 
 class MicroBatchLoss:
@@ -129,13 +129,13 @@ class MicroBatchLoss:
     def __init__(
         self,
         loss: ObjectiveLoss,
-        sample_index: torch.Tensor | None,
+        draw_index: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         external: Mapping[str, torch.Tensor],
     ) -> None:
         self._loss = loss
         self._objective = loss.current_objective
-        self._sample_index, self._position_ids = sample_index, position_ids
+        self._sample_index, self._position_ids = draw_index, position_ids
         self._external = external
         self._statistics: LinearObjectiveStatistics | None = None
 
@@ -219,7 +219,7 @@ class MicroBatchLoss:
         if torch.is_grad_enabled() and mpu.get_tensor_model_parallel_rank() == 0:
             self._loss.monitor.add(num_kept, num_supervised)
         normalization = self._loss.normalization or self._objective.normalization
-        num_tokens = num_supervised if normalization == "valid" else num_kept
+        num_tokens = num_supervised if normalization == "supervised" else num_kept
         _validate(loss, num_tokens)
         report = as_pairs({"objective": (loss, num_tokens), **sums})
         report["supervised tokens"] = share_of_total(num_supervised, _parts_of_step())

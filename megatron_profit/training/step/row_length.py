@@ -86,7 +86,7 @@ def cut_rows(rows: Mapping[str, Tensor], multiple: int) -> dict[str, Tensor]:
     Returns:
         The tensors as [B, L]. L is a multiple of `multiple`, or S where that is less.
     """
-    used = (rows["record_index"] >= 0).any(0).nonzero()
+    used = (rows["example_index"] >= 0).any(0).nonzero()
     longest = int(used[-1]) + 1 if len(used) else 1
-    length = min(math.ceil(longest / multiple) * multiple, rows["record_index"].size(1))
+    length = min(math.ceil(longest / multiple) * multiple, rows["example_index"].size(1))
     return {name: values[:, :length].contiguous() for name, values in rows.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_profit.data import DataError, Preparation, Source, Training
+from megatron_profit.data import DataError, DataSource, Preparation, SupervisionPolicy
 from megatron_profit.data.files import records
 from megatron_profit.data.store import cache, tasks
 from megatron_profit.data.store.checksums import machine_name
@@ -28,7 +28,7 @@ def tokenizer(small_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def sources(write_lines):
-    return [Source(str(write_lines([*ROWS, {"messages": []}])))]
+    return [DataSource(str(write_lines([*ROWS, {"messages": []}])))]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def prepared(tokenizer, sources, tmp_path):
 
     def run(sources=sources, preparation=None, folder=tmp_path / "cache", **options):
         preparation = preparation or Preparation(64)
-        return cache.prepare(sources, tokenizer, preparation, folder, **options)
+        return cache.load_or_build(sources, tokenizer, preparation, folder, **options)
 
     return run
 
@@ -74,7 +74,7 @@ def test_records_are_named_by_the_file_of_a_folder_and_the_line(prepared, write_
     write_lines([{"messages": []}, *ROWS[:2]], "data/a.jsonl")
     write_lines(ROWS[:1], "data/b.jsonl")
     alone = write_lines(ROWS[:1], "alone.jsonl")
-    found = prepared([Source(str(tmp_path / "data")), Source(str(alone))])
+    found = prepared([DataSource(str(tmp_path / "data")), DataSource(str(alone))])
     assert [found.name(i) for i in range(4)] == [
         "a.jsonl:2",
         "a.jsonl:3",
@@ -85,7 +85,7 @@ def test_records_are_named_by_the_file_of_a_folder_and_the_line(prepared, write_
     (tmp_path / "data").rename(tmp_path / "moved")
     (tmp_path / "moved" / "b.jsonl").rename(tmp_path / "b.jsonl")
     write_lines(ROWS[:1], "moved/b.jsonl")
-    twice = prepared([Source(str(tmp_path / "moved")), Source(str(tmp_path / "b.jsonl"))])
+    twice = prepared([DataSource(str(tmp_path / "moved")), DataSource(str(tmp_path / "b.jsonl"))])
     same_name = [twice.name(i) for i in (2, 3)]
     assert same_name == ["moved/b.jsonl:1", f"{tmp_path.name}/b.jsonl:1"]
 
@@ -97,7 +97,7 @@ def test_a_folder_of_which_one_split_is_read_is_told_each_time(prepared, write_l
     write_lines(ROWS, "data/test.jsonl")
     for _ in range(2):
         told = []
-        found = prepared([Source(str(folder))], progress=told.append)
+        found = prepared([DataSource(str(folder))], progress=told.append)
         assert found.report.read == 2
         assert told[0] == f"{folder}: only the split train is read, not ['test.jsonl']"
 
@@ -109,8 +109,8 @@ def test_whatever_changes_the_result_is_prepared_anew(prepared, sources, tokeniz
         [
             {"preparation": Preparation(32)},
             {"preparation": Preparation(64, "drop")},
-            {"preparation": Preparation(64, training=Training("last"))},
-            {"preparation": Preparation(64, training=Training(think=False))},
+            {"preparation": Preparation(64, training=SupervisionPolicy("last"))},
+            {"preparation": Preparation(64, training=SupervisionPolicy(think=False))},
             {"sources": [*sources, *sources]},
         ],
         start=2,
@@ -150,7 +150,7 @@ def test_deep_records_are_left_out_however_many_processes_there_are(
     prepared, write_lines, tmp_path
 ):
     deep = [functools.reduce(lambda inner, _: {"x": inner}, range(n), ROWS[0]) for n in (198, 900)]
-    sources = [Source(str(write_lines([ROWS[0], *({**ROWS[1], "x": x} for x in deep)])))]
+    sources = [DataSource(str(write_lines([ROWS[0], *({**ROWS[1], "x": x} for x in deep)])))]
     for workers in (1, 2):
         report = prepared(sources, folder=tmp_path / str(workers), workers=workers).report
         assert report.kept == 2
@@ -167,7 +167,7 @@ def _prepare_and_count(log, arguments, barrier):
 
     cache._fill = counting
     barrier.wait()
-    kept = cache.prepare(*arguments).report.kept
+    kept = cache.load_or_build(*arguments).report.kept
     with log.open("a") as file:
         file.write(f"{kept}\n")
 
@@ -294,11 +294,11 @@ def test_the_tokenizers_other_templates_and_our_code_count(
     prepared()
     copy = tmp_path / "tokenizer"
     shutil.copytree(tokenizer, copy)
-    cache.prepare(sources, copy, Preparation(64), tmp_path / "cache")
+    cache.load_or_build(sources, copy, Preparation(64), tmp_path / "cache")
     assert len(folders(tmp_path)) == 1
     (copy / "additional_chat_templates").mkdir()
     (copy / "additional_chat_templates" / "tool_use.jinja").write_text("x")
-    cache.prepare(sources, copy, Preparation(64), tmp_path / "cache")
+    cache.load_or_build(sources, copy, Preparation(64), tmp_path / "cache")
     assert len(folders(tmp_path)) == 2
     monkeypatch.setattr(cache, "_code", lambda: "another version")
     prepared()
@@ -312,13 +312,13 @@ def test_the_same_files_under_another_path_are_not_prepared_again(
     (tmp_path / "mount").mkdir()
     other = tmp_path / "mount" / "data.jsonl"
     shutil.copy(sources[0].path, other)
-    moved = prepared([Source(str(other))])
+    moved = prepared([DataSource(str(other))])
     assert len(folders(tmp_path)) == 1
     (there,), (here,) = (list(found.report.skipped.values()) for found in (first, moved))
     assert there.places == [f"{sources[0].path}, line 401"]
     assert here.places == [f"{other}, line 401"]
     monkeypatch.chdir(tmp_path)
-    relative = prepared([Source("data.jsonl")])
+    relative = prepared([DataSource("data.jsonl")])
     assert len(folders(tmp_path)) == 1
     assert next(iter(relative.report.skipped.values())).places == ["data.jsonl, line 401"]
 
@@ -340,7 +340,7 @@ def test_a_data_file_that_cannot_be_read_is_named(prepared, sources, monkeypatch
 def test_a_failure_leaves_nothing_behind(prepared, tmp_path, write_lines):
     broken = write_lines([{"messages": []}] * 3, "broken.jsonl")
     with pytest.raises(DataError, match="no record can be used"):
-        prepared([Source(str(broken))])
+        prepared([DataSource(str(broken))])
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["files"]
 
 

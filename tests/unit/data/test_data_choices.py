@@ -13,11 +13,11 @@ from megatron_profit.data import (
     BrokenRecord,
     ChatRenderer,
     DataOptions,
+    DataReport,
+    DataSource,
     Preparation,
-    PreparationReport,
-    Source,
-    Training,
-    prepare_sets,
+    SupervisionPolicy,
+    build_sets,
 )
 from megatron_profit.data.chat import thoughts
 from megatron_profit.data.store.prepare import TOO_LONG
@@ -32,10 +32,10 @@ TALK = (
 
 @pytest.fixture(scope="module")
 def trained(small_tokenizer, conversation, supervised_texts):
-    """trained(*turns, tokenizer=small_tokenizer, **options of Training): texts."""
+    """trained(*turns, tokenizer=small_tokenizer, **options of SupervisionPolicy): texts."""
 
     def run(*turns, tokenizer=small_tokenizer, **options):
-        renderer = ChatRenderer(tokenizer, Training(**options))
+        renderer = ChatRenderer(tokenizer, SupervisionPolicy(**options))
         return supervised_texts(tokenizer, renderer.render(conversation(*turns)))
 
     return run
@@ -46,7 +46,7 @@ def test_all_turns_or_the_last(trained):
     assert trained(*TALK, turns="last") == ["sunny<|im_end|>"]
     assert trained(*TALK, ("user", "bye"), turns="last") == ["sunny<|im_end|>"]
     with pytest.raises(ValueError, match="turns is 'first'"):
-        Training("first")
+        SupervisionPolicy("first")
 
 
 def test_messages_of_weight_0_are_context(trained):
@@ -114,7 +114,7 @@ def test_the_mask_agrees_with_the_offsets_of_every_token(
     talk = conversation(
         ("user", "q"), ("assistant", answers[0]), ("user", "r"), ("assistant", answers[1])
     )
-    renderer = ChatRenderer(small_tokenizer, Training(turns, think))
+    renderer = ChatRenderer(small_tokenizer, SupervisionPolicy(turns, think))
     rendered, text = renderer.render(talk), renderer.text(talk)
     offsets = small_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [
@@ -169,7 +169,7 @@ def test_the_tool_reports_what_is_in_the_data(tool, write_lines):
     assert "⟦It is sunny.<|im_end|>⟧" in printed
     assert "tokens         50 ####" in printed or "#" * 40 in printed
     records, packed = found["train"]["records"], found["train"]["rows"]
-    assert PreparationReport.from_json(records).kept == sum(records["lengths"]) == 50
+    assert DataReport.from_json(records).kept == sum(records["lengths"]) == 50
     assert packed["examples"] == 50
     assert packed["rows"] < 50
     assert packed["efficiency"] == pytest.approx(packed["tokens"] / packed["rows"] / 64)
@@ -233,8 +233,8 @@ def test_the_first_validation_rows_are_a_sample_of_all(small_tokenizer, tmp_path
 
     def valid(seed):
         options = DataOptions(
-            train=(Source(str(file)),),
-            valid=(Source(str(file)),),
+            train=(DataSource(str(file)),),
+            valid=(DataSource(str(file)),),
             valid_split=0.0,
             preparation=Preparation(128),
             packing=True,
@@ -242,13 +242,13 @@ def test_the_first_validation_rows_are_a_sample_of_all(small_tokenizer, tmp_path
             workers=1,
             cache=tmp_path / "cache",
         )
-        found = prepare_sets(options, tmp_path / "tokenizer")["valid"]
+        found = build_sets(options, tmp_path / "tokenizer")["valid"]
         period = found.packing.rows + 3
         return found.dataset.with_samples(2 * period, period), found.packing.rows
 
     data, count = valid(seed=1)
     members = [
-        sorted(set(data[row]["record_index"].tolist()) - {-1}) for row in range(data.num_samples)
+        sorted(set(data[row]["example_index"].tolist()) - {-1}) for row in range(data.num_samples)
     ]
     assert sorted(index for row in members[:count] for index in row) == list(range(600)), (
         "each record once"
@@ -316,8 +316,8 @@ def unpacked(source, cache, valid_split=0.0):
 
 def test_more_samples_than_there_are_come_again(small_tokenizer, tmp_path, write_lines):
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    options = unpacked(Source(str(write_lines(rows(7))), num_samples=11), tmp_path / "cache")
-    order = prepare_sets(options, tmp_path / "tokenizer")["train"].dataset.order
+    options = unpacked(DataSource(str(write_lines(rows(7))), num_samples=11), tmp_path / "cache")
+    order = build_sets(options, tmp_path / "tokenizer")["train"].dataset.order
     times = np.bincount(order.first_epoch()[0], minlength=7)
     assert sorted(times) == [1, 1, 1, 2, 2, 2, 2]
 
@@ -343,12 +343,12 @@ def test_what_is_supervised_is_counted_as_it_is_drawn(tool, write_lines):
 
 def test_a_split_is_of_the_samples_that_were_asked_for(small_tokenizer, tmp_path, write_lines):
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    source = Source(str(write_lines(rows(50))), num_samples=20)
+    source = DataSource(str(write_lines(rows(50))), num_samples=20)
     options = unpacked(source, tmp_path / "cache", valid_split=0.25)
-    sets = prepare_sets(options, tmp_path / "tokenizer", epochs=1)
+    sets = build_sets(options, tmp_path / "tokenizer", epochs=1)
     shown = {
         name: {
-            int(part.dataset.with_samples(count)[row]["record_index"][0]) for row in range(count)
+            int(part.dataset.with_samples(count)[row]["example_index"][0]) for row in range(count)
         }
         for (name, part), count in zip(sets.items(), (15, 5), strict=True)
     }

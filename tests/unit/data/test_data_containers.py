@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_profit.data import DataError, Source, build_examples, normalise, read_records
+from megatron_profit.data import DataError, DataSource, build_examples, normalise, read_records
 from megatron_profit.data.files import records
 from megatron_profit.data.files.splits import VALID_SPLITS
 
@@ -85,7 +85,7 @@ def test_of_a_folder_with_splits_one_is_read(tmp_path):
     assert answers(tmp_path) == ["1", "2"]
     assert answers(tmp_path, "validation") == answers(tmp_path, "dev") == ["4", "3"]
     assert answers(tmp_path, "test") == answers(tmp_path / "Test.jsonl") == ["0"]
-    assert Source(str(tmp_path), split="test").left_out.endswith(
+    assert DataSource(str(tmp_path), split="test").left_out.endswith(
         "only the split test is read, not ['dev-0.json', 'gsm8k_train-test.jsonl', "
         "'train_1.json', 'valid.jsonl']"
     )
@@ -130,7 +130,7 @@ def split_read(source):
 def test_a_split_is_found_by_its_very_name(tmp_path, saved):
     folder = folder_of_splits(tmp_path / "chat", ULTRACHAT, saved)
     for name in ULTRACHAT:
-        source = Source(str(folder), split=name)
+        source = DataSource(str(folder), split=name)
         assert split_read(source) == name
         assert f"only the split {name} is read, not [" in source.left_out
     for asked in ("train", VALID_SPLITS):
@@ -140,9 +140,9 @@ def test_a_split_is_found_by_its_very_name(tmp_path, saved):
             match=f"'{word}' may be any of the splits {word}_gen, {word}_sft .*"
             f'dataset_info.json with "split": "{word}_gen"',
         ):
-            Source(str(folder), split=asked).files()
+            DataSource(str(folder), split=asked).files()
     with pytest.raises(DataError, match="no split 'train_rl' but test_gen, test_sft, train_gen"):
-        Source(str(folder), split="train_rl").files()
+        DataSource(str(folder), split="train_rl").files()
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,14 @@ def test_a_damaged_list_of_splits_is_named(tmp_path, text, said):
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_very_name_goes_before_a_word_in_it(tmp_path, saved):
     folder = folder_of_splits(tmp_path / "a", ("train", "train_extra", "other"), saved)
-    assert split_read(Source(str(folder))) == "train"
+    assert split_read(DataSource(str(folder))) == "train"
     folder = folder_of_splits(tmp_path / "b", ("small_train", "test_sft"), saved)
-    assert split_read(Source(str(folder))) == "small_train", "nothing else can be meant"
+    assert split_read(DataSource(str(folder))) == "small_train", "nothing else can be meant"
     folder = folder_of_splits(tmp_path / "c", ("en", "de"), saved)
-    assert split_read(Source(str(folder), split="de")) == "de"
+    assert split_read(DataSource(str(folder), split="de")) == "de"
     if saved:
         with pytest.raises(DataError, match="no split 'train' but de, en"):
-            split_read(Source(str(folder)))
+            split_read(DataSource(str(folder)))
     else:
         found = {record.value["split"] for record in read_records(folder)}
         assert found == {"de", "en"}, "no word tells that these are splits"
@@ -181,9 +181,9 @@ def test_the_very_name_goes_before_a_word_in_it(tmp_path, saved):
 def test_pieces_of_one_name_without_a_word_are_no_splits(tmp_path):
     folder = folder_of_splits(tmp_path / "a", ("data",), saved=False)
     for split in ("train", VALID_SPLITS, "data"):
-        assert split_read(Source(str(folder), split=split)) == "data"
+        assert split_read(DataSource(str(folder), split=split)) == "data"
     with pytest.raises(DataError, match="holds no splits, so that 'test' is none"):
-        Source(str(folder), split="test").files()
+        DataSource(str(folder), split="test").files()
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -199,7 +199,7 @@ def test_pieces_of_one_name_without_a_word_are_no_splits(tmp_path):
     ],
 )
 def test_validation_reads_what_is_for_it(tmp_path, names, expected, saved):
-    source = Source(str(folder_of_splits(tmp_path / "a", names, saved)), split=VALID_SPLITS)
+    source = DataSource(str(folder_of_splits(tmp_path / "a", names, saved)), split=VALID_SPLITS)
     assert split_read(source) == expected
     assert f"only the split {expected} is read, not [" in source.left_out
 
@@ -211,9 +211,9 @@ def test_validation_never_reads_what_is_for_training(tmp_path, saved):
         DataError,
         match=r"no split 'validation' or 'test' but other, train; name the file .* --valid-split",
     ):
-        Source(str(folder), split=VALID_SPLITS).files()
+        DataSource(str(folder), split=VALID_SPLITS).files()
     only = folder_of_splits(tmp_path / "b", ("test",), saved)
-    assert Source(str(only), split=VALID_SPLITS).left_out == f"{only}: the split test is read"
+    assert DataSource(str(only), split=VALID_SPLITS).left_out == f"{only}: the split test is read"
 
 
 def test_validation_reads_what_shows_no_splits_whole(tmp_path, write_lines):
@@ -222,7 +222,7 @@ def test_validation_reads_what_shows_no_splits_whole(tmp_path, write_lines):
     write_lines(ROWS, "train.jsonl")
     datasets.Dataset.from_list(ROWS, split="train").save_to_disk(tmp_path / "saved")
     for name in ("files", "train.jsonl", "saved"):
-        source = Source(str(tmp_path / name), split=VALID_SPLITS)
+        source = DataSource(str(tmp_path / name), split=VALID_SPLITS)
         (file,) = source.files()
         assert len(list(read_records(file, source.split))) == 3
         assert source.left_out == ""
@@ -233,7 +233,7 @@ def test_what_of_a_folder_is_no_data_is_told(tmp_path, write_lines):
     (file,) = tmp_path.glob("*.jsonl")
     for name in (".gitattributes", "README.txt", "card.md", "LICENSE", "dataset_info.json"):
         (tmp_path / name).write_text("{}")
-    source = Source(str(tmp_path))
+    source = DataSource(str(tmp_path))
     assert (source.files(), source.left_out) == ([file], "")
     for number in range(5):
         (tmp_path / f"{number}.csv").write_text("q,a")

@@ -7,8 +7,8 @@ import torch
 from megatron_profit.data import (
     ChatRenderer,
     DataError,
+    DataReport,
     Examples,
-    PreparationReport,
     SFTDataset,
     build_examples,
 )
@@ -66,8 +66,8 @@ def test_labels_are_the_next_supervised_tokens(renderer, write_lines):
         "tokens": (torch.int64, (64,)),
         "labels": (torch.int64, (64,)),
         "position_ids": (torch.int64, (64,)),
-        "record_index": (torch.int64, (64,)),
-        "sample_index": (torch.int64, (64,)),
+        "example_index": (torch.int64, (64,)),
+        "draw_index": (torch.int64, (64,)),
     }
     tokens, labels = row["tokens"].tolist(), row["labels"].tolist()
     for t in range(64):
@@ -108,7 +108,7 @@ def test_fields_that_nothing_reads_are_counted(renderer, write_lines):
     file = write_lines([*records, {"messages": turns[:1], "id": 30}])
     _, report = build_examples(file, renderer, 64)
     assert report.unread["id"] == report.unread["messages.stamp"] == 30
-    assert PreparationReport.from_json(report.as_json()) == report
+    assert DataReport.from_json(report.as_json()) == report
     assert "records with them: 'id' 30, 'messages.stamp' 30, 'own 0' 1, " in str(report)
     assert str(report).endswith(", 20 more")
 
@@ -169,7 +169,7 @@ def test_every_epoch_holds_every_example_once_in_another_order(numbered):
     assert all(sorted(epoch) == list(range(53)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert len(data) == 164
-    drawn = [tuple(int(data[i][key][0]) for key in ("tokens", "sample_index")) for i in range(164)]
+    drawn = [tuple(int(data[i][key][0]) for key in ("tokens", "draw_index")) for i in range(164)]
     assert drawn == [(record, i // 53 * 53 + record) for i, (record, _) in enumerate(drawn)]
 
 
@@ -200,7 +200,7 @@ def test_each_period_is_the_same(numbered, shuffle):
     data = SFTDataset(numbered(3), 4, 15, shuffle=shuffle, period=5)
     rows = [
         [
-            (int(data[i]["tokens"][0]), int(data[i]["sample_index"][0]))
+            (int(data[i]["tokens"][0]), int(data[i]["draw_index"][0]))
             for i in range(start, start + 5)
         ]
         for start in (0, 5, 10)
@@ -214,7 +214,7 @@ def test_each_period_is_the_same(numbered, shuffle):
 def test_the_data_set_works_in_a_loader_with_workers(numbered):
     data = SFTDataset(numbered(5), 4, 10)
     batches = list(torch.utils.data.DataLoader(data, batch_size=5, num_workers=1))
-    drawn = torch.cat([batch["sample_index"][:, 0] for batch in batches])
+    drawn = torch.cat([batch["draw_index"][:, 0] for batch in batches])
     assert sorted(drawn.tolist()) == list(range(10))
     assert batches[0]["tokens"].shape == (5, 4)
 

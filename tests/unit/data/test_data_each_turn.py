@@ -5,11 +5,11 @@ import pytest
 
 from megatron_profit.data import (
     ChatRenderer,
+    DataSource,
     Preparation,
-    Source,
-    Training,
+    SupervisionPolicy,
     build_examples,
-    prepare_sets,
+    build_sets,
 )
 from megatron_profit.data.options import DataOptions
 from megatron_profit.data.store import cache, prepare
@@ -30,7 +30,7 @@ def talk(*answers, key=""):
 
 @pytest.fixture(scope="module")
 def each(make_tokenizer, templates):
-    return ChatRenderer(make_tokenizer(templates.thinking), Training("each"))
+    return ChatRenderer(make_tokenizer(templates.thinking), SupervisionPolicy("each"))
 
 
 def test_each_answer_is_the_last_one_of_an_example(each, write_lines):
@@ -77,10 +77,10 @@ def folder(each, tmp_path):
 
 
 def test_answers_of_one_record_are_set_aside_together(folder, tmp_path, write_lines):
-    source = Source(str(write_lines([talk("a", "b", "c", key=str(i)) for i in range(40)])))
-    preparation = Preparation(256, training=Training("each"))
+    source = DataSource(str(write_lines([talk("a", "b", "c", key=str(i)) for i in range(40)])))
+    preparation = Preparation(256, training=SupervisionPolicy("each"))
     options = DataOptions((source,), (), 0.2, preparation, False, 1, 1, tmp_path / "cache")
-    sets = prepare_sets(options, folder, epochs=1)
+    sets = build_sets(options, folder, epochs=1)
     lines = {
         name: found.prepared.numbers[found.dataset.order.first_epoch()[0]]
         for name, found in sets.items()
@@ -92,14 +92,14 @@ def test_answers_of_one_record_are_set_aside_together(folder, tmp_path, write_li
 
 
 def test_the_choice_and_the_allowed_tokens_belong_to_the_key(folder, tmp_path, write_lines):
-    sources = [Source(str(write_lines([talk("one", "two")])))]
+    sources = [DataSource(str(write_lines([talk("one", "two")])))]
     found = {}
     for name, preparation in (
         ("all", Preparation(64)),
-        ("each", Preparation(64, training=Training("each"))),
+        ("each", Preparation(64, training=SupervisionPolicy("each"))),
         ("allowed", Preparation(64, allowed_tokens=("</s>",))),
     ):
-        found[name] = cache.prepare(sources, folder, preparation, tmp_path / "cache")
+        found[name] = cache.load_or_build(sources, folder, preparation, tmp_path / "cache")
     assert {name: len(data.examples) for name, data in found.items()} == {
         "all": 1,
         "each": 2,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_profit.data import BrokenRecord, ChatRenderer, Training
+from megatron_profit.data import BrokenRecord, ChatRenderer, SupervisionPolicy
 from megatron_profit.data.render import left_out
 from megatron_profit.data.render import renderer as render
 
@@ -41,7 +41,7 @@ def found(conversation):
     """found(tokenizer, *turns, tools=None, **training): what is counted, with how often it could be."""
 
     def render_them(tokenizer, *turns, tools=None, **training):
-        renderer = ChatRenderer(tokenizer, Training(**training))
+        renderer = ChatRenderer(tokenizer, SupervisionPolicy(**training))
         rendered = renderer.render(conversation(*turns, tools=tools))
         return {name: (f.count, f.of) for name, f in rendered.findings.items() if f.count}
 
@@ -117,7 +117,7 @@ def test_each_turn_as_the_last_one_keeps_its_reasoning(cutting, conversation, su
     thought = {"role": "assistant", "content": "Warm.", "reasoning_content": "Hm."}
     excluded = {**thought, "content": "Cold.", "weight": 0}
     talk = conversation(QUESTION, thought, QUESTION, excluded, QUESTION, thought, ("user", "Bye."))
-    renderer = ChatRenderer(cutting, Training("each"))
+    renderer = ChatRenderer(cutting, SupervisionPolicy("each"))
     examples = renderer.training.examples(talk)
     assert [len(example.messages) for example in examples] == [2, 6]
     for example in examples:
@@ -127,7 +127,7 @@ def test_each_turn_as_the_last_one_keeps_its_reasoning(cutting, conversation, su
         texts = supervised_texts(cutting, rendered)
         assert texts == ["<think>\nHm.\n</think>\n\nWarm.<|im_end|>"]
         assert not any(finding.count for finding in rendered.findings.values())
-    assert Training("all").examples(talk) == [talk]
+    assert SupervisionPolicy("all").examples(talk) == [talk]
 
 
 @pytest.mark.parametrize("turn", [CALLING, {**CALLING, "content": "I look."}])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_profit.data import BrokenRecord, Layout, RawRecord, normalise
+from megatron_profit.data import BrokenRecord, ColumnMapping, RawRecord, normalise
 from megatron_profit.data.chat import masks
 
 QUESTION = {"role": "user", "content": "1 + 1?"}
@@ -146,7 +146,7 @@ def test_a_whole_record_may_be_excluded(record):
 
 
 def test_a_column_that_is_named_for_something_else_is_no_mask():
-    layout = Layout.of_columns(["prompt=train", "response=loss"])
+    layout = ColumnMapping.of_columns(["prompt=train", "response=loss"])
     assert len(read({"train": "0", "loss": "0"}, layout).messages) == 2
     with pytest.raises(BrokenRecord):
         read({"train": "0", "loss": "0", "weight": 0}, layout)

@@ -62,12 +62,12 @@ def test_a_row_holds_each_record_whole_and_alone(case, pad_multiple):
         for begin, end in segments(data[index]):
             part = {key: value[begin:end] for key, value in row.items()}
             assert part["position_ids"].tolist() == list(range(end - begin))
-            record = int(part["record_index"][0])
-            count = int((part["record_index"] == record).sum())
+            record = int(part["example_index"][0])
+            count = int((part["example_index"] == record).sum())
             padding = slice(count, None) if record >= 0 else slice(None)
             assert (part["labels"][padding] == -100).all()
             assert (part["tokens"][padding] == 7).all()
-            for key in ("record_index", "sample_index"):
+            for key in ("example_index", "draw_index"):
                 assert (part[key][padding] == -1).all()
             if record < 0:
                 assert end == capacity
@@ -144,7 +144,7 @@ def test_rows_behind_the_last_epoch_have_no_label():
     data = SFTDataset(examples, 8, 10, packing=True, epochs=2)
     rows = data.order.rows_until(2)
     assert rows == 4
-    used = [bool((data[i]["record_index"] >= 0).any()) for i in range(10)]
+    used = [bool((data[i]["example_index"] >= 0).any()) for i in range(10)]
     assert used == [True] * 4 + [False] * 6
     assert (data[9]["labels"] == -100).all()
 

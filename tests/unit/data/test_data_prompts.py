@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_profit.data import ChatRenderer, Training
+from megatron_profit.data import ChatRenderer, SupervisionPolicy
 from megatron_profit.data.render import renderer as render
 
 QUESTION, ANSWER = ("user", "What is the answer?"), ("assistant", "It is forty-two.")
@@ -39,7 +39,7 @@ def trained(conversation, supervised_texts):
 
     def render_them(tokenizer, *turns, **training):
         talk = conversation(*turns)
-        rendered = ChatRenderer(tokenizer, Training(**training)).render(talk)
+        rendered = ChatRenderer(tokenizer, SupervisionPolicy(**training)).render(talk)
         names = (render.NOT_AS_PROMPTED, render.NEVER_AS_PROMPTED)
         found = [(rendered.findings[name].count, rendered.findings[name].of) for name in names]
         for position in talk.positions:
@@ -148,7 +148,7 @@ def test_an_answer_before_any_question_takes_the_usual_prompt(
 def test_answers_that_end_before_another_answer_are_counted(
     make_tokenizer, templates, conversation, turns, training, found
 ):
-    renderer = ChatRenderer(make_tokenizer(templates.chatml), Training(**training))
+    renderer = ChatRenderer(make_tokenizer(templates.chatml), SupervisionPolicy(**training))
     finding = renderer.render(conversation(*turns)).findings[render.ENDS_BEFORE_ANSWER]
     assert finding.count == found
 

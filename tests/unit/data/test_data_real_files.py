@@ -9,10 +9,10 @@ import pytest
 
 from megatron_profit.data import (
     ChatRenderer,
-    Layout,
+    ColumnMapping,
     PackingReport,
     SFTDataset,
-    Training,
+    SupervisionPolicy,
     build_examples,
     normalise,
     read_records,
@@ -100,7 +100,7 @@ def test_thoughts_and_tools_under_qwen3(qwen3, qwen3_renderer, conversation, sup
 
 
 def test_question_and_answer_columns(shared, qwen3_renderer, qwen3):
-    layout = Layout.of_columns(["prompt=question", "response=answer"])
+    layout = ColumnMapping.of_columns(["prompt=question", "response=answer"])
     for record in read_records(shared / "data" / "gsm8k_test.jsonl"):
         conversation = normalise(record, layout)
         assert [m["content"] for m in conversation.messages] == list(record.value.values())
@@ -116,7 +116,7 @@ def test_real_rows_are_packed_nearly_full(shared, qwen3_renderer):
     count = data.order.rows_until(1)
     rows = [data[i] for i in range(count)]
     assert sum(int((row["labels"] != -100).sum()) for row in rows) == report.supervised_tokens
-    filled = sum(int((row["record_index"] >= 0).sum()) for row in rows) / (8192 * count)
+    filled = sum(int((row["example_index"] >= 0).sum()) for row in rows) / (8192 * count)
     assert filled > 0.97
     labels = np.add.reduceat(examples.supervised, examples.offsets[:-1], dtype=np.int64)
     rows = PackingReport.of(data.order, examples.positions, labels, 8192)
@@ -131,7 +131,7 @@ def test_qwen3_drops_earlier_reasoning_and_adds_an_empty_block(
     talk = conversation(("user", "q"), thought, ("user", "q"), ("assistant", "Two."))
 
     def trained(**choice):
-        rendered = ChatRenderer(qwen3, Training(**choice)).render(talk)
+        rendered = ChatRenderer(qwen3, SupervisionPolicy(**choice)).render(talk)
         return supervised_texts(qwen3, rendered)
 
     assert trained() == ["One." + END, THINK + "Two." + END]

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_profit.data import (
     BrokenRecord,
+    ColumnMapping,
     DataError,
-    Layout,
     RawRecord,
     normalise,
     read_records,
@@ -194,7 +194,7 @@ def record(**value):
 
 
 def test_columns_name_question_and_answer():
-    layout = Layout.of_columns(["prompt=question", "response=answer", "query=context"])
+    layout = ColumnMapping.of_columns(["prompt=question", "response=answer", "query=context"])
     talk = normalise(record(question="q", answer="a", context="c", messages=3), layout)
     assert talk.messages == [
         {"role": "user", "content": "q\nc"},
@@ -207,7 +207,7 @@ def test_columns_name_question_and_answer():
 
 
 def test_tags_rename_fields_and_roles():
-    layout = Layout(
+    layout = ColumnMapping(
         {"messages": "talk"},
         sharegpt=True,
         tags={"role_tag": "who", "content_tag": "what", "user_tag": "me", "assistant_tag": "it"},

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_profit.data import (
     BrokenRecord,
+    ColumnMapping,
     DataError,
-    Layout,
     build_examples,
     normalise,
     read_records,
@@ -87,8 +87,8 @@ def test_of_other_columns_only_is_said_where_they_hold_something(write, kind):
 
 
 def test_the_fields_that_are_read_follow_the_layout():
-    assert all(map(is_read(Layout()), ("messages", "instruction", "prompt", "tools")))
-    named = is_read(Layout.of_columns(["prompt=question", "response=answer"]))
+    assert all(map(is_read(ColumnMapping()), ("messages", "instruction", "prompt", "tools")))
+    named = is_read(ColumnMapping.of_columns(["prompt=question", "response=answer"]))
     assert all(map(named, ("question", "answer", "weight", "masked", "assistant_masks")))
     assert not any(map(named, ("instruction", "messages")))
 
@@ -103,7 +103,7 @@ def test_a_column_that_may_mask_is_read_as_in_json_lines(write, kind):
             "mask": [None, "User", None],
         }
     )
-    broken, *kept = list(read_records(write(table, kind), wanted=is_read(Layout())))
+    broken, *kept = list(read_records(write(table, kind), wanted=is_read(ColumnMapping())))
     with pytest.raises(BrokenRecord, match=r"weights is \[0, 1\] and is not read"):
         normalise(broken)
     assert [normalise(record).unread for record in kept] == [{"mask"}, {"weights"}]

@@ -5,7 +5,7 @@ from datetime import date
 import pytest
 
 from megatron_profit.commands.prepare_data import main
-from megatron_profit.data import ChatRenderer, DataError, Preparation, Source
+from megatron_profit.data import ChatRenderer, DataError, DataSource, Preparation
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.data.store import cache
 
@@ -65,10 +65,12 @@ def test_no_day_is_named():
 def test_each_day_is_prepared_by_itself(dated, tmp_path, write_lines, capsys):
     dated.save_pretrained(tmp_path / "tokenizer")
     file = write_lines([{"instruction": "q", "output": "a"}])
-    sources, found = [Source(str(file))], []
+    sources, found = [DataSource(str(file))], []
     for day in (DAY, DAY, date(2026, 2, 4)):
         preparation = Preparation(256, day=day)
-        prepared = cache.prepare(sources, tmp_path / "tokenizer", preparation, tmp_path / "cache")
+        prepared = cache.load_or_build(
+            sources, tmp_path / "tokenizer", preparation, tmp_path / "cache"
+        )
         found.append(dated.decode(prepared.examples[0][0]))
     assert found[0] == found[1] == found[2].replace("04 Feb", "03 Feb")
     assert len(list((tmp_path / "cache").glob(f"*/{cache.ABOUT}"))) == 2

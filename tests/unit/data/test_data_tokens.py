@@ -14,8 +14,8 @@ from megatron_profit.data import (
     BrokenRecord,
     ChatRenderer,
     DataError,
+    DataSource,
     Preparation,
-    Source,
     build_examples,
     load_tokenizer,
 )
@@ -280,9 +280,9 @@ def test_an_empty_vocabulary_ends_the_preparation(folder, tmp_path, write_lines,
     whole = json.loads((folder / "tokenizer.json").read_text())
     whole["model"] |= {"vocab": {}, "merges": []}
     (folder / "tokenizer.json").write_text(json.dumps(whole))
-    source = Source(str(write_lines([{"instruction": "q", "output": "a"}] * 300)))
+    source = DataSource(str(write_lines([{"instruction": "q", "output": "a"}] * 300)))
     with pytest.raises(DataError, match="drops text"):
-        cache.prepare([source], folder, Preparation(64), tmp_path / "cache", workers=workers)
+        cache.load_or_build([source], folder, Preparation(64), tmp_path / "cache", workers=workers)
 
 
 def test_what_was_dropped_is_in_the_report(templates, write_lines):

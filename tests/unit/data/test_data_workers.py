@@ -17,7 +17,7 @@ from megatron_profit.data.store import tasks
 SCRIPT = """
 import sys
 from pathlib import Path
-from megatron_profit.data import (Preparation, Source)
+from megatron_profit.data import (Preparation, DataSource)
 from megatron_profit.data.store import cache
 from megatron_profit.data.store import prepare, tasks
 
@@ -25,8 +25,8 @@ if __name__ == "__main__":
     data, tokenizer, folder = map(Path, sys.argv[1:])
     prepare.PROGRESS_SECONDS = 0
     tell = lambda line: print(line, flush=True)
-    cache.prepare(
-        [Source(str(data))], tokenizer, Preparation(64), folder, workers=2, progress=tell
+    cache.load_or_build(
+        [DataSource(str(data))], tokenizer, Preparation(64), folder, workers=2, progress=tell
     )
 """
 

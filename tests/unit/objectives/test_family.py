@@ -141,7 +141,7 @@ def test_a_reference_at_the_threshold_is_kept(tau):
 def test_rho1_trains_what_the_reference_finds_easier():
     log_prob = torch.tensor([-1.0, -5.0, -4.0, -torch.inf, -0.1])
     ref = torch.tensor([-0.5, -5.0, -1.0, -torch.inf, -3.0])
-    output = build_objective("rho1", keep_share=0.4)(TokenStatistics(log_prob, ref_log_prob=ref))
+    output = build_objective("rho1", keep_fraction=0.4)(TokenStatistics(log_prob, ref_log_prob=ref))
     assert output.weight.tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]
 
 
@@ -159,13 +159,13 @@ def test_log1mexp(log_prob):
     [
         ("gce", {"prob_exponent": 0}, r"prob_exponent 0 is not a number in \(0, inf\)"),
         ("gce", {"prob_threshold": 0.1}, "threshold_direction is None; set it to one of higher"),
-        ("gce", {"keep_ratio": 0.1}, "threshold_direction is None"),
+        ("gce", {"keep_fraction": 0.1}, "threshold_direction is None"),
         ("eaft", {"entropy_exponent": -1}, "entropy_exponent -1 is not a number"),
         ("iw-sft", {"ratio_min": 1.1}, r"ratio_min 1\.1 is not a number in \[0, 1\]"),
         ("iw-sft", {"ratio_max": 0.9}, r"ratio_max 0\.9 is not a number in \[1, inf\)"),
         ("asft", {"kl_weight": -0.1}, "kl_weight -0.1 is not a number"),
         ("stm", {"ref_prob_threshold": 2}, "ref_prob_threshold 2 is not a number"),
-        ("rho1", {"keep_share": 0}, "keep_share 0 is not a number"),
+        ("rho1", {"keep_fraction": 0}, "keep_fraction 0 is not a number"),
     ],
 )
 def test_options_out_of_range_are_refused(name, options, message):

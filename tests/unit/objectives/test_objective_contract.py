@@ -118,7 +118,7 @@ def test_an_objective_that_drops_nothing_says_so(name, options):
     torch.manual_seed(2)
     if not objective.drops_tokens:
         assert (objective(random_statistics()).weight != 0).all()
-        assert objective.normalization == "valid"
+        assert objective.normalization == "supervised"
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)

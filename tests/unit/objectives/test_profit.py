@@ -128,7 +128,7 @@ def test_nan_is_kept_and_shows(direction):
 
 
 def test_random_keeps_the_share_that_its_name_says():
-    objective = build_objective("profit", threshold_direction="random", keep_ratio=0.7)
+    objective = build_objective("profit", threshold_direction="random", keep_fraction=0.7)
     uniform = torch.tensor([0.0, 0.3, 0.6999, 0.7, 0.71, 0.99])
     output = objective(TokenStatistics(torch.full((6,), -1.0), uniform=uniform))
     assert output.weight.tolist() == [1, 1, 1, 0, 0, 0]
@@ -136,7 +136,7 @@ def test_random_keeps_the_share_that_its_name_says():
 
 
 def test_random_draws_for_itself_when_no_numbers_are_given():
-    objective = build_objective("profit", threshold_direction="random", keep_ratio=0.7)
+    objective = build_objective("profit", threshold_direction="random", keep_fraction=0.7)
     statistics = TokenStatistics(torch.full((20_000,), -1.0))
     torch.manual_seed(1)
     weight = objective(statistics).weight
@@ -150,7 +150,7 @@ def test_random_draws_for_itself_when_no_numbers_are_given():
 @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31), ranks=st.integers(1, 7))
 def test_random_keeps_its_ratio_for_any_seed_and_the_same_tokens_for_any_layout(ratio, seed, ranks):
     sample, position = (x.flatten() for x in torch.meshgrid(*[torch.arange(64)] * 2, indexing="ij"))
-    objective = build_objective("profit", threshold_direction="random", keep_ratio=ratio)
+    objective = build_objective("profit", threshold_direction="random", keep_fraction=ratio)
 
     def weights(tokens):
         uniform = token_uniform(seed, sample[tokens], position[tokens])
@@ -165,7 +165,7 @@ def test_random_keeps_its_ratio_for_any_seed_and_the_same_tokens_for_any_layout(
 
 @pytest.mark.parametrize(("ratio", "share"), [(0, 0.0), (1, 1.0)])
 def test_random_at_its_ends(ratio, share):
-    objective = build_objective("profit", threshold_direction="random", keep_ratio=ratio)
+    objective = build_objective("profit", threshold_direction="random", keep_fraction=ratio)
     uniform = torch.tensor([0.0, 0.5, 1 - 2**-24])
     assert objective(TokenStatistics(torch.zeros(3), uniform=uniform)).weight.mean() == share
 
@@ -232,14 +232,14 @@ def test_thresholds_are_parsed(given_value, parsed):
         ),
         (
             {"threshold_direction": "random", "prob_threshold": 0.3},
-            "prob_threshold=0.3 has no meaning.*set keep_ratio",
+            "prob_threshold=0.3 has no meaning.*set keep_fraction",
         ),
-        ({"threshold_direction": "random"}, "keep_ratio is missing"),
-        ({"threshold_direction": "random", "keep_ratio": 1.1}, r"keep_ratio 1\.1 is not"),
-        ({"threshold_direction": "random", "keep_ratio": "most"}, "keep_ratio 'most' is not"),
+        ({"threshold_direction": "random"}, "keep_fraction is missing"),
+        ({"threshold_direction": "random", "keep_fraction": 1.1}, r"keep_fraction 1\.1 is not"),
+        ({"threshold_direction": "random", "keep_fraction": "most"}, "keep_fraction 'most' is not"),
         (
-            {"threshold_direction": "higher", "prob_threshold": 0.1, "keep_ratio": 0.5},
-            "keep_ratio=0.5 is only for threshold_direction='random', not 'higher'",
+            {"threshold_direction": "higher", "prob_threshold": 0.1, "keep_fraction": 0.5},
+            "keep_fraction=0.5 is only for threshold_direction='random', not 'higher'",
         ),
     ],
 )

@@ -40,7 +40,7 @@ def official_loss(logits, labels, direction, tau, uniform, num_tokens):
 
 
 def our_loss(logits, labels, direction, tau, uniform, num_tokens):
-    options = {"prob_threshold": tau} if direction != "random" else {"keep_ratio": 1 - tau[0]}
+    options = {"prob_threshold": tau} if direction != "random" else {"keep_fraction": 1 - tau[0]}
     objective = build_objective("profit", threshold_direction=direction, **options)
     supervised = labels != IGNORED
     log_prob = logits.float().log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]

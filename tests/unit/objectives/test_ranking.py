@@ -35,7 +35,9 @@ def test_a_nan_ranks_first_so_that_it_shows():
 def test_entropy_trains_the_least_certain_tokens():
     log_prob = torch.tensor([-1.0, -math.inf, -3.0, -math.inf, -0.5])
     entropy = torch.tensor([2.0, 5.0, 4.0, 0.1, 3.0])
-    output = build_objective("entropy", keep_share=0.4)(TokenStatistics(log_prob, entropy=entropy))
+    output = build_objective("entropy", keep_fraction=0.4)(
+        TokenStatistics(log_prob, entropy=entropy)
+    )
     assert output.weight.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0]
     assert output.loss.tolist() == [0.0, math.inf, 3.0, 0.0, 0.0], "a dropped token adds nothing"
 
@@ -58,20 +60,20 @@ def test_a_look_ahead_ranks_as_a_single_micro_batch_does(name):
     torch.manual_seed(0)
     vectors = {"entropy": torch.rand(40), "ref_log_prob": -torch.rand(40)}
     whole = TokenStatistics(-torch.rand(40), **vectors)
-    objective = build_objective(name, keep_share=0.3, rank_scope="global_batch")
+    objective = build_objective(name, keep_fraction=0.3, rank_scope="global_batch")
     reads = build_objective(name).required_statistics
     assert objective.lookahead == {"selected": reads}
     assert objective.needed_statistics == {"selected", *reads}
     decided = objective.look_ahead(whole)
-    kept = build_objective(name, keep_share=0.3)(whole).weight
+    kept = build_objective(name, keep_fraction=0.3)(whole).weight
     assert torch.equal(objective(whole.replaced(**decided)).weight, kept)
     assert build_objective(name).look_ahead(whole) == {}
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.0001, math.nan, True, "all"])
 def test_a_share_outside_of_0_to_1_is_refused(share):
-    with pytest.raises(ValueError, match=rf"keep_share {share!r} is not a number in \(0, 1\]"):
-        build_objective("entropy", keep_share=share)
+    with pytest.raises(ValueError, match=rf"keep_fraction {share!r} is not a number in \(0, 1\]"):
+        build_objective("entropy", keep_fraction=share)
 
 
 def test_an_unknown_scope_is_refused():

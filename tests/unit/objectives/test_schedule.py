@@ -83,9 +83,9 @@ def test_without_a_step_it_is_the_objective_at_the_end():
 
 
 def test_any_fractional_option_can_have_a_schedule():
-    schedule = (OptionSchedule("keep_share", "linear", 1.0, 10),)
+    schedule = (OptionSchedule("keep_fraction", "linear", 1.0, 10),)
     objectives = ScheduledObjective(build_objective("entropy", rank_scope="global_batch"), schedule)
-    assert objectives.at(5).keep_share == pytest.approx(0.6)
+    assert objectives.at(5).keep_fraction == pytest.approx(0.6)
     assert objectives.required_statistics == {"selected"}
     assert objectives.lookahead == {"selected": {"entropy"}}
     assert objectives.needed_statistics == {"selected", "entropy"}
@@ -107,8 +107,8 @@ def test_any_fractional_option_can_have_a_schedule():
         (("prob_threshold", "linear", 1.5, 2), r"prob_threshold 1\.5 is not a number in \[0, 1\]"),
         (("prob_threshold", "linear", "0,1", 2), r"starts at 2 value\(s\), but the option has 1"),
         (
-            ("keep_ratio", "linear", 0, 2),
-            r"keep_ratio cannot have a schedule here: .* are prob_threshold\.$",
+            ("keep_fraction", "linear", 0, 2),
+            r"keep_fraction cannot have a schedule here: .* are prob_threshold\.$",
         ),
         (("tau", "linear", 0, 2), "tau cannot have a schedule here"),
         (("threshold_direction", "linear", 0, 2), "threshold_direction cannot have a schedule"),

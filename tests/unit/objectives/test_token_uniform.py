@@ -75,5 +75,5 @@ def test_indices_must_be_int64():
     index = torch.arange(3)
     with pytest.raises(ValueError, match=r"position is torch\.int32; pass int64"):
         token_uniform(0, index, index.int())
-    with pytest.raises(ValueError, match=r"sample_index is torch\.float32"):
+    with pytest.raises(ValueError, match=r"draw_index is torch\.float32"):
         token_uniform(0, index.float(), index)

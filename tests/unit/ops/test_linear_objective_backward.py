@@ -191,7 +191,7 @@ def test_the_dense_implementation_is_the_reference(problem):
 def test_inside_a_checkpoint_that_is_recomputed(problem, strategy, use_reentrant):
     """Activation checkpointing runs the forward pass twice."""
     hidden, weight, labels, upstream = problem
-    objective = build_objective("profit", threshold_direction="random", keep_ratio=0.5)
+    objective = build_objective("profit", threshold_direction="random", keep_fraction=0.5)
 
     def loss(hidden, weight):
         return linear_objective(

@@ -53,7 +53,7 @@ OBJECTIVES = [
     build_objective("profit", threshold_direction="higher", prob_threshold=1e-3),
     build_objective("profit", threshold_direction="lower", prob_threshold=1e-3),
     build_objective("profit", threshold_direction="middle", prob_threshold=(3e-4, 3e-3)),
-    build_objective("profit", threshold_direction="random", keep_ratio=0.6),
+    build_objective("profit", threshold_direction="random", keep_fraction=0.6),
     EveryStatistic(),
     TopEntropy(),
 ]
@@ -710,7 +710,7 @@ def test_integer_matrices_are_refused():
 
 
 def test_random_selection_without_a_group_draws_for_itself():
-    objective = build_objective("profit", threshold_direction="random", keep_ratio=0.5)
+    objective = build_objective("profit", threshold_direction="random", keep_fraction=0.5)
     hidden = torch.zeros(2000, 3)
     output = linear_objective(hidden, VALID["weight"], torch.ones(2000).long(), objective)
     assert abs(output.statistics.weight.mean() - 0.5) < 0.05

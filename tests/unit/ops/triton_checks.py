@@ -13,8 +13,8 @@ import torch
 from megatron_profit.objectives import build_objective
 from megatron_profit.objectives.base import COMPUTED_STATISTICS
 from megatron_profit.ops import linear_objective, reference_linear_objective
-from megatron_profit.ops.fields import Fields, sum_of_exp
 from megatron_profit.ops.kernels import TORCH, choose_kernels
+from megatron_profit.ops.partial_statistics import PartialStatistics, sum_of_exp
 from megatron_profit.ops.tiling import Workspace
 from megatron_profit.ops.triton import statistics
 
@@ -43,7 +43,7 @@ def check_functions_on_a_block(triton):
             padded = torch.full((num_rows, width + 3), torch.nan, dtype=dtype)
             padded[:, :width] = logits  # what is behind the block must not be read
             for wanted in WANTED:
-                fields = Fields.of(set(wanted))
+                fields = PartialStatistics.of(set(wanted))
                 inputs = (padded[:, :width], column, fields, Workspace(logits.device))
                 ours = fields.combined(triton.statistics(*inputs))
                 expected = fields.combined(TORCH.statistics(*inputs))
@@ -56,7 +56,7 @@ def check_functions_on_a_block(triton):
 
 def check_gradient(triton, logits, column, padded):
     """Of some rows, into another tensor, and of all rows in place."""
-    fields, workspace, width = Fields.of(set()), Workspace("cpu"), logits.size(1)
+    fields, workspace, width = PartialStatistics.of(set()), Workspace("cpu"), logits.size(1)
     total = fields.combined(TORCH.statistics(logits, column, fields, workspace))
     max_logit = total[0].masked_fill(total[0] == -torch.inf, 0)
     sum_exp = sum_of_exp(total) + 0.5  # as if another block had more
@@ -83,7 +83,7 @@ def check_gradient(triton, logits, column, padded):
 def check_nan_shows(triton):
     logits = torch.zeros(2, 300)
     logits[1, 299] = torch.nan
-    fields = Fields.of(set())
+    fields = PartialStatistics.of(set())
     column = torch.zeros(2, dtype=torch.int64)
     total = fields.combined(triton.statistics(logits, column, fields, Workspace("cpu")))
     assert total[1].isnan().tolist() == [False, True]
@@ -97,7 +97,11 @@ def check_offsets_beyond_2_to_the_31(triton):
     logits = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((3, width), (apart, 1))
     values = torch.randn(3, width, generator=torch.Generator().manual_seed(5)).bfloat16()
     logits.copy_(values)
-    column, fields, workspace = torch.tensor([7, 0, 299]), Fields.of(set()), Workspace("cpu")
+    column, fields, workspace = (
+        torch.tensor([7, 0, 299]),
+        PartialStatistics.of(set()),
+        Workspace("cpu"),
+    )
     total = fields.combined(triton.statistics(logits, column, fields, workspace))
     torch.testing.assert_close(
         total, fields.combined(TORCH.statistics(values, column, fields, workspace))

@@ -16,7 +16,7 @@ from megatron_profit.token_report import TokenRecord, evaluate_objectives
 
 OBJECTIVES = {
     "profit": build_objective("profit", prob_threshold=0.5, threshold_direction="higher"),
-    "entropy": build_objective("entropy", keep_share=0.25, rank_scope="global_batch"),
+    "entropy": build_objective("entropy", keep_fraction=0.25, rank_scope="global_batch"),
 }
 
 

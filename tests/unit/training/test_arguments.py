@@ -25,7 +25,7 @@ from megatron_profit.training.checkpoints.choose import (
     CheckpointFlags,
     Resumed,
     check_checkpoints,
-    settle_checkpoints,
+    choose_checkpoints,
 )
 
 CONFIG = {
@@ -227,7 +227,7 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--objective", "nonsense"), 1, ("nonsense", "profit", "sft")),
         (("--objective", "sft"), 1, ("--prob-threshold", "profit", "sft")),
         (("--objective", "no_such_module:X"), 1, ("no_such_module", "PYTHONPATH")),
-        (("--keep-share", "0.5"), 1, ("--keep-share", "entropy and rho1", "profit")),
+        (("--keep-fraction", "0.5"), 1, ("--keep-fraction", "entropy and rho1", "profit")),
         (("--log-quantiles", "0.5", "2"), 1, ("2.0", "quantile")),
         (("--objective-warmup-steps", "9"), 1, ("--objective-warmup-steps 9", "the run's 9")),
         (
@@ -253,7 +253,7 @@ def test_what_cannot_work_is_refused(parse, flags, world_size, named):
         (("--prob-threshold", "1.5", "--threshold-direction", "higher"), "1.5"),
         (("--prob-threshold", "0.1", "--threshold-direction", "middle"), "middle"),
         (("--prob-threshold", "0.1", "0.2", "--threshold-direction", "lower"), "lower"),
-        (("--threshold-direction", "random"), "keep_ratio"),
+        (("--threshold-direction", "random"), "keep_fraction"),
     ],
 )
 def test_options_of_the_objective_are_checked(parse, objective, named):
@@ -267,7 +267,7 @@ def test_options_of_the_objective_are_checked(parse, objective, named):
         (("--objective", "dft", "--objective-normalization", "kept"), ("kept", "dft", "no token")),
         (("--objective", "gce", "--objective-normalization", "kept"), ("kept", "gce", "no token")),
         (("--objective", "sft", "--objective-warmup-steps", "2"), ("sft", "warm-up")),
-        (("--objective", "entropy", "--keep-share", "0"), ("keep_share", "(0, 1]")),
+        (("--objective", "entropy", "--keep-fraction", "0"), ("keep_fraction", "(0, 1]")),
         (("--objective", "psft", "--clip-high", "-1"), ("clip_high", "-1")),
         (
             (
@@ -285,10 +285,27 @@ def test_what_an_objective_would_ignore_is_refused(parse, flags, named):
 
 
 def test_objectives_share_flags_with_their_own_defaults(parse):
-    for flags, share in ((("entropy",), 0.2), (("entropy", "--keep-share", "0.7"), 0.7)):
+    for flags, share in ((("entropy",), 0.2), (("entropy", "--keep-fraction", "0.7"), 0.7)):
         flags = ("--objective", *flags)
         objective = parse(objective=flags).objective
-        assert objective.keep_share == share
+        assert objective.keep_fraction == share
+
+
+def test_earlier_names_of_options_and_divisors_are_accepted(parse):
+    earlier = (
+        "--objective",
+        "entropy",
+        "--keep-share",
+        "0.7",
+        "--objective-normalization",
+        "valid",
+    )
+    schedule = ("--objective-schedule", "keep_share", "linear", "1.0", "4")
+    settings = parse(*schedule, objective=earlier)
+    assert [settings.objective.at(step).keep_fraction for step in (0, 4)] == [1.0, 0.7]
+    assert settings.values["objective_normalization"] == "supervised"
+    random = ("--threshold-direction", "random", "--keep-ratio", "0.7")
+    assert parse(objective=random).objective.keep_fraction == 0.7
 
 
 def test_a_schedule_and_a_warm_up_reach_the_objective(parse):
@@ -332,7 +349,11 @@ def test_an_outside_objective_may_require_an_option(parse, outside_objective):
 @pytest.mark.parametrize(
     ("name", "form", "message"),
     [
-        ("keep_share", {"type": int}, "have different options of the name keep_share; rename"),
+        (
+            "keep_fraction",
+            {"type": int},
+            "have different options of the name keep_fraction; rename",
+        ),
         ("lr", {"type": float}, "name of a native flag .*--lr"),
     ],
 )
@@ -493,7 +514,7 @@ def test_weights_come_from_the_folder_unless_there_is_a_checkpoint(
 
 
 @pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
-@pytest.mark.parametrize("choose", [settle_checkpoints, check_checkpoints])
+@pytest.mark.parametrize("choose", [choose_checkpoints, check_checkpoints])
 def test_a_checkpoint_of_another_architecture_is_refused(
     parse, with_weights, tmp_path, flag, choose
 ):

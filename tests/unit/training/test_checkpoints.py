@@ -19,9 +19,9 @@ from megatron_profit.training.checkpoints.folder import (
     CheckpointError,
     best,
     check_named,
-    defect,
     drop_replaced,
     make_room,
+    problem_of,
     prune,
     read_tracker,
     settle,
@@ -106,7 +106,7 @@ def test_a_half_written_checkpoint_is_never_named(run, damage):
     assert settle(run, said.append) == "4"
     assert read_tracker(run) == "4"
     assert any("iter_0000006" in message for message in said)
-    assert defect(run / "iter_0000006") is not None
+    assert problem_of(run / "iter_0000006") is not None
     assert settle(run, lambda _: None) == "4"
 
 
@@ -135,7 +135,7 @@ def flip(folder: Path) -> Path:
 def inspect(folder: Path) -> str | None:
     """As a run looks at a checkpoint."""
     try:
-        return defect(folder) or check_content(folder)
+        return problem_of(folder) or check_content(folder)
     except ConversionError as error:
         return str(error)
 
@@ -212,7 +212,7 @@ def test_links_in_the_way_of_a_checkpoint_are_removed(whole, run, tmp_path_facto
     (run / "iter_0000008").symlink_to(elsewhere / "whole")
     make_room(run / "iter_0000008")
     drop_replaced(run / "iter_0000008")
-    assert defect(elsewhere / "whole") is None, "only the link to it is gone"
+    assert problem_of(elsewhere / "whole") is None, "only the link to it is gone"
 
 
 def test_a_broken_evaluation_is_named(whole, tmp_path):
@@ -284,7 +284,7 @@ def test_a_whole_checkpoint_is_replaced_only_by_a_whole_one(whole, run):
     shutil.copytree(run, run.with_name("elsewhere"))
     assert settle(run.with_name("elsewhere"), lambda _: None, is_own=False) == "4"
     assert settle(run, lambda _: None) == "6"
-    assert defect(run / "iter_0000006") is None, "the old one is back"
+    assert problem_of(run / "iter_0000006") is None, "the old one is back"
 
     make_room(run / "iter_0000006")
     shutil.copytree(whole, run / "iter_0000006", dirs_exist_ok=True)
@@ -292,7 +292,7 @@ def test_a_whole_checkpoint_is_replaced_only_by_a_whole_one(whole, run):
     assert len(list(run.glob("iter_*6*"))) == 2, "another one is being replaced"
     drop_replaced(run / "iter_0000006")
     assert [folder.name for folder in sorted(run.glob("iter_*6*"))] == ["iter_0000006"]
-    assert defect(run / "iter_0000006") is None
+    assert problem_of(run / "iter_0000006") is None
 
 
 def test_the_newest_the_best_and_the_protected_stay(whole, tmp_path):
@@ -328,7 +328,7 @@ def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_whole(run, monk
     monkeypatch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         list(prune(run, 6, 1, None, ()))
-    assert defect(run / "iter_0000004") is not None
+    assert problem_of(run / "iter_0000004") is not None
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

@@ -11,7 +11,7 @@ def test_only_records_that_are_evaluated_are_shown():
     ids = np.arange(3 * count, dtype=np.int32)
     examples = Examples(ids, np.ones(3 * count, dtype=np.uint8), np.arange(0, 3 * count + 1, 3))
     data = SFTDataset(examples, 4, count, seed=3, packing=False)
-    met = [int(data[row]["record_index"][0]) for row in range(count)]
+    met = [int(data[row]["example_index"][0]) for row in range(count)]
     assert first_records(data, count, 4) == tuple(sorted(met[:4]))
     assert first_records(data, 3, 4) == tuple(sorted(met[:3]))
     assert first_records(data, 99, 10 * count) == tuple(range(count))

@@ -18,8 +18,8 @@ from megatron_profit.training.checkpoints.folder import (
     write_json,
 )
 from megatron_profit.training.checkpoints.keep_options import KeepOptions, keep_options
-from megatron_profit.training.checkpoints.keeping import (
-    Progress,
+from megatron_profit.training.checkpoints.retention import (
+    EarlyStopState,
     _prepare,
 )
 
@@ -78,7 +78,7 @@ def test_flags_that_mean_nothing_are_refused(flags, message):
 
 
 def test_evaluations_without_a_new_best_are_counted():
-    progress = Progress("lm loss")
+    progress = EarlyStopState("lm loss")
     counts = []
     for iteration, loss in enumerate((3.0, 2.0, 2.0, math.nan, 2.5, 1.0), start=1):
         progress = progress.after(iteration, loss)
@@ -89,7 +89,7 @@ def test_evaluations_without_a_new_best_are_counted():
 
 
 def test_of_some_metrics_more_is_better():
-    progress = Progress("mean p").after(1, 0.5).after(2, 0.6).after(3, 0.55)
+    progress = EarlyStopState("mean p").after(1, 0.5).after(2, 0.6).after(3, 0.55)
     assert (progress.best_iteration, progress.without_best) == (2, 1)
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_state_of_an_early_stop_is_named(tmp_path, progress):
 def test_the_state_of_an_early_stop_comes_back(tmp_path):
     file = tmp_path / MARKER
     assert keeping._saved_progress(file) is None
-    progress = Progress("lm loss").after(1, 2.5).after(2, 3.0)
+    progress = EarlyStopState("lm loss").after(1, 2.5).after(2, 3.0)
     write_json(file, {"progress": json.loads(json.dumps(vars(progress)))})
     assert keeping._saved_progress(file) == progress
 
@@ -148,7 +148,7 @@ def test_without_space_a_checkpoint_that_was_to_be_replaced_is_as_it_was(save, m
         return None if (folder / ".metadata").exists() else "half"
 
     monkeypatch.setattr(keeping, "hold_still", lambda _: None)
-    monkeypatch.setattr(checkpoints, "defect", half_written)
+    monkeypatch.setattr(checkpoints, "problem_of", half_written)
     place, new = save / "iter_0000003", save / "iter_0000004"
     assert "it takes" in _prepare(place, 2**60)
     assert (place / ".metadata").exists()

@@ -26,6 +26,7 @@ from megatron_profit.training.statistics.external_statistics import (
     StatisticProvider,
 )
 from megatron_profit.training.statistics.lookahead import Lookahead
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass
 from megatron_profit.training.statistics.old_policy import OldPolicy
 from megatron_profit.training.statistics.providers import (
     check_providers,
@@ -33,7 +34,6 @@ from megatron_profit.training.statistics.providers import (
     provider_classes,
 )
 from megatron_profit.training.statistics.reference_model import ReferenceModel
-from megatron_profit.training.statistics.score_pass import ScorePass
 from megatron_profit.training.step import objective_loss
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
@@ -60,7 +60,7 @@ def parts(objective, **changes):
             vocab_size=9, psft_steps_per_refresh=4, objective_warmup_steps=0, iteration=0
         ),
         "loss": loss,
-        "score_pass": ScorePass(loss),
+        "lookahead_pass": LookaheadPass(loss),
         "datasets": {"train": SFTDataset(Examples(ids, supervised, np.array([0, 6])), 8, 1)},
         "data_digest": "digest",
         "reference": (None, Path("folder")),
@@ -73,7 +73,7 @@ def parts(objective, **changes):
     [
         ("sft", {}, []),
         ("entropy", {}, []),
-        ("gce", {"threshold_direction": "random", "keep_ratio": 0.5}, []),
+        ("gce", {"threshold_direction": "random", "keep_fraction": 0.5}, []),
         ("psft", {}, [OldPolicy]),
         ("asft", {}, [ReferenceModel]),
         ("rho1", {}, [ReferenceModel]),
@@ -87,7 +87,7 @@ def test_what_is_built_in_is_found_by_the_name_of_the_statistic(name, options, c
         providers = make_providers(run)
         assert [type(provider) for provider in providers] == classes
         # A look-ahead reads the others.
-        assert run.score_pass.providers == [p for p in providers if type(p) is not Lookahead]
+        assert run.lookahead_pass.providers == [p for p in providers if type(p) is not Lookahead]
 
 
 def test_an_objective_from_outside_brings_its_provider(monkeypatch):
@@ -98,7 +98,7 @@ def test_an_objective_from_outside_brings_its_provider(monkeypatch):
     (provider,) = make_providers(run)
     assert isinstance(provider, StatisticProvider)
     labels = torch.tensor([[-100, 1, 1, 2, 1, -100], [8, -100, -100, -100, -100, -100]])
-    batch = SimpleNamespace(labels=labels, sample_index=None, position_ids=None)
+    batch = SimpleNamespace(labels=labels, draw_index=None, position_ids=None)
     micro_batch = ExternalStatistics(run.loss, [provider]).begin(batch)
     values = micro_batch._external["target_frequency"]
     assert values[0, 1:5].tolist() == [0.75, 0.75, 0.25, 0.75]

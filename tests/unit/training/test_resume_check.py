@@ -20,7 +20,11 @@ from megatron_profit.training.plan.compare import (
 )
 
 RECORD = RunRecord(
-    objective={"name": "profit", "options": {"prob_threshold": [0.1]}, "normalization": "valid"},
+    objective={
+        "name": "profit",
+        "options": {"prob_threshold": [0.1]},
+        "normalization": "supervised",
+    },
     data={
         "digest": "a1",
         "examples": 600,

@@ -16,7 +16,7 @@ from megatron_profit.training.checkpoints.run_record import (
 )
 
 RECORD = RunRecord(
-    objective={"name": "profit", "options": {"prob_threshold": (0.1,), "keep_ratio": None}},
+    objective={"name": "profit", "options": {"prob_threshold": (0.1,), "keep_fraction": None}},
     data={"digest": "a1", "examples": 70, "sources": ["a.jsonl"]},
     seed={"seed": 1234},
 )
@@ -83,3 +83,13 @@ def test_versions_are_those_that_are_installed():
     found = package_versions()
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(found) == {"megatron_profit", "megatron-core", "torch", "transformers"}
+
+
+def test_a_record_with_earlier_names_is_compared_under_the_names_of_today():
+    saved = {"name": "entropy", "options": {"keep_share": 0.2}, "normalization": "valid"}
+    record = RunRecord.from_json({"objective": saved})
+    now = {"name": "entropy", "options": {"keep_fraction": 0.3}, "normalization": "supervised"}
+    (difference,) = RunRecord(objective=now).differences(record)
+    assert (difference.setting, difference.saved, difference.now) == (
+        *("options.keep_fraction", 0.2, 0.3),
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_profit.training.checkpoints import choose as resume
-from megatron_profit.training.checkpoints.choose import CheckpointFlags, settle_checkpoints
+from megatron_profit.training.checkpoints.choose import CheckpointFlags, choose_checkpoints
 from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError
 from megatron_profit.training.checkpoints.save_folder import check_save_folder, clear_save_folder
 
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path, name):
     folder = tmp_path / name
     flags = CheckpointFlags(folder, folder, None, None, False, False, False)
     with pytest.raises(CheckpointError, match=rf"^--save {folder} cannot be used: "):
-        settle_checkpoints(flags, lambda saved: None)
+        choose_checkpoints(flags, lambda saved: None)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from checkpoint_conversion.errors import warn
 
 
-class KeptShareMonitor:
+class KeptFractionMonitor:
     """Watches the share of supervised tokens that the objective keeps on this rank.
 
     It reads the counts back after 4 micro-batches, then after 8, 16 and so on. So a GPU hardly ever waits,

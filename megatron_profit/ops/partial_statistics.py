@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOP = 20  # candidates that a part contributes to the top-20 entropy
+TOP_K = 20  # candidates that a part contributes to the top-20 entropy
 
 MAX_LOGIT, REST, TARGET = range(3)
 
 
 @dataclass(frozen=True)
-class Fields:
+class PartialStatistics:
     """The rows of a tensor [..., size, n] of partial statistics.
 
     ======================= ===========================================================
@@ -49,16 +49,19 @@ class Fields:
     size: int
 
     @classmethod
-    def of(cls, wanted: Set[str]) -> Fields:
+    def of(cls, wanted: Set[str]) -> PartialStatistics:
         """Return the fields for the wanted statistics, names from ``COMPUTED_STATISTICS``."""
         size = TARGET + 1
         index: dict[str, int | None] = {"entropy": None, "sum_squared_prob": None}
         for name in index:
             if name in wanted:
                 index[name], size = size, size + 1
-        top = slice(size, size + TOP) if "top20_entropy" in wanted else None
+        top = slice(size, size + TOP_K) if "top20_entropy" in wanted else None
         return cls(
-            index["entropy"], index["sum_squared_prob"], top, size + (TOP if top is not None else 0)
+            index["entropy"],
+            index["sum_squared_prob"],
+            top,
+            size + (TOP_K if top is not None else 0),
         )
 
     def nothing(self, num_rows: int, like: Tensor) -> Tensor:
@@ -90,7 +93,9 @@ class Fields:
             )
         if self.top is not None:
             # The 20 largest of all are among the 20 largest of each part.
-            total[self.top] = parts[:, self.top].flatten(0, 1).topk(TOP, dim=0, sorted=False).values
+            total[self.top] = (
+                parts[:, self.top].flatten(0, 1).topk(TOP_K, dim=0, sorted=False).values
+            )
         return total
 
     def statistics(self, total: Tensor) -> dict[str, Tensor]:

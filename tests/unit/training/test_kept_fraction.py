@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_profit.training.step.kept_share import KeptShareMonitor
+from megatron_profit.training.step.kept_fraction import KeptFractionMonitor
 
 
-def feed(monitor: KeptShareMonitor, kept: int, supervised: int, times: int) -> None:
+def feed(monitor: KeptFractionMonitor, kept: int, supervised: int, times: int) -> None:
     for _ in range(times):
         monitor.add(torch.tensor(kept), torch.tensor(supervised))
 
 
 def test_it_warns_after_a_few_micro_batches_and_then_ever_less_often(capsys):
-    monitor = KeptShareMonitor()
+    monitor = KeptFractionMonitor()
     feed(monitor, 0, 50, times=3)
     assert capsys.readouterr().out == ""
     feed(monitor, 0, 50, times=1)
@@ -27,5 +27,5 @@ def test_it_warns_after_a_few_micro_batches_and_then_ever_less_often(capsys):
 
 @pytest.mark.parametrize(("kept", "supervised"), [(1, 100), (50, 50), (0, 0)])
 def test_it_is_silent_where_there_is_nothing_to_say(capsys, kept, supervised):
-    feed(KeptShareMonitor(), kept, supervised, times=40)
+    feed(KeptFractionMonitor(), kept, supervised, times=40)
     assert capsys.readouterr().out == ""

@@ -41,7 +41,7 @@ from megatron_profit.training.step.objective_loss import MicroBatchLoss, Objecti
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """Rows of a data set in the order in which Megatron's sampler deals them out.
 
     Attributes:
@@ -102,7 +102,7 @@ class _ScoredBatch:
 
 def keys_of(batch: Batch) -> Tensor:
     """Return [B, S] int64, the key by which each token of a micro-batch is found."""
-    return token_keys(batch.sample_index, batch.position_ids)
+    return token_keys(batch.draw_index, batch.position_ids)
 
 
 def data_group() -> dist.ProcessGroup:
@@ -110,7 +110,7 @@ def data_group() -> dist.ProcessGroup:
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
-class ScorePass:
+class LookaheadPass:
     """Computes statistics of rows of the run's data sets under the current weights.
 
     Args:
@@ -155,7 +155,7 @@ class ScorePass:
         args = get_args()
         start = args.consumed_train_samples
         stop = start + count * get_current_global_batch_size()
-        rows = Rows(self._train, start, stop, args.micro_batch_size)
+        rows = RowRange(self._train, start, stop, args.micro_batch_size)
         return self._of(context, rows, statistics, "train")
 
     def of_valid_batch(
@@ -165,11 +165,11 @@ class ScorePass:
         args = get_args()
         start = number * args.eval_global_batch_size
         stop = start + args.eval_global_batch_size
-        rows = Rows(self._valid, start, stop, args.eval_micro_batch_size)
+        rows = RowRange(self._valid, start, stop, args.eval_micro_batch_size)
         return self._of(context, rows, statistics, "valid")
 
     def _of(
-        self, context: TrainContext, rows: Rows, statistics: frozenset[str], name: str
+        self, context: TrainContext, rows: RowRange, statistics: frozenset[str], name: str
     ) -> TokenTable | None:
         def external(batch: Batch) -> Mapping[str, Tensor]:
             return statistics_of(self.providers, statistics, batch, name)
@@ -179,13 +179,13 @@ class ScorePass:
 
 def score_rows(
     context: TrainContext,
-    rows: Rows,
+    rows: RowRange,
     statistics: frozenset[str],
     loss: ObjectiveLoss,
     keys: Callable[[Batch], Tensor],
     external: Callable[[Batch], Mapping[str, Tensor]] = lambda batch: {},
 ) -> TokenTable | None:
-    """Make one forward-only pass over rows; see `ScorePass`.
+    """Make one forward-only pass over rows; see `LookaheadPass`.
 
     Args:
         context: The model in training.

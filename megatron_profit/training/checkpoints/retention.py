@@ -29,8 +29,8 @@ from megatron_profit.training.checkpoints.folder import (
     folder_of,
     make_room,
     prune,
-    put_back,
     read_json,
+    restore_backup,
     same_folder,
     write_json,
 )
@@ -46,7 +46,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Progress:
+class EarlyStopState:
     """The evaluations so far, as far as an early stop needs them.
 
     Attributes:
@@ -63,7 +63,7 @@ class Progress:
     iteration: int = 0
     without_best: int = 0
 
-    def checked(self) -> Progress:
+    def checked(self) -> EarlyStopState:
         """Return this object if all values are of the types above.
 
         Raises:
@@ -76,7 +76,7 @@ class Progress:
             raise TypeError("the best value of a metric must be a number")
         return self
 
-    def after(self, iteration: int, value: float) -> Progress:
+    def after(self, iteration: int, value: float) -> EarlyStopState:
         """Return the progress after one more evaluation.
 
         An evaluation that is made again, as at the end of a run, does not count.
@@ -86,11 +86,11 @@ class Progress:
         sign = BETTER[self.metric]
         is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best)
         if is_best:
-            return Progress(self.metric, value, iteration, iteration, 0)
+            return EarlyStopState(self.metric, value, iteration, iteration, 0)
         return replace(self, iteration=iteration, without_best=self.without_best + 1)
 
 
-class CheckpointKeeper(Callback):
+class Retention(Callback):
     """Marks the checkpoints of a run, removes those that are not kept, and ends the run early.
 
     Args:
@@ -100,7 +100,7 @@ class CheckpointKeeper(Callback):
 
     def __init__(self, options: KeepOptions, record: RunRecord) -> None:
         self._options, self._record = options, record
-        self._progress = None if options.keep_best is None else Progress(options.keep_best)
+        self._progress = None if options.keep_best is None else EarlyStopState(options.keep_best)
         self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
         self._resumed_from: frozenset[int] = frozenset()
 
@@ -217,7 +217,7 @@ def _prepare(folder: Path, size: int) -> str | None:
         check_space(save, size)
     except (CheckpointError, OSError) as error:
         with contextlib.suppress(OSError):
-            put_back(save)
+            restore_backup(save)
             folder.rmdir()  # Megatron has made it, and it is empty
         is_ours = isinstance(error, CheckpointError)
         return str(error) if is_ours else f"{save} cannot be written ({reason(error)})"
@@ -233,12 +233,12 @@ def _note(file: Path, metrics: Mapping[str, float]) -> None:
         )
 
 
-def _saved_progress(file: Path) -> Progress | None:
+def _saved_progress(file: Path) -> EarlyStopState | None:
     """Return the state of the early stop in the marker of a checkpoint, if there is one."""
     saved = read_json(file).get("progress")
     if saved is None:
         return None
     try:
-        return Progress(**saved).checked()
+        return EarlyStopState(**saved).checked()
     except TypeError as error:
         raise CheckpointError(f"{file} is damaged: its progress is {saved!r}") from error
