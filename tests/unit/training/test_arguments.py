@@ -227,7 +227,8 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--objective", "nonsense"), 1, ("nonsense", "profit", "sft")),
         (("--objective", "sft"), 1, ("--prob-threshold", "profit", "sft")),
         (("--objective", "no_such_module:X"), 1, ("no_such_module", "PYTHONPATH")),
-        (("--keep-fraction", "0.5"), 1, ("--keep-fraction", "entropy and rho1", "profit")),
+        (("--keep-fraction", "0.5"), 1, ("keep_fraction=0.5", "random")),
+        (("--clip-high", "0.2"), 1, ("--clip-high", "psft", "profit")),
         (("--log-quantiles", "0.5", "2"), 1, ("2.0", "quantile")),
         (("--objective-warmup-steps", "9"), 1, ("--objective-warmup-steps 9", "the run's 9")),
         (
