@@ -31,10 +31,10 @@ from megatron_profit.data import (
     ChatRenderer,
     Conversation,
     DataError,
+    DataSource,
     RawRecord,
     RenderedConversation,
-    Source,
-    Training,
+    SupervisionPolicy,
     load_tokenizer,
     normalise,
     read_records,
@@ -110,7 +110,10 @@ def parse_records(text: str) -> list[range]:
 
 
 def chosen_records(
-    sources: Sequence[Source], positions: Sequence[range], renderer: ChatRenderer, max_tokens: int
+    sources: Sequence[DataSource],
+    positions: Sequence[range],
+    renderer: ChatRenderer,
+    max_tokens: int,
 ) -> list[tuple[str, RenderedConversation]]:
     """Return the records at the positions, counted over all sources, that can be rendered.
 
@@ -169,7 +172,7 @@ def left_out(what: str) -> None:
     print(f"left out {escaped(what)}", file=sys.stderr)
 
 
-def source_records(source: Source) -> Iterator[RawRecord]:
+def source_records(source: DataSource) -> Iterator[RawRecord]:
     """Return the records of a source in the order of its files."""
     wanted = is_read(source.layout)
     return (
@@ -308,7 +311,7 @@ def make_report(arguments: argparse.Namespace) -> None:
     sources = read_sources(
         arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info
     )
-    training = Training(arguments.train_on, arguments.train_think)
+    training = SupervisionPolicy(arguments.train_on, arguments.train_think)
     renderer = ChatRenderer(
         tokenizer,
         training,

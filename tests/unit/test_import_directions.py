@@ -80,7 +80,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     f"{_TRAINING}.checkpoints": (
         *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),
-        *("megatron_profit.flags", f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
+        *("megatron_profit.flags", "megatron_profit.objectives"),
+        *(f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
     ),
     f"{_TRAINING}.statistics": (
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),

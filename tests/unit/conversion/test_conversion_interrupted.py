@@ -154,7 +154,7 @@ def test_an_interrupted_replacement_is_undone(make_qwen3, tmp_path, monkeypatch)
     hf_to_megatron(first, out)
 
     def killed(partial, out):
-        out.rename(output._set_aside(out))
+        out.rename(output._back_up(out))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -41,7 +41,7 @@ def test_without_a_batch_size_each_replica_has_one_micro_batch():
         (["--stall-steps", "0"], "--stall-steps is 0"),
         (["--keep-last", "0"], "--keep-last is 0"),
         (["--ref-cache", "x"], "--ref-cache is for objectives with a reference model"),
-        (["--psft-steps-per-refresh", "4"], "is for --objective psft, not for dft"),
+        (["--psft-steps-per-refresh", "4"], "is for --objective psft, not for --objective dft"),
     ],
 )
 def test_a_wrong_flag_is_an_error_of_flags_before_any_file_is_touched(

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from megatron_profit.training.checkpoints import folder as checkpoints
-from megatron_profit.training.checkpoints import keeping
+from megatron_profit.training.checkpoints import retention
 from megatron_profit.training.checkpoints.folder import (
     MARKER,
     VALIDATION,
@@ -107,15 +107,15 @@ def test_a_damaged_state_of_an_early_stop_is_named(tmp_path, progress):
     file = tmp_path / MARKER
     write_json(file, {"progress": progress})
     with pytest.raises(CheckpointError, match=f"{MARKER} is damaged"):
-        keeping._saved_progress(file)
+        retention._saved_progress(file)
 
 
 def test_the_state_of_an_early_stop_comes_back(tmp_path):
     file = tmp_path / MARKER
-    assert keeping._saved_progress(file) is None
+    assert retention._saved_progress(file) is None
     progress = EarlyStopState("lm loss").after(1, 2.5).after(2, 3.0)
     write_json(file, {"progress": json.loads(json.dumps(vars(progress)))})
-    assert keeping._saved_progress(file) == progress
+    assert retention._saved_progress(file) == progress
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_without_space_a_checkpoint_that_was_to_be_replaced_is_as_it_was(save, m
     def half_written(folder):
         return None if (folder / ".metadata").exists() else "half"
 
-    monkeypatch.setattr(keeping, "hold_still", lambda _: None)
+    monkeypatch.setattr(retention, "hold_still", lambda _: None)
     monkeypatch.setattr(checkpoints, "problem_of", half_written)
     place, new = save / "iter_0000003", save / "iter_0000004"
     assert "it takes" in _prepare(place, 2**60)
