@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
@@ -44,6 +44,7 @@ from megatron_profit.data.chat.conversations import is_read
 from megatron_profit.data.flags import add_rendering_flags
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
+from megatron_profit.objectives.thresholds import ThresholdObjective
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,13 @@ OBJECTIVES = (
     "entropy",
 )
 DTYPES = ("float32", "bfloat16")
+
+
+class SliderStart(TypedDict, total=False):
+    """The start of the page's threshold; without it, the page has its own."""
+
+    threshold: tuple[float, ...]
+    direction: str
 
 
 class ReportError(ValueError):
@@ -281,16 +289,16 @@ def check_output(path: Path | None, overwrite: bool) -> None:
         raise ReportError(f"--out {path} exists; give --overwrite to replace it")
 
 
-def slider(objectives: Sequence[Objective]) -> dict[str, object]:
+def slider(objectives: Sequence[Objective]) -> SliderStart:
     """Return the start of the page's threshold: the threshold of the first thresholded ProFit, if there is
     one.
     """
     for objective in objectives:
-        if getattr(objective, "prob_threshold", None) and hasattr(objective, "threshold_direction"):
-            return {
-                "threshold": objective.prob_threshold,
-                "direction": objective.threshold_direction,
-            }
+        if not isinstance(objective, ThresholdObjective):
+            continue
+        threshold, direction = objective.prob_threshold, objective.threshold_direction
+        if threshold and direction:
+            return {"threshold": threshold, "direction": direction}
     return {}
 
 
