@@ -39,6 +39,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path("examples/data")
 BASE_DATA, PROFIT_DATA = DATA / "arithmetic_base.jsonl", DATA / "arithmetic_chatty.jsonl"
 HELD_OUT = DATA / "arithmetic_heldout.jsonl"
+# Answers to held-out questions that are printed for each model.
+SHOWN = 4
 
 PYTHON = sys.executable
 # Lines that a command prints for a reader.
@@ -380,7 +382,7 @@ def run(command: Sequence[str], log: Path) -> Iterator[str]:
         sys.exit(f"{tail}\nthe command failed; all that it printed is in {log}")
 
 
-def ask(folder: Path, shown: int = 4) -> tuple[int, int, int, int]:
+def ask(folder: Path) -> tuple[int, int, int, int]:
     """Answer the held-out questions with transformers, print a few, and count.
 
     Returns:
@@ -414,7 +416,7 @@ def ask(folder: Path, shown: int = 4) -> tuple[int, int, int, int]:
         for record, answer in zip(records, answers, strict=True)
     ]
     print(f"   {folder.name}:")
-    for record, answer, is_right in list(zip(records, answers, right, strict=True))[:shown]:
+    for record, answer, is_right in list(zip(records, answers, right, strict=True))[:SHOWN]:
         print(f"     {record[0]['content']}  ->  {answer}  [{'right' if is_right else 'wrong'}]")
     opened = sum(answer.startswith(OPENINGS) for answer in answers)
     return sum(right), opened, stopped, len(records)

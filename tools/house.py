@@ -38,6 +38,8 @@ MOST_OFTEN_PER_10_000 = {
     )
 }
 LEAST_OFTEN_PER_10_000 = {"for example": 8.0}
+# The package whose rooms are checked for circles.
+_HALL = "megatron_profit.training."
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -187,31 +189,27 @@ def _annotated(node: ast.stmt) -> bool:
     return node.returns is not None and all(a.annotation is not None for a in given)
 
 
-def arrows(
-    files: Mapping[str, str], hall: str = "megatron_profit.training"
-) -> set[tuple[str, str]]:
-    """Return the pairs of rooms of a package in which the first imports the second."""
+def arrows(files: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Return the pairs of rooms of `training` in which the first imports the second."""
     modules = {
         name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): text
         for name, text in files.items()
     }
     found: set[tuple[str, str]] = set()
     for module, text in modules.items():
-        here = _room(module, hall)
+        here = _room(module)
         for node in ast.walk(ast.parse(text)) if here else ():
             if isinstance(node, ast.ImportFrom) and node.module:
                 named = [f"{node.module}.{alias.name}" for alias in node.names]
                 targets = [name if name in modules else node.module for name in named]
                 found |= {
-                    (here, room)
-                    for name in targets
-                    if (room := _room(name, hall)) not in ("", here)
+                    (here, room) for name in targets if (room := _room(name)) not in ("", here)
                 }
     return found
 
 
-def _room(module: str, hall: str) -> str:
-    return module.removeprefix(hall + ".").split(".")[0] if module.startswith(hall + ".") else ""
+def _room(module: str) -> str:
+    return module.removeprefix(_HALL).split(".")[0] if module.startswith(_HALL) else ""
 
 
 def has_circle(pairs: set[tuple[str, str]]) -> bool:

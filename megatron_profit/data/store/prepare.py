@@ -84,8 +84,6 @@ def build_examples(
     files: str | Path | Sequence[str | Path],
     renderer: ChatRenderer,
     seq_length: int,
-    *,
-    progress: Callable[[str], None] | None = None,
 ) -> tuple[Examples, DataReport]:
     """Reads, normalises, renders and tokenises every record of the files, in memory and in this process.
 
@@ -93,7 +91,6 @@ def build_examples(
         files: Paths as in `read_records`.
         renderer: Renders and masks a conversation.
         seq_length: Positions of a training row.
-        progress: Called with a line of text about every two seconds.
 
     Raises:
         ValueError: `seq_length` < 1.
@@ -103,7 +100,7 @@ def build_examples(
     sources = [DataSource(str(name)) for name in names]
     preparation = Preparation(seq_length, training=renderer.training)
     report = DataReport()
-    chunks = tokenize_records(sources, renderer, preparation, report, progress=progress)
+    chunks = tokenize_records(sources, renderer, preparation, report)
     names = file_names([source.files() for source in sources])
     return collect(chunks, names, report).examples, report
 

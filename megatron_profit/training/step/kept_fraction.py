@@ -6,21 +6,21 @@ import torch
 
 from checkpoint_conversion.errors import warn
 
+# Micro-batches until the first check.
+_FIRST_WINDOW = 4
+# The share of kept tokens below which it warns.
+_LEAST_KEPT = 0.01
+
 
 class KeptFractionMonitor:
     """Watches the share of supervised tokens that the objective keeps on this rank.
 
     It reads the counts back after 4 micro-batches, then after 8, 16 and so on. So a GPU hardly ever waits,
     and a long run prints few warnings.
-
-    Args:
-        window: Micro-batches until the first check.
-        limit: The share of kept tokens below which it warns.
     """
 
-    def __init__(self, window: int = 4, limit: float = 0.01) -> None:
-        self.window = window
-        self.limit = limit
+    def __init__(self) -> None:
+        self._window = _FIRST_WINDOW
         self._micro_batches = 0
         self._counts: torch.Tensor | None = None
 
@@ -29,14 +29,14 @@ class KeptFractionMonitor:
         counts = torch.stack([num_kept, num_supervised])
         self._counts = counts if self._counts is None else self._counts + counts
         self._micro_batches += 1
-        if self._micro_batches < self.window:
+        if self._micro_batches < self._window:
             return
         kept, supervised = self._counts.tolist()
-        if supervised and kept < self.limit * supervised:
+        if supervised and kept < _LEAST_KEPT * supervised:
             warn(
                 f"the objective kept {kept} of the last {supervised} supervised tokens on this rank "
-                f"(under {self.limit:.0%}), so this run trains almost nothing. A model that was never "
+                f"(under {_LEAST_KEPT:.0%}), so this run trains almost nothing. A model that was never "
                 "trained gives every token a small probability: start from a base model or from plain "
                 "SFT (--objective sft), or choose other options of the objective, such as --prob-threshold"
             )
-        self.window, self._micro_batches, self._counts = 2 * self.window, 0, None
+        self._window, self._micro_batches, self._counts = 2 * self._window, 0, None

@@ -8,6 +8,7 @@ from megatron_profit.data import (
     ChatRenderer,
     DataError,
     DataReport,
+    DataSource,
     Examples,
     SFTDataset,
     build_examples,
@@ -157,7 +158,9 @@ def test_progress_is_told_about_every_two_seconds(renderer, write_lines, monkeyp
     monkeypatch.setattr(prepare.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(tasks, "_CHUNK_RECORDS", 1)
     told = []
-    build_examples(write_lines([pair("q", "a")] * 12), renderer, 32, progress=told.append)
+    sources = [DataSource(str(write_lines([pair("q", "a")] * 12)))]
+    settings, report = prepare.Preparation(32), prepare.DataReport()
+    list(prepare.tokenize_records(sources, renderer, settings, report, progress=told.append))
     assert len(told) == 3
     assert "4 records read" in told[0]
     assert "12 records read" in told[-1]
