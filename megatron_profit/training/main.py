@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import CheckpointException
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.flags import ArgumentsError
-from megatron_profit.megatron_patches.callbacks import RunFailure, register
+from megatron_profit.megatron_patches.callbacks import Callback, RunFailure, register
 from megatron_profit.megatron_patches.saving import reason_of_all_ranks
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments.command_line import provider_of
@@ -72,10 +72,14 @@ def main(argv: Sequence[str], device: str) -> None:
     run(plan)
 
 
-def run(plan: RunPlan) -> None:
+def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:
     """Train as planned: start Megatron's `pretrain()` with the model, the data and the forward step.
 
     A process trains once. If the run cannot go on, it prints one line and raises `SystemExit`.
+
+    Args:
+        plan: The run.
+        callbacks: Listeners of your own, called after the run's own ones; the same on all ranks.
     """
     settings, files, data = plan.settings, plan.files, plan.data
     args, model_config = _checked_by_megatron(settings)
@@ -91,7 +95,7 @@ def run(plan: RunPlan) -> None:
     signals = ExitSignals(args.exit_signal)
     begin = external.begin if report is None else report.watching(external.begin)
     monitor = RunMonitor(Guards(settings.guards), data.train_prepared.name, files.metrics)
-    register(*providers, keeper, WandbRun(), *filter(None, [report]), signals, monitor)
+    register(*providers, keeper, WandbRun(), *filter(None, [report]), signals, monitor, *callbacks)
     with _known_ends(signals):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -202,6 +206,8 @@ def evaluation_report(settings: RunSettings, data: SFTData) -> EvaluationReport 
     values = settings.values
     if values["token_report"] is None:
         return None
+    assert data.valid is not None
+    assert data.valid_prepared is not None
     rows = values["eval_iters"] * settings.eval_batch_size
     return EvaluationReport(
         folder=Path(values["token_report"]),

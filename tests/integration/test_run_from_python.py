@@ -13,7 +13,7 @@ DATA = REPOSITORY / "examples" / "data" / "arithmetic_base.jsonl"
 
 
 def test_the_program_in_the_documentation_trains(ranks, tiny, tmp_path):
-    """Its own command line holds other words, and stays as it is."""
+    """Its own command line holds other words, and stays as it is. Its callback sees each step."""
     page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     section = page.split("## A run from Python")[1]
     program = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
@@ -26,6 +26,9 @@ def test_the_program_in_the_documentation_trains(ranks, tiny, tmp_path):
     result = ranks(1, script, "--objective", "of this program", "--train-iters", 99)
     assert "\n2 2\n" in result.stdout, "steps and layers of the plan"
     assert "ended with ['--objective', 'of this program', '--train-iters', '99']" in result.stdout
+    announced = re.findall(r"^step (\d+) trained ([\d,]+) tokens$", result.stdout, re.MULTILINE)
+    assert [step for step, _ in announced] == ["1", "2"]
+    assert all(0 < int(tokens.replace(",", "")) <= 2 * 64 for _, tokens in announced)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in steps] == [1, 2]
