@@ -114,8 +114,9 @@ def timed(core: torch.nn.Module, position_ids: torch.Tensor, options: argparse.N
     upstream = torch.randn_like(inputs[0]).flatten(2)
     _wait(options.device)
     start = time.perf_counter()
+    count, length = position_ids.shape
     rows = RecordSpans.of(
-        record_bounds(position_ids), position_ids.shape, torch.device(options.device)
+        record_bounds(position_ids), (count, length), torch.device(options.device)
     )
     core(*inputs, None, AttnMaskType.causal, packed_seq_params=rows).backward(upstream)
     _wait(options.device)

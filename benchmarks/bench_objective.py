@@ -15,6 +15,7 @@ Shape suffixes: N tokens, M supervised tokens, H hidden, V vocabulary rows of th
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import itertools
@@ -136,6 +137,7 @@ class Problem:
             logits = hidden[rows] @ weight.t()
             labels[rows] = torch.where(kept[rows], logits.argmax(1), logits.argmin(1))
         group = dist.group.WORLD
+        assert group is not None, "init_process_group comes first"
         shard = weight.chunk(config.tp)[dist.get_rank()].clone()
         return cls(
             hidden.requires_grad_(),
@@ -325,7 +327,10 @@ def computations(
         return masked_afterwards(make())
 
     builders: dict[str, Callable[[], Step]] = {
-        **{name: lambda o=given: ours(**o) for name, given in ours_variants(options.ours).items()},
+        **{
+            name: functools.partial(ours, **given)
+            for name, given in ours_variants(options.ours).items()
+        },
         "matmuls": lambda: matmuls,
         "official": lambda: single(lambda: one_process(official)),
         "official-compiled": lambda: single(

@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarking import RESULTS, environment, markdown_table, write_results
 
@@ -52,8 +52,8 @@ class Shape:
 
     hidden_size: int
     num_layers: int
-    vocab_size: int = 151936
-    head_dim: int = 64
+    vocab_size: ClassVar[int] = 151936
+    head_dim: ClassVar[int] = 64
 
     def config(self) -> dict:
         """Return HuggingFace's config.json."""
@@ -301,18 +301,29 @@ def run_stock(checkout: str, flags: list[str]) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
     from megatron.core.enums import ModelType
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
     )
     from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.models.gpt import GPTModelConfig
 
     from megatron_profit.models.attention import ScaledDotProductAttention
     from megatron_profit.models.layer_specs import layer_spec
 
     class ThdAttention(ScaledDotProductAttention):
-        def forward(self, query, key, value, *args, packed_seq_params=None, **kwargs):
+        def forward(  # type: ignore[override]  # the arguments that Megatron gives here
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            *args: Any,
+            packed_seq_params: PackedSeqParams,
+            **kwargs: Any,
+        ) -> torch.Tensor:
             bounds = packed_seq_params.cu_seqlens_q.tolist()
             attend = super().forward
             contexts = [
@@ -321,8 +332,9 @@ def run_stock(checkout: str, flags: list[str]) -> None:
             ]
             return torch.cat(contexts)
 
-    def spec(config, vp_stage=None):
+    def spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         block = layer_spec(config, vp_stage)
+        assert isinstance(block, TransformerBlockSubmodules)
         for layer in block.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = ThdAttention
         return block

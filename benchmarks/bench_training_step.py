@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import benchmarking
 import torch
@@ -38,6 +38,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "tools"))
 
 from make_tiny_model import TinyShape, make_tiny_model
+
+if TYPE_CHECKING:
+    from megatron_profit.training.step.batch import Batch
+    from megatron_profit.training.step.forward_step import BatchLoss
 
 LOSSES = ("ours", "stock", "masked", "official")
 QWEN3_06B = {
@@ -152,9 +156,10 @@ def worker(loss: str) -> None:
     make_forward_step = main.make_forward_step
     watch: list[benchmarking.PeakMemory] = []
 
-    def make_watched_step(begin_ours: Callable) -> Callable:
-        begin = begin_ours if loss == "ours" else lambda batch: PeerLoss(loss, batch.labels)
-        step = make_forward_step(begin)
+    def make_watched_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
+        step = make_forward_step(
+            begin if loss == "ours" else lambda batch: PeerLoss(loss, batch.labels)
+        )
 
         def forward_step(data_iterator: Iterator, model: Any) -> Any:
             if not watch and get_args().curr_iteration >= WARM_UP:
@@ -163,7 +168,7 @@ def worker(loss: str) -> None:
 
         return forward_step
 
-    main.make_forward_step = make_watched_step
+    vars(main)["make_forward_step"] = make_watched_step
     main.main(flags, device)
     args = get_args()
     report = {

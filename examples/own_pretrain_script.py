@@ -17,8 +17,10 @@ accepts this form and labels of -100. `--calculate-per-token-loss` is needed.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
+from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
@@ -46,18 +48,22 @@ OBJECTIVES = {
 
 
 @functools.cache
-def objective_loss(name):
+def objective_loss(name: str) -> ObjectiveLoss:
     # 1: the objective. The rows that Megatron adds to the vocabulary stay out of the softmax.
     return ObjectiveLoss(OBJECTIVES[name], vocab_size=get_tokenizer().vocab_size)
 
 
-def stock_loss(output_tensor, loss_mask):
+def stock_loss(
+    output_tensor: torch.Tensor, loss_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss, its token count and the report, as Megatron's scripts do."""
     loss, count = (output_tensor.float() * loss_mask).sum(), loss_mask.sum()
     return loss, count.int(), {"lm loss": torch.stack([loss.detach(), count])}
 
 
-def forward_step(data_iterator, model):
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable]:
     """Run the model on a micro-batch; return its output and the loss function."""
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
     inputs = (batch["tokens"], batch["position_ids"], None)
@@ -68,7 +74,9 @@ def forward_step(data_iterator, model):
     return model(*inputs, **targets, **loss.model_kwargs), loss.loss_func  # 3: in output and loss
 
 
-def train_valid_test_datasets_provider(num_samples, vp_stage=None):
+def train_valid_test_datasets_provider(
+    num_samples: Sequence[int], vp_stage: int | None = None
+) -> list[MockGPTDataset | None]:
     """Build Megatron's mock data sets."""
     args = get_args()
     config = GPTDatasetConfig(
@@ -84,10 +92,10 @@ def train_valid_test_datasets_provider(num_samples, vp_stage=None):
     return BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, lambda: True, config).build()
 
 
-train_valid_test_datasets_provider.is_distributed = True
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flag that chooses the loss."""
     parser.add_argument("--loss", choices=["profit", "sft", "stock"], default="profit")
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core import mpu
@@ -108,7 +108,9 @@ def logits(chunks: Sequence[MegatronModule], tokens: torch.Tensor) -> torch.Tens
     """
     args = get_args()
 
-    def forward_step(rows, model: GPTModel):
+    def forward_step(
+        rows: Iterator[torch.Tensor], model: GPTModel
+    ) -> tuple[torch.Tensor, Callable]:
         row = next(rows)[None].cuda()
         positions = torch.arange(row.size(1), device=row.device)[None]
         return model(row, positions, None), lambda output, non_loss_data: _whole(output)

@@ -30,10 +30,10 @@ def _safe_objects() -> Iterator[None]:
     import numpy as np
     import torch
     from megatron.core.rerun_state_machine import Call, Caller
+    from numpy._core.multiarray import _reconstruct, scalar
 
-    rebuild, scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
     numeric = [type(np.dtype(code)) for code in "?bhilqBHILQefdFD"]
-    older = [(rebuild, "numpy.core.multiarray._reconstruct")]
+    older = [(_reconstruct, "numpy.core.multiarray._reconstruct")]
     scalars = [(scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")]
     with torch.serialization.safe_globals(
         [*numeric, *older, *scalars, frozenset, bytes, Call, Caller]
@@ -57,7 +57,7 @@ def _make_metadata_of_plain_values() -> None:
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
-    FileSystemReader.read_metadata = read
+    FileSystemReader.read_metadata = read  # type: ignore[method-assign]
 
 
 def _torch_metadata(found: Metadata) -> Any:
@@ -112,7 +112,7 @@ def _vet_entries_before_they_are_read() -> None:
                 vet_entry(files, place, item.storage_index.fqn, is_tensor=is_tensor)
         return original(self, plan, planner)
 
-    FileSystemReader.read_data = read_data
+    FileSystemReader.read_data = read_data  # type: ignore[method-assign]
 
 
 def _load_objects_without_running_them() -> None:
@@ -126,7 +126,7 @@ def _load_objects_without_running_them() -> None:
         else:
             self.state_dict[key] = content
 
-    DefaultLoadPlanner.load_bytes = load_bytes
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
 
 
 def _load_common_files_without_running_them() -> None:

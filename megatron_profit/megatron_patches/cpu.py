@@ -12,10 +12,11 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megatron_profit.megatron_patches.patch import Patch
@@ -32,7 +33,13 @@ def _is_cuda(value: Any) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA devices to the CPU in every torch call of this thread."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _TENSOR_METHODS:
             return _TENSOR_METHODS[func](*args, **kwargs)
@@ -59,7 +66,7 @@ def _tensor_type(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: 
 
 
 _original_type = torch.Tensor.type
-_TENSOR_METHODS = {
+_TENSOR_METHODS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.cuda: lambda tensor, *args, **kwargs: tensor,
     torch.Tensor.pin_memory: lambda tensor, *args, **kwargs: tensor,
     torch.Tensor.record_stream: lambda tensor, stream: None,
@@ -170,7 +177,7 @@ def _replace_torch_cuda() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    torch.nn.Module.cuda = lambda self, device=None: self
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     # The DataLoader's pinning and torch.utils.checkpoint ask torch.accelerator, which must see none.
     torch.accelerator.is_available = lambda: False
     torch.accelerator.current_accelerator = lambda *args, **kwargs: None
@@ -188,16 +195,19 @@ def _disable_dynamo() -> None:
 
 def _hide_gpu_libraries() -> None:
     for name in ("transformer_engine", "apex", "amp_C"):
-        sys.modules.setdefault(name, None)
+        # Python's own mark of a module that cannot be imported; typeshed does not know it.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _use_cpu_generator() -> None:
     from megatron.core.tensor_parallel import random
 
-    def get_state(device="cuda", clone=False, graph_safe=False):
+    def get_state(
+        device: Any = "cuda", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_state(new_state, device=-1, graph_safe=False):
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
     random._get_cuda_rng_state = get_state
@@ -205,25 +215,38 @@ def _use_cpu_generator() -> None:
 
 
 def _split_sizes_as_lists() -> None:
-    original = torch.distributed.all_to_all_single
+    original = dist.all_to_all_single
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
-        as_list = lambda sizes: sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes  # noqa: E731
-        return original(
-            output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs
-        )
+    def as_list(sizes: torch.Tensor | list[int] | None) -> list[int] | None:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
 
-    torch.distributed.all_to_all_single = all_to_all_single
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: torch.Tensor | list[int] | None = None,
+        input_split_sizes: torch.Tensor | list[int] | None = None,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        sizes = as_list(output_split_sizes), as_list(input_split_sizes)
+        return original(output, input, *sizes, group, async_op)
+
+    dist.all_to_all_single = all_to_all_single
 
 
 def _allow_uneven_sizes() -> None:
     """Let all_gather and reduce_scatter take first dimensions that differ between ranks."""
-    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
-    def is_even(tensors):
+    def is_even(tensors: Sequence[torch.Tensor]) -> bool:
         return len({len(tensor) for tensor in tensors if tensor.dim()}) <= 1
 
-    def gather(tensor_list, tensor, group=None, async_op=False):
+    def gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> dist.Work | None:
         if is_even(tensor_list):
             return all_gather(tensor_list, tensor, group=group, async_op=async_op)
         longest = max(map(len, tensor_list))
@@ -235,17 +258,24 @@ def _allow_uneven_sizes() -> None:
             target.copy_(source[: len(target)])
         return None
 
-    def scatter(output, input_list, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+    def scatter(
+        output: torch.Tensor,
+        input_list: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> dist.Work | None:
         if is_even(input_list):
             return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
         joined = torch.cat(input_list)
-        torch.distributed.all_reduce(joined, op=op, group=group)
+        dist.all_reduce(joined, op=op, group=group)
         parts = joined.split([len(tensor) for tensor in input_list])
-        output.copy_(parts[torch.distributed.get_rank(group)])
+        output.copy_(parts[dist.get_rank(group)])
         return None
 
-    torch.distributed.all_gather = gather
-    torch.distributed.reduce_scatter = scatter
+    # torch declares each of the two as a pair of overloads.
+    dist.all_gather = gather  # type: ignore[assignment]
+    dist.reduce_scatter = scatter  # type: ignore[assignment]
 
 
 def _build_data_iterators_without_drawing() -> None:

@@ -14,7 +14,7 @@ def _begin_each_attempt_with_an_empty_store() -> None:
     from torch.distributed import PrefixStore
 
     # As an attribute of torch.distributed, a function of the same name hides the module.
-    rendezvous = importlib.import_module("torch.distributed.rendezvous")
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
     original = rendezvous._create_c10d_store
 
     @functools.wraps(original)

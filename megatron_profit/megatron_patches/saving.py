@@ -53,7 +53,7 @@ def _on_all_ranks(write: Callable[[], None]) -> None:
     except OSError as error:
         failed = error
     everyone: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, failed and reason(failed))
+    torch.distributed.all_gather_object(everyone, reason(failed) if failed else None)
     for rank, problem in enumerate(everyone):
         if problem is not None:
             raise OSError(f"rank {rank}: {problem}") from failed

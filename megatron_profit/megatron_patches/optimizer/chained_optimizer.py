@@ -53,7 +53,7 @@ def _joined(one: dict[Any, Any], other: dict[Any, Any]) -> dict[Any, Any]:
 
 def _for_both(saved: dict[Any, Any]) -> dict[Any, Any]:
     """Return the state with a second copy of each parameter group, marked as one of experts."""
-    result = {}
+    result: dict[Any, Any] = {}
     for key, value in saved.items():
         if key == _GROUPS:
             result[key] = [
@@ -66,11 +66,12 @@ def _for_both(saved: dict[Any, Any]) -> dict[Any, Any]:
 
 def _completed(saved: dict[Any, Any], own: dict[Any, Any]) -> dict[Any, Any]:
     """Return the saved state with the tensors and the parameters of this rank."""
+    none: dict[Any, Any] = {}
     result = dict(saved)
     for key, value in own.items():
         if key == _GROUPS:
             # Megatron finds the group by its settings, and takes the parameters in the order of this run.
-            pairs = zip_longest(saved.get(key, []), value, fillvalue={})
+            pairs = zip_longest(saved.get(key, []), value, fillvalue=none)
             result[key] = [{**group, "params": [], **mine} for group, mine in pairs]
         elif isinstance(value, dict):
             result[key] = _completed(saved.get(key, {}), value)

@@ -7,6 +7,7 @@ a network file system as well. From then on Megatron reads the checkpoint that a
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,11 +84,18 @@ class CheckpointFlags:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> CheckpointFlags:
         """Return the flags among all arguments, given by name."""
-        folders = (values[name] for name in ("load", "save", "pretrained_checkpoint"))
-        others = ("ckpt_step", "finetune", "overwrite", "skip_checksums")
+
+        def folder(name: str) -> Path | None:
+            return Path(values[name]) if values[name] else None
+
         return cls(
-            *(Path(folder) if folder else None for folder in folders),
-            *(values[name] for name in others),
+            load=folder("load"),
+            save=folder("save"),
+            start=folder("pretrained_checkpoint"),
+            step=values["ckpt_step"],
+            finetune=values["finetune"],
+            overwrite=values["overwrite"],
+            skip_checksums=values["skip_checksums"],
         )
 
 
@@ -154,12 +162,18 @@ def _claim(flags: CheckpointFlags) -> None:
     if not is_first_rank():
         return
     assert flags.save is not None
-    allowed = {"overwrite": flags.overwrite, "start": flags.start}
+    check = functools.partial(
+        check_save_folder,
+        flags.save,
+        flags.load,
+        overwrite=flags.overwrite,
+        start=flags.start,
+    )
     try:
-        check_save_folder(flags.save, flags.load, **allowed)
+        check()
         if flags.save.is_dir() and hold(flags.save):
             # Another run may have left the folder just now.
-            check_save_folder(flags.save, flags.load, **allowed)
+            check()
     except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
         raise CheckpointError(f"--save {flags.save} cannot be used: {error}") from error
 

@@ -34,7 +34,7 @@ from checkpoint_conversion.hf.shards import Rules, Shard, read_shard, write_shar
 from checkpoint_conversion.progress import human
 from megatron_profit.training.checkpoints.shared_check import check_together
 from megatron_profit.training.process.console import fail, print_rank_0
-from megatron_profit.training.process.ranks import is_first_rank
+from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 
 Hook = Callable[[list[MegatronModule]], list[MegatronModule]]
 
@@ -150,9 +150,9 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
     start = time.monotonic()
     rules = Rules(output.rules)
     with output.create() if is_first_rank() else nullcontext() as created:
-        place = [created]
-        torch.distributed.broadcast_object_list(place, src=0)
-        tensors = list_tensors(place[0])
+        place = from_first_rank(lambda: created)
+        assert place is not None, "the first rank creates the folder"
+        tensors = list_tensors(place)
         elements = sum(
             write_shard(tensors, rules, shard)
             for shard, is_saved_here in model_shards(chunks)

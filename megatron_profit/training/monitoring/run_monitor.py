@@ -97,7 +97,7 @@ class RunMonitor(Callback):
             *(not finite, fatal, bool(self._rejections)),
             *(supervised, kept, total / count if finite else 0.0),
         ]
-        bad, fatal, rejected, supervised, kept, loss = _largest(local)
+        bad, any_fatal, rejected, supervised, kept, loss = _largest(local)
         return StepFacts(
             loss=loss,
             finite_loss=not bad,
@@ -105,7 +105,7 @@ class RunMonitor(Callback):
             supervised=round(supervised),
             kept=round(kept),
             grad_norm=None,
-            rejected_fatal=bool(fatal),
+            rejected_fatal=bool(any_fatal),
             rejected=bool(rejected),
         )
 

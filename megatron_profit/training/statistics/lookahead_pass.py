@@ -26,8 +26,9 @@ from megatron.training.training import (
     should_disable_forward_pre_hook,
 )
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
+from megatron_profit.data import SFTDataset
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.objectives import StatisticsOnly
 from megatron_profit.training.statistics.external_statistics import (
@@ -53,7 +54,7 @@ class RowRange:
         ValueError: A micro-batch would not be full.
     """
 
-    dataset: Dataset
+    dataset: SFTDataset
     start: int
     stop: int
     micro_batch_size: int
@@ -123,8 +124,8 @@ class LookaheadPass:
     def __init__(self, loss: ObjectiveLoss) -> None:
         self._loss = loss
         self.providers: list[StatisticProvider] = []
-        self._train: Dataset | None = None
-        self._valid: Dataset | None = None
+        self._train: SFTDataset | None = None
+        self._valid: SFTDataset | None = None
 
     def watching(self, provider: Callable) -> Callable:
         """Wrap a data set provider of Megatron, so that this object sees the data sets."""
@@ -153,6 +154,7 @@ class LookaheadPass:
             The tokens of this data-parallel rank on the last pipeline stage, None on the others.
         """
         args = get_args()
+        assert self._train is not None, "the data sets are not built"
         start = args.consumed_train_samples
         stop = start + count * get_current_global_batch_size()
         rows = RowRange(self._train, start, stop, args.micro_batch_size)
@@ -163,6 +165,7 @@ class LookaheadPass:
     ) -> TokenTable | None:
         """Return the same for one global batch of each evaluation, counted from 0."""
         args = get_args()
+        assert self._valid is not None, "there are no validation data"
         start = number * args.eval_global_batch_size
         stop = start + args.eval_global_batch_size
         rows = RowRange(self._valid, start, stop, args.eval_micro_batch_size)

@@ -89,7 +89,7 @@ def check_providers(
         ArgumentsError: Names the flag and what to do, or a statistic without a provider.
     """
     needed = provider_classes(objective)
-    for statistic, provider in (BUILT_IN | needed).items():
+    for statistic, provider in {**BUILT_IN, **needed}.items():
         if statistic in needed:
             provider.check(settings)
             continue

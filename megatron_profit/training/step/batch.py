@@ -63,8 +63,8 @@ def get_batch(
         for name, values in whole.items()
     }
     # Found on the CPU, where the data are: a GPU would have to be waited for.
-    bounds, shape = record_bounds(whole["position_ids"]), tuple(whole["tokens"].shape)
-    spans = RecordSpans.of(bounds, shape, part["tokens"].device, *cp) if isolate else None
+    bounds, (rows, length) = record_bounds(whole["position_ids"]), whole["tokens"].shape
+    spans = RecordSpans.of(bounds, (rows, length), part["tokens"].device, *cp) if isolate else None
     records, cu_seqlens = _records(bounds, whole["example_index"])
     return Batch(**part, spans=spans, records=records, cu_seqlens=cu_seqlens)
 

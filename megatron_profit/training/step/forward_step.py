@@ -25,7 +25,9 @@ class BatchLoss(Protocol):
     def model_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `GPTModel.forward`, besides `labels`."""
 
-    loss_func: Callable
+    @property
+    def loss_func(self) -> Callable:
+        """Megatron's loss function of the micro-batch."""
 
 
 def make_forward_step(begin: Callable[[Batch], BatchLoss]) -> Callable:

@@ -18,7 +18,10 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.training import get_args
 
 from megatron_profit.objectives import (
@@ -135,7 +138,7 @@ class MicroBatchLoss:
     ) -> None:
         self._loss = loss
         self._objective = loss.current_objective
-        self._sample_index, self._position_ids = draw_index, position_ids
+        self._draw_index, self._position_ids = draw_index, position_ids
         self._external = external
         self._statistics: LinearObjectiveStatistics | None = None
 
@@ -154,7 +157,7 @@ class MicroBatchLoss:
         self,
         *,
         hidden_states: torch.Tensor,
-        output_layer: torch.nn.Module,
+        output_layer: ColumnParallelLinear,
         output_weight: torch.Tensor | None,
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
@@ -186,7 +189,7 @@ class MicroBatchLoss:
             vocab_size=self._loss.vocab_size,
             external={
                 name: values.transpose(0, 1).flatten()
-                for name, values in (self._external | self._drawn()).items()
+                for name, values in {**self._external, **self._drawn()}.items()
             },
             extra_statistics=frozenset({"entropy"} if self._loss.log_entropy else ()),
             reduce_hidden_grad=not output_layer.sequence_parallel,
@@ -202,9 +205,11 @@ class MicroBatchLoss:
 
     def _drawn(self) -> dict[str, torch.Tensor]:
         """Return the random numbers [B, S] of an objective that draws."""
-        if "uniform" not in self._objective.required_statistics or self._sample_index is None:
+        if "uniform" not in self._objective.required_statistics:
             return {}
-        return {"uniform": token_uniform(self._loss.seed, self._sample_index, self._position_ids)}
+        if self._draw_index is None or self._position_ids is None:
+            return {}
+        return {"uniform": token_uniform(self._loss.seed, self._draw_index, self._position_ids)}
 
     def loss_func(
         self, output_tensor: torch.Tensor

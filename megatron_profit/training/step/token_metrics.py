@@ -99,14 +99,16 @@ class ProbQuantiles:
             sum is the value.
         """
         counts = self._in_bins(log_prob)
-        self._counts = counts if self._counts is None else self._counts + counts
+        if self._counts is not None:
+            counts += self._counts
+        self._counts = counts
         self._micro_batches += 1
         if self._micro_batches < micro_batches:
             values = torch.zeros(len(self.quantiles), 2, device=log_prob.device)
         else:
             if group is not None:
-                dist.all_reduce(self._counts, group=group)
-            values = torch.stack([self._quantile(quantile) for quantile in self.quantiles])
+                dist.all_reduce(counts, group=group)
+            values = torch.stack([self._quantile(counts, quantile) for quantile in self.quantiles])
             self._counts, self._micro_batches = None, 0
         return {f"p quantile {q:g}": row for q, row in zip(self.quantiles, values, strict=True)}
 
@@ -119,12 +121,12 @@ class ProbQuantiles:
         counts = bins.new_zeros(self.BINS + 1)
         return counts.index_add_(0, bins, torch.ones_like(bins))[: self.BINS]
 
-    def _quantile(self, quantile: float) -> Tensor:
+    def _quantile(self, counts: Tensor, quantile: float) -> Tensor:
         """Return [value, 1], interpolated within a bin; [0, 1] where there is no token."""
-        below = self._counts.cumsum(0)
+        below = counts.cumsum(0)
         rank = quantile * below[-1:].double()
         bin_ = torch.searchsorted(below.double(), rank).clamp(max=self.BINS - 1)
-        inside = (rank - (below - self._counts)[bin_]) / self._counts[bin_].clamp(min=1)
+        inside = (rank - (below - counts)[bin_]) / counts[bin_].clamp(min=1)
         log_odds = (bin_ + inside) / self.BINS * (2 * self.LIMIT) - self.LIMIT
         value = torch.where(below[-1:] > 0, log_odds.sigmoid(), 0.0).float()
         return torch.cat([value, torch.ones_like(value)])
