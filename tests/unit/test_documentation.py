@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint_conversion.families import FAMILIES
 from megatron_profit.commands.cli import COMMANDS
 from megatron_profit.commands.run_shape import published_config
 from megatron_profit.data import DataOptions
+from megatron_profit.objectives import objective_names, objective_options
 from megatron_profit.training.arguments.derive import derive
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,6 +60,22 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_every_objective_has_a_row_with_its_options(name):
+    page = (REPOSITORY / "docs" / "objectives.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    # The row of ProFit describes the threshold that others share.
+    described = row + (page if "threshold" in row else "")
+    for option in objective_options(name):
+        assert "--" + option.name.replace("_", "-") in described, option.name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_every_family_has_a_row(family):
+    page = (REPOSITORY / "docs" / "conversion.md").read_text(encoding="utf-8")
+    assert f"[`{family.model_type}.py`](" in page
 
 
 def test_the_example_without_megatron_runs():
