@@ -34,6 +34,15 @@ class FlagHelp(argparse.RawDescriptionHelpFormatter):
         return f"{text.removesuffix('.')} ({mark}){end}"
 
 
+def program(module: str) -> str:
+    """Return the name of a command in its help: the way in which it was called.
+
+    For example, "megatron-profit verify", or else "python -m checkpoint_conversion.verify".
+    """
+    called = sys.argv[0]
+    return called if called.startswith("megatron-profit ") else f"python -m {module}"
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the commands that write a folder."""
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")

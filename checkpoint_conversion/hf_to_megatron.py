@@ -132,7 +132,7 @@ def _print_plan(plan: ImportPlan, workers: int) -> None:
 def main() -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_conversion.hf_to_megatron", formatter_class=cli.FlagHelp
+        prog=cli.program("checkpoint_conversion.hf_to_megatron"), formatter_class=cli.FlagHelp
     )
     parser.add_argument("--hf", required=True, metavar="DIR", help="HuggingFace model folder")
     cli.add_output_options(parser)

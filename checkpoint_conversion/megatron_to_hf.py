@@ -196,7 +196,7 @@ def _print_plan(plan: ExportPlan, workers: int) -> None:
 def main() -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_conversion.megatron_to_hf", formatter_class=cli.FlagHelp
+        prog=cli.program("checkpoint_conversion.megatron_to_hf"), formatter_class=cli.FlagHelp
     )
     parser.add_argument("--megatron", required=True, metavar="DIR", help="Megatron save folder")
     parser.add_argument(

@@ -213,7 +213,7 @@ def _compare(pairs: Iterator[RowRange], counter: ProgressLine) -> list[Differenc
 def main() -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m checkpoint_conversion.verify", formatter_class=cli.FlagHelp
+        prog=cli.program("checkpoint_conversion.verify"), formatter_class=cli.FlagHelp
     )
     parser.add_argument(
         "--hf", required=True, nargs="+", action="extend", metavar="DIR", help="one or two folders"

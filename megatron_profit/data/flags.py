@@ -85,7 +85,7 @@ def add_rendering_flags(group: argparse._ActionsContainer) -> None:
         choices=("all", "last", "each"),
         default="all",
         help="Train all turns of the assistant, the last one, or each of them as the last one of an example "
-        "of its own, so that a template which drops earlier reasoning keeps that of every turn.",
+        "of its own, so that a template which drops earlier reasoning keeps it in every turn.",
     )
     group.add_argument(
         "--train-think",

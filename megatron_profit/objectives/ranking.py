@@ -69,7 +69,7 @@ class RankedObjective(Objective):
         "share of the supervised tokens that is trained, in (0, 1]", default=1.0, type=float
     )
     rank_scope: str = option(
-        "rank the tokens of each micro-batch of each rank (micro_batch), or those of the whole "
+        "rank the tokens of each micro-batch of each rank (micro_batch), or of the whole "
         "global batch (global_batch), which costs one more forward pass",
         default="micro_batch",
         choices=RANK_SCOPES,

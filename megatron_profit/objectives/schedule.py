@@ -111,7 +111,7 @@ class ScheduledObjective(Objective):
             ]
             raise ValueError(
                 f"{schedule.option} cannot have a schedule here: it is no fractional option that is "
-                f"set; those of this objective are {', '.join(can) or 'none'}."
+                f"set; this objective has {', '.join(can) or 'none'}."
             )
         if len(schedule.start) != count:
             raise ValueError(

@@ -55,7 +55,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--random-init",
         action="store_true",
-        help="Start from random weights, not from those of --hf-model, where --load and "
+        help="Start from random weights in place of --hf-model's, where --load and "
         "--pretrained-checkpoint hold no checkpoint.",
     )
     group.add_argument(

@@ -58,7 +58,7 @@ def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
     if last is not None and settings["save_retain_interval"]:
         raise ArgumentsError(
             f"--save-retain-interval {settings['save_retain_interval']} removes checkpoints by a rule of its "
-            f"own, those of --keep-last {last} among them; drop one of the two"
+            f"own, and with them some that --keep-last {last} keeps; drop one of the two"
         )
     if metric is not None:
         _check_metric(metric, settings)

@@ -46,9 +46,9 @@ class MetricsFile:
 
     def _move_away(self, kept: list[bytes], moved: list[bytes]) -> None:
         superseded = self._path.with_name(self._path.name + SUPERSEDED)
-        with os.fdopen(open_to_append(superseded), "ab") as beside:
-            beside.writelines(line if line.endswith(b"\n") else line + b"\n" for line in moved)
-            os.fsync(beside.fileno())
+        with os.fdopen(open_to_append(superseded), "ab") as later:
+            later.writelines(line if line.endswith(b"\n") else line + b"\n" for line in moved)
+            os.fsync(later.fileno())
         with whole_file(self._path) as stream:
             stream.writelines(kept)
 

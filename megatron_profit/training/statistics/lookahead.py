@@ -31,20 +31,20 @@ class Lookahead(StatisticProvider):
     """
 
     def __init__(self, statistic: str, loss: ObjectiveLoss, lookahead_pass: LookaheadPass) -> None:
-        self.statistic, self._loss, self._score_pass = statistic, loss, lookahead_pass
+        self.statistic, self._loss, self._lookahead_pass = statistic, loss, lookahead_pass
         self._tables: dict[str, TokenTable | None] = {}
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
         objective = self._loss.current_objective
         if reads := objective.lookahead.get(self.statistic):
-            seen = self._score_pass.of_next_batches(context, 1, reads | {"log_prob"})
+            seen = self._lookahead_pass.of_next_batches(context, 1, reads | {"log_prob"})
             self._tables["train"] = self._decided([seen], objective)
 
     def before_evaluation(self, context: TrainContext) -> None:
         objective = self._loss.current_objective.for_evaluation()
         if reads := objective.lookahead.get(self.statistic):
             batches = range(get_args().eval_iters)
-            valid = self._score_pass.of_valid_batch
+            valid = self._lookahead_pass.of_valid_batch
             seen = [valid(context, number, reads | {"log_prob"}) for number in batches]
             self._tables["valid"] = self._decided(seen, objective)
 

@@ -88,7 +88,7 @@ class OldPolicy(StatisticProvider):
     def __init__(
         self, lookahead_pass: LookaheadPass, steps: int, first: int = 0, data: str = ""
     ) -> None:
-        self._score_pass, self._steps, self._first = lookahead_pass, steps, first
+        self._lookahead_pass, self._steps, self._first = lookahead_pass, steps, first
         self._data = data
         self._table: TokenTable | None = None
         # Whether the table holds the tokens of all ranks, as one read from a checkpoint does.
@@ -107,7 +107,7 @@ class OldPolicy(StatisticProvider):
                 f"{self._steps} steps: the run before was to end here"
             )
         until = min(iteration - self._place(iteration) + self._steps, get_args().train_iters)
-        table = self._score_pass.of_next_batches(
+        table = self._lookahead_pass.of_next_batches(
             context, until - iteration, frozenset({"log_prob"})
         )
         if table is not None:

@@ -108,7 +108,7 @@ def test_any_fractional_option_can_have_a_schedule():
         (("prob_threshold", "linear", "0,1", 2), r"starts at 2 value\(s\), but the option has 1"),
         (
             ("keep_fraction", "linear", 0, 2),
-            r"keep_fraction cannot have a schedule here: .* are prob_threshold\.$",
+            r"keep_fraction cannot have a schedule here: .* has prob_threshold\.$",
         ),
         (("tau", "linear", 0, 2), "tau cannot have a schedule here"),
         (("threshold_direction", "linear", 0, 2), "threshold_direction cannot have a schedule"),
