@@ -43,9 +43,9 @@ def program(module: str) -> str:
     return called if called.startswith("megatron-profit ") else f"python -m {module}"
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the commands that write a folder."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+def add_output_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the options of the commands that write a folder, which need not be `required`."""
+    parser.add_argument("--out", required=required, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--dtype", choices=CHOICES, default="source", help="dtype to write (default: as it is)"
     )

@@ -4,7 +4,8 @@
 
 The template is the HuggingFace folder that training started from. It gives the architecture, the
 tokenizer and everything else but the weights. Optimizer state in the checkpoint is ignored, and rows
-that pad the vocabulary are dropped.
+that pad the vocabulary are dropped. A checkpoint of adapters (LoRA) is merged into its base, which is the
+template unless --base names a Megatron checkpoint; --export-adapter writes the adapters as a PEFT folder.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from checkpoint_conversion import cli
-from checkpoint_conversion.engine.dtypes import DType, chosen_dtype
-from checkpoint_conversion.engine.output import whole_folder
+from checkpoint_conversion.adapters.saved import saved_adapters
+from checkpoint_conversion.engine.dtypes import chosen_dtype
+from checkpoint_conversion.engine.output import check_apart, whole_folder
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
-from checkpoint_conversion.families import family_for
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
+from checkpoint_conversion.hf.source import ModelSource
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
 from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
@@ -35,8 +39,11 @@ from checkpoint_conversion.hf.writer import (
 )
 from checkpoint_conversion.progress import ProgressLine, human
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
-from checkpoint_conversion.torch_dist.reader import MegatronCheckpoint, open_checkpoint
+from checkpoint_conversion.torch_dist.reader import open_checkpoint
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
+
+if TYPE_CHECKING:
+    from checkpoint_conversion.adapters.peft_folder import AdapterOutput
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class ExportPlan:
         weight_map: The file of each tensor.
     """
 
-    checkpoint: MegatronCheckpoint
+    checkpoint: ModelSource
     template: Path
     stops: StopTokens
     tensors: Mapping[str, TensorSpec]
@@ -60,10 +67,6 @@ class ExportPlan:
         """Bytes of all tensors to write."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def dtype_of(self, chunk: TensorChunk) -> DType:
-        """Return the dtype to write for a part of a Megatron tensor."""
-        return self.tensors[chunk.piece.hf[0]].dtype
-
 
 def plan_export(
     megatron: str | Path,
@@ -73,11 +76,14 @@ def plan_export(
     dtype: str = "source",
     max_shard_size: str | int | None = None,
     ignore_arguments: bool = False,
+    base: str | Path | None = None,
+    any_base: bool = False,
 ) -> ExportPlan:
     """Check a checkpoint against a template; no tensor is read.
 
     Args:
-        megatron, hf_template, iteration, dtype, max_shard_size, ignore_arguments: As in `megatron_to_hf`.
+        megatron, hf_template, iteration, dtype, max_shard_size, ignore_arguments, base, any_base: As in
+            `megatron_to_hf`.
 
     Raises:
         ConversionError: For anything that cannot be converted.
@@ -85,10 +91,9 @@ def plan_export(
     chosen = chosen_dtype(dtype)
     template = Path(hf_template)
     config = read_hf_config(template)
-    rules = family_for(config).tensor_rules(config)
     if not ignore_arguments:
         check_checkpoint_matches(Path(megatron), config, template, iteration)
-    checkpoint = open_checkpoint(find_checkpoint(megatron, iteration), rules)
+    checkpoint = _open(find_checkpoint(megatron, iteration), config, template, base, any_base)
     tensors = {
         name: TensorSpec(shape, chosen or checkpoint.dtypes[rule.megatron])
         for rule in checkpoint.rules
@@ -100,6 +105,24 @@ def plan_export(
     written = for_older_readers(with_dtype(config, tensors))
     stops = plan_stop_tokens(template, written, trained_turn_end(checkpoint.folder))
     return ExportPlan(checkpoint, template, stops, tensors, weight_map)
+
+
+def _open(
+    folder: Path, config: Config, template: Path, base: str | Path | None, any_base: bool
+) -> ModelSource:
+    """Return a checkpoint of whole weights, or one of adapters with its base."""
+    saved = saved_adapters(folder)
+    if saved is not None:
+        from checkpoint_conversion.adapters.export import open_merged  # needs numpy
+
+        return open_merged(
+            folder, saved, config, template, None if base is None else Path(base), any_base
+        )
+    if base is not None or any_base:
+        raise ConversionError(
+            f"{folder} holds whole weights: --base and --any-base are for adapters"
+        )
+    return open_checkpoint(folder, family_for(config).tensor_rules(config))
 
 
 def megatron_to_hf(
@@ -115,6 +138,8 @@ def megatron_to_hf(
     check_finite: bool = False,
     workers: int | None = None,
     progress: TextIO | None = None,
+    base: str | Path | None = None,
+    any_base: bool = False,
 ) -> ExportPlan:
     """Convert a Megatron torch_dist checkpoint to a HuggingFace folder.
 
@@ -131,6 +156,8 @@ def megatron_to_hf(
         check_finite: Refuse NaN and infinity.
         workers: Number of threads; None for one per core, at most 8.
         progress: Stream for progress lines.
+        base: The Megatron checkpoint that adapters are merged into; None for the template's weights.
+        any_base: Merge adapters into another base than the run noted, too.
 
     Returns:
         The plan that was carried out.
@@ -145,21 +172,44 @@ def megatron_to_hf(
         dtype=dtype,
         max_shard_size=max_shard_size,
         ignore_arguments=ignore_arguments,
+        base=base,
+        any_base=any_base,
     )
-    checkpoint = plan.checkpoint
-    threads = worker_count(workers)
-    sources = [plan.template, checkpoint.folder]
-    chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
-    buffers = Buffers()
-    counter = ProgressLine(len(plan.tensors), plan.nbytes, progress)
+    sources = [plan.template, plan.checkpoint.folder]
     with (
         whole_folder(Path(out), sources, overwrite, COMMAND, plan.nbytes) as folder,
         HFWriter(folder, plan.tensors, plan.weight_map) as writer,
-        OpenFiles() as files,
     ):
+        write_tensors(plan.checkpoint, plan.tensors, writer, check_finite, workers, progress)
+        copy_artifacts(plan.template, folder, plan.stops)
+    return plan
+
+
+def write_tensors(
+    checkpoint: ModelSource,
+    tensors: Mapping[str, TensorSpec],
+    writer: HFWriter,
+    check_finite: bool = False,
+    workers: int | None = None,
+    progress: TextIO | None = None,
+) -> None:
+    """Write all tensors of a checkpoint to their places in a HuggingFace folder.
+
+    Args:
+        checkpoint: The checkpoint.
+        tensors: The tensors to write, by HuggingFace name.
+        writer: Writes them.
+        check_finite, workers, progress: As in `megatron_to_hf`.
+    """
+    chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
+    buffers = Buffers()
+    counter = ProgressLine(
+        len(tensors), sum(tensor.nbytes for tensor in tensors.values()), progress
+    )
+    with OpenFiles() as files:
 
         def export(chunk: TensorChunk) -> None:
-            dtype = plan.dtype_of(chunk)
+            dtype = tensors[chunk.piece.hf[0]].dtype
             data = buffers.first(chunk.elements * dtype.itemsize)
             row_bytes = len(data) // chunk.rows
             checkpoint.read_into(chunk, dtype, data, files, check_finite)
@@ -168,12 +218,56 @@ def megatron_to_hf(
                 writer.write_rows(chunk.piece.hf[source], start, part)
                 counter.add(chunk.piece.hf[source], len(part))
 
-        run_all(export, chunks, threads)
+        run_all(export, chunks, worker_count(workers))
         checkpoint.check_rest(files)
         writer.flush()
-        copy_artifacts(plan.template, folder, plan.stops)
         counter.finish()
-    return plan
+
+
+def export_adapter(
+    megatron: str | Path,
+    hf_template: str | Path,
+    out: str | Path,
+    *,
+    iteration: str | int | None = None,
+    dtype: str = "source",
+    overwrite: bool = False,
+    check_finite: bool = False,
+    workers: int | None = None,
+    progress: TextIO | None = None,
+    dry_run: bool = False,
+) -> AdapterOutput:
+    """Write the adapters of a checkpoint as a PEFT folder.
+
+    Args:
+        megatron, hf_template, iteration, dtype, overwrite, check_finite, workers, progress: As in
+            `megatron_to_hf`.
+        out: Folder to write; it appears whole or not at all.
+        dry_run: Check everything and write nothing.
+
+    Returns:
+        The output.
+
+    Raises:
+        ConversionError: The checkpoint holds no adapters, or cannot be converted.
+    """
+    from checkpoint_conversion.adapters.export import open_adapters, plan_adapter_export
+
+    template, folder = Path(hf_template), find_checkpoint(megatron, iteration)
+    config, saved = read_hf_config(template), saved_adapters(folder)
+    if saved is None:
+        raise ConversionError(
+            f"{folder} holds whole weights and no adapters; leave --export-adapter out"
+        )
+    adapters = open_adapters(folder, config, saved.options)
+    output = plan_adapter_export(
+        adapters, saved.options, config, template, Path(out), chosen_dtype(dtype), overwrite
+    )
+    if dry_run:
+        return output
+    with output.writer() as (_, writer):
+        write_tensors(adapters, output.tensors, writer, check_finite, workers, progress)
+    return output
 
 
 def _print_plan(plan: ExportPlan, workers: int) -> None:
@@ -202,7 +296,7 @@ def main() -> int:
     parser.add_argument(
         "--hf-template", required=True, metavar="DIR", help="HuggingFace folder to take the rest of"
     )
-    cli.add_output_options(parser)
+    cli.add_output_options(parser, required=False)
     parser.add_argument("--iteration", metavar="N", help="a number or 'release' (default: latest)")
     parser.add_argument("--dry-run", action="store_true", help=cli.DRY_RUN)
     parser.add_argument(
@@ -211,7 +305,29 @@ def main() -> int:
         help=f"such as 5GB (default: as the template's index, else {DEFAULT_SHARD_SIZE})",
     )
     parser.add_argument("--ignore-arguments", action="store_true", help=cli.IGNORE_ARGUMENTS)
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="Megatron checkpoint that the adapters of the checkpoint are merged into (default: the "
+        "weights of --hf-template)",
+    )
+    parser.add_argument(
+        "--any-base",
+        action="store_true",
+        help="merge adapters into a base that is not the one they were trained on",
+    )
+    parser.add_argument(
+        "--export-adapter", metavar="DIR", help="PEFT folder to write from a checkpoint of adapters"
+    )
     options = parser.parse_args()
+    if options.out is None and options.export_adapter is None:
+        parser.error("give --out DIR, or --export-adapter DIR for a checkpoint of adapters")
+    if options.out is not None and options.export_adapter is not None:
+        check_apart(Path(options.out), Path(options.export_adapter))
+    if options.export_adapter is not None:
+        _export_adapter(options)
+    if options.out is None:
+        return 0
     if options.dry_run:
         plan = plan_export(
             options.megatron,
@@ -220,6 +336,8 @@ def main() -> int:
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
             ignore_arguments=options.ignore_arguments,
+            base=options.base,
+            any_base=options.any_base,
         )
         _print_plan(plan, worker_count(options.workers))
         if plan.stops.added is not None:
@@ -237,6 +355,8 @@ def main() -> int:
         check_finite=options.check_finite,
         workers=options.workers,
         progress=sys.stderr,
+        base=options.base,
+        any_base=options.any_base,
     )
     if plan.stops.added is not None:
         print(plan.stops)
@@ -248,6 +368,30 @@ def main() -> int:
         f"AutoModelForCausalLM.from_pretrained({options.out!r})"
     )
     return 0
+
+
+def _export_adapter(options: argparse.Namespace) -> None:
+    output = export_adapter(
+        options.megatron,
+        options.hf_template,
+        options.export_adapter,
+        iteration=options.iteration,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        check_finite=options.check_finite,
+        workers=options.workers,
+        progress=sys.stderr,
+        dry_run=options.dry_run,
+    )
+    if options.dry_run:
+        rows = ((name, list(t.shape), t.dtype.name) for name, t in output.tensors.items())
+        cli.print_table(("adapter", "shape", "dtype"), rows)
+        return
+    print(
+        f"{len(output.tensors)} tensors of adapters, {human(output.nbytes)}, written to "
+        f"{options.export_adapter}; use them with: PeftModel.from_pretrained(model, "
+        f"{options.export_adapter!r})"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from checkpoint_conversion import cli
+from checkpoint_conversion.adapters.saved import saved_adapters
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.chunks import CHUNK_BYTES
 from checkpoint_conversion.hf.folder import HFTensor
@@ -119,6 +120,11 @@ def verify(
 def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[RowRange]:
     from checkpoint_conversion.hf.torch_tensors import TORCH, read_chunk
 
+    if saved_adapters(folder) is not None:
+        raise ConversionError(
+            f"{folder} holds adapters and no weights; merge them with megatron_to_hf and compare the two "
+            "HuggingFace folders"
+        )
     checkpoint = open_checkpoint(folder, model.rules)
     for rule in checkpoint.rules:
         for chunk in checkpoint.chunks(rule):

@@ -9,7 +9,8 @@ r"""Train the same base with several objectives and seeds, and compare the answe
 
 A run is one (setting, objective, seed): a training with the real entry, an export, and greedy answers
 of the exported model. An answer is right when its last match of the pattern equals the reference
-answer's. Finished runs are kept, so that an interrupted comparison continues. It writes results.json,
+answer's. With --lora-ranks, each objective is trained with adapters of each rank. Finished
+runs are kept, so that an interrupted comparison continues. It writes results.json,
 results.md and figure.png.
 
 Without --base the quickstart's base is made first, and there are three settings. `phrases` is the
@@ -55,6 +56,8 @@ RUNS = {
     "--objective-warmup-steps 75",
     "psft": "--objective psft",
 }
+# The name of a run with adapters ends in their rank.
+_RANK = ", rank "
 SETTING_FORM = "NAME=DATA,HELD_OUT[,KNOWN]"
 WRONG_SHARE = 1 / 3
 WORDINGS = 6  # of each held-out sum
@@ -432,6 +435,28 @@ def names_of_runs(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(result.run for result in results))
 
 
+def with_ranks(runs: Mapping[str, str], ranks: Sequence[int]) -> dict[str, str]:
+    """Return each run with adapters of each rank; the runs themselves without ranks."""
+    if not ranks:
+        return dict(runs)
+    return {
+        f"{name}{_RANK}{rank}": f"{flags} --lora-rank {rank}"
+        for name, flags in runs.items()
+        for rank in ranks
+    }
+
+
+def ranks_of(results: Sequence[Result]) -> dict[str, dict[int, str]]:
+    """Return the run of each objective and rank; empty unless all runs have adapters."""
+    found: dict[str, dict[int, str]] = {}
+    for run in names_of_runs(results):
+        name, separator, rank = run.rpartition(_RANK)
+        if not (separator and rank.isdecimal()):
+            return {}
+        found.setdefault(name, {})[int(rank)] = run
+    return found
+
+
 def table(results: Sequence[Result], base: Mapping[Measure, float]) -> str:
     """Return the results as Markdown: right answers of each objective in each setting, then other numbers."""
     measures = measures_of(results)
@@ -500,6 +525,35 @@ def draw_figure(results: Sequence[Result], base: Mapping[Measure, float], file: 
     figure.savefig(beside, dpi=150, format="png")
     plt.close(figure)
     beside.replace(file)
+
+
+def draw_ranks(results: Sequence[Result], base: Mapping[Measure, float], file: Path) -> None:
+    """Draw a panel for each measure: a line for each objective over the ranks of its adapters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measures, ranks = measures_of(results), ranks_of(results)
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(1.6 + 3.4 * len(measures), 3.4), sharey=True, squeeze=False
+    )
+    for axis, measure in zip(axes[0], measures, strict=True):
+        for name, runs in ranks.items():
+            means = [100 * mean(measure.of(results, run)) for run in runs.values()]
+            axis.plot(list(runs), means, marker="o", label=name)
+        axis.axhline(100 * base[measure], color="#57606a", ls="--", lw=1)
+        axis.set_xscale("log", base=2)
+        axis.set_title(str(measure), fontsize=10)
+        axis.set_xlabel("rank of the adapters", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("answers right, % (dashed: the base)", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    unfinished = file.with_name(f".{file.name}")
+    figure.savefig(unfinished, dpi=150, format="png")
+    plt.close(figure)
+    unfinished.replace(file)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -572,6 +626,14 @@ def read_plan(argv: Sequence[str] | None) -> Plan:
         help="an objective as flags of the training entry; may be repeated (default: "
         f"{', '.join(RUNS)})".replace("%", "%%"),
     )
+    add(
+        "--lora-ranks",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="R",
+        help="train adapters of each of these ranks in place of all weights",
+    )
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     add(
         "--train",
@@ -606,7 +668,7 @@ def read_plan(argv: Sequence[str] | None) -> Plan:
         out=out,
         base=arguments.base.absolute() if arguments.base else quickstart_base(out),
         settings=dict(arguments.setting or quickstart_settings(out / "data").items()),
-        runs=dict(arguments.run or RUNS.items()),
+        runs=with_ranks(dict(arguments.run or RUNS.items()), arguments.lora_ranks),
         seeds=tuple(arguments.seeds),
         train=arguments.train,
         columns=tuple(arguments.data_columns),
@@ -644,7 +706,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report |= {"train": plan.train, "runs": plan.runs, "results": [asdict(r) for r in results]}
     write_whole(plan.out / "results.json", json.dumps(report, indent=1) + "\n")
     write_whole(plan.out / "results.md", text)
-    draw_figure(results, base, plan.out / "figure.png")
+    draw = draw_ranks if ranks_of(results) else draw_figure
+    draw(results, base, plan.out / "figure.png")
     print(f"\n{text}\nwrote {plan.out}/results.json, results.md and figure.png")
     return 0
 

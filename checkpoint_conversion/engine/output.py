@@ -88,6 +88,19 @@ def check_output(
     _check_space(out, needed)
 
 
+def check_apart(one: Path, other: Path) -> None:
+    """Refuse two output folders of which one is, or holds, the other.
+
+    Raises:
+        ConversionError: Names both.
+    """
+    here, there = _resolved(one), _resolved(other)
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise ConversionError(
+            f"{one} and {other} are two outputs in one place; choose another folder"
+        )
+
+
 def write_file(file: Path, content: bytes) -> None:
     """Write a small file, whole or not at all, and flush it to the disk.
 

@@ -23,7 +23,7 @@ def converted(data: memoryview, source: DType, target: DType, name: str) -> memo
     """
     if source == target:
         return data
-    values = _as_float32(data, source)
+    values = as_float32(data, source)
     with np.errstate(over="ignore", invalid="ignore"):
         bits = _from_float32(values, target)
     if target.largest < source.largest:
@@ -98,7 +98,8 @@ def put_strided(
     whole[...] = np.lib.stride_tricks.as_strided(elements, whole.shape, (row, column))
 
 
-def _as_float32(data: memoryview, source: DType) -> np.ndarray:
+def as_float32(data: memoryview, source: DType) -> np.ndarray:
+    """Return values as a flat float32 array, which may be a view of the bytes."""
     bits = np.frombuffer(data, source.bits)
     if source == BF16:
         return (bits.astype(np.uint32) << 16).view(np.float32)

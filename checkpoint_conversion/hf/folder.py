@@ -32,6 +32,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FETCH_AGAIN = "download the folder again, the HuggingFace cache skips what it has"
 
 # Bytes of an element of each dtype that is not converted.
@@ -274,7 +275,7 @@ def _missing(file: Path) -> ConversionError:
 
 
 def _read_tensors(file: Path) -> dict[str, HFTensor]:
-    return _read_pickle(file) if file.suffix == ".bin" else _read_header(file)
+    return _read_pickle(file) if file.suffix == ".bin" else read_header(file)
 
 
 def _read_pickle(file: Path) -> dict[str, HFTensor]:
@@ -309,10 +310,13 @@ def _read_at(descriptor: int, offset: int, count: int) -> bytes:
     return os.pread(descriptor, count, offset)
 
 
-def _read_header(file: Path) -> dict[str, HFTensor]:
-    """Read the places of the tensors of a safetensors file.
+def read_header(file: Path) -> dict[str, HFTensor]:
+    """Return the places of the tensors of a safetensors file, by name.
 
     Format: 8 bytes with the length of the header, a JSON header, the data without holes.
+
+    Raises:
+        ConversionError: When the file is missing, truncated or malformed.
     """
     try:
         with open(open_regular(file), "rb") as stream:

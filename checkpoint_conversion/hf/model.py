@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from checkpoint_conversion.engine.dtypes import DTYPES, DType
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, Family, TensorRule, family_for
-from checkpoint_conversion.hf.chunks import CHUNK_BYTES, TensorChunk
-from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
+from checkpoint_conversion.hf.chunks import CHUNK_BYTES, TRANSFER_BYTES, TensorChunk, chunks_of
+from checkpoint_conversion.hf.folder import CONFIG, HFTensor, list_tensors, read_hf_config
 
 _BASE = "model."
 # A buffer in old Llama checkpoints, which is computed from the configuration.
@@ -44,6 +45,23 @@ class HFModel:
     def names(self) -> list[str]:
         """Return the tensors that are converted, in the order of the rules."""
         return list(expected_shapes(self.rules))
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, DType]:
+        """The dtype of each rule's tensors, by key; raises as `dtype_of`."""
+        return {rule.megatron: self.dtype_of(rule) for rule in self.rules}
+
+    @property
+    def padding(self) -> int:
+        """Rows that pad the vocabulary: a HuggingFace folder has none."""
+        return 0
+
+    def chunks(self, rule: TensorRule) -> Iterator[TensorChunk]:
+        """Return the chunks in which to read a tensor."""
+        return chunks_of(rule, self.dtypes[rule.megatron], TRANSFER_BYTES)
+
+    def check_rest(self, files: OpenFiles) -> None:
+        """Do without a check: safetensors have no checksums."""
 
     def dtype_of(self, rule: TensorRule) -> DType:
         """Return the single dtype of the HuggingFace tensors of a rule.
@@ -127,7 +145,7 @@ def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
     alias, original = family.tied_alias
     tensors = _by_known_name(list_tensors(folder, allow_pickle), (*expected, alias))
     has_alias = alias in tensors and alias not in expected
-    _check_tensors(folder, tensors, expected | ({alias: expected[original]} if has_alias else {}))
+    check_tensors(folder, tensors, expected | ({alias: expected[original]} if has_alias else {}))
     return HFModel(folder, config, family, rules, tensors, alias if has_alias else None)
 
 
@@ -184,19 +202,33 @@ def _wrapper(names: Iterable[str], missing: str) -> str:
     return ""
 
 
-def _check_tensors(
-    folder: Path, tensors: Mapping[str, HFTensor], expected: Mapping[str, tuple[int, ...]]
+def check_tensors(
+    folder: Path,
+    tensors: Mapping[str, HFTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    source: str = CONFIG,
 ) -> None:
+    """Check that a folder holds exactly the expected tensors.
+
+    Args:
+        folder: The folder.
+        tensors: Its tensors by name.
+        expected: The shape of each tensor, by name.
+        source: What the shapes follow from; for messages.
+
+    Raises:
+        ConversionError: A tensor is missing, unknown, or of another shape or an unknown dtype.
+    """
     for name, shape in expected.items():
         if name not in tensors:
             raise ConversionError(
-                f"{folder}: no tensor {name}, which config.json calls for{_wrapper(tensors, name)}"
+                f"{folder}: no tensor {name}, which {source} calls for{_wrapper(tensors, name)}"
             )
         tensor = tensors[name]
         if tensor.shape != shape:
             raise ConversionError(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}; "
-                f"config.json calls for {list(shape)}"
+                f"{source} calls for {list(shape)}"
             )
         if tensor.dtype not in DTYPES:
             raise ConversionError(

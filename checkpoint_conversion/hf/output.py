@@ -11,7 +11,7 @@ import torch
 
 from checkpoint_conversion.engine.output import check_output, whole_folder
 from checkpoint_conversion.families import TensorRule, family_for
-from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
 from checkpoint_conversion.hf.model import expected_shapes
 from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens
@@ -72,6 +72,10 @@ class HFOutput:
                 writer.flush()
             yield partial
             copy_artifacts(self.template, partial, self.stops)
+
+    def tensors_in(self, folder: Path) -> dict[str, HFTensor]:
+        """Return the places of the tensors in the temporary folder of `create`."""
+        return list_tensors(folder)
 
 
 def plan_output(

@@ -18,7 +18,7 @@ from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 # The file of a run in each of its checkpoints, and the path of the token in it.
-_RUN_FILE = "megatron_profit.json"
+RUN_FILE = "megatron_profit.json"
 _TURN_END = ("run", "tokenizer", "turn_end_id")
 _KEY = "eos_token_id"
 # transformers takes these from config.json where a folder has no generation_config.json.
@@ -94,7 +94,7 @@ def trained_turn_end(checkpoint: Path) -> int | None:
     Raises:
         ConversionError: The file that should hold it is damaged.
     """
-    file = checkpoint / _RUN_FILE
+    file = checkpoint / RUN_FILE
     if not file.exists():
         return None
     value: Any = read_json_object(file)

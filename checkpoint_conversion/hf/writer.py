@@ -21,7 +21,13 @@ from checkpoint_conversion.engine.output import sync_file, write_file
 from checkpoint_conversion.engine.raw_files import NewFile, writing
 from checkpoint_conversion.engine.regular_files import CHAT_TEMPLATES, open_regular
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf.folder import CONFIG, FETCH_AGAIN, INDEX, WEIGHTS
+from checkpoint_conversion.hf.folder import (
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    FETCH_AGAIN,
+    INDEX,
+    WEIGHTS,
+)
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, StopTokens
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -110,7 +116,7 @@ class HFWriter:
         self._files: list[NewFile] = []
         for shard in sorted(set(weight_map.values())):
             self._create(folder / shard, sorted(n for n in tensors if weight_map[n] == shard))
-        if set(weight_map.values()) != {WEIGHTS}:
+        if set(weight_map.values()) not in ({WEIGHTS}, {ADAPTER_WEIGHTS}):
             write_file(folder / INDEX, _index(tensors, weight_map))
 
     def write_rows(self, name: str, start: int, data: memoryview) -> None:

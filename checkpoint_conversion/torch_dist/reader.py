@@ -238,7 +238,8 @@ def open_checkpoint(folder: Path, rules: Iterable[TensorRule]) -> MegatronCheckp
         for piece in chunks[rule.megatron].values():
             _check_disjoint(folder, rule.megatron, piece, len(rule.stack))
     vocabularies = [rule for rule in named if rule.vocabulary]
-    padding = max(saved[r.megatron].shape[0] - r.megatron_shape[0] for r in vocabularies)
+    excess = (saved[r.megatron].shape[0] - r.megatron_shape[0] for r in vocabularies)
+    padding = max(excess, default=0)
     return MegatronCheckpoint(folder, named, dtypes, padding, chunks)
 
 

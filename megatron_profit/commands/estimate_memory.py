@@ -29,7 +29,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from checkpoint_conversion.cli import FlagHelp
-from megatron_profit.commands.parameter_counts import Parameters, stage_parameters
+from megatron_profit.commands.parameter_counts import (
+    Parameters,
+    stage_parameters,
+    trained_parameters,
+)
 from megatron_profit.commands.run_shape import RunShape, ShapeError, read_run
 
 GIB = 2**30
@@ -82,7 +86,9 @@ def estimate(
 
 
 def _stage(run: RunShape, stage: int, supervised_share: float, expert_load: float) -> Memory:
-    parameters = stage_parameters(run, stage)
+    trained, parameters = trained_parameters(run, stage), stage_parameters(run, stage)
+    if run.args.lora_rank is not None:
+        parameters += trained
     activations, working = _activations(run, stage, expert_load)
     if stage == run.pp - 1:
         kept, peak = output_bytes(run, supervised_share)
@@ -91,8 +97,8 @@ def _stage(run: RunShape, stage: int, supervised_share: float, expert_load: floa
         stage=stage,
         parameters=parameters.total,
         weights=parameters.total * run.bytes_per_number,
-        gradients=parameters.total * gradient_bytes(run.args),
-        optimizer=optimizer_state(run, parameters),
+        gradients=trained.total * gradient_bytes(run.args),
+        optimizer=optimizer_state(run, trained),
         activations=activations,
         working=working,
         runtime=0,
@@ -153,6 +159,7 @@ class LayerActivations:
         middle: The residual stream after attention.
         mlp: Inputs and outputs of the activation function.
         router: Logits, probabilities and the experts' inputs.
+        adapters: The tensors between A and B of all projections.
     """
 
     entry: int
@@ -161,10 +168,12 @@ class LayerActivations:
     middle: int
     mlp: int
     router: int = 0
+    adapters: int = 0
 
     @property
     def total(self) -> int:
-        return self.entry + self.norms + self.attention + self.middle + self.mlp + self.router
+        parts = (self.entry, self.norms, self.attention, self.middle, self.mlp)
+        return sum(parts) + self.router + self.adapters
 
 
 def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> LayerActivations:
@@ -184,13 +193,22 @@ def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> L
         norms += 2 * stream + (tokens * (query + key_value) * number if args.qk_layernorm else 0)
     if not has_experts:
         mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
-        return LayerActivations(stream, norms, attention, stream, mlp)
+        low = _between_factors(run, tokens, tokens)
+        return LayerActivations(stream, norms, attention, stream, mlp, 0, low)
     # Each token goes to `topk` experts; the ranks that share an expert gather its tokens.
     local = tokens / run.sequence_split * args.moe_router_topk * run.etp * expert_load
     expert = _gated_mlp(run, args.moe_ffn_hidden_size // run.etp)
     router = tokens // run.sequence_split * args.num_experts * 4 * 2
     router += int(local * args.hidden_size * number)
-    return LayerActivations(stream, norms, attention, stream, int(local * expert * number), router)
+    low = _between_factors(run, tokens, int(local))
+    mlp = int(local * expert * number)
+    return LayerActivations(stream, norms, attention, stream, mlp, router, low)
+
+
+def _between_factors(run: RunShape, tokens: int, mlp_tokens: int) -> int:
+    """Return the bytes between A and B: four projections of attention and three of the MLP, scaled once."""
+    rank = run.args.lora_rank or 0
+    return 2 * rank * (4 * tokens + 3 * mlp_tokens) * run.bytes_per_number
 
 
 def _gated_mlp(run: RunShape, size: int) -> int:
@@ -291,8 +309,9 @@ def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
     kept = norm + gathered + tiling.kept_rows * vocab * number
     block = rows * min(tiling.columns, vocab) * number
     # Supervised rows, their gradient in fp32 and all rows' gradient; the weight's gradient for autograd.
-    gradients = rows * hidden * (number + 4) + tokens * hidden * number + vocab * hidden * number
-    return kept, block + gradients
+    gradients = rows * hidden * (number + 4) + tokens * hidden * number
+    weight_gradient = vocab * hidden * number if args.lora_rank is None else 0
+    return kept, block + gradients + weight_gradient
 
 
 def megatron_estimate(run: RunShape) -> dict[str, float]:
@@ -320,7 +339,7 @@ Why they differ: Megatron's estimate counts 18 bytes a parameter (6 and 12 / dp 
 optimizer) as this one does in bf16, but not context parallelism in dp, nor other precisions. Its
 activations have neither the gated MLP's real size, nor grouped-query attention, experts, context
 parallelism or full recomputation, and its output layer holds logits of all tokens, which the linear
-objective never has. It leaves out working memory and runtime."""
+objective never has. It leaves out working memory and runtime, and knows no adapters."""
 
 
 def table(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -> str:

@@ -26,6 +26,8 @@ from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.training.arguments.command_line import provider_of
 from megatron_profit.training.arguments.derive import derive
 from megatron_profit.training.arguments.disk import open_hf_weights
+from megatron_profit.training.arguments.lora_files import open_lora
+from megatron_profit.training.checkpoints.adapters import adapter_hook
 from megatron_profit.training.checkpoints.choose import CheckpointFlags, check_checkpoints
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.hf_weights import load_hook
@@ -74,7 +76,10 @@ def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
     try:
         settings = derive(argv, device, world_size())
         check_checkpoints(CheckpointFlags.of(settings.values), settings.check_checkpoint)
-        hf_weights = open_hf_weights(settings.values)
+        lora = None
+        if settings.lora is not None:
+            lora = open_lora(settings.lora, settings.values, settings.config, overwrite=False)
+        hf_weights = open_hf_weights(settings.values) if lora is None else None
     except (ArgumentsError, CheckpointError, ConversionError) as error:
         fail(error)
     args = parse_and_validate_args(extra_args_provider=provider_of(settings.values))
@@ -83,6 +88,8 @@ def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
     config.transformer_layer_spec = layer_spec
     if hf_weights is not None:
         config.pre_wrap_hooks.append(load_hook(hf_weights))
+    if lora is not None:
+        config.pre_wrap_hooks.append(adapter_hook(lora, args))
     chunks, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},

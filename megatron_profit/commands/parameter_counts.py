@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checkpoint_conversion.adapters.options import ALL_LINEAR
 from megatron_profit.commands.run_shape import RunShape
 
 
@@ -42,9 +43,44 @@ def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
     return Parameters(dense + hidden * args.num_experts, args.num_experts // run.ep * expert)
 
 
+def adapter_parameters(run: RunShape, has_experts: bool) -> Parameters:
+    """Return the parameters of a layer's adapters on a rank.
+
+    A factor is split like the outputs or inputs of its projection; the other one is on every rank. For
+    example, q_proj has A [rank, hidden] whole and B [query / tp, rank].
+    """
+    args, rank = run.args, run.args.lora_rank
+    if rank is None:
+        return Parameters()
+    targets = args.lora_targets or (ALL_LINEAR,)
+
+    def size(name: str, inner: int) -> int:
+        is_target = name in targets or ALL_LINEAR in targets
+        return rank * (args.hidden_size + inner) * is_target
+
+    query, key_value = run.query_size // run.tp, run.key_value_size // run.tp
+    dense = size("q_proj", query) + size("o_proj", query)
+    dense += size("k_proj", key_value) + size("v_proj", key_value)
+    ffn = args.moe_ffn_hidden_size // run.etp if has_experts else args.ffn_hidden_size // run.tp
+    mlp = sum(size(name, ffn) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not has_experts:
+        return Parameters(dense + mlp)
+    return Parameters(dense, args.num_experts // run.ep * mlp)
+
+
+def trained_parameters(run: RunShape, stage: int) -> Parameters:
+    """Return the parameters of a pipeline rank that get gradients: its adapters, or all without adapters."""
+    if run.args.lora_rank is None:
+        return stage_parameters(run, stage)
+    total = Parameters()
+    for layer in run.layers_of(stage):
+        total += adapter_parameters(run, run.expert_layers[layer])
+    return total
+
+
 def stage_parameters(run: RunShape, stage: int) -> Parameters:
     """Return the parameters of a pipeline rank: its layers, and embedding, last norm and output layer where
-    they are.
+    they are. Adapters are not among them.
     """
     args = run.args
     total = Parameters()

@@ -250,6 +250,31 @@ def _weigh_auxiliary_losses_alike_on_all_ranks() -> None:
     router.get_tokens_per_expert_and_token_count = counts
 
 
+def _count_operations_of_adapters() -> None:
+    from megatron.training import training
+
+    original = training.num_floating_point_operations
+
+    @functools.wraps(original)
+    def operations(
+        args: Any,
+        batch_size: int,
+        seqlen_squared_sum_in_batch: float | None = None,
+        total_real_tokens_in_batch: float | None = None,
+    ) -> float:
+        adapters = getattr(args, "lora_active_parameters", None)
+        tokens = total_real_tokens_in_batch
+        tokens = batch_size * args.seq_length if tokens is None else tokens
+        total = original(args, batch_size, seqlen_squared_sum_in_batch, tokens)
+        if adapters is None:
+            return total
+        # Without the attention between tokens: each weight in forward pass, input and weight gradient.
+        weights = original(args, batch_size, 0, tokens)
+        return total - weights / 3 + 6 * adapters * tokens
+
+    training.num_floating_point_operations = operations
+
+
 MEGATRON_PATCHES = (
     Patch(
         name="shipped-dataset-helpers",
@@ -337,6 +362,13 @@ MEGATRON_PATCHES = (
         "wrong as well: each rank has a part of the loss, which has to be weighed with the tokens of all, "
         "and padding is not spread evenly over the ranks. So what is given is their mean.",
         apply=_weigh_auxiliary_losses_alike_on_all_ranks,
+    ),
+    Patch(
+        name="operations-of-adapters",
+        functions=("megatron/training/training.py:num_floating_point_operations",),
+        reason="The count of floating-point operations has gradients of all weights, which frozen ones do "
+        "not get, and no adapters.",
+        apply=_count_operations_of_adapters,
     ),
     Patch(
         name="queue-of-results",

@@ -27,14 +27,17 @@ from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches.callbacks import Callback, RunFailure, register
 from megatron_profit.megatron_patches.saving import reason_of_all_ranks
 from megatron_profit.models.layer_specs import layer_spec
+from megatron_profit.models.lora.transform import adapter_shards, merged_shards
 from megatron_profit.training.arguments.command_line import provider_of
 from megatron_profit.training.arguments.derive import RunSettings
+from megatron_profit.training.checkpoints.adapters import adapter_hook
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.hf_weights import (
     export,
     keep_in,
     load_checkpoint_into,
     load_hook,
+    model_shards,
 )
 from megatron_profit.training.checkpoints.retention import Retention
 from megatron_profit.training.monitoring.evaluation_report import EvaluationReport, first_records
@@ -103,8 +106,7 @@ def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:
             ModelType.encoder_or_decoder,
             make_forward_step(monitor.watching(begin)),
         )
-    if files.export is not None:
-        _export(plan, chunks, keeper)
+    _export(plan, chunks, keeper)
     end_communication()
 
 
@@ -142,6 +144,8 @@ def _complete(model_config: Any, args: Namespace, plan: RunPlan) -> list[Megatro
         scale_balancing(model_config.transformer, plan.data.supervised_share)
     if plan.files.hf_weights is not None:
         model_config.pre_wrap_hooks.append(load_hook(plan.files.hf_weights))
+    if plan.files.lora is not None:
+        model_config.pre_wrap_hooks.append(adapter_hook(plan.files.lora, args))
     chunks: list[MegatronModule] = []
     model_config.pre_wrap_hooks.append(keep_in(chunks))
     return chunks
@@ -172,12 +176,20 @@ def _known_ends(signals: ExitSignals) -> Iterator[None]:
 
 
 def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> None:
-    """Write the HuggingFace folder, with --export-best of the best checkpoint's weights."""
-    assert plan.files.export is not None
+    """Write the HuggingFace and PEFT folders that were asked for, with --export-best of the best
+    checkpoint's weights.
+    """
+    merged, lora = plan.files.export, plan.files.lora
+    adapters = None if lora is None else lora.output
+    if merged is None and adapters is None:
+        return
     try:
         if plan.settings.keep.export_best:
             load_checkpoint_into(chunks, keeper.best().folder)
-        export(plan.files.export, chunks)
+        if merged is not None:
+            export(merged, (model_shards if lora is None else merged_shards)(chunks))
+        if adapters is not None:
+            export(adapters, adapter_shards(chunks))
     except (CheckpointError, ConversionError, OSError) as error:
         fail(
             f"--export-hf: {error}; a checkpoint that --save has written can still be exported: python "

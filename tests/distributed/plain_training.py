@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_lora import adapted_model, factors_of
 from plain_objectives import Case, Outcome, Tokens
 from safetensors.torch import load_file
 from torch import Tensor
@@ -76,12 +77,15 @@ class Trained:
     Attributes:
         metrics: One line for each step, by the name that is logged.
         valid: The objective on the validation batch; NaN where there is none.
-        weights: By HuggingFace name, without experts, which transformers joins.
+        weights: By HuggingFace name, without experts, which transformers joins; of an adapter, its factors
+            by PEFT's names.
+        gradients: Of an adapter's factors in the last step, before they are clipped, by the same names.
     """
 
     metrics: list[dict[str, float]]
     valid: float
     weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,13 @@ class Record:
 Rows = list[list[Record]]
 
 
-def train(hf: Path, plan: Plan, case: Case, reference: Path | None = None) -> Trained:
-    """Train the HuggingFace folder `hf`; `reference` is the folder of a reference model."""
-    model = _model(hf)
+def train(
+    hf: Path, plan: Plan, case: Case, reference: Path | None = None, adapter: Path | None = None
+) -> Trained:
+    """Train the HuggingFace folder `hf`, or an adapter on it alone; `reference` is the folder of a
+    reference model.
+    """
+    model = _model(hf) if adapter is None else adapted_model(hf, adapter)
     ref = None if reference is None else _model(reference)
     examples = _examples(hf, plan.data, plan)
     steps = _batches(examples, plan, plan.steps)
@@ -114,9 +122,11 @@ def train(hf: Path, plan: Plan, case: Case, reference: Path | None = None) -> Tr
         optimizer.zero_grad()
         extra = {} if balance is None else balance.loss_and_metrics(rows, len(tokens.targets))
         (loss + extra.pop("loss", 0.0)).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        gradients = {} if adapter is None else _gradients(factors_of(model))
         if plan.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), plan.clip_grad, norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, plan.clip_grad, norm)
         optimizer.step()
         metrics.append(
             {
@@ -129,9 +139,19 @@ def train(hf: Path, plan: Plan, case: Case, reference: Path | None = None) -> Tr
                 **extra,
             }
         )
+    evaluated = _evaluated(model, hf, plan, case, ref)
+    return Trained(metrics, evaluated, _weights(model, hf, adapter), gradients)
+
+
+def _gradients(factors: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: factor.grad.clone() for name, factor in factors.items()}
+
+
+def _weights(model: torch.nn.Module, hf: Path, adapter: Path | None) -> dict[str, Tensor]:
+    if adapter is not None:
+        return {name: factor.detach() for name, factor in factors_of(model).items()}
     names = load_file(hf / "model.safetensors").keys()
-    weights = {name: value for name, value in model.state_dict().items() if name in names}
-    return Trained(metrics, _evaluated(model, hf, plan, case, ref), weights)
+    return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def _evaluated(
@@ -160,9 +180,10 @@ def _examples(hf: Path, data: Path, plan: Plan) -> Examples:
 
 def _optimizer(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
     # Megatron decays matrices only.
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=ADAM_EPSILON)
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from layouts import OBJECTIVES, PACKED, Model, parse, trained_models
+from plain_lora import write_adapter, write_expert_adapter
+from plain_training import Trained, train
 from tiny_models import make_model
 
 from megatron_profit.commands.plot_run import read_curves
@@ -63,7 +67,38 @@ def test_any_layout_takes_the_same_steps(torchrun, models, tmp_path, model, layo
         *("--tensorboard-dir", tmp_path),
         **ENVIRONMENT,
     )
-    curves = read_curves(tmp_path)
+    assert_close_steps(tmp_path, expected)
+
+
+ADAPTED = [
+    ("dense", "1 mb8 packed"),
+    ("dense", "1 mb1 full"),
+    ("dense", "2 tp2 sp mb2 packed"),
+    ("experts", "1 mb1"),
+    ("experts", "2 ep2 mb1 allgather"),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), ADAPTED)
+def test_adapters_take_the_same_steps(torchrun, models, tmp_path, model, layout):
+    """The norm is inside the layer whose input the adapters share, and experts are one grouped layer."""
+    hf, plan = models[model].hf, replace(models[model].plan, rate=1e-2)
+    write = write_adapter if model == "dense" else write_expert_adapter
+    adapter = write(hf, tmp_path / "adapter")
+    ranks, flags = parse(layout, **WORDS)
+    case = OBJECTIVES["sft"]
+    lora = ("--lora-rank", 4, "--lora-alpha", 6, "--lora-adapter", adapter)
+    torchrun(
+        *(ranks, *ENTRY, "--hf-model", hf, *lora, *plan.flags, *case.flags, *flags),
+        *("--tensorboard-dir", tmp_path / "curves"),
+        **ENVIRONMENT,
+    )
+    assert_close_steps(tmp_path / "curves", train(hf, plan, case, adapter=adapter))
+
+
+def assert_close_steps(tensorboard: Path, expected: Trained) -> None:
+    """What a run in bf16 logged, next to the metrics of a plain training in fp64."""
+    curves = read_curves(tensorboard)
     assert curves["supervised tokens"][1] == [
         step["supervised tokens"] for step in expected.metrics
     ]

@@ -49,7 +49,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.data.sequences": ("megatron_profit.data.store",),
     "megatron_profit.data": (),
     "megatron_profit.token_report": _LIBRARIES[1:],
-    "megatron_profit.models": ("megatron",),
     "checkpoint_conversion.families": ("checkpoint_conversion.errors",),
     "checkpoint_conversion.pickles": ("checkpoint_conversion.engine",),
     "checkpoint_conversion.hf": (
@@ -61,7 +60,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
         "checkpoint_conversion.hf",
     ),
+    "checkpoint_conversion.adapters": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        *("checkpoint_conversion.families", "checkpoint_conversion.hf"),
+        "checkpoint_conversion.torch_dist",
+    ),
     "checkpoint_conversion": (),
+    "megatron_profit.models.lora": ("megatron", "checkpoint_conversion"),
+    "megatron_profit.models": ("megatron",),
     "megatron_profit.megatron_patches": (
         *("megatron", "checkpoint_conversion", "megatron_profit.parent_death"),
     ),
@@ -80,12 +86,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     f"{_TRAINING}.checkpoints": (
         *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),
-        *("megatron_profit.flags", "megatron_profit.objectives"),
+        *("megatron_profit.flags", "megatron_profit.objectives", "megatron_profit.models"),
         *(f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
     ),
     f"{_TRAINING}.statistics": (
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
-        *("megatron_profit.flags", f"{_TRAINING}.process", f"{_TRAINING}.step"),
+        *("megatron_profit.flags", "megatron_profit.models"),
+        *(f"{_TRAINING}.process", f"{_TRAINING}.step"),
         f"{_TRAINING}.checkpoints",
     ),
     f"{_TRAINING}.arguments": (

@@ -14,6 +14,7 @@ from checkpoint_conversion.cli import FlagHelp
 from megatron_profit.data.flags import add_data_flags
 from megatron_profit.flags import ArgumentsError, add_flags, flag_of
 from megatron_profit.megatron_patches import DEVICES
+from megatron_profit.training.arguments.lora import LoraFlags
 from megatron_profit.training.checkpoints.keep_options import KeepOptions
 from megatron_profit.training.checkpoints.run_record import GUARDED
 from megatron_profit.training.monitoring.guards import GuardOptions
@@ -112,6 +113,13 @@ def _add_statistics_flags(group: argparse._ArgumentGroup) -> None:
         help="Where the reference's log-probabilities are kept, to be computed only once; by default "
         "ref_log_prob in --save.",
     )
+    group.add_argument(
+        "--ref-mode",
+        choices=("cache", "adapter-off"),
+        help="Where the reference's log-probabilities come from: cache computes them once for all data; "
+        "adapter-off computes them in each step, by a pass through the model without its adapters. By "
+        "default adapter-off for adapters whose base is the reference, else cache.",
+    )
 
 
 def _add_report_flags(group: argparse._ArgumentGroup) -> None:
@@ -146,6 +154,7 @@ _GROUPS: Mapping[str, Callable[[argparse._ArgumentGroup], None]] = {
     "objective": add_objective_flags,
     "options of objectives": add_option_flags,
     "statistics from elsewhere": _add_statistics_flags,
+    "adapters (LoRA)": partial(add_flags, options=LoraFlags),
     "checkpoints": partial(add_flags, options=KeepOptions),
     "guards": partial(add_flags, options=GuardOptions),
     "metrics and reports": _add_report_flags,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.adapters.options import LoraOptions
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.hf.folder import read_hf_config
@@ -26,6 +27,7 @@ from megatron_profit.training.arguments.length import (
     scheduler_of_flags,
     steps_of_flags,
 )
+from megatron_profit.training.arguments.lora import active_parameters, lora_options
 from megatron_profit.training.arguments.native_flags import check_native_flags
 from megatron_profit.training.arguments.parallel_layout import check_layout
 from megatron_profit.training.arguments.platform import platform_settings
@@ -66,6 +68,7 @@ class RunSettings:
         objective: The objective in training.
         guards: Reactions to faulty steps.
         keep: The checkpoints that stay, and an early stop.
+        lora: The adapters to train, if any.
         batch_size: Rows of a step over all ranks.
     """
 
@@ -75,6 +78,7 @@ class RunSettings:
     objective: Objective
     guards: GuardOptions
     keep: KeepOptions
+    lora: LoraOptions | None
     batch_size: int
 
     @property
@@ -206,8 +210,10 @@ def derive(
     if steps is not None:
         check_run_steps(values, objective, steps)
     check_reference(values, objective)
+    lora = lora_options(values, config)
+    values["lora_active_parameters"] = lora and active_parameters(lora, values, config)
     keep = keep_options(values)
-    return RunSettings(config, given, values, objective, guards, keep, batch_size)
+    return RunSettings(config, given, values, objective, guards, keep, lora, batch_size)
 
 
 def _arguments(flags: CommandLine, config: Mapping[str, Any], device: str) -> dict[str, Any]:

@@ -18,6 +18,12 @@ from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.data import DataOptions
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.training.arguments.derive import RunSettings
+from megatron_profit.training.arguments.lora_files import (
+    LoraFiles,
+    check_whole_weights,
+    open_lora,
+)
+from megatron_profit.training.arguments.refused import reference_is_base
 from megatron_profit.training.checkpoints.folder import same_folder
 from megatron_profit.training.checkpoints.save_folder import METRICS
 
@@ -28,7 +34,8 @@ class RunFiles:
 
     Attributes:
         hf_weights: The folder's weights if the run starts from them; None if it starts from a checkpoint or
-            from random weights.
+            from random weights, or trains adapters.
+        lora: The folders of the adapters, if the run trains any.
         data: The options of the data flags.
         export: The HuggingFace folder to write at the end, if any.
         reference: The reference model and the folder of its log-probabilities, if it is needed.
@@ -36,6 +43,7 @@ class RunFiles:
     """
 
     hf_weights: HFModel | None
+    lora: LoraFiles | None
     data: DataOptions
     export: HFOutput | None
     reference: tuple[HFModel, Path] | None
@@ -75,8 +83,12 @@ def open_files(settings: RunSettings) -> RunFiles:
     """
     values = settings.values
     check_logs(values)
+    lora = None
+    if settings.lora is not None:
+        lora = open_lora(settings.lora, values, settings.config, _replaces_exports(values))
     return RunFiles(
-        hf_weights=open_hf_weights(values),
+        hf_weights=open_hf_weights(values) if lora is None else None,
+        lora=lora,
         data=DataOptions.from_flags(
             {**values, "valid_data": None} if settings.given.get("eval_iters") == 0 else values
         ),
@@ -92,6 +104,7 @@ def open_hf_weights(settings: Mapping[str, Any]) -> HFModel | None:
     A folder that was named as the source of the weights and holds none is refused: only an empty --load that
     is also --save stands for a new run.
     """
+    check_whole_weights(settings)
     started = settings["pretrained_checkpoint"]
     if any(folder and (Path(folder) / TRACKER).is_file() for folder in (settings["load"], started)):
         return None
@@ -157,8 +170,12 @@ def plan_export(settings: Mapping[str, Any]) -> HFOutput | None:
         return None
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((half[name] for name in half if settings[name]), torch.float32)
-    overwrite = _goes_on(settings) or settings["overwrite"]
+    overwrite = _replaces_exports(settings)
     return plan_output(settings["export_hf"], settings["hf_model"], dtype, overwrite)
+
+
+def _replaces_exports(settings: Mapping[str, Any]) -> bool:
+    return _goes_on(settings) or settings["overwrite"]
 
 
 def _goes_on(settings: Mapping[str, Any]) -> bool:
@@ -171,10 +188,14 @@ def _goes_on(settings: Mapping[str, Any]) -> bool:
 
 
 def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:
-    """Return the reference model and the folder of its log-probabilities, where the objective needs them."""
-    if "ref_log_prob" not in settings.objective.needed_statistics:
-        return None
+    """Return the reference model and the folder of its log-probabilities, where the objective needs them.
+
+    None where the reference is the frozen base of adapters.
+    """
     values = settings.values
+    needed = settings.objective.needed_statistics
+    if "ref_log_prob" not in needed or reference_is_base(values):
+        return None
     folder = values["ref_hf_model"] or values["hf_model"]
     try:
         model = open_hf_model(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_profit.flags import ArgumentsError
+from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.objectives import Objective
 from megatron_profit.training.arguments.command_line import REQUIRED, CommandLine
 from megatron_profit.training.step import experts
@@ -122,7 +122,7 @@ def check_given(flags: CommandLine) -> None:
             f"--valid-split {given['valid_split']} sets records aside to evaluate on, and --eval-iters 0 "
             "evaluates on none; drop one"
         )
-    if given.get("overwrite") and not (given.get("save") or given.get("export_hf")):
+    if given.get("overwrite") and not any(map(given.get, ("save", "export_hf", "export_adapter"))):
         raise ArgumentsError(
             "--overwrite is about what --save and --export-hf hold, and neither is given; drop it"
         )
@@ -143,10 +143,47 @@ def _check_token_report(given: Mapping[str, Any]) -> None:
         )
 
 
+def reference_is_base(values: Mapping[str, Any]) -> bool:
+    """Return whether the reference model is the frozen base of adapters, which are turned off to see it.
+
+    Raises:
+        ArgumentsError: `--ref-mode adapter-off` is given without adapters, or with another reference.
+    """
+    named = [name for name in ("ref_hf_model", "ref_cache") if values[name]]
+    if values["ref_mode"] is None:
+        return values["lora_rank"] is not None and not named
+    if values["ref_mode"] == "cache":
+        return False
+    if values["lora_rank"] is None:
+        raise ArgumentsError("--ref-mode adapter-off is for adapters; give --lora-rank, or drop it")
+    if named:
+        raise ArgumentsError(
+            f"{flag_of(named[0])} {values[named[0]]} is for --ref-mode cache; with adapter-off the reference "
+            "is the frozen base: drop one of the two"
+        )
+    return True
+
+
 def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
     """Refuse flags of a reference model that are missing, or that the objective would ignore."""
+    is_base = reference_is_base(values)
     if "ref_log_prob" not in objective.needed_statistics:
         return
+    why = "" if values["ref_hf_model"] else objective.final.reference_must_differ
+    if is_base and (values["ref_mode"] is not None or not why):
+        graphs = values["cuda_graph_impl"]
+        if graphs != "none":
+            raise ArgumentsError(
+                f"--cuda-graph-impl {graphs} records the model with its adapters on, so they cannot be "
+                "turned off for the reference; drop it, or give --ref-mode cache"
+            )
+        return
+    if why:
+        frozen = "; to compare with the frozen base all the same, give --ref-mode adapter-off"
+        raise ArgumentsError(
+            f"--objective {values['objective']} {why}. Name a better model with --ref-hf-model DIR"
+            + frozen * (values["lora_rank"] is not None)
+        )
     if not (values["ref_cache"] or values["save"]):
         raise ArgumentsError(
             f"--objective {values['objective']} needs a place for the log-probabilities of its "
@@ -157,8 +194,4 @@ def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
             f"--objective {values['objective']} compares with a reference model, which is --hf-model by "
             "default, but this run starts from --pretrained-checkpoint; name the reference with "
             "--ref-hf-model DIR"
-        )
-    if (why := objective.final.reference_must_differ) and not values["ref_hf_model"]:
-        raise ArgumentsError(
-            f"--objective {values['objective']} {why}. Name a better model with --ref-hf-model DIR"
         )

@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    apply_factories,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.transformer.module import MegatronModule
 from megatron.training import get_args
 
+from checkpoint_conversion.adapters.peft_folder import AdapterOutput
 from checkpoint_conversion.engine.output import sync_file
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf.folder import list_tensors
 from checkpoint_conversion.hf.model import HFModel
 from checkpoint_conversion.hf.output import HFOutput
 from checkpoint_conversion.hf.shards import Rules, Shard, read_shard, write_shard
 from checkpoint_conversion.progress import human
+from megatron_profit.models.lora.placement import sharded_tensors
+from megatron_profit.models.lora.transform import base_parameters, base_state
 from megatron_profit.training.checkpoints.shared_check import check_together
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
@@ -111,21 +108,24 @@ def _check_alias(model: HFModel) -> None:
 
 
 @torch.no_grad()
-def load_checkpoint_into(chunks: Sequence[MegatronModule], folder: Path) -> None:
-    """Replace this rank's part of a model by the weights of a checkpoint that this run has written.
+def load_checkpoint_into(
+    chunks: Sequence[MegatronModule], folder: Path, notice: str = "> exporting the weights of"
+) -> None:
+    """Replace this rank's part of a model by the weights of a checkpoint.
 
     All ranks call this together.
 
     Args:
         chunks: The rank's pipeline stages.
         folder: The checkpoint of an iteration, in the format torch_dist.
+        notice: The beginning of the line that is printed.
 
     Raises:
         ConversionError: A part of it is missing or damaged.
     """
     if not get_args().skip_checksums:
         check_together(folder)
-    print_rank_0(f"> exporting the weights of {folder}")
+    print_rank_0(f"{notice} {folder}")
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     sharded = {name: c.sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
     content = dist_checkpointing.load(sharded, str(folder))
@@ -134,14 +134,15 @@ def load_checkpoint_into(chunks: Sequence[MegatronModule], folder: Path) -> None
 
 
 @torch.no_grad()
-def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
+def export(output: HFOutput | AdapterOutput, shards: Iterable[tuple[Shard, bool]]) -> None:
     """Write the model to a HuggingFace folder. Every rank writes its part at the same time.
 
     All ranks call this together. The folder appears whole or not at all.
 
     Args:
         output: The folder to write.
-        chunks: The rank's pipeline stages.
+        shards: The rank's part, each shard with whether this rank writes it: `model_shards` of its pipeline
+            stages, or a transform of them.
 
     Raises:
         ConversionError: The folder must not be written any more, or the disk is full or fails. Or a value is
@@ -152,11 +153,9 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
     with output.create() if is_first_rank() else nullcontext() as created:
         place = from_first_rank(lambda: created)
         assert place is not None, "the first rank creates the folder"
-        tensors = list_tensors(place)
+        tensors = output.tensors_in(place)
         elements = sum(
-            write_shard(tensors, rules, shard)
-            for shard, is_saved_here in model_shards(chunks)
-            if is_saved_here
+            write_shard(tensors, rules, shard) for shard, is_saved_here in shards if is_saved_here
         )
         for file in {tensor.file for tensor in tensors.values()}:
             sync_file(file)
@@ -166,11 +165,11 @@ def export(output: HFOutput, chunks: Sequence[MegatronModule]) -> None:
         f"> exported {len(output.tensors)} tensors, {human(output.nbytes)}, to {output.folder} "
         f"in {seconds:.1f} s"
     )
-    if output.stops.added is not None:
+    if isinstance(output, HFOutput) and output.stops.added is not None:
         print_rank_0(f"> {output.stops}")
 
 
-def _check_all_written(output: HFOutput, elements: int) -> None:
+def _check_all_written(output: HFOutput | AdapterOutput, elements: int) -> None:
     """Wait for all ranks, and check that each element was written exactly once."""
     device = "cpu" if torch.distributed.get_backend() == "gloo" else "cuda"
     total = torch.tensor(elements, device=device)
@@ -189,9 +188,7 @@ def model_shards(chunks: Sequence[MegatronModule]) -> Iterator[tuple[Shard, bool
         ConversionError: The shards do not cover all of the model's parameters.
     """
     for chunk in chunks:
-        content = chunk.sharded_state_dict()
-        apply_factories(content)  # gate and up, one parameter, are two blocks of the global tensor
-        sharded = [item for item in nested_values(content) if isinstance(item, ShardedTensor)]
+        sharded = sharded_tensors(base_state(chunk))
         _check_complete(chunk, sharded)
         for item in sharded:
             shard = Shard(item.key, item.global_shape, item.global_offset, item.data)
@@ -203,7 +200,7 @@ def _check_complete(chunk: MegatronModule, sharded: Sequence[ShardedTensor]) -> 
     covered: Counter[int] = Counter()
     for item in sharded:
         covered[item.data.untyped_storage().data_ptr()] += item.data.numel()
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in base_parameters(chunk):
         if parameter.is_meta:
             raise ConversionError(f"{name} has no values yet: drop --init-model-with-meta-device")
         if covered[parameter.untyped_storage().data_ptr()] < parameter.numel():

@@ -32,7 +32,7 @@ class KeepOptions:
         metavar="PATIENCE",
     )
     export_best: bool = flag(
-        "Let --export-hf write the best checkpoint by --keep-best, not the last weights.",
+        "Let --export-hf and --export-adapter write the best checkpoint by --keep-best, not the last one.",
         default=False,
         action="store_true",
     )
@@ -70,7 +70,7 @@ def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
         raise ArgumentsError(
             "--export-best needs the metric to judge by; give --keep-best 'lm loss'"
         )
-    if options.export_best and not settings["export_hf"]:
+    if options.export_best and not (settings["export_hf"] or settings["export_adapter"]):
         raise ArgumentsError("--export-best is about what --export-hf writes, which is missing")
     return options
 

@@ -25,10 +25,12 @@ Settings = Mapping[str, Any]
 # The key of the record in `megatron_profit.json`.
 RUN = "run"
 # Parts of the record that make another run when they change; --allow-change names them.
-GUARDED = ("objective", "data", "validation", "tokenizer", "seed")
+GUARDED = ("objective", "data", "validation", "tokenizer", "seed", "base")
 
 _PACKAGES = ("megatron-core", "torch", "transformers")
 _DIGEST_LENGTH = 24
+# Settings that say where files are.
+_PLACES = ("sources", "path")
 # Keys of a config.json that name the program or the place it was written by, not the model.
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")
 
@@ -64,6 +66,8 @@ class RunRecord:
             the token that training teaches to end a turn with; exports stop there.
         seed: `seed`.
         model: `digest` of config.json.
+        lora: The options of the adapters, if the run trains adapters.
+        base: `path` of the frozen weights that the adapters belong to, and their `digest`.
         schedule: Learning rate and weight decay with their schedules.
         length: `train_iters`, `train_samples`, `epochs`.
         batch: `global_batch_size`.
@@ -77,6 +81,8 @@ class RunRecord:
     tokenizer: Settings = field(default_factory=dict)
     seed: Settings = field(default_factory=dict)
     model: Settings = field(default_factory=dict)
+    lora: Settings = field(default_factory=dict)
+    base: Settings = field(default_factory=dict)
     schedule: Settings = field(default_factory=dict)
     length: Settings = field(default_factory=dict)
     batch: Settings = field(default_factory=dict)
@@ -109,11 +115,11 @@ class RunRecord:
     def differences(self, saved: RunRecord) -> tuple[Difference, ...]:
         """Return the settings that both records have and that differ, in the order of the parts.
 
-        The places of files (`sources`) do not count: only their content does.
+        The places of files (`sources`, `path`) do not count: only their content does.
         """
         now, then = (dict(_flat(record.to_json())) for record in (self, saved))
         changed = [
-            key for key in now if key in then and then[key] != now[key] and key[1] != "sources"
+            key for key in now if key in then and then[key] != now[key] and key[1] not in _PLACES
         ]
         return tuple(Difference(*key, then[key], now[key]) for key in changed)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.adapters.options import LoraOptions, adapter_rules
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.model import expected_shapes
@@ -37,19 +38,23 @@ def estimated_bytes(settings: Mapping[str, Any], parameters: int) -> int:
     return (weights + copies + 4 * _MOMENTS.get(settings["optimizer"], 2)) * parameters
 
 
-def check_space_at_start(save: Path, hf_model: Path, settings: Mapping[str, Any]) -> None:
+def check_space_at_start(
+    save: Path, hf_model: Path, settings: Mapping[str, Any], lora: LoraOptions | None = None
+) -> None:
     """Print the size of a checkpoint, and refuse a run whose first one would find too little space.
 
     Args:
         save: The folder of the checkpoints; it need not exist.
         hf_model: Folder of the model.
         settings: All arguments by name.
+        lora: The adapters, if the checkpoints hold adapters.
 
     Raises:
         CheckpointError: Names both sizes and the remedy.
     """
     config = read_hf_config(hf_model)
-    shapes = expected_shapes(family_for(config).tensor_rules(config))
+    rules = family_for(config).tensor_rules(config)
+    shapes = expected_shapes(rules if lora is None else adapter_rules(rules, lora))
     size, free = estimated_bytes(settings, sum(map(math.prod, shapes.values()))), _free(save)
     if free < size and not settings["overwrite"]:
         raise CheckpointError(

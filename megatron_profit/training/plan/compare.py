@@ -34,6 +34,9 @@ _NAMES = {
 # Only an optimizer state that is not reshardable depends on these (of the distributed optimizer).
 _LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
 
+# Options of adapters that cannot change, because checkpoints of them would mean another model.
+_FIXED_ADAPTERS = ("rank", "alpha", "targets", "rslora")
+
 Tell = Callable[[str], None]
 
 
@@ -66,6 +69,7 @@ def check_resume(
             "so they cannot be compared"
         )
         return
+    check_adapters(resumed.folder, now, saved)
     guarded = [part for part in GUARDED if part != "validation" or args.keep_best]
     changed = compare(resumed.folder, now, saved, args.allow_change, guarded, tell)
     if "batch" in changed:
@@ -247,6 +251,30 @@ def compare(
     return set(changed)
 
 
+def check_adapters(checkpoint: Path, now: RunRecord, saved: RunRecord) -> None:
+    """Refuse adapters of other shapes, targets or scale than the checkpoint's.
+
+    Raises:
+        CheckpointError: Names each option with both values.
+    """
+    if bool(now.lora) != bool(saved.lora):
+        kinds = {True: "adapters", False: "whole weights"}
+        raise CheckpointError(
+            f"{checkpoint} holds {kinds[bool(saved.lora)]}, and this run trains {kinds[bool(now.lora)]}: "
+            "--lora-rank must be given as it was, or begin a new run in another --save folder"
+        )
+    changed = [name for name in _FIXED_ADAPTERS if now.lora.get(name) != saved.lora.get(name)]
+    if changed:
+        told = ", ".join(
+            f"--lora-{name} {_value(now.lora[name])} (was {_value(saved.lora.get(name))})"
+            for name in changed
+        )
+        raise CheckpointError(
+            f"the adapters in {checkpoint} are others: {told}. Give the old values, or begin a new run in "
+            "another --save folder"
+        )
+
+
 def saved_record(checkpoint: Path) -> RunRecord | None:
     """Return the record in a checkpoint; None where there is none, for example in one of an earlier version.
 
@@ -268,6 +296,8 @@ def _described(part: str, found: Iterable[Difference], now: RunRecord, saved: Ru
     settings = [_change(difference) for difference in changed if difference.setting not in _CONTENT]
     if settings:
         return ", ".join(settings)
+    if part == "base":
+        return f"the frozen weights are others: {_value(now.base['path'])} (was {_value(saved.base['path'])})"
     if part in ("data", "validation"):
         flag = "--data" if part == "data" else "--valid-data"
         here, there = _amount(now, part), _amount(saved, part)

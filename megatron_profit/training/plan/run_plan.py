@@ -94,4 +94,4 @@ def _check_record(
     elif curves:
         tell_of_other_curves(curves)
     if settings.save is not None and not is_finished:
-        check_space_at_start(settings.save, settings.hf_model, settings.values)
+        check_space_at_start(settings.save, settings.hf_model, settings.values, settings.lora)

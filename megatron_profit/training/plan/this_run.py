@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.adapters.saved import BASE, LORA, digest_of_weights, noted_options
 from megatron_profit.data import DataOptions, DataSource, TokenizedData
 from megatron_profit.data.store.cache import tokenizer_files
 from megatron_profit.objectives import Objective, ScheduledObjective
 from megatron_profit.training.arguments.derive import RunSettings, recorded_names
 from megatron_profit.training.arguments.disk import RunFiles
+from megatron_profit.training.arguments.lora_files import LoraFiles
 from megatron_profit.training.checkpoints.run_record import (
     RunRecord,
     digest_of_arrays,
@@ -32,8 +32,6 @@ _SCHEDULE = (
 )
 _LENGTH = ("train_iters", "train_samples", "epochs")
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "clip_grad")
-# The number of blocks that are hashed in each file of weights, and their bytes.
-_BLOCKS, _BLOCK_BYTES = 16, 4096
 
 
 def describe_run(settings: RunSettings, files: RunFiles, data: SFTData) -> RunRecord:
@@ -65,6 +63,7 @@ def describe_run(settings: RunSettings, files: RunFiles, data: SFTData) -> RunRe
         },
         seed={"seed": values["seed"]},
         model={"digest": digest_of_config(settings.config)},
+        **_adapters(files.lora),
         schedule={
             **_chosen(values, _SCHEDULE),
             # The flag as it was given: Megatron's value may be derived from the length of the run.
@@ -106,6 +105,14 @@ def _statistics(settings: RunSettings, files: RunFiles) -> dict[str, Any]:
     return found
 
 
+def _adapters(lora: LoraFiles | None) -> dict[str, Any]:
+    if lora is None:
+        return {}
+    folder = lora.base_folder
+    base = {} if folder is None else {"path": str(folder), "digest": digest_of_weights(folder)}
+    return {LORA: noted_options(lora.options), BASE: base}
+
+
 def _content(prepared: TokenizedData, sources: Iterable[DataSource]) -> dict[str, Any]:
     """Return a summary of the examples' tokens and of how many are trained."""
     return {
@@ -127,20 +134,3 @@ def _validation(values: Mapping[str, Any], options: DataOptions, data: SFTData) 
     if options.valid_split:
         return {"valid_split": options.valid_split}
     return {**_content(data.valid_prepared, options.valid), **_rows(values)}
-
-
-def digest_of_weights(folder: Path) -> str:
-    """Return a hash that identifies the weights of a HuggingFace folder, also after they were copied.
-
-    The hash takes the size of each file and some blocks that are spread over it. Two models that were trained
-    differently differ nearly everywhere, so these blocks suffice.
-    """
-    digest = sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
-            for block in range(_BLOCKS):
-                content.seek(block * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1))
-                digest.update(content.read(_BLOCK_BYTES))
-    return digest_of_json(digest.hexdigest())

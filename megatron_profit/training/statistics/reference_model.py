@@ -33,9 +33,11 @@ from megatron_profit.data import DataError, Examples, SFTDataset
 from megatron_profit.data.store.cache import content_digest
 from megatron_profit.data.store.checksums import CheckedFiles, is_usable
 from megatron_profit.megatron_patches.callbacks import TrainContext
+from megatron_profit.models.lora.transform import adapters_off, base_parameters
 from megatron_profit.training.checkpoints.hf_weights import load
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.ranks import from_first_rank
+from megatron_profit.training.statistics.adapter_off import AdapterOffReference
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
 from megatron_profit.training.statistics.lookahead_pass import RowRange, data_group, score_rows
 from megatron_profit.training.step.batch import Batch
@@ -59,7 +61,7 @@ class ReferenceModel(StatisticProvider):
 
     statistic = "ref_log_prob"
     flags: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("ref_hf_model", "ref_cache"), "objectives with a reference model"
+        ("ref_hf_model", "ref_cache", "ref_mode"), "objectives with a reference model"
     )
 
     def __init__(
@@ -70,9 +72,10 @@ class ReferenceModel(StatisticProvider):
         self._values: dict[str, np.ndarray] = {}
 
     @classmethod
-    def from_run(cls, run: RunParts) -> ReferenceModel:
-        """Return the reference model of a run."""
-        assert run.reference is not None, "the arguments open it where it is needed"
+    def from_run(cls, run: RunParts) -> StatisticProvider:
+        """Return the reference model of a run; where none was opened, it is the frozen base of adapters."""
+        if run.reference is None:
+            return AdapterOffReference(run.lookahead_pass)
         return cls(*run.reference, run.loss, run.datasets)
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
@@ -188,17 +191,18 @@ def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
 
 @contextlib.contextmanager
 def _weights_of(model: HFModel, context: TrainContext) -> Iterator[None]:
-    """The weights of another model in the place of those that are trained, which come back unchanged."""
+    """The weights of another model in the place of the model's own, which come back unchanged."""
     chunks = unwrap_model(context.model)
-    own = [p.detach().cpu().clone() for chunk in chunks for p in chunk.parameters()]
+    parameters = [p for chunk in chunks for _, p in base_parameters(chunk)]
+    own = [parameter.detach().cpu().clone() for parameter in parameters]
     try:
         load(model, chunks)
-        yield
+        with adapters_off(chunks):
+            yield
     except ConversionError as error:
         fail(error)
     finally:
         with torch.no_grad():
-            parameters = (p for chunk in chunks for p in chunk.parameters())
             for parameter, value in zip(parameters, own, strict=True):
                 parameter.copy_(value)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
+from checkpoint_conversion.adapters.options import LoraOptions, adapter_rules
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.model import expected_shapes
 from megatron_profit.commands import estimate_memory
@@ -19,7 +20,7 @@ from megatron_profit.commands.estimate_memory import (
     estimate,
     layer_activations,
 )
-from megatron_profit.commands.parameter_counts import stage_parameters
+from megatron_profit.commands.parameter_counts import stage_parameters, trained_parameters
 from megatron_profit.commands.run_shape import PUBLISHED, ShapeError, published_config, read_run
 from megatron_profit.flags import ArgumentsError
 
@@ -85,6 +86,29 @@ def test_state_is_what_megatron_estimates_where_it_knows_the_case():
         (memory,) = estimate(run)
         ours = memory.weights + memory.gradients + memory.optimizer
         assert ours == pytest.approx(estimate_memory.megatron_estimate(run)["state"], rel=1e-4)
+
+
+@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B"])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj v_proj down_proj"])
+def test_adapters_are_those_of_the_checkpoint_and_alone_have_state(model, targets):
+    config = published_config(model)
+    rules = family_for(config).tensor_rules(config)
+    options = LoraOptions(16, 32, tuple(targets.split()))
+    shapes = expected_shapes(adapter_rules(rules, options)).values()
+    adapters = sum(math.prod(shape) for shape in shapes)
+    run = run_of(model, 1, f"--lora-rank 16 --lora-targets {targets}")
+    assert trained_parameters(run, 0).total == adapters
+    (memory,) = estimate(run)
+    assert memory.parameters == stage_parameters(run, 0).total + adapters
+    assert memory.weights == 2 * memory.parameters
+    assert memory.gradients == 4 * adapters
+    assert memory.optimizer == 12 * adapters
+
+
+def test_a_token_meets_the_adapters_of_its_own_experts():
+    args = run_of("Qwen3-30B-A3B", 1, "--lora-rank 16").args
+    attention = 48 * 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert args.lora_active_parameters == attention + 48 * 8 * 16 * 3 * (2048 + 768)
 
 
 @pytest.mark.parametrize(

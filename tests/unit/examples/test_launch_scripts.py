@@ -58,6 +58,7 @@ RENDEZVOUS = {"RDZV_ENDPOINT": "node0:29400"}
 LAUNCHES = [
     Launch("one_gpu.sh", "Qwen3-0.6B", 1),
     Launch("one_gpu.sh", "Qwen3-0.6B", 1, {"LAYOUT": FULL}, gpu_memory=24),
+    Launch("one_gpu.sh", "Qwen3-14B", 1, {"LORA_RANK": "16"}, gpu_memory=74),
     Launch("one_node.sh", "Qwen3-14B", 8),
     Launch("one_node.sh", "Qwen3-4B", 8, {"MODEL": "Qwen3-4B-Base"}),
     Launch("multi_node.sh", "Qwen3-32B", 16, RENDEZVOUS),

@@ -8,6 +8,7 @@ import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_options import every_objective
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_profit.objectives import build_objective
 from megatron_profit.ops import linear_objective, reference_linear_objective
@@ -284,3 +285,22 @@ def test_any_problem_equals_the_oracle(objective, case):
     for ours, expected in zip(*results, strict=True):
         size = expected.nan_to_num(0, 0, 0).abs().max().item()
         torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9 * max(1.0, size, scale))
+
+
+@pytest.mark.parametrize("backward", ["recompute", "save"])
+def test_a_frozen_weight_costs_no_product(problem, backward):
+    """As under adapters: the products of the weight's gradient do not run, the others give the same bits."""
+    hidden, weight, labels, upstream = problem
+    counted, found = [], []
+    for is_trained in (True, False):
+        rows = hidden.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            output = linear_objective(
+                rows, weight.clone().requires_grad_(is_trained), labels, SFT, backward=backward
+            )
+            output.loss.backward(upstream)
+        counted.append(counter.get_total_flops())
+        found.append(rows.grad)
+    supervised = int((labels != -100).sum())
+    assert counted[0] - counted[1] == 2 * supervised * weight.numel()
+    assert torch.equal(*found)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import compare_objectives
@@ -11,12 +12,15 @@ from compare_objectives import (
     ComparisonError,
     Question,
     Result,
+    draw_ranks,
     final_answer,
     measures_of,
     questions_in,
+    ranks_of,
     read_plan,
     read_result,
     table,
+    with_ranks,
     write_result,
 )
 from make_tiny_model import main as make_tiny_model
@@ -125,6 +129,18 @@ def test_a_result_that_was_kept_is_read_as_it_was_written_or_refused(tmp_path, r
         if damaged != text:
             with pytest.raises(ComparisonError, match=r"result\.json is damaged .*remove it"):
                 read_result(file)
+
+
+def test_ranks_are_an_axis_of_their_own(tmp_path):
+    runs = with_ranks({"sft": "--objective sft", "dft": "--objective dft"}, [4, 16])
+    assert runs["dft, rank 16"] == "--objective dft --lora-rank 16"
+    assert list(runs) == ["sft, rank 4", "sft, rank 16", "dft, rank 4", "dft, rank 16"]
+    assert with_ranks({"sft": "--objective sft"}, []) == {"sft": "--objective sft"}
+    results = [replace(RESULTS[0], run=run) for run in runs]
+    assert ranks_of(results)["sft"] == {4: "sft, rank 4", 16: "sft, rank 16"}
+    assert ranks_of([*results, RESULTS[0]]) == {}, "a run of all weights has no rank"
+    draw_ranks(results, BASE, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_wrong_sums_and_differences():

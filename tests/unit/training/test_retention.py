@@ -29,6 +29,7 @@ SETTINGS = {
     "early_stop": None,
     "export_best": False,
     "export_hf": None,
+    "export_adapter": None,
     "save": "run",
     "save_interval": 20,
     "eval_interval": 10,

@@ -1,0 +1,1 @@
+"""Low-rank adapters (LoRA) of a model: their names, PEFT folders, and the merge into the weights."""

@@ -1,0 +1,170 @@
+"""The folders of adapters that the flags name: the frozen base, a start, and a PEFT folder to write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.adapters.options import LoraOptions
+from checkpoint_conversion.adapters.peft_folder import (
+    AdapterOutput,
+    PeftFolder,
+    open_peft_folder,
+    plan_adapter_output,
+)
+from checkpoint_conversion.adapters.saved import (
+    SavedAdapters,
+    digest_of_weights,
+    saved_adapters,
+)
+from checkpoint_conversion.engine.dtypes import chosen_dtype
+from checkpoint_conversion.engine.output import check_apart
+from checkpoint_conversion.families import Config, TensorRule, family_for
+from checkpoint_conversion.hf.model import HFModel, open_hf_model
+from checkpoint_conversion.torch_dist.folder import find_checkpoint
+from checkpoint_conversion.torch_dist.writer import TRACKER
+from megatron_profit.flags import ArgumentsError, flag_of
+
+# Options that a folder to start from and the flags must share.
+_SHARED = ("rank", "alpha", "targets", "rslora")
+
+
+@dataclass(frozen=True)
+class LoraFiles:
+    """The adapters of a run, and the weights that they are for.
+
+    Attributes:
+        options: Options of the adapters.
+        rules: The name table of the model.
+        base: The frozen weights: a HuggingFace model, or the folder of a Megatron checkpoint; None for
+            random ones.
+        start: The PEFT folder that a new run starts from, if any.
+        output: The PEFT folder to write at the end, if any.
+    """
+
+    options: LoraOptions
+    rules: tuple[TensorRule, ...]
+    base: HFModel | Path | None
+    start: PeftFolder | None
+    output: AdapterOutput | None
+
+    @property
+    def base_folder(self) -> Path | None:
+        """Folder of the frozen weights; None for random ones."""
+        return self.base.folder if isinstance(self.base, HFModel) else self.base
+
+
+def open_lora(
+    options: LoraOptions, values: Mapping[str, Any], config: Config, overwrite: bool
+) -> LoraFiles:
+    """Open or check the folders of a run that trains adapters.
+
+    Args:
+        options: Options of the adapters.
+        values: All arguments by name.
+        config: The content of config.json.
+        overwrite: Whether an earlier PEFT folder may be replaced.
+
+    Raises:
+        ArgumentsError: A folder holds something else than its flag says.
+        ConversionError: A folder cannot be used.
+    """
+    start, output = None, None
+    if values["lora_adapter"] is not None:
+        start = open_peft_folder(values["lora_adapter"], config)
+        _check_start(start, options)
+    if values["export_adapter"] is not None:
+        if values["export_hf"] is not None:
+            check_apart(Path(values["export_adapter"]), Path(values["export_hf"]))
+        dtype = chosen_dtype(next((d for d in ("bf16", "fp16") if values[d]), "fp32"))
+        assert dtype is not None
+        output = plan_adapter_output(
+            values["export_adapter"], values["hf_model"], config, options, dtype, overwrite
+        )
+    rules = family_for(config).tensor_rules(config)
+    files = LoraFiles(options, rules, _open_base(values), start, output)
+    if values["finetune"]:
+        _check_finetuned(files, values["load"])
+    return files
+
+
+def check_whole_weights(values: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of adapters where a run without adapters would load weights.
+
+    Raises:
+        ArgumentsError: Names the flag and the remedy.
+    """
+    for name in ("load", "pretrained_checkpoint"):
+        saved = _saved(values[name])
+        if saved is not None:
+            rank = saved.options.rank
+            raise ArgumentsError(
+                f"{flag_of(name)} {values[name]} holds adapters of rank {rank} and no weights; go on with "
+                f"them by --lora-rank {rank}, or merge them first with checkpoint_conversion.megatron_to_hf"
+            )
+
+
+def _check_start(start: PeftFolder, options: LoraOptions) -> None:
+    """Refuse flags that would make other adapters than the folder holds."""
+    _check_same(f"--lora-adapter {start.weights.folder}", start.options, options)
+
+
+def _check_same(place: str, there: LoraOptions, options: LoraOptions) -> None:
+    if any(getattr(there, name) != getattr(options, name) for name in _SHARED):
+        rslora = " --lora-rslora" if there.rslora else ""
+        raise ArgumentsError(
+            f"the adapters in {place} have other options than the flags; give "
+            f"--lora-rank {there.rank} --lora-alpha {there.alpha} --lora-targets {' '.join(there.targets)}"
+            f"{rslora}"
+        )
+
+
+def _check_finetuned(files: LoraFiles, load: str | None) -> None:
+    """Refuse adapters that a new run starts from by --finetune on another base, or of other options.
+
+    A run that resumes compares its whole record instead (`training/plan/compare.py`).
+    """
+    saved = _saved(load)
+    if saved is None:
+        return
+    _check_same(f"--load {load}", saved.options, files.options)
+    folder = files.base_folder
+    if folder is not None and digest_of_weights(folder) != saved.digest:
+        raise ArgumentsError(
+            f"the adapters in --load {load} were trained on {saved.base}, and the frozen weights here are "
+            f"the ones in {folder}; give the old base, or export the adapters and start from --lora-adapter"
+        )
+
+
+def _open_base(values: Mapping[str, Any]) -> HFModel | Path | None:
+    """Return the frozen weights; they are read at every start, also at a resume."""
+    load, pretrained = values["load"], values["pretrained_checkpoint"]
+    if load and (Path(load) / TRACKER).is_file() and _saved(load) is None:
+        raise ArgumentsError(
+            f"--load {load} holds whole weights and no adapters; start from them with "
+            "--pretrained-checkpoint"
+        )
+    if pretrained:
+        if _saved(pretrained) is not None:
+            raise ArgumentsError(
+                f"--pretrained-checkpoint {pretrained} holds adapters; it must hold the weights that they "
+                "are added to"
+            )
+        return find_checkpoint(pretrained)
+    if not values["random_init"]:
+        return open_hf_model(values["hf_model"])
+    if values["save"] or load:
+        raise ArgumentsError(
+            "--random-init makes weights that a checkpoint of adapters does not hold; drop it, or --save and "
+            "--load"
+        )
+    return None
+
+
+def _saved(folder: str | Path | None) -> SavedAdapters | None:
+    """Return the notes of the adapters in the latest checkpoint of a folder, if there are any."""
+    if not folder or not (Path(folder) / TRACKER).is_file():
+        return None
+    return saved_adapters(find_checkpoint(folder))

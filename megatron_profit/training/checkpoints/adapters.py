@@ -1,0 +1,93 @@
+"""Adapters in a run: the model gets them before Megatron wraps it, and its checkpoints hold them alone."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from checkpoint_conversion.adapters.options import LoraOptions
+from checkpoint_conversion.adapters.peft_folder import PeftFolder
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import TensorRule
+from checkpoint_conversion.hf.model import HFModel
+from checkpoint_conversion.hf.shards import Rules, read_shard
+from megatron_profit.models.lora.transform import adapt, adapter_shards
+from megatron_profit.training.checkpoints.hf_weights import Hook, load, load_checkpoint_into
+from megatron_profit.training.process.console import fail, print_rank_0
+
+
+class Plan(Protocol):
+    """The adapters that the flags ask for (`training/arguments/lora_files.py`)."""
+
+    @property
+    def options(self) -> LoraOptions: ...
+    @property
+    def rules(self) -> tuple[TensorRule, ...]: ...
+    @property
+    def base(self) -> HFModel | Path | None: ...
+    @property
+    def start(self) -> PeftFolder | None: ...
+
+
+def adapter_hook(plan: Plan, args: Namespace) -> Hook:
+    """Return a `ModelConfig.pre_wrap_hooks` entry that loads the base and adds the adapters.
+
+    It takes `--pretrained-checkpoint` over from Megatron, which would look for the adapters there.
+
+    Args:
+        plan: The adapters.
+        args: Megatron's arguments.
+    """
+    args.pretrained_checkpoint = None
+
+    def hook(chunks: list[MegatronModule]) -> list[MegatronModule]:
+        try:
+            _load_base(plan.base, chunks)
+            adapt(chunks, plan.rules, plan.options, args.seed)
+            if plan.start is not None:
+                load_adapters(plan.start, chunks)
+        except ConversionError as error:
+            fail(error)
+        _tell(plan, chunks)
+        return chunks
+
+    return hook
+
+
+def _load_base(base: HFModel | Path | None, chunks: Sequence[MegatronModule]) -> None:
+    if isinstance(base, Path):
+        load_checkpoint_into(chunks, base, "> the frozen weights are the ones in")
+    elif base is not None:
+        load(base, chunks)
+
+
+@torch.no_grad()
+def load_adapters(folder: PeftFolder, chunks: Sequence[MegatronModule]) -> None:
+    """Fill this rank's adapters from a PEFT folder.
+
+    Raises:
+        ConversionError: A file is truncated, or a value does not fit the parameter's dtype.
+    """
+    start = time.monotonic()
+    rules = Rules(folder.weights.rules)
+    for shard, _ in adapter_shards(chunks):
+        read_shard(folder.weights, rules, shard)
+    seconds = time.monotonic() - start
+    print_rank_0(f"> adapters from {folder.weights.folder} in {seconds:.1f} s")
+
+
+def _tell(plan: Plan, chunks: Sequence[MegatronModule]) -> None:
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in parameters) - trained
+    print_rank_0(
+        f"> adapters of rank {plan.options.rank}, scale {plan.options.scale:g}, on "
+        f"{', '.join(plan.options.targets)}: {trained:,} parameters on the first rank are trained, "
+        f"{frozen:,} are frozen"
+    )

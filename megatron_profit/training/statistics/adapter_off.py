@@ -1,0 +1,53 @@
+"""The log-probabilities of the frozen base of adapters, as a reference model.
+
+With its adapters off, the model is the base. So the reference needs no second copy of weights and no file:
+one more forward pass of each step's rows gives its log-probabilities.
+"""
+
+from __future__ import annotations
+
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_profit.megatron_patches.callbacks import TrainContext
+from megatron_profit.models.lora.transform import adapters_off
+from megatron_profit.training.statistics.external_statistics import StatisticProvider
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, keys_of
+from megatron_profit.training.statistics.token_table import TokenTable
+from megatron_profit.training.step.batch import Batch
+
+_WANTED = frozenset({"log_prob"})
+
+
+class AdapterOffReference(StatisticProvider):
+    """Gives `ref_log_prob` of the frozen base.
+
+    Args:
+        lookahead_pass: Sees the rows of the run.
+    """
+
+    statistic = "ref_log_prob"
+
+    def __init__(self, lookahead_pass: LookaheadPass) -> None:
+        self._lookahead_pass = lookahead_pass
+        self._train: TokenTable | None = None
+        self._valid: TokenTable | None = None
+
+    def before_train_step(self, context: TrainContext, iteration: int) -> None:
+        with adapters_off(unwrap_model(context.model)):
+            self._train = self._lookahead_pass.of_next_batches(context, 1, _WANTED)
+
+    def before_evaluation(self, context: TrainContext) -> None:
+        with adapters_off(unwrap_model(context.model)):
+            batches = range(get_args().eval_iters)
+            tables = [self._lookahead_pass.of_valid_batch(context, b, _WANTED) for b in batches]
+        found = [table for table in tables if table is not None]
+        self._valid = TokenTable.joined(found) if found else None
+
+    def of(self, batch: Batch, data: str) -> Tensor | None:
+        """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
+        table = self._train if data == "train" else self._valid
+        if table is None:
+            return None
+        return table.look_up("log_prob", keys_of(batch), batch.labels != -100)

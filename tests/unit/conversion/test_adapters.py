@@ -1,0 +1,201 @@
+"""Adapters without Megatron: PEFT folders in both directions, and the merge, compared with PEFT itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from checkpoint_conversion.adapters.merge import merged
+from checkpoint_conversion.adapters.options import ALL_LINEAR, LoraOptions, projections, resolved
+from checkpoint_conversion.adapters.peft_folder import open_peft_folder, plan_adapter_output
+from checkpoint_conversion.engine.dtypes import DTYPES, F32
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf.folder import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    WEIGHTS,
+    list_tensors,
+    read_hf_config,
+)
+from checkpoint_conversion.hf.model import expected_shapes, open_hf_model
+from checkpoint_conversion.hf.writer import HFWriter, TensorSpec
+from checkpoint_conversion.megatron_to_hf import write_tensors
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENS = torch.arange(1, 25)[None]
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """Let PEFT write adapters with random A and B."""
+
+    def make(hf: Path, name: str = "adapter", **options: object) -> Path:
+        settings = {"r": 5, "lora_alpha": 7, "target_modules": [*ALL], **options}
+        model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in peft.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(0.0, 0.2, generator=generator)
+        peft.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def write_merged(hf: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    """Merge through the readers and writers of a conversion."""
+    model, folder = open_hf_model(hf), open_peft_folder(adapter, read_hf_config(hf))
+    weights = merged(model, folder.weights, folder.options.scale)
+    tensors = {
+        name: TensorSpec(shape, DTYPES[model.tensors[name].dtype])
+        for name, shape in expected_shapes(model.rules).items()
+    }
+    out.mkdir()
+    with HFWriter(out, tensors, dict.fromkeys(tensors, WEIGHTS)) as writer:
+        write_tensors(weights, tensors, writer)
+    return load_file(out / WEIGHTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_merge_is_that_of_peft_bit_for_bit(make_qwen3, make_adapter, tmp_path, dtype):
+    hf = make_qwen3(dtype=dtype)
+    adapter = make_adapter(hf, use_rslora=True)
+    own = write_merged(hf, adapter, tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    assert own.keys() == list_tensors(hf).keys()
+    for name, values in own.items():
+        assert torch.equal(values, expected[name].to(dtype)), name
+
+
+def test_peft_opens_a_folder_that_was_written_here(make_qwen3, make_adapter, tmp_path):
+    hf = make_qwen3()
+    config = read_hf_config(hf)
+    folder = open_peft_folder(make_adapter(hf), config)
+    output = plan_adapter_output(tmp_path / "own", hf, config, folder.options, F32)
+    with output.writer() as (_, writer):
+        write_tensors(folder.weights, output.tensors, writer)
+    base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    own = PeftModel.from_pretrained(base, tmp_path / "own")
+    assert own.peft_config["default"].target_modules == {*ALL}
+    with torch.no_grad():
+        logits = own(TOKENS).logits
+        base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+        expected = PeftModel.from_pretrained(base, folder.weights.folder)(TOKENS).logits
+    assert torch.equal(logits, expected)
+    assert open_peft_folder(tmp_path / "own", config).options == folder.options
+
+
+def test_an_adapter_of_some_projections_keeps_its_targets(make_qwen3, make_adapter):
+    hf = make_qwen3()
+    options = open_peft_folder(
+        make_adapter(hf, target_modules=r".*\.(up_proj|q_proj)"), read_hf_config(hf)
+    ).options
+    assert options == LoraOptions(5, 7, ("q_proj", "up_proj"))
+
+
+def change(folder: Path, **values: object) -> None:
+    content = json.loads((folder / ADAPTER).read_text())
+    (folder / ADAPTER).write_text(json.dumps({**content, **values}))
+
+
+BROKEN_CONFIGS = {
+    "another kind": ({"peft_type": "IA3"}, "peft_type='IA3'"),
+    "dora": ({"use_dora": True}, "use_dora='True', which is not supported"),
+    "a rank of some layers": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
+    "trained biases": ({"bias": "all"}, "bias='all'"),
+    "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+    "an option of the future": ({"use_xlora": {"depth": 3}}, "use_xlora="),
+    "a changed base": ({"init_lora_weights": "pissa"}, "changes the weights of the base"),
+    "a text as rank": ({"r": "5"}, "rank of adapters is '5'"),
+    "no alpha": ({"lora_alpha": None}, "alpha of adapters is None"),
+    "a dropout of everything": ({"lora_dropout": 1.0}, "dropout of adapters is 1.0"),
+    "another rank": ({"r": 4}, r"has shape \[5, 64\]; adapter_config.json \(rank 4\)"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CONFIGS)
+def test_options_that_would_be_lost_are_refused(make_qwen3, make_adapter, case):
+    hf = make_qwen3()
+    folder = make_adapter(hf)
+    values, message = BROKEN_CONFIGS[case]
+    change(folder, **values)
+    with pytest.raises(ConversionError, match=message):
+        open_peft_folder(folder, read_hf_config(hf))
+
+
+def _with_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+NAME = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
+BROKEN_TENSORS = {
+    "missing": (lambda t: t.pop(NAME), f"no tensor {NAME}"),
+    "extra": (
+        lambda t: t.update({"base_model.model.lm_head.weight": t[NAME].clone()}),
+        "unknown tensor",
+    ),
+    "misshapen": (lambda t: t.update({NAME: t[NAME][1:].clone()}), f"{NAME} has shape"),
+    "of integers": (lambda t: t.update({NAME: t[NAME].int()}), f"{NAME} is I32"),
+    "of another projection": (
+        lambda t: t.update({NAME.replace("k_proj", "z_proj"): t[NAME].clone()}),
+        "'z_proj' is no projection of this model; it has q_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TENSORS)
+def test_other_tensors_than_the_options_call_for_are_refused(make_qwen3, make_adapter, case):
+    hf = make_qwen3()
+    folder = make_adapter(hf)
+    edit, message = BROKEN_TENSORS[case]
+    _with_tensors(folder, edit)
+    with pytest.raises(ConversionError, match=message):
+        open_peft_folder(folder, read_hf_config(hf))
+
+
+def test_a_folder_without_its_parts_is_refused(make_qwen3, make_adapter, tmp_path):
+    hf = make_qwen3()
+    config = read_hf_config(hf)
+    with pytest.raises(ConversionError, match="no such folder"):
+        open_peft_folder(tmp_path / "none", config)
+    with pytest.raises(ConversionError, match=r"adapter_config\.json: missing"):
+        open_peft_folder(hf, config)
+    folder = make_adapter(hf)
+    (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(ConversionError, match="pickled adapters"):
+        open_peft_folder(folder, config)
+
+
+def _rules(hf: Path) -> tuple:
+    config = read_hf_config(hf)
+    return family_for(config).tensor_rules(config)
+
+
+def test_targets_and_ranks_that_do_not_fit_are_named(qwen3):
+    rules = _rules(qwen3)
+    every = resolved(rules, LoraOptions(4, 8, (ALL_LINEAR,)))
+    assert every.targets == ALL
+    with pytest.raises(ConversionError, match="'qkv_proj' is no projection of this model"):
+        projections(rules, LoraOptions(4, 8, ("q_proj", "qkv_proj")))
+    with pytest.raises(ConversionError, match=r"the rank 65 is above the dimensions of q_proj"):
+        projections(rules, LoraOptions(65, 8, ("q_proj",)))
+    with pytest.raises(ConversionError, match="at least 1"):
+        LoraOptions(0, 8, ("q_proj",))
+
+
+def test_the_scale_is_alpha_over_rank_or_over_its_root():
+    assert LoraOptions(16, 32, ("q_proj",)).scale == 2
+    assert LoraOptions(16, 32, ("q_proj",), rslora=True).scale == 8

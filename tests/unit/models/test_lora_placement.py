@@ -1,0 +1,53 @@
+"""Where adapters lie on a rank, and how their start is drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from checkpoint_conversion.errors import ConversionError
+from megatron_profit.models.lora.linear import start_of_a
+from megatron_profit.models.lora.placement import LocalWeight, Run, Span, arrangement
+
+Q, K, V = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
+
+
+def joined(*runs: Run) -> LocalWeight:
+    """Return a rank's joined query, key and value weight: the second of two ranks, with one KV head."""
+    rows = {Q: 16, K: 8, V: 8}
+    columns = Span(0, 12, 12)
+    return LocalWeight(
+        "linear_qkv", torch.nn.Parameter(torch.zeros(16, 12)), "key", (), (0, 0, 0), runs, columns,
+        rows, False,
+    )  # fmt: skip
+
+
+def test_the_rows_of_a_projection_go_where_megatron_has_them():
+    weight = joined(Run(Q, 8, 8, 0), Run(K, 4, 4, 8), Run(V, 4, 4, 12))
+    assert weight.span_of(Q) == Span(8, 8, 16)
+    assert weight.span_of(V) == Span(4, 4, 8)
+    assert arrangement(weight, [Q, K, V]) == ((0, 0, 8), (1, 0, 4), (2, 0, 4))
+    assert arrangement(weight, [V]) == ((None, 0, 8), (None, 0, 4), (0, 0, 4))
+
+
+def test_several_kv_heads_of_a_rank_alternate():
+    weight = joined(Run(Q, 0, 4, 0), Run(K, 0, 2, 4), Run(Q, 4, 4, 6), Run(K, 2, 2, 10))
+    assert weight.span_of(Q) == Span(0, 8, 16)
+    assert arrangement(weight, [Q, K]) == ((0, 0, 4), (1, 0, 2), (0, 4, 4), (1, 2, 2))
+
+
+def test_rows_that_are_no_neighbours_cannot_have_an_adapter():
+    weight = joined(Run(Q, 0, 4, 0), Run(Q, 8, 4, 4))
+    with pytest.raises(ConversionError, match="are not neighbours"):
+        weight.span_of(Q)
+
+
+def test_the_start_of_a_does_not_depend_on_the_layout():
+    whole = start_of_a(5, Q, 4, Span(0, 12, 12))
+    parts = [start_of_a(5, Q, 4, Span(first, 4, 12)) for first in (0, 4, 8)]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert all(part.is_contiguous() for part in parts)
+    assert whole.abs().max() <= 12**-0.5
+    assert whole.std() == pytest.approx(12**-0.5 / 3**0.5, rel=0.2)
+    assert not torch.equal(whole, start_of_a(5, K, 4, Span(0, 12, 12)))
+    assert not torch.equal(whole, start_of_a(6, Q, 4, Span(0, 12, 12)))
