@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,8 +71,11 @@ class StatisticProvider(Callback, ABC):
         """
 
     @classmethod
-    def from_run(cls, run: RunParts) -> Self:
-        """Return the provider of a run, before the model exists; by default one made from no parts."""
+    def from_run(cls, run: RunParts) -> StatisticProvider:
+        """Return the provider of a run, before the model exists; by default one made from no parts.
+
+        It may be of another class that gives the same statistic.
+        """
         return cls()
 
     @abstractmethod
