@@ -5,23 +5,22 @@
     megatron-profit evaluate Qwen/Qwen3-0.6B --server http://127.0.0.1:8000 --tasks gsm8k --samples 8
     megatron-profit evaluate runs/sft/hf --task-file exam.jsonl --task-columns question=Q answer=A
 
-A model is a HuggingFace folder or an adapter's folder; with --server it is the server's name of the model. The
-questions are asked zero-shot through its chat template. --out gets a folder for each model with its answers
-(JSON lines), results.json, results.md, figure.png (with the extra "plot") and, for two models or more,
-answers.html. A run that was interrupted goes on from there.
+A model is a HuggingFace folder or an adapter's folder; with --server it is the server's name of the model.
+The questions are asked zero-shot through its chat template. --out gets a folder for each model with its
+answers (JSON lines), results.json, results.md, figure.png (with the extra "plot") and, for two models or
+more, answers.html. A run that was interrupted goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.errors import EvaluationError
@@ -30,6 +29,7 @@ from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampli
 if TYPE_CHECKING:
     from megatron_profit.evaluation.engines import Engine
     from megatron_profit.evaluation.engines.engine import EngineOptions
+    from megatron_profit.evaluation.page import Answers
     from megatron_profit.evaluation.questions import Task
     from megatron_profit.evaluation.run import Result
 
@@ -100,15 +100,17 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
     Raises:
         EvaluationError: Input cannot be used; checked before the first model is loaded, where possible.
     """
-    from megatron_profit.evaluation.engines.engine import EngineOptions
+    from megatron_profit.evaluation.engines.engine import EngineOptions, resolved
 
     models = labelled_models(arguments.models)
-    options = EngineOptions(
-        name=arguments.engine,
-        server=arguments.server,
-        batch=at_least_one(arguments, "batch"),
-        dtype=arguments.dtype,
-        concurrency=at_least_one(arguments, "concurrency"),
+    options = resolved(
+        EngineOptions(
+            name=arguments.engine,
+            server=arguments.server,
+            batch=at_least_one(arguments, "batch"),
+            dtype=arguments.dtype,
+            concurrency=at_least_one(arguments, "concurrency"),
+        )
     )
     samplings = SamplingOfTasks(arguments)
     tasks = load_tasks(arguments, samplings)
@@ -122,7 +124,9 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
         for label, model in models.items()
         for result in evaluate_model(label, model, tasks, options, arguments)
     ]
-    by_task = sorted(results, key=lambda result: [task.name for task, _ in tasks].index(result.task))
+    by_task = sorted(
+        results, key=lambda result: [task.name for task, _ in tasks].index(result.task)
+    )
     write_results(arguments.out, by_task, [task for task, _ in tasks])
     return by_task
 
@@ -221,37 +225,48 @@ def evaluate_model(
     arguments: argparse.Namespace,
 ) -> list[Result]:
     """Evaluate one model on all tasks; the model is loaded if there is a question to ask."""
-    from megatron_profit.evaluation.engines import choose_engine
+    from megatron_profit.evaluation.engines.engine import choose_engine, description
     from megatron_profit.evaluation.engines.model_folder import fingerprint
     from megatron_profit.evaluation.records import Records
     from megatron_profit.evaluation.run import evaluate, records_file, result_of, settings_of
 
     identity = model if options.server is not None else fingerprint(model)
-    described = options.server or f"{options.name}, {options.dtype}"
     engine: Callable[[], Engine] = cache(lambda: choose_engine(model, options))
-    if arguments.overwrite:
-        shutil.rmtree(arguments.out / label, ignore_errors=True)
     results = []
     for task, sampling in tasks:
-        settings = settings_of(label, identity, task, sampling, described)
-        with Records(records_file(arguments.out, label, task.name), settings) as records:
+        settings = settings_of(label, identity, task, sampling, description(options))
+        file = records_file(arguments.out, label, task.name)
+        if arguments.overwrite:
+            file.unlink(missing_ok=True)
+        with Records(file, settings) as records:
             evaluate(task, sampling, records, engine, label=label)
         results.append(result_of(task, sampling, records, label=label))
     return results
 
 
 def write_results(out: Path, results: Sequence[Result], tasks: Sequence[Task]) -> None:
-    """Write results.json, results.md, the figure and the page."""
+    """Write results.json, results.md, the figure, and the page where there are two models."""
+    from megatron_profit.evaluation.page import answers_page
     from megatron_profit.evaluation.report import as_json, markdown
 
-    contents: Mapping[str, Any] = {
+    contents = {
         RESULTS: json.dumps(as_json(results), indent=1) + "\n",
         TABLE: markdown(results),
     }
+    answers: dict[str, dict[str, Answers]] = {}
+    for result in results:
+        answers.setdefault(result.model, {})[result.task] = result.answers
+    if len(answers) > 1:
+        settings = "; ".join(
+            dict.fromkeys(f"{result.task}: {result.sampling}" for result in results)
+        )
+        contents[PAGE] = answers_page(tasks, answers, subtitle=settings)
     for name, text in contents.items():
         with whole_file(out / name) as stream:
             stream.write(text.encode())
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {FIGURE}: run pip install 'megatron-profit[plot]'", file=sys.stderr)
+        return
+    from megatron_profit.evaluation.figure import draw_scores
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    draw_scores(results, out / FIGURE)

@@ -24,6 +24,4 @@ def require(*packages: str, for_what: str, install: str = EXTRA) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise EvaluationError(
-            f"{for_what} needs {', '.join(missing)}; run pip install '{install}'"
-        )
+        raise EvaluationError(f"{for_what} needs {', '.join(missing)}; run pip install '{install}'")

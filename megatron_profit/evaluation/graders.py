@@ -19,7 +19,10 @@ _NUMBER = re.compile(
 )
 _STATED = re.compile(r"(?:####|answer\s*(?:is|:)|Answer\s*(?:is|:))\s*:?", re.IGNORECASE)
 _LETTER = re.compile(r"(?<![A-Za-z])\(?\**([A-Z])\**\)?(?![A-Za-z])")
-# A number in words of a unit, as in "5 apples" or "12 km".
+# An answer that is a word and no formula.
+_TEXT = re.compile(
+    r"\\(?:text|textbf|mathrm)\s*\{\s*([A-Za-z][A-Za-z\s]*)\}|([A-Za-z]{3,}[A-Za-z\s]*)"
+)
 _LONGEST_ANSWER = 2000
 
 
@@ -104,11 +107,20 @@ def equal(extracted: str, reference: str) -> bool:
     """
     if _same_text(extracted, reference):
         return True
+    names = _name_in(extracted), _name_in(reference)
+    if any(names):  # math-verify sees no difference between two names
+        return names[0] == names[1]
     from math_verify import verify
 
     gold = _parsed(f"\\boxed{{{reference}}}")
     found = _parsed(f"\\boxed{{{extracted}}}")
     return bool(gold and found and verify(gold, found, timeout_seconds=_seconds(), strict=False))
+
+
+def _name_in(answer: str) -> str | None:
+    r"""Return the words of an answer that is a text, for example `\text{Evelyn}`, None for another."""
+    found = _TEXT.fullmatch(answer.strip().strip("$"))
+    return " ".join((found[1] or found[2]).casefold().split()) if found else None
 
 
 def _same_text(first: str, second: str) -> bool:

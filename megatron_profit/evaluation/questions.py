@@ -1,4 +1,4 @@
-"""Tasks: their questions as chat messages, and the judgement of answers, by lm-eval and the YAML files of `tasks`."""
+"""Tasks of lm-eval in the YAML files of `tasks`: questions as chat messages, and the judgement of answers."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def check_names(names: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise EvaluationError(
-                f"there is no task {name!r}{hint} The tasks are {', '.join(known)}; --task-file FILE asks the "
-                "questions of a file"
+                f"there is no task {name!r}{hint} The tasks are {', '.join(known)}; --task-file FILE "
+                "asks the questions of a file"
             )
         if names.count(name) > 1:
             raise EvaluationError(f"the task {name} is given twice; name it once")
@@ -208,8 +208,8 @@ def _inner_task(config: dict[str, Any], records: Sequence[dict[str, Any]]) -> An
         return ConfigurableTask(config={**config, "custom_dataset": lambda **_: docs})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise EvaluationError(
-            f"the file of the task {config['task']} cannot be used ({error}); a column must hold the same kind "
-            "of value in every record"
+            f"the file of the task {config['task']} cannot be used ({error}); a column must hold the "
+            "same kind of value in every record"
         ) from error
 
 

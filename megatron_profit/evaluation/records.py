@@ -88,8 +88,8 @@ class Records:
                 for name in differing
             )
             raise EvaluationError(
-                f"{self.file} holds answers of another evaluation ({told}); give another --out, or --overwrite to "
-                "begin again"
+                f"{self.file} holds answers of another evaluation ({told}); give another --out, or "
+                "--overwrite to begin again"
             )
         content = self.file.read_bytes()
         whole = content.rfind(b"\n") + 1

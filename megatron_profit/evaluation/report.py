@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import Any
 
@@ -29,7 +29,14 @@ def header(*names: str) -> list[str]:
 def scores_table(results: Sequence[Result]) -> str:
     """Return a Markdown table with a line for each model and task."""
     lines = header(
-        "task", "model", "avg@k, %", "95 % interval", "pass@k, %", "no end, %", "no answer, %", "tokens"
+        "task",
+        "model",
+        "avg@k, %",
+        "95 % interval",
+        "pass@k, %",
+        "no end, %",
+        "no answer, %",
+        "tokens",
     )
     for result in results:
         samples, most = result.sampling.samples, max(result.pass_at)
@@ -75,7 +82,13 @@ def pairs_table(results: Sequence[Result]) -> str:
     if not found:
         return ""
     lines = header(
-        "task", "models", "difference, points", "95 % interval", "better on", "worse on", "McNemar's p"
+        "task",
+        "models",
+        "difference, points",
+        "95 % interval",
+        "better on",
+        "worse on",
+        "McNemar's p",
     )
     for later, earlier, pair in found:
         p_value = "" if pair.p_value is None else f"{pair.p_value:.3g}"
@@ -104,9 +117,11 @@ def markdown(results: Sequence[Result]) -> str:
 
 def as_json(results: Sequence[Result]) -> dict[str, Any]:
     """Return the results for a JSON file, without the single answers."""
-    kept = [{k: v for k, v in asdict(result).items() if k != "right"} for result in results]
-    for entry, result in zip(kept, results, strict=True):
-        entry["questions"] = len(result.right)
+    kept = []
+    for result in results:
+        entry = asdict(replace(result, answers={})) | {"questions": len(result.answers)}
+        del entry["answers"]
+        kept.append(entry)
     differences = [
         {"task": later.task, "model": later.model, "against": earlier.model, **asdict(pair)}
         for later, earlier, pair in pairs(results)

@@ -32,7 +32,7 @@ class Result:
         unparsed: Share of answers without a final answer.
         tokens: Mean tokens of an answer.
         metrics: The task's own metrics, by name.
-        right: [Q][S] whether each sample is right.
+        answers: Number of a question -> number of a sample -> the sample.
         sampling: The settings.
         engine: The engine's name.
     """
@@ -45,9 +45,17 @@ class Result:
     unparsed: float
     tokens: float
     metrics: Mapping[str, float]
-    right: Sequence[Sequence[bool]]
+    answers: Mapping[int, Mapping[int, Sample]]
     sampling: Sampling
     engine: str
+
+    @property
+    def right(self) -> list[list[bool]]:
+        """[Q][S] whether each sample is right."""
+        return [
+            [of_question[i].right for i in sorted(of_question)]
+            for _, of_question in sorted(self.answers.items())
+        ]
 
 
 class Progress:
@@ -168,12 +176,12 @@ def graded(task: Task, question: Question, number: int, answer: Answer) -> Sampl
 
 def result_of(task: Task, sampling: Sampling, records: Records, *, label: str) -> Result:
     """Return the estimates from complete records."""
-    samples = [
-        [records.samples[question.number][i] for i in range(sampling.samples)]
+    answers = {
+        question.number: {i: records.samples[question.number][i] for i in range(sampling.samples)}
         for question in task.questions
-    ]
-    flat = [sample for of_question in samples for sample in of_question]
-    right = [[sample.right for sample in of_question] for of_question in samples]
+    }
+    flat = [sample for of_question in answers.values() for sample in of_question.values()]
+    right = [[s.right for s in of_question.values()] for of_question in answers.values()]
     powers = [2**i for i in range(sampling.samples.bit_length())]
     return Result(
         model=label,
@@ -184,7 +192,7 @@ def result_of(task: Task, sampling: Sampling, records: Records, *, label: str) -
         unparsed=mean(not sample.parsed for sample in flat),
         tokens=mean(sample.tokens for sample in flat),
         metrics=_means([sample.metrics for sample in flat]),
-        right=right,
+        answers=answers,
         sampling=sampling,
         engine=str(records.settings["engine"]),
     )

@@ -20,8 +20,8 @@ class Sampling:
         top_k: Draw from this many most likely tokens; 0 for all.
         samples: Answers to each question.
         max_new_tokens: Longest answer; None for the task's own limit.
-        seed: Seed of all draws. Each (task, question, sample) has its own numbers, so a draw does not depend on
-            the batch.
+        seed: Seed of all draws. Each (task, question, sample) has its own numbers, so a draw does not
+            depend on the batch.
     """
 
     temperature: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_profit.evaluation.errors import EvaluationError, require
@@ -46,8 +46,6 @@ class Answer:
 class Engine(Protocol):
     """Answers requests."""
 
-    name: str
-
     def answers(
         self, requests: Sequence[Request], sampling: Sampling
     ) -> Iterator[tuple[Request, Answer]]:
@@ -82,12 +80,40 @@ class EngineOptions:
     timeout: float = 600.0
 
 
+def resolved(options: EngineOptions) -> EngineOptions:
+    """Return the options with `auto` decided for this machine.
+
+    Raises:
+        EvaluationError: The engine is unknown.
+    """
+    if options.server is not None:
+        return options
+    if options.name not in NAMES:
+        raise EvaluationError(f"--engine is {options.name!r}; it must be {', '.join(NAMES)}")
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    vllm = on_gpu and importlib.util.find_spec("vllm") is not None
+    # A CPU that does not compute in bfloat16 is several times slower with it.
+    native = on_gpu or torch.cpu._is_avx512_bf16_supported()
+    auto = {
+        "name": "vllm" if vllm else "transformers",
+        "dtype": "bfloat16" if native else "float32",
+    }
+    return replace(options, **{k: v for k, v in auto.items() if getattr(options, k) == "auto"})
+
+
+def description(options: EngineOptions) -> str:
+    """Return the engine in words. For example, "transformers, float32"."""
+    return f"server {options.server}" if options.server else f"{options.name}, {options.dtype}"
+
+
 def choose_engine(model: str, options: EngineOptions) -> Engine:
     """Return the engine that answers for a model.
 
     Args:
         model: HuggingFace folder; with a server, the server's name of the model.
-        options: See `EngineOptions`.
+        options: Resolved options.
 
     Raises:
         EvaluationError: The folder holds no model that can answer, or the engine is not installed.
@@ -99,21 +125,11 @@ def choose_engine(model: str, options: EngineOptions) -> Engine:
     from megatron_profit.evaluation.engines.model_folder import check_model
 
     check_model(model)
-    if options.name == "vllm" or (options.name == "auto" and _has_vllm()):
+    if options.name == "vllm":
         require("vllm", for_what="--engine vllm", install="vllm")
         from megatron_profit.evaluation.engines.vllm_engine import VllmEngine
 
         return VllmEngine(model, options)
-    if options.name not in NAMES:
-        raise EvaluationError(f"--engine is {options.name!r}; it must be {', '.join(NAMES)}")
     from megatron_profit.evaluation.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(model, options)
-
-
-def _has_vllm() -> bool:
-    if importlib.util.find_spec("vllm") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()

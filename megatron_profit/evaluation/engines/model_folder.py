@@ -36,8 +36,8 @@ def base_of(folder: Path) -> Path:
         if base and place.is_dir():
             return place
     raise EvaluationError(
-        f"{folder / ADAPTER}: base_model_name_or_path is {base!r}, which is no folder here; write the path of the "
-        "adapter's base model there"
+        f"{folder / ADAPTER}: base_model_name_or_path is {base!r}, which is no folder here; write the "
+        "path of the adapter's base model there"
     )
 
 

@@ -41,7 +41,6 @@ class ServerEngine:
             )
         self.url = f"{base.removesuffix('/v1')}/v1/chat/completions"
         self.model, self.options = model, options
-        self.name = f"server {base}"
         self.sleep = time.sleep
 
     def answers(
@@ -72,7 +71,7 @@ class ServerEngine:
             raise failure
 
     def _ask(self, request: Request, sampling: Sampling) -> Answer:
-        task, question, sample = request.place
+        task, question, _ = request.place
         place = f"question {question} of {task}"
         for attempt in range(self.options.retries + 1):
             if attempt:
@@ -90,8 +89,8 @@ class ServerEngine:
             except (OSError, HTTPException, ValueError, KeyError, TypeError, IndexError) as error:
                 problem = f"{type(error).__name__}: {error}"
         raise EvaluationError(
-            f"{self.url} did not answer {place} in {self.options.retries + 1} tries ({problem}); the answers so far "
-            "are kept: when the server works again, give the same command to go on"
+            f"{self.url} did not answer {place} in {self.options.retries + 1} tries ({problem}); the answers "
+            "so far are kept: when the server works again, give the same command to go on"
         )
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:

@@ -18,14 +18,6 @@ from megatron_profit.evaluation.sampling import Sampling
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def native_dtype() -> torch.dtype:
-    """Return bfloat16 where the device computes in it, else float32: a CPU without it is several times slower."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    flags = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if flags[1] else torch.float32
-
-
 class TransformersEngine:
     """Answers in batches that are sorted by the length of their prompts.
 
@@ -37,10 +29,8 @@ class TransformersEngine:
     def __init__(self, model: str, options: EngineOptions) -> None:
         disable_progress_bar()
         self.tokenizer = load_chat_tokenizer(Path(model))
-        dtype = DTYPES.get(options.dtype, native_dtype())
-        self.model = load_model(Path(model), dtype)
+        self.model = load_model(Path(model), DTYPES[options.dtype])
         self.batch = options.batch
-        self.name = f"transformers, {str(dtype).removeprefix('torch.')}"
         self.stop_ids = self._stop_ids()
         self.context = getattr(self.model.config, "max_position_embeddings", None)
 
@@ -90,8 +80,8 @@ class TransformersEngine:
             longest = min(longest, self.context - len(prompt))
         if longest < 1:
             raise EvaluationError(
-                f"question {request.place[1]} of {request.place[0]} has {len(prompt):,} tokens, and the model's "
-                f"context {self.context:,}; choose a model with a longer context, or remove the question"
+                f"question {request.place[1]} of {request.place[0]} has {len(prompt):,} tokens, and the "
+                f"model's context {self.context:,}; choose a model with a longer context, or remove the question"
             )
         return Row(prompt, longest, sampling.numbers(*request.place))
 

@@ -40,7 +40,6 @@ class VllmEngine:
             self.llm = LLM(trust_remote_code=False, **settings)
         except (ValueError, RuntimeError, OSError) as error:
             raise EvaluationError(f"vLLM cannot load {folder}: {error}") from error
-        self.name = f"vLLM, {options.dtype}"
 
     def answers(
         self, requests: Sequence[Request], sampling: Sampling
@@ -60,9 +59,7 @@ class VllmEngine:
                 for request in part
             ]
             messages = [[dict(message) for message in request.messages] for request in part]
-            outputs = self.llm.chat(
-                messages, parameters, lora_request=self.adapter, use_tqdm=False
-            )
+            outputs = self.llm.chat(messages, parameters, lora_request=self.adapter, use_tqdm=False)
             for request, output in zip(part, outputs, strict=True):
                 best = output.outputs[0]
                 yield (
