@@ -157,8 +157,8 @@ def read_records_file(file: Path) -> tuple[dict[str, Any], dict[int, dict[int, S
                 of_question |= {s["number"]: Sample(**s) for s in value["samples"]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(
-                f"{file}, line {number}: is not a line of answers ({error}); give another --out, or --overwrite "
-                "to begin again"
+                f"{file}, line {number}: is not a line of answers ({error}); give another --out, or "
+                "--overwrite to begin again"
             ) from error
     if not settings:
         raise EvaluationError(

@@ -61,6 +61,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
         "checkpoint_conversion.hf",
     ),
+    "megatron_profit.evaluation": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        *("checkpoint_conversion.hf", "megatron_profit.data", "megatron_profit.token_report"),
+    ),
     "checkpoint_conversion": (),
     "megatron_profit.megatron_patches": (
         *("megatron", "checkpoint_conversion", "megatron_profit.parent_death"),

@@ -71,7 +71,8 @@ class TransformersEngine:
                     yield rows[id(row)][1], self._answer(row)
             except torch.OutOfMemoryError as error:
                 raise EvaluationError(
-                    f"{len(part)} answers at a time do not fit into the GPU's memory; give a smaller --batch"
+                    f"{len(part)} answers at a time need more memory than the GPU has; give a smaller "
+                    "--batch"
                 ) from error
 
     def _row(self, prompt: list[int], request: Request, sampling: Sampling) -> Row:
@@ -81,7 +82,8 @@ class TransformersEngine:
         if longest < 1:
             raise EvaluationError(
                 f"question {request.place[1]} of {request.place[0]} has {len(prompt):,} tokens, and the "
-                f"model's context {self.context:,}; choose a model with a longer context, or remove the question"
+                f"model's context {self.context:,}; choose a model with a longer context, or remove the "
+                "question"
             )
         return Row(prompt, longest, sampling.numbers(*request.place))
 

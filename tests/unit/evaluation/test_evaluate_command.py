@@ -114,7 +114,7 @@ def test_answers_of_other_settings_are_not_mixed(run, tmp_path, capsys):
 def test_damaged_records_are_named(run, tmp_path, capsys):
     assert run(Calculator()) == 0
     file = tmp_path / "out" / "tiny" / "sums.jsonl"
-    file.write_text(file.read_text().replace('"samples"', '"simples"', 1))
+    file.write_text(file.read_text().replace('"samples": [', '"simples": [', 1))
     assert run(Calculator()) == 1
     assert f"{file}, line 2: is not a line of answers" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron_profit.evaluation.engines.engine import EngineOptions, Request
+from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.server import ServerEngine
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
@@ -85,11 +85,8 @@ def serve():
 def test_requests_carry_messages_and_settings(serve):
     engine, server = serve(repeat)
     sampling = Sampling(temperature=0.7, top_p=0.8, top_k=20, samples=8)
-    answers = dict(engine.answers(REQUESTS, sampling))
-    assert {r.place[1]: a.text for r, a in answers.items()} == {
-        i: f"re: question {i}" for i in range(6)
-    }
-    assert all(a.stopped and a.tokens == 5 for a in answers.values())
+    answers = {request.place[1]: answer for request, answer in engine.answers(REQUESTS, sampling)}
+    assert answers == {i: Answer(f"re: question {i}", 5, True) for i in range(6)}
     path, body = server.bodies[0]
     assert path == "/v1/chat/completions"
     seed = body.pop("seed")
