@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": Command(
         "megatron_profit.commands.evaluate", "evaluate models on tasks: avg@k, pass@k, differences"
     ),
+    "chat": Command("megatron_profit.commands.chat", "talk with a model in the terminal"),
     "estimate": Command(
         "megatron_profit.commands.estimate_memory", "estimate the memory of a training's ranks"
     ),
