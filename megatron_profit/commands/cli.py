@@ -37,6 +37,10 @@ COMMANDS = {
     "evaluate": Command(
         "megatron_profit.commands.evaluate", "evaluate models on tasks: avg@k, pass@k, differences"
     ),
+    "compare": Command(
+        "megatron_profit.commands.compare",
+        "train one base in several ways and evaluate all of them",
+    ),
     "chat": Command("megatron_profit.commands.chat", "talk with a model in the terminal"),
     "estimate": Command(
         "megatron_profit.commands.estimate_memory", "estimate the memory of a training's ranks"

@@ -29,7 +29,7 @@ from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampli
 if TYPE_CHECKING:
     from megatron_profit.evaluation.engines import Engine
     from megatron_profit.evaluation.engines.engine import EngineOptions
-    from megatron_profit.evaluation.page import Answers
+    from megatron_profit.evaluation.presentation.page import Answers
     from megatron_profit.evaluation.questions import Task
     from megatron_profit.evaluation.run import Result
 
@@ -57,25 +57,60 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("models", nargs="+", metavar="[LABEL=]MODEL", help="HuggingFace folders, base first")
     add("--tasks", default="", help="names with commas between, for example gsm8k,math500,ifeval")
-    add("--data", nargs="+", type=Path, default=[Path("data/eval")], metavar="DIR",
-        help="folders with the tasks' files (default: data/eval)")  # fmt: skip
-    add("--task-file", action="append", type=Path, default=[], metavar="FILE",
-        help="questions of one's own: JSON lines, JSON or parquet; may be repeated")  # fmt: skip
-    add("--task-columns", nargs="+", default=[], metavar="NAME=COLUMN",
-        help="columns of --task-file, for example question=Q answer=A")  # fmt: skip
+    add(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=[Path("data/eval")],
+        metavar="DIR",
+        help="folders with the tasks' files (default: data/eval)",
+    )
+    add(
+        "--task-file",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="questions of one's own: JSON lines, JSON or parquet; may be repeated",
+    )
+    add(
+        "--task-columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="columns of --task-file, for example question=Q answer=A",
+    )
+    add(
+        "--answer-pattern",
+        metavar="REGEX",
+        help="its last match is the answer of a --task-file (default: boxed, or the last number)",
+    )
     add("--limit", type=int, help="ask this many questions of each task, the same for all models")
     add("--preset", choices=PRESETS, help="sampling settings of a paper, for each task")
     add("--samples", type=int, help="answers to each question (default: 1, greedy)")
     add_sampling_flags(parser)
-    add("--engine", choices=("auto", "transformers", "vllm"), default="auto",
-        help="auto: vLLM where it is installed and a GPU is there, else transformers")  # fmt: skip
+    add(
+        "--engine",
+        choices=("auto", "transformers", "vllm"),
+        default="auto",
+        help="auto: vLLM where it is installed and a GPU is there, else transformers",
+    )
     add("--server", metavar="URL", help="an OpenAI-compatible server that answers instead")
     add("--concurrency", type=int, default=16, help="requests at a time to the server")
     add("--batch", type=int, default=32, help="answers at a time with transformers")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="auto: bfloat16 where the device computes in it")  # fmt: skip
-    add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR",
-        help="folder of results (default: runs/evaluation)")  # fmt: skip
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 where the device computes in it",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/evaluation"),
+        metavar="DIR",
+        help="folder of results (default: runs/evaluation)",
+    )
     add("--overwrite", action="store_true", help="begin again where --out has other answers")
     return parser
 
@@ -88,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EvaluationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from megatron_profit.evaluation.report import markdown
+    from megatron_profit.evaluation.presentation.report import markdown
 
     print(f"\n{markdown(results)}\nwrote {arguments.out}")
     return 0
@@ -188,14 +223,19 @@ def load_tasks(
         raise EvaluationError("no task is given; give --tasks gsm8k,… or --task-file FILE")
     check_names(names)
     columns = column_names(arguments.task_columns)
-    if columns and not arguments.task_file:
-        raise EvaluationError("--task-columns names the columns of a --task-file; give one")
+    if (columns or arguments.answer_pattern) and not arguments.task_file:
+        raise EvaluationError(
+            "--task-columns and --answer-pattern are about a --task-file; give one"
+        )
     if arguments.limit is not None:
         at_least_one(arguments, "limit")
     for name in names:
         samplings.of(name)
     tasks = [load_task(name, arguments.data, arguments.limit) for name in names]
-    tasks += [task_of_file(file, columns, arguments.limit) for file in arguments.task_file]
+    tasks += [
+        task_of_file(file, columns, arguments.limit, arguments.answer_pattern)
+        for file in arguments.task_file
+    ]
     found = [task.name for task in tasks]
     if twice := next((name for name in found if found.count(name) > 1), None):
         raise EvaluationError(f"two tasks are called {twice}; rename the --task-file")
@@ -246,8 +286,8 @@ def evaluate_model(
 
 def write_results(out: Path, results: Sequence[Result], tasks: Sequence[Task]) -> None:
     """Write results.json, results.md, the figure, and the page where there are two models."""
-    from megatron_profit.evaluation.page import answers_page
-    from megatron_profit.evaluation.report import as_json, markdown
+    from megatron_profit.evaluation.presentation.page import answers_page
+    from megatron_profit.evaluation.presentation.report import as_json, markdown
 
     contents = {
         RESULTS: json.dumps(as_json(results), indent=1) + "\n",
@@ -267,6 +307,6 @@ def write_results(out: Path, results: Sequence[Result], tasks: Sequence[Task]) -
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no {FIGURE}: run pip install 'megatron-profit[plot]'", file=sys.stderr)
         return
-    from megatron_profit.evaluation.figure import draw_scores
+    from megatron_profit.evaluation.presentation.figure import draw_scores
 
     draw_scores(results, out / FIGURE)

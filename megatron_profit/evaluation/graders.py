@@ -100,6 +100,18 @@ def find_letter(text: str) -> str | None:
     return None
 
 
+def find_pattern(text: str, pattern: str) -> str | None:
+    """Return the last match of a regular expression (its group if it has a single one), in lower case.
+
+    For example, the pattern `-?[0-9][0-9,.]*` finds "1234" in "So it is 1,234.".
+    """
+    found = list(re.finditer(pattern, answer_part(text), re.IGNORECASE))
+    if not found:
+        return None
+    chosen = found[-1].group(1 if found[-1].re.groups == 1 else 0)
+    return chosen.lower().replace(",", "").rstrip(".")
+
+
 def equal(extracted: str, reference: str) -> bool:
     """Return whether two answers are equal in mathematics.
 
@@ -154,6 +166,11 @@ def grade_expression(text: str, reference: str) -> Grade:
 def grade_letter(text: str, reference: str) -> Grade:
     """Grade a choice between lettered answers."""
     return _graded(find_letter(text), reference, str.__eq__)
+
+
+def grade_pattern(text: str, reference: str, pattern: str) -> Grade:
+    """Grade an answer that a regular expression finds; `reference` is what it finds in the right answer."""
+    return _graded(find_pattern(text, pattern), reference, str.__eq__)
 
 
 def _graded(found: str | None, reference: str, same: Callable[[str, str], bool]) -> Grade:

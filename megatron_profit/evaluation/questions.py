@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from megatron_profit.data.errors import DataError
 from megatron_profit.evaluation.errors import EvaluationError, require
+from megatron_profit.evaluation.graders import find_pattern
+from megatron_profit.evaluation.tasks.functions import number_text, own_by_pattern
 
 TASKS = Path(__file__).parent / "tasks"
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
@@ -54,7 +57,7 @@ class Task:
 
     name: str
     title: str
-    version: float
+    version: float | str
     questions: tuple[Question, ...]
     longest_answer: int
     inner: Any
@@ -122,16 +125,24 @@ def load_task(name: str, folders: Sequence[Path], limit: int | None = None) -> T
     return _task(config, _records(found[0], config["metadata"]["columns"]), limit)
 
 
-def task_of_file(file: Path, columns: Mapping[str, str], limit: int | None = None) -> Task:
+def task_of_file(
+    file: Path,
+    columns: Mapping[str, str],
+    limit: int | None = None,
+    pattern: str | None = None,
+) -> Task:
     """Return a task over a file of the user's own.
 
     Args:
         file: JSON lines, JSON or parquet, as training data.
         columns: "question" and "answer" -> names of the file's columns.
         limit: See `load_task`.
+        pattern: Regular expression whose last match is the answer, in an answer and in the reference. None
+            looks for a boxed answer or a number, see `graders`.
 
     Raises:
-        EvaluationError: The file cannot be read, or lacks a column.
+        EvaluationError: The file cannot be read, or lacks a column; the pattern cannot be used, or matches
+            no part of a reference.
     """
     names = {name: columns.get(name, name) for name in (QUESTION, ANSWER)}
     records = [
@@ -140,7 +151,28 @@ def task_of_file(file: Path, columns: Mapping[str, str], limit: int | None = Non
     ]
     config = _read_yaml(_OWN)
     config["task"] = config["metadata"]["title"] = file.name.split(".")[0]
+    if pattern is not None:
+        for number, record in enumerate(records, 1):
+            record[ANSWER] = _reference(record[ANSWER], pattern, f"{file}, record {number}")
+        config["process_results"] = own_by_pattern(pattern)
+        # It is a part of the grader.
+        config["metadata"]["version"] = f"{config['metadata']['version']}, {pattern}"
     return _task(config, records, limit)
+
+
+def _reference(answer: str, pattern: str, where: str) -> str:
+    try:
+        found = find_pattern(answer, pattern)
+    except re.error as error:
+        raise EvaluationError(
+            f"--answer-pattern {pattern!r} is no regular expression: {error}"
+        ) from error
+    if found is None:
+        raise EvaluationError(
+            f"{where}: --answer-pattern {pattern!r} matches no part of the reference answer "
+            f"{answer[-100:]!r}; correct the pattern or remove the record"
+        )
+    return found
 
 
 def _text(value: Any, file: Path, column: str) -> str:
@@ -148,8 +180,6 @@ def _text(value: Any, file: Path, column: str) -> str:
         raise EvaluationError(
             f"{file}: the column {column!r} holds {type(value).__name__}; it must hold text or numbers"
         )
-    from megatron_profit.evaluation.tasks.functions import number_text
-
     return number_text(value)
 
 

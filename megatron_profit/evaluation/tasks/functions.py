@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_profit.evaluation.graders import (
@@ -11,6 +11,7 @@ from megatron_profit.evaluation.graders import (
     grade_expression,
     grade_letter,
     grade_number,
+    grade_pattern,
 )
 from megatron_profit.evaluation.sentences import followed_instructions
 
@@ -74,6 +75,15 @@ def own(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
     reference = reference_of(doc["answer"])
     grade = grade_number if _is_number(reference) else grade_expression
     return _results(grade(results[0], reference))
+
+
+def own_by_pattern(pattern: str) -> Callable[[Mapping[str, Any], list[str]], dict[str, Any]]:
+    """Return a function that grades a task of the user's own by a regular expression."""
+
+    def results_of(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
+        return _results(grade_pattern(results[0], doc["answer"], pattern))
+
+    return results_of
 
 
 def reference_of(answer: str) -> str:

@@ -75,9 +75,15 @@ def test_results_and_records(run, tmp_path, capsys):
     assert record["reference"] == "4"
     assert [sample["number"] for sample in record["samples"]] == [0, 1, 2, 3]
     assert record["samples"][0] == {
-        "number": 0, "text": "The answer is 1.", "tokens": 5, "stopped": False, "right": False,
-        "parsed": True, "extracted": "1", "metrics": {},
-    }  # fmt: skip
+        "number": 0,
+        "text": "The answer is 1.",
+        "tokens": 5,
+        "stopped": False,
+        "right": False,
+        "parsed": True,
+        "extracted": "1",
+        "metrics": {},
+    }
 
 
 def test_an_interrupted_run_asks_only_what_is_missing(run, tmp_path, capsys):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_profit.evaluation.page import answers_page
+from megatron_profit.evaluation.presentation.page import answers_page
 from megatron_profit.evaluation.questions import Question
 from megatron_profit.evaluation.records import Sample
 

@@ -48,7 +48,11 @@ def answers_page(
             for task in tasks
         },
     }
-    template = files("megatron_profit.evaluation").joinpath("page.html").read_text(encoding="utf-8")
+    template = (
+        files("megatron_profit.evaluation.presentation")
+        .joinpath("page.html")
+        .read_text(encoding="utf-8")
+    )
     return with_data(template, data)
 
 
