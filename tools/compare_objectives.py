@@ -5,9 +5,9 @@ r"""Compare objectives on the quickstart's model and data: the plan of docs/comp
 It makes the quickstart's base, writes the data of three settings and `plan.yaml`, and calls
 `megatron-profit compare`, which compares other models and data by a plan of your own.
 
-`phrases` is the quickstart's data, whose answers are wrapped in chatty phrases. `errors` is the same data with
-a third of the sums wrong. `new skill` is differences, which the base has never seen, with the sums as the skill
-that it should not forget.
+`phrases` is the quickstart's data, whose answers are wrapped in chatty phrases. `errors` is the same data
+with a third of the sums wrong. `new skill` is differences, which the base has never seen, with the sums as
+the skill that it should not forget.
 """
 
 import argparse

@@ -19,7 +19,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_profit.commands.evaluate import add_sampling_flags
+from checkpoint_conversion.cli import FlagHelp
+from megatron_profit.evaluation.command_line import add_sampling_flags
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampling
 
@@ -33,16 +34,14 @@ _COMMANDS = __doc__.split("slash:\n\n")[1]
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=FlagHelp, allow_abbrev=False
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="HuggingFace folder, or an adapter's folder")
-    add("--system", default="", metavar="TEXT", help="system message")
-    add("--preset", choices=PRESETS, help="sampling settings of a paper")
+    add("model", metavar="MODEL", help="HuggingFace folder, or an adapter's folder.")
+    add("--system", default="", metavar="TEXT", help="System message.")
+    add("--preset", choices=PRESETS, help="Sampling settings of a paper.")
     add_sampling_flags(parser)
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="Of the weights.")
     return parser
 
 

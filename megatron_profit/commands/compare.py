@@ -29,6 +29,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.errors import EvaluationError
 
@@ -36,13 +37,11 @@ from megatron_profit.evaluation.errors import EvaluationError
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=FlagHelp, allow_abbrev=False
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN.yaml", help="the comparison to make")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of results")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs")
+    parser.add_argument("plan", type=Path, metavar="PLAN.yaml", help="The comparison to make.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder of results.")
+    parser.add_argument("--dry-run", action="store_true", help="Print the commands of the runs.")
     return parser
 
 

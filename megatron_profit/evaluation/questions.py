@@ -109,20 +109,27 @@ def load_task(name: str, folders: Sequence[Path], limit: int | None = None) -> T
         EvaluationError: The file is missing, cannot be read, or lacks a column.
     """
     config = _read_yaml(TASKS / f"{name}.yaml")
+    file = find_file(name, folders)
+    return _task(config, _records(file, config["metadata"]["columns"]), limit)
+
+
+def find_file(name: str, folders: Sequence[Path]) -> Path:
+    """Return the file of a task of the package, in the first folder that has it.
+
+    Raises:
+        EvaluationError: No folder has it; the message tells its source and columns.
+    """
+    config = _read_yaml(TASKS / f"{name}.yaml")
     stem = Path(config["dataset_kwargs"]["data_files"]["test"]).stem
-    found = [
-        folder / f"{stem}{suffix}"
-        for folder in folders
-        for suffix in SUFFIXES
-        if (folder / f"{stem}{suffix}").is_file()
-    ]
-    if not found:
-        raise EvaluationError(
-            f"the task {name} needs the file {stem}.jsonl (or .json, .parquet) in "
-            f"{' or '.join(map(str, folders))}; give its folder with --data. "
-            f"Source: {config['metadata']['source']}; columns: {', '.join(config['metadata']['columns'])}"
-        )
-    return _task(config, _records(found[0], config["metadata"]["columns"]), limit)
+    for folder in folders:
+        for suffix in SUFFIXES:
+            if (folder / f"{stem}{suffix}").is_file():
+                return folder / f"{stem}{suffix}"
+    raise EvaluationError(
+        f"the task {name} needs the file {stem}.jsonl (or .json, .parquet) in "
+        f"{' or '.join(map(str, folders))}; give its folder with --data. "
+        f"Source: {config['metadata']['source']}; columns: {', '.join(config['metadata']['columns'])}"
+    )
 
 
 def task_of_file(

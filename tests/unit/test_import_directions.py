@@ -64,6 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.evaluation": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.hf", "megatron_profit.data", "megatron_profit.token_report"),
+        "megatron_profit.flags",
     ),
     "checkpoint_conversion": (),
     "megatron_profit.megatron_patches": (
@@ -83,6 +84,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
     ),
     f"{_TRAINING}.checkpoints": (
+        "megatron_profit.evaluation",
         *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.objectives"),
         *(f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
@@ -93,16 +95,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         f"{_TRAINING}.checkpoints",
     ),
     f"{_TRAINING}.arguments": (
+        "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", f"{_TRAINING}.step", f"{_TRAINING}.monitoring"),
         *(f"{_TRAINING}.checkpoints", f"{_TRAINING}.statistics"),
     ),
     f"{_TRAINING}.plan": (
+        "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", f"{_TRAINING}.process", f"{_TRAINING}.checkpoints"),
         f"{_TRAINING}.arguments",
     ),
     _TRAINING: (
+        "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.models"),
     ),

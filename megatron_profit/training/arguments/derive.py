@@ -17,6 +17,7 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, check_architecture
+from megatron_profit.evaluation.after_training import EvalTasks, eval_tasks
 from megatron_profit.flags import ArgumentsError, options_of
 from megatron_profit.objectives import Objective
 from megatron_profit.training.arguments.command_line import CommandLine, parse_command_line
@@ -67,6 +68,7 @@ class RunSettings:
         guards: Reactions to faulty steps.
         keep: The checkpoints that stay, and an early stop.
         batch_size: Rows of a step over all ranks.
+        eval_tasks: The evaluation of the export.
     """
 
     config: Mapping[str, Any]
@@ -76,6 +78,7 @@ class RunSettings:
     guards: GuardOptions
     keep: KeepOptions
     batch_size: int
+    eval_tasks: EvalTasks
 
     @property
     def hf_model(self) -> Path:
@@ -207,7 +210,8 @@ def derive(
         check_run_steps(values, objective, steps)
     check_reference(values, objective)
     keep = keep_options(values)
-    return RunSettings(config, given, values, objective, guards, keep, batch_size)
+    evaluation = eval_tasks(values)
+    return RunSettings(config, given, values, objective, guards, keep, batch_size, evaluation)
 
 
 def _arguments(flags: CommandLine, config: Mapping[str, Any], device: str) -> dict[str, Any]:
