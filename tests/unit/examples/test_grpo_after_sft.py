@@ -10,7 +10,10 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.append(str(REPOSITORY / "examples"))
 pytest.importorskip("math_verify", reason="the extra eval is not installed")
 import grpo_after_sft  # noqa: E402
+import make_real_model  # noqa: E402
 from make_tiny_model import make_tiny_model  # noqa: E402
+
+from checkpoint_conversion.errors import ConversionError  # noqa: E402
 
 RECORDS = [
     {"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"}
@@ -62,15 +65,26 @@ def test_data_that_cannot_be_used_are_named(data, tmp_path, capsys):
     assert "line 1: must be an object with question and answer" in capsys.readouterr().err
 
 
+@pytest.fixture(params=["tiny", "real"])
+def model(request, tmp_path):
+    """A tiny random model, and the small real one where its package is installed."""
+    if request.param == "tiny":
+        files = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
+        return make_tiny_model(tmp_path / "tiny", files)
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    try:
+        gguf = make_real_model.packaged_file()
+    except ConversionError as error:
+        pytest.skip(str(error))
+    make_real_model.make_real_model(tmp_path / "real", gguf)
+    return tmp_path / "real"
+
+
 @pytest.mark.slow
-def test_grpo_runs_a_few_steps_on_the_cpu(data, tmp_path, capsys):
-    pytest.importorskip(
-        "trl", reason="TRL is not installed; it is a dependency of the example only"
-    )
-    files = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
-    model = make_tiny_model(tmp_path / "tiny", files)
+def test_grpo_runs_a_few_steps_on_the_cpu(model, data, tmp_path, capsys):
+    pytest.importorskip("trl", reason="TRL, a dependency of the example only, is not installed")
     flags = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "out")]
-    flags += "--steps 2 --prompts 1 --generations 2 --max-new-tokens 4 --lr 1e-3".split()
+    flags += "--steps 2 --prompts 1 --generations 2 --max-new-tokens 4 --lr 1e-5".split()
     assert grpo_after_sft.main(flags) == 0
     printed = capsys.readouterr().out
     assert printed.count("mean reward") == 2
