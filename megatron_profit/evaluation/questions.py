@@ -222,7 +222,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _task(config: dict[str, Any], records: Sequence[dict[str, Any]], limit: int | None) -> Task:
     inner = _inner_task(config, records)
     docs = list(inner.test_docs())
-    chosen = range(len(docs))
+    chosen: Sequence[int] = range(len(docs))
     if limit is not None and limit < len(docs):
         chosen = sorted(random.Random(config["task"]).sample(chosen, limit))
     return Task(

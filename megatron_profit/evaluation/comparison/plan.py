@@ -185,7 +185,7 @@ class _Checks:
         """Return a value that must have a type and not be empty."""
         value = content[name]
         if not isinstance(value, kind) or not value:
-            words = {str: "text", dict: "a mapping from names"}[kind]
+            words = "text" if kind is str else "a mapping from names"
             raise EvaluationError(f"{self.file}: {name} is {value!r}; it must be {words}")
         return value
 
