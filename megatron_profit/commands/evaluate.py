@@ -86,17 +86,19 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
     from megatron_profit.evaluation.engines.engine import EngineOptions, resolved
 
     models = labelled_models(arguments.models)
+    samplings = SamplingOfTasks(arguments)
+    for name in ("batch", "concurrency"):
+        at_least_one(arguments, name)
+    tasks = load_tasks(arguments, samplings)
     options = resolved(
         EngineOptions(
             name=arguments.engine,
             server=arguments.server,
-            batch=at_least_one(arguments, "batch"),
+            batch=arguments.batch,
             dtype=arguments.dtype,
-            concurrency=at_least_one(arguments, "concurrency"),
+            concurrency=arguments.concurrency,
         )
     )
-    samplings = SamplingOfTasks(arguments)
-    tasks = load_tasks(arguments, samplings)
     if arguments.server is None:
         from megatron_profit.evaluation.engines.model_folder import check_model
 

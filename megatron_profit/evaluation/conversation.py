@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Conversation:
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def answer(self, text: str, sampling: Sampling, longest: int) -> Iterator[str]:
+    def answer(self, text: str, sampling: Sampling, longest: int) -> Generator[str]:
         """Say something, and yield the model's answer in pieces as it grows.
 
         The answer joins the conversation when it ends, or when the caller stops asking for more.

@@ -96,11 +96,13 @@ def resolved(options: EngineOptions) -> EngineOptions:
     vllm = on_gpu and importlib.util.find_spec("vllm") is not None
     # A CPU that does not compute in bfloat16 is several times slower with it.
     native = on_gpu or torch.cpu._is_avx512_bf16_supported()
-    auto = {
-        "name": "vllm" if vllm else "transformers",
-        "dtype": "bfloat16" if native else "float32",
-    }
-    return replace(options, **{k: v for k, v in auto.items() if getattr(options, k) == "auto"})
+    name = "vllm" if vllm else "transformers"
+    dtype = "bfloat16" if native else "float32"
+    return replace(
+        options,
+        name=name if options.name == "auto" else options.name,
+        dtype=dtype if options.dtype == "auto" else options.dtype,
+    )
 
 
 def description(options: EngineOptions) -> str:

@@ -92,7 +92,7 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
     runs = list(found.runs())
     assert len(set(runs)) == 16
     assert runs[0].setting == "sft, lr 1e-05"
-    assert runs[3].setting == "sft, rank 16, lr 2e-05"
+    assert runs[3].setting == "sft, lr 2e-05, rank 16"
     command = found.train_command(runs[3], Path("hf"), Path("m.jsonl"))
     tail = (
         "--objective sft --lr 2e-05 --lora-rank 16 --seed 1 --export-hf hf --metrics-file m.jsonl"
