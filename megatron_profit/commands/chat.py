@@ -116,6 +116,9 @@ def say(
     except KeyboardInterrupt:
         answer.close()
         show(" [cut off]")
+    except EvaluationError as error:
+        del talk.messages[-2:]
+        show(f"error: {error}")
     show("\n")
 
 

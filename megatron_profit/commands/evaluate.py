@@ -135,9 +135,7 @@ def evaluate_model(
     for task, sampling in tasks:
         settings = settings_of(label, identity, task, sampling, description(options))
         file = records_file(arguments.out, label, task.name)
-        if arguments.overwrite:
-            file.unlink(missing_ok=True)
-        with Records(file, settings) as records:
+        with Records(file, settings).open(overwrite=arguments.overwrite) as records:
             evaluate(task, sampling, records, engine, label=label)
         results.append(result_of(task, sampling, records, label=label))
     return results

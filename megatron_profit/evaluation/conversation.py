@@ -40,11 +40,10 @@ class Conversation:
 
     def prompt_ids(self) -> list[int]:
         """Return the token ids of the conversation, as the chat template renders it."""
+        from megatron_profit.evaluation.engines.transformers_engine import template_ids
+
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self.tokenizer.apply_chat_template(
-            [*system, *self.messages], tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return template_ids(self.tokenizer, [*system, *self.messages])
 
     def answer(self, text: str, sampling: Sampling, longest: int) -> Generator[str]:
         """Say something, and yield the model's answer in pieces as it grows.

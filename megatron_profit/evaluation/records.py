@@ -7,12 +7,14 @@ the end, the file is written again with one line for each question.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from checkpoint_conversion.engine.lock import lock_file
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.questions import Question, Task
@@ -60,20 +62,33 @@ class Records:
     samples: dict[int, dict[int, Sample]] = field(default_factory=dict)
     _stream: BinaryIO | None = None
 
-    def __enter__(self) -> Records:
-        """Open the file for more answers: a new one, or one with the same settings."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        if self.file.exists():
-            self._continue()
-        else:
-            with whole_file(self.file) as stream:
-                stream.write(_line({"kind": SETTINGS, **self.settings}))
-        self._stream = self.file.open("ab")
-        return self
+    @contextlib.contextmanager
+    def open(self, *, overwrite: bool = False) -> Iterator[Records]:
+        """Hold the file and open it for more answers, inside the block.
 
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
+        Args:
+            overwrite: Whether to begin again, else a file with the same settings is continued.
+
+        Raises:
+            EvaluationError: The file holds answers of another evaluation or is damaged, or another process
+                writes it.
+        """
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with lock_file(self.file.with_suffix(".lock"), patience=0):
+                if overwrite:
+                    self.file.unlink(missing_ok=True)
+                if self.file.exists():
+                    self._continue()
+                else:
+                    with whole_file(self.file) as stream:
+                        stream.write(_line({"kind": SETTINGS, **self.settings}))
+                with self.file.open("ab") as self._stream:
+                    yield self
+        except BlockingIOError as error:
+            raise EvaluationError(
+                f"{self.file}: another evaluation is writing it; wait for it, or give another --out"
+            ) from error
 
     def _continue(self) -> None:
         found, self.samples = read_records_file(self.file)

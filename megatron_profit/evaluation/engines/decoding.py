@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
 _BLOCK = 128
@@ -140,7 +141,12 @@ def _next_logits(
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.logits[:, -1].float()
+    logits = output.logits[:, -1].float()
+    if logits.isnan().any():
+        raise EvaluationError(
+            "the model's logits are NaN, so it cannot answer; check its weights, or give --dtype float32"
+        )
+    return logits
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

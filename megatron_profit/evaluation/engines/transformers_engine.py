@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -15,7 +16,30 @@ from megatron_profit.evaluation.engines.model_folder import load_chat_tokenizer,
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Return the token ids of messages with a generation prompt, as the chat template writes them.
+
+    Raises:
+        EvaluationError: The template cannot render them.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # whatever a template raises
+        raise EvaluationError(
+            f"the model's chat template cannot write the messages: {error}"
+        ) from error
+    # The template writes the special tokens.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class TransformersEngine:
@@ -41,11 +65,7 @@ class TransformersEngine:
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the token ids of messages, rendered by the model's chat template."""
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-        # The template writes the special tokens.
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return template_ids(self.tokenizer, messages)
 
     def answers(
         self, requests: Sequence[Request], sampling: Sampling

@@ -125,6 +125,24 @@ def test_a_question_longer_than_the_context_is_named(engine, write_questions):
         answers_of(engine, requests_of(task_of_file(file, {})), GREEDY, 4)
 
 
+def test_a_template_that_fails_and_logits_that_are_nan_are_named(engine, sums):
+    requests = requests_of(task_of_file(sums, {}))
+    template, engine.tokenizer.chat_template = engine.tokenizer.chat_template, "{{ raise('no') }}"
+    try:
+        with pytest.raises(EvaluationError, match="chat template cannot write the messages"):
+            answers_of(engine, requests, GREEDY, 4)
+    finally:
+        engine.tokenizer.chat_template = template
+    weight = engine.model.model.norm.weight.data
+    before = weight.clone()
+    weight.fill_(math.nan)
+    try:
+        with pytest.raises(EvaluationError, match="the model's logits are NaN"):
+            answers_of(engine, requests, GREEDY, 4)
+    finally:
+        weight.copy_(before)
+
+
 def test_automatic_options_are_decided_and_named():
     options = resolved(EngineOptions())
     assert options.name == "transformers" or torch.cuda.is_available()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint_conversion.engine.lock import lock_file
 from megatron_profit.commands import evaluate as command
 from megatron_profit.evaluation.engines import engine as engines
 from megatron_profit.evaluation.engines.engine import Answer
@@ -115,6 +116,15 @@ def test_answers_of_other_settings_are_not_mixed(run, tmp_path, capsys):
     again = Calculator()
     assert run(again, "--temperature", "0.5", "--overwrite") == 0
     assert len(again.asked) == 5
+
+
+def test_two_evaluations_do_not_write_one_file(run, tmp_path, capsys):
+    file = tmp_path / "out" / "tiny" / "sums.lock"
+    file.parent.mkdir(parents=True)
+    with lock_file(file):
+        assert run(Calculator()) == 1
+    assert "sums.jsonl: another evaluation is writing it" in capsys.readouterr().err
+    assert run(Calculator()) == 0
 
 
 def test_damaged_records_are_named(run, tmp_path, capsys):
