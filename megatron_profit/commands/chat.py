@@ -113,6 +113,8 @@ def say(
     try:
         for piece in answer:
             show(piece)
+        if talk.ids[-1] not in talk.stop_ids:
+            show(f" [cut off at {longest:,} tokens; --max-new-tokens sets the limit]")
     except KeyboardInterrupt:
         answer.close()
         show(" [cut off]")

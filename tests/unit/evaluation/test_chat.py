@@ -95,6 +95,7 @@ def test_the_command_reads_lines(tiny_model, monkeypatch, capsys):
     assert "the conversation begins again\n" in printed
     assert printed.count("/system TEXT") == 2
     assert "there is no command /nonsense" in printed
+    assert "[cut off at 4 tokens; --max-new-tokens sets the limit]" in printed
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):

@@ -66,7 +66,7 @@ def test_the_question_is_asked_in_one_message_and_its_answer_is_right(name, tmp_
     assert question.messages == ({"role": "user", "content": prompt},)
     assert task.grade(question, f"So it is \\boxed{{{answer}}}")["right"]
     assert not task.grade(question, "So it is \\boxed{77}, you see")["right"]
-    assert question.reference in ("", answer, "1.0", "2.0", "25.0")
+    assert question.reference in ("", answer, "25.0")
     del record[next(iter(record))]
     write(tmp_path, name, record)
     with pytest.raises(EvaluationError, match=r"line 1: has no '.*'; the record has"):
