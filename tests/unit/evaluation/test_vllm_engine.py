@@ -77,5 +77,5 @@ def test_an_adapter_is_a_request_on_its_base(tmp_path):
 
 
 def test_a_model_that_vllm_refuses_is_named(tmp_path):
-    with pytest.raises(EvaluationError, match="vLLM cannot load .*absent: no such model"):
+    with pytest.raises(EvaluationError, match=r"vLLM cannot load .*absent: no such model"):
         VllmEngine(str(tmp_path / "absent"), OPTIONS)
