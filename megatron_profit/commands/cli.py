@@ -34,6 +34,14 @@ COMMANDS = {
         "megatron_profit.commands.token_report", "show what an objective trains, token by token"
     ),
     "plot": Command("megatron_profit.commands.plot_run", "draw the curves of runs"),
+    "evaluate": Command(
+        "megatron_profit.commands.evaluate", "evaluate models on tasks: avg@k, pass@k, differences"
+    ),
+    "compare": Command(
+        "megatron_profit.commands.compare",
+        "train one base in several ways and evaluate all of them",
+    ),
+    "chat": Command("megatron_profit.commands.chat", "talk with a model in the terminal"),
     "estimate": Command(
         "megatron_profit.commands.estimate_memory", "estimate the memory of a training's ranks"
     ),

@@ -15,12 +15,13 @@ from megatron_profit.token_report.scores import (
     score_records,
     token_texts,
 )
-from megatron_profit.token_report.terminal import terminal_text
+from megatron_profit.token_report.terminal import probabilities_text, terminal_text
 
 __all__ = [
     "TokenRecord",
     "evaluate_objectives",
     "page",
+    "probabilities_text",
     "score_records",
     "terminal_text",
     "token_texts",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from importlib.resources import files
@@ -10,10 +9,10 @@ from typing import Any
 
 import torch
 
+from megatron_profit.token_report.embedding import with_data
 from megatron_profit.token_report.scores import TokenRecord
 
 _TEMPLATE = "page.html"
-_DATA = "@DATA@"
 
 
 def page(
@@ -45,19 +44,14 @@ def page(
         "objectives": list(records[0].weights),
         "records": [_record(record) for record in records],
     }
-    # Escaped, so that no text of a record can end the script element.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     template = files("megatron_profit.token_report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    before, after = template.split(_DATA)
-    return before + text + after
+    return with_data(template, data)
 
 
 def _record(record: TokenRecord) -> dict[str, Any]:
     return {
         "name": record.name,
-        # A lone surrogate has no UTF-8 form, and the page must have one.
-        "pieces": [p.encode("utf-8", "replace").decode("utf-8") for p in record.pieces],
+        "pieces": record.pieces,
         "supervised": record.supervised.int().tolist(),
         "p": _numbers(record.statistics.prob),
         "weights": {name: _numbers(weight) for name, weight in record.weights.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from megatron_profit.token_report.scores import TokenRecord
 
@@ -35,6 +36,22 @@ def terminal_text(record: TokenRecord, objective: str, *, color: bool) -> str:
     return (
         f"{record.name}: {kept} of {total} supervised tokens kept by {objective} ({share})\n{text}"
     )
+
+
+def probabilities_text(pieces: Sequence[str], probs: Sequence[float], *, color: bool) -> str:
+    """Return tokens with their probabilities: the colour of each, or a table without colour.
+
+    Args:
+        pieces: Text of each token.
+        probs: Probability of each token.
+        color: Whether to colour.
+    """
+    shown = [_printable(piece) or _CONTINUES for piece in pieces]
+    if color:
+        scale = "".join(_coloured(f" {i / 10:.1f} ", i / 10 + 0.05, True, 1.0) for i in range(10))
+        text = "".join(_coloured(p, prob, True, 1.0) for p, prob in zip(shown, probs, strict=True))
+        return f"{text}\nprobability from {scale}"
+    return "\n".join(f"{prob:.3f}  {piece!r}" for piece, prob in zip(shown, probs, strict=True))
 
 
 def _coloured(piece: str, prob: float, supervised: bool, weight: float) -> str:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data import DataError, load_tokenizer
+from megatron_profit.evaluation.after_training import become_evaluation
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches.callbacks import Callback, RunFailure, register
 from megatron_profit.megatron_patches.saving import reason_of_all_ranks
@@ -48,6 +49,7 @@ from megatron_profit.training.plan.datasets import SFTData
 from megatron_profit.training.plan.wandb_run import WandbRun
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.exit_signals import ExitSignals
+from megatron_profit.training.process.ranks import is_first_rank
 from megatron_profit.training.process.shutdown import end_communication
 from megatron_profit.training.statistics.external_statistics import ExternalStatistics, RunParts
 from megatron_profit.training.statistics.lookahead_pass import LookaheadPass
@@ -73,6 +75,8 @@ def main(argv: Sequence[str], device: str) -> None:
     except DistNetworkError as error:
         fail(refusal(error))
     run(plan)
+    if plan.settings.eval_tasks.eval_tasks is not None and is_first_rank():
+        become_evaluation(plan.settings.eval_tasks, Path(plan.settings.values["export_hf"]))
 
 
 def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:

@@ -65,6 +65,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("checkpoint_conversion.families", "checkpoint_conversion.hf"),
         "checkpoint_conversion.torch_dist",
     ),
+    "megatron_profit.evaluation": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        *("checkpoint_conversion.hf", "megatron_profit.data", "megatron_profit.token_report"),
+        "megatron_profit.flags",
+    ),
     "checkpoint_conversion": (),
     "megatron_profit.models.lora": ("megatron", "checkpoint_conversion"),
     "megatron_profit.models": ("megatron",),
@@ -85,6 +90,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
     ),
     f"{_TRAINING}.checkpoints": (
+        "megatron_profit.evaluation",
         *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.objectives", "megatron_profit.models"),
         *(f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
@@ -96,16 +102,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         f"{_TRAINING}.checkpoints",
     ),
     f"{_TRAINING}.arguments": (
+        "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", f"{_TRAINING}.step", f"{_TRAINING}.monitoring"),
         *(f"{_TRAINING}.checkpoints", f"{_TRAINING}.statistics"),
     ),
     f"{_TRAINING}.plan": (
+        "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", f"{_TRAINING}.process", f"{_TRAINING}.checkpoints"),
         f"{_TRAINING}.arguments",
     ),
     _TRAINING: (
+        "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.models"),
     ),

@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoint_conversion.cli import FlagHelp
 from megatron_profit.data.flags import add_data_flags
+from megatron_profit.evaluation.after_training import EvalTasks
 from megatron_profit.flags import ArgumentsError, add_flags, flag_of
 from megatron_profit.megatron_patches import DEVICES
 from megatron_profit.training.arguments.lora import LoraFlags
@@ -156,6 +157,7 @@ _GROUPS: Mapping[str, Callable[[argparse._ArgumentGroup], None]] = {
     "statistics from elsewhere": _add_statistics_flags,
     "adapters (LoRA)": partial(add_flags, options=LoraFlags),
     "checkpoints": partial(add_flags, options=KeepOptions),
+    "evaluation after training": partial(add_flags, options=EvalTasks),
     "guards": partial(add_flags, options=GuardOptions),
     "metrics and reports": _add_report_flags,
 }

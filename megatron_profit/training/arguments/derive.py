@@ -18,6 +18,7 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, check_architecture
+from megatron_profit.evaluation.after_training import EvalTasks, eval_tasks
 from megatron_profit.flags import ArgumentsError, options_of
 from megatron_profit.objectives import Objective
 from megatron_profit.training.arguments.command_line import CommandLine, parse_command_line
@@ -70,6 +71,7 @@ class RunSettings:
         keep: The checkpoints that stay, and an early stop.
         lora: The adapters to train, if any.
         batch_size: Rows of a step over all ranks.
+        eval_tasks: The evaluation of the export.
     """
 
     config: Mapping[str, Any]
@@ -80,6 +82,7 @@ class RunSettings:
     keep: KeepOptions
     lora: LoraOptions | None
     batch_size: int
+    eval_tasks: EvalTasks
 
     @property
     def hf_model(self) -> Path:
@@ -213,7 +216,10 @@ def derive(
     lora = lora_options(values, config)
     values["lora_active_parameters"] = lora and active_parameters(lora, values, config)
     keep = keep_options(values)
-    return RunSettings(config, given, values, objective, guards, keep, lora, batch_size)
+    evaluation = eval_tasks(values)
+    return RunSettings(
+        *(config, given, values, objective, guards, keep, lora, batch_size), eval_tasks=evaluation
+    )
 
 
 def _arguments(flags: CommandLine, config: Mapping[str, Any], device: str) -> dict[str, Any]:

@@ -75,7 +75,26 @@ def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
     return options
 
 
+def misleading_metric(options: KeepOptions, objective: str) -> str | None:
+    """Return a hint if the metric of --keep-best gets worse by the objective's design, else None."""
+    if options.keep_best != "lm loss" or objective == "sft":
+        return None
+    return (
+        f"--keep-best 'lm loss' with --objective {objective}: the plain cross-entropy also counts the "
+        "tokens that the objective leaves out or trains less. It may rise while the run does what it "
+        "should, and then the first checkpoint is the best one. --keep-best objective follows what is trained"
+    )
+
+
 def _check_metric(metric: str, settings: Mapping[str, Any]) -> None:
+    from megatron_profit.evaluation.questions import task_names
+
+    if metric in task_names():
+        raise ArgumentsError(
+            f"--keep-best {metric!r} is a task, evaluated after the training, because an engine needs "
+            "the memory that the training holds; give --eval-tasks, and choose one of "
+            f"{', '.join(map(repr, BETTER))} for --keep-best"
+        )
     if metric not in BETTER:
         raise ArgumentsError(
             f"--keep-best {metric!r} is not known to be better higher or lower; choose one of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_profit.evaluation.after_training import check_task_files
 from megatron_profit.training.arguments.derive import RunSettings, derive
 from megatron_profit.training.arguments.disk import RunFiles, open_files
 from megatron_profit.training.checkpoints.choose import (
@@ -12,6 +13,7 @@ from megatron_profit.training.checkpoints.choose import (
     Resumed,
     choose_checkpoints,
 )
+from megatron_profit.training.checkpoints.keep_options import misleading_metric
 from megatron_profit.training.checkpoints.run_record import RunRecord
 from megatron_profit.training.checkpoints.save_folder import tell_of_other_curves
 from megatron_profit.training.checkpoints.save_lock import hold_new
@@ -20,7 +22,7 @@ from megatron_profit.training.plan.compare import check_length, check_resume
 from megatron_profit.training.plan.datasets import SFTData, build_datasets
 from megatron_profit.training.plan.this_run import describe_run
 from megatron_profit.training.plan.wandb_run import resume_wandb_run
-from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.console import print_rank_0, warn_rank_0
 from megatron_profit.training.process.ranks import is_first_rank, world_size
 
 
@@ -62,6 +64,10 @@ def open_run(settings: RunSettings) -> RunPlan:
         ArgumentsError, CheckpointError, ConversionError, DataError: As `plan_run`.
     """
     flags = CheckpointFlags.of(settings.values)
+    if is_first_rank():
+        check_task_files(settings.eval_tasks)
+    if hint := misleading_metric(settings.keep, settings.values["objective"]):
+        warn_rank_0(hint)
     resumed = choose_checkpoints(flags, settings.check_checkpoint)
     files = open_files(settings)
     data = build_datasets(settings, files.data)

@@ -1,0 +1,169 @@
+"""Evaluate models on tasks: avg@k and pass@k with intervals, paired differences, and every answer.
+
+    megatron-profit evaluate runs/profit/hf --tasks gsm8k,math500,ifeval --data data/eval
+    megatron-profit evaluate base=Qwen3-0.6B runs/profit/hf --tasks gsm8k --preset profit-qwen
+    megatron-profit evaluate Qwen/Qwen3-0.6B --server http://127.0.0.1:8000 --tasks gsm8k --samples 8
+    megatron-profit evaluate runs/sft/hf --task-file exam.jsonl --task-columns question=Q answer=A
+
+A model is a HuggingFace folder or an adapter's folder; with --server it is the server's name of the model.
+The questions are asked zero-shot through its chat template. --out gets a folder for each model with its
+answers (JSON lines), results.json, results.md, figure.png (with the extra "plot") and, for two models or
+more, answers.html. A run that was interrupted goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint_conversion.cli import FlagHelp
+from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.evaluation.command_line import (
+    SamplingOfTasks,
+    add_evaluation_flags,
+    at_least_one,
+    labelled_models,
+    load_tasks,
+)
+from megatron_profit.evaluation.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from megatron_profit.evaluation.engines import Engine
+    from megatron_profit.evaluation.engines.engine import EngineOptions
+    from megatron_profit.evaluation.presentation.page import Answers
+    from megatron_profit.evaluation.questions import Task
+    from megatron_profit.evaluation.run import Result
+    from megatron_profit.evaluation.sampling import Sampling
+
+RESULTS, TABLE, FIGURE, PAGE = "results.json", "results.md", "figure.png", "answers.html"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=FlagHelp, allow_abbrev=False
+    )
+    parser.add_argument(
+        "models", nargs="+", metavar="[LABEL=]MODEL", help="HuggingFace folders, the base first."
+    )
+    add_evaluation_flags(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/evaluation"),
+        metavar="DIR",
+        help="Folder of results.",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate; return 1 for input that cannot be used."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        results = evaluate_models(arguments)
+    except EvaluationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    from megatron_profit.evaluation.presentation.report import markdown
+
+    print(f"\n{markdown(results)}\nwrote {arguments.out}")
+    return 0
+
+
+def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
+    """Evaluate all models on all tasks and write the results.
+
+    Raises:
+        EvaluationError: Input cannot be used; checked before the first model is loaded, where possible.
+    """
+    from megatron_profit.evaluation.engines.engine import EngineOptions, resolved
+
+    models = labelled_models(arguments.models)
+    samplings = SamplingOfTasks(arguments)
+    for name in ("batch", "concurrency"):
+        at_least_one(arguments, name)
+    tasks = load_tasks(arguments, samplings)
+    options = resolved(
+        EngineOptions(
+            name=arguments.engine,
+            server=arguments.server,
+            batch=arguments.batch,
+            dtype=arguments.dtype,
+            concurrency=arguments.concurrency,
+        )
+    )
+    if arguments.server is None:
+        from megatron_profit.evaluation.engines.model_folder import check_model
+
+        for model in models.values():
+            check_model(model)
+    results = [
+        result
+        for label, model in models.items()
+        for result in evaluate_model(label, model, tasks, options, arguments)
+    ]
+    by_task = sorted(
+        results, key=lambda result: [task.name for task, _ in tasks].index(result.task)
+    )
+    write_results(arguments.out, by_task, [task for task, _ in tasks])
+    return by_task
+
+
+def evaluate_model(
+    label: str,
+    model: str,
+    tasks: Sequence[tuple[Task, Sampling]],
+    options: EngineOptions,
+    arguments: argparse.Namespace,
+) -> list[Result]:
+    """Evaluate one model on all tasks; the model is loaded if there is a question to ask."""
+    from megatron_profit.evaluation.engines.engine import choose_engine, description
+    from megatron_profit.evaluation.engines.model_folder import fingerprint
+    from megatron_profit.evaluation.records import Records
+    from megatron_profit.evaluation.run import evaluate, records_file, result_of, settings_of
+
+    identity = model if options.server is not None else fingerprint(model)
+    engine: Callable[[], Engine] = cache(lambda: choose_engine(model, options))
+    results = []
+    for task, sampling in tasks:
+        settings = settings_of(label, identity, task, sampling, description(options))
+        file = records_file(arguments.out, label, task.name)
+        with Records(file, settings).open(overwrite=arguments.overwrite) as records:
+            evaluate(task, sampling, records, engine, label=label)
+        results.append(result_of(task, sampling, records, label=label))
+    return results
+
+
+def write_results(out: Path, results: Sequence[Result], tasks: Sequence[Task]) -> None:
+    """Write results.json, results.md, the figure, and the page where there are two models."""
+    from megatron_profit.evaluation.presentation.page import answers_page
+    from megatron_profit.evaluation.presentation.report import as_json, markdown
+
+    contents = {
+        RESULTS: json.dumps(as_json(results), indent=1) + "\n",
+        TABLE: markdown(results),
+    }
+    answers: dict[str, dict[str, Answers]] = {}
+    for result in results:
+        answers.setdefault(result.model, {})[result.task] = result.answers
+    if len(answers) > 1:
+        settings = "; ".join(
+            dict.fromkeys(f"{result.task}: {result.sampling}" for result in results)
+        )
+        contents[PAGE] = answers_page(tasks, answers, subtitle=settings)
+    for name, text in contents.items():
+        with whole_file(out / name) as stream:
+            stream.write(text.encode())
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {FIGURE}: run pip install 'megatron-profit[plot]'", file=sys.stderr)
+        return
+    from megatron_profit.evaluation.presentation.figure import draw_scores
+
+    draw_scores(results, out / FIGURE)

@@ -1,0 +1,1 @@
+"""Trainings of one base with several settings, evaluated on the same tasks."""

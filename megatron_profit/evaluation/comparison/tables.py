@@ -1,0 +1,89 @@
+"""The results of a comparison: mean and spread over the seeds, as Markdown and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.evaluation.comparison.runs import Outcome
+from megatron_profit.evaluation.presentation.report import header, row
+
+# Names in the metrics file -> columns of the second table.
+METRICS = {"lm loss validation": "held-out cross-entropy", "kept fraction": "kept at the end"}
+type Measure = tuple[str, str]  # data set and task
+
+
+def measures_of(outcomes: Sequence[Outcome]) -> list[Measure]:
+    """Return the data sets with their tasks, in order."""
+    return list(dict.fromkeys((o.data, task) for o in outcomes for task in o.scores))
+
+
+def settings_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the settings of the runs, in order."""
+    return list(dict.fromkeys(o.run.setting for o in outcomes if o.run is not None))
+
+
+def scores_of(outcomes: Sequence[Outcome], setting: str | None, measure: Measure) -> list[float]:
+    """Return one score for each seed of a setting; for the base (None), its one score."""
+    data, task = measure
+    return [
+        o.scores[task]
+        for o in outcomes
+        if o.data == data and (o.run.setting if o.run else None) == setting
+    ]
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return the results as Markdown: the scores of each setting, then numbers of the trainings."""
+    measures = measures_of(outcomes)
+    several = len({data for data, _ in measures}) > 1
+    names = [f"{data}: {task}" if several else task for data, task in measures]
+    lines = header("setting", *names)
+    for setting in (None, *settings_of(outcomes)):
+        cells = [mean_and_spread(scores_of(outcomes, setting, measure)) for measure in measures]
+        lines.append(row(setting or "the base", *cells))
+    lines += ["", *header("data", "setting", *METRICS.values())]
+    for data in dict.fromkeys(data for data, _ in measures):
+        for setting in settings_of(outcomes):
+            group = [o for o in outcomes if o.run and (o.data, o.run.setting) == (data, setting)]
+            cells = [
+                f"{mean(values):.3f}" if values else ""
+                for name in METRICS
+                for values in [[o.metrics[name] for o in group if name in o.metrics]]
+            ]
+            lines.append(row(data, setting, *cells))
+    return "\n".join(lines) + "\n"
+
+
+def mean_and_spread(scores: Sequence[float]) -> str:
+    """Return the mean in percent, and the standard deviation over the seeds if there are several."""
+    if not scores:
+        return ""
+    spread = f" ± {100 * stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{100 * mean(scores):.1f}{spread} %"
+
+
+def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
+    """Draw a panel for each measure: a dot for each seed, a bar at the mean, a line at the base."""
+    from matplotlib.figure import Figure
+
+    measures, settings = measures_of(outcomes), settings_of(outcomes)
+    size = (2.2 + 2.8 * len(measures), 1.2 + 0.36 * len(settings))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axis, measure in zip(axes, measures, strict=True):
+        for y, setting in enumerate(reversed(settings)):
+            values = [100 * score for score in scores_of(outcomes, setting, measure)]
+            if values:
+                axis.plot([mean(values)] * 2, [y - 0.3, y + 0.3], color="#b3261e", lw=2, zorder=3)
+                axis.scatter(values, [y] * len(values), s=22, color="#0550ae", alpha=0.65, zorder=4)
+        for base in scores_of(outcomes, None, measure):
+            axis.axvline(100 * base, color="#57606a", ls="--", lw=1)
+        axis.set_yticks(range(len(settings)), list(reversed(settings)))
+        axis.set_title(": ".join(dict.fromkeys(measure)), fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("answers right, % (a dot a seed, bar: mean, dashed: the base)", fontsize=10)
+    with whole_file(file) as stream:
+        figure.savefig(stream, format="png", dpi=150)

@@ -1,0 +1,124 @@
+"""A HuggingFace folder, or an adapter of PEFT on top of one: checked, identified and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
+from megatron_profit.data.errors import DataError
+from megatron_profit.evaluation.errors import EvaluationError, require
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "adapter_config.json"
+_EDGE_BYTES = 1 << 20
+_WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt")
+
+
+def base_of(folder: Path) -> Path:
+    """Return the folder of the whole model: an adapter's base, or the folder itself.
+
+    Raises:
+        EvaluationError: The adapter does not name a local folder.
+    """
+    if not (folder / ADAPTER).is_file():
+        return folder
+    try:
+        base = read_json_object(folder / ADAPTER).get("base_model_name_or_path")
+    except ConversionError as error:
+        raise EvaluationError(error) from error
+    for place in (Path(str(base)), folder / str(base)):
+        if base and place.is_dir():
+            return place
+    raise EvaluationError(
+        f"{folder / ADAPTER}: base_model_name_or_path is {base!r}, which is no folder here; write the "
+        "path of the adapter's base model there"
+    )
+
+
+def check_model(model: str) -> None:
+    """Check a model's folder before anything is loaded.
+
+    Raises:
+        EvaluationError: It is no HuggingFace folder, or has no chat template.
+    """
+    folder = Path(model)
+    base = base_of(folder)
+    if base != folder:
+        require("peft", for_what=f"the adapter {folder}", install="peft")
+    try:
+        read_hf_config(base)
+        if not any(base.glob("*.safetensors")):
+            raise EvaluationError(f"{base}: holds no *.safetensors file; give a model with weights")
+        load_chat_tokenizer(folder)
+    except (ConversionError, DataError) as error:
+        raise EvaluationError(error) from error
+
+
+def load_chat_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder, an adapter's own or its base's, with a chat template.
+
+    Raises:
+        EvaluationError: There is no chat template.
+        DataError: The tokenizer cannot be loaded.
+    """
+    from megatron_profit.data import load_tokenizer
+
+    own = (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()
+    place = folder if own else base_of(folder)
+    tokenizer = load_tokenizer(place)
+    if tokenizer.chat_template is None:
+        raise EvaluationError(
+            f"{place}: its tokenizer has no chat template, and the questions are asked through it; add "
+            "chat_template.jinja (an --export-hf of a run has it), or copy the one of the chat model"
+        )
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model for evaluation, on the GPU if there is one; an adapter is merged into its base.
+
+    Raises:
+        EvaluationError: transformers or PEFT cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = base_of(folder)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            # A config.json may name kernels of somebody's repository.
+            attn_implementation="sdpa",
+        )
+        if base != folder:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:  # whatever the libraries raise for a folder that they cannot use
+        raise EvaluationError(f"{folder} cannot be loaded: {error}") from error
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fingerprint(model: str) -> str:
+    """Return a digest of a model's content: its small files, and both ends of its weight files."""
+    digest = hashlib.sha256()
+    folder = Path(model)
+    for place in dict.fromkeys((folder, base_of(folder))):
+        for file in sorted(entry for entry in place.iterdir() if entry.suffix in _WEIGHTS):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_EDGE_BYTES))
+                stream.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
+                digest.update(stream.read(_EDGE_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,135 @@
+"""Answers by an OpenAI-compatible server, which applies the chat template itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from http.client import HTTPException
+from typing import Any
+
+from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
+from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.evaluation.sampling import Sampling
+
+# Too many requests, and faults that may pass.
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+_LONGEST_BODY = 64 << 20
+_SHOWN = 300
+
+
+class ServerEngine:
+    """Asks `/v1/chat/completions`, several requests at a time.
+
+    A request that fails in a way that may pass is tried again, after 1, 2, 4 … seconds. The key is taken from
+    the environment variable OPENAI_API_KEY.
+
+    Args:
+        model: The server's name of the model.
+        options: See `EngineOptions`.
+    """
+
+    def __init__(self, model: str, options: EngineOptions) -> None:
+        base = (options.server or "").rstrip("/")
+        if not base.startswith(("http://", "https://")):
+            raise EvaluationError(
+                f"--server is {options.server!r}; it must begin with http:// or https://"
+            )
+        self.url = f"{base.removesuffix('/v1')}/v1/chat/completions"
+        self.model, self.options = model, options
+        self.sleep = time.sleep
+
+    def answers(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> Iterator[tuple[Request, Answer]]:
+        """Yield each request with its answer; see `Engine`.
+
+        When a request fails for good, no more are sent, and the ones under way are still waited for.
+        """
+        waiting, running = iter(requests), dict[Future[Answer], Request]()
+        failure: EvaluationError | None = None
+        with ThreadPoolExecutor(self.options.concurrency) as pool:
+            while True:
+                while failure is None and len(running) < self.options.concurrency:
+                    if (request := next(waiting, None)) is None:
+                        break
+                    running[pool.submit(self._ask, request, sampling)] = request
+                if not running:
+                    break
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    request = running.pop(future)
+                    try:
+                        yield request, future.result()
+                    except EvaluationError as error:
+                        failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _ask(self, request: Request, sampling: Sampling) -> Answer:
+        task, question, _ = request.place
+        place = f"question {question} of {task}"
+        for attempt in range(self.options.retries + 1):
+            if attempt:
+                self.sleep(min(2 ** (attempt - 1), 30))
+            try:
+                return _answer(self._post(self._body(request, sampling)))
+            except urllib.error.HTTPError as error:
+                said = error.read(_SHOWN).decode("utf-8", "replace")
+                problem = f"HTTP status {error.code}: {said}"
+                if error.code not in _PASSING:
+                    raise EvaluationError(
+                        f"{self.url} refuses {place} ({problem}); check --server, the model's name "
+                        f"{self.model!r} and the sampling flags"
+                    ) from error
+            except (OSError, HTTPException, ValueError, KeyError, TypeError, IndexError) as error:
+                problem = f"{type(error).__name__}: {error}"
+        raise EvaluationError(
+            f"{self.url} did not answer {place} in {self.options.retries + 1} tries ({problem}); the answers "
+            "so far are kept: when the server works again, give the same command to go on"
+        )
+
+    def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [dict(message) for message in request.messages],
+            "max_tokens": request.longest,
+            "temperature": sampling.temperature,
+            "seed": sampling.numbers(*request.place).getrandbits(31),
+        }
+        if not sampling.is_greedy:
+            body |= {"top_p": sampling.top_p}
+            # Not a field of OpenAI's; vLLM, SGLang and transformers serve know it.
+            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        return body
+
+    def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.options.timeout) as response:
+            content = response.read(_LONGEST_BODY)
+        return json.loads(content)
+
+
+def _answer(response: Mapping[str, Any]) -> Answer:
+    """Return the answer in a server's response.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError: It has another form.
+    """
+    choice = response["choices"][0]
+    message = choice["message"]
+    text = message.get("content") or ""
+    # Servers with a reasoning parser keep the thoughts apart.
+    if thoughts := message.get("reasoning_content") or message.get("reasoning"):
+        text = f"<think>{thoughts}</think>{text}"
+    tokens = (response.get("usage") or {}).get("completion_tokens")
+    if not isinstance(tokens, int):
+        raise ValueError("the response tells no usage.completion_tokens")
+    return Answer(text, tokens, choice.get("finish_reason") == "stop")

@@ -1,0 +1,112 @@
+"""Answers by transformers in this process, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import batched
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from megatron_profit.evaluation.engines.decoding import Row, decode
+from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
+from megatron_profit.evaluation.engines.model_folder import load_chat_tokenizer, load_model
+from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.evaluation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Return the token ids of messages with a generation prompt, as the chat template writes them.
+
+    Raises:
+        EvaluationError: The template cannot render them.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # whatever a template raises
+        raise EvaluationError(
+            f"the model's chat template cannot write the messages: {error}"
+        ) from error
+    # The template writes the special tokens.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class TransformersEngine:
+    """Answers in batches that are sorted by the length of their prompts.
+
+    Args:
+        model: HuggingFace folder, or an adapter's.
+        options: See `EngineOptions`.
+    """
+
+    def __init__(self, model: str, options: EngineOptions) -> None:
+        disable_progress_bar()
+        self.tokenizer = load_chat_tokenizer(Path(model))
+        self.model = load_model(Path(model), DTYPES[options.dtype])
+        self.batch = options.batch
+        self.stop_ids = self._stop_ids()
+        self.context = getattr(self.model.config, "max_position_embeddings", None)
+
+    def _stop_ids(self) -> frozenset[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return frozenset(i for i in (*ends, self.tokenizer.eos_token_id) if i is not None)
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of messages, rendered by the model's chat template."""
+        return template_ids(self.tokenizer, messages)
+
+    def answers(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> Iterator[tuple[Request, Answer]]:
+        """Yield each request with its answer; see `Engine`."""
+        prompts: dict[str, list[int]] = {}
+        for request in requests:
+            key = repr(request.messages)
+            if key not in prompts:
+                prompts[key] = self.prompt_ids(request.messages)
+        # The longest first: a batch that does not fit into memory fails at once.
+        ordered = sorted(requests, key=lambda r: -len(prompts[repr(r.messages)]))
+        for part in batched(ordered, self.batch):
+            rows = {
+                id(row): (row, request)
+                for request in part
+                for row in [self._row(prompts[repr(request.messages)], request, sampling)]
+            }
+            try:
+                for row in decode(
+                    self.model, [row for row, _ in rows.values()], sampling, self.stop_ids
+                ):
+                    yield rows[id(row)][1], self._answer(row)
+            except torch.OutOfMemoryError as error:
+                raise EvaluationError(
+                    f"{len(part)} answers at a time need more memory than the GPU has; give a smaller "
+                    "--batch"
+                ) from error
+
+    def _row(self, prompt: list[int], request: Request, sampling: Sampling) -> Row:
+        longest = request.longest
+        if self.context is not None:
+            longest = min(longest, self.context - len(prompt))
+        if longest < 1:
+            raise EvaluationError(
+                f"question {request.place[1]} of {request.place[0]} has {len(prompt):,} tokens, and the "
+                f"model's context {self.context:,}; choose a model with a longer context, or remove the "
+                "question"
+            )
+        return Row(prompt, longest, sampling.numbers(*request.place))
+
+    def _answer(self, row: Row) -> Answer:
+        text = self.tokenizer.decode(row.ids, skip_special_tokens=True)
+        return Answer(text, len(row.ids), row.stopped)

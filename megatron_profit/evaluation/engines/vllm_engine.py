@@ -1,0 +1,68 @@
+"""Answers by vLLM on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
+from megatron_profit.evaluation.engines.model_folder import base_of
+from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.evaluation.sampling import Sampling
+
+# vLLM schedules the requests of a call itself; the calls are for the records and the progress.
+_AT_A_TIME = 512
+
+
+class VllmEngine:
+    """Answers by vLLM's `LLM.chat`, with an adapter as a LoRA request.
+
+    Args:
+        model: HuggingFace folder, or an adapter's.
+        options: See `EngineOptions`.
+    """
+
+    def __init__(self, model: str, options: EngineOptions) -> None:
+        from vllm import LLM
+
+        folder = Path(model)
+        base = base_of(folder)
+        self.adapter: Any = None
+        settings: dict[str, Any] = {"model": str(base), "dtype": options.dtype}
+        if base != folder:
+            from vllm.lora.request import LoRARequest
+
+            self.adapter = LoRARequest("adapter", 1, str(folder))
+            settings |= {"enable_lora": True, "max_lora_rank": 256}
+        try:
+            self.llm = LLM(trust_remote_code=False, **settings)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise EvaluationError(f"vLLM cannot load {folder}: {error}") from error
+
+    def answers(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> Iterator[tuple[Request, Answer]]:
+        """Yield each request with its answer; see `Engine`."""
+        from vllm import SamplingParams
+
+        for part in batched(requests, _AT_A_TIME):
+            parameters = [
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k or -1,
+                    max_tokens=request.longest,
+                    seed=sampling.numbers(*request.place).getrandbits(31),
+                )
+                for request in part
+            ]
+            messages = [[dict(message) for message in request.messages] for request in part]
+            outputs = self.llm.chat(messages, parameters, lora_request=self.adapter, use_tqdm=False)
+            for request, output in zip(part, outputs, strict=True):
+                best = output.outputs[0]
+                yield (
+                    request,
+                    Answer(best.text, len(best.token_ids), best.finish_reason == "stop"),
+                )

@@ -1,0 +1,177 @@
+r"""Find the final answer in a text, and compare it with the reference.
+
+An answer is looked for after the model's thoughts (`</think>`): in the last `\boxed{…}`, after the last
+"####" or "answer is", and else, for tasks with numbers, in the last number. math-verify decides
+whether two answers are equal: 1/2, 0.5 and \frac{1}{2} are, and so are 1,000 and 1000.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_THINK, _END_OF_THINK = "<think>", "</think>"
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_NUMBER = re.compile(
+    r"-?\s?\$?\s?(?:\\d?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:\s?/\s?\d+)?(?:\s?\\?%)?"
+)
+_STATED = re.compile(r"(?:####|answer\s*(?:is|:)|Answer\s*(?:is|:))\s*:?", re.IGNORECASE)
+_LETTER = re.compile(r"(?<![A-Za-z])\(?\**([A-Z])\**\)?(?![A-Za-z])")
+# An answer that is a word and no formula.
+_TEXT = re.compile(
+    r"\\(?:text|textbf|mathrm)\s*\{\s*([A-Za-z][A-Za-z\s]*)\}|([A-Za-z]{3,}[A-Za-z\s]*)"
+)
+_LONGEST_ANSWER = 2000
+
+
+@dataclass(frozen=True)
+class Grade:
+    """An answer's judgement.
+
+    Attributes:
+        right: Whether the answer is right.
+        extracted: The final answer that was found; None where there is none that can be parsed.
+    """
+
+    right: bool
+    extracted: str | None
+
+
+def answer_part(text: str) -> str:
+    """Return the text after the model's thoughts; empty if the thoughts have no end."""
+    _, end, rest = text.rpartition(_END_OF_THINK)
+    if end:
+        return rest
+    return "" if _THINK in text else text
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{…}` that is closed and not empty, None without one.
+
+    For example, `\boxed{1} so \boxed{\frac{1}{2}}` gives `\frac{1}{2}`.
+    """
+    for match in reversed(list(_BOXED.finditer(text))):
+        depth = 1
+        for at in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if depth == 0:
+                if content := text[match.end() : at].strip():
+                    return content
+                break
+    return None
+
+
+def find_number(text: str) -> str | None:
+    """Return the final number of an answer: boxed, after "####" or "answer is", or the last of all."""
+    part = answer_part(text)
+    if boxed := last_boxed(part):
+        return boxed
+    for match in reversed(list(_STATED.finditer(part))):
+        if found := _NUMBER.search(part[match.end() :].split("\n")[0]):
+            return _plain(found[0])
+    numbers = _NUMBER.findall(part)
+    return _plain(numbers[-1]) if numbers else None
+
+
+def _plain(number: str) -> str:
+    return re.sub(r"[\s$]", "", number).removesuffix(".")
+
+
+def find_expression(text: str) -> str | None:
+    """Return the final expression of an answer: boxed, or as math-verify finds it."""
+    part = answer_part(text)
+    if boxed := last_boxed(part):
+        return boxed
+    found = _parsed(part)
+    return str(found[-1]) if found else None
+
+
+def find_letter(text: str) -> str | None:
+    """Return the letter of a choice: boxed, after "answer is" or "ANSWER:", or alone on the last line."""
+    part = answer_part(text)
+    stated = [part[match.end() :].split("\n")[0] for match in _STATED.finditer(part)]
+    last_line = part.strip().rpartition("\n")[2]
+    for place in (last_boxed(part), *reversed(stated), last_line if len(last_line) < 8 else ""):
+        bare = re.sub(r"\\text\s*\{?", " ", place or "")
+        if found := _LETTER.search(bare):
+            return found[1]
+    return None
+
+
+def find_pattern(text: str, pattern: str) -> str | None:
+    """Return the last match of a regular expression (its group if it has a single one), in lower case.
+
+    For example, the pattern `-?[0-9][0-9,.]*` finds "1234" in "So it is 1,234.".
+    """
+    found = list(re.finditer(pattern, answer_part(text), re.IGNORECASE))
+    if not found:
+        return None
+    chosen = found[-1].group(1 if found[-1].re.groups == 1 else 0)
+    return chosen.lower().replace(",", "").rstrip(".")
+
+
+def equal(extracted: str, reference: str) -> bool:
+    """Return whether two answers are equal in mathematics.
+
+    For example, "0.5" and "\\frac{1}{2}" are. Units and a percent sign may stand after a number.
+    """
+    if _same_text(extracted, reference):
+        return True
+    names = _name_in(extracted), _name_in(reference)
+    if any(names):  # math-verify sees no difference between two names
+        return names[0] == names[1]
+    from math_verify import verify
+
+    gold = _parsed(f"\\boxed{{{reference}}}")
+    found = _parsed(f"\\boxed{{{extracted}}}")
+    return bool(gold and found and verify(gold, found, timeout_seconds=_seconds(), strict=False))
+
+
+def _name_in(answer: str) -> str | None:
+    r"""Return the words of an answer that is a text, for example `\text{Evelyn}`, None for another."""
+    found = _TEXT.fullmatch(answer.strip().strip("$"))
+    return " ".join((found[1] or found[2]).casefold().split()) if found else None
+
+
+def _same_text(first: str, second: str) -> bool:
+    return re.sub(r"\s|\\[,;!]|\$", "", first) == re.sub(r"\s|\\[,;!]|\$", "", second)
+
+
+def _parsed(text: str) -> list[object]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    return parse(text[-_LONGEST_ANSWER:], configs, parsing_timeout=_seconds())
+
+
+def _seconds() -> int | None:
+    """Return math-verify's time limit for one answer; its clock works in the main thread only."""
+    import threading
+
+    return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+def grade_number(text: str, reference: str) -> Grade:
+    """Grade a word problem whose answer is a number."""
+    return _graded(find_number(text), reference, equal)
+
+
+def grade_expression(text: str, reference: str) -> Grade:
+    """Grade a problem whose answer is an expression, as in MATH."""
+    return _graded(find_expression(text), reference, equal)
+
+
+def grade_letter(text: str, reference: str) -> Grade:
+    """Grade a choice between lettered answers."""
+    return _graded(find_letter(text), reference, str.__eq__)
+
+
+def grade_pattern(text: str, reference: str, pattern: str) -> Grade:
+    """Grade an answer that a regular expression finds; `reference` is what it finds in the right answer."""
+    return _graded(find_pattern(text, pattern), reference, str.__eq__)
+
+
+def _graded(found: str | None, reference: str, same: Callable[[str, str], bool]) -> Grade:
+    return Grade(found is not None and bool(same(found, reference)), found)

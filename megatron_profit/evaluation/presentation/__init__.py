@@ -1,0 +1,1 @@
+"""Results for people: tables, a figure, and a page of answers."""

@@ -1,0 +1,47 @@
+"""A tiny model that answers, and a small file of questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from make_tiny_model import make_tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+pytest.importorskip("math_verify", reason="the extra eval is not installed")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The HuggingFace folder of a tiny model with random weights and a chat template."""
+    data = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
+    return make_tiny_model(tmp_path_factory.mktemp("evaluation") / "tiny", data)
+
+
+@pytest.fixture
+def write_questions(tmp_path):
+    """write_questions(records, name): a JSON Lines file with the records."""
+
+    def write(records, name="sums.jsonl"):
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def sums(write_questions):
+    """Five questions of different lengths."""
+    return write_questions(
+        [
+            {
+                "question": "What is " + " plus ".join("two" for _ in range(n + 1)) + "?",
+                "answer": 2 * n + 2,
+            }
+            for n in range(5)
+        ]
+    )

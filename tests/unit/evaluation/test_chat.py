@@ -1,0 +1,105 @@
+"""The conversation in a terminal, with a tiny model."""
+
+import io
+import math
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_profit.commands import chat
+from megatron_profit.evaluation.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def open_talk(tiny_model):
+    talk = chat.open_conversation(str(tiny_model), "float32", "")
+
+    def fresh(system=""):
+        talk.system = system
+        talk.reset()
+        return talk
+
+    return fresh
+
+
+def test_an_answer_comes_in_pieces_and_joins_the_conversation(open_talk, tiny_model):
+    talk = open_talk("Be brief.")
+    pieces = list(talk.answer("What is two plus two?", Sampling(), 10))
+    assert len(pieces) > 3
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is two plus two?"},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
+    ids = ids["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    output = model.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.size(1) :]
+    assert "".join(pieces) == tokenizer.decode(output, skip_special_tokens=True)
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    assert talk.messages[1]["content"] == "".join(pieces)
+    list(talk.answer("And three?", Sampling(), 2))
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_probabilities_are_those_of_one_forward_pass(open_talk, tiny_model):
+    talk = open_talk()
+    list(talk.answer("two", Sampling(temperature=1.0, top_k=3), 6))
+    prompt = talk.tokenizer.apply_chat_template(
+        talk.messages[:1], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    ids = torch.tensor([[*prompt, *talk.ids]])
+    with torch.no_grad():
+        prob = talk.model(ids).logits[0].softmax(-1)
+    expected = [float(prob[len(prompt) + i - 1, token]) for i, token in enumerate(talk.ids)]
+    assert talk.probs == pytest.approx(expected, rel=1e-4)
+    lines = chat.carry_out(talk, "/probs", color=False).splitlines()
+    assert [float(line.split()[0]) for line in lines] == pytest.approx(expected, abs=6e-4)
+    coloured = chat.carry_out(talk, "/probs", color=True)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\nprobability from")[0]
+    # Control characters do not reach the terminal.
+    assert text == re.sub(r"[\x00-\x1f]", "\ufffd", "".join(p or "◂" for p in talk.pieces()))
+
+
+def test_ctrl_c_cuts_an_answer_off_and_the_talk_goes_on(open_talk):
+    talk, shown = open_talk(), []
+
+    def show(piece):
+        shown.append(piece)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    chat.say(talk, "What is two plus two?", Sampling(), 50, show)
+    assert shown[-2:] == [" [cut off]", "\n"]
+    assert talk.messages[-1] == {"role": "assistant", "content": "".join(shown[:2])}
+    assert not math.isnan(talk.probs[0])
+
+
+def test_the_command_reads_lines(tiny_model, monkeypatch, capsys):
+    lines = [
+        "/probs",
+        "two plus two",
+        "/system Be kind.",
+        "/help",
+        "/nonsense",
+        "",
+        "hello",
+        "/quit",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert chat.main([str(tiny_model), "--max-new-tokens", "4", "--temperature", "0.7"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("there is no answer yet\n")
+    assert "the conversation begins again\n" in printed
+    assert printed.count("/system TEXT") == 2
+    assert "there is no command /nonsense" in printed
+    assert "[cut off at 4 tokens; --max-new-tokens sets the limit]" in printed
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
+    assert chat.main([str(tmp_path / "absent")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert chat.main([str(tmp_path), "--top-p", "2"]) == 1
+    assert "--top-p is 2.0" in capsys.readouterr().err

@@ -1,0 +1,206 @@
+"""The comparison: its plan, its runs that are kept, its tables, and input that cannot be used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_profit.commands import compare
+from megatron_profit.evaluation.comparison import runs as comparison
+from megatron_profit.evaluation.comparison.plan import Run, read_plan
+from megatron_profit.evaluation.comparison.runs import Outcome, read_outcome, write_outcome
+from megatron_profit.evaluation.comparison.tables import draw_comparison, table
+from megatron_profit.evaluation.errors import EvaluationError
+
+
+def outcome(objective, seed, score, data="gsm8k", **metrics):
+    run = Run(data, objective, 1e-5, 0, seed) if objective else None
+    return Outcome(run, data, {"gsm8k": score, "ifeval": 0.25}, metrics)
+
+
+OUTCOMES = [
+    outcome(None, 0, 0.5),
+    outcome("sft", 1, 0.5, **{"lm loss validation": 1.0, "kept fraction": 1.0}),
+    outcome("sft", 2, 0.75, **{"lm loss validation": 2.0, "kept fraction": 0.5}),
+    outcome("dft", 1, 0.25),
+]
+
+
+def test_mean_and_spread_are_over_the_seeds():
+    assert table(OUTCOMES).splitlines() == [
+        "| setting | gsm8k | ifeval |",
+        "|---|---|---|",
+        "| the base | 50.0 % | 25.0 % |",
+        "| sft, lr 1e-05 | 62.5 ± 17.7 % | 25.0 ± 0.0 % |",
+        "| dft, lr 1e-05 | 25.0 % | 25.0 % |",
+        "",
+        "| data | setting | held-out cross-entropy | kept at the end |",
+        "|---|---|---|---|",
+        "| gsm8k | sft, lr 1e-05 | 1.500 | 0.750 |",
+        "| gsm8k | dft, lr 1e-05 |  |  |",
+    ]
+
+
+def test_the_figure_is_drawn(tmp_path):
+    draw_comparison(OUTCOMES, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("kept", OUTCOMES)
+def test_a_result_that_was_kept_is_read_as_it_was_written_or_refused(tmp_path, kept):
+    file = tmp_path / "result.json"
+    write_outcome(file, kept)
+    assert read_outcome(file) == kept
+    text = file.read_text()
+    for damaged in ("", "5", text[:-3], text.replace("0.25", "0.95")):
+        file.write_text(damaged)
+        with pytest.raises(EvaluationError, match=r"result\.json is damaged .*remove it"):
+            read_outcome(file)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """plan(**changes): the file of a plan of two objectives, rates, ranks and seeds."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+
+    def write(**changes):
+        content = {
+            "base": str(base),
+            "train": f"--data {tmp_path}/train.jsonl --train-iters 2",
+            "evaluate": "--tasks gsm8k --limit 5",
+            "objectives": {"sft": "--objective sft", "dft": "--objective dft"},
+            "learning_rates": ["1e-5", 2e-5],
+            "lora_ranks": [0, 16],
+            "seeds": [1, 2],
+        } | changes
+        file = tmp_path / "plan.yaml"
+        file.write_text(
+            yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False)
+        )
+        return file
+
+    return write
+
+
+def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
+    found = read_plan(plan())
+    runs = list(found.runs())
+    assert len(set(runs)) == 16
+    assert runs[0].setting == "sft, lr 1e-05"
+    assert runs[3].setting == "sft, lr 2e-05, rank 16"
+    command = found.train_command(runs[3], Path("hf"), Path("m.jsonl"))
+    tail = (
+        "--objective sft --lr 2e-05 --lora-rank 16 --seed 1 --export-hf hf --metrics-file m.jsonl"
+    )
+    assert " ".join(command).endswith(tail)
+    assert "--lora-rank" not in found.train_command(runs[0], Path("hf"), Path("m"))
+    command = found.evaluate_command("data", Path("hf"), Path("out"))
+    assert (
+        command[1:]
+        == "-m megatron_profit evaluate model=hf --tasks gsm8k --limit 5 --out out".split()
+    )
+    parallel = read_plan(plan(processes=2, learning_rates=None))
+    assert "torch.distributed.run" in parallel.train_command(runs[0], Path("hf"), Path("m"))
+    assert "--lr" not in parallel.train_command(next(parallel.runs()), Path("hf"), Path("m"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "absent"}, "base: .*absent is no folder"),
+        ({"objectives": None}, "objectives must be given"),
+        ({"objectives": {}}, "objectives is {}; it must be a mapping"),
+        (
+            {"objectives": {"sft": "--objective 'sft"}},
+            "objectives: sft is .* it must be a text of flags",
+        ),
+        ({"objective": {"sft": ""}}, "unknown key 'objective'; the keys are base, train"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it must be a list of different numbers"),
+        ({"seeds": []}, "seeds is"),
+        ({"learning_rates": ["fast"]}, "learning_rates is"),
+        ({"lora_ranks": [-1]}, "lora_ranks is"),
+        ({"jobs": 0}, "jobs is 0; it must be at least 1"),
+        ({"data": {"a": "--data x"}}, "data: a must hold train and evaluate"),
+        ({"train": 5}, "train is 5; it must be a text of flags"),
+    ],
+)
+def test_plans_that_cannot_be_used_are_refused(plan, changes, message):
+    with pytest.raises(EvaluationError, match=message):
+        read_plan(plan(**changes))
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path, capsys):
+    (tmp_path / "plan.yaml").write_text("a: [")
+    assert compare.main([str(tmp_path / "plan.yaml"), "--out", str(tmp_path)]) == 1
+    assert "plan.yaml cannot be read" in capsys.readouterr().err
+    (tmp_path / "plan.yaml").write_text("!!python/object/apply:os.system ['true']")
+    assert compare.main([str(tmp_path / "plan.yaml"), "--out", str(tmp_path)]) == 1
+    assert "could not determine a constructor" in capsys.readouterr().err
+    assert compare.main([str(tmp_path / "absent.yaml"), "--out", str(tmp_path)]) == 1
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that are run, each of which leaves the files that the real one leaves."""
+    made = []
+
+    def execute(command, log):
+        made.append(command)
+        if "evaluate" in command:
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir(parents=True)
+            score = 0.25 if "hf" in command[4] else 0.5
+            results = [{"task": "gsm8k", "average": {"value": score}}]
+            (out / "results.json").write_text(json.dumps({"results": results}))
+        else:
+            Path(command[command.index("--export-hf") + 1]).mkdir()
+            line = {"kind": "train", "step": 2, "kept fraction": 0.5, "lm loss": 1.0}
+            Path(command[command.index("--metrics-file") + 1]).write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(comparison, "execute", execute)
+    return made
+
+
+def test_runs_are_made_once_and_again_when_something_they_follow_from_has_changed(
+    plan, commands, tmp_path, capsys
+):
+    flags = ["--out", str(tmp_path / "out")]
+    assert compare.main([str(plan(learning_rates=None, lora_ranks=None)), *flags]) == 0
+    assert len(commands) == 1 + 2 * 4
+    printed = capsys.readouterr().out
+    assert "4 of 4 runs" in printed
+    assert "| the base | 50.0 % |" in printed
+    assert "| sft | 25.0 ± 0.0 % |" in printed
+    report = json.loads((tmp_path / "out/results.json").read_text())
+    assert report["results"][1]["metrics"]["kept fraction"] == 0.5
+    assert (tmp_path / "out/figure.png").stat().st_size > 5_000
+    assert not list((tmp_path / "out").rglob("hf"))
+
+    assert (
+        compare.main([str(plan(learning_rates=None, lora_ranks=None, seeds=[1, 2, 3])), *flags])
+        == 0
+    )
+    assert len(commands) == 9 + 2 * 2, "only the third seed is new"
+    with (tmp_path / "train.jsonl").open("a") as data:
+        data.write("{}\n")
+    assert compare.main([str(plan(learning_rates=None, lora_ranks=None)), *flags]) == 0
+    assert len(commands) == 13 + 2 * 4, "the base does not follow from the data"
+
+
+def test_a_failure_names_the_command_and_its_error(plan, tmp_path, capsys):
+    file = plan(learning_rates=None, lora_ranks=None, evaluate="--tasks nonsense")
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert "evaluate.log): error: there is no task 'nonsense'" in message
+
+
+def test_a_dry_run_prints_the_commands(plan, tmp_path, capsys):
+    assert compare.main([str(plan()), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 32
+    assert not (tmp_path / "out").exists()

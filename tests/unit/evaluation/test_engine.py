@@ -1,0 +1,173 @@
+"""The engine of this process: prompts, batches, draws."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_profit.evaluation.engines.decoding import draw, probabilities
+from megatron_profit.evaluation.engines.engine import EngineOptions, Request, resolved
+from megatron_profit.evaluation.engines.transformers_engine import TransformersEngine
+from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.evaluation.questions import task_of_file
+from megatron_profit.evaluation.sampling import Sampling
+
+OPTIONS = EngineOptions(name="transformers", dtype="float32", batch=64)
+GREEDY = Sampling()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    return TransformersEngine(str(tiny_model), OPTIONS)
+
+
+def requests_of(task, samples=1, longest=12):
+    return [
+        Request(question.messages, (task.name, question.number, i), longest)
+        for question in task.questions
+        for i in range(samples)
+    ]
+
+
+def answers_of(engine, requests, sampling, batch):
+    engine.batch = batch
+    return {request.place: answer for request, answer in engine.answers(requests, sampling)}
+
+
+def test_a_prompt_is_the_chat_template_byte_for_byte(engine, tiny_model, sums):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for question in task_of_file(sums, {}).questions:
+        asked = [{"role": "user", "content": question.doc["question"]}]
+        expected = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        assert engine.prompt_ids(question.messages) == list(expected)
+
+
+def test_greedy_answers_are_transformers_own_at_any_batch_size(engine, tiny_model, sums):
+    task = task_of_file(sums, {})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    expected = {}
+    for request in requests_of(task):
+        ids = torch.tensor([engine.prompt_ids(request.messages)])
+        output = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.size(1) :]
+        expected[request.place] = tokenizer.decode(output, skip_special_tokens=True)
+    for batch in (1, 2, 3, 64):
+        found = answers_of(engine, requests_of(task), GREEDY, batch)
+        assert {place: answer.text for place, answer in found.items()} == expected
+
+
+def test_an_answer_ends_at_its_own_limit_and_leaves_the_batch(engine, sums):
+    requests = [
+        replace(request, longest=3 + 4 * i)
+        for i, request in enumerate(requests_of(task_of_file(sums, {})))
+    ]
+    long = answers_of(engine, [replace(r, longest=19) for r in requests], GREEDY, 64)
+    found = answers_of(engine, requests, GREEDY, 64)
+    for request in requests:
+        whole, cut = long[request.place], found[request.place]
+        assert whole.text.startswith(cut.text)
+        assert cut.tokens == min(request.longest, whole.tokens)
+        assert cut.stopped == (whole.stopped and whole.tokens <= request.longest)
+
+
+def test_an_answer_that_ends_itself_is_told_from_one_that_is_cut(engine, sums):
+    requests = requests_of(task_of_file(sums, {}), longest=8)
+    before = answers_of(engine, requests, GREEDY, 64)
+    place, answer = next(iter(before.items()))
+    ids = engine.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    stop_ids, engine.stop_ids = engine.stop_ids, frozenset(ids[:1])
+    try:
+        after = answers_of(engine, requests, GREEDY, 64)
+    finally:
+        engine.stop_ids = stop_ids
+    assert after[place].stopped
+    assert not before[place].stopped
+    assert after[place].tokens <= before[place].tokens
+
+
+def test_draws_do_not_depend_on_the_batch(engine, sums):
+    sampling = Sampling(temperature=0.8, top_p=0.95, top_k=50, samples=3)
+    requests = requests_of(task_of_file(sums, {}), samples=3)
+    together = answers_of(engine, requests, sampling, 64)
+    alone = answers_of(engine, requests[::-1], sampling, 2)
+    assert together == alone
+    assert len({answer.text for answer in together.values()}) > 10
+    other_seed = answers_of(engine, requests, replace(sampling, seed=7), 64)
+    assert other_seed != together
+
+
+def test_draws_have_the_probabilities_of_the_settings():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0])
+    sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, samples=2)
+    # By hand: temperature, the three largest (3, 2, 1), then the smallest set of at least 0.9.
+    weights = {i: math.exp(logits[i] / 0.5) for i in (4, 0, 1)}
+    kept = {4: weights[4], 0: weights[0]}
+    assert weights[4] / sum(weights.values()) < 0.9
+    assert sum(kept.values()) / sum(weights.values()) >= 0.9
+    expected = {i: weight / sum(kept.values()) for i, weight in kept.items()}
+    prob, ids = probabilities(logits, sampling)
+    found = {i: p for i, p in zip(ids.tolist(), prob.tolist(), strict=True) if p}
+    assert found == pytest.approx(expected)
+    numbers = [sampling.numbers("t", i) for i in range(4000)]
+    counts = Counter(draw(logits.expand(4000, -1), numbers, sampling).tolist())
+    assert counts.keys() == expected.keys()
+    assert counts[4] / 4000 == pytest.approx(expected[4], abs=0.03)
+
+
+def test_a_question_longer_than_the_context_is_named(engine, write_questions):
+    file = write_questions([{"question": "plus " * 3000, "answer": 1}])
+    with pytest.raises(
+        EvaluationError, match=r"question 0 of sums has .* tokens, and the model's context 2,048"
+    ):
+        answers_of(engine, requests_of(task_of_file(file, {})), GREEDY, 4)
+
+
+def test_a_template_that_fails_and_logits_that_are_nan_are_named(engine, sums):
+    requests = requests_of(task_of_file(sums, {}))
+    template, engine.tokenizer.chat_template = engine.tokenizer.chat_template, "{{ raise('no') }}"
+    try:
+        with pytest.raises(EvaluationError, match="chat template cannot write the messages"):
+            answers_of(engine, requests, GREEDY, 4)
+    finally:
+        engine.tokenizer.chat_template = template
+    weight = engine.model.model.norm.weight.data
+    before = weight.clone()
+    weight.fill_(math.nan)
+    try:
+        with pytest.raises(EvaluationError, match="the model's logits are NaN"):
+            answers_of(engine, requests, GREEDY, 4)
+    finally:
+        weight.copy_(before)
+
+
+def test_automatic_options_are_decided_and_named():
+    options = resolved(EngineOptions())
+    assert options.name == "transformers" or torch.cuda.is_available()
+    assert options.dtype in ("float32", "bfloat16")
+    with pytest.raises(EvaluationError, match="--engine is 'sglang'"):
+        resolved(EngineOptions(name="sglang"))
+
+
+def test_an_adapter_answers_as_its_merged_model(tiny_model, tmp_path, sums):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "merged")
+    requests = requests_of(task_of_file(sums, {}))
+    texts = [
+        {
+            place: answer.text
+            for place, answer in answers_of(
+                TransformersEngine(str(folder), OPTIONS), requests, GREEDY, 8
+            ).items()
+        }
+        for folder in (tmp_path / "adapter", tmp_path / "merged", tiny_model)
+    ]
+    assert texts[0] == texts[1] != texts[2]

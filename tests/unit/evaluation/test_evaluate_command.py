@@ -1,0 +1,228 @@
+"""The command: results, resume, several models, and input that cannot be used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from checkpoint_conversion.engine.lock import lock_file
+from megatron_profit.commands import evaluate as command
+from megatron_profit.evaluation.engines import engine as engines
+from megatron_profit.evaluation.engines.engine import Answer
+from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.evaluation.records import read_records_file
+
+
+class Calculator:
+    """An engine without a model: right on every `right`-th question; fails after `limit` answers."""
+
+    def __init__(self, every=1, limit=10**9):
+        self.every, self.limit, self.asked = every, limit, []
+
+    def answers(self, requests, sampling):
+        for request in requests:
+            if len(self.asked) == self.limit:
+                raise EvaluationError("the engine stopped")
+            self.asked.append(request.place)
+            words = request.messages[0]["content"].count("two")
+            value = 2 * words if request.place[1] % self.every == 0 else 1
+            yield request, Answer(f"The answer is {value}.", 5, value != 1)
+
+
+@pytest.fixture
+def run(tiny_model, sums, tmp_path, monkeypatch):
+    """run(engine, *flags): exit code of the command with an engine of ours."""
+
+    def run(engine, *flags, models=None):
+        engines_of = engine if isinstance(engine, dict) else {}
+
+        def choose(model, options):
+            return engines_of.get(Path(model).name, engine)
+
+        monkeypatch.setattr(engines, "choose_engine", choose)
+        models = models or [f"tiny={tiny_model}"]
+        flags = ["--task-file", str(sums), "--out", str(tmp_path / "out"), *flags]
+        return command.main([*models, *flags])
+
+    return run
+
+
+def test_help_needs_no_library(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["--help"])
+    assert exit_.value.code == 0
+    assert "--preset {greedy,profit-qwen,profit-llama,psft}" in capsys.readouterr().out
+
+
+def test_results_and_records(run, tmp_path, capsys):
+    assert run(Calculator(every=2), "--samples", "4") == 0
+    printed = capsys.readouterr()
+    assert "| sums (5) | tiny | 60.0 (k = 4) |" in printed.out
+    assert "temperature 0.7, top-p 0.8, top-k 20, 4 samples a question" in printed.out
+    assert "tiny on sums: 20 of 20 answers" in printed.err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
+    assert found["average"]["value"] == pytest.approx(0.6)
+    assert found["pass_at"] == {
+        "1": pytest.approx(0.6),
+        "2": pytest.approx(0.6),
+        "4": pytest.approx(0.6),
+    }
+    assert (found["unfinished"], found["unparsed"], found["tokens"]) == (pytest.approx(0.4), 0, 5)
+    lines = (tmp_path / "out" / "tiny" / "sums.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    record = json.loads(lines[2])
+    assert record["question"] == "What is two plus two?"
+    assert record["reference"] == "4"
+    assert [sample["number"] for sample in record["samples"]] == [0, 1, 2, 3]
+    assert record["samples"][0] == {
+        "number": 0,
+        "text": "The answer is 1.",
+        "tokens": 5,
+        "stopped": False,
+        "right": False,
+        "parsed": True,
+        "extracted": "1",
+        "metrics": {},
+    }
+
+
+def test_an_interrupted_run_asks_only_what_is_missing(run, tmp_path, capsys):
+    first = Calculator(limit=7)
+    flags = ("--samples", "2", "--temperature", "1")
+    assert run(first, *flags) == 1
+    assert "the engine stopped" in capsys.readouterr().err
+    file = tmp_path / "out" / "tiny" / "sums.jsonl"
+    with file.open("ab") as stream:  # the process ended within a line
+        stream.write(b'{"kind": "question", "numb')
+    second = Calculator()
+    assert run(second, *flags) == 0
+    assert "7 of 10 answers are there" in capsys.readouterr().err
+    assert len(second.asked) == 3
+    assert not set(first.asked) & set(second.asked)
+    third = Calculator()
+    assert run(third, *flags) == 0
+    assert third.asked == []
+    whole = read_records_file(file)[1]
+    assert {n: sorted(samples) for n, samples in whole.items()} == {n: [0, 1] for n in range(5)}
+
+
+def test_answers_of_other_settings_are_not_mixed(run, tmp_path, capsys):
+    assert run(Calculator()) == 0
+    assert run(Calculator(), "--temperature", "0.5") == 1
+    message = capsys.readouterr().err
+    assert "temperature was 0.0 and is 0.5" in message
+    assert "--overwrite" in message
+    again = Calculator()
+    assert run(again, "--temperature", "0.5", "--overwrite") == 0
+    assert len(again.asked) == 5
+
+
+def test_two_evaluations_do_not_write_one_file(run, tmp_path, capsys):
+    file = tmp_path / "out" / "tiny" / "sums.lock"
+    file.parent.mkdir(parents=True)
+    with lock_file(file):
+        assert run(Calculator()) == 1
+    assert "sums.jsonl: another evaluation is writing it" in capsys.readouterr().err
+    assert run(Calculator()) == 0
+
+
+def test_damaged_records_are_named(run, tmp_path, capsys):
+    assert run(Calculator()) == 0
+    file = tmp_path / "out" / "tiny" / "sums.jsonl"
+    file.write_text(file.read_text().replace('"samples": [', '"simples": [', 1))
+    assert run(Calculator()) == 1
+    assert f"{file}, line 2: is not a line of answers" in capsys.readouterr().err
+
+
+def test_two_models_are_compared_on_the_same_questions(run, tiny_model, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    both = {"tiny": Calculator(every=2), "other": Calculator()}
+    models = [f"base={tiny_model}", f"tuned={other}"]
+    assert run(both, models=models) == 0
+    printed = capsys.readouterr().out
+    assert "| sums | tuned - base | +40.0 |" in printed
+    difference = json.loads((tmp_path / "out" / "results.json").read_text())["differences"][0]
+    assert (difference["better"], difference["worse"], difference["p_value"]) == (2, 0, 0.5)
+    for name in ("results.md", "figure.png", "answers.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+
+
+def refused(capsys, *flags):
+    assert command.main(list(map(str, flags))) == 1
+    return capsys.readouterr().err
+
+
+def test_an_unknown_task_is_named_before_anything_is_loaded(tmp_path, capsys):
+    message = refused(capsys, tmp_path, "--tasks", "gsmk8")
+    assert "there is no task 'gsmk8'; did you mean gsm8k? The tasks are aime24, " in message
+    assert "the task gsm8k is given twice" in refused(capsys, tmp_path, "--tasks", "gsm8k,gsm8k")
+    assert "no task is given" in refused(capsys, tmp_path)
+
+
+def test_a_missing_file_says_where_it_comes_from(tmp_path, capsys):
+    message = refused(capsys, tmp_path, "--tasks", "gpqa_diamond", "--data", tmp_path)
+    assert f"needs the file gpqa_diamond.jsonl (or .json, .parquet) in {tmp_path}" in message
+    assert "gated" in message
+
+
+def test_missing_columns_are_named(tmp_path, write_questions, capsys):
+    file = write_questions(
+        [{"question": "1 + 1?", "answer": "2"}, {"question": "2?", "solution": 2}]
+    )
+    message = refused(capsys, tmp_path, "--task-file", file)
+    assert "line 2: has no 'answer'; the record has 'question', 'solution'" in message
+    message = refused(capsys, tmp_path, "--task-file", file, "--task-columns", "reply=answer")
+    assert "must be question=COLUMN or answer=COLUMN" in message
+    write_questions([{"question": ["1 + 1?"], "answer": "2"}])
+    assert "holds list; it must hold text" in refused(capsys, tmp_path, "--task-file", file)
+    write_questions([{"Q": "1 + 1?", "A": "2"}])
+    columns = ("--task-columns", "question=Q", "answer=A")
+    assert "no such folder" in refused(capsys, tmp_path / "no", "--task-file", file, *columns)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path, tiny_model, sums, capsys):
+    flags = ("--task-file", sums, "--out", tmp_path / "out")
+    assert "no such folder" in refused(capsys, tmp_path / "absent", *flags)
+    (tmp_path / "empty").mkdir()
+    assert "config.json: missing" in refused(capsys, tmp_path / "empty", *flags)
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert "has no chat template" in refused(capsys, bare, *flags)
+    (bare / "model.safetensors").unlink()
+    assert "holds no *.safetensors" in refused(capsys, bare, *flags)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/absent"}')
+    assert "base_model_name_or_path is 'org/absent'" in refused(capsys, adapter, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--samples 8 --temperature 0", "8 samples at temperature 0 would all be the same"),
+        ("--samples 0", "--samples is 0; it must be at least 1"),
+        ("--top-p 0 --temperature 1", "--top-p is 0.0; it must be above 0"),
+        ("--temperature nan", "--temperature is nan; it must be at least 0"),
+        ("--top-k -1", "--top-k is -1"),
+        ("--max-new-tokens 0", "--max-new-tokens is 0; it must be at least 1"),
+        ("--limit 0", "--limit is 0"),
+        ("--batch 0", "--batch is 0"),
+        ("--concurrency 0", "--concurrency is 0"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(flags, message, tmp_path, sums, capsys):
+    assert message in refused(capsys, tmp_path, "--task-file", sums, *flags.split())
+
+
+def test_labels_tell_models_apart(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    found = command.labelled_models(["runs/profit/hf", "base=Qwen/Qwen3", str(tmp_path / "a=b")])
+    assert found == {"profit": "runs/profit/hf", "base": "Qwen/Qwen3", "a=b": str(tmp_path / "a=b")}
+    with pytest.raises(EvaluationError, match="two models are called 'hf0'"):
+        command.labelled_models(["x/hf0", "y/hf0"])
+    with pytest.raises(EvaluationError, match="not of the form LABEL=MODEL"):
+        command.labelled_models(["../x=model"])

@@ -1,0 +1,142 @@
+"""Graders against answers whose grade a person would give."""
+
+import pytest
+
+from megatron_profit.evaluation.graders import (
+    answer_part,
+    find_letter,
+    find_number,
+    grade_expression,
+    grade_letter,
+    grade_number,
+    last_boxed,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        (r"It is \boxed{0.5}.", "1/2"),
+        (r"It is \boxed{1/2}.", "0.5"),
+        (r"It is \boxed{\frac{1}{2}}.", "0.5"),
+        (r"It is \boxed{\dfrac12}.", r"\frac{1}{2}"),
+        (r"\boxed{1,000}", "1000"),
+        ("She has 1,000 apples.", "1000"),
+        ("#### 1,234", "1234"),
+        (r"\boxed{5 \text{ apples}}", "5"),
+        (r"\boxed{5\text{ km}}", "5"),
+        (r"\boxed{\$18}", "18"),
+        ("So she makes $18.", "18"),
+        ("She makes $18.00 every day.", "18"),
+        (r"First \boxed{3}, no: \boxed{4}", "4"),
+        ("<think>It could be 3 or 5.</think>The answer is 4.", "4"),
+        ("so 3 of them.</think> The answer is 4", "4"),
+        ("The answer is 7, since 3 + 4 makes 7 and not 8.", "7"),
+        ("The answer is: **12** apples, from 3 and 9", "12"),
+        ("the temperature is -3", "-3"),
+        ("It is 43.0", "43"),
+        ("In total 12.", "12"),
+        (r"\boxed{x = 3}", "3"),
+        (r"\boxed{025}", "25"),
+        ("#### 70%", "70"),
+    ],
+)
+def test_right_numbers_in_another_form_are_right(text, reference):
+    assert grade_number(text, reference).right, grade_number(text, reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        (r"\boxed{0.51}", "1/2"),
+        (r"First \boxed{4}, no: \boxed{3}", "4"),
+        ("<think>It is 4.</think>The answer is 5.", "4"),
+        ("The answer is 10,000", "1000"),
+        (r"\boxed{-3}", "3"),
+        ("12 apples and 3 pears", "12"),
+        (r"\boxed{4}\boxed{", "5"),
+    ],
+)
+def test_other_numbers_are_wrong(text, reference):
+    grade = grade_number(text, reference)
+    assert not grade.right
+    assert grade.extracted is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "I do not know.",
+        "<think>It is 4, or 5",
+        r"\boxed{}",
+        "<think>4</think>",
+        "no digits here",
+    ],
+)
+def test_an_answer_without_a_number_has_none(text):
+    grade = grade_number(text, "4")
+    assert grade.extracted is None
+    assert not grade.right
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"(3, \pi/2)"),
+        (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2"),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"),
+        (r"\boxed{evelyn}", r"\text{Evelyn}"),
+        (r"\boxed{90^\circ}", "90"),
+        (r"\boxed{[0,1)}", "[0,1)"),
+        (r"\boxed{10\%}", r"10\%"),
+        (r"\boxed{p - q}", "p - q"),
+        (r"Hence $x = \frac{3}{4}$.", "3/4"),
+        (r"\boxed{1{,}000}", "1000"),
+    ],
+)
+def test_right_expressions_are_right(text, reference):
+    assert grade_expression(text, reference).right, grade_expression(text, reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        (r"\boxed{(0,1)}", "[0,1]"),
+        (r"\boxed{q - p}", "p - q"),
+        (r"\boxed{\text{Ann}}", r"\text{Evelyn}"),
+    ],
+)
+def test_other_expressions_are_wrong(text, reference):
+    assert not grade_expression(text, reference).right
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("ANSWER: C", "C"),
+        ("Thus the answer is (B).", "B"),
+        (r"\boxed{D}", "D"),
+        (r"\boxed{\text{A}}", "A"),
+        ("**Answer:** **B**", "B"),
+        ("A is wrong, so\nC", "C"),
+        ("Answer: A\nWait.\nAnswer: D", "D"),
+        ("A molecule is small.", None),
+        ("<think>ANSWER: A", None),
+    ],
+)
+def test_letters_of_choices(text, letter):
+    assert find_letter(text) == letter
+    assert grade_letter(text, letter or "A").right == (letter is not None)
+
+
+def test_boxes_may_hold_braces_and_be_cut_off():
+    assert last_boxed(r"\boxed{\frac{1}{2}} then \boxed{\frac{3}") == r"\frac{1}{2}"
+    assert last_boxed("none") is None
+
+
+def test_thoughts_are_no_answer():
+    assert answer_part("<think>a</think>b<think>c</think>d") == "d"
+    assert answer_part("a") == "a"
+    assert find_number("<think>1</think>2") == "2"
