@@ -15,7 +15,7 @@ from tiny_models import EXAMPLES
 
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.torch_dist.checksum_list import CHECKSUMS
-from megatron_profit.training.checkpoints.folder import defect
+from megatron_profit.training.checkpoints.folder import problem_of
 
 FILE_NAME = "old_policy.safetensors"
 CASE = psft(4)
@@ -86,7 +86,7 @@ def test_a_run_resumes_inside_an_outer_batch(run, tied_model, plain, tmp_path):
         r"saved inside an outer batch of PSFT, which cannot go on with other data; resume", refused
     )
     (save / "iter_0000002" / FILE_NAME).unlink()
-    assert f"{FILE_NAME}: missing" in defect(save / "iter_0000002")
+    assert f"{FILE_NAME}: missing" in problem_of(save / "iter_0000002")
     (save / "iter_0000002" / CHECKSUMS).unlink()
     refused = run(SHARDED, *flags, check=False)
     assert re.search(r"iteration 2 is inside an outer batch of 4 steps, but .* is missing", refused)
