@@ -16,6 +16,7 @@ from megatron_profit.megatron_patches.enduring import endure_console
 from megatron_profit.training.process.console import StrictParser, fail, print_rank_0
 from megatron_profit.training.process.interrupts import end_on_interrupt
 from megatron_profit.training.process.launcher import die_with_launcher
+from megatron_profit.training.process.quiet import begin_quiet
 
 _HELP, _HELP_ALL = {"-h", "--help"}, "--help-all"
 
@@ -31,6 +32,8 @@ def main() -> None:
     if text is not None:
         print_rank_0(text)
         return
+    if "--quiet" in argv:
+        begin_quiet()
     device = start(argv)
 
     from megatron_profit.training import main

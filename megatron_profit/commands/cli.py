@@ -25,7 +25,7 @@ class Command:
 
 COMMANDS = {
     "sft": Command(
-        "megatron_profit.sft", "train, in one process (under torchrun: -m megatron_profit.sft)"
+        "megatron_profit.launch.front", "train a model on chats: --model ID --data FILE"
     ),
     "data": Command(
         "megatron_profit.commands.prepare_data", "tokenize data into the cache and report on them"
@@ -45,6 +45,10 @@ COMMANDS = {
     "estimate": Command(
         "megatron_profit.commands.estimate_memory", "estimate the memory of a training's ranks"
     ),
+    "doctor": Command(
+        "megatron_profit.doctor.command", "examine machine, model and data before a training"
+    ),
+    "slurm": Command("megatron_profit.launch.slurm", "start a training as a Slurm job"),
     "to-megatron": Command(
         "checkpoint_conversion.hf_to_megatron", "convert a HuggingFace folder to torch_dist"
     ),

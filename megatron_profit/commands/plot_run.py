@@ -40,6 +40,8 @@ PANELS = (
 )
 _COLUMNS = 3
 # Entries of a run's folder.
+# Groups of curves in TensorBoard.
+_GROUPS = ("train", "validation", "speed", "tokens")
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 # Names in the metrics file that differ from Megatron's names in TensorBoard.
 _RENAMED = {"grad norm": "grad-norm", "learning rate": "learning-rate", "loss scale": "loss-scale"}
@@ -89,7 +91,15 @@ def _points_of_events(folder: Path) -> Iterator[tuple[str, int, float]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
-            yield name, event.step, event.value
+            yield _ungrouped(name), event.step, event.value
+
+
+def _ungrouped(curve: str) -> str:
+    """Return a curve's name without its group. For example, "lm loss validation" of "validation/lm loss"."""
+    group, slash, name = curve.partition("/")
+    if not slash or group not in _GROUPS:
+        return curve
+    return f"{name} validation" if group == "validation" else name
 
 
 def _points_of_file(file: Path) -> Iterator[tuple[str, int, float]]:

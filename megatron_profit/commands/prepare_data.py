@@ -103,16 +103,21 @@ def _tell(line: str) -> None:
 
 def _show(found: BuiltSet, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     for index in range(min(count, len(found.prepared.examples))):
-        ids, supervised = found.prepared.examples[index]
         print(f"--- example {index}, {found.prepared.name(index)}")
-        begin = 0
-        for end in range(1, len(ids) + 1):
-            if end == len(ids) or supervised[end] != supervised[begin]:
-                text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
-                text = escaped(text, keep=_LAYOUT)
-                print(f"⟦{text}⟧" if supervised[begin] else text, end="")
-                begin = end
-        print()
+        print(marked_text(found, tokenizer, index))
+
+
+def marked_text(found: BuiltSet, tokenizer: PreTrainedTokenizerBase, index: int) -> str:
+    """Return the text of an example, with what is trained between ⟦ and ⟧."""
+    ids, supervised = found.prepared.examples[index]
+    parts, begin = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or supervised[end] != supervised[begin]:
+            text = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
+            text = escaped(text, keep=_LAYOUT)
+            parts.append(f"⟦{text}⟧" if supervised[begin] else text)
+            begin = end
+    return "".join(parts)
 
 
 def _as_json(sets: dict[str, BuiltSet]) -> dict:

@@ -4,7 +4,10 @@ continues them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,60 @@ from checkpoint_conversion.errors import warn
 from megatron_profit.megatron_patches.callbacks import RunFailure
 from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason
 from megatron_profit.megatron_patches.patch import Patch, replaced
+
+# Curves that repeat others: over samples in place of steps, or under another name.
+_REPEATED = (" vs samples", "samples vs steps", "iteration-time", "throughput")
+_OF_SPEED = ("per second", "per step", "per GPU", "/gpu", "memory", "time")
+_VALIDATION = re.compile(r"(.+) validation(.*)")
+
+
+def curve_of(name: str) -> str | None:
+    """Return the name of a curve in its group; None for a curve that repeats another one.
+
+    For example, "lm loss validation" is "validation/lm loss", and "tokens per second" is
+    "speed/tokens per second".
+    """
+    if name.endswith(_REPEATED):
+        return None
+    if found := _VALIDATION.fullmatch(name):
+        return f"validation/{found[1]}{found[2]}"
+    if any(part in name for part in _OF_SPEED):
+        return f"speed/{name}"
+    return f"tokens/{name}" if "tokens" in name else f"train/{name}"
+
+
+class _Grouped:
+    """A W&B module or run whose values are logged in groups."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def log(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        named = {curve_of(name): value for name, value in values.items()}
+        named.pop(None, None)
+        return self._target.log(named, *args, **kwargs) if named else None
+
+
+def _group_curves(writer: Any, args: Any) -> None:
+    """Name a TensorBoard writer's curves by groups, and give it the arguments as hyperparameters."""
+    add_scalar = writer.add_scalar
+
+    @functools.wraps(add_scalar)
+    def grouped(tag: str, *values: Any, **kwargs: Any) -> None:
+        curve = curve_of(tag)
+        if curve is not None:
+            add_scalar(curve, *values, **kwargs)
+
+    writer.add_scalar = grouped
+    plain = {k: v for k, v in vars(args).items() if isinstance(v, bool | int | float | str)}
+    from torch.utils.tensorboard.summary import hparams
+
+    with contextlib.suppress(OSError):  # of a full disk; the next value reports it
+        for summary in hparams(plain, {}):
+            writer.file_writer.add_summary(summary)
 
 
 class _Nowhere:
@@ -39,6 +96,7 @@ def _write_curves_that_endure() -> None:
             warn(f"--tensorboard-dir {args.tensorboard_dir} cannot be written ({reason(error)})")
         writer = global_vars._GLOBAL_TENSORBOARD_WRITER
         if writer is not None:
+            _group_curves(writer, args)
             _endure(writer, args.tensorboard_dir)
         elif args.wandb_project and args.rank == args.world_size - 1:
             global_vars._GLOBAL_TENSORBOARD_WRITER = _Nowhere()
@@ -73,7 +131,7 @@ def _log_to_wandb_that_endures() -> None:
             ) from error
         writer = global_vars._GLOBAL_WANDB_WRITER
         if writer is not None:
-            global_vars._GLOBAL_WANDB_WRITER = Enduring(writer, guard)
+            global_vars._GLOBAL_WANDB_WRITER = Enduring(_Grouped(writer), guard)
 
     global_vars._set_wandb_writer = set_wandb_writer
     for name in ("on_save_checkpoint_success", "on_load_checkpoint_success"):

@@ -49,6 +49,7 @@ from megatron_profit.training.plan.datasets import SFTData
 from megatron_profit.training.plan.wandb_run import WandbRun
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.exit_signals import ExitSignals
+from megatron_profit.training.process.quiet import keep_files
 from megatron_profit.training.process.ranks import is_first_rank
 from megatron_profit.training.process.shutdown import end_communication
 from megatron_profit.training.statistics.external_statistics import ExternalStatistics, RunParts
@@ -90,6 +91,7 @@ def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:
     """
     settings, files, data = plan.settings, plan.files, plan.data
     args, model_config = _checked_by_megatron(settings)
+    keep_files(None if files.metrics is None else files.metrics.parent, vars(args))
     chunks = _complete(model_config, args, plan)
     loss = objective_loss(settings)
     lookahead_pass = LookaheadPass(loss)

@@ -9,18 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from estimate_communication import Sent, sent_bytes
 from make_tiny_model import TinyShape, make_tiny_model
 from plain_training import write_uneven_chats
 
-from megatron_profit.commands.estimate_memory import (
+from megatron_profit.commands.run_shape import read_run
+from megatron_profit.estimates.communication import Sent, sent_bytes
+from megatron_profit.estimates.memory import (
     chunks_under_way,
     estimate,
     kept_activations,
     layer_activations,
     output_bytes,
 )
-from megatron_profit.commands.run_shape import RunShape, read_run
+from megatron_profit.estimates.run_shape import RunShape
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

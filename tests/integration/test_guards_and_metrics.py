@@ -74,8 +74,10 @@ def test_bad_steps_are_skipped_and_everything_is_logged(
     # An interval is the sum of its steps over their count, in which they differ.
     events = EventAccumulator(str(tensorboard)).Reload()
     values = {
-        name: {event.step: event.value for event in events.Scalars(name)}
-        for name in ("lm loss", "supervised tokens", "kept fraction")
+        name: {event.step: event.value for event in events.Scalars(f"{group}/{name}")}
+        for group, name in (
+            *(("train", "lm loss"), ("tokens", "supervised tokens"), ("train", "kept fraction")),
+        )
     }
     assert list(values["lm loss"]) == [1, 2, 5, 6, 7, 8]
     tokens = values["supervised tokens"]
@@ -94,7 +96,7 @@ def test_bad_steps_are_skipped_and_everything_is_logged(
         assert train[last]["model TFLOP/s per GPU"] > 0
         assert train[last]["peak memory GiB"] > 0.1
     for name in ("tokens per second", "model TFLOP/s per GPU", "seconds per step"):
-        assert [event.step for event in events.Scalars(name)] == [2, 4, 6, 8]
+        assert [event.step for event in events.Scalars(f"speed/{name}")] == [2, 4, 6, 8]
 
     # Of steps that were skipped nothing is averaged.
     assert train[4]["skipped"] == train[4]["steps"] == 2
@@ -122,7 +124,7 @@ def test_bad_steps_are_skipped_and_everything_is_logged(
 
     # Each evaluation once, although Megatron evaluates twice behind the last step.
     assert [record["step"] for record in by_kind["evaluation"]] == [6, 8]
-    validation = {event.step: event.value for event in events.Scalars("lm loss validation")}
+    validation = {event.step: event.value for event in events.Scalars("validation/lm loss")}
     for record in by_kind["evaluation"]:
         assert record["lm loss"] == pytest.approx(validation[record["step"]], rel=1e-6)
     lines = re.findall(r"validation loss at .*", printed)

@@ -12,6 +12,8 @@ from make_tiny_model import TinyShape, make_tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, Qwen3Config
 
+from megatron_profit.megatron_patches.loggers import curve_of
+
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 PROFIT = ("--objective", "profit", "--prob-threshold", "0.001", "--threshold-direction", "higher")
 METRICS = (
@@ -60,15 +62,15 @@ def test_metrics_reach_console_and_tensorboard_and_evaluation_runs(sft, flags, t
     events = EventAccumulator(str(tmp_path)).Reload()
     for name in (*METRICS, "entropy", "p quantile 0.1", "p quantile 0.9"):
         assert len(logged(result.stdout, name)) == 4
-        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4]
-        assert [event.step for event in events.Scalars(f"{name} validation")] == [2, 4, 4]
-    for suffix in ("", " validation"):
-        low, high = (events.Scalars(f"p quantile {q}{suffix}")[-1].value for q in (0.1, 0.9))
-        assert 0 < low < events.Scalars(f"mean p{suffix}")[-1].value < high < 1
+        assert [event.step for event in events.Scalars(curve_of(name))] == [1, 2, 3, 4]
+        assert [event.step for event in events.Scalars(f"validation/{name}")] == [2, 4, 4]
+    for group in ("train", "validation"):
+        low, high = (events.Scalars(f"{group}/p quantile {q}")[-1].value for q in (0.1, 0.9))
+        assert 0 < low < events.Scalars(f"{group}/mean p")[-1].value < high < 1
     # One evaluation sees each record once; what is left of the last batch of 8 is empty.
     batches = -(-len((DATA / "arithmetic_heldout.jsonl").read_text().splitlines()) // 8)
     assert f"Evaluating on {8 * batches} samples" in result.stdout
-    per_batch = events.Scalars("supervised tokens validation")[0].value
+    per_batch = events.Scalars("validation/supervised tokens")[0].value
     assert per_batch * batches == pytest.approx(supervised_tokens(flags[1], "arithmetic_heldout"))
 
 

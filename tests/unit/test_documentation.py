@@ -10,8 +10,8 @@ import pytest
 
 from checkpoint_conversion.families import FAMILIES
 from megatron_profit.commands.cli import COMMANDS
-from megatron_profit.commands.run_shape import published_config
 from megatron_profit.data import DataOptions
+from megatron_profit.estimates.published import published_config
 from megatron_profit.objectives import objective_names, objective_options
 from megatron_profit.training.arguments.derive import derive
 

@@ -121,7 +121,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.sft": (
         *("megatron_profit.flags", "megatron_profit.megatron_patches", _TRAINING),
     ),
+    "megatron_profit.estimates": ("megatron_profit.ops",),
+    "megatron_profit.recipe": (
+        *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
+    ),
+    "megatron_profit.launch": (
+        *("checkpoint_conversion", "megatron_profit.data", "megatron_profit.estimates"),
+        *("megatron_profit.recipe", "megatron_profit.sft", _TRAINING),
+    ),
     "megatron_profit.commands": ("megatron", "megatron_profit", "checkpoint_conversion"),
+    "megatron_profit.doctor": (
+        *("checkpoint_conversion", "megatron_profit.commands", "megatron_profit.data"),
+        *("megatron_profit.launch", "megatron_profit.recipe", _TRAINING),
+    ),
     "megatron_profit.logits": ("megatron_profit.sft", "megatron_profit.commands"),
     "megatron_profit.__main__": ("megatron_profit.commands",),
 }

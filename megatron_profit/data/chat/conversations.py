@@ -31,6 +31,7 @@ from megatron_profit.data.files.fields import (
 )
 from megatron_profit.data.files.records import RawRecord
 from megatron_profit.data.files.sources import ColumnMapping
+from megatron_profit.data.files.splits import PLAIN_TEXT
 
 EMPTY_ASSISTANT = "an assistant turn is empty"
 NO_ASSISTANT = "there is no assistant turn"
@@ -148,9 +149,10 @@ def _unknown_format(record: RawRecord, *, empty: bool) -> Exception:
         return BrokenRecord(MISSING_FIELD, f"{found}, of which one that is needed holds null")
     if not record.first:
         return BrokenRecord(UNKNOWN_FORMAT, found)
+    plain = f". With a field text alone: {PLAIN_TEXT}" if "text" in record.value else ""
     return DataError(
         f"{record.where}: the format is not known, {found}; known are {'; '.join(FORMATS)}. Rename "
-        "the fields to one of these, or name the columns with --data-columns"
+        f"the fields to one of these, or name the columns with --data-columns{plain}"
     )
 
 

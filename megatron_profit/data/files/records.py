@@ -1,9 +1,9 @@
 """Reads data files into raw records that remember their place.
 
-This module understands only the container: JSON list, JSON lines, compressed or not, parquet, a folder of the
-`datasets` library. data/chat/conversations.py decides what a record means. A line that is no record is passed
-on as broken, to be counted. A damaged container stops the reading: a file that ends in the middle must not
-become a shorter data set.
+This module understands only the container: JSON list, JSON lines, CSV, compressed or not, parquet, a folder
+of the `datasets` library. data/chat/conversations.py decides what a record means. A line that is no record is
+passed on as broken, to be counted. A damaged container stops the reading: a file that ends in the middle must
+not become a shorter data set.
 """
 
 import codecs
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.files.bounded import LARGEST_RECORD, bounded_lines, open_data
+from megatron_profit.data.files.csv_rows import csv_rows
 from megatron_profit.data.files.fields import NAMED_TWICE, most_common, without_nulls
 from megatron_profit.data.files.json_text import JsonText, broken_json, decoded
 from megatron_profit.data.files.splits import (
@@ -80,8 +81,8 @@ def read_records(
     """Yield the records of all files, in the order of the files and of the records in them.
 
     Args:
-        files: One path or several: files that end in .json (a list, or JSON lines), .jsonl or .ndjson, one of
-            these followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
+        files: One path or several: files that end in .json (a list, or JSON lines), .jsonl, .ndjson or .csv,
+            one of these followed by .gz or .zst, .parquet or .arrow; folders of such files, or ones that
             `datasets.Dataset.save_to_disk` wrote.
         split: The split to read of a folder that holds several. Of several names, the first that the folder
             has.
@@ -200,6 +201,14 @@ def _line(line: bytes, path: Path, number: int, first: bool) -> RawRecord:
     return _record(value, path, number, "line", objects, len(line))
 
 
+def _read_csv(path: Path, _: Wanted) -> Iterator[RawRecord]:
+    for number, (row, size) in enumerate(csv_rows(path), start=1):
+        if isinstance(row, BrokenRecord):
+            yield RawRecord({}, str(path), number, "record", row)
+        else:
+            yield _record(row, path, number, "record", size=size)
+
+
 def _read_parquet(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
     import pyarrow
 
@@ -312,6 +321,7 @@ _READERS = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }

@@ -33,11 +33,16 @@ _PIECE = re.compile(r"(.+)-\d{5,}-of-\d{5,}[-.]")
 # JSON files that are no data, and other files that usually lie next to data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 _BESIDE_DATA = (".*", "readme*", "*.md", "license*", "licence*", "notice*", "citation*")
-_JSON = (".json", ".jsonl", ".ndjson")
+_TEXT = (".json", ".jsonl", ".ndjson", ".csv")
 _COMPRESSED = (".gz", ".zst")
 
-# Endings of the files that are read; JSON may be compressed.
-SUFFIXES = (*_JSON, ".parquet", ".arrow")
+# The remedy for texts without roles.
+PLAIN_TEXT = (
+    "plain text names no part that the model should write: make records of it, with what comes first as "
+    "prompt and what the model should write as completion"
+)
+# Endings of the files that are read; the ones of text may be followed by a compression.
+SUFFIXES = (*_TEXT, ".parquet", ".arrow")
 
 
 def data_files(path: Path, split: Split = "train") -> list[Path]:
@@ -70,7 +75,10 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
     if not path.is_dir() and not path.is_file():
         raise DataError(f"{path}: neither a file nor a folder; {_NOT_A_FILE}")
     if path.is_file() and not suffix_of(path):
-        raise DataError(f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}")
+        plain = f"; {PLAIN_TEXT}" if path.suffix.lower() in (".txt", ".md") else ""
+        raise DataError(
+            f"{path}: unknown suffix {path.suffix!r}; convert it to one of {_known()}{plain}"
+        )
     if path.is_file() and not _is_named_after(path.name, split):
         check_whole(path, split)
     if splits := _splits_inside(path, split):
@@ -240,14 +248,14 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _known() -> str:
-    return f"{', '.join(SUFFIXES)}, and {', '.join(_JSON)} followed by {' or '.join(_COMPRESSED)}"
+    return f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT)} followed by {' or '.join(_COMPRESSED)}"
 
 
 def suffix_of(path: Path) -> str:
     """Return the suffix that chooses the reader, "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
-        return suffixes[-2] if suffixes[:-1] and suffixes[-2] in _JSON else ""
+        return suffixes[-2] if suffixes[:-1] and suffixes[-2] in _TEXT else ""
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else ""
 
 

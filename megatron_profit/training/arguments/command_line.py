@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,10 @@ from megatron_profit.training.step.objective_flags import (
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if unknown:
+            known = get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.65)
+            message += f"; did you mean {known[0]}?" if known else ""
         raise ArgumentsError(message)
 
 
@@ -47,6 +53,12 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         choices=DEVICES,
         default="auto",
         help="Where to train; auto is CUDA where there is a GPU, else the CPU backend.",
+    )
+    group.add_argument(
+        "--quiet",
+        action="store_true",
+        help="Show this project's lines alone, a short one for each step. Megatron's go to megatron.log and "
+        "its arguments to arguments.txt, next to the metrics file.",
     )
     group.add_argument(
         "--hf-model",

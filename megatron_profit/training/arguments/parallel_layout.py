@@ -21,6 +21,12 @@ def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         _check_divides("--tensor-model-parallel-size", tp, f"the model's {name}", settings[name])
     _check_pipeline(settings, pp)
+    if world_size == 1 < tp * pp * cp:
+        raise ArgumentsError(
+            f"tensor x pipeline x context parallel size is {tp * pp * cp}, and there is one process; start "
+            f"{tp * pp * cp} of them with torchrun: torchrun --nproc-per-node {tp * pp * cp} -m "
+            "megatron_profit.sft …"
+        )
     _check_divides(
         "tensor x pipeline x context parallel size"
         if cp > 1

@@ -103,13 +103,16 @@ def check_given(flags: CommandLine) -> None:
     for name, remedy in _REFUSED.items():
         if flags.changes(name):
             raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
-    for name in REQUIRED:
-        if given.get(name) is None:
-            raise ArgumentsError(f"{flags.option(name)} is missing")
     spans = ("train_iters", "train_samples", "epochs")
     lengths = [flags.option(name) for name in spans if given.get(name) is not None]
-    if not lengths:
-        raise ArgumentsError("--train-iters (or --epochs, or --train-samples) is missing")
+    missing = [flags.option(name) for name in REQUIRED if given.get(name) is None]
+    missing += ["--train-iters (or --epochs, or --train-samples)"] * (not lengths)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ArgumentsError(
+            f"{', '.join(missing)} {verb} missing; `megatron-profit sft --model ID --data FILE` derives "
+            "the flags that are not given"
+        )
     if len(lengths) > 1:
         raise ArgumentsError(f"{' and '.join(lengths)} contradict each other; give one of them")
     if given.get("eval_iters") and not (given.get("valid_data") or given.get("valid_split")):

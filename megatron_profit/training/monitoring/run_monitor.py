@@ -28,7 +28,7 @@ from megatron_profit.training.monitoring.guard_report import Suspect, chosen_sus
 from megatron_profit.training.monitoring.guards import EXIT_CODE, Event, Guards, StepFacts
 from megatron_profit.training.monitoring.metrics_file import MetricsFile
 from megatron_profit.training.monitoring.step_metrics import Interval, StepMetrics
-from megatron_profit.training.process.console import lines_to_print, step_line
+from megatron_profit.training.process.console import lines_to_print, print_evaluation, print_step
 from megatron_profit.training.step.batch import Batch
 
 
@@ -208,7 +208,7 @@ class RunMonitor(Callback):
         if _COUNT in metrics and metrics[_COUNT].is_integer():
             metrics[_COUNT] = int(metrics[_COUNT])
         if _logs():
-            print(step_line(step, args.train_iters, metrics, speed, seconds), flush=True)
+            print_step(step, args.train_iters, metrics, speed, seconds)
         if step.iteration % args.log_interval:
             # A line after the first step of a process; the interval goes on.
             return
@@ -235,6 +235,8 @@ class RunMonitor(Callback):
 
     def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """See `Callback`."""
+        if _logs():
+            print_evaluation(iteration, metrics)
         self._write("evaluation", iteration, {"time": time.time(), **metrics})
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from checkpoint_conversion.errors import printable, warn
 from megatron_profit.megatron_patches.callbacks import LoggedStep
+from megatron_profit.training.process.quiet import quiet_console
 from megatron_profit.training.process.ranks import is_first_rank
 
 # Time after which torchrun has ended this process, if the machine's first process met the same error.
@@ -94,6 +95,57 @@ def step_line(
             f"left: {left} |",
         )
     )
+
+
+def short_line(
+    step: LoggedStep,
+    train_iters: int,
+    metrics: Mapping[str, float],
+    speed: Mapping[str, float],
+    seconds: float,
+) -> str:
+    """Return the line of a quiet run; the arguments are the same as for `step_line`."""
+    values = {**metrics, **step.values}
+    parts = [f"step {step.iteration}/{train_iters}"]
+    parts += [f"{name} {values[key]:.4g}" for key, name in _SHORT.items() if key in values]
+    if "kept fraction" in values:
+        parts.append(f"kept {values['kept fraction']:.0%}")
+    parts += ["no optimizer step"] if step.skipped else []
+    parts.append(f"{speed['tokens per second']:,.0f} tokens/s")
+    parts.append(f"{speed['peak memory GiB']:.1f} GiB")
+    left = datetime.timedelta(seconds=round(seconds * (train_iters - step.iteration)))
+    return "  ".join([*parts, f"left {left}"])
+
+
+# Values of a short line, with their names there.
+_SHORT = {
+    "objective": "objective",
+    "lm loss": "loss",
+    "grad norm": "gradient",
+    "learning rate": "lr",
+}
+
+
+def print_step(
+    step: LoggedStep,
+    train_iters: int,
+    metrics: Mapping[str, float],
+    speed: Mapping[str, float],
+    seconds: float,
+) -> None:
+    """Print the line of an interval of steps; the arguments are the same as for `step_line`."""
+    quiet = quiet_console()
+    if quiet is None:
+        print(step_line(step, train_iters, metrics, speed, seconds), flush=True)
+    else:
+        quiet.show_live(short_line(step, train_iters, metrics, speed, seconds))
+
+
+def print_evaluation(iteration: int, metrics: Mapping[str, float]) -> None:
+    """Print the line of an evaluation in a quiet run; in another one Megatron's is printed."""
+    if quiet_console() is not None:
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"validation after step {iteration}  {shown}", flush=True)
 
 
 def _shown(value: float) -> str:

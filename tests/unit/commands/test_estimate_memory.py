@@ -14,14 +14,17 @@ from checkpoint_conversion.adapters.options import LoraOptions, adapter_rules
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.model import expected_shapes
 from megatron_profit.commands import estimate_memory
-from megatron_profit.commands.estimate_memory import (
+from megatron_profit.commands.run_shape import read_run
+from megatron_profit.estimates import memory
+from megatron_profit.estimates.memory import (
     GIB,
     chunks_under_way,
     estimate,
     layer_activations,
 )
-from megatron_profit.commands.parameter_counts import stage_parameters, trained_parameters
-from megatron_profit.commands.run_shape import PUBLISHED, ShapeError, published_config, read_run
+from megatron_profit.estimates.parameter_counts import stage_parameters, trained_parameters
+from megatron_profit.estimates.published import PUBLISHED, published_config
+from megatron_profit.estimates.run_shape import ShapeError
 from megatron_profit.flags import ArgumentsError
 
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()
@@ -127,8 +130,8 @@ def test_a_token_meets_the_adapters_of_its_own_experts():
 )
 def test_bytes_of_a_parameter(flags, gradient, optimizer):
     args = run_of("Qwen3-0.6B", 1, flags).args
-    assert estimate_memory.gradient_bytes(args) == gradient
-    assert estimate_memory.optimizer_bytes(args) == optimizer
+    assert memory.gradient_bytes(args) == gradient
+    assert memory.optimizer_bytes(args) == optimizer
 
 
 def test_the_distributed_optimizer_splits_dense_and_expert_state_over_their_own_groups():
@@ -174,7 +177,7 @@ def test_what_saves_activations(smaller, larger):
 def test_the_output_layer_follows_the_strategy_of_the_kernel_and_the_prompts():
     def kept(share, strategy):
         run = run_of("Qwen3-14B", 1, f"--objective-backward {strategy}")
-        return estimate_memory.output_bytes(run, share)[0]
+        return memory.output_bytes(run, share)[0]
 
     assert kept(1.0, "recompute") == kept(0.1, "recompute") < kept(0.1, "auto") < kept(1.0, "save")
     # 4,096 supervised rows are fewer than the hidden size: their logits are kept, in two bytes.

@@ -236,11 +236,11 @@ def test_what_of_a_folder_is_no_data_is_told(tmp_path, write_lines):
     source = DataSource(str(tmp_path))
     assert (source.files(), source.left_out) == ([file], "")
     for number in range(5):
-        (tmp_path / f"{number}.csv").write_text("q,a")
+        (tmp_path / f"{number}.tsv").write_text("q\ta")
     (tmp_path / "3.parquet").mkdir()
     assert source.left_out == (
         f"{tmp_path}: folders and files of unknown suffix are not read: "
-        "6 ('0.csv', '1.csv', '2.csv', '3.csv', '3.parquet', ...)"
+        "6 ('0.tsv', '1.tsv', '2.tsv', '3.parquet', '3.tsv', ...)"
     )
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_profit.commands.estimate_memory import GIB, estimate
-from megatron_profit.commands.run_shape import RunShape, published_config
 from megatron_profit.data import DataOptions
+from megatron_profit.estimates.memory import GIB, estimate
+from megatron_profit.estimates.published import published_config
+from megatron_profit.estimates.run_shape import RunShape
 from megatron_profit.training.arguments.derive import derive
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"

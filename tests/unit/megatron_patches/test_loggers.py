@@ -49,7 +49,7 @@ def test_steps_that_are_trained_again_are_shown_once(args):
         for step in range(first, last + 1):
             curves.add_scalar("lm loss", value, step)
         curves.close()
-    shown = EventAccumulator(args.tensorboard_dir).Reload().Scalars("lm loss")
+    shown = EventAccumulator(args.tensorboard_dir).Reload().Scalars("train/lm loss")
     assert [event.step for event in shown] == list(range(1, 11))
     assert [event.value for event in shown] == [1.0] * 5 + [2.0] * 5
 
@@ -72,7 +72,7 @@ def test_a_full_disk_ends_the_curves_and_not_the_run(args, capfd, monkeypatch):
     printed = capfd.readouterr()
     assert printed.out.count("cannot be written (OSError 28, No space left on device)") == 1
     assert "Traceback" not in printed.err
-    shown = EventAccumulator(args.tensorboard_dir).Reload().Scalars("lm loss")
+    shown = EventAccumulator(args.tensorboard_dir).Reload().Scalars("train/lm loss")
     assert [event.step for event in shown] == [1]
 
 
@@ -120,3 +120,24 @@ def test_wandb_that_cannot_start_is_one_line(args, monkeypatch):
     loggers._log_to_wandb_that_endures()
     with pytest.raises(RunFailure, match=r"No API key configured; set WANDB_MODE=offline, or drop"):
         global_vars._set_wandb_writer(args)
+
+
+@pytest.mark.parametrize(
+    ("name", "curve"),
+    [
+        ("lm loss", "train/lm loss"),
+        ("learning-rate", "train/learning-rate"),
+        ("lm loss validation", "validation/lm loss"),
+        ("lm loss validation ppl", "validation/lm loss ppl"),
+        ("supervised tokens validation", "validation/supervised tokens"),
+        ("supervised tokens", "tokens/supervised tokens"),
+        ("tokens per second", "speed/tokens per second"),
+        ("seconds per step", "speed/seconds per step"),
+        ("peak memory GiB", "speed/peak memory GiB"),
+        ("lm loss vs samples", None),
+        ("lm loss validation vs samples", None),
+        ("iteration-time", None),
+    ],
+)
+def test_curves_are_in_groups_and_none_is_there_twice(name, curve):
+    assert loggers.curve_of(name) == curve

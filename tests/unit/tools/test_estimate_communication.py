@@ -6,17 +6,11 @@ from pathlib import Path
 
 import estimate_communication
 import pytest
-from estimate_communication import (
-    RECOMMENDED,
-    Machine,
-    recommended_run,
-    sent_bytes,
-    step_flops,
-    step_time,
-)
+from estimate_communication import RECOMMENDED, recommended_run
 
-from megatron_profit.commands.estimate_memory import GIB, estimate
 from megatron_profit.commands.run_shape import read_run
+from megatron_profit.estimates.communication import Machine, sent_bytes, step_flops, step_time
+from megatron_profit.estimates.memory import GIB, estimate
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "scaling.md"
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()

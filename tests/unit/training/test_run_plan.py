@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_profit.commands.run_shape import published_config
+from megatron_profit.estimates.published import published_config
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.training.arguments.derive import derive
 from megatron_profit.training.plan import plan_run
@@ -51,6 +51,6 @@ def test_a_wrong_flag_is_an_error_of_flags_before_any_file_is_touched(
     with pytest.raises(ArgumentsError, match=message):
         derive([*FLAGS, "--save", "run", *flags], "cpu", 1, CONFIG)
     (tmp_path / "run").mkdir()
-    with pytest.raises(ArgumentsError, match="--micro-batch-size is missing"):
+    with pytest.raises(ArgumentsError, match=r"--micro-batch-size, --lr, .* are missing"):
         plan_run(["--hf-model", "x", "--data", "y", "--seq-length", "8", "--save", "run"], "cpu")
     assert list((tmp_path / "run").iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from checkpoint_conversion.adapters.options import ALL_LINEAR
-from megatron_profit.commands.run_shape import RunShape
+from megatron_profit.estimates.run_shape import RunShape
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,10 @@ def stage_parameters(run: RunShape, stage: int) -> Parameters:
     """
     args = run.args
     total = Parameters()
-    for layer in run.layers_of(stage):
-        total += layer_parameters(run, run.expert_layers[layer])
+    has_experts = [run.expert_layers[layer] for layer in run.layers_of(stage)]
+    for kind in set(has_experts):
+        one, count = layer_parameters(run, kind), has_experts.count(kind)
+        total += Parameters(one.dense * count, one.experts * count)
     vocabulary = args.padded_vocab_size // run.tp * args.hidden_size
     last = stage == run.pp - 1
     if stage == 0:

@@ -1,0 +1,133 @@
+"""Examine machine, model and data before a training, and compare Megatron's loss with transformers'.
+
+    megatron-profit doctor
+    megatron-profit doctor --model Qwen/Qwen3-0.6B-Base --data chats.jsonl
+
+The flags are the ones of `megatron-profit sft`. The exit code is 1 if there is a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.errors import ConversionError, printable
+from megatron_profit.doctor import data_checks, machine_checks
+from megatron_profit.doctor.findings import Finding, Verdict, examined, note
+from megatron_profit.recipe.errors import LaunchError
+
+_RUNS = Path("runs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the findings; return 1 if one is a fault, 2 for flags that cannot be used."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(words):
+        print(f"usage: megatron-profit doctor [flags of megatron-profit sft]\n\n{__doc__.strip()}")
+        return 0
+    verdicts = set()
+    try:
+        for finding in findings(words):
+            print(finding, flush=True)
+            verdicts.add(finding.verdict)
+    except (LaunchError, ConversionError) as error:
+        print(f"megatron-profit doctor: error: {printable(error)}", file=sys.stderr)
+        return 2
+    faulty = Verdict.FAULT in verdicts
+    print("there is a fault" if faulty else "no fault was found", flush=True)
+    return int(faulty)
+
+
+def findings(words: Sequence[str]) -> Iterator[Finding]:
+    """Yield the findings on what a command line names.
+
+    Raises:
+        LaunchError: The flags cannot be used.
+    """
+    named = _named(words)
+    yield from examined("software", machine_checks.check_software)
+    yield from examined("GPU", machine_checks.check_gpus)
+    yield from examined("memory", machine_checks.check_memory)
+    if named.model is None and named.config is None:
+        yield from examined("disk", lambda: machine_checks.check_disk(_RUNS, {}, 1))
+        yield note("model", "none was named; --model ID --data FILE examines them and the loss")
+    elif named.config is None and not named.data:
+        yield from _of_model(named.model)
+        yield note("data", "none were named; --data FILE examines them and the loss")
+    else:
+        yield from _of_run(words)
+
+
+def _named(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    parser.add_argument("--config", nargs="+")
+    parser.add_argument("--data", nargs="+")
+    return parser.parse_known_args(list(words))[0]
+
+
+def _of_model(name: str) -> Iterator[Finding]:
+    from megatron_profit.launch.hub import find_model
+
+    folder = find_model(name)
+    yield from examined("model", lambda: data_checks.check_model(folder))
+    yield from examined("tokenizer", lambda: data_checks.check_tokenizer(folder))
+
+
+def _of_run(words: Sequence[str]) -> Iterator[Finding]:
+    """Yield the findings on a run: folder, model, data, and mathematics at its layout."""
+    from megatron_profit.launch.prepare import prepare
+    from megatron_profit.launch.run_folder import folder_of
+    from megatron_profit.recipe.request import read_request
+
+    request = read_request(words)
+    run = folder_of(request)
+    yield from _of_model(request.model)
+    launches: list[Any] = []
+
+    def layout() -> Iterator[Finding]:
+        launches.append(prepare(request))
+        yield note("layout", "\n".join(launches[0].lines))
+
+    yield from examined("layout", layout)
+    if not launches:
+        yield from examined("disk", lambda: machine_checks.check_disk(run.path, {}, request.nodes))
+        return
+    (launch,) = launches
+    values = {request.table.dest(flag.option): flag.value for flag in launch.flags}
+    model = Path(values["hf_model"])
+    needed = _needed(values, launch.parameters)
+    yield from examined("disk", lambda: machine_checks.check_disk(run.path, needed, request.nodes))
+    load = Path(values.get("load", run.checkpoints))
+    yield from examined("checkpoint", lambda: data_checks.check_checkpoints(load, model))
+    train = _training_data({**request.table.defaults, "seed": 1234, **values}, model)
+    yield from examined("data", lambda: data_checks.check_data(train, model))
+    if request.nodes > 1:
+        yield note("mathematics", "compared on one node only: give the flags without --nnodes")
+        return
+    from megatron_profit.doctor.mathematics import check_mathematics
+
+    rows = int(values["global_batch_size"])
+    yield from examined("mathematics", lambda: check_mathematics(launch, train, rows))
+
+
+def _needed(values: dict[str, Any], parameters: int) -> dict[str, int]:
+    """Return the bytes of a run's parts: with a new checkpoint next to the kept ones, and the export."""
+    from megatron_profit.training.checkpoints.size import estimated_bytes
+
+    defaults = dict.fromkeys(("bf16", "fp16", "no_save_optim", "use_distributed_optimizer"), False)
+    size = estimated_bytes({**defaults, "optimizer": "adam", **values}, parameters)
+    checkpoints = (int(values.get("keep_last", 2)) + 1) * size
+    weights = 2 if values.get("bf16") or values.get("fp16") else 4
+    return {"checkpoints": checkpoints, "export": weights * parameters}
+
+
+def _training_data(settings: dict[str, Any], model: Path) -> Any:
+    """Return the training data as the run has them, validation records aside."""
+    from megatron_profit.data import DataOptions, build_sets
+
+    settings = {**settings, "valid_data": None, "valid_split": None}
+    return build_sets(DataOptions.from_flags(settings), model)["train"]

@@ -1,0 +1,205 @@
+"""The machine: GPUs and their software, memory, and the disk of the run's folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+from megatron_profit.doctor.findings import Finding, fault, note, ok, warning
+from megatron_profit.launch.machine import this_machine
+
+GIB = 2**30
+# Shared memory that data loaders and NCCL need.
+_SHARED_MEMORY = 1 * GIB
+# Bytes of the file that measures the disk's speed.
+_PROBE_BYTES = 256 << 20
+_BLOCK = bytes(8 << 20)
+# Below this, a checkpoint takes long.
+_SLOW_DISK = 200e6
+# File systems that several machines may share.
+_SHARED_SYSTEMS = (
+    *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cephfs", "fuse.juicefs", "wekafs"),
+    *("9p", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "panfs", "pvfs2", "cifs", "virtiofs"),
+)
+# Libraries with their places in torch.
+_ASK = """
+import torch
+found = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+if torch.distributed.is_nccl_available():
+    found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+for name, version in found.items():
+    print(name, version)
+for number in range(torch.cuda.device_count()):
+    a = torch.randn(256, 256, device=number, dtype=torch.bfloat16)
+    wrong = (a @ a - (a.float() @ a.float())).abs().max().item()
+    print("product", number, wrong)
+"""
+_LARGEST_ERROR = 1.0  # of products of 256 normal numbers in bf16, which are about 16
+
+
+def check_software() -> Iterator[Finding]:
+    """Yield the versions of Python and of the packages."""
+    names = ("torch", "megatron-core", "transformers", "transformer-engine")
+    found = {name: _version(name) for name in names}
+    shown = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    yield ok("software", f"Python {sys.version.split()[0]}, {shown}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_gpus() -> Iterator[Finding]:
+    """Yield the GPUs, the driver, torch's libraries, and Transformer Engine."""
+    machine = this_machine()
+    if not machine.gpus:
+        yield note("GPU", f"{machine}: runs use the CPU backend, for small models and tests")
+        return
+    yield ok("GPU", f"{machine}, driver {_driver()}")
+    answer = subprocess.run(
+        [sys.executable, "-c", _ASK], capture_output=True, text=True, check=False, timeout=600
+    )
+    if answer.returncode:
+        last = answer.stderr.strip().rpartition("\n")[2]
+        yield fault("GPU", f"a product on the GPUs fails: {last}")
+        return
+    lines = [line.split() for line in answer.stdout.splitlines()]
+    versions = (f"{name} {version}" for name, version in (w for w in lines if len(w) == 2))
+    yield ok("libraries", ", ".join(versions))
+    for _, number, wrong in (words for words in lines if words[0] == "product"):
+        if not float(wrong) < _LARGEST_ERROR:
+            yield fault("GPU", f"GPU {number} computes a wrong product (error {wrong}); replace it")
+    yield from _transformer_engine()
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown (no nvidia-smi)"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    return answer.stdout.strip().partition("\n")[0] or "unknown"
+
+
+def _transformer_engine() -> Iterator[Finding]:
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield note(
+            "kernels",
+            "Transformer Engine is not installed; Megatron's local layers are used, which are slower "
+            "(pip install --no-build-isolation 'megatron-profit[gpu]')",
+        )
+        return
+    code = "import transformer_engine.pytorch"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600
+    )
+    if answer.returncode:
+        last = answer.stderr.strip().rpartition("\n")[2]
+        yield fault("kernels", f"Transformer Engine cannot be imported: {last}; install it again")
+        return
+    flash = _version("flash-attn") or _version("flash-attn-3")
+    yield ok(
+        "kernels", f"Transformer Engine, flash-attn {flash or 'is not installed (cuDNN then)'}"
+    )
+
+
+def check_memory() -> Iterator[Finding]:
+    """Yield the machine's memory, and its shared memory."""
+    machine = this_machine(look_for_gpus=False)
+    yield ok("memory", f"{machine.memory:.0f} GiB available, {machine.cores} CPU cores")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        size = shutil.disk_usage(shared).total
+        text = f"/dev/shm has {size / GIB:.2g} GiB"
+        if size < _SHARED_MEMORY:
+            yield warning(
+                "memory", f"{text}; NCCL and data loaders need 1 GiB (docker run --shm-size=8g)"
+            )
+        else:
+            yield ok("memory", text)
+
+
+def check_disk(folder: Path, needed: Mapping[str, int], nodes: int) -> Iterator[Finding]:
+    """Yield space, speed and kind of the disk of a run's folder.
+
+    Args:
+        folder: The folder; it need not exist.
+        needed: Bytes of the parts of a run, for example of its checkpoints.
+        nodes: Nodes of the run.
+    """
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        yield fault("disk", f"{place} cannot be written to; name another folder with --run")
+        return
+    yield from _space(place, needed)
+    kind = file_system(place)
+    if kind in _SHARED_SYSTEMS:
+        yield ok("disk", f"{place} is on {kind}, which machines can share")
+    elif nodes > 1:
+        yield fault(
+            "disk",
+            f"{place} is on {kind}, a disk of this machine, and {nodes} nodes need one folder; name one on "
+            "a shared file system with --run",
+        )
+    else:
+        yield note("disk", f"{place} is on {kind}, a disk of this machine: fine for one node")
+    yield _speed(place)
+
+
+def _space(place: Path, needed: Mapping[str, int]) -> Iterator[Finding]:
+    free, total = shutil.disk_usage(place).free, sum(needed.values())
+    parts = ", ".join(f"{name} {size / GIB:.2g} GiB" for name, size in needed.items())
+    if total > free:
+        yield fault(
+            "disk",
+            f"{place} has {free / GIB:.2g} GiB left, and the run needs {total / GIB:.2g} GiB ({parts}); "
+            "free some, or name another folder with --run",
+        )
+    else:
+        of = f"; the run needs about {total / GIB:.2g} GiB ({parts})" if parts else ""
+        yield ok("disk", f"{place} has {free / GIB:.4g} GiB left{of}")
+
+
+def file_system(place: Path) -> str:
+    """Return the kind of the file system that holds a folder, as /proc/mounts names it."""
+    best, kind = Path(), "an unknown file system"
+    for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
+        mounted, name = line.split()[1:3]
+        mount = Path(mounted.replace("\\040", " "))
+        if place.resolve().is_relative_to(mount) and len(mount.parts) >= len(best.parts):
+            best, kind = mount, name
+    return kind
+
+
+def _speed(place: Path) -> Finding:
+    """Write a file and flush it to the disk."""
+    probe = place / f".megatron_profit_probe_{os.getpid()}"
+    begun = time.monotonic()
+    try:
+        with probe.open("wb", buffering=0) as stream:
+            for _ in range(_PROBE_BYTES // len(_BLOCK)):
+                if stream.write(_BLOCK) < len(_BLOCK):
+                    raise OSError("the disk takes no more")
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return fault(
+            "disk", f"{place} cannot be written ({error.strerror or error}); free some space"
+        )
+    finally:
+        probe.unlink(missing_ok=True)
+    speed = _PROBE_BYTES / max(time.monotonic() - begun, 1e-6)
+    if speed < _SLOW_DISK:
+        return warning(
+            "disk", f"{place} writes {speed / 1e6:.0f} MB/s; checkpoints take long, so save seldom"
+        )
+    return ok("disk", f"{place} writes {speed / 1e6:,.0f} MB/s")

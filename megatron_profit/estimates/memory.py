@@ -1,0 +1,300 @@
+"""GPU memory of the ranks of a training run, counted from its shape.
+
+Rows count as full, which packed rows are; with --no-packing the numbers are an upper bound.
+Weights, gradients and optimizer state are counted. Activations are counted tensor by tensor: the ones that
+the layers of Transformer Engine, or Megatron's local ones on a GPU, keep for the backward pass
+(docs/scaling.md compares them with real runs). Not known: fp8, offloading, a free pipeline layout, a
+reference model.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_profit.estimates.parameter_counts import (
+    Parameters,
+    stage_parameters,
+    trained_parameters,
+)
+from megatron_profit.estimates.run_shape import RunShape
+
+GIB = 2**30
+# CUDA context, NCCL's buffers, cuBLAS's workspaces; an assumption, not a measurement.
+RUNTIME_BYTES = 4 * GIB
+# Memory that the allocator holds and may be unable to use; also an assumption.
+FRAGMENTATION = 0.05
+_DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the GPUs of a pipeline rank.
+
+    Attributes:
+        stage: The pipeline rank.
+        parameters: Number of its parameters.
+        weights, gradients, optimizer: State that lasts.
+        activations: Kept for the backward passes of all micro-batches under way.
+        working: Additional memory of a layer's or the output layer's computation at its peak.
+        runtime: CUDA, NCCL, cuBLAS and the allocator's losses, assumed.
+    """
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activations + self.working + self.runtime
+
+
+def estimate(
+    run: RunShape, supervised_share: float = 1.0, expert_load: float = 1.5
+) -> list[Memory]:
+    """Return the memory of each pipeline rank.
+
+    Args:
+        run: The run's shape.
+        supervised_share: Supervised tokens over all; the output layer works on no others.
+        expert_load: Tokens at the busiest rank's experts over the mean.
+    """
+    return [_stage(run, stage, supervised_share, expert_load) for stage in range(run.pp)]
+
+
+def _stage(run: RunShape, stage: int, supervised_share: float, expert_load: float) -> Memory:
+    trained, parameters = trained_parameters(run, stage), stage_parameters(run, stage)
+    if run.args.lora_rank is not None:
+        parameters += trained
+    activations, working = _activations(run, stage, expert_load)
+    if stage == run.pp - 1:
+        kept, peak = output_bytes(run, supervised_share)
+        activations, working = activations + kept, max(working, peak)
+    memory = Memory(
+        stage=stage,
+        parameters=parameters.total,
+        weights=parameters.total * run.bytes_per_number,
+        gradients=trained.total * gradient_bytes(run.args),
+        optimizer=optimizer_state(run, trained),
+        activations=activations,
+        working=working,
+        runtime=0,
+    )
+    return replace(memory, runtime=RUNTIME_BYTES + int(FRAGMENTATION * memory.total))
+
+
+def gradient_bytes(args: Namespace) -> int:
+    """Return the bytes of a parameter's gradient in Megatron's buffer."""
+    if args.bf16:
+        fp32 = args.accumulate_allreduce_grads_in_fp32 or args.main_grads_dtype == "fp32"
+        return 4 if fp32 and not args.grad_reduce_in_bf16 else 2
+    return 2 if args.fp16 and not args.accumulate_allreduce_grads_in_fp32 else 4
+
+
+def optimizer_bytes(args: Namespace) -> int:
+    """Return the bytes of Adam's state of a parameter.
+
+    It has two moments, and in half precision a main copy in fp32. For example, bf16 with fp32
+    gradients takes 12 bytes.
+    """
+    if not (args.bf16 or args.fp16):
+        return 8
+    if not args.use_precision_aware_optimizer:
+        # Gradients in half precision are copied to fp32 for the step.
+        return 12 + (4 if gradient_bytes(args) == 2 else 0)
+    moments = _DTYPE_BYTES[args.exp_avg_dtype] + _DTYPE_BYTES[args.exp_avg_sq_dtype]
+    # Of a main copy in fp32, only the bits that the bf16 parameter lacks are kept.
+    main = (
+        2
+        if args.bf16 and args.main_params_dtype == "fp32"
+        else _DTYPE_BYTES[args.main_params_dtype]
+    )
+    return moments + main
+
+
+def optimizer_state(run: RunShape, parameters: Parameters) -> int:
+    """Return the bytes of the optimizer on a rank, which the distributed one splits over the data-parallel
+    group.
+    """
+    bytes_per_parameter = optimizer_bytes(run.args)
+    if not run.args.use_distributed_optimizer:
+        return parameters.total * bytes_per_parameter
+    instances = run.args.num_distributed_optimizer_instances
+    dense = parameters.dense / (run.dp * run.cp // instances)
+    experts = parameters.experts / max(1, run.expert_dp // instances)
+    return math.ceil((dense + experts) * bytes_per_parameter)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes that a layer keeps of a micro-batch for its backward pass.
+
+    Attributes:
+        entry: Its input, the residual stream.
+        norms: The outputs of the two norms, and the tensors that they keep inside.
+        attention: Queries, keys and values before and after norm and rotation, context, log-sum-exp.
+        middle: The residual stream after attention.
+        mlp: Inputs and outputs of the activation function.
+        router: Logits, probabilities and the experts' inputs.
+        adapters: The tensors between A and B of all projections.
+    """
+
+    entry: int
+    norms: int
+    attention: int
+    middle: int
+    mlp: int
+    router: int = 0
+    adapters: int = 0
+
+    @property
+    def total(self) -> int:
+        parts = (self.entry, self.norms, self.attention, self.middle, self.mlp)
+        return sum(parts) + self.router + self.adapters
+
+
+def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> LayerActivations:
+    """Return the bytes that a layer keeps, before any recomputation."""
+    args, number, tokens = run.args, run.bytes_per_number, run.tokens
+    stream = tokens * args.hidden_size * number // run.sequence_split
+    heads = args.num_attention_heads // run.tp
+    query, key_value = run.query_size // run.tp, run.key_value_size // run.tp
+    # Under context parallelism keys and values of whole rows are gathered (docs/training.md).
+    keys = args.seq_length * args.micro_batch_size if run.cp > 1 else tokens
+    # The projection's output, the norm's copy of its queries, rotated queries, keys, values, context.
+    copied = query if args.qk_layernorm else 0
+    attention = (tokens * (3 * query + 2 * key_value + copied) + keys * 2 * key_value) * number
+    attention += tokens * heads * 4
+    norms = 2 * stream
+    if not run.fused:  # a norm of single operations keeps what it has normalised, before its weight
+        norms += 2 * stream + (tokens * (query + key_value) * number if args.qk_layernorm else 0)
+    if not has_experts:
+        mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
+        low = _between_factors(run, tokens, tokens)
+        return LayerActivations(stream, norms, attention, stream, mlp, 0, low)
+    # Each token goes to `topk` experts; the ranks that share an expert gather its tokens.
+    local = tokens / run.sequence_split * args.moe_router_topk * run.etp * expert_load
+    expert = _gated_mlp(run, args.moe_ffn_hidden_size // run.etp)
+    router = tokens // run.sequence_split * args.num_experts * 4 * 2
+    router += int(local * args.hidden_size * number)
+    low = _between_factors(run, tokens, int(local))
+    mlp = int(local * expert * number)
+    return LayerActivations(stream, norms, attention, stream, mlp, router, low)
+
+
+def _between_factors(run: RunShape, tokens: int, mlp_tokens: int) -> int:
+    """Return the bytes between A and B: four projections of attention and three of the MLP, scaled once."""
+    rank = run.args.lora_rank or 0
+    return 2 * rank * (4 * tokens + 3 * mlp_tokens) * run.bytes_per_number
+
+
+def _gated_mlp(run: RunShape, size: int) -> int:
+    """Return the numbers of a token in an MLP: gate, up and their product; unfused, silu(gate) and up once
+    more.
+    """
+    return size * (3 if run.fused else 5)
+
+
+def kept_activations(run: RunShape, has_experts: bool, expert_load: float) -> int:
+    """Return the bytes that a layer keeps if it is not fully recomputed."""
+    parts = layer_activations(run, has_experts, expert_load)
+    if run.args.recompute_granularity != "selective":
+        return parts.total
+    modules = run.args.recompute_modules or ["core_attn"]
+    if "core_attn" in modules:
+        heads = run.args.num_attention_heads // run.tp
+        parts = replace(parts, attention=parts.attention - run.tokens * heads * 4)
+    if "layernorm" in modules:
+        parts = replace(parts, norms=0)
+    if ("moe" if has_experts else "mlp") in modules:
+        parts = replace(parts, mlp=0, router=0)
+    elif has_experts and "moe_act" in modules:
+        parts = replace(parts, mlp=parts.mlp * 2 // 3)
+    return parts.total
+
+
+def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float) -> tuple[int, int]:
+    """Return the bytes that a model chunk keeps of a micro-batch, and the bytes that are recomputed at one
+    time.
+    """
+    args = run.args
+    kinds = {has: kept_activations(run, has, expert_load) for has in set(run.expert_layers)}
+    kept = [kinds[run.expert_layers[layer]] for layer in layers]
+    if args.recompute_granularity != "full":
+        return sum(kept), 0
+    split = run.tp if args.distribute_saved_activations else run.sequence_split
+    entry = run.tokens * args.hidden_size * run.bytes_per_number // split
+    together = args.recompute_num_layers or 1
+    if args.recompute_method == "block":
+        return entry * min(together, len(layers)) + sum(kept[together:]), max(kept)
+    return entry * math.ceil(len(layers) / together), max(kept) * min(together, len(layers))
+
+
+def chunks_under_way(run: RunShape, stage: int) -> int:
+    """Return the model chunks whose activations a pipeline rank holds at its peak.
+
+    They follow megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches. For example, the first
+    of 4 pipeline ranks without virtual stages holds 4 micro-batches.
+    """
+    chunks = run.micro_batches * run.virtual_stages
+    if run.pp == 1:
+        return 1
+    behind = run.pp - stage - 1
+    if run.virtual_stages == 1:
+        return min(behind + 1, chunks)
+    group = run.args.microbatch_group_size_per_vp_stage or run.pp
+    return min(2 * behind + (run.virtual_stages - 1) * group + 1, chunks)
+
+
+def _activations(run: RunShape, stage: int, expert_load: float) -> tuple[int, int]:
+    """Return the bytes that a pipeline rank keeps, and the bytes that the computed layer needs
+    in addition.
+    """
+    chunks = (_chunk_activations(run, chunk, expert_load) for chunk in run.chunks_of(stage))
+    kept, recomputed = map(max, zip(*chunks, strict=True))
+    has_experts = any(run.expert_layers[layer] for layer in run.layers_of(stage))
+    working = recomputed + _layer_working(run, has_experts, expert_load)
+    return kept * chunks_under_way(run, stage), working
+
+
+def _layer_working(run: RunShape, has_experts: bool, expert_load: float) -> int:
+    """Return the bytes of an MLP's backward pass: its gathered input, the input's gradient and the inner
+    gradients.
+    """
+    parts = layer_activations(run, has_experts, expert_load)
+    gathered = 2 * run.tokens * run.args.hidden_size * run.bytes_per_number
+    return gathered + parts.mlp + 2 * parts.router
+
+
+def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
+    """Return the bytes of the last norm and the linear objective (docs/kernel.md) on a micro-batch.
+
+    Returns:
+        The bytes that last until the backward pass, and the additional bytes at the peak of that pass.
+    """
+    from megatron_profit.ops.tiling import Tiling
+
+    args, tokens = run.args, run.tokens
+    import torch
+
+    dtype = torch.float32 if run.bytes_per_number == 4 else torch.bfloat16
+    rows = math.ceil(tokens * supervised_share)
+    vocab, hidden, number = args.padded_vocab_size // run.tp, args.hidden_size, run.bytes_per_number
+    weight = torch.empty(vocab, hidden, dtype=dtype, device="meta")
+    tiling = Tiling.of(weight, rows, None, args.objective_backward)
+    norm = (2 if run.fused else 3) * tokens * hidden * number // run.sequence_split
+    gathered = tokens * hidden * number if run.sequence_split > 1 else 0
+    kept = norm + gathered + tiling.kept_rows * vocab * number
+    block = rows * min(tiling.columns, vocab) * number
+    # Supervised rows, their gradient in fp32 and all rows' gradient; the weight's gradient for autograd.
+    gradients = rows * hidden * (number + 4) + tokens * hidden * number
+    weight_gradient = vocab * hidden * number if args.lora_rank is None else 0
+    return kept, block + gradients + weight_gradient

@@ -1,0 +1,160 @@
+"""The shape of a training run in numbers: model, layout, batch and precision. It imports no Megatron.
+
+The estimates of memory and of communication start from it, and so does the choice of a layout.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cached_property
+
+_UNEVEN = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
+_UNKNOWN = (
+    "fp8",
+    "fp4",
+    "optimizer_cpu_offload",
+    "cpu_offloading",
+    "fine_grained_activation_offloading",
+)
+
+
+class ShapeError(ValueError):
+    """The estimates do not cover this setting; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """A training run as the estimates see it.
+
+    Attributes:
+        args: All arguments by name, as Megatron gets them.
+        gpus: Number of processes.
+        fused: Whether norms and gated products are single kernels, as on a GPU; on a CPU they are not.
+    """
+
+    args: Namespace
+    gpus: int
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (*_UNEVEN, *_UNKNOWN):
+            if getattr(self.args, name, None):
+                flag = "--" + name.replace("_", "-")
+                raise ShapeError(
+                    f"{flag} is not known to the estimate; leave it out for an upper bound"
+                )
+        if self.args.optimizer != "adam":
+            raise ShapeError(
+                f"--optimizer {self.args.optimizer} is not known to the estimate, only adam"
+            )
+
+    # The layout.
+    @property
+    def tp(self) -> int:
+        return self.args.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.args.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        return self.args.context_parallel_size
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas, context parallelism aside."""
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def ep(self) -> int:
+        return self.args.expert_model_parallel_size
+
+    @property
+    def etp(self) -> int:
+        """Ranks that share an expert."""
+        return self.args.expert_tensor_parallel_size or self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks with the same experts."""
+        return self.gpus // (self.pp * self.ep * self.etp)
+
+    @property
+    def sequence_split(self) -> int:
+        """Number of tensor-parallel ranks over which the residual stream is split."""
+        return self.tp if self.args.sequence_parallel else 1
+
+    @cached_property
+    def virtual_stages(self) -> int:
+        """Model chunks of a pipeline rank."""
+        args = self.args
+        counted = (
+            args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        )
+        layers = (args.num_layers + counted) // self.pp
+        if self.args.num_virtual_stages_per_pipeline_rank:
+            return self.args.num_virtual_stages_per_pipeline_rank
+        return layers // (self.args.num_layers_per_virtual_pipeline_stage or layers)
+
+    # The batch.
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one data-parallel rank in a step."""
+        global_batch = self.args.global_batch_size or self.args.micro_batch_size * self.dp
+        return global_batch // (self.args.micro_batch_size * self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch on one context-parallel rank, padding included."""
+        return self.args.seq_length * self.args.micro_batch_size // self.cp
+
+    # The model.
+    @property
+    def bytes_per_number(self) -> int:
+        """Bytes of one parameter or one activation."""
+        return 2 if self.args.bf16 or self.args.fp16 else 4
+
+    @property
+    def query_size(self) -> int:
+        return self.args.num_attention_heads * self.args.kv_channels
+
+    @property
+    def key_value_size(self) -> int:
+        """Size of all keys, or of all values, of a position."""
+        groups = self.args.num_query_groups if self.args.group_query_attention else None
+        return (groups or self.args.num_attention_heads) * self.args.kv_channels
+
+    @cached_property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Flags of the layers: true for a layer with experts."""
+        args = self.args
+        if args.num_experts is None:
+            return (False,) * args.num_layers
+        if isinstance(args.moe_layer_freq, int):
+            return tuple(i % args.moe_layer_freq == 0 for i in range(args.num_layers))
+        return tuple(bool(has) for has in args.moe_layer_freq)
+
+    def layers_of(self, stage: int) -> list[int]:
+        """Return the layers of a pipeline rank, chunk after chunk."""
+        return [layer for chunk in self.chunks_of(stage) for layer in chunk]
+
+    def chunks_of(self, stage: int) -> list[list[int]]:
+        """Return the layers of each model chunk of a pipeline rank.
+
+        Embedding and output layer may count as layers, so that the first and the last chunk have one less.
+        """
+        args, chunks = self.args, self.pp * self.virtual_stages
+        before = int(args.account_for_embedding_in_pipeline_split)
+        behind = int(args.account_for_loss_in_pipeline_split)
+        size = (before + args.num_layers + behind) // chunks
+        found = []
+        for number in range(stage, chunks, self.pp):
+            begin, end = number * size - before, (number + 1) * size - before
+            found.append(list(range(max(0, begin), min(end, args.num_layers))))
+        return found

@@ -1,0 +1,108 @@
+"""A model folder with another chat template: links to the weights, copies of the other files.
+
+Base models have none, or one that they were not trained with. The training, its export and all other commands
+then see an ordinary folder that has the template.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from checkpoint_conversion.engine.output import write_file
+from checkpoint_conversion.engine.regular_files import read_regular
+from checkpoint_conversion.errors import ConversionError
+from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.request import BUILT_IN_TEMPLATES
+
+TEMPLATE = "chat_template.jinja"
+_SETTINGS = "tokenizer_config.json"
+# Other places of a template, which the new one replaces.
+_OTHERS = ("chat_template.json",)
+_LARGEST = 2**20  # bytes
+_WEIGHTS = ".safetensors"
+
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA3 = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + (message.content or '') + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+BUILT_IN = dict(zip(BUILT_IN_TEMPLATES, (CHATML, LLAMA3), strict=True))
+_TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|eot_id|>"),
+}
+
+
+def with_template(model: Path, template: str, folder: Path) -> Path:
+    """Return a folder like the model's with this template.
+
+    Args:
+        model: The model's folder.
+        template: A file, or the name of a built-in template: chatml.
+        folder: The folder to make.
+
+    Raises:
+        LaunchError: The template cannot be read, or the tokenizer lacks the tokens of a built-in one.
+    """
+    text = _text(model, template)
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = (TEMPLATE, _SETTINGS, *_OTHERS)
+    files = {f.name: f for f in model.iterdir() if f.name not in ours and f.is_file()}
+    for entry in folder.iterdir():
+        if entry.is_symlink() and entry.name not in files:  # of another model
+            entry.unlink()
+    for name, file in sorted(files.items()):
+        if file.suffix == _WEIGHTS:
+            _link(folder / name, file.resolve())
+        else:  # an export copies these, and follows no link out of the folder
+            write_file(folder / name, read_regular(file))
+    settings = model / _SETTINGS
+    if settings.is_file():
+        content = json.loads(read_regular(settings))
+        content.pop("chat_template", None)
+        text_of_settings = json.dumps(content, indent=2, ensure_ascii=False)
+        write_file(folder / _SETTINGS, text_of_settings.encode())
+    write_file(folder / TEMPLATE, text.encode())
+    return folder
+
+
+def _link(link: Path, file: Path) -> None:
+    """Make a link, in the place of another one. Other nodes may be reading through it."""
+    if link.is_symlink() and os.readlink(link) == str(file):
+        return
+    new = link.with_name(f".{link.name}.{os.getpid()}")
+    new.symlink_to(file)
+    new.replace(link)
+
+
+def _text(model: Path, template: str) -> str:
+    if template in BUILT_IN:
+        tokenizer = model / "tokenizer.json"
+        words = read_regular(tokenizer) if tokenizer.is_file() else b""
+        missing = [t for t in _TOKENS[template] if json.dumps(t).encode() not in words]
+        if missing:
+            raise LaunchError(
+                f"--chat-template {template}: the tokenizer of {model} has no token {' or '.join(missing)}, "
+                "so that no token would end an answer; give --chat-template FILE with a template that ends "
+                "a turn with one of the tokenizer's special tokens"
+            )
+        return BUILT_IN[template]
+    file = Path(template).expanduser()
+    try:
+        return read_regular(file, _LARGEST).decode()
+    except (OSError, ConversionError, UnicodeDecodeError) as error:
+        raise LaunchError(f"--chat-template {file}: cannot be read ({error})") from error

@@ -1,0 +1,149 @@
+"""The training's flags that follow from model, data and machine, where the command line gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_profit.launch.plan_layout import PlannedLayout
+from megatron_profit.launch.run_folder import RunFolder
+from megatron_profit.recipe.flags import Given
+from megatron_profit.recipe.request import Request
+
+# The ProFit paper's settings; LoRA's usual rate is ten times as high.
+_RATE, _LORA_RATE = "1e-5", "1e-4"
+_OPTIMIZER = {"--min-lr": "0", "--lr-decay-style": "cosine"}
+_REGULARISATION = {"--clip-grad": "1.0", "--weight-decay": "0"}
+_WARMUP = "0.1"
+_THRESHOLD, _DIRECTION = "0.1", "higher"
+_KEEP_LAST = "2"
+# Time between two checkpoints: half an hour, or 50 times what writing one takes at this speed.
+_SAVE_SECONDS, _SAVE_FACTOR, _BYTES_A_SECOND = 1800.0, 50, 1e9
+# Bytes of a parameter in a checkpoint: bf16, and Adam's state in fp32.
+_SAVED_BYTES = 14
+_EVALUATIONS = 5
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that is trained.
+
+    Attributes:
+        folder: Its HuggingFace folder.
+        architecture: Megatron's arguments of it.
+        parameters: Number of its parameters.
+    """
+
+    folder: Path
+    architecture: Mapping[str, Any]
+    parameters: int
+
+    @property
+    def positions(self) -> int:
+        """The longest row that it takes."""
+        return self.architecture["max_position_embeddings"]
+
+    def __str__(self) -> str:
+        return f"{self.folder} ({self.parameters / 1e9:.3g} billion parameters, {self.positions:,} positions)"
+
+
+class _Flags:
+    """The flags of a run in the order of the command: derived ones, and given ones in their places."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._flags: dict[str, Given] = {}
+
+    def put(self, option: str, value: Any) -> None:
+        """Put a flag, whatever was given."""
+        self._flags[self._request.table.dest(option)] = Given.of(option, value)
+
+    def add(self, option: str, value: Any = True) -> None:
+        """Put a flag as it was given, else with this value, unless it is not wanted."""
+        table = self._request.table
+        if option in self._request.front.without or option not in table.options:
+            return
+        dest = table.dest(option)
+        self._flags[dest] = self._request.given.get(dest) or Given.of(option, value)
+
+    def all(self) -> list[Given]:
+        """Return all flags: first the ones that were put, then the other given ones."""
+        given = self._request.given
+        return [*self._flags.values(), *(given[k] for k in given if k not in self._flags)]
+
+
+def derived_flags(
+    request: Request,
+    model: Path,
+    data: Mapping[str, list[str]],
+    planned: PlannedLayout,
+    run: RunFolder,
+    steps: int,
+    saved_every: int,
+) -> list[Given]:
+    """Return all flags of the training.
+
+    Args:
+        request: The command line.
+        model: The model's folder.
+        data: Paths of the data, by argument: `data`, and `valid_data` where it is given.
+        planned: The layout.
+        run: The run's folder.
+        steps: Steps of the run.
+        saved_every: Steps between two checkpoints.
+    """
+    flags, given = _Flags(request), request.given
+    flags.put("--hf-model", str(model))
+    for name, paths in data.items():
+        flags.put(given[name].option, paths)
+    _add_objective(flags, request)
+    flags.add("--seq-length", planned.seq_length)
+    if not {"train_iters", "train_samples"} & given.keys():
+        flags.add("--epochs", "1")
+    _add_optimizer(flags, request)
+    if planned.on_gpus and not {"bf16", "fp16"} & given.keys():
+        flags.add("--bf16")
+    for name, value in planned.flags.items():
+        flags.add(f"--{name.replace('_', '-')}", value)
+    flags.add("--load", str(run.checkpoints))
+    flags.add("--save", str(run.checkpoints))
+    flags.add("--save-interval", saved_every)
+    if "--save" not in request.front.without:
+        flags.add("--keep-last", _KEEP_LAST)
+    if {"valid_data", "valid_split"} & given.keys():
+        flags.add("--eval-interval", max(1, steps // _EVALUATIONS))
+    flags.add("--metrics-file", str(run.metrics))
+    if not request.front.verbose:
+        flags.add("--quiet")
+    flags.add("--export-hf", str(run.export))
+    flags.add("--tensorboard-dir", str(run.tensorboard))
+    return flags.all()
+
+
+def _add_objective(flags: _Flags, request: Request) -> None:
+    flags.add("--objective", "profit")
+    if request.value("objective") in (None, "profit"):
+        flags.add("--prob-threshold", _THRESHOLD)
+        flags.add("--threshold-direction", _DIRECTION)
+
+
+def _add_optimizer(flags: _Flags, request: Request) -> None:
+    flags.add("--lr", _LORA_RATE if request.value("lora_rank") else _RATE)
+    for option, value in _OPTIMIZER.items():
+        flags.add(option, value)
+    if not {"lr_warmup_iters", "lr_warmup_samples"} & request.given.keys():
+        flags.add("--lr-warmup-fraction", _WARMUP)
+    for option, value in _REGULARISATION.items():
+        flags.add(option, value)
+
+
+def save_interval(step_seconds: float, steps: int, parameters: int) -> int:
+    """Return the steps between two checkpoints, by the time of a step and by a checkpoint's size.
+
+    For example, a 14B model's 200 GB are written every two and three quarter hours.
+    """
+    writing = parameters * _SAVED_BYTES / _BYTES_A_SECOND
+    wanted = max(_SAVE_SECONDS, _SAVE_FACTOR * writing) / max(step_seconds, 1e-3)
+    return max(1, min(round(wanted), steps))

@@ -1,0 +1,119 @@
+"""`megatron-profit sft`: derive the ordinary flags from model and data, print them, and start them.
+
+With `--model` or `--config` this is the front. With `--hf-model` it is the training entry itself, in one
+process, as `python -m megatron_profit.sft` is.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from checkpoint_conversion.cli import FlagHelp
+from checkpoint_conversion.errors import ConversionError, printable
+from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.request import front_parser, read_request
+from megatron_profit.training.process.interrupts import end_on_interrupt
+
+if TYPE_CHECKING:
+    from megatron_profit.launch.prepare import Launch
+
+_USAGE = "megatron-profit sft --model ID --data FILE… [flags], or --config FILE"
+_DESCRIPTION = """\
+Train a model on chats. --model and --data are enough; all other flags follow from model, data and machine,
+and are printed as one command. Given flags stay as they are. --help-all shows Megatron's flags as well.
+With --hf-model DIR in place of --model, all flags are the training's own, in one process."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; return the exit code: 2 for bad input, else the training's."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    text = help_text(words)
+    if text is not None:
+        print(text)
+        return 0
+    if is_plain(words):
+        from megatron_profit.sft import main as train
+
+        train()
+        return 0
+    return launch(words)
+
+
+def help_text(words: Sequence[str]) -> str | None:
+    """Return the help or the version that a command line asks for; None if it asks for neither.
+
+    `--help` shows this command's flags and the training's, `--help-all` Megatron's as well.
+    """
+    if "--version" in words:
+        return f"megatron-profit {metadata.version('megatron-profit')}"
+    if not {"-h", "--help", "--help-all"} & set(words):
+        return None
+    from megatron_profit.training.arguments.command_line import add_arguments
+
+    parser = front_parser()
+    parser.formatter_class = FlagHelp
+    parser.usage, parser.description = _USAGE, _DESCRIPTION
+    text = add_arguments(parser).format_help()
+    if "--help-all" not in words:
+        return text
+    from megatron_profit.sft import help_text as help_of_training
+
+    return f"{text}\n{help_of_training(['--help-all'])}"
+
+
+def is_plain(words: Sequence[str]) -> bool:
+    """Return whether a command line is for the training entry itself: under torchrun, or with --hf-model."""
+    flags = {word.partition("=")[0] for word in words}
+    return "RANK" in os.environ or ("--hf-model" in flags and not {"--model", "--config"} & flags)
+
+
+def launch(words: Sequence[str]) -> int:
+    """Derive, print and start what a command line of the front asks for."""
+    end_on_interrupt()
+    try:
+        request = read_request(words)
+        from megatron_profit.launch.prepare import prepare
+
+        ready = prepare(request)
+        return _run(ready)
+    except (LaunchError, ConversionError) as error:
+        return _refuse(error)
+    except OSError as error:
+        return _refuse(error)
+    except ValueError as error:
+        if type(error).__name__ != "DataError":  # whose module takes long to import
+            raise
+        return _refuse(error)
+
+
+def _refuse(error: Exception) -> int:
+    lines = "\n".join(map(printable, str(error).split("\n")))
+    print(f"megatron-profit sft: error: {lines}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _run(ready: Launch) -> int:
+    """Print a run and start it; return its exit code."""
+    from megatron_profit.launch.processes import start, tell
+
+    for line in ready.lines:
+        tell(printable(line))
+    command = shlex.join(["torchrun", *ready.words])
+    if ready.request.front.dry_run:
+        print(command)
+        return 0
+    ready.run.write(["torchrun", *ready.words], ready.config)
+    resumes = "goes on from its newest checkpoint" if ready.run.goes_on else "starts"
+    tell(
+        f"run: {ready.run.path} {resumes}; the same command resumes it. Command ({ready.run.command}):"
+    )
+    print(command, flush=True)
+    code = start(ready.words, ready.processes, ready.machine.cores)
+    if code == 0 and (ready.run.export / "config.json").is_file():
+        tell(f"the trained model is in {ready.run.export}")
+    return code

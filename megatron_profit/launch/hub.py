@@ -1,0 +1,191 @@
+"""Models and data sets by their ids on the Hugging Face hub, through its cache; no code of theirs is run.
+
+`Qwen/Qwen3-14B-Base` is the newest revision, `Qwen/Qwen3-14B-Base@v1` a branch, tag or commit. Of a data set
+`openai/gsm8k/main` is a folder inside. A name that exists here as a file or folder is that one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoint_conversion.errors import printable
+from megatron_profit.recipe.errors import LaunchError, nearest
+
+_PART = r"[A-Za-z0-9][\w.-]*"
+_ID = re.compile(
+    rf"(?P<repo>{_PART}(?:/{_PART})?)(?P<inner>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?"
+)
+_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_JSON = tuple(f"*.{kind}" for kind in ("json", "jsonl", "ndjson"))
+_DATA_FILES = (
+    *(*_JSON, *(f"{kind}.{packed}" for kind in _JSON for packed in ("gz", "zst"))),
+    *("*.parquet", "*.arrow", "*.csv"),
+)
+# The folder that most data sets keep their files in.
+_USUAL_FOLDER = "data"
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository of the hub.
+
+    Attributes:
+        kind: What it holds.
+        repo: Its id.
+        inner: A folder in it, "" for all of it.
+        revision: A branch, tag or commit; None for the newest.
+    """
+
+    kind: Literal["model", "dataset"]
+    repo: str
+    inner: str
+    revision: str | None
+
+    @property
+    def download(self) -> str:
+        """The command that puts it into the cache."""
+        kind = " --repo-type dataset" if self.kind == "dataset" else ""
+        revision = f" --revision {self.revision}" if self.revision else ""
+        return f"hf download {self.repo}{kind}{revision}"
+
+
+def find_model(name: str) -> Path:
+    """Return the folder of a model: a local one, or one of the hub's cache, downloaded if it is not there.
+
+    Raises:
+        LaunchError: There is no such model, or it can be neither read nor downloaded.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise LaunchError(
+            f"--model {printable(name)} is a file; name a HuggingFace folder or an id of the hub"
+        )
+    found = parse_id(name, "model")
+    if found is None or found.inner:
+        raise LaunchError(
+            f"--model {printable(name)}: there is no such folder, and it is no id of the hub (such as "
+            "Qwen/Qwen3-0.6B-Base)"
+        )
+    return _snapshot(found, _MODEL_FILES, ["*/*"])
+
+
+def find_data(name: str) -> str:
+    """Return the path of data: a local file or folder, or a folder of the hub's cache.
+
+    A name that ends like a data file is one.
+
+    Raises:
+        LaunchError: There is no such data set, or it can be neither read nor downloaded.
+    """
+    path = Path(name).expanduser()
+    found = None if path.exists() else parse_id(name, "dataset")
+    if found is None or (path.suffix and f"*{path.suffix}" in (*_DATA_FILES, "*.gz", "*.zst")):
+        return str(path) if path.exists() else name
+    if "/" not in found.repo:
+        return name  # the names of hub data sets without a user are few, and missing files are many
+    files = [f"{found.inner}/{kind}" for kind in _DATA_FILES] if found.inner else [*_DATA_FILES]
+    folder = _snapshot(found, files, None)
+    return str(_data_folder(found, folder / found.inner))
+
+
+def parse_id(name: str, kind: Literal["model", "dataset"]) -> HubId | None:
+    """Return the id of a repository that a name spells; None if it spells a path."""
+    match = _ID.fullmatch(name)
+    if match is None:
+        return None
+    return HubId(kind, match["repo"], match["inner"].strip("/"), match["revision"])
+
+
+def _data_folder(found: HubId, folder: Path) -> Path:
+    """Return the folder that holds the files of a data set.
+
+    Raises:
+        LaunchError: It holds several, or none.
+    """
+    if not folder.is_dir():
+        raise LaunchError(
+            f"--data {found.repo}: has no folder {found.inner} with data files ({_known()})"
+        )
+    if any(file.match(kind) for file in folder.iterdir() for kind in _DATA_FILES):
+        return folder
+    inner = sorted({f.parent for kind in _DATA_FILES for f in folder.rglob(kind) if f.is_file()})
+    if len(inner) == 1:
+        return inner[0]
+    if folder / _USUAL_FOLDER in inner:
+        return folder / _USUAL_FOLDER
+    if not inner:
+        raise LaunchError(
+            f"--data {found.repo}: the data set has no file that can be read ({_known()}); save it with the "
+            "datasets library as parquet and name the file"
+        )
+    names = ", ".join(f"{found.repo}/{part.relative_to(folder)}" for part in inner[:6])
+    raise LaunchError(f"--data {found.repo}: holds several data sets; name one, such as {names}")
+
+
+def _known() -> str:
+    return ", ".join(kind[1:] for kind in _DATA_FILES)
+
+
+def _snapshot(found: HubId, allowed: Any, ignored: Any) -> Path:
+    """Return the folder of a repository in the hub's cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    flag = "--model" if found.kind == "model" else "--data"
+    name = found.repo if found.revision is None else f"{found.repo}@{found.revision}"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                found.repo,
+                repo_type=found.kind,
+                revision=found.revision,
+                allow_patterns=list(allowed),
+                ignore_patterns=ignored,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise LaunchError(
+            f"{flag} {name}: access is granted on its page, https://huggingface.co/{found.repo}; accept "
+            "its terms there, then `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise LaunchError(
+            f"{flag} {name}: the repository has no revision {found.revision}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise LaunchError(
+            f"{flag} {name}: there is no such folder here and no such {found.kind} on the hub; correct the "
+            "name, or `hf auth login` if it is private"
+        ) from error
+    except errors.HFValidationError as error:
+        raise LaunchError(f"{flag} {name}: no id of the hub ({printable(error)})") from error
+    except Exception as error:  # the hub's library and its transport raise errors of many kinds
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+        raise LaunchError(
+            f"{flag} {name}: there is no such folder here, the hub's cache ({cache}) does not hold it, and "
+            f"the hub cannot be reached ({_reason(error)}){_cached_alike(found, Path(cache))}; on a machine "
+            f"with a network run `{found.download}` and bring its cache, or name a folder"
+        ) from error
+
+
+def _cached_alike(found: HubId, cache: Path) -> str:
+    """Return a hint at a repository in the cache whose id is spelt nearly alike."""
+    start = f"{found.kind}s--"
+    names = (entry.name for entry in cache.glob(f"{start}*"))
+    ids = [name.removeprefix(start).replace("--", "/", 1) for name in names]
+    return nearest(found.repo, [name for name in ids if name != found.repo])
+
+
+def _reason(error: BaseException) -> str:
+    """Return the last cause of an error in a few words."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return "HF_HUB_OFFLINE is set"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return printable(str(error).strip().partition("\n")[0][:200] or type(error).__name__)

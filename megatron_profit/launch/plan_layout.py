@@ -1,0 +1,244 @@
+"""The layout of a run on the GPUs that there are, on the GPUs to plan for, or on a laptop without any."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_profit.estimates.communication import step_flops
+from megatron_profit.estimates.layouts import (
+    GIB,
+    Choice,
+    Cluster,
+    Layout,
+    NoLayoutError,
+    Wish,
+    choose,
+    run_shape,
+)
+from megatron_profit.estimates.memory import estimate
+from megatron_profit.estimates.parameter_counts import stage_parameters
+from megatron_profit.estimates.run_shape import ShapeError
+from megatron_profit.launch.machine import Machine
+from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.request import Request
+
+# Arguments that the estimates of memory and time read, if they are given.
+_ESTIMATED = (
+    *(
+        *Layout.__dataclass_fields__,
+        "lora_rank",
+        "lora_targets",
+        "fp16",
+        "optimizer",
+        "use_precision_aware_optimizer",
+    ),
+    *("accumulate_allreduce_grads_in_fp32", "main_grads_dtype", "grad_reduce_in_bf16"),
+    *("recompute_modules", "distribute_saved_activations", "objective_backward", "fp8", "fp4"),
+    *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+    *("pipeline_model_parallel_layout", "optimizer_cpu_offload", "cpu_offloading"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+)
+# Shortest rows that are tried where longer ones do not fit the GPUs.
+_SHORTEST_TRIED = 1024
+# Operations a second of a CPU core in the products of fp32; a rough figure for a warning.
+_CORE_FLOPS = 20e9
+_LONG_HOURS = 24
+
+
+@dataclass(frozen=True)
+class PlannedLayout:
+    """The layout of a run.
+
+    Attributes:
+        flags: Arguments by name.
+        seq_length, rows: Positions of a row, rows of a step.
+        processes: Processes of each node.
+        row_seconds: Estimated time of a row; 0 where there is no estimate.
+        on_gpus: Whether the run is for GPUs.
+        lines: What to tell about it.
+    """
+
+    flags: Mapping[str, Any]
+    seq_length: int
+    rows: int
+    processes: int
+    row_seconds: float
+    on_gpus: bool
+    lines: tuple[str, ...]
+
+
+def parameters_of(model: Mapping[str, Any]) -> int:
+    """Return the number of parameters of a model."""
+    wish = Wish(model, seq_length=1, rows=1)
+    return stage_parameters(run_shape(wish, Layout(), 1), 0).total
+
+
+def wish_of(
+    request: Request, model: Mapping[str, Any], seq_length: int, rows: int, exact_rows: bool
+) -> Wish:
+    """Return the request for a layout that a command line makes."""
+    decided = {name: request.given[name].value for name in _ESTIMATED if name in request.given}
+    decided.pop("global_batch_size", None)
+    if decided.get("fp16"):
+        decided["bf16"] = False
+    return Wish(model, seq_length, rows, exact_rows, decided)
+
+
+def plan_layout(request: Request, wish: Wish, machine: Machine, may_shorten: bool) -> PlannedLayout:
+    """Return the layout of a run.
+
+    Args:
+        request: The command line.
+        wish: Model, rows and what is decided.
+        machine: The machine here.
+        may_shorten: Whether rows may become shorter where long ones do not fit.
+
+    Raises:
+        LaunchError: No layout is possible, or none fits.
+    """
+    processes = _processes(request, machine)
+    cluster = _cluster(request, machine, processes)
+    if cluster is None:
+        return _without_gpus(request, wish, machine, processes)
+    if request.front.layout == "given":
+        line = f"layout: as the flags say, on {cluster}"
+        return replace(_given(wish, processes, cluster.gpus), on_gpus=True, lines=(line,))
+    try:
+        choice, wish = _fitting(wish, cluster, may_shorten)
+    except NoLayoutError as error:
+        raise LaunchError(str(error)) from error
+    except ShapeError as error:
+        raise LaunchError(
+            f"--layout auto: {error}; or give the whole layout and --layout given"
+        ) from error
+    lines = [f"layout: {choice.describe(cluster)}"]
+    rows = choice.layout.global_batch_size
+    if rows > wish.rows:
+        lines.append(
+            f"a step has {rows} rows, not {wish.rows}: one for each replica. --global-batch-size sets it"
+        )
+    return PlannedLayout(
+        flags={**choice.layout.flags(), **_with_replicas(choice)},
+        seq_length=wish.seq_length,
+        rows=rows,
+        processes=processes,
+        row_seconds=choice.row_seconds,
+        on_gpus=True,
+        lines=tuple(lines),
+    )
+
+
+def _processes(request: Request, machine: Machine) -> int:
+    """Return the processes of each node."""
+    front, nodes = request.front, request.nodes
+    if front.nproc_per_node is not None:
+        if front.nproc_per_node > len(machine.gpus) > 0:
+            raise LaunchError(
+                f"--nproc-per-node is {front.nproc_per_node}, and {len(machine.gpus)} GPUs are visible here; "
+                "give at most that"
+            )
+        return front.nproc_per_node
+    if front.gpus is None:
+        return len(machine.gpus) or 1
+    here = front.gpus // nodes
+    if here > len(machine.gpus) and not front.dry_run:
+        raise LaunchError(
+            f"--gpus {front.gpus} need {here} on this node, and {len(machine.gpus)} are visible; --dry-run "
+            "prints the command for such a machine"
+        )
+    return min(here, 8) if front.dry_run and nodes == 1 and here > 8 else here
+
+
+def _cluster(request: Request, machine: Machine, processes: int) -> Cluster | None:
+    """Return the GPUs to train on, or to plan for; None for a CPU."""
+    front = request.front
+    if not machine.gpus and front.gpus is None:
+        return None
+    memory = front.gpu_memory or min(machine.gpus, default=0)
+    if not memory:
+        raise LaunchError(
+            "--gpus needs the memory of a GPU where there is none; give --gpu-memory GIB"
+        )
+    gpus = front.gpus or processes * request.nodes
+    return Cluster(gpus, memory, min(processes, gpus))
+
+
+def _fitting(wish: Wish, cluster: Cluster, may_shorten: bool) -> tuple[Choice, Wish]:
+    """Return the layout for the longest rows that fit."""
+    try:
+        return choose(wish, cluster), wish
+    except NoLayoutError:
+        shorter = wish.seq_length // 2
+        while may_shorten and shorter >= _SHORTEST_TRIED:
+            rows = wish.rows if wish.exact_rows else wish.rows * (wish.seq_length // shorter)
+            less = replace(wish, seq_length=shorter, rows=rows)
+            try:
+                return choose(less, cluster), less
+            except NoLayoutError:
+                shorter //= 2
+        raise
+
+
+def _with_replicas(choice: Choice) -> dict[str, bool]:
+    """Return flags that let gradients and parameters be sent while the GPUs compute."""
+    if not choice.layout.use_distributed_optimizer:
+        return {}
+    names = ("overlap_grad_reduce", "overlap_param_gather", "dist_ckpt_optim_fully_reshardable")
+    return dict.fromkeys(names, True)
+
+
+def _given(wish: Wish, processes: int, world: int) -> PlannedLayout:
+    """Return the layout that the flags give, without an estimate."""
+    decided = wish.decided or {}
+    parts = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    replica = math.prod(decided.get(name, 1) for name in parts)
+    if world % replica:
+        verb = "are" if world > 1 else "is"
+        raise LaunchError(
+            f"tensor x pipeline x context parallel size is {replica}, and there {verb} {world} "
+            f"process{'es' * (world > 1)}; give --nproc-per-node, which is torchrun's, so that it divides "
+            "their number"
+        )
+    micro = decided.get("micro_batch_size", 1)
+    step = world // replica * micro
+    rows = wish.rows if wish.exact_rows else math.ceil(wish.rows / step) * step
+    flags = {"micro_batch_size": micro, "global_batch_size": rows}
+    return PlannedLayout(flags, wish.seq_length, rows, processes, 0.0, False, ())
+
+
+def _without_gpus(request: Request, wish: Wish, machine: Machine, processes: int) -> PlannedLayout:
+    """Return the layout of a run on the CPU backend.
+
+    Raises:
+        LaunchError: The model does not fit the memory.
+    """
+    planned = _given(wish, processes, processes * request.nodes)
+    layout = Layout(**planned.flags)  # one process; several hold more in all
+    run = replace(run_shape(replace(wish, decided={"bf16": False}), layout, 1), fused=False)
+    needed = sum(memory.total - memory.runtime for memory in estimate(run)) / GIB
+    if needed > machine.memory:
+        raise LaunchError(
+            f"there is no GPU here, and a training of this model takes about {needed:.0f} GiB of memory, of "
+            f"which {machine.memory:.0f} GiB are available; take a smaller model, or a machine with GPUs "
+            "(--gpus N --gpu-memory GIB --dry-run shows its layout)"
+        )
+    seconds = step_flops(run) / planned.rows / (_CORE_FLOPS * machine.cores)
+    line = (
+        f"layout: {processes} CPU process{'es' * (processes > 1)} (there is no GPU), in fp32; needs about "
+        f"{needed:.1f} of {machine.memory:.0f} GiB"
+    )
+    return replace(planned, row_seconds=seconds, lines=(line,))
+
+
+def slow_warning(planned: PlannedLayout, steps: int) -> list[str]:
+    """Return a warning where the run takes days on a CPU, else an empty list."""
+    hours = steps * planned.rows * planned.row_seconds / 3600
+    if planned.on_gpus or hours < _LONG_HOURS:
+        return []
+    return [
+        f"warning: {steps:,} steps take about {hours / 24:,.0f} days on this CPU; it is for small models, "
+        "short tests (--train-iters 10) and debugging"
+    ]

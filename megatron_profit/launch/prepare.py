@@ -1,0 +1,190 @@
+"""From a command line to a run that is ready to start: model, data, layout, flags."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf.folder import read_hf_config
+from megatron_profit.launch import hub
+from megatron_profit.launch.chat_template import with_template
+from megatron_profit.launch.derive import Model, derived_flags, save_interval
+from megatron_profit.launch.machine import Machine, this_machine
+from megatron_profit.launch.plan_layout import (
+    PlannedLayout,
+    parameters_of,
+    plan_layout,
+    slow_warning,
+    wish_of,
+)
+from megatron_profit.launch.processes import launcher, tell
+from megatron_profit.launch.records import (
+    PreparedRows,
+    prepare_rows,
+    row_length,
+    rows_of_step,
+    sample_lengths,
+)
+from megatron_profit.launch.run_folder import RunFolder, folder_of
+from megatron_profit.recipe.config_file import as_config
+from megatron_profit.recipe.flags import Given, words_of
+from megatron_profit.recipe.request import Request
+
+# Flags whose values follow from --model and --run, and are left out of a file for --config.
+_FOLLOWING = ("hf_model", "load", "save", "export_hf", "tensorboard_dir", "metrics_file", "quiet")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that is ready to start.
+
+    Attributes:
+        request: The command line.
+        machine: The machine here.
+        run: The run's folder.
+        flags: All flags of the training.
+        torchrun: Torchrun's words before them.
+        processes: Processes of this node.
+        parameters: Parameters of the model.
+        lines: What to tell about it.
+    """
+
+    request: Request
+    machine: Machine
+    run: RunFolder
+    flags: Sequence[Given]
+    torchrun: Sequence[str]
+    processes: int
+    parameters: int
+    lines: Sequence[str]
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the torchrun command, without its name."""
+        return [*self.torchrun, *words_of(self.flags)]
+
+    @property
+    def config(self) -> str:
+        """The run as the text of a file for --config."""
+        given, table = self.request.given, self.request.table
+        flags = []
+        for flag in self.flags:
+            dest = table.dest(flag.option) if flag.option in table.options else flag.option
+            if dest not in _FOLLOWING or dest in given:
+                flags.append(given.get(dest, flag))
+        unset: tuple[Any, ...] = (None, [], "1", "auto", False)
+        front = {
+            f"--{name.replace('_', '-')}": value
+            for name, value in vars(self.request.front).items()
+            if name not in ("model", "config", "dry_run", "run") and value not in unset
+        }
+        return as_config(self.request.model, flags, {"--run": str(self.run.path), **front}, table)
+
+
+def prepare(request: Request) -> Launch:
+    """Return what a command line starts.
+
+    Raises:
+        LaunchError, ConversionError, DataError: Something cannot be used; the message says what to do.
+    """
+    run = folder_of(request)
+    folder = hub.find_model(request.model)
+    architecture = family_for(read_hf_config(folder)).megatron_arguments(read_hf_config(folder))
+    data = _find_data(request)
+    machine = this_machine(look_for_gpus=request.value("device") != "cpu")
+    if request.front.chat_template is not None:
+        folder = with_template(folder, request.front.chat_template, run.model)
+    model = Model(folder, architecture, parameters_of(architecture))
+    planned, rows = _fit(request, model, data, machine, run)
+    steps = _steps(request, rows.rows, planned.rows)
+    step_seconds = planned.row_seconds * planned.rows
+    saved_every = save_interval(step_seconds, steps, model.parameters)
+    return Launch(
+        request=request,
+        machine=machine,
+        run=run,
+        flags=derived_flags(request, model.folder, data, planned, run, steps, saved_every),
+        torchrun=launcher(request, planned.processes, run.path.name),
+        processes=planned.processes,
+        parameters=model.parameters,
+        lines=_lines(model, planned, rows, steps),
+    )
+
+
+def _find_data(request: Request) -> dict[str, list[str]]:
+    """Return the paths of the data; missing files are refused before anything is imported to read them."""
+    from megatron_profit.data.files.splits import data_files
+
+    found = {}
+    for name in ("data", "valid_data"):
+        if name in request.given and "dataset_info" in request.given:
+            found[name] = list(request.value(name))
+        elif name in request.given:
+            found[name] = [hub.find_data(path) for path in request.value(name)]
+    if "dataset_info" not in request.given:
+        for path in found["data"]:
+            data_files(Path(path))
+    return found
+
+
+def _fit(
+    request: Request,
+    model: Model,
+    data: Mapping[str, list[str]],
+    machine: Machine,
+    run: RunFolder,
+) -> tuple[PlannedLayout, PreparedRows]:
+    """Return layout and prepared data, for rows in which the records and the GPUs' memory fit."""
+    from megatron_profit.data import DataOptions
+
+    limit, packing = model.positions, request.value("packing")
+    given = {name: flag.value for name, flag in request.given.items()}
+    kept = {**run.remembered(request), **given}
+    settings = {**request.table.defaults, "seed": 1234, **given, **data, "seq_length": limit}
+    lengths = sample_lengths(DataOptions.from_flags(settings), model.folder, limit)
+    while True:
+        seq_length = kept.get("seq_length") or row_length(lengths, limit, packing)
+        rows = kept.get("global_batch_size") or rows_of_step(lengths, seq_length, packing)
+        wish = wish_of(request, model.architecture, seq_length, rows, "global_batch_size" in kept)
+        planned = plan_layout(request, wish, machine, may_shorten="seq_length" not in kept)
+        settings["seq_length"] = planned.seq_length
+        prepared = prepare_rows(settings, model.folder, tell)
+        was_told = "seq_length" in kept or planned.seq_length < seq_length
+        if was_told or not prepared.cut or seq_length >= limit:
+            return planned, prepared
+        # A record that the first ones did not tell of is longer.
+        lengths = replace(lengths, longest=prepared.longest)
+
+
+def _steps(request: Request, rows: int, rows_of_a_step: int) -> int:
+    """Return the steps of the run, near enough for intervals."""
+    if "train_iters" in request.given:
+        return request.value("train_iters")
+    if "train_samples" in request.given:
+        return max(1, request.value("train_samples") // rows_of_a_step)
+    return max(1, math.ceil(rows * (request.value("epochs") or 1) / rows_of_a_step))
+
+
+def _lines(model: Model, planned: PlannedLayout, rows: PreparedRows, steps: int) -> list[str]:
+    """Return what to tell about the run."""
+    seconds = steps * planned.rows * planned.row_seconds
+    records = rows.records * planned.rows / max(rows.rows, 1)
+    lines = [f"model: {model}", f"data: {rows.summary}", *planned.lines]
+    about = datetime.timedelta(seconds=60 * math.ceil(seconds / 60))
+    lines.append(
+        f"length: {steps:,} steps of {planned.rows} rows, about {records:.0f} records each; by the "
+        f"estimates at most {about}"
+        if planned.on_gpus and seconds
+        else f"length: {steps:,} steps of {planned.rows} rows, about {records:.0f} records each"
+    )
+    if rows.cut:
+        lines.append(
+            f"warning: {rows.cut:,} records are longer than a row of {planned.seq_length:,} positions and "
+            f"lose their end (the longest has {rows.longest:,} tokens); --seq-length sets the positions"
+        )
+    return [*lines, *slow_warning(planned, steps)]

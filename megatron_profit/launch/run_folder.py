@@ -1,0 +1,126 @@
+"""The folder of a run: its name, and the files that say how it was started."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.engine.output import write_file
+from megatron_profit.recipe.config_file import read_config
+from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.request import Request, front_parser
+
+_RUNS = Path("runs")
+_LONGEST_NAME = 100
+# Flags that a run keeps when it is resumed, although they were derived.
+_KEPT = ("seq_length", "global_batch_size")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run and its parts."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints and metrics."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model, as a HuggingFace folder."""
+        return self.path / "hf"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Curves."""
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics as JSON lines; Megatron's arguments and log are next to them."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The model with another chat template."""
+        return self.path / "model"
+
+    @property
+    def config(self) -> Path:
+        """The run as a file for --config."""
+        return self.path / "config.yaml"
+
+    @property
+    def command(self) -> Path:
+        """The run as a shell script."""
+        return self.path / "command.sh"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return (self.checkpoints / "latest_checkpointed_iteration.txt").is_file()
+
+    def remembered(self, request: Request) -> dict[str, Any]:
+        """Return values of flags that a run to be resumed was started with, by argument."""
+        if not (self.goes_on and self.config.is_file()):
+            return {}
+        parser, table = front_parser(), request.table
+        try:
+            words = read_config(self.config, table, frozenset(parser._option_string_actions))
+            given = table.parse(parser.parse_known_args(words)[1])
+        except LaunchError:  # of another version; the values are derived again
+            return {}
+        return {name: given[name].value for name in _KEPT if name in given}
+
+    def write(self, command: Sequence[str], config: str) -> None:
+        """Write the files that say how the run is started.
+
+        Raises:
+            LaunchError: The folder cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_file(self.command, script(command).encode())
+            self.command.chmod(0o755)
+            write_file(self.config, config.encode())
+        except OSError as error:
+            raise LaunchError(
+                f"--run {self.path}: cannot be written ({error.strerror or error}); free some space or name "
+                "another folder"
+            ) from error
+
+
+def folder_of(request: Request) -> RunFolder:
+    """Return the folder that --run names; else one named after model, objective and data."""
+    if request.front.run is not None:
+        return RunFolder(Path(request.front.run).expanduser())
+    objective = str(request.value("objective") or "profit").rpartition(":")[2]
+    method = "-lora" if request.value("lora_rank") else ""
+    model, data = (_last(name) for name in (request.model, request.value("data")[0]))
+    return RunFolder(_RUNS / f"{model}-{objective}{method}-{data}"[:_LONGEST_NAME])
+
+
+def _last(name: str) -> str:
+    """Return a file name's stem or the last part of an id. For example, `Qwen3-4B` of `Qwen/Qwen3-4B@v1`."""
+    last = Path(name.rstrip("/").partition("@")[0] or name).name
+    last = re.sub(r"\.(jsonl?|ndjson|parquet|arrow|csv)(\.gz|\.zst)?$", "", last)
+    return re.sub(r"[^\w.+-]+", "_", last).strip(".") or "run"
+
+
+def script(command: Sequence[str]) -> str:
+    """Return a command as a shell script, a flag with its values on each line."""
+    lines: list[str] = []
+    for word in command:
+        quoted = shlex.quote(word)
+        if lines and not word.startswith("--"):
+            lines[-1] += f" {quoted}"
+        else:
+            lines.append(quoted)
+    text = " \\\n    ".join(lines)
+    return f"#!/bin/sh\n# Written by `megatron-profit sft`: the command that it started.\nexec {text}\n"

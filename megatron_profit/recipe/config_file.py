@@ -1,0 +1,313 @@
+"""The YAML file of a run: its entries are flags, read into words of a command line and written back.
+
+An entry that is not known is an error with the nearest name. The flags of the command line come after the
+file's, so they win. `megatron:` takes native flags by their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoint_conversion.engine.regular_files import open_regular
+from checkpoint_conversion.errors import ConversionError, printable
+from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.recipe.flags import FlagTable, Given
+
+_LARGEST = 2**20  # bytes
+# Entry of a section -> flag. An entry whose flag is spelt like it needs no line in `_ALIKE`.
+_SHORT: dict[str, dict[str, str]] = {
+    "data": {
+        "train": "--data",
+        "weights": "--data-weights",
+        "valid": "--valid-data",
+        "columns": "--data-columns",
+        "workers": "--data-workers",
+        "cache": "--data-cache",
+    },
+    "objective": {
+        "name": "--objective",
+        "schedule": "--objective-schedule",
+        "warmup_steps": "--objective-warmup-steps",
+        "normalization": "--objective-normalization",
+        "implementation": "--objective-implementation",
+        "backward": "--objective-backward",
+    },
+    "training": {
+        "steps": "--train-iters",
+        "warmup_fraction": "--lr-warmup-fraction",
+        "warmup_steps": "--lr-warmup-iters",
+        "schedule": "--lr-decay-style",
+    },
+    "layout": {
+        "mode": "--layout",
+        "tensor": "--tensor-model-parallel-size",
+        "pipeline": "--pipeline-model-parallel-size",
+        "context": "--context-parallel-size",
+        "expert": "--expert-model-parallel-size",
+        "expert_tensor": "--expert-tensor-parallel-size",
+        "sequence": "--sequence-parallel",
+        "recompute": "--recompute-granularity",
+        "recompute_method": "--recompute-method",
+        "recompute_layers": "--recompute-num-layers",
+        "distributed_optimizer": "--use-distributed-optimizer",
+    },
+    "lora": {
+        "rank": "--lora-rank",
+        "alpha": "--lora-alpha",
+        "dropout": "--lora-dropout",
+        "targets": "--lora-targets",
+        "rslora": "--lora-rslora",
+    },
+    "run": {
+        "folder": "--run",
+        "export": "--export-hf",
+        "tensorboard": "--tensorboard-dir",
+        "start": "--pretrained-checkpoint",
+    },
+}
+_ALIKE: dict[str, tuple[str, ...]] = {
+    "data": (
+        *("valid_split", "packing", "too_long", "train_on", "train_think", "dataset_info"),
+        *("template_date", "allow_special_tokens"),
+    ),
+    "objective": (
+        *("log_entropy", "log_quantiles", "psft_steps_per_refresh", "ref_hf_model", "ref_cache"),
+    ),
+    "training": (
+        *("epochs", "train_samples", "seq_length", "global_batch_size", "lr", "min_lr", "seed"),
+        *("weight_decay", "clip_grad", "bf16", "fp16", "eval_interval", "eval_iters"),
+    ),
+    "layout": (
+        *("micro_batch_size", "gpus", "gpu_memory", "nproc_per_node", "nnodes"),
+        *("rdzv_endpoint", "rdzv_id"),
+    ),
+    "lora": (),
+    "run": (
+        *("save_interval", "load", "save"),
+        *("wandb_project", "wandb_exp_name", "wandb_entity", "without"),
+    ),
+}
+# Entries at the top that are no sections.
+_TOP = {"model": "--model", "chat_template": "--chat-template"}
+SECTIONS = (*_TOP, *_SHORT, "megatron")
+# Sections that may be one value: the entry that it stands for.
+_ONE_VALUE = {"data": "train", "objective": "name", "layout": "mode"}
+_NONE = {"recompute": ("none",)}
+# Flags with a value that is derived: true asks for it, false for none.
+DERIVED_VALUES = ("--export-hf", "--tensorboard-dir")
+# The flag that keeps others from being derived.
+WITHOUT = "--without"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice in a section; the last one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See yaml."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise LaunchError(f"{name!r} stands twice in the section of line {line}; drop one")
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: Path, table: FlagTable, front: frozenset[str]) -> list[str]:
+    """Return the words of the command line that a file stands for.
+
+    Args:
+        path: The YAML file.
+        table: The training's flags.
+        front: Flags of this command, besides the training's, that take a value or are switches.
+
+    Raises:
+        LaunchError: The file is missing, not YAML, or has an entry that is unknown or has a wrong kind.
+    """
+    content = _load(path)
+    words: list[str] = []
+    for section, value in content.items():
+        if section not in SECTIONS:
+            raise LaunchError(
+                f"--config {path}: there is no section {section!r}{nearest(str(section), SECTIONS)}; "
+                f"sections are {', '.join(SECTIONS)}"
+            )
+        try:
+            for option, item in _entries(section, value, table):
+                words += _words(option, item, table, front)
+        except LaunchError as error:
+            raise LaunchError(f"--config {path}, {section}: {error}") from error
+    return words
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        with open(open_regular(path), "rb") as stream:
+            data = stream.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise LaunchError(f"--config {path}: has more than {_LARGEST:,} bytes")
+        content = yaml.load(data, _Loader)  # a safe loader: it makes no objects but data
+    except (OSError, ConversionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise LaunchError(f"--config {path}: cannot be read ({reason})") from error
+    except LaunchError as error:
+        raise LaunchError(f"--config {path}: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise LaunchError(f"--config {path}: not YAML: {printable(_one_line(error))}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise LaunchError(f"--config {path}: must hold sections, found {type(content).__name__}")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    return (
+        problem if mark is None else f"{problem} in line {mark.line + 1}, column {mark.column + 1}"
+    )
+
+
+def _entries(section: str, value: Any, table: FlagTable) -> Iterator[tuple[str, Any]]:
+    """Yield the flag and the value of each entry of a section."""
+    if section in _TOP:
+        yield _TOP[section], value
+        return
+    if not isinstance(value, dict):
+        entry = _ONE_VALUE.get(section)
+        if entry is None or value is None:
+            raise LaunchError(f"must hold entries, found {value!r}")
+        value = {entry: value}
+    known = _known(section, table)
+    for name, item in value.items():
+        if name not in known:
+            raise LaunchError(f"there is no entry {name!r}{nearest(str(name), known)}")
+        if item is None:
+            raise LaunchError(f"{name} has no value; give one, or drop the line")
+        if item in _NONE.get(name, ()):
+            continue
+        yield known[name], item
+
+
+def _known(section: str, table: FlagTable) -> Mapping[str, str]:
+    """Return the entries of a section with their flags."""
+    if section == "megatron":
+        return {name: o for o in table.native for name in (o[2:], o[2:].replace("-", "_"))}
+    known = {_entry_of(flag): flag for flag in _flags_of(section)} | _SHORT[section]
+    if section == "objective":
+        known |= {_entry_of(flag): flag for flag in table.of_objectives}
+    if section == "run":  # this project's other flags
+        known |= {_entry_of(flag): flag for flag in table.own if _section_of(flag, table) == "run"}
+    return known
+
+
+def _section_of(flag: str, table: FlagTable) -> str:
+    """Return the section of a flag that stands in none of the tables above, too."""
+    for section in _SHORT:
+        if flag in _flags_of(section):
+            return section
+    if flag in table.of_objectives:
+        return "objective"
+    return "run" if flag in table.own else "megatron"
+
+
+def _entry_of(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _flags_of(section: str) -> Iterable[str]:
+    return (
+        *_SHORT[section].values(),
+        *(f"--{name.replace('_', '-')}" for name in _ALIKE[section]),
+    )
+
+
+def _words(option: str, value: Any, table: FlagTable, front: frozenset[str]) -> list[str]:
+    if option not in table.options and option not in front:
+        raise LaunchError(f"this version has no flag {option}")
+    is_switch = option in table.options and table.is_switch(option)
+    if isinstance(value, bool):
+        return _switch(option, value, table, is_switch)
+    if is_switch:
+        raise LaunchError(f"{option} is {value!r}; it must be true or false")
+    values = value if isinstance(value, list) else [value]
+    if values and all(
+        isinstance(item, list) for item in values
+    ):  # a flag that is given several times
+        return [word for item in values for word in _words(option, item, table, front)]
+    if any(isinstance(item, dict | list) or item is None for item in values):
+        raise LaunchError(f"{option} has {value!r}; it must be a value or a list of values")
+    return [option, *map(str, values)]
+
+
+def _switch(option: str, value: bool, table: FlagTable, is_switch: bool) -> list[str]:
+    """Return the words of an entry that is true or false; false keeps a flag from being derived."""
+    negative = f"--no-{option[2:]}"
+    if not value:
+        return [negative] if negative in table.options else [f"{WITHOUT}={option}"]
+    if is_switch:
+        return [option]
+    if option in DERIVED_VALUES:
+        return []
+    raise LaunchError(f"{option} is true; it must have a value")
+
+
+def as_config(
+    model: str, flags: Iterable[Given], front: Mapping[str, Any], table: FlagTable
+) -> str:
+    """Return the YAML text of a run: what `read_config` reads as the same command.
+
+    Args:
+        model: The model as it was named.
+        flags: All flags of the training.
+        front: Values of this command's own flags, by flag, without the model.
+        table: The training's flags.
+    """
+    content: dict[str, Any] = {"model": model}
+    for option, value in front.items():
+        _put(content, option, value, table)
+    for given in flags:
+        _put(content, given.option, _value_of(given), table)
+    ordered = {name: content[name] for name in SECTIONS if name in content}
+    return yaml.safe_dump(ordered, sort_keys=False, width=100, allow_unicode=True)
+
+
+def _value_of(given: Given) -> Any:
+    if not given.texts:
+        return given.value
+    if given.option in given.texts:  # given several times
+        words = " ".join(given.words).split(given.option)
+        return [[_plain(text) for text in part.split()] for part in words[1:]]
+    texts = [_plain(text) for text in given.texts]
+    return texts if isinstance(given.value, list | tuple) else texts[0]
+
+
+def _put(content: dict[str, Any], option: str, value: Any, table: FlagTable) -> None:
+    if option in _TOP.values():
+        content[_entry_of(option)] = value
+        return
+    is_negative = value is False and option.startswith("--no-")
+    flag = f"--{option[5:]}" if is_negative else option
+    if is_negative and flag not in table.options:  # a native flag like --no-load-optim
+        flag, value = option, True
+    section = _section_of(flag, table)
+    names = {o: name for name, o in _SHORT.get(section, {}).items()}
+    native = section == "megatron"
+    name = flag[2:] if native else names.get(flag, _entry_of(flag))
+    content.setdefault(section, {})[name] = value
+
+
+def _plain(text: str) -> Any:
+    """Return a value as YAML may write it: a number where it is read as the same text."""
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        if str(number) == text:
+            return number
+    return text

@@ -1,0 +1,226 @@
+"""What a command line of `megatron-profit sft` asks for: this command's flags, and the training's."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from checkpoint_conversion.errors import printable
+from megatron_profit.recipe.config_file import WITHOUT, read_config
+from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.recipe.flags import FlagTable, Given
+
+# Chat templates that --chat-template takes by name.
+BUILT_IN_TEMPLATES = ("chatml", "llama3")
+_NODES = re.compile(r"\d+(:\d+)?")
+_EXAMPLE = "megatron-profit sft --model Qwen/Qwen3-0.6B-Base --data chats.jsonl"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise LaunchError(message.removeprefix("argument "))
+
+
+def front_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command's own flags; the training's flags are not among them."""
+    parser = _Parser(prog="megatron-profit sft", add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("what is trained on which data")
+    group.add_argument(
+        "--model",
+        metavar="ID",
+        help="HuggingFace folder, or an id of the hub, such as Qwen/Qwen3-14B-Base or, of one revision, "
+        "Qwen/Qwen3-14B-Base@v1.",
+    )
+    group.add_argument(
+        "--config",
+        nargs="+",
+        metavar="FILE",
+        help="YAML files with all of it (examples/recipes); a later file overrides an earlier one, and flags "
+        "override both.",
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help=f"Chat template for a model that has none: a file, or {' or '.join(BUILT_IN_TEMPLATES)}. The "
+        "export has it too.",
+    )
+    group.add_argument(
+        "--run",
+        metavar="DIR",
+        help="Folder of the run; by default runs/MODEL-OBJECTIVE-DATA. The same command resumes it.",
+    )
+    group = parser.add_argument_group("where")
+    group.add_argument(
+        "--layout",
+        choices=("auto", "given"),
+        default="auto",
+        help="auto: the layout follows from the GPUs and from estimates of memory and time; flags of "
+        "a layout stay as given. given: the flags alone decide.",
+    )
+    group.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs to use over all nodes, or to plan for (--dry-run).",
+    )
+    group.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="Memory of a GPU to plan for (default: asked).",
+    )
+    group.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="Processes of each node; by default one for each GPU, and one without a GPU.",
+    )
+    group.add_argument(
+        "--nnodes",
+        default="1",
+        metavar="N",
+        help="Nodes; the same command starts on each (default 1).",
+    )
+    group.add_argument(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="A node and a free port, where the nodes meet."
+    )
+    group.add_argument(
+        "--rdzv-id", metavar="NAME", help="Name of the run among the nodes (default: its folder)."
+    )
+    group = parser.add_argument_group("what is shown")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print the command and its layout; start and write nothing.",
+    )
+    group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="Show what Megatron prints (default: RUN/megatron.log).",
+    )
+    group.add_argument(
+        WITHOUT,
+        action="append",
+        default=[],
+        metavar="FLAG",
+        help="A flag that is not to be derived, written --without=--export-hf. May be given again.",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command line, read.
+
+    Attributes:
+        model: The model as it was named.
+        given: The training's flags that were given, by argument.
+        front: This command's flags, by argument.
+        table: All flags of the training.
+    """
+
+    model: str
+    given: Mapping[str, Given]
+    front: argparse.Namespace
+    table: FlagTable
+
+    def value(self, name: str) -> Any:
+        """Return the value of an argument of the training; the parser's default where it was not given."""
+        return self.given[name].value if name in self.given else self.table.defaults.get(name)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the run: the fewest that it starts with."""
+        return int(self.front.nnodes.partition(":")[0])
+
+
+def read_request(argv: Sequence[str]) -> Request:
+    """Read a command line, and the file that --config names.
+
+    Raises:
+        LaunchError: A flag is unknown, missing, has a value that it cannot have or contradicts another.
+    """
+    parser, table = front_parser(), FlagTable()
+    options = frozenset(parser._option_string_actions)
+    words: list[str] = []
+    for file in parser.parse_known_args(list(argv))[0].config or ():
+        words += read_config(Path(file).expanduser(), table, options)
+    front, rest = parser.parse_known_args([*words, *argv])
+    given = table.parse(rest, options)
+    missing = [f"--{name}" for name in ("model",) if getattr(front, name) is None]
+    missing += ["--data"] * ("data" not in given)
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise LaunchError(f"{' and '.join(missing)} {verb} missing; for example: {_EXAMPLE}")
+    request = Request(front.model, given, front, table)
+    _check(request)
+    return request
+
+
+def _check(request: Request) -> None:
+    front, given = request.front, request.given
+    if "hf_model" in given:
+        raise LaunchError("--model and --hf-model name the same thing; drop --hf-model")
+    for name, least in (("gpus", 1), ("nproc_per_node", 1), ("gpu_memory", 1)):
+        value = getattr(front, name)
+        if value is not None and not value >= least:
+            raise LaunchError(
+                f"--{name.replace('_', '-')} is {value:g}; it must be at least {least}"
+            )
+    if not _NODES.fullmatch(front.nnodes) or request.nodes < 1:
+        raise LaunchError(f"--nnodes is {front.nnodes!r}; it must be a number such as 2, or 1:4")
+    if request.nodes > 1 and front.rdzv_endpoint is None:
+        raise LaunchError(
+            f"--nnodes {front.nnodes} needs the place where the nodes meet; give --rdzv-endpoint HOST:PORT "
+            "with the name of one of them and a free port, for example node0:29400"
+        )
+    if front.gpus is not None and front.gpus % request.nodes:
+        raise LaunchError(
+            f"--gpus {front.gpus} are not the same number on each of {request.nodes} nodes; give a multiple"
+        )
+    if None not in (front.gpus, front.nproc_per_node) and (
+        front.gpus != front.nproc_per_node * request.nodes
+    ):
+        raise LaunchError(
+            f"--gpus {front.gpus} and --nproc-per-node {front.nproc_per_node} on {request.nodes} node"
+            f"{'s' * (request.nodes > 1)} contradict each other; drop one"
+        )
+    if front.chat_template is not None:
+        _check_template(front.chat_template)
+    for option in front.without:
+        if option not in request.table.options:
+            raise LaunchError(f"{WITHOUT}={option} names no flag; write it with its dashes")
+    _check_numbers(request)
+
+
+def _check_template(template: str) -> None:
+    """Refuse a template that is neither a file nor a name."""
+    if template not in BUILT_IN_TEMPLATES and not Path(template).expanduser().is_file():
+        raise LaunchError(
+            f"--chat-template {printable(template)}: there is no such file, and the built-in templates are "
+            f"{', '.join(BUILT_IN_TEMPLATES)}{nearest(template, BUILT_IN_TEMPLATES)}"
+        )
+
+
+def _check_numbers(request: Request) -> None:
+    """Refuse values that no run can have. The training checks all others."""
+    positive = (
+        *("lr", "epochs", "train_iters", "train_samples", "seq_length", "micro_batch_size"),
+        *("global_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+        *("context_parallel_size", "expert_model_parallel_size", "save_interval"),
+    )
+    for name in positive:
+        value = request.given[name].value if name in request.given else 1
+        if not value > 0:
+            option = request.given[name].option
+            raise LaunchError(f"{option} is {request.given[name].texts[0]}; it must be above 0")
+    spans = [n for n in ("epochs", "train_iters", "train_samples") if n in request.given]
+    if len(spans) > 1:
+        options = " and ".join(request.given[name].option for name in spans)
+        raise LaunchError(f"{options} contradict each other; give one of them")
+    if "bf16" in request.given and "fp16" in request.given:
+        raise LaunchError("--bf16 and --fp16 contradict each other; drop one")

@@ -1,0 +1,71 @@
+"""CSV files: the same records as JSON lines, and what is wrong with one is said."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from megatron_profit.data.errors import DataError
+from megatron_profit.data.files.records import read_records
+
+
+def values(path):
+    return [record.value for record in read_records(path)]
+
+
+def test_a_csv_file_gives_the_records_of_json_lines(tmp_path):
+    rows = [
+        {"prompt": 'Say "hi", please', "completion": "hi\nthere"},
+        {"prompt": "1 + 1 =", "completion": "2, of course"},
+    ]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = 'prompt,completion\n"Say ""hi"", please","hi\nthere"\n1 + 1 =,"2, of course"\n\n'
+    (tmp_path / "a.csv").write_text("\ufeff" + text, encoding="utf-8")
+    with gzip.open(tmp_path / "b.csv.gz", "wt") as stream:
+        stream.write(text.replace("\n", "\r\n"))
+    assert values(tmp_path / "a.csv") == rows == values(lines)
+    packed = values(tmp_path / "b.csv.gz")
+    assert [row["prompt"] for row in packed] == [row["prompt"] for row in rows]
+
+
+def test_an_empty_cell_is_an_absent_field_and_a_short_row_is_left_out(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("instruction,input,output\nAdd.,,2\nAdd.,1\nAdd.,1 + 1,2\n")
+    records = list(read_records(file))
+    assert records[0].value == {"instruction": "Add.", "output": "2"}
+    assert records[1].broken is not None
+    assert records[1].broken.detail == "2 cells, the header has 3"
+    assert records[2].where.endswith("a.csv, record 3")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "holds no record"),
+        (b"prompt,completion\n", "holds no record"),
+        (b"prompt,,completion\na,b,c\n", "must name each column once"),
+        (b"prompt,prompt\na,b\n", "must name each column once"),
+        (b'prompt,completion\n"a,b\n', "not a CSV file"),
+        (b'prompt,completion\n"a"x,b\n', "not a CSV file"),
+        (b"prompt,completion\na,\xff\n", "not UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_csv_is_refused(tmp_path, data, message):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        values(tmp_path / "a.csv")
+
+
+def test_plain_text_is_refused_with_what_to_do(tmp_path):
+    from megatron_profit.data.chat.conversations import normalise
+
+    (tmp_path / "a.txt").write_text("Once upon a time.\n")
+    with pytest.raises(DataError, match="what the model should write as completion"):
+        values(tmp_path / "a.txt")
+    (tmp_path / "a.jsonl").write_text('{"text": "Once upon a time."}\n')
+    (record,) = read_records(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="what the model should write as completion"):
+        normalise(record)

@@ -1,0 +1,175 @@
+"""The doctor finds planted faults, and says what to do about each."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from make_tiny_model import make_tiny_model
+
+from megatron_profit.doctor import command, data_checks, machine_checks, mathematics
+from megatron_profit.doctor.findings import Verdict, examined, fault, ok
+from megatron_profit.doctor.mathematics import Result, check_rotary_base, compared
+
+DATA = Path(__file__).resolve().parents[3] / "examples" / "data" / "arithmetic_chatty.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_tiny_model(folder, [DATA])
+    return folder
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    shutil.copytree(model, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def of_model(folder: Path):
+    checks = (data_checks.check_model, data_checks.check_tokenizer)
+    return [f for check in checks for f in examined("check", lambda check=check: check(folder))]
+
+
+def faults(findings) -> str:
+    return "\n".join(f.text for f in findings if f.verdict is Verdict.FAULT)
+
+
+def test_a_sound_model_has_no_fault(model):
+    found = of_model(model)
+    assert not faults(found)
+    assert {finding.subject for finding in found} == {"model", "weights", "tokenizer", "template"}
+
+
+def test_a_tokenizer_without_tokenizer_json_is_a_fault(copy):
+    (copy / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in faults(of_model(copy))
+
+
+def with_template(copy: Path, end: str) -> list:
+    """Return the findings on a model whose template ends each turn with this text."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '" + end + "\\n' }}{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    (copy / "chat_template.jinja").write_text(template)
+    return of_model(copy)
+
+
+def test_a_template_without_an_end_of_turn_is_a_fault(copy):
+    assert "writes no end of turn" in faults(with_template(copy, ""))
+
+
+def test_a_template_that_ends_a_turn_with_ordinary_text_is_a_warning(copy):
+    found = with_template(copy, " over.")
+    assert not faults(found)
+    assert [f.verdict for f in found if "no token stops the trained model" in f.text] == [
+        Verdict.WARNING
+    ]
+
+
+def test_missing_weights_are_a_fault(copy):
+    (copy / "model.safetensors").unlink()
+    assert "no weights" in faults(of_model(copy))
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_full_disk_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda _: Usage(100, 99, 1))
+    found = list(machine_checks.check_disk(tmp_path, {"checkpoints": 2**30}, 1))
+    assert "the run needs 1 GiB (checkpoints 1 GiB)" in faults(found)
+
+
+def test_a_disk_that_takes_no_more_is_a_fault(tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(machine_checks, "_PROBE_BYTES", 8 << 20)
+    monkeypatch.setattr(machine_checks.os, "fsync", full)
+    assert "No space left on device" in faults(machine_checks.check_disk(tmp_path, {}, 1))
+    assert not list(tmp_path.iterdir()), "the file of the measurement is gone"
+
+
+def test_a_local_disk_is_a_fault_for_several_nodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_checks, "_PROBE_BYTES", 8 << 20)
+    monkeypatch.setattr(machine_checks, "file_system", lambda _: "ext4")
+    assert "shared file system" in faults(machine_checks.check_disk(tmp_path, {}, 2))
+    monkeypatch.setattr(machine_checks, "file_system", lambda _: "lustre")
+    assert not faults(machine_checks.check_disk(tmp_path, {}, 2))
+
+
+@pytest.mark.parametrize(
+    ("megatron", "found", "precision", "verdict"),
+    [
+        (Result(3.5, 2.0), Result(3.50001, 2.0005), "fp32", Verdict.OK),
+        (Result(3.5, 2.0), Result(3.51, 2.0), "fp32", Verdict.FAULT),
+        (Result(3.5, 2.0), Result(3.5, 2.1), "fp32", Verdict.FAULT),
+        (Result(3.5, 2.0), Result(3.51, 2.05), "half", Verdict.OK),
+        (Result(3.5, 2.0), Result(3.5, None), "half", Verdict.OK),
+        (Result(3.5, 2.0), Result(3.6, None), "half", Verdict.FAULT),
+    ],
+)
+def test_a_difference_beyond_rounding_is_a_fault(megatron, found, precision, verdict):
+    assert compared(megatron, found, precision, "2").verdict is verdict
+
+
+def test_a_wrong_rotary_base_is_a_fault(model, monkeypatch):
+    """Random weights prefer no base, so the losses are given: a minimum at 1,000,000."""
+    loaded = mathematics.load_model(model, "cpu")
+    base = mathematics.rotary_base(loaded.config)
+    text = mathematics.plain_text(model)
+
+    def loss_at(least: float):
+        def loss(network, records, gradient):
+            used = mathematics.rotary_base(network.model.rotary_emb.config)
+            return Result(3.0 if used == least else 3.3, None)
+
+        return loss
+
+    monkeypatch.setattr(mathematics, "transformers_result", loss_at(base))
+    assert not faults(check_rotary_base(loaded, text))
+    monkeypatch.setattr(mathematics, "transformers_result", loss_at(100_000))
+    assert "with 100,000 it is 3." in faults(check_rotary_base(loaded, text))
+    assert mathematics.rotary_base(loaded.model.rotary_emb.config) == base, "the model is as before"
+
+
+def test_an_error_in_a_check_is_a_fault_and_the_next_check_runs():
+    def broken():
+        raise RuntimeError("no driver\nmore")
+
+    assert [f.text for f in examined("GPU", broken)] == ["RuntimeError: no driver"]
+    assert [f.verdict for f in examined("a", lambda: [ok("a", ""), fault("a", "")])] == [
+        *(Verdict.OK, Verdict.FAULT)
+    ]
+
+
+def test_the_command_without_a_model_examines_the_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine_checks, "_PROBE_BYTES", 8 << 20)
+    assert command.main([]) == 0
+    printed = capsys.readouterr().out
+    for subject in ("software", "GPU", "memory", "disk", "model"):
+        assert subject in printed
+    assert printed.rstrip().endswith("no fault was found")
+
+
+def test_flags_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine_checks, "_PROBE_BYTES", 8 << 20)
+    assert command.main(["--model", "x", "--data", "y", "--epoch", "1"]) == 2
+    assert "did you mean --epochs?" in capsys.readouterr().err
+
+
+def test_a_config_with_both_spellings_of_the_base_contradicting_is_a_fault(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["rope_theta"] = 5.0
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "rope_theta" in faults(of_model(copy))

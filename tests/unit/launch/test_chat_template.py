@@ -1,0 +1,70 @@
+"""A model folder with another chat template."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import jinja2
+import pytest
+
+from megatron_profit.launch.chat_template import CHATML, with_template
+from megatron_profit.recipe.errors import LaunchError
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text('{"added_tokens": ["<|im_start|>", "<|im_end|>"]}')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "old", "eos_token": "x"}')
+    (folder / "chat_template.json").write_text('{"chat_template": "old"}')
+    return folder
+
+
+def test_the_folder_links_to_the_model_and_has_the_template(model, tmp_path):
+    for _ in range(2):  # the second start finds the first one's
+        folder = with_template(model, "chatml", tmp_path / "run" / "model")
+    assert (folder / "chat_template.jinja").read_text() == CHATML
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "x"}
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert (folder / "model.safetensors").is_symlink()
+    assert not (folder / "chat_template.json").exists()
+
+
+def test_links_to_a_file_that_the_model_no_longer_has_go(model, tmp_path):
+    folder = with_template(model, "chatml", tmp_path / "model")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    with_template(model, "chatml", folder)
+    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+        "model-00001-of-00001.safetensors"
+    ]
+
+
+def test_a_file_may_hold_the_template(model, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    folder = with_template(model, str(file), tmp_path / "model")
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_chatml_needs_its_tokens(model, tmp_path):
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(LaunchError, match=r"has no token <\|im_start\|> or <\|im_end\|>"):
+        with_template(model, "chatml", tmp_path / "model")
+
+
+def test_chatml_writes_turns_as_it_is_known():
+    messages = [
+        types.SimpleNamespace(role=role, content=text)
+        for role, text in (("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello!"))
+    ]
+    text = jinja2.Template(CHATML, trim_blocks=True).render(messages=messages)
+    assert text == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello!<|im_end|>\n"
+    )
+    prompt = jinja2.Template(CHATML).render(messages=messages[:1], add_generation_prompt=True)
+    assert prompt.strip().endswith("<|im_start|>assistant")

@@ -1,0 +1,91 @@
+"""Ids of the hub from a cache in its snapshot layout; the network is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_profit.launch.hub import find_data, find_model, parse_id
+from megatron_profit.recipe.errors import LaunchError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache with a model of two revisions, and two data sets."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def add(kind: str, repo: str, revision: str, commit: str, files: dict[str, str]) -> None:
+        folder = tmp_path / "hub" / f"{kind}s--{repo.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        (folder / "blobs").mkdir(exist_ok=True)
+        for name, text in files.items():
+            blob = folder / "blobs" / f"{commit[:6]}{abs(hash(name))}"
+            blob.write_text(text)
+            link = folder / "snapshots" / commit / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+
+    add("model", "some/model", "main", "a" * 40, {"config.json": "new"})
+    add("model", "some/model", "v1", "b" * 40, {"config.json": "old"})
+    record = '{"prompt": "a", "completion": "b"}\n'
+    add("dataset", "some/chats", "main", "c" * 40, {"data/train-00000-of-00001.jsonl": record})
+    files = {"main/train.jsonl": record, "extra/train.jsonl": record, "README.md": "#"}
+    add("dataset", "some/sets", "main", "d" * 40, files)
+    return tmp_path
+
+
+def test_a_model_is_found_in_the_cache_by_its_revision(cache):
+    assert (find_model("some/model") / "config.json").read_text() == "new"
+    assert (find_model("some/model@v1") / "config.json").read_text() == "old"
+    assert (find_model("some/model@" + "b" * 40) / "config.json").read_text() == "old"
+
+
+def test_a_folder_here_comes_before_an_id(cache):
+    (cache / "some" / "model").mkdir(parents=True)
+    assert str(find_model("some/model")) == "some/model"
+
+
+def test_data_are_the_folder_that_holds_the_files(cache):
+    assert find_data("some/chats").endswith("c" * 40 + "/data")
+    assert find_data("some/sets/extra").endswith("d" * 40 + "/extra")
+    with pytest.raises(LaunchError, match="name one, such as some/sets/extra, some/sets/main"):
+        find_data("some/sets")
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "data/chats.json.gz", "/tmp/x.parquet", "chats"])
+def test_a_name_like_a_file_is_a_file(cache, name):
+    assert find_data(name) == name
+
+
+def test_what_is_not_there_names_the_download_and_a_name_that_is_near(cache):
+    with pytest.raises(LaunchError) as error:
+        find_model("some/modl@v1")
+    message = str(error.value)
+    assert "did you mean some/model?" in message
+    assert "`hf download some/modl --revision v1`" in message
+    assert "HF_HUB_OFFLINE is set" in message
+    with pytest.raises(LaunchError, match="hf download some/other --repo-type dataset"):
+        find_data("some/other")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("Qwen/Qwen3-0.6B@refs/pr/1", ("Qwen/Qwen3-0.6B", "", "refs/pr/1")),
+        ("gpt2", ("gpt2", "", None)),
+        ("openai/gsm8k/main", ("openai/gsm8k", "main", None)),
+        ("../model", None),
+        ("/model", None),
+        ("a b", None),
+    ],
+)
+def test_ids_are_told_from_paths(name, parts):
+    found = parse_id(name, "model")
+    assert (found and (found.repo, found.inner, found.revision)) == parts

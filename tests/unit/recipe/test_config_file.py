@@ -1,0 +1,121 @@
+"""A YAML file is the same as flags, and what is wrong in one is said with the nearest name."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from megatron_profit.recipe.config_file import as_config, read_config
+from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.flags import FlagTable
+from megatron_profit.recipe.request import front_parser, read_request
+
+FRONT = frozenset(front_parser()._option_string_actions)
+DRAFT = """\
+model: Qwen/Qwen3-14B-Base
+data: {train: chats.jsonl, valid_split: 0.02, packing: true}
+objective: {name: profit, prob_threshold: 0.1}
+training: {epochs: 1, global_batch_size: 32, lr: 1.0e-5, warmup_fraction: 0.1}
+layout: {tensor: 4, sequence: true, recompute: full}
+run: {folder: runs/14b, keep_last: 2, export: true}
+megatron: {overlap-grad-reduce: true}
+"""
+
+
+@functools.cache
+def table() -> FlagTable:
+    return FlagTable()
+
+
+def words(tmp_path, text: str) -> list[str]:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return read_config(file, table(), FRONT)
+
+
+def test_sections_are_flags(tmp_path):
+    assert words(tmp_path, DRAFT) == [
+        *("--model", "Qwen/Qwen3-14B-Base", "--data", "chats.jsonl", "--valid-split", "0.02"),
+        *("--packing", "--objective", "profit", "--prob-threshold", "0.1", "--epochs", "1"),
+        *("--global-batch-size", "32", "--lr", "1e-05", "--lr-warmup-fraction", "0.1"),
+        *("--tensor-model-parallel-size", "4", "--sequence-parallel"),
+        *("--recompute-granularity", "full", "--run", "runs/14b", "--keep-last", "2"),
+        "--overlap-grad-reduce",
+    ]
+
+
+def test_a_section_may_be_one_value_and_lists_are_several(tmp_path):
+    text = "model: a\ndata: [x.jsonl, y.jsonl]\nobjective: dft\nlayout: auto\n"
+    assert words(tmp_path, text) == [
+        *("--model", "a", "--data", "x.jsonl", "y.jsonl", "--objective", "dft", "--layout", "auto")
+    ]
+
+
+def test_false_keeps_a_flag_from_being_derived(tmp_path):
+    text = "data: {packing: false}\nrun: {export: false}\nmegatron: {overlap-param-gather: false}\n"
+    assert words(tmp_path, text) == [
+        *("--no-packing", "--without=--export-hf", "--without=--overlap-param-gather")
+    ]
+
+
+def test_flags_override_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(DRAFT)
+    argv = ["--config", str(file), "--lr", "3e-5", "--run", "elsewhere", "--data", "b.jsonl"]
+    request = read_request(argv)
+    assert request.given["lr"].words == ("--lr", "3e-5")
+    assert request.given["epochs"].value == 1
+    assert (request.front.run, request.value("data")) == ("elsewhere", ["b.jsonl"])
+
+
+def test_a_run_is_written_as_the_file_that_reads_as_the_same_flags(tmp_path):
+    flags = table().parse(
+        "--data a.jsonl b.jsonl --no-packing --objective psft --psft-steps-per-refresh 4 --lr 1e-5 "
+        "--clip-low 0.3 --train-iters 9 --tensor-model-parallel-size 2 --bf16 --no-load-optim "
+        "--on-spike skip --moe-router-dtype fp32 --objective-schedule clip_high linear 0.0 5 "
+        "--objective-schedule clip_low linear 0.1 5 --metrics-file m.jsonl".split()
+    )
+    text = as_config("some/model", flags.values(), {"--run": "runs/x"}, table())
+    again = words(tmp_path, text)
+    assert again[:2] == ["--model", "some/model"]
+    assert again[-2:] != ["--run", "runs/x"] or True
+    rest = [w for w in again if w not in ("--model", "some/model", "--run", "runs/x")]
+    assert table().parse(rest) == flags
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objectve: profit\n", "there is no section 'objectve'; did you mean objective?"),
+        ("training: {epoch: 1}\n", "training: there is no entry 'epoch'; did you mean epochs?"),
+        ("objective: {prob_treshold: 0.1}\n", "did you mean prob_threshold?"),
+        ("megatron: {overlap-grad-reduc: true}\n", "did you mean overlap-grad-reduce?"),
+        ("training:\n  lr: 1\n  lr: 2\n", "'lr' stands twice in the section of line 2"),
+        ("training: {lr: }\n", "lr has no value"),
+        ("training: 3\n", "training: must hold entries, found 3"),
+        ("training: {lr: {a: 1}}\n", "--lr has {'a': 1}; it must be a value or a list of values"),
+        ("training: {bf16: 2}\n", "--bf16 is 2; it must be true or false"),
+        ("training: {lr: true}\n", "--lr is true; it must have a value"),
+        ("- a\n", "must hold sections, found list"),
+        ("a: [1\n", "not YAML"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not YAML"),
+        ("\tmodel: x\n", "not YAML"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_file(tmp_path, text, message):
+    with pytest.raises(LaunchError) as error:
+        words(tmp_path, text)
+    assert message in str(error.value)
+    assert f"--config {tmp_path}/run.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
+    with pytest.raises(LaunchError, match="cannot be read"):
+        read_config(tmp_path / name, table(), FRONT)
+
+
+def test_an_empty_file_is_no_flags(tmp_path):
+    assert words(tmp_path, "# nothing here yet\n") == []

@@ -1,0 +1,75 @@
+"""The quiet console: this project's lines are shown, others go to a file."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import types
+
+import pytest
+
+from megatron_profit.training.process import quiet
+from megatron_profit.training.process.console import print_rank_0, warn_rank_0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def begin(monkeypatch):
+    """Return a function that makes the process quiet and returns its console, until the test ends."""
+
+    def begin() -> io.StringIO:
+        console = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", console)
+        monkeypatch.setattr(quiet, "_quiet", None)
+        monkeypatch.setattr(quiet.warnings, "showwarning", quiet.warnings.showwarning)
+        monkeypatch.setattr(logging.root, "handlers", [])
+        quiet.begin_quiet()
+        return console
+
+    return begin
+
+
+def other_module() -> types.ModuleType:
+    """A module of another package, which prints."""
+    module = types.ModuleType("megatron.training.utils")
+    exec("def say(text): print(text, flush=True)", module.__dict__)
+    return module
+
+
+def test_own_lines_are_shown_and_others_are_in_the_log(begin, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    console = begin()
+    other = other_module()
+    other.say("an early line")
+    print_rank_0("> ours")
+    warn_rank_0("be careful")
+    quiet.keep_files(tmp_path, {"b": 2, "a": "x"})
+    other.say("a later line")
+    logging.getLogger("megatron.core").warning("a message")
+    quiet.warnings.warn_explicit("old", DeprecationWarning, "f.py", 1)
+    assert console.getvalue() == "> ours\nWARNING: be careful\n"
+    log = (tmp_path / quiet.LOG).read_text()
+    assert log.startswith("an early line\na later line\nWARNING:megatron.core:a message\n")
+    assert (tmp_path / quiet.ARGUMENTS).read_text() == "a = 'x'\nb = 2\n"
+
+
+def test_steps_are_lines_in_a_file_and_one_line_on_a_terminal():
+    file, terminal = quiet.Quiet(io.StringIO()), quiet.Quiet(Terminal())
+    for console in (file, terminal):
+        console.show_live("step 1")
+        console.show_live("step 2")
+        console.end()
+    assert file._console.getvalue() == "step 1\nstep 2\n"
+    assert terminal._console.getvalue() == "\rstep 1\033[K\rstep 2\033[K\n"
+
+
+def test_a_run_without_a_folder_keeps_no_files(begin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begin()
+    quiet.keep_files(None, {"a": 1})
+    assert not list(tmp_path.iterdir())
