@@ -121,7 +121,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.sft": (
         *("megatron_profit.flags", "megatron_profit.megatron_patches", _TRAINING),
     ),
-    "megatron_profit.estimates": ("megatron_profit.ops",),
+    "megatron_profit.estimates": ("checkpoint_conversion.adapters", "megatron_profit.ops"),
     "megatron_profit.recipe": (
         *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
     ),
