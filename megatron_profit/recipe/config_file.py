@@ -15,6 +15,7 @@ import yaml
 from checkpoint_conversion.engine.regular_files import open_regular
 from checkpoint_conversion.errors import ConversionError, printable
 from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.recipe.evaluate_section import evaluation_words
 from megatron_profit.recipe.flags import FlagTable, Given
 
 _LARGEST = 2**20  # bytes
@@ -93,7 +94,7 @@ _ALIKE: dict[str, tuple[str, ...]] = {
 }
 # Entries at the top that are no sections.
 _TOP = {"model": "--model", "chat_template": "--chat-template"}
-SECTIONS = (*_TOP, *_SHORT, "megatron")
+SECTIONS = (*_TOP, *_SHORT, "evaluate", "megatron")
 # Sections that may be one value: the entry that it stands for.
 _ONE_VALUE = {"data": "train", "objective": "name", "layout": "mode"}
 _NONE = {"recompute": ("none",)}
@@ -136,6 +137,9 @@ def read_config(path: Path, table: FlagTable, front: frozenset[str]) -> list[str
                 f"sections are {', '.join(SECTIONS)}"
             )
         try:
+            if section == "evaluate":
+                words += evaluation_words(value)
+                continue
             for option, item in _entries(section, value, table):
                 words += _words(option, item, table, front)
         except LaunchError as error:

@@ -124,6 +124,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.estimates": ("checkpoint_conversion.adapters", "megatron_profit.ops"),
     "megatron_profit.recipe": (
         *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
+        "megatron_profit.evaluation",
     ),
     "megatron_profit.launch": (
         *("checkpoint_conversion", "megatron_profit.data", "megatron_profit.estimates"),

@@ -1,0 +1,51 @@
+"""The section `evaluate:` of a run's file: the tasks, and flags of `megatron-profit evaluate` by name."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from megatron_profit.evaluation.command_line import add_evaluation_flags
+from megatron_profit.recipe.errors import LaunchError, nearest
+
+
+def evaluation_words(section: Any) -> list[str]:
+    """Return the words of a training's command line that a section stands for.
+
+    For example, `{tasks: [gsm8k, ifeval], samples: 8}` gives `--eval-tasks gsm8k,ifeval --eval-flags
+    '--samples 8'`.
+
+    Args:
+        section: The section's content.
+
+    Raises:
+        LaunchError: There are no tasks, or an entry is no flag of the evaluation.
+    """
+    if not isinstance(section, dict) or not section.get("tasks"):
+        raise LaunchError("must hold tasks and flags of the evaluation; for example tasks: [gsm8k]")
+    entries = dict(section)
+    tasks = entries.pop("tasks")
+    names = tasks if isinstance(tasks, list) else [tasks]
+    words = [word for name, value in entries.items() for word in _flag(str(name), value)]
+    flags = ["--eval-flags=" + shlex.join(words)] if words else []
+    return ["--eval-tasks", ",".join(map(str, names)), *flags]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """Return the words of one flag of the evaluation."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_evaluation_flags(parser)
+    known = {action.option_strings[-1][2:].replace("-", "_"): action for action in parser._actions}
+    if name.replace("-", "_") not in known:
+        raise LaunchError(f"there is no entry {name!r}{nearest(name, ['tasks', *known])}")
+    action = known[name.replace("-", "_")]
+    option = action.option_strings[-1]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise LaunchError(f"{name} is {value!r}; it must be true or false")
+        return [option] if value else []
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict | list | bool) or item is None for item in values):
+        raise LaunchError(f"{name} has {value!r}; it must be a value or a list of values")
+    return [option, *map(str, values)]
