@@ -9,12 +9,15 @@ from megatron_profit.objectives import (  # noqa: F401
     eaft,
     entropy,
     generalized_cross_entropy,
+    infosft,
     iw_sft,
+    prift,
     profit,
     psft,
     rho1,
     sft,
     stm,
+    talr,
 )
 from megatron_profit.objectives.base import (
     COMPUTED_STATISTICS,
@@ -43,11 +46,13 @@ from megatron_profit.objectives.schedule import (
     OptionSchedule,
     ScheduledObjective,
 )
+from megatron_profit.objectives.signals import OBJECTIVE_SIGNALS, SignalObjective
 
 __all__ = [
     "COMPUTED_STATISTICS",
     "EXTERNAL_STATISTICS",
     "NORMALIZATIONS",
+    "OBJECTIVE_SIGNALS",
     "RENAMED_NORMALIZATIONS",
     "RENAMED_OPTIONS",
     "SCHEDULE_SHAPES",
@@ -56,6 +61,7 @@ __all__ = [
     "OptionSchedule",
     "RankedObjective",
     "ScheduledObjective",
+    "SignalObjective",
     "StatisticsOnly",
     "TokenStatistics",
     "build_objective",

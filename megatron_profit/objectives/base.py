@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Statistics that a kernel computes on demand.
-COMPUTED_STATISTICS = ("entropy", "sum_squared_prob", "top20_entropy")
+COMPUTED_STATISTICS = ("entropy", "sum_squared_prob", "top20_entropy", "rank", "lower_mass")
+# External statistics of the frozen reference model, each named after the statistic that it is.
+REFERENCE_STATISTICS = ("ref_log_prob", "ref_lower_mass")
 # External statistics, which only the caller can give. These are the ones of this package's objectives; an
 # objective may name others.
-EXTERNAL_STATISTICS = ("ref_log_prob", "old_log_prob", "uniform", "selected")
+EXTERNAL_STATISTICS = (
+    *REFERENCE_STATISTICS,
+    *("old_log_prob", "uniform", "selected", "min_log_prob", "max_log_prob", "median_loss"),
+)
 OPTIONAL_STATISTICS = (*COMPUTED_STATISTICS, *EXTERNAL_STATISTICS)
 # The names that an external statistic cannot have.
 KERNEL_STATISTICS = ("log_prob", "softmax_prob", *COMPUTED_STATISTICS)
@@ -40,15 +45,21 @@ class TokenStatistics:
         entropy: [N] entropy of the predicted distribution in nats.
         sum_squared_prob: [N] sum over the vocabulary of p_v squared.
         top20_entropy: [N] entropy of the 20 most probable tokens, renormalised to sum 1, in nats.
+        rank: [N] 1 + the number of tokens that are more probable than the target, as floats.
+        lower_mass: [N] sum of the probabilities that are not above the target's, its own included.
 
     This package's external statistics are:
 
-    ============ =============================================================================
-    ref_log_prob [N] log-probability of the target under a frozen reference model, in nats
-    old_log_prob [N] the same under an earlier state of the model that is trained
-    uniform      [N] one random number in [0, 1) per token, for random selection
-    selected     [N] bool, tokens that were chosen by a ranking of the whole global batch
-    ============ =============================================================================
+    ============== =============================================================================
+    ref_log_prob   [N] log-probability of the target under a frozen reference model, in nats
+    ref_lower_mass [N] lower_mass under the reference model
+    old_log_prob   [N] log-probability of the target under an earlier state of the model
+    uniform        [N] one random number in [0, 1) per token, for random selection
+    selected       [N] bool, tokens that were chosen by a ranking of the whole global batch
+    min_log_prob   [N] log of the probability that a token must reach, from a quantile
+    max_log_prob   [N] log of the probability that a token must not exceed, from a quantile
+    median_loss    [N] median over the records of the global batch of their mean -log p
+    ============== =============================================================================
     """
 
     log_prob: Tensor
@@ -56,6 +67,8 @@ class TokenStatistics:
     entropy: Tensor | None = None
     sum_squared_prob: Tensor | None = None
     top20_entropy: Tensor | None = None
+    rank: Tensor | None = None
+    lower_mass: Tensor | None = None
 
     def __init__(self, log_prob: Tensor, **statistics: Tensor | None) -> None:
         """Keep the vectors; one that is None counts as unknown.
@@ -187,6 +200,11 @@ class Objective(ABC):
         return self.required_statistics.union(*self.lookahead.values())
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether it compares with a frozen reference model."""
+        return not self.needed_statistics.isdisjoint(REFERENCE_STATISTICS)
+
+    @property
     def final(self) -> Objective:
         """The objective that a run ends with."""
         return self
@@ -203,7 +221,8 @@ class Objective(ABC):
         """Compute the statistics of ``lookahead`` for all N supervised tokens of a global batch.
 
         Args:
-            statistics: [N] vectors, the ones that ``lookahead`` names among them.
+            statistics: [N] vectors, the ones that ``lookahead`` names among them, and ``record`` [N] int64,
+                the number of each token's record. The tokens of a record stand together.
         """
         return {}
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_profit.objectives.base import (
-    Objective,
     ObjectiveOutput,
     TokenStatistics,
     weighted_nll,
 )
 from megatron_profit.objectives.registry import register_objective
+from megatron_profit.objectives.signals import SignalObjective
 
 
 @register_objective("chord-phi")
 @dataclass(frozen=True)
-class ChordPhi(Objective):
+class ChordPhi(SignalObjective):
     """L_t = -sg(p_t (1 - p_t)) log p_t, weight p_t (1 - p_t), at most 1/4.
 
     The phi of https://arxiv.org/abs/2508.11408, which there weights the supervised part of a
@@ -25,6 +25,6 @@ class ChordPhi(Objective):
 
     drops_tokens: ClassVar[bool] = False
 
-    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+    def evaluate_signal(self, statistics: TokenStatistics) -> ObjectiveOutput:
         one_minus_prob = -statistics.log_prob.expm1()
         return weighted_nll(statistics.prob * one_minus_prob, statistics)

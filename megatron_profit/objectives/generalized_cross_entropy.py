@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_profit.objectives.base import ObjectiveOutput, TokenStatistics, option
 from megatron_profit.objectives.checks import number_in
 from megatron_profit.objectives.registry import register_objective
+from megatron_profit.objectives.signals import SignalObjective
 from megatron_profit.objectives.thresholds import ThresholdObjective
 
 
@@ -33,15 +34,17 @@ class GeneralizedCrossEntropy(ThresholdObjective):
     def __post_init__(self) -> None:
         exponent = number_in("prob_exponent", self.prob_exponent, 0, low_open=True)
         object.__setattr__(self, "prob_exponent", exponent)
-        given = (self.prob_threshold, self.threshold_direction, self.keep_fraction)
+        given = [getattr(self, field.name) for field in fields(ThresholdObjective) if not field.kw_only]
         if any(value is not None for value in given):
             super().__post_init__()
+        else:
+            SignalObjective.__post_init__(self)
 
     @property
     def drops_tokens(self) -> bool:  # type: ignore[override]
         return self.threshold_direction is not None
 
-    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+    def evaluate_signal(self, statistics: TokenStatistics) -> ObjectiveOutput:
         scaled = self.prob_exponent * statistics.log_prob
         # expm1 keeps the digits of 1 - p^q near p = 1.
         loss, weight = -scaled.expm1() / self.prob_exponent, scaled.exp()

@@ -24,5 +24,13 @@ class ProFit(ThresholdObjective):
     ``keep_fraction = 1 - tau``, so its 0.3 is ``keep_fraction=0.7`` here, which keeps 70 % of the tokens.
     """
 
-    def evaluate(self, statistics: TokenStatistics) -> ObjectiveOutput:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threshold_direction == "random" and self.signal_reads:
+            raise ValueError(
+                f"objective_signal={self.objective_signal!r} has no meaning for "
+                "threshold_direction='random', which reads no probability; remove it."
+            )
+
+    def evaluate_signal(self, statistics: TokenStatistics) -> ObjectiveOutput:
         return weighted_nll(self.kept(statistics), statistics)

@@ -25,7 +25,8 @@ class STM(Objective):
 
     https://arxiv.org/abs/2501.14315: the mask comes from a frozen model and never changes. Its
     perplexity threshold of 2.5 is the probability 0.4. Masked labels leave its mean altogether, so
-    the divisor is the kept tokens.
+    the divisor is the kept tokens. It is ``profit`` on the reference signal with the threshold 0.4, the
+    direction higher and that divisor.
 
     Attributes:
         ref_prob_threshold: tau, in [0, 1].
