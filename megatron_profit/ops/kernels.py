@@ -33,15 +33,16 @@ class BlockKernels(NamedTuple):
     target in another block.
 
     Attributes:
-        statistics: (logits, column, fields, workspace) to partial statistics [parts, fields, n]
-            (see ``PartialStatistics``); leaves the logits as they are.
+        statistics: (logits, column, target, fields, workspace) to partial statistics [parts, fields, n]
+            (see ``PartialStatistics``); leaves the logits as they are. ``target`` [n] holds the targets'
+            logits in the precision of the statistics where ``fields.compares``, else it is None.
         gradient_: (grad, source, column, coefficient, at_target, max_logit, sum_exp, workspace) fills
             ``grad`` [n, v] with coefficient * (softmax - onehot) in its dtype; ``at_target`` is the
             value for the target's column. Without a ``source``, ``grad`` holds the logits. A ``source`` is
             (logits [m, v], rows [n] int64); then the logits are ``logits[rows]``.
     """
 
-    statistics: Callable[[Tensor, Tensor, PartialStatistics, Workspace], Tensor]
+    statistics: Callable[[Tensor, Tensor, Tensor | None, PartialStatistics, Workspace], Tensor]
     gradient_: Callable[
         [Tensor, GatheredLogits, Tensor, Tensor, Tensor, Tensor, Tensor, Workspace], None
     ]

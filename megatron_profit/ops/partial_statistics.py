@@ -30,21 +30,28 @@ class PartialStatistics:
     TARGET                  the target's logit, -inf where it is in another part
     entropy                 sum of exp(logit - m) * (logit - m), likewise
     sum_squared_prob        sum of exp(logit - m) ** 2, likewise
+    above                   number of entries whose logit is above the target's
+    lower                   sum of exp(logit - m) over entries whose logit is not, without the target
     top (20 rows)           the 20 largest logits in any order, -inf where there are fewer
     ======================= ===========================================================
 
     Where m is -inf, 0 takes its place in the exponents. The target joins the sums at the end: added to its
-    exponential, small ones would be rounded away. For example, 1 + 1e-9 is 1 in float32.
+    exponential, small ones would be rounded away. For example, 1 + 1e-9 is 1 in float32. ``above`` and
+    ``lower`` need the target's logit in every part, so it must be known before.
 
     Attributes:
         entropy: index of the field; None when it is not wanted.
         sum_squared_prob: likewise.
+        above: likewise.
+        lower: likewise.
         top: the slice of the 20 rows; None when they are not wanted.
         size: number of fields.
     """
 
     entropy: int | None
     sum_squared_prob: int | None
+    above: int | None
+    lower: int | None
     top: slice | None
     size: int
 
@@ -52,17 +59,17 @@ class PartialStatistics:
     def of(cls, wanted: Set[str]) -> PartialStatistics:
         """Return the fields for the wanted statistics, names from ``COMPUTED_STATISTICS``."""
         size = TARGET + 1
-        index: dict[str, int | None] = {"entropy": None, "sum_squared_prob": None}
-        for name in index:
-            if name in wanted:
-                index[name], size = size, size + 1
+        index: list[int | None] = []
+        for name in ("entropy", "sum_squared_prob", "rank", "lower_mass"):
+            index.append(size if name in wanted else None)
+            size += name in wanted
         top = slice(size, size + TOP_K) if "top20_entropy" in wanted else None
-        return cls(
-            index["entropy"],
-            index["sum_squared_prob"],
-            top,
-            size + (TOP_K if top is not None else 0),
-        )
+        return cls(*index, top, size + (TOP_K if top is not None else 0))
+
+    @property
+    def compares(self) -> bool:
+        """Whether a part must know the target's logit, wherever the target is."""
+        return self.above is not None or self.lower is not None
 
     def nothing(self, num_rows: int, like: Tensor) -> Tensor:
         """Return the partial statistics [size, n] of an empty set of logits."""
@@ -91,6 +98,10 @@ class PartialStatistics:
             total[self.sum_squared_prob] = (factor.square() * parts[:, self.sum_squared_prob]).sum(
                 0
             )
+        if self.above is not None:
+            total[self.above] = parts[:, self.above].sum(0)
+        if self.lower is not None:
+            total[self.lower] = (factor * parts[:, self.lower]).sum(0)
         if self.top is not None:
             # The 20 largest of all are among the 20 largest of each part.
             total[self.top] = (
@@ -114,6 +125,10 @@ class PartialStatistics:
         if self.sum_squared_prob is not None:
             squares = total[self.sum_squared_prob] + target.square()
             statistics["sum_squared_prob"] = squares / sum_exp.square()
+        if self.above is not None:
+            statistics["rank"] = 1 + total[self.above]
+        if self.lower is not None:
+            statistics["lower_mass"] = (total[self.lower] + target) / sum_exp
         if self.top is not None:
             statistics["top20_entropy"] = _entropy(total[self.top])
         return statistics

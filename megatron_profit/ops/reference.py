@@ -74,6 +74,7 @@ def reference_linear_objective(
             "entropy": torch.special.entr(probs_NV).sum(1),
             "sum_squared_prob": probs_NV.pow(2).sum(1),
             "top20_entropy": _top_entropy(probs_NV, 20),
+            **_of_order(logits_NV, probs_NV, labels.clamp(min=0)[:, None]),
             "softmax_prob": probs_NV.gather(1, labels.clamp(min=0)[:, None])[:, 0],
             **join_external(external, named),
         }
@@ -94,6 +95,15 @@ def _top_entropy(probs: Tensor, count: int) -> Tensor:
     """Return [N] entropy in nats of the ``count`` largest probabilities [N, V], renormalised."""
     top = probs.sort(descending=True).values[:, :count]
     return torch.special.entr(top / top.sum(-1, keepdim=True)).sum(-1)
+
+
+def _of_order(logits: Tensor, probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return the rank and the lower mass [N] of the targets [N, 1] from logits and probabilities [N, V]."""
+    above = logits > logits.gather(1, targets)
+    return {
+        "rank": 1 + above.sum(1).to(probs.dtype),
+        "lower_mass": probs.masked_fill(above, 0.0).sum(1),
+    }
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

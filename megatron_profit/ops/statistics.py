@@ -1,7 +1,8 @@
 """Token statistics from hidden states and a sharded output layer, one block of the vocabulary at a time.
 
 One small collective at the end serves all rows, however large the vocabulary. Statistics that the objective
-does not ask for are not computed.
+does not ask for are not computed. The ones that compare with the target's logit take one more small product
+and collective at the beginning.
 
 Shapes: M supervised rows, v vocabulary entries of a block, H hidden, V vocabulary rows of this rank.
 """
@@ -100,6 +101,28 @@ class SoftmaxNormalizer(NamedTuple):
     log_prob: Tensor  # [M]
 
 
+def target_logits(
+    hidden_rows: Tensor, weight: Tensor, rows: SupervisedTokens, shard: VocabShard
+) -> Tensor:
+    """Return the logit [M] of each row's target, rounded to the input dtype and upcast, on every rank.
+
+    Each rank multiplies the rows whose target it holds with the target's own row of the weight; one sum over
+    the group joins them.
+
+    Args:
+        hidden_rows: [M, H].
+        weight: [V, H].
+        rows: the supervised rows.
+        shard: the part of the vocabulary that this rank holds.
+    """
+    place = rows.targets - shard.start
+    here = (place >= 0) & (place < shard.size)
+    own = weight[place.masked_fill(~here, 0)]
+    logits = torch.bmm(hidden_rows[:, None], own[:, :, None]).flatten()
+    logits = logits.to(statistics_dtype(logits.dtype)).masked_fill(~here, 0.0)
+    return shard.all_sum_(logits)
+
+
 def linear_token_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -127,6 +150,7 @@ def linear_token_statistics(
     fields, workspace = PartialStatistics.of(wanted), Workspace(hidden.device)
     hidden_rows = hidden[rows.index]
     nothing = fields.nothing(len(rows), hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype)))
+    target = target_logits(hidden_rows, weight, rows, shard) if fields.compares else None
     parts = [nothing[None]]
     kept = []
     for block in tiling.blocks(shard.size) if len(rows) else ():
@@ -138,7 +162,7 @@ def linear_token_statistics(
         if tiling.kept_rows:
             kept.append(logits if out is None else logits[: tiling.kept_rows].clone())
         column = shard.columns(rows.targets, block)
-        parts.append(kernels.statistics(logits, column, fields, workspace))
+        parts.append(kernels.statistics(logits, column, target, fields, workspace))
         if len(parts) == _PARTS_AT_ONCE:
             parts = [fields.combined(torch.cat(parts))[None]]
     total = fields.combined(shard.all_gather(fields.combined(torch.cat(parts))))

@@ -32,19 +32,29 @@ _GROUP = 32
 
 
 def block_statistics(
-    logits: Tensor, column: Tensor, fields: PartialStatistics, workspace: Workspace
+    logits: Tensor,
+    column: Tensor,
+    target: Tensor | None,
+    fields: PartialStatistics,
+    workspace: Workspace,
 ) -> Tensor:
     """Partial statistics [1, fields, n] of logits [n, v]; see ``BlockKernels``."""
     part = logits.new_empty(fields.size, len(logits), dtype=statistics_dtype(logits.dtype))
     for some in _passes(logits):
-        _row_statistics(logits[some], column[some], fields, part[:, some], workspace)
+        known = None if target is None else target[some, None]
+        _row_statistics(logits[some], column[some], known, fields, part[:, some], workspace)
     return part[None]
 
 
 def _row_statistics(
-    logits: Tensor, column: Tensor, fields: PartialStatistics, part: Tensor, workspace: Workspace
+    logits: Tensor,
+    column: Tensor,
+    known: Tensor | None,
+    fields: PartialStatistics,
+    part: Tensor,
+    workspace: Workspace,
 ) -> None:
-    """Fill ``part`` [fields, n]."""
+    """Fill ``part`` [fields, n], given the targets' logits ``known`` [n, 1] if they are to be compared."""
     shifted = _upcast(logits, workspace)
     column, here = _within(column, logits.size(1))
     target = shifted.gather(1, column[:, None])[:, 0]
@@ -54,6 +64,11 @@ def _row_statistics(
         part[fields.top] = _largest(shifted)
     # The sums leave the target out.
     shifted.scatter_(1, column[:, None], target.masked_fill(here, -torch.inf)[:, None])
+    above = None
+    if known is not None:
+        above = torch.gt(shifted, known, out=workspace.buffer("above", shifted.shape, torch.bool))
+        if fields.above is not None:
+            part[fields.above] = above.sum(1)
     shifted.sub_(finite_max(part[MAX_LOGIT])[:, None])
     shifted.mul_(_LOG2_E)
     if fields.entropy is None:
@@ -64,6 +79,10 @@ def _row_statistics(
         shifted.clamp_(min=torch.finfo(shifted.dtype).min).mul_(exp)
         part[fields.entropy] = shifted.sum(1) / _LOG2_E
     part[REST] = exp.sum(1)
+    if fields.lower is not None and above is not None:
+        # A sum of its own and not the rest minus the others, which would lose the digits of a small one.
+        lower = workspace.buffer("lower", exp.shape, exp.dtype)
+        part[fields.lower] = torch.mul(exp, above.logical_not_(), out=lower).sum(1)
     if fields.sum_squared_prob is not None:
         part[fields.sum_squared_prob] = exp.square_().sum(1)
 

@@ -25,7 +25,7 @@ N, H, ROWS = 41, 12, 32  # ROWS: of the weight over all ranks, padding included
 
 @dataclass(frozen=True)
 class EveryStatistic(Objective):
-    """w = sg(H * sum p^2 + H_20 + p / p_ref + p_old + selected)."""
+    """w = sg(H * sum p^2 + H_20 + u / R + p / p_ref + p_old + selected)."""
 
     @property
     def required_statistics(self):
@@ -34,6 +34,7 @@ class EveryStatistic(Objective):
     def evaluate(self, statistics):
         weight = statistics.entropy * statistics.sum_squared_prob + statistics.top20_entropy
         weight = weight + statistics.selected + statistics.old_log_prob.exp()
+        weight = weight + statistics.lower_mass / statistics.rank
         weight = weight + (statistics.log_prob.detach() - statistics.ref_log_prob).exp()
         return ObjectiveOutput(-weight * statistics.log_prob, weight)
 
@@ -68,7 +69,11 @@ class Problem:
         self.vectors = {
             "loss_weight": random(N).abs(),
             "ref_log_prob": -random(N).abs() - 2,
+            "ref_lower_mass": random(N).sigmoid(),
             "old_log_prob": -random(N).abs(),
+            "min_log_prob": -4 - random(N).abs(),
+            "max_log_prob": -2 - random(N).abs(),
+            "median_loss": 1 + random(N).abs(),
             "uniform": token_uniform(3, torch.zeros(N, dtype=torch.int64), torch.arange(N)),
         }
         self.vectors["selected"] = self.vectors["uniform"] > 0.3
@@ -134,7 +139,7 @@ def check_dense_implementation(group):
 
 
 def check_one_collective_for_all_rows(group):
-    """Forward one gather, backward one sum, however many blocks there are."""
+    """Forward one gather, and one sum of the targets' logits; backward one sum; whatever the blocks."""
     calls = []
     originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
 
@@ -148,11 +153,12 @@ def check_one_collective_for_all_rows(group):
     for name in originals:
         setattr(dist, name, counted(name))
     try:
-        Problem(23).run(EveryStatistic(), group, chunk_vocab=3)
+        for objective in (SFT, EveryStatistic()):
+            Problem(23).run(objective, group, chunk_vocab=3)
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-    assert calls == ["all_gather", "all_reduce"]
+    assert calls == ["all_gather", "all_reduce", "all_reduce", "all_gather", "all_reduce"]
 
 
 def check_ranks_agree_to_the_bit(group):

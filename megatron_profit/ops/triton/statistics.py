@@ -24,7 +24,11 @@ _PART_COLUMNS = 16 * _STEP
 
 
 def block_statistics(
-    logits: Tensor, column: Tensor, fields: PartialStatistics, workspace: Workspace
+    logits: Tensor,
+    column: Tensor,
+    target: Tensor | None,
+    fields: PartialStatistics,
+    workspace: Workspace,
 ) -> Tensor:
     """Partial statistics [P, fields, n] of logits [n, v]; see ``BlockKernels``."""
     num_rows, width = logits.shape
@@ -33,13 +37,16 @@ def block_statistics(
     _statistics_kernel[(num_rows, num_parts)](
         logits,
         column,
+        target,
         parts,
         num_rows,
         width,
         logits.stride(0),
         NUM_FIELDS=fields.size,
-        ENTROPY=-1 if fields.entropy is None else fields.entropy,
-        SQUARES=-1 if fields.sum_squared_prob is None else fields.sum_squared_prob,
+        ENTROPY=_index(fields.entropy),
+        SQUARES=_index(fields.sum_squared_prob),
+        ABOVE=_index(fields.above),
+        LOWER=_index(fields.lower),
         PART_COLUMNS=_PART_COLUMNS,
         STEP=min(_STEP, triton.next_power_of_2(width)),
     )
@@ -51,12 +58,18 @@ def block_statistics(
     return parts
 
 
+def _index(field: int | None) -> int:
+    """Return the index of a field, -1 where it is not wanted."""
+    return -1 if field is None else field
+
+
 # The number of rows differs in every micro-batch. Without this, Triton would recompile for some of the
 # values, for example multiples of 16.
 @triton.jit(do_not_specialize=["num_rows"])
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [n, v] float16, bfloat16 or float32, rows `row_stride` apart
     column_ptr,  # [n] int64, the target's column; outside 0 .. v - 1 where it is not in this block
+    target_ptr,  # [n] float32, the target's logit; None where it is not compared with
     parts_ptr,  # [P, NUM_FIELDS, n] float32, written
     num_rows,
     width,  # v
@@ -64,6 +77,8 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     NUM_FIELDS: tl.constexpr,
     ENTROPY: tl.constexpr,  # index of the field, -1 where it is not wanted
     SQUARES: tl.constexpr,  # likewise
+    ABOVE: tl.constexpr,  # likewise
+    LOWER: tl.constexpr,  # likewise
     PART_COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -79,6 +94,11 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     rest = tl.full((), 0.0, tl.float32)
     entropy = tl.full((), 0.0, tl.float32)
     squares = tl.full((), 0.0, tl.float32)
+    above = tl.full((), 0.0, tl.float32)
+    lower = tl.full((), 0.0, tl.float32)
+    known = tl.full((), 0.0, tl.float32)
+    if target_ptr is not None:
+        known = tl.load(target_ptr + row)
     for start in range(first, last, STEP):
         columns = start + tl.arange(0, STEP)
         logits = tl.load(row_ptr + columns, mask=columns < last, other=minus_infinity)
@@ -96,6 +116,12 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
             entropy = entropy * scale + moved * rest + tl.sum(term, axis=0)
         if SQUARES >= 0:
             squares = squares * scale * scale + tl.sum(exp * exp, axis=0)
+        if ABOVE >= 0:
+            # Columns after the last are -inf and never above.
+            counted = (logits > known) & (columns != column)
+            above += tl.sum(counted.to(tl.float32), axis=0)
+        if LOWER >= 0:
+            lower = lower * scale + tl.sum(tl.where(logits > known, 0.0, exp), axis=0)
         rest = rest * scale + tl.sum(exp, axis=0)
         max_logit = new_max
 
@@ -109,3 +135,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + ENTROPY * num_rows, entropy)
     if SQUARES >= 0:
         tl.store(out_ptr + SQUARES * num_rows, squares)
+    if ABOVE >= 0:
+        tl.store(out_ptr + ABOVE * num_rows, above)
+    if LOWER >= 0:
+        tl.store(out_ptr + LOWER * num_rows, lower)

@@ -193,8 +193,7 @@ def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:
     None where the reference is the frozen base of adapters.
     """
     values = settings.values
-    needed = settings.objective.needed_statistics
-    if "ref_log_prob" not in needed or reference_is_base(values):
+    if not settings.objective.needs_reference or reference_is_base(values):
         return None
     folder = values["ref_hf_model"] or values["hf_model"]
     try:

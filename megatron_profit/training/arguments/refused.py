@@ -170,7 +170,7 @@ def reference_is_base(values: Mapping[str, Any]) -> bool:
 def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
     """Refuse flags of a reference model that are missing, or that the objective would ignore."""
     is_base = reference_is_base(values)
-    if "ref_log_prob" not in objective.needed_statistics:
+    if not objective.needs_reference:
         return
     why = "" if values["ref_hf_model"] else objective.final.reference_must_differ
     if is_base and (values["ref_mode"] is not None or not why):

@@ -19,6 +19,7 @@ from torch import Tensor
 from checkpoint_conversion.hf.model import HFModel
 from megatron_profit.data import SFTDataset
 from megatron_profit.megatron_patches.callbacks import Callback
+from megatron_profit.objectives import TokenStatistics
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import MicroBatchLoss, ObjectiveLoss
 
@@ -78,6 +79,9 @@ class StatisticProvider(Callback, ABC):
         """
         return cls()
 
+    def observe(self, tokens: TokenStatistics) -> None:
+        """Act on the supervised tokens of a training micro-batch, after its forward pass."""
+
     @abstractmethod
     def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return the statistic [B, S] of a micro-batch of the data set `data`, "train" or "valid".
@@ -113,4 +117,8 @@ class ExternalStatistics:
         data = "train" if torch.is_grad_enabled() else "valid"
         names = self.loss.current_objective.required_statistics
         external = statistics_of(self.providers, names, batch, data)
-        return self.loss.micro_batch(batch.draw_index, batch.position_ids, external)
+        return self.loss.micro_batch(batch.draw_index, batch.position_ids, external, self._observe)
+
+    def _observe(self, tokens: TokenStatistics) -> None:
+        for provider in self.providers:
+            provider.observe(tokens)

@@ -16,7 +16,7 @@ from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.objectives import Objective, TokenStatistics
 from megatron_profit.training.statistics.external_statistics import StatisticProvider
 from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, data_group, keys_of
-from megatron_profit.training.statistics.token_table import TokenTable
+from megatron_profit.training.statistics.token_table import TokenTable, draw_of
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
@@ -24,29 +24,47 @@ from megatron_profit.training.step.objective_loss import ObjectiveLoss
 class Lookahead(StatisticProvider):
     """Gives a statistic of `Objective.lookahead`. An evaluation looks at each of its own global batches.
 
+    One pass decides all statistics of a step: the first object makes it, and the others share its tables.
+
     Args:
         statistic: The statistic.
         loss: The loss of the run; a warm-up of plain SFT in it looks at none.
         lookahead_pass: Sees the rows of the run.
+        first: The object that makes the pass for this one; None where it makes it.
     """
 
-    def __init__(self, statistic: str, loss: ObjectiveLoss, lookahead_pass: LookaheadPass) -> None:
+    def __init__(
+        self,
+        statistic: str,
+        loss: ObjectiveLoss,
+        lookahead_pass: LookaheadPass,
+        first: Lookahead | None = None,
+    ) -> None:
         self.statistic, self._loss, self._lookahead_pass = statistic, loss, lookahead_pass
-        self._tables: dict[str, TokenTable | None] = {}
+        self._shares = first is not None
+        self._tables: dict[str, TokenTable | None] = {} if first is None else first._tables
+
+    @classmethod
+    def of_all(cls, loss: ObjectiveLoss, lookahead_pass: LookaheadPass) -> list[Lookahead]:
+        """Return an object for each statistic that the objective of a loss looks ahead for."""
+        found: list[Lookahead] = []
+        for statistic in loss.objective.lookahead:
+            found.append(cls(statistic, loss, lookahead_pass, found[0] if found else None))
+        return found
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
         objective = self._loss.current_objective
-        if reads := objective.lookahead.get(self.statistic):
-            seen = self._lookahead_pass.of_next_batches(context, 1, reads | {"log_prob"})
-            self._tables["train"] = self._decided([seen], objective)
+        if objective.lookahead and not self._shares:
+            seen = self._lookahead_pass.of_next_batches(context, 1, _reads(objective))
+            self._tables["train"] = _decided([seen], objective)
 
     def before_evaluation(self, context: TrainContext) -> None:
         objective = self._loss.current_objective.for_evaluation()
-        if reads := objective.lookahead.get(self.statistic):
+        if objective.lookahead and not self._shares:
             batches = range(get_args().eval_iters)
             valid = self._lookahead_pass.of_valid_batch
-            seen = [valid(context, number, reads | {"log_prob"}) for number in batches]
-            self._tables["valid"] = self._decided(seen, objective)
+            seen = [valid(context, number, _reads(objective)) for number in batches]
+            self._tables["valid"] = _decided(seen, objective)
 
     def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return [B, S]; None where no loss is computed."""
@@ -55,16 +73,21 @@ class Lookahead(StatisticProvider):
             return None
         return table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
 
-    def _decided(
-        self, seen: Iterable[TokenTable | None], objective: Objective
-    ) -> TokenTable | None:
-        """Return the statistic for several global batches, of which each rank saw a part. A collective."""
-        decided = []
-        for part in seen:
-            if part is None:
-                return None
-            # Tokens are in the order of their keys, so that ties are broken alike at any layout.
-            whole = part.gathered(data_group())
-            values = objective.look_ahead(TokenStatistics(**whole.statistics))
-            decided.append(TokenTable(whole.keys, {self.statistic: values[self.statistic]}))
-        return TokenTable.joined(decided)
+
+def _reads(objective: Objective) -> frozenset[str]:
+    """Return the names of the statistics that the pass computes."""
+    return frozenset({"log_prob"}).union(*objective.lookahead.values())
+
+
+def _decided(seen: Iterable[TokenTable | None], objective: Objective) -> TokenTable | None:
+    """Return the statistics for several global batches, of which each rank saw a part. A collective."""
+    decided = []
+    for part in seen:
+        if part is None:
+            return None
+        # Tokens are in the order of their keys, so that ties are broken alike at any layout, and the tokens
+        # of a record stand together.
+        whole = part.gathered(data_group())
+        tokens = TokenStatistics(**whole.statistics, record=draw_of(whole.keys))
+        decided.append(TokenTable(whole.keys, objective.look_ahead(tokens)))
+    return TokenTable.joined(decided)

@@ -17,10 +17,15 @@ from megatron_profit.objectives.base import KERNEL_STATISTICS
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
 from megatron_profit.training.statistics.lookahead import Lookahead
 from megatron_profit.training.statistics.old_policy import OldPolicy
-from megatron_profit.training.statistics.reference_model import ReferenceModel
+from megatron_profit.training.statistics.reference_model import (
+    ReferenceLowerMass,
+    ReferenceModel,
+)
+from megatron_profit.training.statistics.running_threshold import RunningMaximum, RunningMinimum
 
 BUILT_IN: Mapping[str, type[StatisticProvider]] = {
-    provider.statistic: provider for provider in (ReferenceModel, OldPolicy)
+    provider.statistic: provider
+    for provider in (ReferenceModel, ReferenceLowerMass, OldPolicy, RunningMinimum, RunningMaximum)
 }
 # The random numbers of a micro-batch, which `ObjectiveLoss` draws.
 _DRAWN = "uniform"
@@ -103,9 +108,6 @@ def check_providers(
 
 def make_providers(run: RunParts) -> tuple[StatisticProvider, ...]:
     """Return the providers of a run; the ones that a look-ahead may need come first."""
-    objective = run.loss.objective
-    providers = [provider.from_run(run) for provider in provider_classes(objective).values()]
+    providers = [provider.from_run(run) for provider in provider_classes(run.loss.objective).values()]
     run.lookahead_pass.providers.extend(providers)
-    return *providers, *(
-        Lookahead(name, run.loss, run.lookahead_pass) for name in objective.lookahead
-    )
+    return *providers, *Lookahead.of_all(run.loss, run.lookahead_pass)

@@ -1,4 +1,4 @@
-"""The log-probabilities of a frozen reference model, computed once and kept on disk.
+"""Statistics of a frozen reference model, for example its log-probabilities, computed once and kept on disk.
 
 A file holds one float32 for each token of the data, in the order of the examples. So a token is found by its
 record and its position, whatever the packing, the order or the layout. The name of the file's folder is a
@@ -46,11 +46,10 @@ from megatron_profit.training.step.objective_loss import ObjectiveLoss
 # Micro-batches of each rank between two writes to the file.
 _MICRO_BATCHES = 64
 _VERSION = "2"
-_VALUES = "ref_log_prob.float32"
 
 
 class ReferenceModel(StatisticProvider):
-    """Gives `ref_log_prob`.
+    """Gives `ref_log_prob`, the statistic `log_prob` of the kernel under the reference.
 
     Args:
         model: HuggingFace folder with the weights of the reference, of the architecture that is trained.
@@ -60,6 +59,7 @@ class ReferenceModel(StatisticProvider):
     """
 
     statistic = "ref_log_prob"
+    computed: ClassVar[str] = "log_prob"
     flags: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("ref_hf_model", "ref_cache", "ref_mode"), "objectives with a reference model"
     )
@@ -70,6 +70,15 @@ class ReferenceModel(StatisticProvider):
         self._model, self._folder, self._loss = model, folder, loss
         self._datasets = datasets
         self._values: dict[str, np.ndarray] = {}
+
+    @property
+    def _in_words(self) -> str:
+        return "log-probabilities" if self.computed == "log_prob" else self.computed.replace("_", " ")
+
+    @property
+    def _file(self) -> str:
+        """Name of the file of the values."""
+        return f"{self.statistic}.float32"
 
     @classmethod
     def from_run(cls, run: RunParts) -> StatisticProvider:
@@ -109,7 +118,7 @@ class ReferenceModel(StatisticProvider):
                 for folder in missing:
                     self._compute(context, makers[folder], folder)
         for name, folder in folders.items():
-            self._values[name] = np.memmap(folder / _VALUES, dtype=np.float32, mode="r")
+            self._values[name] = np.memmap(folder / self._file, dtype=np.float32, mode="r")
 
     def _folders(self) -> dict[str, Path]:
         """Return the folder of each data set's values, whether they exist or not."""
@@ -120,6 +129,8 @@ class ReferenceModel(StatisticProvider):
         except (OSError, DataError) as error:
             fail(f"the reference's log-probabilities need {self._folder}: {error}; see --ref-cache")
         about = [_VERSION, *identity, str(args.params_dtype), str(args.vocab_size)]
+        if self.computed != "log_prob":
+            about.append(self.computed)
         return {
             name: self._folder / _digest(about, dataset.examples)
             for name, dataset in self._datasets.items()
@@ -128,7 +139,7 @@ class ReferenceModel(StatisticProvider):
     def _missing(self, folders: Collection[Path]) -> list[Path]:
         """Return the folders without values, or whose values any machine finds damaged. A collective."""
         try:
-            usable = [folder for folder in folders if is_usable(folder, [_VALUES], print_rank_0)]
+            usable = [folder for folder in folders if is_usable(folder, [self._file], print_rank_0)]
         except OSError as error:
             fail(f"the reference's log-probabilities cannot be read: {error}")
         everywhere = _common(usable)
@@ -154,19 +165,26 @@ class ReferenceModel(StatisticProvider):
         writes = last_stage and mpu.get_tensor_model_parallel_rank() == 0 and group.rank() == 0
         values = np.full(int(examples.offsets[-1]), np.nan, dtype=np.float32) if writes else None
         for start in range(0, stop, stride * _MICRO_BATCHES):
-            print_rank_0(f"> reference log-probabilities: {name} row {start:,} of {stop:,}")
+            print_rank_0(f"> reference {self._in_words}: {name} row {start:,} of {stop:,}")
             end = min(start + stride * _MICRO_BATCHES, stop)
             part = RowRange(rows, start, end, args.micro_batch_size)
-            wanted = frozenset({"log_prob"})
+            wanted = frozenset({self.computed})
             table = score_rows(context, part, wanted, self._loss, lambda b: _places(b, examples))
             if table is None:
                 continue
             table = table.gathered(group)
             if values is not None:
-                values[table.keys.cpu().numpy()] = table.statistics["log_prob"].cpu().numpy()
+                values[table.keys.cpu().numpy()] = table.statistics[self.computed].cpu().numpy()
         if values is not None:
-            _write(folder, values)
+            _write(folder, self._file, values)
         dist.barrier()
+
+
+class ReferenceLowerMass(ReferenceModel):
+    """Gives `ref_lower_mass`, the statistic `lower_mass` of the kernel under the reference."""
+
+    statistic = "ref_lower_mass"
+    computed = "lower_mass"
 
 
 def _places(batch: Batch, examples: Examples) -> Tensor:
@@ -235,11 +253,11 @@ def _common(found: list[Path]) -> set[Path]:
     return set(found).intersection(*everywhere)
 
 
-def _write(folder: Path, values: np.ndarray) -> None:
+def _write(folder: Path, file: str, values: np.ndarray) -> None:
     unfinished = folder.with_suffix(f".unfinished-{uuid.uuid4().hex[:8]}")
     try:
         with CheckedFiles(unfinished) as files:
-            files.append(_VALUES, values)
+            files.append(file, values)
             files.finish()
         if not folder.exists():  # another run may have written the same
             unfinished.rename(folder)

@@ -30,6 +30,11 @@ def token_keys(draw_index: Tensor, position: Tensor) -> Tensor:
     return (draw_index << _POSITION_BITS) | position
 
 
+def draw_of(keys: Tensor) -> Tensor:
+    """Return the sample of each key, of the same shape."""
+    return keys >> _POSITION_BITS
+
+
 @dataclass(frozen=True, eq=False)
 class TokenTable:
     """Statistics of T tokens.

@@ -10,7 +10,7 @@ Shape suffixes: B micro-batch, S sequence, H hidden, N = S * B tokens in sequenc
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from megatron.training import get_args
 from megatron_profit.objectives import (
     NORMALIZATIONS,
     Objective,
+    TokenStatistics,
     token_uniform,
 )
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
@@ -106,6 +107,7 @@ class ObjectiveLoss:
         draw_index: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         external: Mapping[str, torch.Tensor] | None = None,
+        observe: Callable[[TokenStatistics], None] = lambda tokens: None,
     ) -> MicroBatchLoss:
         """Begin a micro-batch.
 
@@ -114,6 +116,7 @@ class ObjectiveLoss:
                 that select at random need it.
             position_ids: [B, S] int64, position in the example; needed with `draw_index`.
             external: [B, S] each, statistics that the objective needs and only the caller can know.
+            observe: Gets the supervised tokens' statistics in training, once they are known.
 
         Raises:
             ValueError: Without `--calculate-per-token-loss`.
@@ -123,7 +126,7 @@ class ObjectiveLoss:
                 "the objective needs --calculate-per-token-loss: without it Megatron averages over "
                 "micro-batches, and a token's weight would depend on which one it is in"
             )
-        return MicroBatchLoss(self, draw_index, position_ids, external or {})
+        return MicroBatchLoss(self, draw_index, position_ids, external or {}, observe)
 
 
 class MicroBatchLoss:
@@ -135,11 +138,12 @@ class MicroBatchLoss:
         draw_index: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         external: Mapping[str, torch.Tensor],
+        observe: Callable[[TokenStatistics], None],
     ) -> None:
         self._loss = loss
         self._objective = loss.current_objective
         self._draw_index, self._position_ids = draw_index, position_ids
-        self._external = external
+        self._external, self._observe = external, observe
         self._statistics: LinearObjectiveStatistics | None = None
 
     @property
@@ -218,6 +222,8 @@ class MicroBatchLoss:
         pairs).
         """
         statistics = self.statistics
+        if torch.is_grad_enabled():
+            self._observe(statistics.tokens)
         loss = output_tensor.float().sum()
         sums = token_sums(statistics, self._objective)
         num_kept, num_supervised = sums["kept fraction"]

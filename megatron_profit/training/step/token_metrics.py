@@ -98,7 +98,7 @@ class ProbQuantiles:
             Each metric as [value, 1] at the end of a window and [0, 0] before, so that Megatron's sum over
             sum is the value.
         """
-        counts = self._in_bins(log_prob)
+        counts = counts_in_bins(log_prob)
         if self._counts is not None:
             counts += self._counts
         self._counts = counts
@@ -108,25 +108,38 @@ class ProbQuantiles:
         else:
             if group is not None:
                 dist.all_reduce(counts, group=group)
-            values = torch.stack([self._quantile(counts, quantile) for quantile in self.quantiles])
+            values = torch.stack([_pair(counts, quantile) for quantile in self.quantiles])
             self._counts, self._micro_batches = None, 0
         return {f"p quantile {q:g}": row for q, row in zip(self.quantiles, values, strict=True)}
 
-    def _in_bins(self, log_prob: Tensor) -> Tensor:
-        """Return the tokens of each bin, [BINS] int64. A NaN has no place in an order and is left out."""
-        log_odds = log_prob - log1mexp(log_prob)
-        position = (log_odds + self.LIMIT) / (2 * self.LIMIT) * self.BINS
-        bins = position.clamp(0, self.BINS - 1).nan_to_num(self.BINS).long()
-        # Added up with one more bin for NaN: a `bincount` reads the largest bin back from the device.
-        counts = bins.new_zeros(self.BINS + 1)
-        return counts.index_add_(0, bins, torch.ones_like(bins))[: self.BINS]
 
-    def _quantile(self, counts: Tensor, quantile: float) -> Tensor:
-        """Return [value, 1], interpolated within a bin; [0, 1] where there is no token."""
-        below = counts.cumsum(0)
-        rank = quantile * below[-1:].double()
-        bin_ = torch.searchsorted(below.double(), rank).clamp(max=self.BINS - 1)
-        inside = (rank - (below - counts)[bin_]) / counts[bin_].clamp(min=1)
-        log_odds = (bin_ + inside) / self.BINS * (2 * self.LIMIT) - self.LIMIT
-        value = torch.where(below[-1:] > 0, log_odds.sigmoid(), 0.0).float()
-        return torch.cat([value, torch.ones_like(value)])
+def counts_in_bins(log_prob: Tensor) -> Tensor:
+    """Return the tokens of each bin of `ProbQuantiles`, [BINS] int64, from log p [M].
+
+    A NaN has no place in an order and is left out.
+    """
+    bins_of_all, limit = ProbQuantiles.BINS, ProbQuantiles.LIMIT
+    log_odds = log_prob - log1mexp(log_prob)
+    position = (log_odds + limit) / (2 * limit) * bins_of_all
+    bins = position.clamp(0, bins_of_all - 1).nan_to_num(bins_of_all).long()
+    # Added up with one more bin for NaN: a `bincount` reads the largest bin back from the device.
+    counts = bins.new_zeros(bins_of_all + 1)
+    return counts.index_add_(0, bins, torch.ones_like(bins))[:bins_of_all]
+
+
+def quantile_in_bins(counts: Tensor, quantile: float) -> Tensor:
+    """Return the log(p / (1 - p)) of a quantile of the tokens in `counts` [BINS], interpolated within a bin."""
+    last, limit = ProbQuantiles.BINS - 1, ProbQuantiles.LIMIT
+    below = counts.cumsum(0).double()
+    rank = quantile * below[-1:]
+    bin_ = torch.searchsorted(below, rank).clamp(max=last)
+    of_bin = counts[bin_].double()
+    inside = (rank - (below[bin_] - of_bin)) / of_bin.where(of_bin > 0, 1.0)
+    return ((bin_ + inside) / ProbQuantiles.BINS * (2 * limit) - limit)[0]
+
+
+def _pair(counts: Tensor, quantile: float) -> Tensor:
+    """Return [value, 1] of a quantile of p; [0, 1] where there is no token."""
+    value = quantile_in_bins(counts, quantile).sigmoid()
+    value = torch.where(counts.sum() > 0, value, 0.0).float()
+    return torch.stack([value, torch.ones_like(value)])

@@ -40,7 +40,13 @@ def random_statistics(num_tokens=64, dtype=torch.float64):
         entropy=6 * random(),
         sum_squared_prob=random(),
         top20_entropy=3 * random(),
+        rank=1 + 9 * random(),
+        lower_mass=random(),
         ref_log_prob=random().log(),
+        ref_lower_mass=random(),
+        min_log_prob=2 * random().log(),
+        max_log_prob=random().log() / 2,
+        median_loss=3 * random(),
         old_log_prob=random().log(),
         uniform=random(),
         selected=random() < 0.5,
@@ -85,7 +91,13 @@ def test_certain_and_impossible_tokens_give_no_nan(name, options):
         entropy=half,
         sum_squared_prob=half,
         top20_entropy=half,
+        rank=half + 1,
+        lower_mass=half,
         ref_log_prob=ref,
+        ref_lower_mass=half,
+        min_log_prob=half.log(),
+        max_log_prob=half.log(),
+        median_loss=half,
         old_log_prob=old,
         uniform=half,
         selected=half > 0,
@@ -108,6 +120,8 @@ def test_a_nan_shows(name, options):
     nan, one = torch.tensor([torch.nan]), torch.ones(1)
     computed = dict.fromkeys(COMPUTED_STATISTICS, one)
     external = {"ref_log_prob": nan, "old_log_prob": nan, "uniform": 0 * one, "selected": one > 0}
+    external |= {"ref_lower_mass": nan, "min_log_prob": -one, "max_log_prob": -one}
+    external["median_loss"] = one
     statistics = TokenStatistics(nan, **computed, **external)
     assert build_objective(name, **options)(statistics).loss.isnan().all()
 
@@ -153,7 +167,7 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_unknown_option_lists_the_known_ones():
-    with pytest.raises(ValueError, match="no option tau; its options are prob_threshold"):
+    with pytest.raises(ValueError, match="no option tau; its options are objective_signal, prob_threshold"):
         build_objective("profit", tau=0.1)
     with pytest.raises(ValueError, match="'sft' has no option prob_threshold; it takes no options"):
         build_objective("sft", prob_threshold=0.1)
@@ -252,7 +266,9 @@ def test_an_objective_without_a_schedule_is_the_same_at_every_step(name, options
     assert evaluated is objective if name != "psft" else evaluated.name == "sft"
     assert "old_log_prob" not in evaluated.needed_statistics
     assert objective.needed_statistics >= objective.required_statistics
-    assert (objective.lookahead != {}) == (options.get("rank_scope") == "global_batch")
+    quantile = "threshold_quantile" in options and options.get("threshold_scope") != "running"
+    ranked = options.get("rank_scope") == "global_batch"
+    assert (objective.lookahead != {}) == (quantile or ranked or name == "talr")
 
 
 def test_prob_is_the_softmax_where_it_is_known():

@@ -268,7 +268,11 @@ def test_any_problem_equals_the_oracle(objective, case):
     vectors = {
         "loss_weight": normal(num_rows).relu(),
         "ref_log_prob": -normal(num_rows).abs(),
+        "ref_lower_mass": torch.rand(num_rows, generator=generator, dtype=torch.float64),
         "old_log_prob": -normal(num_rows).abs(),
+        "min_log_prob": -3 - normal(num_rows).abs(),
+        "max_log_prob": -1 - normal(num_rows).abs(),
+        "median_loss": 1 + normal(num_rows).abs(),
         "uniform": torch.rand(num_rows, generator=generator, dtype=torch.float64),
         "selected": torch.rand(num_rows, generator=generator) < 0.5,
     }

@@ -22,7 +22,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @dataclass(frozen=True)
 class EveryStatistic(Objective):
-    """w = sg(H * sum p^2 + H_20 + p / p_ref + p_old + selected): wrong as soon as one is."""
+    """w = sg(H * sum p^2 + H_20 + u + R / 1000 + p / p_ref + ...): wrong as soon as one is."""
 
     @property
     def required_statistics(self):
@@ -31,6 +31,9 @@ class EveryStatistic(Objective):
     def evaluate(self, statistics):
         weight = statistics.entropy * statistics.sum_squared_prob + statistics.top20_entropy
         weight = weight + statistics.selected + statistics.old_log_prob.exp()
+        weight = weight + statistics.lower_mass + statistics.rank / 1000
+        weight = weight + statistics.ref_lower_mass * statistics.median_loss
+        weight = weight + statistics.max_log_prob - statistics.min_log_prob
         weight = weight + (statistics.log_prob.detach() - statistics.ref_log_prob).exp()
         return ObjectiveOutput(-weight * statistics.log_prob, weight)
 
@@ -92,7 +95,11 @@ class Problem:
             {
                 "loss_weight": loss_weight,
                 "ref_log_prob": -6 - torch.rand(num_rows, **options),
+                "ref_lower_mass": torch.rand(num_rows, **options),
                 "old_log_prob": -torch.rand(num_rows, **options),
+                "min_log_prob": -6 - torch.rand(num_rows, **options),
+                "max_log_prob": -1 - torch.rand(num_rows, **options),
+                "median_loss": 1 + torch.rand(num_rows, **options),
                 "uniform": torch.rand(num_rows, **options),
                 "selected": torch.rand(num_rows, generator=generator) < 0.5,
             },
@@ -191,6 +198,7 @@ def test_gradcheck(objective):
     """Of the objectives that hold no factor constant, whose gradient is that of their loss."""
     problem = Problem.random(num_rows=12, num_hidden=4, vocabulary=5)
     problem.vectors["loss_weight"] += 0.1
+    problem.vectors["ref_log_prob"] += 5  # some are above the thresholds
 
     def loss(hidden, weight):
         return linear_objective(
@@ -389,6 +397,8 @@ def softmax_minus_onehot(gap):
 def test_no_digit_is_lost_where_the_model_is_nearly_certain(objective, chunk_vocab):
     """In float32 a softmax within 6e-8 of 1 is 1; loss, weight and gradient go on to tell it from 1."""
     given = {"ref_log_prob": torch.tensor([-1.2]), "uniform": torch.tensor([0.1])}
+    given |= {"ref_lower_mass": torch.tensor([0.7]), "median_loss": torch.tensor([1.3])}
+    given |= {"min_log_prob": torch.tensor([-7.7]), "max_log_prob": torch.tensor([-0.7])}
     for gap in (-60.0, -20.0, -3.0, 0.0, 3.0, 8.0, 12.0, 15.0, 16.0, 17.0, 18.0, 20.0, 30.0):
         given["old_log_prob"] = torch.tensor([min(-0.1, gap)])
         exact, _ = of_one_token(objective, gap, torch.float64, **given)
@@ -601,7 +611,7 @@ def test_memory_of_kept_logits(device, backward, hidden, kept):
 
 @pytest.mark.parametrize("num_rows", [500, 2000])
 def test_no_tensor_grows_with_the_tokens_times_the_vocabulary(num_rows):
-    problem = Problem.random(num_rows, num_hidden=8, vocabulary=400)
+    problem = Problem.random(num_rows, num_hidden=8, vocabulary=300)
     with Watch() as watch:
         problem.run(linear_objective, EveryStatistic(), chunk_vocab=100, backward="recompute")
     assert watch.largest <= num_rows * 100
@@ -695,7 +705,7 @@ VALID = {
         ({"selected": torch.ones(3) > 0}, r"selected has shape \(3,\)"),
         ({"selected": torch.ones(4).long()}, r"selected is torch\.int64; pass a mask"),
         ({"ref_log_prob": torch.ones(4, requires_grad=True)}, "ref_log_prob requires a gradient"),
-        ({"objective": EveryStatistic()}, "EveryStatistic needs old_log_prob; pass old_log_prob="),
+        ({"objective": EveryStatistic()}, "EveryStatistic needs max_log_prob; pass max_log_prob="),
     ],
 )
 def test_refused_inputs(change, message):

@@ -29,18 +29,24 @@ def test_statistics_kernel_compiles_for_an_h100(dtype, every_statistic, tmp_path
     signature = {
         "logits_ptr": f"*{dtype}",
         "column_ptr": "*i64",
+        "target_ptr": "*fp32",
         "parts_ptr": "*fp32",
         "num_rows": "i32",
         "width": "i32",
         "row_stride": "i32",
     }
     constants = {
-        "NUM_FIELDS": 5 if every_statistic else 3,
+        "NUM_FIELDS": 7 if every_statistic else 3,
         "ENTROPY": 3 if every_statistic else -1,
         "SQUARES": 4 if every_statistic else -1,
+        "ABOVE": 5 if every_statistic else -1,
+        "LOWER": 6 if every_statistic else -1,
         "PART_COLUMNS": 32768,
         "STEP": 2048,
     }
+    if not every_statistic:
+        del signature["target_ptr"]
+        constants["target_ptr"] = None
     assert_compiles(statistics._statistics_kernel, signature, constants, tmp_path, monkeypatch)
 
 

@@ -19,7 +19,10 @@ from megatron_profit.ops.tiling import Workspace
 from megatron_profit.ops.triton import statistics
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WANTED = ((), ("entropy",), ("sum_squared_prob",), COMPUTED_STATISTICS)
+WANTED = (
+    *((), ("entropy",), ("sum_squared_prob",), ("rank",), ("lower_mass",)),
+    COMPUTED_STATISTICS,
+)
 
 
 def random_block(num_rows, width, dtype, seed):
@@ -42,9 +45,12 @@ def check_functions_on_a_block(triton):
             logits, column = random_block(num_rows, width, dtype, seed)
             padded = torch.full((num_rows, width + 3), torch.nan, dtype=dtype)
             padded[:, :width] = logits  # what is behind the block must not be read
+            # Some targets are in other blocks; several entries may equal a target's logit.
+            target = logits[:, width // 2].float()
             for wanted in WANTED:
                 fields = PartialStatistics.of(set(wanted))
-                inputs = (padded[:, :width], column, fields, Workspace(logits.device))
+                known = target if fields.compares else None
+                inputs = (padded[:, :width], column, known, fields, Workspace(logits.device))
                 ours = fields.combined(triton.statistics(*inputs))
                 expected = fields.combined(TORCH.statistics(*inputs))
                 if fields.top is not None:
@@ -57,7 +63,7 @@ def check_functions_on_a_block(triton):
 def check_gradient(triton, logits, column, padded):
     """Of some rows, into another tensor, and of all rows in place."""
     fields, workspace, width = PartialStatistics.of(set()), Workspace("cpu"), logits.size(1)
-    total = fields.combined(TORCH.statistics(logits, column, fields, workspace))
+    total = fields.combined(TORCH.statistics(logits, column, None, fields, workspace))
     max_logit = total[0].masked_fill(total[0] == -torch.inf, 0)
     sum_exp = sum_of_exp(total) + 0.5  # as if another block had more
     coefficient, at_target = torch.randn(2, len(logits))
@@ -85,7 +91,7 @@ def check_nan_shows(triton):
     logits[1, 299] = torch.nan
     fields = PartialStatistics.of(set())
     column = torch.zeros(2, dtype=torch.int64)
-    total = fields.combined(triton.statistics(logits, column, fields, Workspace("cpu")))
+    total = fields.combined(triton.statistics(logits, column, None, fields, Workspace("cpu")))
     assert total[1].isnan().tolist() == [False, True]
 
 
@@ -102,9 +108,9 @@ def check_offsets_beyond_2_to_the_31(triton):
         PartialStatistics.of(set()),
         Workspace("cpu"),
     )
-    total = fields.combined(triton.statistics(logits, column, fields, workspace))
+    total = fields.combined(triton.statistics(logits, column, None, fields, workspace))
     torch.testing.assert_close(
-        total, fields.combined(TORCH.statistics(values, column, fields, workspace))
+        total, fields.combined(TORCH.statistics(values, column, None, fields, workspace))
     )
     vectors = (column, torch.ones(3), -torch.ones(3), total[0], sum_of_exp(total))
     rows, last = torch.tensor([2]), torch.empty(1, width, dtype=torch.bfloat16)

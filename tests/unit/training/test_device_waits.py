@@ -86,6 +86,8 @@ def step(monkeypatch):
             _forward_pre_hooks={},
         )
         external = {name: -torch.rand(B, S) for name in ("ref_log_prob", "old_log_prob")}
+        bounds = ("ref_lower_mass", "min_log_prob", "max_log_prob", "median_loss")
+        external |= {name: torch.rand(B, S) for name in bounds}
         external["selected"] = torch.rand(B, S) < 0.5
         with Waits() as waits:
             batch = ObjectiveLoss(objective, **options).micro_batch(numbers, numbers, external)
