@@ -12,8 +12,10 @@ OPTIONS = {
         {"threshold_direction": "higher", "prob_threshold": 0.2, "objective_signal": "reference"},
         {"threshold_direction": "middle", "threshold_quantile": (0.2, 0.8)},
         {
-            **{"threshold_direction": "lower", "threshold_quantile": 0.7},
-            **{"threshold_scope": "running", "objective_signal": "reference"},
+            "threshold_direction": "lower",
+            "threshold_quantile": 0.7,
+            "threshold_scope": "running",
+            "objective_signal": "reference",
         },
     ],
     "entropy": [{}, {"keep_fraction": 0.5, "rank_scope": "global_batch"}],

@@ -294,7 +294,8 @@ def slider(objectives: Sequence[Objective]) -> SliderStart:
     one.
     """
     for objective in objectives:
-        if not isinstance(objective, ThresholdObjective):
+        # The slider moves a threshold of the probabilities on the page, which are the model's own.
+        if not isinstance(objective, ThresholdObjective) or objective.signal_reads:
             continue
         threshold, direction = objective.prob_threshold, objective.threshold_direction
         if threshold and direction:

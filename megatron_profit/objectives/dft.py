@@ -20,8 +20,8 @@ class DFT(SignalObjective):
     """L_t = -sg(p_t) log p_t, weight p_t.
 
     Equation 9 of https://arxiv.org/abs/2508.05629; the sum is divided by the unweighted count.
-    Its gradient is the same as for -p_t (see ``GeneralizedCrossEntropy``); only the logged loss differs. On the
-    reference signal it is PriFT-prob (see ``PriFTProb``).
+    Its gradient is the same as for -p_t (see ``GeneralizedCrossEntropy``); only the logged loss differs.
+    On the reference signal it is PriFT-prob (see ``PriFTProb``).
     """
 
     drops_tokens: ClassVar[bool] = False

@@ -34,7 +34,9 @@ class GeneralizedCrossEntropy(ThresholdObjective):
     def __post_init__(self) -> None:
         exponent = number_in("prob_exponent", self.prob_exponent, 0, low_open=True)
         object.__setattr__(self, "prob_exponent", exponent)
-        given = [getattr(self, field.name) for field in fields(ThresholdObjective) if not field.kw_only]
+        given = [
+            getattr(self, field.name) for field in fields(ThresholdObjective) if not field.kw_only
+        ]
         if any(value is not None for value in given):
             super().__post_init__()
         else:

@@ -50,9 +50,7 @@ def quantile_bound(bound: str, log_prob: Tensor, quantile: float) -> Tensor:
     return kept.where(middle == outer, middle)
 
 
-def bounds_of_groups(
-    bound: str, log_prob: Tensor, quantile: float, sizes: list[int]
-) -> Tensor:
+def bounds_of_groups(bound: str, log_prob: Tensor, quantile: float, sizes: list[int]) -> Tensor:
     """Return [N] ``quantile_bound`` of each token's group; the groups follow each other with these sizes."""
     import torch
 
@@ -65,5 +63,5 @@ def bounds_of_groups(
 
 
 def record_sizes(record: Tensor) -> list[int]:
-    """Return the number of tokens of each record in ``record`` [N], where a record's tokens stand together."""
+    """Return the number of tokens of each record in ``record`` [N]; a record's tokens stand together."""
     return record.unique_consecutive(return_counts=True)[1].tolist()

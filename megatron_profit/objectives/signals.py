@@ -80,7 +80,11 @@ class SignalObjective(Objective):
     @property
     def required_statistics(self) -> frozenset[str]:
         reads = self.signal_reads
-        return (self.own_statistics - set(self.signal_statistics)) | reads if reads else self.own_statistics
+        return (
+            (self.own_statistics - set(self.signal_statistics)) | reads
+            if reads
+            else self.own_statistics
+        )
 
     def seen(self, statistics: TokenStatistics) -> TokenStatistics:
         """Return the statistics with the signal's in the place of the model's."""

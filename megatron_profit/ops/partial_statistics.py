@@ -59,12 +59,19 @@ class PartialStatistics:
     def of(cls, wanted: Set[str]) -> PartialStatistics:
         """Return the fields for the wanted statistics, names from ``COMPUTED_STATISTICS``."""
         size = TARGET + 1
-        index: list[int | None] = []
+        index: dict[str, int | None] = {}
         for name in ("entropy", "sum_squared_prob", "rank", "lower_mass"):
-            index.append(size if name in wanted else None)
+            index[name] = size if name in wanted else None
             size += name in wanted
         top = slice(size, size + TOP_K) if "top20_entropy" in wanted else None
-        return cls(*index, top, size + (TOP_K if top is not None else 0))
+        return cls(
+            index["entropy"],
+            index["sum_squared_prob"],
+            index["rank"],
+            index["lower_mass"],
+            top,
+            size + (TOP_K if top is not None else 0),
+        )
 
     @property
     def compares(self) -> bool:

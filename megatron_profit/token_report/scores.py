@@ -87,6 +87,7 @@ def score_records(
     needed = frozenset().union(*(o.needed_statistics for o in objectives.values()))
     _check_statistics(objectives, ref_model is not None)
     wanted = needed.intersection(COMPUTED_STATISTICS)
+    ref_wanted = frozenset({"lower_mass"} if "ref_lower_mass" in needed else ())
     for each in (model, ref_model):
         if each is not None:
             _check_output_layer(each)
@@ -95,8 +96,10 @@ def score_records(
         ids = torch.from_numpy(rendered.ids).long()
         statistics = token_statistics(model, ids, wanted)
         if ref_model is not None:
-            reference = token_statistics(ref_model, ids, frozenset())
-            statistics = statistics.replaced(ref_log_prob=reference.log_prob)
+            of_reference = token_statistics(ref_model, ids, ref_wanted)
+            statistics = statistics.replaced(
+                ref_log_prob=of_reference.log_prob, ref_lower_mass=of_reference.lower_mass
+            )
         records.append(
             TokenRecord(
                 name,
@@ -229,7 +232,7 @@ def _texts_of_group(prefixes: Sequence[str]) -> list[str]:
 
 
 def _check_statistics(objectives: Mapping[str, Objective], has_reference: bool) -> None:
-    lacking = [n for n, o in objectives.items() if "ref_log_prob" in o.needed_statistics]
+    lacking = [n for n, o in objectives.items() if o.needs_reference]
     if lacking and not has_reference:
         raise ValueError(
             f"{', '.join(lacking)} compares with a reference model, and none was given; "
@@ -273,4 +276,10 @@ def _joined(records: Sequence[TokenRecord], seed: int) -> TokenStatistics:
         token_uniform(seed, torch.tensor(i), r.supervised.nonzero().squeeze(1))
         for i, r in enumerate(records)
     ]
-    return TokenStatistics(**joined, uniform=torch.cat(uniform), old_log_prob=joined["log_prob"])
+    record = [torch.full_like(r.supervised.nonzero()[:, 0], i) for i, r in enumerate(records)]
+    return TokenStatistics(
+        **joined,
+        uniform=torch.cat(uniform),
+        old_log_prob=joined["log_prob"],
+        record=torch.cat(record),
+    )

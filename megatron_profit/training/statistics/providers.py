@@ -94,12 +94,13 @@ def check_providers(
         ArgumentsError: Names the flag and what to do, or a statistic without a provider.
     """
     needed = provider_classes(objective)
+    read = {name for provider in needed.values() for name in provider.flags}
     for statistic, provider in {**BUILT_IN, **needed}.items():
         if statistic in needed:
             provider.check(settings)
             continue
         for name, whose in provider.flags.items():
-            if name in from_command_line:
+            if name in from_command_line and name not in read:
                 raise ArgumentsError(
                     f"{flag_of(name)} is for {whose}, not for --objective {settings['objective']} with these "
                     "options; drop it"
@@ -108,6 +109,8 @@ def check_providers(
 
 def make_providers(run: RunParts) -> tuple[StatisticProvider, ...]:
     """Return the providers of a run; the ones that a look-ahead may need come first."""
-    providers = [provider.from_run(run) for provider in provider_classes(run.loss.objective).values()]
+    providers = [
+        provider.from_run(run) for provider in provider_classes(run.loss.objective).values()
+    ]
     run.lookahead_pass.providers.extend(providers)
     return *providers, *Lookahead.of_all(run.loss, run.lookahead_pass)

@@ -73,7 +73,9 @@ class ReferenceModel(StatisticProvider):
 
     @property
     def _in_words(self) -> str:
-        return "log-probabilities" if self.computed == "log_prob" else self.computed.replace("_", " ")
+        return (
+            "log-probabilities" if self.computed == "log_prob" else self.computed.replace("_", " ")
+        )
 
     @property
     def _file(self) -> str:

@@ -59,8 +59,9 @@ class RunningThreshold(StatisticProvider):
         # is not yet among them.
         self._counts: Tensor | None = None
         self._new: Tensor | None = None
-        # Whether the counts are those of training; known on every rank.
+        # Whether there are counts of training; alike on every rank.
         self._started = False
+        self._has_looked = False
 
     @classmethod
     def from_run(cls, run: RunParts) -> RunningThreshold:
@@ -104,6 +105,13 @@ class RunningThreshold(StatisticProvider):
         quantile = self._objective.quantile_of[self.statistic]
         return self._bound(quantile).float().expand(batch.labels.shape)
 
+    @property
+    def _signal(self) -> str:
+        """The model whose probabilities are counted."""
+        final = self._loss.objective.final
+        assert isinstance(final, ThresholdObjective)
+        return final.objective_signal
+
     def _bound(self, quantile: float) -> Tensor:
         """Return the bound as a scalar; at the quantile 0 or 1 that keeps all it is exact."""
         assert self._counts is not None
@@ -141,20 +149,25 @@ class RunningThreshold(StatisticProvider):
             return
         if data_group().rank() == 0:
             with whole_file(folder / self._file) as stream:
-                stream.write(save({"counts": self._counts.cpu()}))
+                counts = {"counts": self._counts.cpu()}
+                stream.write(save(counts, metadata={"signal": self._signal}))
 
     def _resume(self) -> None:
         """Take the counts from the checkpoint that the run resumes from."""
         args = get_args()
-        if self._started or not args.iteration or self._counts is not None:
+        if self._has_looked or not args.iteration:
             return
+        self._has_looked = True
         folder = Path(get_checkpoint_name(args.load, args.iteration, return_base_dir=True))
-        if not (folder / self._file).is_file():
+        counts = None
+        if (folder / self._file).is_file():
+            counts = _read(folder / self._file, self._signal)
+        if counts is None:
             print_rank_0(
-                f"> {folder} has no {self._file}: the running threshold begins with the next step's tokens"
+                f"> {folder} holds no {self._file} of the {self._signal} model: the running threshold begins "
+                "with the tokens of the next step"
             )
             return
-        counts = _read(folder / self._file)
         self._started = True
         if mpu.is_pipeline_last_stage(ignore_virtual=True):
             self._counts = counts.cuda()
@@ -172,8 +185,8 @@ class RunningMaximum(RunningThreshold):
     statistic = MAX_LOG_PROB
 
 
-def _read(file: Path) -> Tensor:
-    """Return the counts [BINS] of a file.
+def _read(file: Path, signal: str) -> Tensor | None:
+    """Return the counts [BINS] of a file, or None if they count the probabilities of another model.
 
     Raises:
         CheckpointError: The file cannot come from a run.
@@ -181,6 +194,7 @@ def _read(file: Path) -> Tensor:
     try:
         with safe_open(file, framework="pt") as stored:
             counts = stored.get_tensor("counts")
+            of_signal = (stored.metadata() or {}).get("signal")
         if counts.dtype != torch.float64 or counts.shape != (ProbQuantiles.BINS,):
             raise ValueError(f"its counts are {counts.dtype} {list(counts.shape)}")
         if not (counts.isfinite().all() and (counts >= 0).all()):
@@ -190,4 +204,4 @@ def _read(file: Path) -> Tensor:
             f"{file} is damaged: {error}. Resume from an earlier checkpoint (--ckpt-step), or remove the "
             "file: then the running threshold begins anew"
         ) from error
-    return counts
+    return counts if of_signal == signal else None

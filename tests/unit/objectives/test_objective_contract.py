@@ -167,7 +167,9 @@ def test_unknown_name_lists_the_known_ones():
 
 
 def test_unknown_option_lists_the_known_ones():
-    with pytest.raises(ValueError, match="no option tau; its options are objective_signal, prob_threshold"):
+    with pytest.raises(
+        ValueError, match="no option tau; its options are objective_signal, prob_threshold"
+    ):
         build_objective("profit", tau=0.1)
     with pytest.raises(ValueError, match="'sft' has no option prob_threshold; it takes no options"):
         build_objective("sft", prob_threshold=0.1)
