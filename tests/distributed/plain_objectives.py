@@ -7,6 +7,8 @@ Shape suffixes: M supervised tokens of a global batch, V vocabulary.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -21,17 +23,24 @@ class Tokens:
     Attributes:
         log_probs: [M, V], with their graph.
         targets: [M].
-        old, ref: [M], log-probabilities of the targets under the old policy and the reference model.
+        old: [M], log-probabilities of the targets under the old policy.
+        ref_log_probs: [M, V], under the reference model.
+        sizes: Supervised tokens of each record, in their order.
     """
 
     log_probs: Tensor
     targets: Tensor
     old: Tensor | None = None
-    ref: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    sizes: tuple[int, ...] = ()
 
     @property
     def log_prob(self) -> Tensor:
         return self.log_probs.gather(-1, self.targets[:, None])[:, 0]
+
+    @property
+    def ref(self) -> Tensor:
+        return self.ref_log_probs.gather(-1, self.targets[:, None])[:, 0]
 
     @property
     def prob(self) -> Tensor:
@@ -80,6 +89,39 @@ def _top(scores: Tensor, share: float) -> Tensor:
     count = -int(-share * len(scores) // 1)
     limit = (ranked[count - 1] + ranked[count]) / 2
     return _clear_of(scores, float(limit))
+
+
+def _above_quantile(values: Tensor, quantile: float) -> Tensor:
+    """Which are not among the floor(quantile * M) lowest."""
+    ranked = values.sort().values
+    count = int(quantile * len(values))
+    return (
+        _clear_of(values, float((ranked[count - 1] + ranked[count]) / 2)) if count else values > 0
+    )
+
+
+def _infosft(t: Tokens, known: float) -> Outcome:
+    relative = (t.prob / (1 - t.prob)).log() / math.log(known / (1 - known))
+    weight = t.prob * (1 - relative).relu()
+    return Outcome(-weight * t.log_prob, _clear_of(-t.prob, -known), len(weight))
+
+
+def _prift_mass(t: Tokens) -> Outcome:
+    q = t.ref_log_probs.exp()
+    mass = (q * (q <= t.ref.exp()[:, None])).sum(-1)
+    return replace(_of_kept(t, _clear_of(mass, 0.5)), divisor=len(mass))
+
+
+def _talr(t: Tokens) -> Outcome:
+    means = [float(-part.mean()) for part in t.log_prob.detach().split(t.sizes)]
+    middle = statistics.median(means)
+    weight = (t.prob ** (1 / middle)).clamp(min=0.01)
+    return replace(_all(-weight * t.log_prob), metrics={"median loss": middle})
+
+
+def _of_quantile(t: Tokens, sizes: tuple[int, ...], values: Tensor, quantile: float) -> Outcome:
+    kept = torch.cat([_above_quantile(part, quantile) for part in values.split(sizes)])
+    return replace(_of_kept(t, kept), divisor=len(kept))
 
 
 def _gce(t: Tokens, q: float) -> Outcome:
@@ -151,6 +193,8 @@ def psft(steps_per_refresh: int, clip: float = 0.28) -> Case:
     return Case(options, lambda t: _psft(t, clip), steps_per_refresh)
 
 
+_QUANTILE = "profit --threshold-direction higher --threshold-quantile"
+
 CASES = {
     "sft": Case("sft", lambda t: _all(-t.log_prob)),
     "profit": profit(0.001),
@@ -159,6 +203,18 @@ CASES = {
     "deft": Case("deft", _deft),
     "eaft": Case("eaft", _eaft),
     "chord-phi": Case("chord-phi", lambda t: _all(-t.prob * (1 - t.prob) * t.log_prob)),
+    "infosft": Case("infosft --known-prob 0.6", lambda t: _infosft(t, 0.6)),
+    "prift-prob": Case("prift-prob", lambda t: _all(-t.ref.exp() * t.log_prob)),
+    "prift-mass": Case("prift-mass", _prift_mass),
+    "talr": Case("talr", _talr),
+    "profit quantile": Case(
+        f"{_QUANTILE} 0.3",
+        lambda t: _of_quantile(t, (len(t.prob),), t.prob, 0.3),
+    ),
+    "profit record": Case(
+        f"{_QUANTILE} 0.3 --threshold-scope record --objective-signal reference",
+        lambda t: _of_quantile(t, t.sizes, t.ref.exp(), 0.3),
+    ),
     "entropy": Case(
         "entropy --rank-scope global_batch --keep-fraction 0.3",
         lambda t: _of_kept(t, _top(_entropy_of(t), 0.3)),

@@ -209,7 +209,10 @@ def _outcome(
     ref: torch.nn.Module | None,
 ) -> tuple[Outcome, Tokens]:
     log_probs, targets = _forward(model, rows)
-    tokens = Tokens(log_probs, targets, old, None if ref is None else _log_prob(ref, rows))
+    with torch.no_grad():
+        of_ref = None if ref is None else _forward(ref, rows)[0]
+    sizes = tuple(int((r.labels != -100).sum()) for row in rows for r in row)
+    tokens = Tokens(log_probs, targets, old, of_ref, sizes)
     return case.evaluate(tokens), tokens
 
 

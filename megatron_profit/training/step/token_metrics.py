@@ -128,7 +128,7 @@ def counts_in_bins(log_prob: Tensor) -> Tensor:
 
 
 def quantile_in_bins(counts: Tensor, quantile: float) -> Tensor:
-    """Return the log(p / (1 - p)) of a quantile of the tokens in `counts` [BINS], by interpolation in a bin."""
+    """Return log(p / (1 - p)) at a quantile of the tokens in `counts` [BINS], interpolated within a bin."""
     last, limit = ProbQuantiles.BINS - 1, ProbQuantiles.LIMIT
     below = counts.cumsum(0).double()
     rank = quantile * below[-1:]

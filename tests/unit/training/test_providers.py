@@ -33,11 +33,16 @@ from megatron_profit.training.statistics.providers import (
     make_providers,
     provider_classes,
 )
-from megatron_profit.training.statistics.reference_model import ReferenceModel
+from megatron_profit.training.statistics.reference_model import (
+    ReferenceLowerMass,
+    ReferenceModel,
+)
+from megatron_profit.training.statistics.running_threshold import RunningMaximum, RunningMinimum
 from megatron_profit.training.step import objective_loss
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
+QUANTILES = {"threshold_direction": "middle", "threshold_quantile": (0.2, 0.8)}
 OWN = "own_objective:RareTokens"
 
 
@@ -79,6 +84,12 @@ def parts(objective, **changes):
         ("rho1", {}, [ReferenceModel]),
         ("rho1", {"rank_scope": "global_batch"}, [ReferenceModel, Lookahead]),
         ("entropy", {"rank_scope": "global_batch"}, [Lookahead]),
+        ("dft", {"objective_signal": "reference"}, [ReferenceModel]),
+        ("prift-mass", {}, [ReferenceLowerMass]),
+        ("prift-mass", {"objective_signal": "current"}, []),
+        ("talr", {}, [Lookahead]),
+        ("profit", {**QUANTILES}, [Lookahead, Lookahead]),
+        ("profit", {**QUANTILES, "threshold_scope": "running"}, [RunningMaximum, RunningMinimum]),
     ],
 )
 def test_what_is_built_in_is_found_by_the_name_of_the_statistic(name, options, classes):

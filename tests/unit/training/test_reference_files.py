@@ -33,7 +33,9 @@ def computed(monkeypatch, tmp_path):
 
         def compute(trained, name, folder):
             names.append(name)
-            reference_model._write(folder, np.full(3, len(names), dtype=np.float32))
+            reference_model._write(
+                folder, reference._file, np.full(3, len(names), dtype=np.float32)
+            )
 
         reference._compute = compute
         reference.before_evaluation(None)
