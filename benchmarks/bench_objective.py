@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
 }
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
-    "quick": {"masks": [(0.5, 0.2), (0.0, 0.0)], "ours": ["backward=recompute"], "rounds": 3},
+    "quick": {"masks": [(0.5, 0.2), (0.0, 0.0)], "ours": ["backward=recompute", "extra_statistics=rank+lower_mass"], "rounds": 3},
     "full": {
         "hidden": [1024, 2560, 5120],
         "tokens": [1024, 8192],
@@ -359,7 +359,10 @@ def _built(build: Callable[[], Step]) -> Step | Absent:
 
 
 def ours_variants(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Parse names and keyword arguments of `linear_objective`, for example from "chunk_vocab=4096,…"."""
+    """Parse names and keyword arguments of `linear_objective`.
+
+    For example, they come from "chunk_vocab=4096,extra_statistics=rank+lower_mass".
+    """
     known = inspect.signature(linear_objective).parameters
     variants: dict[str, dict[str, Any]] = {"ours": {}}
     for text in given:
@@ -369,6 +372,8 @@ def ours_variants(given: Sequence[str]) -> dict[str, dict[str, Any]]:
             if name not in known:
                 raise SystemExit(f"--ours {text}: linear_objective takes no {name!r}")
             options[name] = int(value) if value.isdigit() else value
+            if name == "extra_statistics":
+                options[name] = frozenset(value.split("+"))
         variants[f"ours {text}"] = options
     return variants
 
