@@ -46,7 +46,7 @@ def check_functions_on_a_block(triton):
             padded = torch.full((num_rows, width + 3), torch.nan, dtype=dtype)
             padded[:, :width] = logits  # what is behind the block must not be read
             # Some targets are in other blocks; several entries may equal a target's logit.
-            target = logits[:, width // 2].float()
+            target = logits[:, width // 2].float().contiguous()
             for wanted in WANTED:
                 fields = PartialStatistics.of(set(wanted))
                 known = target if fields.compares else None
