@@ -55,7 +55,11 @@ DEFAULTS: dict[str, Any] = {
 }
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
-    "quick": {"masks": [(0.5, 0.2), (0.0, 0.0)], "ours": ["backward=recompute", "extra_statistics=rank+lower_mass"], "rounds": 3},
+    "quick": {
+        "masks": [(0.5, 0.2), (0.0, 0.0)],
+        "ours": ["backward=recompute", "extra_statistics=rank+lower_mass"],
+        "rounds": 3,
+    },
     "full": {
         "hidden": [1024, 2560, 5120],
         "tokens": [1024, 8192],
