@@ -17,31 +17,34 @@ from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, ke
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
 
-_WANTED = frozenset({"log_prob"})
-
 
 class AdapterOffReference(StatisticProvider):
-    """Gives `ref_log_prob` of the frozen base.
+    """Gives `ref_log_prob` of the frozen base, or another statistic of it.
 
     Args:
         lookahead_pass: Sees the rows of the run.
+        computed: The statistic of the kernel; it is given under the name `ref_` and its own.
     """
 
     statistic = "ref_log_prob"
 
-    def __init__(self, lookahead_pass: LookaheadPass) -> None:
-        self._lookahead_pass = lookahead_pass
+    def __init__(self, lookahead_pass: LookaheadPass, computed: str = "log_prob") -> None:
+        self.statistic = f"ref_{computed}"
+        self._lookahead_pass, self._computed = lookahead_pass, computed
+        self._wanted = frozenset({computed})
         self._train: TokenTable | None = None
         self._valid: TokenTable | None = None
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
         with adapters_off(unwrap_model(context.model)):
-            self._train = self._lookahead_pass.of_next_batches(context, 1, _WANTED)
+            self._train = self._lookahead_pass.of_next_batches(context, 1, self._wanted)
 
     def before_evaluation(self, context: TrainContext) -> None:
         with adapters_off(unwrap_model(context.model)):
             batches = range(get_args().eval_iters)
-            tables = [self._lookahead_pass.of_valid_batch(context, b, _WANTED) for b in batches]
+            tables = [
+                self._lookahead_pass.of_valid_batch(context, b, self._wanted) for b in batches
+            ]
         found = [table for table in tables if table is not None]
         self._valid = TokenTable.joined(found) if found else None
 
@@ -50,4 +53,4 @@ class AdapterOffReference(StatisticProvider):
         table = self._train if data == "train" else self._valid
         if table is None:
             return None
-        return table.look_up("log_prob", keys_of(batch), batch.labels != -100)
+        return table.look_up(self._computed, keys_of(batch), batch.labels != -100)

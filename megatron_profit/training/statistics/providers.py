@@ -21,7 +21,11 @@ from megatron_profit.training.statistics.reference_model import (
     ReferenceLowerMass,
     ReferenceModel,
 )
-from megatron_profit.training.statistics.running_threshold import RunningMaximum, RunningMinimum
+from megatron_profit.training.statistics.running_threshold import (
+    RunningMaximum,
+    RunningMinimum,
+    RunningThreshold,
+)
 
 BUILT_IN: Mapping[str, type[StatisticProvider]] = {
     provider.statistic: provider
@@ -112,5 +116,7 @@ def make_providers(run: RunParts) -> tuple[StatisticProvider, ...]:
     providers = [
         provider.from_run(run) for provider in provider_classes(run.loss.objective).values()
     ]
+    # A running threshold makes a pass of its own, which reads the reference.
+    providers.sort(key=lambda provider: isinstance(provider, RunningThreshold))
     run.lookahead_pass.providers.extend(providers)
     return *providers, *Lookahead.of_all(run.loss, run.lookahead_pass)

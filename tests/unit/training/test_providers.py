@@ -43,6 +43,7 @@ from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 QUANTILES = {"threshold_direction": "middle", "threshold_quantile": (0.2, 0.8)}
+RUNNING = {**QUANTILES, "threshold_scope": "running", "objective_signal": "reference"}
 OWN = "own_objective:RareTokens"
 
 
@@ -90,6 +91,7 @@ def parts(objective, **changes):
         ("talr", {}, [Lookahead]),
         ("profit", {**QUANTILES}, [Lookahead, Lookahead]),
         ("profit", {**QUANTILES, "threshold_scope": "running"}, [RunningMaximum, RunningMinimum]),
+        ("profit", RUNNING, [ReferenceModel, RunningMaximum, RunningMinimum]),
     ],
 )
 def test_what_is_built_in_is_found_by_the_name_of_the_statistic(name, options, classes):
