@@ -167,9 +167,9 @@ def test_megatron_accepts_what_the_scripts_start(launch, tmp_path):
     assert complaints == [None] * len(LAUNCHES)
 
 
-def test_the_settings_are_those_of_the_command_in_the_readme(launch):
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    text = re.search(r"```bash\n(torchrun.*?)```", readme, re.DOTALL)[1].replace("\\\n", " ")
+def test_the_settings_are_those_of_the_documented_command(launch):
+    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
+    text = re.search(r"```bash\n(torchrun.*?)```", page, re.DOTALL)[1].replace("\\\n", " ")
     expected = text.split("megatron_profit.sft")[1].split()
     arguments = launch("one_node.sh", {})
     names = {flag for flag in expected if flag.startswith("--")}
