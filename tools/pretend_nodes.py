@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +41,17 @@ class Node:
     address: str
     is_host: bool
 
-    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
+    def start(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> subprocess.Popen:
         """Start a command on this node, with the node's settings for torchrun and gloo.
 
         Args:
             command: A program and its arguments.
+            environment: Variables besides, or in place of, this process's variables.
             **options: Of subprocess.Popen.
         """
         known = {
@@ -58,7 +64,7 @@ class Node:
         }
         return subprocess.Popen(
             ["ip", "netns", "exec", self.namespace, *command],
-            env={**os.environ, **known},
+            env={**os.environ, **known, **(environment or {})},
             **options,
         )
 
