@@ -33,6 +33,7 @@ from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, t
 from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
     HFWriter,
+    TensorSizes,
     TensorSpec,
     artifacts,
     copy_artifacts,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExportPlan:
+class ExportPlan(TensorSizes):
     """A checked checkpoint, and the HuggingFace files to write.
 
     Attributes:
@@ -61,11 +62,6 @@ class ExportPlan:
     stops: StopTokens
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors to write."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def plan_export(

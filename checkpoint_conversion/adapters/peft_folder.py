@@ -36,7 +36,7 @@ from checkpoint_conversion.hf.folder import (
 )
 from checkpoint_conversion.hf.model import HFModel, check_tensors, expected_shapes
 from checkpoint_conversion.hf.plan import COMMAND
-from checkpoint_conversion.hf.writer import HFWriter, TensorSpec
+from checkpoint_conversion.hf.writer import HFWriter, TensorSizes, TensorSpec
 
 # Keys of adapter_config.json that do not change what the adapters compute, or that are read here.
 _WITHOUT_EFFECT = frozenset(
@@ -138,7 +138,7 @@ def _options(
 
 
 @dataclass(frozen=True)
-class AdapterOutput:
+class AdapterOutput(TensorSizes):
     """A PEFT folder to write, and everything about it except the values.
 
     Attributes:
@@ -156,16 +156,6 @@ class AdapterOutput:
     rules: tuple[TensorRule, ...]
     tensors: Mapping[str, TensorSpec]
     overwrite: bool = False
-
-    @property
-    def elements(self) -> int:
-        """Elements of all tensors."""
-        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[tuple[Path, HFWriter]]:

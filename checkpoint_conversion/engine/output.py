@@ -173,7 +173,7 @@ def _check_sources(out: Path, sources: Iterable[Path]) -> None:
 
 def _check_place(out: Path) -> None:
     """Check that a folder can be made next to `out` and take its name."""
-    place = next(parent for parent in out.parents if parent.exists())
+    place = nearest_existing(out.parent)
     if not place.is_dir():
         raise ConversionError(f"{out}: {place} is a file; choose another folder")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -184,8 +184,13 @@ def _check_place(out: Path) -> None:
         )
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path if it exists, else the nearest of its parents that does."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def _check_space(out: Path, needed: int) -> None:
-    existing = next(parent for parent in (out, *out.parents) if parent.exists())
+    existing = nearest_existing(out)
     free = shutil.disk_usage(existing).free
     if free < needed + _SPARE_BYTES:
         raise ConversionError(

@@ -16,11 +16,17 @@ from checkpoint_conversion.hf.model import expected_shapes
 from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens
 from checkpoint_conversion.hf.torch_tensors import from_torch
-from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, artifacts, copy_artifacts
+from checkpoint_conversion.hf.writer import (
+    HFWriter,
+    TensorSizes,
+    TensorSpec,
+    artifacts,
+    copy_artifacts,
+)
 
 
 @dataclass(frozen=True)
-class HFOutput:
+class HFOutput(TensorSizes):
     """A folder to write, and everything about it except the values.
 
     Attributes:
@@ -40,16 +46,6 @@ class HFOutput:
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
     overwrite: bool = False
-
-    @property
-    def elements(self) -> int:
-        """Elements of all tensors."""
-        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def stopping_at(self, turn_end: int | None) -> HFOutput:
         """Return this output for a model that ends a turn with the token `turn_end`, or with text if None."""

@@ -1,4 +1,4 @@
-"""A model that is written to a HuggingFace folder, whatever its values come from.
+"""A model that is written to a HuggingFace folder, from any source of values.
 
 A Megatron checkpoint is one. A transform of weights on export is another: it wraps a source, changes the
 values of each chunk as it is read, and so streams like the source itself.

@@ -54,6 +54,22 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class TensorSizes:
+    """The sizes of a folder to write; `tensors` are its tensors by name."""
+
+    tensors: Mapping[str, TensorSpec]
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
 def parse_size(text: str | int) -> int:
     """Return the bytes of a size, for example "5GB" (10^9), "512MiB" (2^20) or a plain number.
 

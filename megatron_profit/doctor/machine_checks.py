@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from checkpoint_conversion.engine.output import nearest_existing
 from megatron_profit.doctor.findings import Finding, fault, note, ok, warning
-from megatron_profit.launch.machine import this_machine
+from megatron_profit.launch.machine import GIB, this_machine
 
-GIB = 2**30
 # Shared memory that data loaders and NCCL need.
 _SHARED_MEMORY = 1 * GIB
 # Bytes of the file that measures the disk's speed.
@@ -66,20 +66,26 @@ def check_gpus() -> Iterator[Finding]:
         yield note("GPU", f"{machine}: runs use the CPU backend, for small models and tests")
         return
     yield ok("GPU", f"{machine}, driver {_driver()}")
-    answer = subprocess.run(
-        [sys.executable, "-c", _ASK], capture_output=True, text=True, check=False, timeout=600
-    )
-    if answer.returncode:
-        last = answer.stderr.strip().rpartition("\n")[2]
-        yield fault("GPU", f"a product on the GPUs fails: {last}")
+    printed, failure = _run_python(_ASK)
+    if failure is not None:
+        yield fault("GPU", f"a product on the GPUs fails: {failure}")
         return
-    lines = [line.split() for line in answer.stdout.splitlines()]
+    lines = [line.split() for line in printed.splitlines()]
     versions = (f"{name} {version}" for name, version in (w for w in lines if len(w) == 2))
     yield ok("libraries", ", ".join(versions))
     for _, number, wrong in (words for words in lines if words[0] == "product"):
         if not float(wrong) < _LARGEST_ERROR:
             yield fault("GPU", f"GPU {number} computes a wrong product (error {wrong}); replace it")
     yield from _transformer_engine()
+
+
+def _run_python(code: str) -> tuple[str, str | None]:
+    """Run code in a process of its own; return its output, and the last line of its error if it fails."""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600
+    )
+    failure = answer.stderr.strip().rpartition("\n")[2] if answer.returncode else None
+    return answer.stdout, failure
 
 
 def _driver() -> str:
@@ -99,13 +105,11 @@ def _transformer_engine() -> Iterator[Finding]:
             "(pip install --no-build-isolation 'megatron-profit[gpu]')",
         )
         return
-    code = "import transformer_engine.pytorch"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600
-    )
-    if answer.returncode:
-        last = answer.stderr.strip().rpartition("\n")[2]
-        yield fault("kernels", f"Transformer Engine cannot be imported: {last}; install it again")
+    _, failure = _run_python("import transformer_engine.pytorch")
+    if failure is not None:
+        yield fault(
+            "kernels", f"Transformer Engine cannot be imported: {failure}; install it again"
+        )
         return
     flash = _version("flash-attn") or _version("flash-attn-3")
     yield ok(
@@ -137,7 +141,7 @@ def check_disk(folder: Path, needed: Mapping[str, int], nodes: int) -> Iterator[
         needed: Bytes of the parts of a run, for example of its checkpoints.
         nodes: Nodes of the run.
     """
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    place = nearest_existing(folder.absolute())
     if not os.access(place, os.W_OK | os.X_OK):
         yield fault("disk", f"{place} cannot be written to; name another folder with --run")
         return

@@ -9,9 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_profit.estimates.memory import GIB
 from megatron_profit.recipe.errors import LaunchError
 
-GIB = 2**30
 # The driver's traces; without one of them there is no need to ask torch, which takes seconds.
 _DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 # A process of its own, because asking makes a context on the GPU, which would stay for the whole run.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_conversion.engine.output import nearest_existing
 from checkpoint_conversion.errors import ConversionError, warning
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.hf.output import HFOutput, plan_output
@@ -157,7 +158,7 @@ def check_logs(settings: Mapping[str, Any]) -> None:
 
 def _check_place(flag: str, folder: Path) -> None:
     """Refuse a folder that can neither be written to nor made."""
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    place = nearest_existing(folder)
     if not place.is_dir():
         raise ArgumentsError(f"{flag}: {place} is not a folder; name another place")
     if not os.access(place, os.W_OK | os.X_OK):

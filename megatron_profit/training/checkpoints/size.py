@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.adapters.options import LoraOptions, adapter_rules
+from checkpoint_conversion.engine.output import nearest_existing
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.model import expected_shapes
@@ -88,5 +89,4 @@ def check_space(save: Path, size: int) -> None:
 
 
 def _free(folder: Path) -> int:
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(nearest_existing(folder)).free
