@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -107,6 +108,11 @@ def run(main: Callable[[], int]) -> None:
 def _terminated(number: int, _: object = None) -> None:
     print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
     sys.exit(128 + number)
+
+
+def wants_color() -> bool:
+    """Return whether standard output is a terminal and the user has not switched colours off (NO_COLOR)."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -14,12 +14,11 @@ A line is a message, and the answer appears as it grows; Ctrl-C cuts it off. Lin
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from checkpoint_conversion.cli import FlagHelp
+from checkpoint_conversion.cli import FlagHelp, wants_color
 from megatron_profit.evaluation.command_line import add_sampling_flags
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampling
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"{arguments.model}: {sampling}\n{_COMMANDS}")
     longest = sampling.max_new_tokens or _LONGEST
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    color = wants_color()
     while True:
         try:
             line = input("> " if interactive else "").strip()

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from checkpoint_conversion.cli import FlagHelp
+from checkpoint_conversion.cli import FlagHelp, wants_color
 from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import ConversionError, escaped
 from checkpoint_conversion.hf.folder import read_hf_config
@@ -367,7 +367,7 @@ def _show(
             stream.write(page(scored, title=title, subtitle=subtitle, **threshold).encode())
         print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)", file=sys.stderr)
     if arguments.terminal:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        color = wants_color()
         for record in scored:
             print(
                 terminal_text(record, next(iter(objectives)), color=color), end="\n\n", flush=True

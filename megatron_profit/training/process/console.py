@@ -15,6 +15,13 @@ from megatron_profit.megatron_patches.callbacks import LoggedStep
 from megatron_profit.training.process.quiet import quiet_console
 from megatron_profit.training.process.ranks import is_first_rank
 
+# Values of a quiet run's line, with their names there.
+_SHORT = {
+    "objective": "objective",
+    "lm loss": "loss",
+    "grad norm": "gradient",
+    "learning rate": "lr",
+}
 # Time after which torchrun has ended this process, if the machine's first process met the same error.
 _PATIENCE_SECONDS = 30
 
@@ -80,7 +87,6 @@ def step_line(
     values = {**metrics, **step.values}
     if values.get("loss scale") == 1:
         del values["loss scale"]
-    left = datetime.timedelta(seconds=round(seconds * (train_iters - step.iteration)))
     return " | ".join(
         (
             f" iteration {step.iteration:8}/{train_iters:8}",
@@ -92,7 +98,7 @@ def step_line(
             f"TFLOP/s/GPU: {speed['model TFLOP/s per GPU']:.4G}",
             f"peak memory: {speed['peak memory GiB']:.1f} GiB",
             f"elapsed time per iteration (ms): {1000 * seconds:.1f}",
-            f"left: {left} |",
+            f"left: {_left(step, train_iters, seconds)} |",
         )
     )
 
@@ -113,17 +119,7 @@ def short_line(
     parts += ["no optimizer step"] if step.skipped else []
     parts.append(f"{speed['tokens per second']:,.0f} tokens/s")
     parts.append(f"{speed['peak memory GiB']:.1f} GiB")
-    left = datetime.timedelta(seconds=round(seconds * (train_iters - step.iteration)))
-    return "  ".join([*parts, f"left {left}"])
-
-
-# Values of a short line, with their names there.
-_SHORT = {
-    "objective": "objective",
-    "lm loss": "loss",
-    "grad norm": "gradient",
-    "learning rate": "lr",
-}
+    return "  ".join([*parts, f"left {_left(step, train_iters, seconds)}"])
 
 
 def print_step(
@@ -146,6 +142,11 @@ def print_evaluation(iteration: int, metrics: Mapping[str, float]) -> None:
     if quiet_console() is not None:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(f"validation after step {iteration}  {shown}", flush=True)
+
+
+def _left(step: LoggedStep, train_iters: int, seconds: float) -> datetime.timedelta:
+    """Return the time that the remaining steps take."""
+    return datetime.timedelta(seconds=round(seconds * (train_iters - step.iteration)))
 
 
 def _shown(value: float) -> str:
