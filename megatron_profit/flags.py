@@ -8,7 +8,8 @@ example, `keep_last: int | None = flag("Remove all but the N newest.", type=int,
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
 
@@ -31,6 +32,16 @@ def flag(help: str, *, default: Any = None, **argparse: Any) -> Any:
 def flag_of(name: str) -> str:
     """Return the flag of an option or argument. For example, `prob_threshold` gives `--prob-threshold`."""
     return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.65) -> str:
+    """Return `; did you mean X?` with the known name that is spelt most alike, "" if none is near.
+
+    Args:
+        cutoff: The least likeness of `difflib.get_close_matches`, from 0 to 1.
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def add_flags(group: argparse._ActionsContainer, options: type) -> None:

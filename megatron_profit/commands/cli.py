@@ -6,13 +6,13 @@ Each command is the `main` of a module, which is imported when it is called and 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoint_conversion.cli import run
+from megatron_profit.flags import nearest
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(name, COMMANDS, cutoff=0.6)
         print(f"error: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"megatron-profit {name}", *rest]

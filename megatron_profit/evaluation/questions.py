@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from megatron_profit.data.errors import DataError
 from megatron_profit.evaluation.errors import EvaluationError, require
 from megatron_profit.evaluation.graders import find_pattern
 from megatron_profit.evaluation.tasks.functions import number_text, own_by_pattern
+from megatron_profit.flags import nearest
 
 TASKS = Path(__file__).parent / "tasks"
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
@@ -87,8 +87,7 @@ def check_names(names: Sequence[str]) -> None:
     known = task_names()
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = nearest(name, known, cutoff=0.6) or "."
             raise EvaluationError(
                 f"there is no task {name!r}{hint} The tasks are {', '.join(known)}; --task-file FILE "
                 "asks the questions of a file"

@@ -81,12 +81,12 @@ def launch(words: Sequence[str]) -> int:
 
         ready = prepare(request)
         return _run(ready)
-    except (LaunchError, ConversionError) as error:
-        return _refuse(error)
-    except OSError as error:
+    except (LaunchError, ConversionError, OSError) as error:
         return _refuse(error)
     except ValueError as error:
-        if type(error).__name__ != "DataError":  # whose module takes long to import
+        from megatron_profit.data import DataError  # takes long to import
+
+        if not isinstance(error, DataError):
             raise
         return _refuse(error)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint_conversion.errors import printable
-from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.flags import nearest
+from megatron_profit.recipe.errors import LaunchError
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(

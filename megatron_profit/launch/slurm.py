@@ -17,12 +17,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.errors import printable
 from megatron_profit.launch.run_folder import folder_of
-from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.recipe.request import read_request
 
 _TIME = re.compile(r"\d+(-\d+(:\d+(:\d+)?)?)?|\d+:\d+(:\d+)?")
@@ -55,13 +54,8 @@ exit "$status"
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(message.removeprefix("argument "))
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> LaunchParser:
+    parser = LaunchParser(
         prog="megatron-profit slurm",
         usage="megatron-profit slurm --nodes N [options] -- sft --model ID --data FILE [flags]",
         description=__doc__.split("\n")[0],

@@ -14,7 +14,8 @@ import yaml
 
 from checkpoint_conversion.engine.regular_files import open_regular
 from checkpoint_conversion.errors import ConversionError, printable
-from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.flags import nearest
+from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.evaluate_section import evaluation_words
 from megatron_profit.recipe.flags import FlagTable, Given
 

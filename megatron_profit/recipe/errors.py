@@ -1,16 +1,18 @@
-"""The error of a command that cannot be started."""
+"""The error of a command that cannot be started, and the parser that raises it."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import argparse
+from typing import NoReturn
 
 
 class LaunchError(ValueError):
     """The command cannot be started; the message names the value, the limit and the remedy."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` with the known name that is spelt most alike, "" if none is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.65)
-    return f"; did you mean {found[0]}?" if found else ""
+class LaunchParser(argparse.ArgumentParser):
+    """A parser that raises `LaunchError` in place of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        raise LaunchError(message.removeprefix("argument "))

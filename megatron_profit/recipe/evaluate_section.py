@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_profit.evaluation.command_line import add_evaluation_flags
-from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.flags import nearest
+from megatron_profit.recipe.errors import LaunchError
 
 
 def evaluation_words(section: Any) -> list[str]:
@@ -27,16 +29,21 @@ def evaluation_words(section: Any) -> list[str]:
     entries = dict(section)
     tasks = entries.pop("tasks")
     names = tasks if isinstance(tasks, list) else [tasks]
-    words = [word for name, value in entries.items() for word in _flag(str(name), value)]
+    known = _known()
+    words = [word for name, value in entries.items() for word in _flag(str(name), value, known)]
     flags = ["--eval-flags=" + shlex.join(words)] if words else []
     return ["--eval-tasks", ",".join(map(str, names)), *flags]
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    """Return the words of one flag of the evaluation."""
+def _known() -> dict[str, argparse.Action]:
+    """Return the evaluation's flags, by the names of their entries."""
     parser = argparse.ArgumentParser(add_help=False)
     add_evaluation_flags(parser)
-    known = {action.option_strings[-1][2:].replace("-", "_"): action for action in parser._actions}
+    return {action.option_strings[-1][2:].replace("-", "_"): action for action in parser._actions}
+
+
+def _flag(name: str, value: Any, known: Mapping[str, argparse.Action]) -> list[str]:
+    """Return the words of one flag of the evaluation."""
     if name.replace("-", "_") not in known:
         raise LaunchError(f"there is no entry {name!r}{nearest(name, ['tasks', *known])}")
     action = known[name.replace("-", "_")]

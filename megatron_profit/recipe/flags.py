@@ -12,9 +12,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
-from typing import Any, NoReturn
+from typing import Any
 
-from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.flags import nearest
+from megatron_profit.recipe.errors import LaunchError, LaunchParser
 
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "text": str}
 
@@ -100,11 +101,6 @@ class Store(argparse.Action):
     several = False
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(message.removeprefix("argument "))
-
-
 @functools.cache
 def native() -> Mapping[str, tuple[str, str]]:
     """Return Megatron's flags, each with its argument and its form; empty for an unlisted version."""
@@ -133,7 +129,7 @@ class FlagTable:
     """All flags of the training, this project's and Megatron's."""
 
     def __init__(self, own: argparse.ArgumentParser | None = None) -> None:
-        self._parser = _Parser(add_help=False, allow_abbrev=False)
+        self._parser = LaunchParser(add_help=False, allow_abbrev=False)
         self.defaults: dict[str, Any] = {}
         own = own_parser() if own is None else own
         for action in own._actions:

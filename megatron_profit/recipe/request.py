@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from checkpoint_conversion.errors import printable
+from megatron_profit.flags import nearest
 from megatron_profit.recipe.config_file import WITHOUT, read_config
-from megatron_profit.recipe.errors import LaunchError, nearest
+from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.recipe.flags import FlagTable, Given
 
 # Chat templates that --chat-template takes by name.
@@ -20,15 +21,10 @@ _NODES = re.compile(r"\d+(:\d+)?")
 _EXAMPLE = "megatron-profit sft --model Qwen/Qwen3-0.6B-Base --data chats.jsonl"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise LaunchError(message.removeprefix("argument "))
-
-
 def front_parser() -> argparse.ArgumentParser:
     """Return the parser of this command's own flags; the training's flags are not among them."""
-    parser = _Parser(prog="megatron-profit sft", add_help=False, allow_abbrev=False)
-    group = parser.add_argument_group("what is trained on which data")
+    parser = LaunchParser(prog="megatron-profit sft", add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("model, data and objective")
     group.add_argument(
         "--model",
         metavar="ID",
@@ -91,7 +87,7 @@ def front_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--rdzv-id", metavar="NAME", help="Name of the run among the nodes (default: its folder)."
     )
-    group = parser.add_argument_group("what is shown")
+    group = parser.add_argument_group("output")
     group.add_argument(
         "--dry-run",
         action="store_true",

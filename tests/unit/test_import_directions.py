@@ -124,9 +124,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.estimates": ("checkpoint_conversion.adapters", "megatron_profit.ops"),
     "megatron_profit.recipe": (
         *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
-        "megatron_profit.evaluation",
+        *("megatron_profit.evaluation", "megatron_profit.flags"),
     ),
     "megatron_profit.launch": (
+        "megatron_profit.flags",
         *("checkpoint_conversion", "megatron_profit.data", "megatron_profit.estimates"),
         *("megatron_profit.recipe", "megatron_profit.sft", _TRAINING),
     ),

@@ -7,7 +7,6 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from checkpoint_conversion.cli import FlagHelp
 from megatron_profit.data.flags import add_data_flags
 from megatron_profit.evaluation.after_training import EvalTasks
-from megatron_profit.flags import ArgumentsError, add_flags, flag_of
+from megatron_profit.flags import ArgumentsError, add_flags, flag_of, nearest
 from megatron_profit.megatron_patches import DEVICES
 from megatron_profit.training.arguments.lora import LoraFlags
 from megatron_profit.training.checkpoints.keep_options import KeepOptions
@@ -32,8 +31,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         if unknown:
-            known = get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.65)
-            message += f"; did you mean {known[0]}?" if known else ""
+            message += nearest(unknown[1], self._option_string_actions)
         raise ArgumentsError(message)
 
 
