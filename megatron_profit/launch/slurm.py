@@ -36,7 +36,7 @@ _SCRIPT = """\
 set -euo pipefail
 cd {folder}
 
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 out_of_time=false
 trap 'out_of_time=true; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 

@@ -14,7 +14,8 @@ JOB = [
     *("--", "sft", "--model", "Qwen/Qwen3-32B", "--data", "my chats.jsonl", "--run", "runs/big"),
 ]
 STUBS = {
-    "scontrol": "echo node-a\necho node-b",
+    # Like a job of many nodes: a reader of the first line alone must not end the writer.
+    "scontrol": "echo node-a\nseq -f node-%g 20000",
     "srun": 'shift\nprintf "%s|" "$@"',
     "sbatch": 'echo "submitted $1"',
 }
