@@ -41,7 +41,7 @@ from megatron_profit.ops import linear_objective
 from megatron_profit.training.process.shutdown import end_communication
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QWEN3_VOCAB = 151936
+QWEN3_VOCAB, QWEN3_5_VOCAB = 151936, 248320
 # Defaults of the flags: two sizes for 2 CPU cores, and the whole grid.
 DEFAULTS: dict[str, Any] = {
     "vocab": [QWEN3_VOCAB],
@@ -61,6 +61,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "rounds": 3,
     },
     "full": {
+        "vocab": [QWEN3_VOCAB, QWEN3_5_VOCAB],
         "hidden": [1024, 2560, 5120],
         "tokens": [1024, 8192],
         "masks": list(itertools.product((0.0, 0.5, 0.8), (0.0, 0.2, 0.5))),

@@ -31,7 +31,7 @@ from megatron_profit.training.arguments.length import (
 from megatron_profit.training.arguments.lora import active_parameters, lora_options
 from megatron_profit.training.arguments.native_flags import check_native_flags
 from megatron_profit.training.arguments.parallel_layout import check_layout
-from megatron_profit.training.arguments.platform import platform_settings
+from megatron_profit.training.arguments.platform import check_kernels, platform_settings
 from megatron_profit.training.arguments.refused import (
     OTHER_ARCHITECTURES,
     check_given,
@@ -203,6 +203,7 @@ def derive(
         config = read_hf_config(Path(given["hf_model"]))
     values = _arguments(flags, config, device)
     check_native_flags(values, flags.option)
+    check_kernels(values, device)
     guards = options_of(GuardOptions, values)
     data_parallel = check_layout(values, processes)
     multiple = values["tensor_model_parallel_size"] * values["make_vocab_size_divisible_by"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
+
+from megatron_profit.flags import ArgumentsError
 
 # Settings that Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
@@ -38,3 +41,23 @@ def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any],
     if local or importlib.util.find_spec("transformer_engine") is None:
         return dict(_LOCAL_LAYERS), suggested
     return {}, suggested
+
+
+def check_kernels(values: Mapping[str, Any], device: str) -> None:
+    """Refuse a model whose kernels are not installed, unless plain torch was asked for.
+
+    Args:
+        values: All arguments by name.
+        device: "cuda" or "cpu".
+
+    Raises:
+        ArgumentsError: The model has Gated DeltaNet layers, and flash-linear-attention is missing on a GPU.
+    """
+    has_delta_net = values["experimental_attention_variant"] == "gated_delta_net"
+    plain = device == "cpu" or values["transformer_impl"] == "local"
+    if has_delta_net and not plain and importlib.util.find_spec("fla") is None:
+        raise ArgumentsError(
+            "the model has Gated DeltaNet layers, and flash-linear-attention, which has their kernels, is "
+            "not installed; pip install flash-linear-attention, or give --transformer-impl local, which "
+            "computes all layers in plain torch and takes longer"
+        )

@@ -24,7 +24,7 @@ from megatron_profit.estimates.memory import (
 )
 from megatron_profit.estimates.parameter_counts import stage_parameters, trained_parameters
 from megatron_profit.estimates.published import PUBLISHED, published_config
-from megatron_profit.estimates.run_shape import ShapeError
+from megatron_profit.estimates.run_shape import LayerKind, ShapeError
 from megatron_profit.flags import ArgumentsError
 
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()
@@ -146,7 +146,7 @@ def test_the_distributed_optimizer_splits_dense_and_expert_state_over_their_own_
 
 def test_tensor_and_sequence_parallelism_split_all_that_a_layer_keeps():
     sizes = [
-        layer_activations(run_of("Qwen3-32B", 8, layout), False, 1.0).total
+        layer_activations(run_of("Qwen3-32B", 8, layout), LayerKind(), 1.0).total
         for layout in ("", "--tensor-model-parallel-size 8 --sequence-parallel")
     ]
     assert sizes[0] == 8 * sizes[1]
