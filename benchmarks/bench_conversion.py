@@ -133,7 +133,7 @@ def make_model(folder: Path, size: str) -> int:
             step = max(1, len(block) // row)
             for start in range(0, tensor.shape[0], step):
                 rows = min(step, tensor.shape[0] - start)
-                writer.write_rows(name, start, memoryview(block)[: rows * row])
+                writer.write_at(name, start * row, memoryview(block)[: rows * row])
         writer.flush()
     return sum(tensor.nbytes for tensor in tensors.values())
 

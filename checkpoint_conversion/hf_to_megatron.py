@@ -21,6 +21,7 @@ from checkpoint_conversion.engine.output import whole_folder
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import worker_count
 from checkpoint_conversion.families import TensorRule, extra_states
+from checkpoint_conversion.hf.carried import description, notes_on
 from checkpoint_conversion.hf.chunks import TensorChunk, chunks_of
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.progress import ProgressLine, human
@@ -107,6 +108,7 @@ def hf_to_megatron(
             model.family.megatron_arguments(model.config),
             extra_states(model.rules),
             threads,
+            notes_on(model.carried),
         )
         counter.finish()
     return plan
@@ -117,7 +119,7 @@ def _print_plan(plan: ImportPlan, workers: int) -> None:
     for rule, dtype in plan.tensors:
         for piece in rule.pieces():
             target = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
-            for name, shape in zip(piece.hf, rule.hf.values(), strict=True):
+            for name, shape in rule.parts(piece):
                 kinds = dict.fromkeys((plan.model.tensors[name].dtype, dtype.name))
                 size = math.prod(shape) * dtype.itemsize
                 rows.append((name, target, list(shape), " -> ".join(kinds), size))
@@ -125,7 +127,9 @@ def _print_plan(plan: ImportPlan, workers: int) -> None:
     cli.print_table(("source", "target", "shape", "dtype", "bytes"), rows)
     if plan.model.alias:
         print(f"{plan.model.alias}: not copied, the embeddings are tied")
-    count = f"{len(rows)} tensors -> {len(plan.tensors)} tensors"
+    if plan.model.carried:
+        print(description(plan.model.carried))
+    count = f"{len(plan.model.names())} tensors -> {len(plan.tensors)} tensors"
     cli.print_totals(count, plan.nbytes, workers, parts)
 
 
@@ -163,8 +167,18 @@ def main() -> int:
         f"--pretrained-checkpoint {options.out} …"
     )
     model = plan.model
+    if model.carried:
+        print(description(model.carried))
     flags = stock_flags(model.family.megatron_arguments(model.config))
-    print(f"Megatron-LM's pretrain_gpt.py: --load {options.out} --use-checkpoint-args {flags} …")
+    if flags is None:
+        print(
+            "Megatron-LM's own scripts cannot load it: their Gated DeltaNet takes its norm as zero-centred, "
+            "and this model's is not"
+        )
+    else:
+        print(
+            f"Megatron-LM's pretrain_gpt.py: --load {options.out} --use-checkpoint-args {flags} …"
+        )
     return 0
 
 

@@ -25,15 +25,24 @@ from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
+from checkpoint_conversion.hf.carried import (
+    Notes,
+    carried_in,
+    check_names,
+    copy_carried,
+    description,
+    read_notes,
+)
 from checkpoint_conversion.hf.chunks import TensorChunk
-from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.folder import HFTensor, read_hf_config
+from checkpoint_conversion.hf.model import rules_in
 from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.hf.source import ModelSource
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
 from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
     HFWriter,
-    TensorSizes,
+    ModelSizes,
     TensorSpec,
     artifacts,
     copy_artifacts,
@@ -48,13 +57,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExportPlan(TensorSizes):
+class ExportPlan(ModelSizes):
     """A checked checkpoint, and the HuggingFace files to write.
 
     Attributes:
         stops: The content of config.json to write, and the tokens at which the model stops.
         tensors: The HuggingFace tensors by name.
         weight_map: The file of each tensor.
+        carried: The tensors of the template that are copied, by name.
+        notes: The checkpoint's notes on them; None to copy them as they are.
     """
 
     checkpoint: ModelSource
@@ -62,6 +73,8 @@ class ExportPlan(TensorSizes):
     stops: StopTokens
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
+    carried: Mapping[str, HFTensor]
+    notes: Notes | None
 
 
 def plan_export(
@@ -74,12 +87,13 @@ def plan_export(
     ignore_arguments: bool = False,
     base: str | Path | None = None,
     any_base: bool = False,
+    any_carried: bool = False,
 ) -> ExportPlan:
     """Check a checkpoint against a template; no tensor is read.
 
     Args:
-        megatron, hf_template, iteration, dtype, max_shard_size, ignore_arguments, base, any_base: As in
-            `megatron_to_hf`.
+        megatron, hf_template, iteration, dtype, max_shard_size, ignore_arguments, base, any_base,
+            any_carried: As in `megatron_to_hf`.
 
     Raises:
         ConversionError: For anything that cannot be converted.
@@ -96,11 +110,15 @@ def plan_export(
         for piece in rule.pieces()
         for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
     }
-    weight_map = files_of(template, tensors, max_shard_size)
+    carried = carried_in(template, family_for(config))
+    notes = None if any_carried else read_notes(checkpoint.folder)
+    if notes is not None:
+        check_names(template, carried, notes, checkpoint.folder)
+    weight_map = files_of(template, {**tensors, **carried}, max_shard_size)
     artifacts(template)
     written = for_older_readers(with_dtype(config, tensors))
     stops = plan_stop_tokens(template, written, trained_turn_end(checkpoint.folder))
-    return ExportPlan(checkpoint, template, stops, tensors, weight_map)
+    return ExportPlan(checkpoint, template, stops, tensors, weight_map, carried, notes)
 
 
 def _open(
@@ -118,7 +136,7 @@ def _open(
         raise ConversionError(
             f"{folder} holds whole weights: --base and --any-base are for adapters"
         )
-    return open_checkpoint(folder, family_for(config).tensor_rules(config))
+    return open_checkpoint(folder, rules_in(template, config))
 
 
 def megatron_to_hf(
@@ -136,6 +154,7 @@ def megatron_to_hf(
     progress: TextIO | None = None,
     base: str | Path | None = None,
     any_base: bool = False,
+    any_carried: bool = False,
 ) -> ExportPlan:
     """Convert a Megatron torch_dist checkpoint to a HuggingFace folder.
 
@@ -154,6 +173,8 @@ def megatron_to_hf(
         progress: Stream for progress lines.
         base: The Megatron checkpoint that adapters are merged into; None for the template's weights.
         any_base: Merge adapters into another base than the run noted, too.
+        any_carried: Take the carried tensors of the template, for example its vision tower, even if the
+            checkpoint notes other ones.
 
     Returns:
         The plan that was carried out.
@@ -170,12 +191,14 @@ def megatron_to_hf(
         ignore_arguments=ignore_arguments,
         base=base,
         any_base=any_base,
+        any_carried=any_carried,
     )
     sources = [plan.template, plan.checkpoint.folder]
     with (
         whole_folder(Path(out), sources, overwrite, COMMAND, plan.nbytes) as folder,
-        HFWriter(folder, plan.tensors, plan.weight_map) as writer,
+        HFWriter(folder, plan.all_tensors, plan.weight_map) as writer,
     ):
+        copy_carried(plan.carried, plan.notes, writer)
         write_tensors(plan.checkpoint, plan.tensors, writer, check_finite, workers, progress)
         copy_artifacts(plan.template, folder, plan.stops)
     return plan
@@ -211,7 +234,7 @@ def write_tensors(
             checkpoint.read_into(chunk, dtype, data, files, check_finite)
             for source, start, rows in chunk.layout:
                 part, data = data[: rows * row_bytes], data[rows * row_bytes :]
-                writer.write_rows(chunk.piece.hf[source], start, part)
+                writer.write_at(chunk.piece.hf[source], start * row_bytes, part)
                 counter.add(chunk.piece.hf[source], len(part))
 
         run_all(export, chunks, worker_count(workers))
@@ -272,15 +295,17 @@ def _print_plan(plan: ExportPlan, workers: int) -> None:
         source = plan.checkpoint.dtypes[rule.megatron]
         for piece in rule.pieces():
             place = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
-            for name in piece.hf:
-                target = plan.tensors[name]
-                kinds = " -> ".join(dict.fromkeys((source.name, target.dtype.name)))
-                shape = list(target.shape)
-                rows.append((place, name, plan.weight_map[name], shape, kinds, target.nbytes))
-                parts.append((cli.part_bytes(target.shape, target.dtype), source != target.dtype))
+            for name, shape in rule.parts(piece):
+                dtype = plan.tensors[name].dtype
+                kinds = " -> ".join(dict.fromkeys((source.name, dtype.name)))
+                size = TensorSpec(shape, dtype).nbytes
+                rows.append((place, name, plan.weight_map[name], list(shape), kinds, size))
+                parts.append((cli.part_bytes(shape, dtype), source != dtype))
     cli.print_table(("source", "target", "file", "shape", "dtype", "bytes"), rows)
-    rules = len(plan.checkpoint.rules)
-    cli.print_totals(f"{rules} tensors -> {len(rows)} tensors", plan.nbytes, workers, parts)
+    if plan.carried:
+        print(description(plan.carried))
+    count = f"{len(plan.checkpoint.rules)} tensors -> {len(plan.all_tensors)} tensors"
+    cli.print_totals(count, plan.nbytes, workers, parts)
 
 
 def main() -> int:
@@ -315,6 +340,12 @@ def main() -> int:
     parser.add_argument(
         "--export-adapter", metavar="DIR", help="PEFT folder to write from a checkpoint of adapters"
     )
+    parser.add_argument(
+        "--any-carried",
+        action="store_true",
+        help="take the vision tower and other untrained tensors of --hf-template, even if the checkpoint "
+        "notes other ones",
+    )
     options = parser.parse_args()
     if options.out is None and options.export_adapter is None:
         parser.error("give --out DIR, or --export-adapter DIR for a checkpoint of adapters")
@@ -334,6 +365,7 @@ def main() -> int:
             ignore_arguments=options.ignore_arguments,
             base=options.base,
             any_base=options.any_base,
+            any_carried=options.any_carried,
         )
         _print_plan(plan, worker_count(options.workers))
         if plan.stops.added is not None:
@@ -353,13 +385,16 @@ def main() -> int:
         progress=sys.stderr,
         base=options.base,
         any_base=options.any_base,
+        any_carried=options.any_carried,
     )
+    if plan.carried:
+        print(description(plan.carried))
     if plan.stops.added is not None:
         print(plan.stops)
     if plan.checkpoint.padding:
         print(f"left out: {plan.checkpoint.padding} rows that pad the vocabulary")
     print(
-        f"{len(plan.tensors)} tensors, {human(plan.nbytes)} of {plan.checkpoint.folder} "
+        f"{len(plan.all_tensors)} tensors, {human(plan.nbytes)} of {plan.checkpoint.folder} "
         f"written to {options.out}; use it with: "
         f"AutoModelForCausalLM.from_pretrained({options.out!r})"
     )

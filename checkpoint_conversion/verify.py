@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 from checkpoint_conversion import cli
 from checkpoint_conversion.adapters.saved import saved_adapters
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.carried import Notes, notes_on, read_notes
 from checkpoint_conversion.hf.chunks import CHUNK_BYTES
 from checkpoint_conversion.hf.folder import HFTensor
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # the command's help needs no torch
     import torch
 
 TOLERANCE = 1e-3
+# What differs where the fields of a note on a carried tensor do.
+_NOTED = ("dtype", "shape", "values")
 
 
 class RowRange(NamedTuple):
@@ -102,19 +105,36 @@ def verify(
         if not ignore_arguments:
             check_checkpoint_matches(Path(megatron), left.config, left.folder, iteration)
         differences: list[Difference] = []
-        rows = _rows_of_checkpoint(left, find_checkpoint(megatron, iteration))
+        checkpoint = find_checkpoint(megatron, iteration)
+        rows, noted = _rows_of_checkpoint(left, checkpoint), read_notes(checkpoint)
     else:
         right = open_hf_model(other_hf or "")
         right.check_alias()
         differences = _structural(left, right)
         skipped = {difference.name for difference in differences}
-        rows = _rows_of_folders(left, right, skipped)
+        rows, noted = _rows_of_folders(left, right, skipped), notes_on(right.carried)
     names = left.names()
     nbytes = sum(left.tensors[name].nbytes for name in names)
     counter = ProgressLine(len(names), nbytes, progress)
     differences += _compare(rows, counter)
     counter.finish()
-    return Report(len(names), nbytes, differences)
+    if noted is None:  # of a checkpoint without notes: there is no other side
+        return Report(len(names), nbytes, differences)
+    differences += _carried(left, noted, Path(megatron or other_hf or ""))
+    nbytes += sum(tensor.nbytes for tensor in left.carried.values())
+    return Report(len(names) + len(left.carried), nbytes, differences)
+
+
+def _carried(model: HFModel, noted: Notes, other: Path) -> Iterator[Difference]:
+    """Yield the differences of the tensors that are carried along, by their checksums."""
+    own = notes_on(model.carried)
+    for name in own | dict(noted):
+        if name not in own or name not in noted:
+            yield Difference(name, "missing", f"in {other if name in own else model.folder}")
+            continue
+        for what, one, there in zip(_NOTED, own[name], noted[name], strict=True):
+            if one != there:
+                yield Difference(name, what, f"{one} / {there}")
 
 
 def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[RowRange]:

@@ -1,10 +1,11 @@
-"""Make a tiny Qwen3 with random weights, and a tokenizer of its own, as a HuggingFace folder.
+"""Make a tiny model with random weights, and a tokenizer of its own, as a HuggingFace folder.
 
     python tools/make_tiny_model.py --out runs/tiny --data examples/data/arithmetic_*.jsonl
 
-The folder has the files of a published Qwen3 checkpoint: config, generation config, safetensors in
-fp32, tokenizer, chat template. A laptop trains a model of this size in seconds, so the quickstart and
-the tests need no download. The model keeps the features that tend to break a conversion:
+It is a Qwen3, or of the family that --family names. The folder has the files of a published checkpoint:
+config, generation config, safetensors in fp32, tokenizer, chat template. A laptop trains a model of this
+size in seconds, so the quickstart and the tests need no download. The model keeps the features that tend to
+break a conversion:
 
 - a head_dim that is not hidden_size / heads,
 - grouped key/value heads,
@@ -26,10 +27,19 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2TokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 # As in a published Qwen3 base: <|endoftext|> pads and stops generation. <|im_end|> ends a turn, which
@@ -37,6 +47,17 @@ from transformers.utils.logging import disable_progress_bar
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
 BYTES = 256
+# The end of a family whose language model comes with a vision tower.
+VISION = "-vision"
+# The beginning of the classes' names in transformers.
+FAMILIES = {
+    "qwen3": "Qwen3",
+    "qwen3.5": "Qwen3_5",
+    "qwen3.5-vision": "Qwen3_5",
+    "qwen3.5-moe": "Qwen3_5Moe",
+    "qwen3.5-moe-vision": "Qwen3_5Moe",
+    "qwen3-next": "Qwen3Next",
+}
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}\n"
@@ -67,8 +88,11 @@ class TinyShape:
     # of 128, twice as much learns the quickstart's data in two thirds of the steps.
     initializer_range: float = 0.04
     tied: bool = True
+    family: str = "qwen3"
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}; it can be {', '.join(FAMILIES)}")
         for name in (
             "hidden_size",
             "intermediate_size",
@@ -195,9 +219,51 @@ def qwen_tokenizer(
     return tokenizer
 
 
-def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> Qwen3Config:
-    """Return the Qwen3 configuration of a shape, with the tokenizer's special ids."""
-    return Qwen3Config(
+def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> PretrainedConfig:
+    """Return the configuration of a shape, with the tokenizer's special ids."""
+    kind = FAMILIES[shape.family]
+    whole = getattr(transformers, f"{kind}Config")
+    text = _language_model(getattr(transformers, f"{kind}TextConfig", whole), shape, tokenizer)
+    if not shape.family.endswith(VISION):
+        return text
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    vision = {**sizes, "depth": 1, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16}
+    return whole(
+        text_config=text.to_dict(),
+        vision_config={**vision, "out_hidden_size": shape.hidden_size},
+        tie_word_embeddings=shape.tied,
+        dtype="float32",
+    )
+
+
+def _own_sizes(shape: TinyShape) -> dict[str, Any]:
+    """Return the sizes that only a shape's family has."""
+    if shape.family == "qwen3":
+        return {"max_window_layers": shape.num_layers}
+    if not shape.family.startswith(("qwen3.5", "qwen3-next")):
+        return {}
+    half = shape.intermediate_size // 2
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": half,
+        "shared_expert_intermediate_size": half,
+    }
+    return {
+        "full_attention_interval": min(4, shape.num_layers),
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": shape.head_dim // 2,
+        "linear_value_head_dim": shape.head_dim // 2,
+        **(experts if "moe" in shape.family or "next" in shape.family else {}),
+    }
+
+
+def _language_model(
+    kind: type[PretrainedConfig], shape: TinyShape, tokenizer: Qwen2TokenizerFast
+) -> PretrainedConfig:
+    return kind(
+        **_own_sizes(shape),
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -207,7 +273,6 @@ def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> Qwen3Config
         head_dim=shape.head_dim,
         initializer_range=shape.initializer_range,
         max_position_embeddings=2048,
-        max_window_layers=shape.num_layers,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=shape.tied,
         pad_token_id=tokenizer.pad_token_id,
@@ -217,17 +282,22 @@ def build_config(shape: TinyShape, tokenizer: Qwen2TokenizerFast) -> Qwen3Config
     )
 
 
-def build_model(config: Qwen3Config, seed: int) -> Qwen3ForCausalLM:
+def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """Return a randomly initialised model; the caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
+        model = (
+            AutoModelForImageTextToText
+            if hasattr(config, "vision_config")
+            else AutoModelForCausalLM
+        ).from_config(config)
+    text = config.get_text_config()
     # Greedy: people read the answers of so small a model, so it does not sample.
     model.generation_config = GenerationConfig(
         do_sample=False,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
     )
     return model
 
@@ -311,6 +381,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         metavar="FILE",
         help="chat .jsonl or plain text that the tokenizer learns from",
+    )
+    parser.add_argument(
+        "--family", choices=FAMILIES, default=defaults.family, help="the model's architecture"
     )
     for name in (
         "vocab_size",

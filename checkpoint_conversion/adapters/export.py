@@ -15,7 +15,7 @@ from checkpoint_conversion.adapters.saved import SavedAdapters, digest_of_weight
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
-from checkpoint_conversion.hf.model import open_hf_model
+from checkpoint_conversion.hf.model import open_hf_model, rules_in
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.reader import MegatronCheckpoint, open_checkpoint
 
@@ -65,8 +65,11 @@ def open_merged(
             "--any-base"
         )
     adapters = open_adapters(checkpoint, config, saved.options)
-    rules = family_for(config).tensor_rules(config)
-    model = open_hf_model(template) if base is None else open_checkpoint(folder, rules)
+    model = (
+        open_hf_model(template)
+        if base is None
+        else open_checkpoint(folder, rules_in(template, config))
+    )
     return merged(model, adapters, saved.options.scale)
 
 

@@ -13,9 +13,10 @@ from checkpoint_conversion.families.family import (
 from checkpoint_conversion.families.llama import LLAMA
 from checkpoint_conversion.families.qwen2 import QWEN2
 from checkpoint_conversion.families.qwen3 import QWEN3
+from checkpoint_conversion.families.qwen3_5 import QWEN3_5
 from checkpoint_conversion.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (QWEN3, QWEN3_MOE, QWEN2, LLAMA)
+FAMILIES = (QWEN3, QWEN3_MOE, *QWEN3_5, QWEN2, LLAMA)
 
 __all__ = [
     "CHANGEABLE_ARGUMENTS",

@@ -10,16 +10,19 @@ from typing import Any
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families.family import Config
 
+_FRACTION = "partial_rotary_factor"
 # Megatron-Core computes with these values in every family here.
 _REQUIRED = {
     "hidden_act": "silu",
     "use_sliding_window": False,
     "quantization_config": None,
-    "partial_rotary_factor": 1,
+    _FRACTION: 1,
 }
 # More than any model has, and small enough that a plan fits into memory.
 _MOST = {"num_hidden_layers": 2000, "num_attention_heads": 8192, "num_experts": 100_000}
 _MOST_ELSE = 2**31 - 1
+# The part of a config.json that is the language model's, where the model has other parts too.
+TEXT = "text_config"
 # Megatron-Core has `--rope-scaling-factor` for Llama 3's scaling; the other numbers are constants
 # (megatron/core/models/common/embeddings/rotary_pos_embedding.py, _apply_scaling).
 _LLAMA3 = {
@@ -29,6 +32,24 @@ _LLAMA3 = {
 }
 
 
+def text_config(config: Config) -> Config:
+    """Return the configuration of the language model: of a model with images, the part `text_config`.
+
+    `tie_word_embeddings` and `quantization_config` belong to the whole model. transformers reads them at the
+    top, whatever the part says: it writes its default there.
+
+    Raises:
+        ConversionError: `text_config` is no object.
+    """
+    text = config.get(TEXT)
+    if text is None:
+        return config
+    if not isinstance(text, dict):
+        raise ConversionError(f"config.json has {TEXT}={str(text)[:40]!r}; an object is needed")
+    whole = {key: config.get(key) for key in ("tie_word_embeddings", "quantization_config")}
+    return {**text, **{key: value for key, value in whole.items() if value is not None}}
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding.
@@ -36,10 +57,12 @@ class Rope:
     Attributes:
         theta: The base.
         llama3_factor: The factor of Llama 3's frequency scaling; None without scaling.
+        fraction: The share of a head's dimensions that it turns.
     """
 
     theta: float
     llama3_factor: float | None = None
+    fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,9 @@ class ConfigReader:
         defaults: Defaults of the configuration class in transformers, for keys that a config.json may
             leave out.
         llama3_rope: Whether the family supports Llama 3's scaling of the rotary frequencies.
+        rotary_fraction: The default share of a head that is rotated; None for families that rotate all of it.
+        rope_ignored: Rotary parameters that do not change a text.
+        layer_kinds: Values that `layer_types` may hold.
     """
 
     config: Config
@@ -59,9 +85,15 @@ class ConfigReader:
     required: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     llama3_rope: bool = False
+    rotary_fraction: float | None = None
+    rope_ignored: tuple[str, ...] = ()
+    layer_kinds: tuple[str, ...] = ("full_attention",)
 
     def __post_init__(self) -> None:
-        for key, supported in {**_REQUIRED, **self.required}.items():
+        required = {**_REQUIRED, **self.required}
+        if self.rotary_fraction is not None:
+            del required[_FRACTION]
+        for key, supported in required.items():
             value = self.config.get(key)
             if value is not None and value != supported:
                 raise self.refused(key, value, f"{key}={supported!r}")
@@ -69,8 +101,9 @@ class ConfigReader:
         if kinds is not None and not isinstance(kinds, list):
             raise self.refused("layer_types", kinds, "a list")
         for kind in kinds or ():
-            if kind != "full_attention":
-                raise self.refused("layer_types", kind, "'full_attention' in every layer")
+            if kind not in self.layer_kinds:
+                known = " or ".join(map(repr, self.layer_kinds))
+                raise self.refused("layer_types", kind, f"{known} in every layer")
 
     def refused(self, key: str, value: object, supported: str) -> ConversionError:
         """Return the error for a value that cannot be converted."""
@@ -112,26 +145,41 @@ class ConfigReader:
         differently between them, so the two must agree.
         """
         thetas = {"rope_theta": self.value("rope_theta")}
+        fractions = {_FRACTION: self.config.get(_FRACTION)}
         factors = {}
         for key in ("rope_scaling", "rope_parameters"):
             rope = self.config.get(key)
             if rope:
                 factors[key] = self._scaling(key, rope)
                 thetas[f"{key}.rope_theta"] = rope.get("rope_theta")
-        given = {
-            key: self._number(key, theta, None)
-            for key, theta in thetas.items()
-            if theta is not None
-        }
-        for values in (given, factors):
-            if len(set(values.values())) > 1:
-                both = ", ".join(f"{key}={self._at(key)!r}" for key in values)
-                raise ConversionError(
-                    f"config.json contradicts itself: {both}; make them equal, or remove the wrong one"
-                )
-        if not given:
+                fractions[f"{key}.{_FRACTION}"] = rope.get(_FRACTION)
+        theta = self._agreed(self._numbers(thetas))
+        if theta is None:
             raise self.refused("rope_theta", None, "a positive number")
-        return Rope(next(iter(given.values())), next(iter(factors.values()), None))
+        fraction = self._agreed(self._numbers(fractions)) or self.rotary_fraction or 1.0
+        if fraction > 1:
+            raise self.refused(_FRACTION, fraction, "a number above 0, up to 1")
+        return Rope(theta, self._agreed(factors), fraction)
+
+    def _numbers(self, values: Mapping[str, Any]) -> dict[str, float]:
+        return {
+            key: self._number(key, value, None)
+            for key, value in values.items()
+            if value is not None
+        }
+
+    def _agreed(self, values: Mapping[str, float | None]) -> float | None:
+        """Return the one value that the keys have; None without a key.
+
+        Raises:
+            ConversionError: They differ.
+        """
+        if len(set(values.values())) > 1:
+            both = ", ".join(f"{key}={self._at(key)!r}" for key in values)
+            raise ConversionError(
+                f"config.json contradicts itself: {both}; make them equal, or remove the wrong one"
+            )
+        return next(iter(values.values()), None)
 
     def _at(self, path: str) -> Any:
         """Return the value under a path of one key, or of two keys joined by a dot."""
@@ -155,7 +203,9 @@ class ConfigReader:
 
     def _check_rope(self, key: str, rope: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         """Refuse parameters that are unknown or differ from Megatron-Core's constants."""
-        plain = {"rope_type": None, "type": None, "rope_theta": None, "partial_rotary_factor": 1}
+        plain = {"rope_type": None, "type": None, "rope_theta": None, _FRACTION: 1}
+        if self.rotary_fraction is not None:
+            plain |= dict.fromkeys((_FRACTION, *self.rope_ignored))
         for name, value in rope.items():
             known = {**plain, **expected}
             if name not in known or known[name] not in (None, value):

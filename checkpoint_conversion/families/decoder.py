@@ -20,7 +20,7 @@ from checkpoint_conversion.families.layouts import Layout, grouped_qkv, stacked_
 
 @dataclass(frozen=True)
 class Decoder:
-    """The sizes of a model."""
+    """The sizes of a model, and the beginning of its tensors' HuggingFace names."""
 
     vocab: int
     layers: int
@@ -33,6 +33,7 @@ class Decoder:
     norm_epsilon: float
     rope: Rope
     tied: bool
+    base: str = "model."
 
     @property
     def q(self) -> int:
@@ -78,7 +79,7 @@ def read_decoder(read: ConfigReader) -> Decoder:
         vocab=read.size("vocab_size"),
         layers=read.size("num_hidden_layers"),
         hidden=hidden,
-        ffn=read.size("intermediate_size"),
+        ffn=read.size("intermediate_size", "moe_intermediate_size"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -106,7 +107,7 @@ def decoder_arguments(model: Decoder) -> dict[str, Any]:
         "max_position_embeddings": model.positions,
         "position_embedding_type": "rope",
         "rotary_base": int(theta) if theta == int(theta) else theta,
-        "rotary_percent": 1.0,
+        "rotary_percent": model.rope.fraction,
         "use_rope_scaling": factor is not None,
         **({} if factor is None else {"rope_scaling_factor": factor}),
         "normalization": "RMSNorm",
@@ -178,10 +179,9 @@ def dense_mlp(model: Decoder) -> list[Part]:
     ]
 
 
-def expert_mlp(model: Decoder, experts: int, ffn: int) -> list[Part]:
-    """Return the name table of the experts, their router, and the norm before it.
+def router(model: Decoder, experts: int) -> list[Part]:
+    """Return the router of the experts, and the norm before it.
 
-    Megatron's sequential and grouped experts have the same names and shapes in a checkpoint.
     Transformer Engine's layers call the norm `pre_mlp_layernorm.weight`. The local layers name it like
     a dense MLP's norm.
     """
@@ -192,10 +192,37 @@ def expert_mlp(model: Decoder, experts: int, ffn: int) -> list[Part]:
             aliases=("mlp.linear_fc1.layer_norm_weight",),
         ),
         Part("mlp.router.weight", {"mlp.gate.weight": (experts, model.hidden)}),
-        *(
-            dataclasses.replace(part, axes={"expert": experts})
-            for part in _gated("mlp.experts.experts", "mlp.experts.{expert}", ffn, model.hidden)
-        ),
+    ]
+
+
+def separate_experts(model: Decoder, experts: int, ffn: int) -> list[Part]:
+    """Return the experts where HuggingFace has tensors for each one.
+
+    Megatron's sequential and grouped experts have the same names and shapes in a checkpoint.
+    """
+    return [
+        dataclasses.replace(part, axes={"expert": experts})
+        for part in _gated("mlp.experts.experts", "mlp.experts.{expert}", ffn, model.hidden)
+    ]
+
+
+def packed_experts(model: Decoder, experts: int, ffn: int) -> list[Part]:
+    """Return the experts where one HuggingFace tensor holds all of a layer's; gate and up are joined."""
+    hidden, axes = model.hidden, {"expert": experts}
+    gate_up = {"mlp.experts.gate_up_proj": (experts, 2 * ffn, hidden)}
+    down = {"mlp.experts.down_proj": (experts, hidden, ffn)}
+    return [
+        Part("mlp.experts.experts.linear_fc1.weight", gate_up, axes=axes),
+        Part("mlp.experts.experts.linear_fc2.weight", down, axes=axes),
+    ]
+
+
+def shared_expert(model: Decoder, ffn: int) -> list[Part]:
+    """Return the expert that every token passes, and its gate."""
+    gate = {"mlp.shared_expert_gate.weight": (1, model.hidden)}
+    return [
+        *_gated("mlp.shared_experts", "mlp.shared_expert", ffn, model.hidden),
+        Part("mlp.shared_experts.gate_weight", gate),
     ]
 
 
@@ -215,7 +242,7 @@ def stacked(model: Decoder, parts: Iterable[Part]) -> list[TensorRule]:
     return [
         TensorRule(
             LAYERS + part.megatron,
-            {f"model.layers.{{layer}}.{name}": shape for name, shape in part.hf.items()},
+            {f"{model.base}layers.{{layer}}.{name}": shape for name, shape in part.hf.items()},
             part.layout,
             {"layer": model.layers, **part.axes},
             aliases=tuple(LAYERS + alias for alias in part.aliases),
@@ -224,13 +251,20 @@ def stacked(model: Decoder, parts: Iterable[Part]) -> list[TensorRule]:
     ]
 
 
+def one_by_one(model: Decoder, layers: Iterable[Iterable[Part]]) -> list[TensorRule]:
+    """Return the rules of layers that are not all alike: tensors for each layer, given the parts of each."""
+    return [
+        rule.of_layer(layer) for layer, parts in enumerate(layers) for rule in stacked(model, parts)
+    ]
+
+
 def model_rules(model: Decoder, layers: Iterable[TensorRule]) -> tuple[TensorRule, ...]:
     """Return the name table of a whole model: embedding, layers, final norm and output layer."""
-    table = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
+    table = {f"{model.base}embed_tokens.weight": (model.vocab, model.hidden)}
     rules = [
         TensorRule("embedding.word_embeddings.weight", table, vocabulary=True),
         *layers,
-        TensorRule("decoder.final_layernorm.weight", {"model.norm.weight": (model.hidden,)}),
+        TensorRule("decoder.final_layernorm.weight", {f"{model.base}norm.weight": (model.hidden,)}),
     ]
     if not model.tied:
         table = {"lm_head.weight": (model.vocab, model.hidden)}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoint_conversion.families.layouts import Layout, copied, rows_of
+from checkpoint_conversion.families.layouts import Layout, copied, moved, rows_of
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
 LAYERS = "decoder.layers."
 # Modules with a weight, but without an `_extra_state` in a Megatron model.
-_WITHOUT_EXTRA_STATE = ("word_embeddings", "output_layer", "router")
+_WITHOUT_EXTRA_STATE = ("word_embeddings", "output_layer", "router", "conv1d")
+# A module's weight, or one part of a weight that Megatron splits in a checkpoint (`in_proj.weight.query`).
+_MODULE = re.compile(r"(.+)\.weight(\.\w+)?")
 # Arguments that `megatron_arguments` gives but that may change from run to run of one model: they are
 # choices of training, not of the architecture.
 CHANGEABLE_ARGUMENTS = frozenset(
@@ -40,10 +44,12 @@ class StackedSlice:
         index: Position on the stacked axes, for example `(layer,)`; empty for a tensor that is not
             stacked.
         hf: Names of the HuggingFace tensors, in the order of the rule's layout.
+        number: Position in each HuggingFace tensor that holds several pieces one after the other.
     """
 
     index: tuple[int, ...]
     hf: tuple[str, ...]
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,9 @@ class TensorRule:
     Attributes:
         megatron: Key in the torch_dist checkpoint.
         hf: HuggingFace names with their shapes. A name that contains `{layer}` or `{expert}` exists
-            once for each of them.
-        layout: Arrangement of the rows. Default: a single tensor, unchanged.
+            once for each of them. Names without `{expert}` are of tensors that hold all experts: the
+            first axis of their shapes is the experts.
+        layout: Arrangement of the rows of a piece. Default: a single tensor, unchanged.
         axes: The new first axes on which the Megatron tensor stacks its pieces, with their sizes: no
             axis, `layer`, or `layer` and `expert`.
         vocabulary: Whether a row is a token, so that a Megatron checkpoint may hold more rows
@@ -73,7 +80,7 @@ class TensorRule:
     def __post_init__(self) -> None:
         if not self.layout:
             (shape,) = self.hf.values()
-            object.__setattr__(self, "layout", copied(shape[0]))
+            object.__setattr__(self, "layout", copied(shape[len(self.packed)]))
 
     @property
     def stack(self) -> Shape:
@@ -81,9 +88,16 @@ class TensorRule:
         return tuple(self.axes.values())
 
     @property
+    def packed(self) -> tuple[str, ...]:
+        """The stacked axes that the HuggingFace tensors have themselves, as their first ones."""
+        return tuple(
+            axis for axis in self.axes if not any(f"{{{axis}}}" in name for name in self.hf)
+        )
+
+    @property
     def piece_shape(self) -> Shape:
         """Shape of one piece."""
-        return (rows_of(self.layout), *next(iter(self.hf.values()))[1:])
+        return (rows_of(self.layout), *next(iter(self.hf.values()))[len(self.packed) + 1 :])
 
     @property
     def megatron_shape(self) -> Shape:
@@ -97,9 +111,29 @@ class TensorRule:
 
     def pieces(self) -> Iterator[StackedSlice]:
         """Yield the pieces; the last stacked axis runs fastest."""
+        packed = self.packed
         for index in itertools.product(*map(range, self.stack)):
             numbers = dict(zip(self.axes, index, strict=True))
-            yield StackedSlice(index, tuple(name.format(**numbers) for name in self.hf))
+            number = 0
+            for axis in packed:
+                number = number * self.axes[axis] + numbers[axis]
+            names = tuple(name.format(**numbers) for name in self.hf)
+            yield StackedSlice(index, names, number)
+
+    def layout_of(self, piece: StackedSlice) -> Layout:
+        """Return the layout of a piece; rows of packed HuggingFace tensors count through all pieces."""
+        if piece.number == 0:
+            return self.layout
+        first = len(self.packed)
+        return moved(self.layout, [piece.number * shape[first] for shape in self.hf.values()])
+
+    def parts(self, piece: StackedSlice) -> Iterator[tuple[str, Shape]]:
+        """Yield the HuggingFace tensors of a piece, each with the shape of its rows that are in the piece."""
+        rows: Counter[int] = Counter()
+        for block in self.layout:
+            rows[block.source] += block.rows
+        for source, name in enumerate(piece.hf):
+            yield name, (rows[source], *self.piece_shape[1:])
 
     def renamed(self, key: str) -> TensorRule:
         """Return the same rule for a tensor that is named by one of its aliases."""
@@ -139,6 +173,10 @@ class Family:
         megatron_arguments: Gives the configuration as Megatron argument names and values. Raises
             ConversionError for a configuration that Megatron-Core would compute differently.
         tensor_rules: Gives the name table; raises like `megatron_arguments`.
+        other_forms: Other name tables of the same Megatron tensors, for folders that store them otherwise;
+            for example, experts one by one in place of one tensor for all of them.
+        carried: Beginnings of the names of tensors that Megatron does not have and that an export takes over
+            from the template unchanged.
         tied_alias: The HuggingFace tensor that repeats another one when the embeddings are tied:
             `(alias, tensor)`.
     """
@@ -147,6 +185,8 @@ class Family:
     model_type: str
     megatron_arguments: Callable[[Config], dict[str, Any]]
     tensor_rules: Callable[[Config], tuple[TensorRule, ...]]
+    other_forms: tuple[Callable[[Config], tuple[TensorRule, ...]], ...] = ()
+    carried: tuple[str, ...] = ()
     tied_alias: tuple[str, str] = ("lm_head.weight", "model.embed_tokens.weight")
 
 
@@ -158,10 +198,10 @@ def extra_states(rules: Iterable[TensorRule]) -> dict[str, Shape]:
     (transformer_engine/pytorch/ops/op.py).
     """
     modules = {
-        key.removesuffix(".weight"): rule.stack or (1,)
+        match[1]: rule.stack or (1,)
         for rule in rules
         for key in rule.keys
-        if key.endswith(".weight")
+        if (match := _MODULE.fullmatch(key))
     }
     return {
         module: grid

@@ -15,10 +15,12 @@ from checkpoint_conversion.families.decoder import (
     attention,
     decoder_arguments,
     dense_mlp,
-    expert_mlp,
     model_rules,
+    one_by_one,
     qk_norms,
     read_decoder,
+    router,
+    separate_experts,
     stacked,
 )
 from checkpoint_conversion.families.family import Config, Family, TensorRule
@@ -58,7 +60,12 @@ def _reader(config: Config) -> ConfigReader:
     return ConfigReader(config, "Qwen3-MoE", {"attention_bias": False}, defaults)
 
 
-def _experts(read: ConfigReader) -> Experts:
+def read_experts(read: ConfigReader) -> Experts:
+    """Read the experts in a config.json.
+
+    Raises:
+        ConversionError: Names the key, its value and the supported values.
+    """
     layers, step = read.size("num_hidden_layers"), read.size("decoder_sparse_step")
     dense = read.value("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
@@ -88,15 +95,23 @@ def _experts(read: ConfigReader) -> Experts:
 def megatron_arguments(config: Config) -> dict[str, Any]:
     """Return the Megatron arguments of a configuration; see `Family`.
 
-    A softmax over all experts whose top k are normalised is a softmax over the top k. Megatron computes
-    the latter without `--moe-router-pre-softmax`. The run chooses between sequential and grouped
-    experts (`moe_grouped_gemm`).
+    The run chooses between sequential and grouped experts (`moe_grouped_gemm`).
     """
     read = _reader(config)
-    experts = _experts(read)
     return {
         **decoder_arguments(read_decoder(read)),
         "qk_layernorm": True,
+        **expert_arguments(read_experts(read)),
+    }
+
+
+def expert_arguments(experts: Experts) -> dict[str, Any]:
+    """Return the Megatron arguments of experts.
+
+    A softmax over all experts whose top k are normalised is a softmax over the top k. Megatron computes
+    the latter without `--moe-router-pre-softmax`.
+    """
+    return {
         "num_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn,
         "moe_layer_freq": 1 if all(experts.layers) else [int(sparse) for sparse in experts.layers],
@@ -115,20 +130,15 @@ def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
     If only some layers have experts, the layers are not alike, and each layer has its own tensors.
     """
     read = _reader(config)
-    model, experts = read_decoder(read), _experts(read)
+    model, experts = read_decoder(read), read_experts(read)
     shared = [*attention(model), *qk_norms(model)]
-    sparse = stacked(model, [*shared, *expert_mlp(model, experts.count, experts.ffn)])
+    count, ffn = experts.count, experts.ffn
+    sparse = [*shared, *router(model, count), *separate_experts(model, count, ffn)]
     if all(experts.layers):
-        return model_rules(model, sparse)
-    dense = stacked(model, [*shared, *dense_mlp(model)])
-    return model_rules(
-        model,
-        [
-            rule.of_layer(layer)
-            for layer, is_sparse in enumerate(experts.layers)
-            for rule in (sparse if is_sparse else dense)
-        ],
-    )
+        return model_rules(model, stacked(model, sparse))
+    dense = [*shared, *dense_mlp(model)]
+    layers = [sparse if is_sparse else dense for is_sparse in experts.layers]
+    return model_rules(model, one_by_one(model, layers))
 
 
 QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), "qwen3_moe", megatron_arguments, tensor_rules)

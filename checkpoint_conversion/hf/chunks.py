@@ -51,7 +51,7 @@ class TensorChunk:
     @property
     def layout(self) -> Layout:
         """The HuggingFace rows that these rows are made of."""
-        return clipped(self.rule.layout, self.start, self.start + self.rows)
+        return clipped(self.rule.layout_of(self.piece), self.start, self.start + self.rows)
 
     def parts(self, dtype: DType, limit: int = TRANSFER_BYTES) -> Iterator[TensorChunk]:
         """Cut this chunk into runs of rows of at most `limit` bytes each, but at least a row."""

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,11 @@ class HFTensor:
     offset: int
 
     @property
+    def dtype_name(self) -> str:
+        """The name that safetensors uses for the dtype."""
+        return self.dtype
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a slice along the first axis."""
         return math.prod(self.shape[1:]) * _ITEM_SIZES[self.dtype]
@@ -74,6 +79,11 @@ class HFTensor:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * _ITEM_SIZES[self.dtype]
+
+    def flattened(self, axes: int) -> HFTensor:
+        """Return the same tensor with its first `axes` axes and the next one as one axis of rows."""
+        rows = math.prod(self.shape[: axes + 1])
+        return replace(self, shape=(rows, *self.shape[axes + 1 :]))
 
     def read_rows(self, start: int, rows: int, into: memoryview) -> None:
         """Read rows [start, start + rows) into a buffer of that size.
@@ -250,6 +260,11 @@ def read_weight_map(folder: Path, kind: _Kind = _SAFETENSORS) -> dict[str, str] 
     if single.exists() and kind.single not in weight_map.values():
         raise ConversionError(f"{index} does not refer to {kind.single}; remove whichever is stale")
     return weight_map
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds safetensors that `list_tensors` reads."""
+    return (folder / INDEX).exists() or (folder / WEIGHTS).exists()
 
 
 def _why_no_weights(folder: Path) -> str:

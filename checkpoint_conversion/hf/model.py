@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,13 @@ from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, Family, TensorRule, family_for
 from checkpoint_conversion.hf.chunks import CHUNK_BYTES, TRANSFER_BYTES, TensorChunk, chunks_of
-from checkpoint_conversion.hf.folder import CONFIG, HFTensor, list_tensors, read_hf_config
+from checkpoint_conversion.hf.folder import (
+    CONFIG,
+    HFTensor,
+    has_weights,
+    list_tensors,
+    read_hf_config,
+)
 
 _BASE = "model."
 # A buffer in old Llama checkpoints, which is computed from the configuration.
@@ -31,8 +37,9 @@ class HFModel:
 
     Attributes:
         config: The content of config.json.
-        tensors: The tensors by name.
+        tensors: The tensors by name. One that holds all experts of a layer appears as a matrix of all rows.
         alias: The tensor that repeats another one, if any: lm_head.weight when the embeddings are tied.
+        carried: The tensors that Megatron does not have, by name; an export takes them over unchanged.
     """
 
     folder: Path
@@ -41,6 +48,7 @@ class HFModel:
     rules: tuple[TensorRule, ...]
     tensors: Mapping[str, HFTensor]
     alias: str | None
+    carried: Mapping[str, HFTensor] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Return the tensors that are converted, in the order of the rules."""
@@ -140,13 +148,59 @@ def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
     folder = Path(folder)
     config = read_hf_config(folder)
     family = family_for(config)
-    rules = family.tensor_rules(config)
+    listed = list_tensors(folder, allow_pickle)
+    carried = carried_tensors(family, listed)
+    rules = rules_for(family, config, listed)
     expected = expected_shapes(rules)
     alias, original = family.tied_alias
-    tensors = _by_known_name(list_tensors(folder, allow_pickle), (*expected, alias))
+    own = {name: tensor for name, tensor in listed.items() if name not in carried}
+    tensors = _by_known_name(own, (*expected, alias))
     has_alias = alias in tensors and alias not in expected
     check_tensors(folder, tensors, expected | ({alias: expected[original]} if has_alias else {}))
-    return HFModel(folder, config, family, rules, tensors, alias if has_alias else None)
+    tensors = row_views(tensors, rules)
+    return HFModel(folder, config, family, rules, tensors, alias if has_alias else None, carried)
+
+
+def rules_for(family: Family, config: Config, names: Iterable[str]) -> tuple[TensorRule, ...]:
+    """Return the name table that fits the tensors of a folder, in the family's usual form if none does."""
+    there = set(names)
+    for form in family.other_forms:
+        rules = form(config)
+        pieces = (piece for rule in rules for piece in rule.pieces())
+        if all(there & {name, name.removeprefix(_BASE)} for piece in pieces for name in piece.hf):
+            return rules
+    return family.tensor_rules(config)
+
+
+def rules_in(folder: Path, config: Config) -> tuple[TensorRule, ...]:
+    """Return the name table that fits a HuggingFace folder, which need not hold weights."""
+    family = family_for(config)
+    has_forms = family.other_forms and has_weights(folder)
+    return rules_for(family, config, list_tensors(folder) if has_forms else ())
+
+
+def carried_tensors(family: Family, tensors: Mapping[str, HFTensor]) -> dict[str, HFTensor]:
+    """Return the tensors that a family carries along, with or without `model.` in front of their names."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if any(known.startswith(family.carried) for known in (name, _BASE + name))
+    }
+
+
+def row_views(tensors: Mapping[str, HFTensor], rules: Iterable[TensorRule]) -> dict[str, HFTensor]:
+    """Return the tensors; one that holds several pieces of a rule becomes a matrix of all their rows."""
+    axes = {
+        name: len(rule.packed)
+        for rule in rules
+        if rule.packed
+        for piece in rule.pieces()
+        for name in piece.hf
+    }
+    return {
+        name: tensor.flattened(axes[name]) if name in axes else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def known_name(name: str, known: Container[str]) -> str:

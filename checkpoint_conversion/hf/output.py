@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from checkpoint_conversion.engine.output import check_output, whole_folder
 from checkpoint_conversion.families import TensorRule, family_for
+from checkpoint_conversion.hf.carried import Notes, carried_in, check_names, copy_carried
 from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
-from checkpoint_conversion.hf.model import expected_shapes
+from checkpoint_conversion.hf.model import expected_shapes, row_views, rules_in
 from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens
 from checkpoint_conversion.hf.torch_tensors import from_torch
 from checkpoint_conversion.hf.writer import (
     HFWriter,
-    TensorSizes,
+    ModelSizes,
     TensorSpec,
     artifacts,
     copy_artifacts,
@@ -26,7 +27,7 @@ from checkpoint_conversion.hf.writer import (
 
 
 @dataclass(frozen=True)
-class HFOutput(TensorSizes):
+class HFOutput(ModelSizes):
     """A folder to write, and everything about it except the values.
 
     Attributes:
@@ -37,6 +38,8 @@ class HFOutput(TensorSizes):
         tensors: The tensors by name.
         weight_map: The file of each tensor.
         overwrite: Whether an earlier output in its place is replaced.
+        carried: The tensors of the template that are copied, by name.
+        notes: The notes to compare them with; None to copy them as they are.
     """
 
     folder: Path
@@ -46,11 +49,22 @@ class HFOutput(TensorSizes):
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
     overwrite: bool = False
+    carried: Mapping[str, HFTensor] = field(default_factory=dict)
+    notes: Notes | None = None
 
     def stopping_at(self, turn_end: int | None) -> HFOutput:
         """Return this output for a model that ends a turn with the token `turn_end`, or with text if None."""
         stops = plan_stop_tokens(self.template, self.stops.config, turn_end)
         return replace(self, stops=stops)
+
+    def noting(self, notes: Notes) -> HFOutput:
+        """Return this output with notes that the tensors it copies are compared with.
+
+        Raises:
+            ConversionError: The notes list other tensors than the template has.
+        """
+        check_names(self.template, self.carried, notes, self.template)
+        return replace(self, notes=notes)
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Path]:
@@ -64,14 +78,15 @@ class HFOutput(TensorSizes):
         """
         place = whole_folder(self.folder, [self.template], self.overwrite, COMMAND, self.nbytes)
         with place as partial:
-            with HFWriter(partial, self.tensors, self.weight_map) as writer:
+            with HFWriter(partial, self.all_tensors, self.weight_map) as writer:
+                copy_carried(self.carried, self.notes, writer)
                 writer.flush()
             yield partial
             copy_artifacts(self.template, partial, self.stops)
 
     def tensors_in(self, folder: Path) -> dict[str, HFTensor]:
         """Return the places of the tensors in the temporary folder of `create`."""
-        return list_tensors(folder)
+        return row_views(list_tensors(folder), self.rules)
 
 
 def plan_output(
@@ -91,13 +106,14 @@ def plan_output(
     """
     folder, template = Path(folder), Path(template)
     config = read_hf_config(template)
-    rules = family_for(config).tensor_rules(config)
+    rules = rules_in(template, config)
+    carried = carried_in(template, family_for(config))
     kind = from_torch(dtype)
     tensors = {name: TensorSpec(shape, kind) for name, shape in expected_shapes(rules).items()}
-    weight_map = files_of(template, tensors)
+    weight_map = files_of(template, {**tensors, **carried})
     artifacts(template)
     written = for_older_readers(with_dtype(config, tensors))
     stops = plan_stop_tokens(template, written, None)
-    output = HFOutput(folder, template, stops, rules, tensors, weight_map, overwrite)
+    output = HFOutput(folder, template, stops, rules, tensors, weight_map, overwrite, carried)
     check_output(folder, [template], overwrite, COMMAND, output.nbytes)
     return output

@@ -10,10 +10,12 @@ from typing import Any
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config
+from checkpoint_conversion.families.config import TEXT
 from checkpoint_conversion.hf.folder import INDEX, read_weight_map
 from checkpoint_conversion.hf.model import known_name
 from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
+    Stored,
     TensorSpec,
     parse_size,
     split_by_size,
@@ -21,10 +23,11 @@ from checkpoint_conversion.hf.writer import (
 
 # The command recorded in a folder, whichever way it was written; --overwrite replaces its outputs.
 COMMAND = "megatron_to_hf"
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def files_of(
-    template: Path, tensors: Mapping[str, TensorSpec], max_shard_size: str | int | None = None
+    template: Path, tensors: Mapping[str, Stored], max_shard_size: str | int | None = None
 ) -> dict[str, str]:
     """Choose the file of each tensor: as asked for, else as in the template, else by the default size.
 
@@ -49,14 +52,17 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
     """Return the configuration with the dtype that most bytes have.
 
     The key is `dtype` since transformers 4.56, and `torch_dtype` before. A key that the template has is
-    kept.
+    kept, and follows in the part of the language model, where it has such a part.
     """
     nbytes: Counter[DType] = Counter()
     for tensor in tensors.values():
         nbytes[tensor.dtype] += tensor.nbytes
     name = nbytes.most_common(1)[0][0].torch
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    return {**config, **dict.fromkeys(keys, name)}
+    keys = [key for key in _DTYPE_KEYS if key in config]
+    text = config.get(TEXT, {})
+    in_text = [key for key in _DTYPE_KEYS if key in text]
+    found = {**config, **dict.fromkeys(keys or ([] if in_text else ["dtype"]), name)}
+    return {**found, TEXT: {**text, **dict.fromkeys(in_text, name)}} if in_text else found
 
 
 def for_older_readers(config: Config) -> dict[str, Any]:

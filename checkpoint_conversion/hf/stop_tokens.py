@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config
+from checkpoint_conversion.families.config import TEXT, text_config
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -67,11 +68,12 @@ def plan_stop_tokens(template: Path, config: Config, turn_end: int | None) -> St
     if turn_end is None:
         return StopTokens(config, None, (), None)
     file = template / GENERATION_CONFIG
-    in_config = _stop_ids(config, template / CONFIG)
-    from_config = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+    part = config if _KEY in config else text_config(config)
+    in_config = _stop_ids(part, template / CONFIG)
+    from_config = {name: part[name] for name in _TOKEN_IDS if part.get(name) is not None}
     there = read_json_object(file) if file.exists() else from_config
     known = _stop_ids(there, file) or in_config
-    written = {**config, _KEY: _with(turn_end, in_config, config.get(_KEY))}
+    written = _with_stop_ids(config, _with(turn_end, in_config, part.get(_KEY)))
     generation = {**there, _KEY: _with(turn_end, known, there.get(_KEY))}
     is_known = written == config and generation == there
     return StopTokens(
@@ -105,6 +107,14 @@ def trained_turn_end(checkpoint: Path) -> int | None:
             f"{file}: {'.'.join(_TURN_END)} is {str(value)[:40]!r}, not a token id; the file is damaged"
         )
     return value
+
+
+def _with_stop_ids(config: Config, ids: Any) -> Config:
+    """Put stop tokens where a config.json has them: at the top, or in the part of the language model."""
+    text = config.get(TEXT)
+    if _KEY in config or text is None or _KEY not in text:
+        return {**config, _KEY: ids}
+    return {**config, TEXT: {**text, _KEY: ids}}
 
 
 def _with(new: int, known: tuple[int, ...], value: Any) -> Any:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.engine.output import sync_file, write_file
@@ -27,6 +27,7 @@ from checkpoint_conversion.hf.folder import (
     FETCH_AGAIN,
     INDEX,
     WEIGHTS,
+    HFTensor,
 )
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, StopTokens
 
@@ -49,9 +50,30 @@ class TensorSpec:
     dtype: DType
 
     @property
+    def dtype_name(self) -> str:
+        """The name that safetensors uses for the dtype."""
+        return self.dtype.name
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Stored(Protocol):
+    """A tensor in a safetensors file: one to write, or one that is copied."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+
+    @property
+    def dtype_name(self) -> str:
+        """The name that safetensors uses for the dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
 
 
 class TensorSizes:
@@ -60,14 +82,30 @@ class TensorSizes:
     tensors: Mapping[str, TensorSpec]
 
     @property
+    def all_tensors(self) -> Mapping[str, Stored]:
+        """All tensors by name."""
+        return self.tensors
+
+    @property
     def elements(self) -> int:
-        """Elements of all tensors."""
+        """Elements of `tensors`."""
         return sum(tensor.nbytes // tensor.dtype.itemsize for tensor in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.all_tensors.values())
+
+
+class ModelSizes(TensorSizes):
+    """The sizes of a model folder to write; `carried` are the tensors that are copied from a template."""
+
+    carried: Mapping[str, HFTensor]
+
+    @property
+    def all_tensors(self) -> Mapping[str, Stored]:
+        """All tensors by name, with the carried ones."""
+        return {**self.tensors, **self.carried}
 
 
 def parse_size(text: str | int) -> int:
@@ -87,7 +125,7 @@ def parse_size(text: str | int) -> int:
     return size
 
 
-def split_by_size(tensors: Mapping[str, TensorSpec], limit: int) -> dict[str, str]:
+def split_by_size(tensors: Mapping[str, Stored], limit: int) -> dict[str, str]:
     """Fill one file after the other, layer by layer; return the file of each tensor.
 
     A tensor larger than `limit` has a file of its own.
@@ -125,7 +163,7 @@ class HFWriter:
     """
 
     def __init__(
-        self, folder: Path, tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]
+        self, folder: Path, tensors: Mapping[str, Stored], weight_map: Mapping[str, str]
     ) -> None:
         self._tensors = tensors
         self._places: dict[str, tuple[NewFile, int]] = {}
@@ -135,16 +173,14 @@ class HFWriter:
         if set(weight_map.values()) not in ({WEIGHTS}, {ADAPTER_WEIGHTS}):
             write_file(folder / INDEX, _index(tensors, weight_map))
 
-    def write_rows(self, name: str, start: int, data: memoryview) -> None:
-        """Write whole rows of a tensor, from row `start` on; several threads may do so.
+    def write_at(self, name: str, start: int, data: memoryview) -> None:
+        """Write bytes of a tensor, from its byte `start` on; several threads may do so.
 
         Raises:
             ConversionError: When the file cannot be written; for example, the disk is full.
         """
         file, offset = self._places[name]
-        tensor = self._tensors[name]
-        offset += start * math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        file.write_at(offset, data)
+        file.write_at(offset + start, data)
 
     def flush(self) -> None:
         """Bring all bytes to the disk.
@@ -169,7 +205,7 @@ class HFWriter:
         for name in names:
             tensor = self._tensors[name]
             header[name] = {
-                "dtype": tensor.dtype.name,
+                "dtype": tensor.dtype_name,
                 "shape": list(tensor.shape),
                 "data_offsets": [end, end + tensor.nbytes],
             }
@@ -251,7 +287,7 @@ def _check_link(file: Path, template: Path) -> None:
         )
 
 
-def _index(tensors: Mapping[str, TensorSpec], weight_map: Mapping[str, str]) -> bytes:
+def _index(tensors: Mapping[str, Stored], weight_map: Mapping[str, str]) -> bytes:
     total = sum(tensor.nbytes for tensor in tensors.values())
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -122,7 +122,8 @@ class MegatronCheckpoint:
     ) -> None:
         """Assemble the overlapping parts of the saved chunks.
 
-        Axis 0 is the rows, and axis 1, if any, the columns.
+        Axis 0 is the rows, and the others, if any, are the columns. Only the columns of a matrix are in
+        several chunks.
         """
         width = math.prod(chunk.rule.piece_shape[1:])
         row_bytes = width * dtype.itemsize
@@ -133,7 +134,7 @@ class MegatronCheckpoint:
             end = min(first + size, chunk.start + chunk.rows)
             if begin >= end:
                 continue
-            columns = saved.sizes[stacked + 1] if len(saved.sizes) > stacked + 1 else 1
+            columns = math.prod(saved.sizes[stacked + 1 :])
             index = [i - o for i, o in zip(chunk.piece.index, saved.offsets, strict=False)]
             source = (chunk.key, saved, dtype, (*index, begin - first), end - begin)
             rows = data[(begin - chunk.start) * row_bytes : (end - chunk.start) * row_bytes]
@@ -171,6 +172,10 @@ class MegatronCheckpoint:
             files.read(saved.place.file, place + first * dtype.itemsize, into, key)
             self._check(key, saved, stored, first * dtype.itemsize, into)
             return
+        if len(stored.shape) > len(index) + 1:
+            raise ConversionError(
+                f"{saved.place.file}: {key} {list(stored.shape)} is not stored row by row"
+            )
         # For example a transposed tensor; never seen in a Megatron checkpoint.
         from checkpoint_conversion.engine.values import put_strided  # needs numpy
 
@@ -321,6 +326,13 @@ def _checked_dtype(folder: Path, rule: TensorRule, saved: SavedTensor | None) ->
     for chunk in saved.chunks:
         if any(o + n > size for o, n, size in zip(chunk.offsets, chunk.sizes, shape, strict=True)):
             raise ConversionError(f"{folder}: a chunk of {rule.megatron} lies outside of it")
+    inner = len(rule.stack) + 1
+    if len(shape) > inner + 1 and any(
+        chunk.sizes[inner:] != shape[inner:] for chunk in saved.chunks
+    ):
+        raise ConversionError(
+            f"{folder}: {rule.megatron} {list(shape)} is not cut by rows, as only matrices may be"
+        )
     if sum(math.prod(chunk.sizes) for chunk in saved.chunks) != math.prod(shape):
         raise ConversionError(f"{folder}: the chunks of {rule.megatron} do not cover it")
     parts = sum(math.prod(chunk.sizes[: len(rule.stack)]) for chunk in saved.chunks)

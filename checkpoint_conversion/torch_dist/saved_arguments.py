@@ -99,14 +99,19 @@ def check_architecture(
         )
 
 
-def stock_flags(arguments: Mapping[str, Any]) -> str:
+def stock_flags(arguments: Mapping[str, Any]) -> str | None:
     """Return the architecture flags that Megatron's `--use-checkpoint-args` does not take from a checkpoint.
 
     See load_args_from_checkpoint in megatron/training/checkpointing.py.
 
     Args:
         arguments: The arguments that the family derives from config.json.
+
+    Returns:
+        The flags; None for a model that only this project's layers compute.
     """
+    if arguments.get("experimental_attention_variant") is not None:
+        return None
     flags = [f"--norm-epsilon {arguments['layernorm_epsilon']}"]
     if arguments["qk_layernorm"]:
         flags.append("--qk-layernorm")

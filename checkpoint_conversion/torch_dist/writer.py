@@ -28,6 +28,7 @@ from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.engine.raw_files import NewFile
 from checkpoint_conversion.engine.workers import Buffers, run_all
 from checkpoint_conversion.families.family import Shape
+from checkpoint_conversion.hf.carried import Notes, write_notes
 from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.pickles.torch_pickle import (
     Call,
@@ -71,6 +72,7 @@ def write_release(
     arguments: Mapping[str, Any],
     extra_states: Mapping[str, Shape],
     workers: int,
+    notes: Notes,
 ) -> None:
     """Write `folder`/release and the tracker file that names it.
 
@@ -84,6 +86,7 @@ def write_release(
         arguments: Megatron arguments of the architecture.
         extra_states: Modules with an `_extra_state` entry, and the grid of its shards.
         workers: Number of threads.
+        notes: The notes on tensors of the HuggingFace folder that are not in the checkpoint.
     """
     checkpoint = folder / RELEASE
     checkpoint.mkdir()
@@ -111,6 +114,7 @@ def write_release(
             output.flush()
     places += itertools.chain.from_iterable(written)
     write_file(checkpoint / ".metadata", dumps(_metadata(objects, tensors, places)))
+    write_notes(checkpoint, notes)
     write_checksums(checkpoint)
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     write_file(checkpoint / "metadata.json", json.dumps(backend).encode())
@@ -139,7 +143,7 @@ def _common_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     padded = {"padded_vocab_size": arguments["vocab_size"]}
     return {
-        "args": argparse.Namespace(**_COMMON_ARGUMENTS, **arguments, **padded),
+        "args": argparse.Namespace(**{**_COMMON_ARGUMENTS, **arguments, **padded}),
         "checkpoint_version": 3.0,
         "iteration": 0,
         "content_metadata": _CONTENT,

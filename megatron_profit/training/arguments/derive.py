@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoint_conversion.adapters.options import LoraOptions
 from checkpoint_conversion.families import family_for
-from checkpoint_conversion.families.config import ConfigReader
+from checkpoint_conversion.families.config import ConfigReader, text_config
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, check_architecture
 from megatron_profit.evaluation.after_training import EvalTasks, eval_tasks
@@ -229,8 +229,9 @@ def _arguments(flags: CommandLine, config: Mapping[str, Any], device: str) -> di
     required, suggested = platform_settings(device, local=given.get("transformer_impl") == "local")
     flags.refuse_contradictions(required, "this machine needs")
     suggested = {**_DEFAULTS, **suggested, **scheduler_of_flags(given)}
-    if config.get("initializer_range") is not None:
-        read = ConfigReader(config, "every family")
+    initial = {"initializer_range": text_config(config).get("initializer_range")}
+    if initial["initializer_range"] is not None:
+        read = ConfigReader(initial, "every family")
         suggested["init_method_std"] = read.number("initializer_range", at_least=0.0)
     model = _model_arguments(flags, config, Path(hf_model) / "config.json")
     derived = {

@@ -12,6 +12,7 @@ import torch
 
 from checkpoint_conversion.engine.output import nearest_existing
 from checkpoint_conversion.errors import ConversionError, warning
+from checkpoint_conversion.hf.carried import Notes
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.hf.output import HFOutput, plan_output
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
@@ -74,6 +75,10 @@ class RunFiles:
         if stops.added is not None:
             tell(f"> in an export, {stops}")
         return self if self.export is None else replace(self, export=self.export.stopping_at(token))
+
+    def with_carried(self, notes: Notes) -> RunFiles:
+        """Return these files with an export that compares the tensors it copies with notes on them."""
+        return self if self.export is None else replace(self, export=self.export.noting(notes))
 
 
 def open_files(settings: RunSettings) -> RunFiles:

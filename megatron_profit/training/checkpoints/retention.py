@@ -11,11 +11,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from megatron.training import get_args
 
 from checkpoint_conversion.errors import ConversionError, warn
+from checkpoint_conversion.hf.carried import Notes, write_notes
 from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.checkpoints.folder import (
@@ -96,10 +98,13 @@ class Retention(Callback):
     Args:
         options: The options of the flags.
         record: The record of the run, which each checkpoint holds. Only the first rank needs it.
+        carried: The notes of each checkpoint on tensors that are not trained; as `record`.
     """
 
-    def __init__(self, options: KeepOptions, record: RunRecord) -> None:
-        self._options, self._record = options, record
+    def __init__(
+        self, options: KeepOptions, record: RunRecord, carried: Notes = MappingProxyType({})
+    ) -> None:
+        self._options, self._record, self._carried = options, record, carried
         self._progress = None if options.keep_best is None else EarlyStopState(options.keep_best)
         self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
         self._resumed_from: frozenset[int] = frozenset()
@@ -158,6 +163,7 @@ class Retention(Callback):
         progress = None if self._progress is None else asdict(self._progress)
         content = {"format": _FORMAT, "iteration": iteration, "progress": progress}
         write_json(folder / MARKER, {**content, RUN: self._record.to_json()})
+        write_notes(folder, self._carried)
         at, metrics = self._evaluated
         if at == iteration:
             write_json(folder / VALIDATION, metrics)

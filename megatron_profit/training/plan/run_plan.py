@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf.carried import Notes, carried_in, description, notes_at_start
+from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from megatron_profit.evaluation.after_training import check_task_files
 from megatron_profit.training.arguments.derive import RunSettings, derive
 from megatron_profit.training.arguments.disk import RunFiles, open_files
@@ -25,6 +29,8 @@ from megatron_profit.training.plan.wandb_run import resume_wandb_run
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
 from megatron_profit.training.process.ranks import is_first_rank, world_size
 
+_NOTHING_CARRIED: Notes = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -35,12 +41,15 @@ class RunPlan:
         files: The folders and files that the flags name.
         data: The rows.
         record: The record that each checkpoint of the run holds; empty off the first rank.
+        carried: The notes of each checkpoint on tensors of the model's folder that are not trained; empty
+            off the first rank.
     """
 
     settings: RunSettings
     files: RunFiles
     data: SFTData
     record: RunRecord
+    carried: Notes = _NOTHING_CARRIED
 
 
 def plan_run(argv: Sequence[str], device: str) -> RunPlan:
@@ -73,14 +82,33 @@ def open_run(settings: RunSettings) -> RunPlan:
     data = build_datasets(settings, files.data)
     settings = settings.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
     files = files.with_turn_end(settings, data.turn_end, print_rank_0)
-    record = RunRecord()
+    record, carried = RunRecord(), _NOTHING_CARRIED
     if is_first_rank():
         record = describe_run(settings, files, data)
         _check_record(record, settings, data, resumed)
+        carried = _note_carried(settings, flags, resumed)
+        files = files.with_carried(carried)
     if settings.save is not None:
         hold_new(settings.save)
     resume_wandb_run(settings.values, resumed)
-    return RunPlan(settings, files, data, record)
+    return RunPlan(settings, files, data, record, carried)
+
+
+def _note_carried(settings: RunSettings, flags: CheckpointFlags, resumed: Resumed | None) -> Notes:
+    """Return the notes on the tensors of the model's folder that are not trained, and tell of them.
+
+    Raises:
+        ConversionError: One is missing or has changed since the checkpoint that the run starts from.
+    """
+    tensors = carried_in(settings.hf_model, family_for(settings.config))
+    start = flags.load if flags.finetune else flags.start
+    if resumed is not None:
+        start = resumed.folder
+    if tensors:
+        print_rank_0(f"> {description(tensors)}")
+    return notes_at_start(
+        settings.hf_model, tensors, None if start is None else find_checkpoint(start)
+    )
 
 
 def _check_record(

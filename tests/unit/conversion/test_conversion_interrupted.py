@@ -38,7 +38,7 @@ def stalling(function):
     return call
 
 HFTensor.read_rows_from = stalling(HFTensor.read_rows_from)
-hf_writer.HFWriter.write_rows = stalling(hf_writer.HFWriter.write_rows)
+hf_writer.HFWriter.write_at = stalling(hf_writer.HFWriter.write_at)
 getattr(sys.modules["checkpoint_conversion." + sys.argv[1]], sys.argv[1])(*sys.argv[2:], overwrite=True)
 """
 
