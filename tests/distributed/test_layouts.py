@@ -109,4 +109,4 @@ def test_any_layout_takes_the_same_steps(sft, models, tmp_path, model, layout, o
         *(ranks, "--hf-model", hf, *plan.flags, *case.flags, *flags),
         *("--tensorboard-dir", tmp_path),
     )
-    assert_same_steps(tmp_path, models[model].expected(objective), models[model].tolerance)
+    assert_same_steps(tmp_path, models[model].expected(objective))

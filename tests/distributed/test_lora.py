@@ -11,15 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import (
-    OBJECTIVES,
-    PACKED,
-    STATES_TOLERANCE,
-    TOLERANCE,
-    TURNS,
-    assert_same_steps,
-    parse,
-)
+from layouts import OBJECTIVES, PACKED, TURNS, assert_same_steps, parse
 from peft import PeftModel
 from plain_lora import (
     STATE_TARGETS,
@@ -52,7 +44,6 @@ class Adapted:
     hf: Path
     adapter: Path
     plan: Plan
-    tolerance: float = TOLERANCE
     trained: dict[str, Trained] = field(default_factory=dict)
 
     def expected(self, objective: str) -> Trained:
@@ -82,9 +73,7 @@ def models(tied_model, tmp_path_factory) -> dict[str, Adapted]:
     return {
         "dense": Adapted(tied_model.hf, write_adapter(tied_model.hf, folder / "dense"), plan),
         "experts": Adapted(experts, write_expert_adapter(experts, folder / "experts"), balanced),
-        "states": Adapted(
-            states, write_adapter(states, folder / "states", targets=both), plan, STATES_TOLERANCE
-        ),
+        "states": Adapted(states, write_adapter(states, folder / "states", targets=both), plan),
     }
 
 
@@ -243,7 +232,7 @@ def test_any_layout_takes_the_steps_of_the_plain_loop(
         *("--tensorboard-dir", tmp_path / "curves", "--export-adapter", tmp_path / "adapter"),
     )
     expected = adapted.expected(objective)
-    assert_same_steps(tmp_path / "curves", expected, adapted.tolerance)
+    assert_same_steps(tmp_path / "curves", expected)
     before = load_file(adapted.adapter / "adapter_model.safetensors")
     after = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert after.keys() == expected.weights.keys()
