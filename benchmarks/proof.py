@@ -96,7 +96,7 @@ class Children:
         Raises:
             StepFailure: It raised, exited, died or took too long; the message has the end of its log.
         """
-        context = multiprocessing.get_context(self.start_method)
+        context: Any = multiprocessing.get_context(self.start_method)
         receiver, sender = context.Pipe(duplex=False)
         log = self._logs / f"{name}.log"
         process = context.Process(
@@ -104,17 +104,15 @@ class Children:
         )
         process.start()
         sender.close()
-        try:
-            answered = receiver.poll(seconds)
-            result = receiver.recv() if answered else None
-        except EOFError:  # it ended without a word
-            answered, result = True, ("failed", "")
-        if not answered:
+        if not receiver.poll(seconds):
             _kill(process)
             raise StepFailure(f"cut off after {seconds:.0f} s\n{_end_of(log)}")
+        try:
+            kind, value = receiver.recv()
+        except EOFError:  # it ended without a word
+            kind, value = "failed", ""
         process.join(20)
         _kill(process)
-        kind, value = result
         if kind == "failed":
             raise StepFailure(
                 f"{value or f'ended with exit code {process.exitcode}'}\n{_end_of(log)}"
@@ -134,6 +132,7 @@ def _child(
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for target in (1, 2):
         os.dup2(file, target)
+    sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
     try:
         prepare(device)
         answer = ("done", function(*values))

@@ -45,6 +45,12 @@ def prepare(device: str) -> None:
     import megatron_profit.training.main  # noqa: F401
 
 
+def touch_gpu() -> str:
+    """Return the GPU's name for people."""
+    torch.zeros(1, device="cuda")
+    return torch.cuda.get_device_name()
+
+
 def environment(device: str) -> dict[str, Any]:
     """Return the machine and the versions."""
     facts = benchmarking.environment(torch.device(device), PACKAGES)

@@ -25,16 +25,10 @@ sys.path.append(str(REPOSITORY / "benchmarks"))
 
 import proof
 import torch
-from proof_steps import Proof, prepare
+from proof_steps import Proof, prepare, touch_gpu
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 STEPS = ("environment", "operation", "run", "step", "kernel", "lora")
-
-
-def touch_gpu() -> str:
-    """Return the GPU's name for people."""
-    torch.zeros(1, device="cuda")
-    return torch.cuda.get_device_name()
 
 
 def start_children(device: str, scratch: Path) -> tuple[proof.Children, str]:
