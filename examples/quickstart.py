@@ -13,8 +13,9 @@ are printed):
  5. ProFit on two processes with tensor parallelism, interrupted half-way
  6. the same command again: it resumes from its checkpoint
  7. export the result to HuggingFace
- 8. load it with transformers and answer questions that were not in the training data
- 9. draw the curves
+ 8. for comparison, plain SFT on the same answers, from one HuggingFace folder into another
+ 9. load the models with transformers and answer questions that were not in the training data
+10. draw the curves
 
 The results of each step are kept, so a second start continues where the first ended. If the command of
 a step has changed since, this step and all later ones are redone. `steps.json` in the output folder
@@ -124,6 +125,14 @@ class Quickstart:
         return self.out / "profit-hf"
 
     @property
+    def sft_hf(self) -> Path:
+        return self.out / "sft-hf"
+
+    @property
+    def sft_metrics(self) -> Path:
+        return self.out / "sft.jsonl"
+
+    @property
     def figure(self) -> Path:
         return self.out / "curves.png"
 
@@ -155,6 +164,7 @@ class Quickstart:
                 self.profit_hf,
                 export(self.profit, self.base_hf, self.profit_hf),
             ),
+            Step("8. plain SFT on the same answers", self.sft_hf, self.train_sft()),
         ]
 
     def make_tiny(self) -> list[str]:
@@ -177,25 +187,34 @@ class Quickstart:
         return [*convert, "--hf", str(self.base_hf), "--out", str(self.base_megatron)]
 
     def train_profit(self) -> list[str]:
-        half = str(self.profit_steps // 2)
         return [
-            *TRAIN,
-            *("--hf-model", str(self.base_hf), "--pretrained-checkpoint", str(self.base_megatron)),
-            *("--data", str(PROFIT_DATA), "--objective", "profit"),
+            *self._train_on_phrases("profit"),
             *("--prob-threshold", "0.1", "--threshold-direction", "higher"),
-            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
-            *("--lr", "5e-4", "--min-lr", "5e-5", "--train-iters", str(self.profit_steps)),
-            *("--eval-interval", half, "--save-interval", half),
+            *("--pretrained-checkpoint", str(self.base_megatron)),
+            *("--save-interval", str(self.profit_steps // 2)),
             *("--load", str(self.profit), "--save", str(self.profit)),
             *("--tensorboard-dir", str(self.profit / "tensorboard")),
+        ]
+
+    def train_sft(self) -> list[str]:
+        results = ["--export-hf", str(self.sft_hf), "--metrics-file", str(self.sft_metrics)]
+        return [*self._train_on_phrases("sft"), *results]
+
+    def _train_on_phrases(self, objective: str) -> list[str]:
+        return [
+            *TRAIN,
+            *("--hf-model", str(self.base_hf), "--data", str(PROFIT_DATA)),
+            *("--objective", objective, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            *("--lr", "5e-4", "--min-lr", "5e-5", "--train-iters", str(self.profit_steps)),
+            *("--eval-interval", str(self.profit_steps // 2)),
             *SETTINGS,
         ]
 
     def draw(self) -> Step:
-        labelled = {"base (SFT)": self.base, "ProFit": self.profit}
-        runs = [f"{label}={folder / 'tensorboard'}" for label, folder in labelled.items()]
-        command = [PYTHON, "tools/plot_run.py", "--out", str(self.figure), *runs]
-        return Step("9. the curves", self.figure, command)
+        runs = {"base (SFT)": self.base, "ProFit": self.profit, "SFT": self.sft_metrics}
+        labelled = [f"{label}={run}" for label, run in runs.items()]
+        command = [PYTHON, "tools/plot_run.py", "--out", str(self.figure), *labelled]
+        return Step("10. the curves", self.figure, command)
 
 
 def export(run: Path, template: Path, out: Path) -> list[str]:
@@ -278,8 +297,9 @@ def main() -> None:
 
     start = time.monotonic()
     carry_out(plan.steps(), finished)
-    title("8. questions that were not in the training data")
-    scores = {name: ask(to) for name, to in (("base", plan.base_hf), ("ProFit", plan.profit_hf))}
+    title("9. questions that were not in the training data")
+    models = {"base": plan.base_hf, "ProFit": plan.profit_hf, "SFT": plan.sft_hf}
+    scores = {name: ask(folder) for name, folder in models.items()}
     execute(plan.draw())
     summary(plan, scores, time.monotonic() - start)
 
@@ -326,7 +346,7 @@ class Progress:
     def __init__(self, step: Step) -> None:
         flags = dict(zip(step.command, step.command[1:], strict=False))
         self.steps = int(flags.get("--train-iters", 0))
-        self.file = step.result / "metrics.jsonl"
+        self.file = Path(flags.get("--metrics-file", step.result / "metrics.jsonl"))
         self.at = self.file.stat().st_size if self.file.exists() else 0
 
     def show(self) -> None:
@@ -433,6 +453,7 @@ def summary(plan: Quickstart, scores: dict[str, tuple[int, int, int, int]], seco
     for what, where in (
         ("HuggingFace model after ProFit", plan.profit_hf),
         ("its Megatron checkpoints and TensorBoard", plan.profit),
+        ("HuggingFace model after plain SFT", plan.sft_hf),
         ("the base, HuggingFace and Megatron", f"{plan.base_hf}, {plan.base_megatron}"),
         ("curves", plan.figure),
         ("everything that the steps printed", plan.out / "*.log"),
