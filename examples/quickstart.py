@@ -1,7 +1,8 @@
 """Run the whole job on this machine, without a GPU and without a download: `make quickstart`.
 
-A small Qwen3 learns to add numbers in words. It needs a base first. A model with random weights gives
-every token a small probability, so ProFit, which keeps the tokens above a threshold, would train none.
+A small Qwen3 learns to add numbers in words; `make quickstart MODEL=qwen3.5` takes another family that
+tools/make_tiny_model.py knows. The model needs a base first. A model with random weights gives every token a
+small probability, so ProFit, which keeps the tokens above a threshold, would train none.
 The answers of the second file open and close with varied phrases, which the base finds improbable.
 ProFit drops the phrases and trains the sums. The steps are a real run's, with the same commands (they
 are printed):
@@ -40,6 +41,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path("examples/data")
 BASE_DATA, PROFIT_DATA = DATA / "arithmetic_base.jsonl", DATA / "arithmetic_chatty.jsonl"
 HELD_OUT = DATA / "arithmetic_heldout.jsonl"
+FAMILY = "qwen3"
 # Answers to held-out questions that are printed for each model.
 SHOWN = 4
 
@@ -90,6 +92,7 @@ class Quickstart:
     out: Path
     base_steps: int
     profit_steps: int
+    family: str = FAMILY
 
     def __post_init__(self) -> None:
         if self.base_steps < 1:
@@ -140,7 +143,7 @@ class Quickstart:
         """Return the steps, from the random model to the exported result."""
         interrupt = ["--exit-interval", str(self.profit_steps // 2)]
         return [
-            Step("1. a small Qwen3 with random weights", self.tiny, self.make_tiny()),
+            Step(f"1. a small {self.family} with random weights", self.tiny, self.make_tiny()),
             Step("2. plain SFT makes the base", self.base, self.train_base()),
             Step(
                 "3. the base as a HuggingFace folder",
@@ -169,7 +172,9 @@ class Quickstart:
 
     def make_tiny(self) -> list[str]:
         data = sorted(str(file) for file in DATA.glob("*.jsonl"))
-        return [PYTHON, "tools/make_tiny_model.py", "--out", str(self.tiny), "--data", *data]
+        family = [] if self.family == FAMILY else ["--family", self.family]
+        make = [PYTHON, "tools/make_tiny_model.py", "--out", str(self.tiny)]
+        return [*make, *family, "--data", *data]
 
     def train_base(self) -> list[str]:
         return [
@@ -277,18 +282,21 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=REPOSITORY / "runs/quickstart",
-        help="folder for all that is written (default: runs/quickstart)",
+        help="folder for all that is written (default: runs/quickstart, with the name of another family)",
+    )
+    parser.add_argument(
+        "--family", default=FAMILY, help="of tools/make_tiny_model.py; default: %(default)s"
     )
     parser.add_argument("--base-steps", type=int, default=160, help="default: %(default)s")
     parser.add_argument("--profit-steps", type=int, default=150, help="default: %(default)s")
     arguments = parser.parse_args()
-    out = arguments.out.absolute()
+    suffix = "" if arguments.family == FAMILY else f"-{arguments.family}"
+    out = (arguments.out or REPOSITORY / f"runs/quickstart{suffix}").absolute()
     os.chdir(REPOSITORY)
     if out.is_relative_to(REPOSITORY):
         out = out.relative_to(REPOSITORY)
     try:
-        plan = Quickstart(out, arguments.base_steps, arguments.profit_steps)
+        plan = Quickstart(out, arguments.base_steps, arguments.profit_steps, arguments.family)
         finished = Finished(out / "steps.json")
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -250,6 +250,12 @@ def test_the_remembered_commands_hold_no_path_of_the_interpreter(plan, carry_out
     assert all("--device cpu" in commands[step - 1] for step in (2, 5, 6, 8))
 
 
+def test_another_family_is_made_by_the_first_step(quickstart, tmp_path):
+    plan = quickstart.Quickstart(tmp_path, 4, 4, "qwen3.5")
+    assert plan.make_tiny()[4:6] == ["--family", "qwen3.5"]
+    assert "--family" not in quickstart.Quickstart(tmp_path, 4, 4).make_tiny()
+
+
 def test_the_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "base").mkdir()
     result = start(tmp_path)
