@@ -1,4 +1,5 @@
 # make quickstart   the whole job on this machine: base model, conversion, ProFit, export, answers, figure
+# make quickstart MODEL=qwen3.5   the same with a small model of another family
 # make test         lint and every test that runs without a GPU; sets itself up
 # make test-all     the longer checks as well
 # make bench        measure the objective, whole training steps and the conversion against others; about 10 minutes
@@ -74,7 +75,7 @@ test-all: lint
 	$(PYTEST) $(GPU)
 
 quickstart: $(STAMP)
-	$(PYTHON) examples/quickstart.py
+	$(PYTHON) examples/quickstart.py $(if $(MODEL),--family $(MODEL))
 
 # What make itself has made. Runs and their checkpoints are in runs/, which stays.
 clean:

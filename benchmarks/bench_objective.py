@@ -70,10 +70,12 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "ours": ["backward=recompute"],
     },
 }
-PEER_PACKAGES = ("liger-kernel", "cut-cross-entropy")
+PEER_PACKAGES = ("transformer_engine", "liger-kernel", "trl", "cut-cross-entropy")
+# Vocabulary entries of a tile, as TRL's trainers call its function.
+TRL_TILE = 32768
 NAMES = (
     *("ours", "matmuls", "official", "official-compiled", "megatron", "megatron-native"),
-    *("liger", "cut-cross-entropy", "verl"),
+    *("transformer-engine", "liger", "liger-scaled", "trl", "cut-cross-entropy", "verl"),
 )
 
 
@@ -274,6 +276,52 @@ def liger() -> Callable[[Problem], Tensor]:
     return token_loss
 
 
+def liger_scaled() -> Callable[[Problem], Tensor]:
+    """Return Liger's fused linear scaled cross-entropy, which gives the loss of each token."""
+    from liger_kernel.ops import (
+        LigerFusedLinearScaledCrossEntropyFunction,
+        LigerFusedLinearScaledCrossEntropyTPFunction,
+    )
+
+    def token_loss(problem: Problem) -> Tensor:
+        inputs = problem.hidden, problem.weight, problem.labels
+        if problem.parallel_group is None:
+            return LigerFusedLinearScaledCrossEntropyFunction.apply(*inputs)
+        return LigerFusedLinearScaledCrossEntropyTPFunction.apply(*inputs, problem.group)
+
+    return token_loss
+
+
+def transformer_engine() -> Callable[[Problem], Tensor]:
+    """Return Transformer Engine's parallel cross-entropy on sharded logits."""
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    def token_loss(problem: Problem) -> Tensor:
+        logits = functional.linear(replicated(problem), problem.weight)
+        # Shapes [1, N, V] and [1, N]; no label smoothing, the loss of each token.
+        loss = parallel_cross_entropy(
+            logits[None], problem.targets[None], 0.0, False, problem.parallel_group
+        )
+        return loss.view(-1)
+
+    return token_loss
+
+
+def trl() -> Callable[[Problem], Tensor]:
+    """Return the log-probabilities in chunks of TRL's trainers, which leave out rows without a label."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def token_loss(problem: Problem) -> Tensor:
+        rows = problem.supervised.nonzero()[:, 0]
+        log_probs, *_ = ChunkedLogProbFunction.apply(
+            *(problem.hidden[rows], problem.weight, None, problem.labels[rows]),
+            *(1.0, TRL_TILE, None, 1.0, ()),
+        )
+        return log_probs.new_zeros(len(problem.labels)).index_put((rows,), -log_probs)
+
+    return token_loss
+
+
 def cut_cross_entropy() -> Callable[[Problem], Tensor]:
     """Return the Cut Cross-Entropy of its package."""
     from cut_cross_entropy import VocabParallelOptions, linear_cross_entropy
@@ -343,7 +391,10 @@ def computations(
         ),
         "megatron": lambda: masked_afterwards(megatron("unfused")),
         "megatron-native": lambda: masked_afterwards(megatron("native")),
+        "transformer-engine": lambda: on_gpu(transformer_engine),
         "liger": lambda: single(lambda: on_gpu(liger)),
+        "liger-scaled": lambda: masked_afterwards(liger_scaled()),
+        "trl": lambda: single(lambda: masked_afterwards(trl())),
         "cut-cross-entropy": lambda: on_gpu(cut_cross_entropy),
         "verl": lambda: on_gpu(lambda: verl(options.verl)),
     }
@@ -515,7 +566,8 @@ states and weight, which all have to return. `gradient difference`: relative, to
 where that is absent. `matmuls`: the three matrix products alone, on the rows that need them.
 `ours` chooses what to keep for the backward pass, `recompute` keeps no logits.
 `official`: ProFit as its released code computes it. `megatron`, `megatron-native`: output layer, Megatron's
-vocab_parallel_cross_entropy or its fused native one, mask afterwards. {memory}
+vocab_parallel_cross_entropy or its fused native one, mask afterwards. `transformer-engine`, `liger`,
+`liger-scaled`, `trl`, `cut-cross-entropy`, `verl`: their losses of each token, mask afterwards. {memory}
 """
 MEMORY = {
     "cuda": "Memory: the most that torch's allocator had allocated.",
@@ -568,7 +620,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     grid.add_argument("--dtype", nargs="+", choices=DTYPES)
     grid.add_argument("--ours", action="append", metavar="NAME=VALUE,…", help="a variant of ours")
     grid.add_argument("--rounds", type=int)
-    parser.add_argument("--only", nargs="+", choices=NAMES, help="beside the --ours variants")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="besides the --ours variants")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--verl", type=Path, metavar="DIR", help="a checkout of verl")

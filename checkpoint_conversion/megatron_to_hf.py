@@ -36,7 +36,13 @@ from checkpoint_conversion.hf.carried import (
 from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.hf.folder import HFTensor, read_hf_config
 from checkpoint_conversion.hf.model import rules_in
-from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
+from checkpoint_conversion.hf.plan import (
+    COMMAND,
+    files_of,
+    for_older_readers,
+    tensor_specs,
+    with_dtype,
+)
 from checkpoint_conversion.hf.source import ModelSource
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
 from checkpoint_conversion.hf.writer import (
@@ -104,12 +110,9 @@ def plan_export(
     if not ignore_arguments:
         check_checkpoint_matches(Path(megatron), config, template, iteration)
     checkpoint = _open(find_checkpoint(megatron, iteration), config, template, base, any_base)
-    tensors = {
-        name: TensorSpec(shape, chosen or checkpoint.dtypes[rule.megatron])
-        for rule in checkpoint.rules
-        for piece in rule.pieces()
-        for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
-    }
+    tensors = tensor_specs(
+        checkpoint.rules, lambda rule: chosen or checkpoint.dtypes[rule.megatron]
+    )
     carried = carried_in(template, family_for(config))
     notes = None if any_carried else read_notes(checkpoint.folder)
     if notes is not None:

@@ -1,7 +1,8 @@
 """Run the whole job on this machine, without a GPU and without a download: `make quickstart`.
 
-A small Qwen3 learns to add numbers in words. It needs a base first. A model with random weights gives
-every token a small probability, so ProFit, which keeps the tokens above a threshold, would train none.
+A small Qwen3 learns to add numbers in words; `make quickstart MODEL=qwen3.5` takes another family that
+tools/make_tiny_model.py knows. The model needs a base first. A model with random weights gives every token a
+small probability, so ProFit, which keeps the tokens above a threshold, would train none.
 The answers of the second file open and close with varied phrases, which the base finds improbable.
 ProFit drops the phrases and trains the sums. The steps are a real run's, with the same commands (they
 are printed):
@@ -13,8 +14,9 @@ are printed):
  5. ProFit on two processes with tensor parallelism, interrupted half-way
  6. the same command again: it resumes from its checkpoint
  7. export the result to HuggingFace
- 8. load it with transformers and answer questions that were not in the training data
- 9. draw the curves
+ 8. for comparison, plain SFT on the same answers, from one HuggingFace folder into another
+ 9. load the models with transformers and answer questions that were not in the training data
+10. draw the curves
 
 The results of each step are kept, so a second start continues where the first ended. If the command of
 a step has changed since, this step and all later ones are redone. `steps.json` in the output folder
@@ -39,6 +41,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path("examples/data")
 BASE_DATA, PROFIT_DATA = DATA / "arithmetic_base.jsonl", DATA / "arithmetic_chatty.jsonl"
 HELD_OUT = DATA / "arithmetic_heldout.jsonl"
+FAMILY = "qwen3"
 # Answers to held-out questions that are printed for each model.
 SHOWN = 4
 
@@ -89,6 +92,7 @@ class Quickstart:
     out: Path
     base_steps: int
     profit_steps: int
+    family: str = FAMILY
 
     def __post_init__(self) -> None:
         if self.base_steps < 1:
@@ -124,6 +128,14 @@ class Quickstart:
         return self.out / "profit-hf"
 
     @property
+    def sft_hf(self) -> Path:
+        return self.out / "sft-hf"
+
+    @property
+    def sft_metrics(self) -> Path:
+        return self.out / "sft.jsonl"
+
+    @property
     def figure(self) -> Path:
         return self.out / "curves.png"
 
@@ -131,7 +143,7 @@ class Quickstart:
         """Return the steps, from the random model to the exported result."""
         interrupt = ["--exit-interval", str(self.profit_steps // 2)]
         return [
-            Step("1. a small Qwen3 with random weights", self.tiny, self.make_tiny()),
+            Step(f"1. a small {self.family} with random weights", self.tiny, self.make_tiny()),
             Step("2. plain SFT makes the base", self.base, self.train_base()),
             Step(
                 "3. the base as a HuggingFace folder",
@@ -155,11 +167,14 @@ class Quickstart:
                 self.profit_hf,
                 export(self.profit, self.base_hf, self.profit_hf),
             ),
+            Step("8. plain SFT on the same answers", self.sft_hf, self.train_sft()),
         ]
 
     def make_tiny(self) -> list[str]:
         data = sorted(str(file) for file in DATA.glob("*.jsonl"))
-        return [PYTHON, "tools/make_tiny_model.py", "--out", str(self.tiny), "--data", *data]
+        family = [] if self.family == FAMILY else ["--family", self.family]
+        make = [PYTHON, "tools/make_tiny_model.py", "--out", str(self.tiny)]
+        return [*make, *family, "--data", *data]
 
     def train_base(self) -> list[str]:
         return [
@@ -177,25 +192,34 @@ class Quickstart:
         return [*convert, "--hf", str(self.base_hf), "--out", str(self.base_megatron)]
 
     def train_profit(self) -> list[str]:
-        half = str(self.profit_steps // 2)
         return [
-            *TRAIN,
-            *("--hf-model", str(self.base_hf), "--pretrained-checkpoint", str(self.base_megatron)),
-            *("--data", str(PROFIT_DATA), "--objective", "profit"),
+            *self._train_on_phrases("profit"),
             *("--prob-threshold", "0.1", "--threshold-direction", "higher"),
-            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
-            *("--lr", "5e-4", "--min-lr", "5e-5", "--train-iters", str(self.profit_steps)),
-            *("--eval-interval", half, "--save-interval", half),
+            *("--pretrained-checkpoint", str(self.base_megatron)),
+            *("--save-interval", str(self.profit_steps // 2)),
             *("--load", str(self.profit), "--save", str(self.profit)),
             *("--tensorboard-dir", str(self.profit / "tensorboard")),
+        ]
+
+    def train_sft(self) -> list[str]:
+        results = ["--export-hf", str(self.sft_hf), "--metrics-file", str(self.sft_metrics)]
+        return [*self._train_on_phrases("sft"), *results]
+
+    def _train_on_phrases(self, objective: str) -> list[str]:
+        return [
+            *TRAIN,
+            *("--hf-model", str(self.base_hf), "--data", str(PROFIT_DATA)),
+            *("--objective", objective, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            *("--lr", "5e-4", "--min-lr", "5e-5", "--train-iters", str(self.profit_steps)),
+            *("--eval-interval", str(self.profit_steps // 2)),
             *SETTINGS,
         ]
 
     def draw(self) -> Step:
-        labelled = {"base (SFT)": self.base, "ProFit": self.profit}
-        runs = [f"{label}={folder / 'tensorboard'}" for label, folder in labelled.items()]
-        command = [PYTHON, "tools/plot_run.py", "--out", str(self.figure), *runs]
-        return Step("9. the curves", self.figure, command)
+        runs = {"base (SFT)": self.base, "ProFit": self.profit, "SFT": self.sft_metrics}
+        labelled = [f"{label}={run}" for label, run in runs.items()]
+        command = [PYTHON, "tools/plot_run.py", "--out", str(self.figure), *labelled]
+        return Step("10. the curves", self.figure, command)
 
 
 def export(run: Path, template: Path, out: Path) -> list[str]:
@@ -258,18 +282,21 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=REPOSITORY / "runs/quickstart",
-        help="folder for all that is written (default: runs/quickstart)",
+        help="folder for all that is written (default: runs/quickstart, with the name of another family)",
+    )
+    parser.add_argument(
+        "--family", default=FAMILY, help="of tools/make_tiny_model.py; default: %(default)s"
     )
     parser.add_argument("--base-steps", type=int, default=160, help="default: %(default)s")
     parser.add_argument("--profit-steps", type=int, default=150, help="default: %(default)s")
     arguments = parser.parse_args()
-    out = arguments.out.absolute()
+    suffix = "" if arguments.family == FAMILY else f"-{arguments.family}"
+    out = (arguments.out or REPOSITORY / f"runs/quickstart{suffix}").absolute()
     os.chdir(REPOSITORY)
     if out.is_relative_to(REPOSITORY):
         out = out.relative_to(REPOSITORY)
     try:
-        plan = Quickstart(out, arguments.base_steps, arguments.profit_steps)
+        plan = Quickstart(out, arguments.base_steps, arguments.profit_steps, arguments.family)
         finished = Finished(out / "steps.json")
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -278,8 +305,9 @@ def main() -> None:
 
     start = time.monotonic()
     carry_out(plan.steps(), finished)
-    title("8. questions that were not in the training data")
-    scores = {name: ask(to) for name, to in (("base", plan.base_hf), ("ProFit", plan.profit_hf))}
+    title("9. questions that were not in the training data")
+    models = {"base": plan.base_hf, "ProFit": plan.profit_hf, "SFT": plan.sft_hf}
+    scores = {name: ask(folder) for name, folder in models.items()}
     execute(plan.draw())
     summary(plan, scores, time.monotonic() - start)
 
@@ -326,7 +354,7 @@ class Progress:
     def __init__(self, step: Step) -> None:
         flags = dict(zip(step.command, step.command[1:], strict=False))
         self.steps = int(flags.get("--train-iters", 0))
-        self.file = step.result / "metrics.jsonl"
+        self.file = Path(flags.get("--metrics-file", step.result / "metrics.jsonl"))
         self.at = self.file.stat().st_size if self.file.exists() else 0
 
     def show(self) -> None:
@@ -433,6 +461,7 @@ def summary(plan: Quickstart, scores: dict[str, tuple[int, int, int, int]], seco
     for what, where in (
         ("HuggingFace model after ProFit", plan.profit_hf),
         ("its Megatron checkpoints and TensorBoard", plan.profit),
+        ("HuggingFace model after plain SFT", plan.sft_hf),
         ("the base, HuggingFace and Megatron", f"{plan.base_hf}, {plan.base_megatron}"),
         ("curves", plan.figure),
         ("everything that the steps printed", plan.out / "*.log"),

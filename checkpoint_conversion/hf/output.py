@@ -9,12 +9,19 @@ from pathlib import Path
 
 import torch
 
+from checkpoint_conversion.engine.dtypes import F32
 from checkpoint_conversion.engine.output import check_output, whole_folder
 from checkpoint_conversion.families import TensorRule, family_for
 from checkpoint_conversion.hf.carried import Notes, carried_in, check_names, copy_carried
 from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
-from checkpoint_conversion.hf.model import expected_shapes, row_views, rules_in
-from checkpoint_conversion.hf.plan import COMMAND, files_of, for_older_readers, with_dtype
+from checkpoint_conversion.hf.model import row_views, rules_in
+from checkpoint_conversion.hf.plan import (
+    COMMAND,
+    files_of,
+    for_older_readers,
+    tensor_specs,
+    with_dtype,
+)
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens
 from checkpoint_conversion.hf.torch_tensors import from_torch
 from checkpoint_conversion.hf.writer import (
@@ -97,7 +104,7 @@ def plan_output(
     Args:
         folder: The folder to write.
         template: HuggingFace folder of the same architecture.
-        dtype: The dtype of all tensors.
+        dtype: The dtype of the tensors, except for the ones that training keeps in fp32.
         overwrite: Whether an earlier output in this place may be replaced, if it was not changed since.
 
     Raises:
@@ -109,7 +116,7 @@ def plan_output(
     rules = rules_in(template, config)
     carried = carried_in(template, family_for(config))
     kind = from_torch(dtype)
-    tensors = {name: TensorSpec(shape, kind) for name, shape in expected_shapes(rules).items()}
+    tensors = tensor_specs(rules, lambda rule: F32 if rule.float32 else kind)
     weight_map = files_of(template, {**tensors, **carried})
     artifacts(template)
     written = for_older_readers(with_dtype(config, tensors))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import Config
+from checkpoint_conversion.families import Config, TensorRule
 from checkpoint_conversion.families.config import TEXT
 from checkpoint_conversion.hf.folder import INDEX, read_weight_map
 from checkpoint_conversion.hf.model import known_name
@@ -46,6 +46,18 @@ def files_of(
                 f"{template / INDEX} does not hold {name}; give --max-shard-size to ignore it"
             )
     return {name: template_map[name] for name in tensors}
+
+
+def tensor_specs(
+    rules: Iterable[TensorRule], dtype_of: Callable[[TensorRule], DType]
+) -> dict[str, TensorSpec]:
+    """Return the HuggingFace tensors of a name table by name, in the dtype that each rule gets."""
+    return {
+        name: TensorSpec(shape, dtype_of(rule))
+        for rule in rules
+        for piece in rule.pieces()
+        for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
+    }
 
 
 def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf.carried import description
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.model import open_hf_model
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
@@ -34,6 +35,8 @@ def check_model(folder: Path) -> Iterator[Finding]:
     yield ok(
         "weights", f"all {len(opened.tensors)} tensors are there, in the shapes of config.json"
     )
+    if opened.carried:
+        yield note("other weights", description(opened.carried))
 
 
 def check_checkpoints(checkpoints: Path, model: Path) -> Iterator[Finding]:

@@ -93,7 +93,7 @@ def quickstart():
 
 def test_every_artefact_is_there(first):
     out, printed = first
-    for folder in ("tiny", "base-hf", "profit-hf"):
+    for folder in ("tiny", "base-hf", "profit-hf", "sft-hf"):
         for file in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
             assert (out / folder / file).stat().st_size > 0
     for folder, step in (("base", "4"), ("base-megatron", "release"), ("profit", "4")):
@@ -103,7 +103,10 @@ def test_every_artefact_is_there(first):
     for run in ("base", "profit"):
         assert any((out / run / "tensorboard").glob("events.out.tfevents.*"))
     assert matplotlib.image.imread(out / "curves.png").shape[1] > 1000
-    assert re.search(r"ProFit +\d+ of 64 right", printed)
+    for model in ("base", "ProFit", "SFT"):
+        assert re.search(rf"{model} +\d+ of 64 right, \d+ open with a phrase", printed)
+    lines = [json.loads(line) for line in (out / "sft.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
 
 
 def test_the_result_answers(first):
@@ -161,7 +164,7 @@ def test_a_second_start_keeps_all_and_draws_the_figure_again(quickstart, first):
     drawn = (out / "curves.png").stat().st_mtime_ns
     logs = {log: log.read_bytes() for log in out.glob("*.log") if log.name != "curves.png.log"}
     printed = start_here(quickstart, out)
-    assert printed.count("kept from an earlier start") == 7
+    assert printed.count("kept from an earlier start") == 8
     assert "torch.distributed.run" not in printed
     assert "removing" not in printed
     assert {log: log.read_bytes() for log in logs} == logs
@@ -200,15 +203,17 @@ def carry_out(quickstart, monkeypatch):
 def test_a_changed_number_of_profit_steps_redoes_profit_and_what_follows(
     quickstart, plan, carry_out, capsys
 ):
-    assert carry_out(plan) == [1, 2, 3, 4, 5, 6, 7]
+    assert carry_out(plan) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert carry_out(plan) == []
     log = plan.out / "profit.log"
     log.touch()
     capsys.readouterr()
     longer = quickstart.Quickstart(plan.out, base_steps=4, profit_steps=6)
-    assert carry_out(longer) == [5, 6, 7]
+    assert carry_out(longer) == [5, 6, 7, 8]
     printed = capsys.readouterr().out
-    assert re.findall(r"removing (.*)", printed) == [str(plan.profit), str(plan.profit_hf)]
+    assert re.findall(r"removing (.*)", printed) == [
+        str(folder) for folder in (plan.profit, plan.profit_hf, plan.sft_hf)
+    ]
     assert not log.exists()
 
 
@@ -217,32 +222,38 @@ def test_a_changed_number_of_base_steps_redoes_all_but_the_random_weights(
 ):
     carry_out(plan)
     longer = quickstart.Quickstart(plan.out, base_steps=6, profit_steps=4)
-    assert carry_out(longer) == [2, 3, 4, 5, 6, 7]
+    assert carry_out(longer) == [2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_step_that_did_not_end_is_redone(plan, carry_out):
     assert carry_out(plan, fail_at=3) == [1, 2, 3]
-    assert carry_out(plan) == [3, 4, 5, 6, 7]
+    assert carry_out(plan) == [3, 4, 5, 6, 7, 8]
 
 
 def test_a_resumed_step_that_did_not_end_is_redone_with_the_step_before(plan, carry_out):
     assert carry_out(plan, fail_at=6) == [1, 2, 3, 4, 5, 6]
     (plan.profit / "left behind").touch()
-    assert carry_out(plan) == [5, 6, 7]
+    assert carry_out(plan) == [5, 6, 7, 8]
     assert sorted(file.name for file in plan.profit.iterdir()) == ["step 5", "step 6"]
 
 
 def test_a_result_that_was_removed_is_made_again(quickstart, plan, carry_out):
     carry_out(plan)
     quickstart.shutil.rmtree(plan.base_hf)
-    assert carry_out(plan) == [3, 4, 5, 6, 7]
+    assert carry_out(plan) == [3, 4, 5, 6, 7, 8]
 
 
 def test_the_remembered_commands_hold_no_path_of_the_interpreter(plan, carry_out):
     carry_out(plan)
     commands = json.loads((plan.out / "steps.json").read_text())
     assert all(command.startswith("python ") for command in commands)
-    assert all("--device cpu" in commands[step - 1] for step in (2, 5, 6))
+    assert all("--device cpu" in commands[step - 1] for step in (2, 5, 6, 8))
+
+
+def test_another_family_is_made_by_the_first_step(quickstart, tmp_path):
+    plan = quickstart.Quickstart(tmp_path, 4, 4, "qwen3.5")
+    assert plan.make_tiny()[4:6] == ["--family", "qwen3.5"]
+    assert "--family" not in quickstart.Quickstart(tmp_path, 4, 4).make_tiny()
 
 
 def test_the_folder_of_something_else_is_left_alone(tmp_path):

@@ -52,7 +52,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "checkpoint_conversion.families": ("checkpoint_conversion.errors",),
     "checkpoint_conversion.pickles": ("checkpoint_conversion.engine",),
     "checkpoint_conversion.hf": (
-        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        *("checkpoint_conversion.errors", "checkpoint_conversion.progress"),
+        "checkpoint_conversion.engine",
         *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
     ),
     "checkpoint_conversion.torch_dist": (

@@ -162,7 +162,7 @@ def export(output: HFOutput | AdapterOutput, shards: Iterable[tuple[Shard, bool]
         _check_all_written(output, elements)
     seconds = time.monotonic() - start
     print_rank_0(
-        f"> exported {len(output.tensors)} tensors, {human(output.nbytes)}, to {output.folder} "
+        f"> exported {len(output.all_tensors)} tensors, {human(output.nbytes)}, to {output.folder} "
         f"in {seconds:.1f} s"
     )
     if isinstance(output, HFOutput) and output.stops.added is not None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import make_tiny_model
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+from checkpoint_conversion.hf_to_megatron import plan_import
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = sorted((ROOT / "examples" / "data").glob("arithmetic_*.jsonl"))
@@ -63,6 +65,27 @@ def test_an_untied_model_of_another_shape(tool, tmp_path):
     assert model.lm_head.weight.shape == (300, 12)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     assert model.model.layers[3].self_attn.k_proj.weight.shape == (2 * 8, 12)
+
+
+@pytest.mark.parametrize("family", make_tiny_model.FAMILIES)
+def test_every_family_loads_as_its_class_and_is_converted(tool, tmp_path, family):
+    layers = 4 if "next" in family else 2
+    shape = tool.TinyShape(
+        hidden_size=32, intermediate_size=24, head_dim=16, num_layers=layers, family=family
+    )
+    folder = tool.make_tiny_model(tmp_path / "model", DATA[:1], shape)
+    kind = AutoModelForImageTextToText if family.endswith("-vision") else AutoModelForCausalLM
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(model).__name__.startswith(tool.FAMILIES[family])
+    if family != "qwen3" and family.startswith("qwen3"):
+        kinds = model.config.get_text_config().layer_types
+        assert kinds == ["linear_attention"] * (layers - 1) + ["full_attention"]
+    plan = plan_import(folder)
+    assert bool(plan.model.carried) == family.endswith("-vision")
+    arguments = plan.model.family.megatron_arguments(plan.model.config)
+    assert ("num_experts" in arguments) == ("moe" in family or "next" in family)
 
 
 def test_the_chat_template_renders_chatml(tokenizer):
@@ -138,7 +161,7 @@ def test_a_failed_run_leaves_nothing(tool, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tool.Qwen3ForCausalLM, "save_pretrained", fail)
+    monkeypatch.setattr(tool.PreTrainedModel, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         tool.make_tiny_model(tmp_path / "model", DATA[:1])
     assert list(tmp_path.iterdir()) == []
