@@ -8,7 +8,7 @@ weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from checkpoint_conversion.errors import ConversionError
@@ -194,7 +194,7 @@ def _projection(rules: Sequence[TensorRule], weight: str, rank: int) -> Projecti
     a = {f"{module}{A_END}": (rank, shape[1])}
     b = {f"{module}{B_END}": (shape[0], rank)}
 
-    def of(rule: TensorRule, number: int, hf: dict[str, Shape], layout: Layout) -> TensorRule:
+    def of(rule: TensorRule, number: int, hf: Mapping[str, Shape], layout: Layout) -> TensorRule:
         key, *aliases = (factor_keys(key, target)[number] for key in rule.keys)
         return TensorRule(key, hf, layout, rule.axes, aliases=tuple(aliases))
 

@@ -235,6 +235,7 @@ class RecordSpans(PackedSeqParams):
         """The records in whole rows, for layers that see them on each context-parallel rank."""
         if self.cp_size == 1:
             return self
+        assert self.device is not None, "`of` sets it"
         return RecordSpans.of(self.cu_seqlens_q.long(), self.shape, self.device)
 
     @cached_property

@@ -29,25 +29,23 @@ from megatron_profit.models.gated_delta_net.delta_rule import delta_net
 from megatron_profit.models.record_spans import RecordSpans
 
 
-class _KeepsFloat32(torch.nn.Module):
-    """A module whose own fp32 parameters stay fp32 where Megatron converts a whole model to bf16 or fp16.
+def keeping_float32(module: torch.nn.Module, convert: Callable[[], Any]) -> Any:
+    """Call `convert`, after which the module's own fp32 parameters are fp32 again, bit for bit.
 
-    Published checkpoints of Qwen3.5 have them so, and programs that serve them: a decay multiplies up over
-    thousands of tokens.
+    Megatron converts a whole model to bf16 or fp16. Published checkpoints of Qwen3.5 have these parameters in
+    fp32, and programs that serve them: a decay multiplies up over thousands of tokens.
     """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        own = self.named_parameters(recurse=False)
-        exact = {name: p.data for name, p in own if p.dtype == torch.float32}
-        result = super()._apply(fn, recurse)
-        for name, values in exact.items():
-            parameter = self.get_parameter(name)
-            where = parameter.device
-            parameter.data = parameter.float() if values.is_meta else values.to(where)
-        return result
+    own = module.named_parameters(recurse=False)
+    exact = {name: p.data for name, p in own if p.dtype == torch.float32}
+    result = convert()
+    for name, values in exact.items():
+        parameter = module.get_parameter(name)
+        where = parameter.device
+        parameter.data = parameter.float() if values.is_meta else values.to(where)
+    return result
 
 
-class HeadNorm(_KeepsFloat32):
+class HeadNorm(torch.nn.Module):
     """The RMSNorm of each value head's output.
 
     Its weight is plain also where the model's other norms are zero-centred, and has a name that says so: a
@@ -62,13 +60,16 @@ class HeadNorm(_KeepsFloat32):
         self.eps = eps
         self.plain_weight = torch.nn.Parameter(torch.ones(hidden_size))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return keeping_float32(self, functools.partial(super()._apply, fn, recurse))
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of [..., V], computed in fp32."""
         weight = copy_to_tensor_model_parallel_region(self.plain_weight)
         return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).type_as(x)
 
 
-class PackedGatedDeltaNet(_KeepsFloat32, GatedDeltaNet):
+class PackedGatedDeltaNet(GatedDeltaNet):
     """Megatron's Gated DeltaNet, its parameters and their places in a checkpoint, for packed rows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,10 +77,14 @@ class PackedGatedDeltaNet(_KeepsFloat32, GatedDeltaNet):
         for parameter in (self.A_log, self.dt_bias):
             parameter.data = parameter.float()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return keeping_float32(self, functools.partial(super()._apply, fn, recurse))
+
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
         # Without flash-linear-attention there is no kernel here, and Megatron asks for one.
-        self.gated_delta_rule = self.gated_delta_rule or common.torch_chunk_gated_delta_rule
+        if common.chunk_gated_delta_rule is None:
+            self.gated_delta_rule = common.torch_chunk_gated_delta_rule
 
     def forward(
         self,
