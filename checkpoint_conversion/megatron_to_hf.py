@@ -24,10 +24,10 @@ from checkpoint_conversion.engine.output import check_apart, whole_folder
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import Config, family_for
+from checkpoint_conversion.families import Config
 from checkpoint_conversion.hf.carried import (
     Notes,
-    carried_in,
+    carried_to_export,
     check_names,
     copy_carried,
     description,
@@ -113,7 +113,7 @@ def plan_export(
     tensors = tensor_specs(
         checkpoint.rules, lambda rule: chosen or checkpoint.dtypes[rule.megatron]
     )
-    carried = carried_in(template, family_for(config))
+    carried = carried_to_export(template, config)
     notes = None if any_carried else read_notes(checkpoint.folder)
     if notes is not None:
         check_names(template, carried, notes, checkpoint.folder)

@@ -11,8 +11,8 @@ import torch
 
 from checkpoint_conversion.engine.dtypes import F32
 from checkpoint_conversion.engine.output import check_output, whole_folder
-from checkpoint_conversion.families import TensorRule, family_for
-from checkpoint_conversion.hf.carried import Notes, carried_in, check_names, copy_carried
+from checkpoint_conversion.families import TensorRule
+from checkpoint_conversion.hf.carried import Notes, carried_to_export, check_names, copy_carried
 from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
 from checkpoint_conversion.hf.model import row_views, rules_in
 from checkpoint_conversion.hf.plan import (
@@ -114,7 +114,7 @@ def plan_output(
     folder, template = Path(folder), Path(template)
     config = read_hf_config(template)
     rules = rules_in(template, config)
-    carried = carried_in(template, family_for(config))
+    carried = carried_to_export(template, config)
     kind = from_torch(dtype)
     tensors = tensor_specs(rules, lambda rule: F32 if rule.float32 else kind)
     weight_map = files_of(template, {**tensors, **carried})
