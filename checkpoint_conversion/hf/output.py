@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from checkpoint_conversion.engine.output import check_output, whole_folder
+from checkpoint_conversion.engine.output import check_output, whole_folder, write_files
 from checkpoint_conversion.families import TensorRule, family_for
 from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
 from checkpoint_conversion.hf.model import expected_shapes
@@ -37,6 +37,7 @@ class HFOutput(TensorSizes):
         tensors: The tensors by name.
         weight_map: The file of each tensor.
         overwrite: Whether an earlier output in its place is replaced.
+        notes: Further small files by name, for example a model card.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class HFOutput(TensorSizes):
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
     overwrite: bool = False
+    notes: Mapping[str, bytes] = field(default_factory=dict)
 
     def stopping_at(self, turn_end: int | None) -> HFOutput:
         """Return this output for a model that ends a turn with the token `turn_end`, or with text if None."""
@@ -68,6 +70,7 @@ class HFOutput(TensorSizes):
                 writer.flush()
             yield partial
             copy_artifacts(self.template, partial, self.stops)
+            write_files(partial, self.notes)
 
     def tensors_in(self, folder: Path) -> dict[str, HFTensor]:
         """Return the places of the tensors in the temporary folder of `create`."""

@@ -34,11 +34,13 @@ class Model:
         folder: Its HuggingFace folder.
         architecture: Megatron's arguments of it.
         parameters: Number of its parameters.
+        base_id: Its id and revision on the hub, where they do not follow from the folder.
     """
 
     folder: Path
     architecture: Mapping[str, Any]
     parameters: int
+    base_id: str | None = None
 
     @property
     def positions(self) -> int:
@@ -76,7 +78,7 @@ class _Flags:
 
 def derived_flags(
     request: Request,
-    model: Path,
+    model: Model,
     data: Mapping[str, list[str]],
     planned: PlannedLayout,
     run: RunFolder,
@@ -87,7 +89,7 @@ def derived_flags(
 
     Args:
         request: The command line.
-        model: The model's folder.
+        model: The model.
         data: Paths of the data, by argument: `data`, and `valid_data` where it is given.
         planned: The layout.
         run: The run's folder.
@@ -95,7 +97,9 @@ def derived_flags(
         saved_every: Steps between two checkpoints.
     """
     flags, given = _Flags(request), request.given
-    flags.put("--hf-model", str(model))
+    flags.put("--hf-model", str(model.folder))
+    if model.base_id is not None:
+        flags.add("--base-model-id", model.base_id)
     for name, paths in data.items():
         flags.put(given[name].option, paths)
     _add_objective(flags, request)

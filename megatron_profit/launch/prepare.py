@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.model_card.base import HubId
 from megatron_profit.launch import hub
 from megatron_profit.launch.chat_template import with_template
 from megatron_profit.launch.derive import Model, derived_flags, save_interval
@@ -36,7 +37,10 @@ from megatron_profit.recipe.flags import Given, words_of
 from megatron_profit.recipe.request import Request
 
 # Flags whose values follow from --model and --run, and are left out of a file for --config.
-_FOLLOWING = ("hf_model", "load", "save", "export_hf", "tensorboard_dir", "metrics_file", "quiet")
+_FOLLOWING = (
+    *("hf_model", "base_model_id", "load", "save", "export_hf", "tensorboard_dir", "metrics_file"),
+    "quiet",
+)
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,11 @@ def prepare(request: Request) -> Launch:
     architecture = family_for(read_hf_config(folder)).megatron_arguments(read_hf_config(folder))
     data = _find_data(request)
     machine = this_machine(look_for_gpus=request.value("device") != "cpu")
+    base_id = None
     if request.front.chat_template is not None:
+        base_id = HubId.of_path(folder)
         folder = with_template(folder, request.front.chat_template, run.model)
-    model = Model(folder, architecture, parameters_of(architecture))
+    model = Model(folder, architecture, parameters_of(architecture), base_id and str(base_id))
     planned, rows = _fit(request, model, data, machine, run)
     steps = _steps(request, rows.rows, planned.rows)
     step_seconds = planned.row_seconds * planned.rows
@@ -108,7 +114,7 @@ def prepare(request: Request) -> Launch:
         request=request,
         machine=machine,
         run=run,
-        flags=derived_flags(request, model.folder, data, planned, run, steps, saved_every),
+        flags=derived_flags(request, model, data, planned, run, steps, saved_every),
         torchrun=launcher(request, planned.processes, run.path.name),
         processes=planned.processes,
         parameters=model.parameters,

@@ -55,6 +55,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
     ),
+    "checkpoint_conversion.model_card": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        "checkpoint_conversion.hf",
+    ),
     "checkpoint_conversion.torch_dist": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
@@ -71,6 +75,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "megatron_profit.flags",
     ),
     "checkpoint_conversion": (),
+    "megatron_profit.publish": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.model_card"),
+        "megatron_profit.flags",
+    ),
     "megatron_profit.models.lora": ("megatron", "checkpoint_conversion"),
     "megatron_profit.models": ("megatron",),
     "megatron_profit.megatron_patches": (
@@ -104,7 +112,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     f"{_TRAINING}.arguments": (
         "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
-        *("megatron_profit.flags", f"{_TRAINING}.step", f"{_TRAINING}.monitoring"),
+        *("megatron_profit.flags", "megatron_profit.publish"),
+        *(f"{_TRAINING}.step", f"{_TRAINING}.monitoring"),
         *(f"{_TRAINING}.checkpoints", f"{_TRAINING}.statistics"),
     ),
     f"{_TRAINING}.plan": (

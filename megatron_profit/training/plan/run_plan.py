@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from checkpoint_conversion.model_card.hub import check_upload
 from megatron_profit.evaluation.after_training import check_task_files
 from megatron_profit.training.arguments.derive import RunSettings, derive
 from megatron_profit.training.arguments.disk import RunFiles, open_files
@@ -35,12 +36,14 @@ class RunPlan:
         files: The folders and files that the flags name.
         data: The rows.
         record: The record that each checkpoint of the run holds; empty off the first rank.
+        repository: The repository of the hub that gets the export; None without one, and off the first rank.
     """
 
     settings: RunSettings
     files: RunFiles
     data: SFTData
     record: RunRecord
+    repository: str | None = None
 
 
 def plan_run(argv: Sequence[str], device: str) -> RunPlan:
@@ -80,7 +83,17 @@ def open_run(settings: RunSettings) -> RunPlan:
     if settings.save is not None:
         hold_new(settings.save)
     resume_wandb_run(settings.values, resumed)
-    return RunPlan(settings, files, data, record)
+    return RunPlan(settings, files, data, record, _repository(settings))
+
+
+def _repository(settings: RunSettings) -> str | None:
+    """Return the repository that gets the export, which is there and can be written to."""
+    asked = settings.publication
+    if asked.push_to_hub is None or not is_first_rank():
+        return None
+    repository = check_upload(asked.push_to_hub, public=asked.push_public)
+    print_rank_0(f"> the export will be uploaded to {repository}")
+    return repository
 
 
 def _check_record(
