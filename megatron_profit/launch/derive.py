@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.estimates.saving import save_seconds
 from megatron_profit.launch.plan_layout import PlannedLayout
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.flags import Given
@@ -19,10 +20,8 @@ _REGULARISATION = {"--clip-grad": "1.0", "--weight-decay": "0"}
 _WARMUP = "0.1"
 _THRESHOLD, _DIRECTION = "0.1", "higher"
 _KEEP_LAST = "2"
-# Time between two checkpoints: half an hour, or 50 times what writing one takes at this speed.
-_SAVE_SECONDS, _SAVE_FACTOR, _BYTES_A_SECOND = 1800.0, 50, 1e9
-# Bytes of a parameter in a checkpoint: bf16, and Adam's state in fp32.
-_SAVED_BYTES = 14
+# Time between two checkpoints: half an hour, or 50 times what writing one takes.
+_SAVE_SECONDS, _SAVE_FACTOR = 1800.0, 50
 _EVALUATIONS = 5
 
 
@@ -143,11 +142,10 @@ def _add_optimizer(flags: _Flags, request: Request) -> None:
         flags.add(option, value)
 
 
-def save_interval(step_seconds: float, steps: int, parameters: int) -> int:
+def save_interval(step_seconds: float, steps: int, nbytes: int) -> int:
     """Return the steps between two checkpoints, by the time of a step and by a checkpoint's size.
 
     For example, a 14B model's 200 GB are written every two and three quarter hours.
     """
-    writing = parameters * _SAVED_BYTES / _BYTES_A_SECOND
-    wanted = max(_SAVE_SECONDS, _SAVE_FACTOR * writing) / max(step_seconds, 1e-3)
+    wanted = max(_SAVE_SECONDS, _SAVE_FACTOR * save_seconds(nbytes)) / max(step_seconds, 1e-3)
     return max(1, min(round(wanted), steps))

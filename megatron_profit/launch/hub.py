@@ -87,14 +87,27 @@ def find_data(name: str) -> str:
         LaunchError: There is no such data set, or it can be neither read nor downloaded.
     """
     path = Path(name).expanduser()
-    found = None if path.exists() else parse_id(name, "dataset")
-    if found is None or (path.suffix and f"*{path.suffix}" in (*_DATA_FILES, "*.gz", "*.zst")):
+    found = parse_id(name, "dataset") if is_hub_name(name, "dataset") else None
+    if found is None:
         return str(path) if path.exists() else name
-    if "/" not in found.repo:
-        return name  # the names of hub data sets without a user are few, and missing files are many
     files = [f"{found.inner}/{kind}" for kind in _DATA_FILES] if found.inner else [*_DATA_FILES]
     folder = _snapshot(found, files, None)
     return str(_data_folder(found, folder / found.inner))
+
+
+def is_hub_name(name: str, kind: Literal["model", "dataset"]) -> bool:
+    """Return whether a name that was given for a model or data is an id of the hub.
+
+    Files and folders that are here come first. Of data, a name that ends like a data file is one, and one
+    without an owner too: such ids are few, and missing files are many.
+    """
+    path, found = Path(name).expanduser(), parse_id(name, kind)
+    if path.exists() or found is None:
+        return False
+    if kind == "model":
+        return True
+    suffixes = (*_DATA_FILES, "*.gz", "*.zst")
+    return "/" in found.repo and not (path.suffix and f"*{path.suffix}" in suffixes)
 
 
 def parse_id(name: str, kind: Literal["model", "dataset"]) -> HubId | None:

@@ -85,12 +85,12 @@ _ALIKE: dict[str, tuple[str, ...]] = {
     ),
     "layout": (
         *("micro_batch_size", "gpus", "gpu_memory", "nproc_per_node", "nnodes"),
-        *("rdzv_endpoint", "rdzv_id"),
+        *("rdzv_endpoint", "rdzv_id", "max_restarts"),
     ),
     "lora": (),
     "run": (
         *("save_interval", "load", "save"),
-        *("wandb_project", "wandb_exp_name", "wandb_entity", "without"),
+        *("wandb_project", "wandb_exp_name", "wandb_entity", "without", "rank_logs"),
     ),
 }
 # Entries at the top that are no sections.

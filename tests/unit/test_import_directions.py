@@ -79,6 +79,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("checkpoint_conversion.errors", "checkpoint_conversion.model_card"),
         "megatron_profit.flags",
     ),
+    "megatron_profit.estimates": (
+        *("checkpoint_conversion.adapters", "checkpoint_conversion.progress"),
+        "megatron_profit.ops",
+    ),
     "megatron_profit.models.lora": ("megatron", "checkpoint_conversion"),
     "megatron_profit.models": ("megatron",),
     "megatron_profit.megatron_patches": (
@@ -98,7 +102,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
     ),
     f"{_TRAINING}.checkpoints": (
-        "megatron_profit.evaluation",
+        *("megatron_profit.estimates", "megatron_profit.evaluation"),
         *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.objectives", "megatron_profit.models"),
         *(f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
@@ -130,7 +134,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.sft": (
         *("megatron_profit.flags", "megatron_profit.megatron_patches", _TRAINING),
     ),
-    "megatron_profit.estimates": ("checkpoint_conversion.adapters", "megatron_profit.ops"),
     "megatron_profit.recipe": (
         *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
         *("megatron_profit.evaluation", "megatron_profit.flags"),

@@ -8,12 +8,12 @@ from collections import namedtuple
 
 import pytest
 
+from megatron_profit.estimates.saving import checkpoint_bytes
 from megatron_profit.training.checkpoints import size as checkpoint_size
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.size import (
     check_space,
     check_space_at_start,
-    estimated_bytes,
 )
 
 SETTINGS = {
@@ -38,7 +38,7 @@ SETTINGS = {
     ],
 )
 def test_weights_copies_in_fp32_and_moments(flags, bytes_of_a_parameter):
-    assert estimated_bytes({**SETTINGS, **flags}, 1000) == 1000 * bytes_of_a_parameter
+    assert checkpoint_bytes({**SETTINGS, **flags}, 1000) == 1000 * bytes_of_a_parameter
 
 
 @pytest.fixture
