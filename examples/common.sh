@@ -44,7 +44,7 @@ recipe() {
 # that fits by the estimates, given the model, the GPUs and these flags of the training.
 layout() {
     local flags
-    local -a wish=(--hf-model "$MODEL" --gpus "$1" --gpu-memory "${GPU_MEMORY:-79}" --seq-length "${SEQ_LENGTH:-8192}")
+    local -a wish=(--hf-model "$MODEL" --gpus "$1" --gpu-memory "${GPU_MEMORY:-79.6}" --seq-length "${SEQ_LENGTH:-8192}")
     if [[ -n ${LAYOUT:-} ]]; then
         read -r -a LAYOUT_FLAGS <<<"--micro-batch-size 1 --global-batch-size ${GLOBAL_BATCH:-4} $LAYOUT"
         return

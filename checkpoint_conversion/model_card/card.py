@@ -7,6 +7,7 @@ machine: paths may tell what a published model should not.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,10 @@ def _metadata(
     if _is_derived(facts):
         content |= _licence_metadata(licence)
     content["pipeline_tag"] = "text-generation"
-    content["tags"] = list(
-        dict.fromkeys(["megatron-core", _PROGRAM, "sft", objective, *["lora"] * is_adapter])
-    )
+    tags = ["megatron-core", _PROGRAM, "sft", *["lora"] * is_adapter]
+    if re.fullmatch(r"[a-z0-9-]+", objective):  # one from outside may be called anything
+        tags.append(objective)
+    content["tags"] = list(dict.fromkeys(tags))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{text}---"
 
@@ -177,7 +179,7 @@ def _training(facts: Facts, base: HubId | None, name: str) -> Iterator[tuple[str
     if optimizer:
         named = {key: value for key, value in optimizer.items() if value is not None}
         yield "optimizer", ", ".join(f"{key} {_value(value)}" for key, value in named.items())
-    yield "seed", _value(facts.part("seed").get("seed"))
+    yield "seed", _code(facts.part("seed").get("seed", _UNKNOWN))
 
 
 def _objective(objective: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -32,7 +32,7 @@ from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.flags import FlagTable, Given, words_of
 
 # GiB of a GPU of "80 GB", as torch gives it.
-_USUAL_MEMORY = 79.0
+_USUAL_MEMORY = 79.6
 # Rows of a step, and positions of a row, where no flag gives them.
 _ROWS, _POSITIONS = 4, 8192
 

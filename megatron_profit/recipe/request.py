@@ -11,7 +11,7 @@ from typing import Any
 
 from checkpoint_conversion.errors import printable
 from megatron_profit.flags import nearest
-from megatron_profit.recipe.config_file import WITHOUT, read_config
+from megatron_profit.recipe.config_file import WITHOUT, find_config, read_config
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.recipe.flags import FlagTable, Given
 
@@ -35,8 +35,8 @@ def front_parser() -> argparse.ArgumentParser:
         "--config",
         nargs="+",
         metavar="FILE",
-        help="YAML files with all of it (examples/recipes); a later file overrides an earlier one, and flags "
-        "override both.",
+        help="YAML files with all of it, or names of recipes, such as qwen3-14b and profit; a later one "
+        "overrides an earlier one, and flags override both.",
     )
     group.add_argument(
         "--chat-template",
@@ -156,7 +156,7 @@ def read_request(argv: Sequence[str]) -> Request:
     options = frozenset(parser._option_string_actions)
     words: list[str] = []
     for file in parser.parse_known_args(list(argv))[0].config or ():
-        words += read_config(Path(file).expanduser(), table, options)
+        words += read_config(find_config(file), table, options)
     front, rest = parser.parse_known_args([*words, *argv])
     given = table.parse(rest, options)
     missing = [f"--{name}" for name in ("model",) if getattr(front, name) is None]

@@ -36,7 +36,7 @@ EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])
 KUBERNETES = EXAMPLES / "kubernetes.yaml"
 SLURM = EXAMPLES / "slurm.sbatch"
-USUAL_MEMORY = 79  # GiB of a GPU of 80 GB
+USUAL_MEMORY = 79.6  # GiB of a GPU of 80 GB
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,20 @@ class Launch:
         return f"{self.script}-{self.model}-{self.gpus}"
 
     @property
-    def gpu_memory(self) -> int:
-        return int(self.variables.get("GPU_MEMORY", USUAL_MEMORY))
+    def gpu_memory(self) -> float:
+        return float(self.variables.get("GPU_MEMORY", USUAL_MEMORY))
 
 
 RENDEZVOUS = {"RDZV_ENDPOINT": "node0:29400"}
 LAUNCHES = [
     Launch("one_gpu.sh", "Qwen3-0.6B", 1, {"GPU_MEMORY": "24"}),
-    Launch("one_gpu.sh", "Llama-3.2-3B", 1),
     Launch("one_gpu.sh", "Qwen3-14B", 1, {"LORA_RANK": "16"}),
-    Launch("one_node.sh", "Qwen3-4B", 8),
     Launch("one_node.sh", "Qwen3-14B", 8),
     Launch("one_node.sh", "Qwen3-30B-A3B", 8),
     Launch("one_node.sh", "Qwen2.5-7B", 8),
     Launch("one_node.sh", "Llama-3.1-8B", 8),
-    Launch("multi_node.sh", "Qwen3-14B", 16, RENDEZVOUS),
     Launch("multi_node.sh", "Qwen3-32B", 16, RENDEZVOUS),
     Launch("multi_node.sh", "Qwen3-32B", 64, {**RENDEZVOUS, "NNODES": "8", "GLOBAL_BATCH": "8"}),
-    Launch("multi_node.sh", "Qwen2.5-72B", 32, {**RENDEZVOUS, "NNODES": "4"}),
-    Launch("multi_node.sh", "Llama-3.1-70B", 32, {**RENDEZVOUS, "NNODES": "4"}),
     Launch("multi_node.sh", "Qwen3-235B-A22B", 64, {**RENDEZVOUS, "NNODES": "8"}),
 ]
 
@@ -161,8 +156,9 @@ def check_command(arguments: list[str], case: Launch) -> None:
     assert value(flags, "--load") == value(flags, "--save"), "the same command resumes"
     assert value(flags, "--keep-last") == "2"
     run = RunShape(settings.namespace, case.gpus)
-    assert max(memory.total for memory in estimate(run)) == best(case, flags).bytes
-    assert best(case, flags).bytes <= USABLE * case.gpu_memory * GIB
+    chosen = best(case, flags)
+    assert max(memory.total for memory in estimate(run)) == chosen.bytes
+    assert chosen.bytes <= USABLE * case.gpu_memory * GIB
 
 
 # `torchrun --help` of torch 2.10.0 lists them; --shutdown-timeout came later.
@@ -295,8 +291,8 @@ def test_the_kubernetes_job_starts_what_the_script_starts(launch, tmp_path):
 
 # The command that wrote the example, in the folder /shared/work.
 WRITTEN_BY = (
-    "megatron-profit slurm --dry-run --nodes 2 --container /shared/megatron-profit.sqsh --mount /shared -- sft "
-    "--model /shared/Qwen3-32B --data /shared/chats.jsonl --run /shared/runs/qwen3-32b-profit"
+    "megatron-profit slurm --dry-run --nodes 2 --container /shared/megatron-profit.sqsh --mount /shared -- "
+    "sft --model /shared/Qwen3-32B --data /shared/chats.jsonl --run /shared/runs/qwen3-32b-profit"
 )
 
 
