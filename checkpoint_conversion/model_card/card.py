@@ -175,11 +175,16 @@ def _training(facts: Facts, base: HubId | None, name: str) -> Iterator[tuple[str
         )
     yield from _tokens(facts.totals)
     yield from _schedule(facts)
-    optimizer = facts.part("optimizer")
-    if optimizer:
-        named = {key: value for key, value in optimizer.items() if value is not None}
-        yield "optimizer", ", ".join(f"{key} {_value(value)}" for key, value in named.items())
+    yield from _optimizer(facts.part("optimizer"))
     yield "seed", _code(facts.part("seed").get("seed", _UNKNOWN))
+
+
+def _optimizer(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    kind = settings.get("optimizer")
+    others = "adam" if kind == "sgd" else "sgd"  # settings of the optimizer that was not used
+    named = {k: v for k, v in settings.items() if v is not None and not k.startswith(others)}
+    if kind is not None:
+        yield "optimizer", ", ".join(f"{_plain(k)} {_value(v)}" for k, v in named.items())
 
 
 def _objective(objective: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -261,8 +266,8 @@ def _results(facts: Facts) -> str:
     if not names:
         return "No metrics were recorded."
     steps = facts.totals.get("last_steps")
-    span = " to ".join(map(_value, steps)) if isinstance(steps, list) else _UNKNOWN
-    header = ("metric", f"training, steps {span}", f"validation, after step {facts.step:,}")
+    span = " to ".join(dict.fromkeys(map(_value, steps if isinstance(steps, list) else [])))
+    header = ("metric", f"training, step {span}", f"validation, after step {facts.step:,}")
     rows = (
         (_plain(name), *(_value(found[name]) if name in found else "" for found in columns))
         for columns in [(last, facts.evaluation)]

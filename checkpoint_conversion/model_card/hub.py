@@ -108,5 +108,5 @@ def _call(repo: str, function: Any, **arguments: Any) -> Any:
         elif status is not None:
             reason = f"the hub answers {last_cause(error)}"
         else:
-            reason = f"the hub cannot be reached ({last_cause(error)})"
+            reason = f"the hub cannot be used ({last_cause(error)})"
         raise ConversionError(f"{FLAG} {repo}: {reason}") from error

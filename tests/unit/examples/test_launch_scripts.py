@@ -217,6 +217,7 @@ def test_the_settings_are_those_of_the_documented_command(launch, tmp_path):
     names = {flag for flag in expected if flag.startswith("--")}
     places = {"--export-hf", "--load", "--save", "--save-interval", "--tensorboard-dir", "--bf16"}
     places |= {"--use-distributed-optimizer", "--sequence-parallel", "--hf-model"}
+    places |= {"--overlap-grad-reduce", "--overlap-param-gather"}
     assert names <= set(arguments)
     for name in names - places:
         assert value(arguments, name) == value(expected, name), name
