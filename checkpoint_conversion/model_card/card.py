@@ -267,13 +267,15 @@ def _results(facts: Facts) -> str:
         return "No metrics were recorded."
     steps = facts.totals.get("last_steps")
     span = " to ".join(dict.fromkeys(map(_value, steps if isinstance(steps, list) else [])))
-    header = ("metric", f"training, step {span}", f"validation, after step {facts.step:,}")
-    rows = (
-        (_plain(name), *(_value(found[name]) if name in found else "" for found in columns))
-        for columns in [(last, facts.evaluation)]
-        for name in names
+    columns = {f"training, step {span}": last}
+    columns |= (
+        {f"validation, after step {facts.step:,}": facts.evaluation} if facts.evaluation else {}
     )
-    return _table(header, rows)
+    rows = (
+        (_plain(n), *(_value(found[n]) if n in found else "" for found in columns.values()))
+        for n in names
+    )
+    return _table(("metric", *columns), rows)
 
 
 def _licence(licence: Licence, base: str, is_derived: bool) -> str:
