@@ -83,7 +83,9 @@ def test_the_size_is_told_at_the_start_and_compared_with_the_space(model, free, 
     free(size)
     check_space_at_start(tmp_path / "not yet" / "run", folder, SETTINGS)
     told = capsys.readouterr().out
-    assert f"a checkpoint takes about {size / 1e6:.0f} MB and 1 s to write at 1.00 GB a second" in told
+    assert (
+        f"a checkpoint takes about {size / 1e6:.0f} MB and 1 s to write at 1.00 GB a second" in told
+    )
     free(size - 1)
     with pytest.raises(CheckpointError, match=r"--save .*run has .* left.*--no-save-optim"):
         check_space_at_start(tmp_path / "run", folder, SETTINGS)
