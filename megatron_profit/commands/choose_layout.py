@@ -20,12 +20,12 @@ from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from megatron_profit.estimates.layouts import Cluster, NoLayoutError, choose
+from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.published import PUBLISHED, published_config
 from megatron_profit.estimates.run_shape import ShapeError
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 from megatron_profit.launch.plan_layout import (
     flags_of_choice,
-    saved_parameters,
     wish_of_flags,
 )
 from megatron_profit.recipe.errors import LaunchError
@@ -93,7 +93,7 @@ def _print(options: argparse.Namespace, given: dict[str, Given]) -> int:
     flags = [Given.of(f"--{n.replace('_', '-')}", v) for n, v in flags_of_choice(choice).items()]
     print(shlex.join(words_of(flags)))
     settings = {"bf16": not given.get("fp16"), **vars(choice.run.args)}
-    size = checkpoint_bytes(settings, saved_parameters(wish))
+    size = checkpoint_bytes(settings, saved_parameters(choice.run))
     print(
         f"> layout: {choice.describe(cluster)}\n> a checkpoint takes {describe_save(size)}",
         file=sys.stderr,

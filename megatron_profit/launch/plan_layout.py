@@ -19,7 +19,7 @@ from megatron_profit.estimates.layouts import (
     run_shape,
 )
 from megatron_profit.estimates.memory import estimate
-from megatron_profit.estimates.parameter_counts import stage_parameters, trained_parameters
+from megatron_profit.estimates.parameter_counts import stage_parameters
 from megatron_profit.estimates.run_shape import ShapeError
 from megatron_profit.launch.machine import Machine
 from megatron_profit.recipe.errors import LaunchError
@@ -75,11 +75,6 @@ def parameters_of(model: Mapping[str, Any]) -> int:
     """Return the number of parameters of a model."""
     wish = Wish(model, seq_length=1, rows=1)
     return stage_parameters(run_shape(wish, Layout(), 1), 0).total
-
-
-def saved_parameters(wish: Wish) -> int:
-    """Return the number of parameters that a checkpoint holds: the model's, or the adapters' alone."""
-    return trained_parameters(run_shape(wish, Layout(), 1), 0).total
 
 
 def wish_of_flags(

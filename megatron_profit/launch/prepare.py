@@ -12,6 +12,8 @@ from typing import Any
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.model_card.base import HubId
+from megatron_profit.estimates.layouts import Layout, run_shape
+from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 from megatron_profit.launch import hub
 from megatron_profit.launch.chat_template import with_template
@@ -21,7 +23,6 @@ from megatron_profit.launch.plan_layout import (
     PlannedLayout,
     parameters_of,
     plan_layout,
-    saved_parameters,
     slow_warning,
     wish_of_flags,
 )
@@ -192,7 +193,7 @@ def _checkpoint_bytes(request: Request, model: Model, planned: PlannedLayout) ->
     given = {name: flag.value for name, flag in request.given.items()}
     settings = {"bf16": planned.on_gpus and not given.get("fp16"), **planned.flags, **given}
     wish = wish_of_flags(request.given, model.architecture, planned.seq_length, planned.rows, True)
-    return checkpoint_bytes(settings, saved_parameters(wish))
+    return checkpoint_bytes(settings, saved_parameters(run_shape(wish, Layout(), 1)))
 
 
 def _steps(request: Request, rows: int, rows_of_a_step: int) -> int:

@@ -10,9 +10,9 @@ import pytest
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.progress import human
 from megatron_profit.estimates.layouts import Choice, Cluster, NoLayoutError, Wish, choose
+from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.published import PUBLISHED, published_config
 from megatron_profit.estimates.saving import checkpoint_bytes
-from megatron_profit.launch.plan_layout import saved_parameters
 from megatron_profit.recipe.config_file import find_config
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.flags import words_of
@@ -49,7 +49,7 @@ def test_a_models_recipe_says_what_the_estimates_say(file):
     wish = Wish(family_for(config).megatron_arguments(config), 8192, 4)
     gpus, choice = next((n, found) for n in GPUS if (found := fitting(wish, n)) is not None)
     recomputed = ", with full recomputation" if choice.layout.recompute_granularity else ""
-    size = human(checkpoint_bytes({"bf16": True}, saved_parameters(wish)))
+    size = human(checkpoint_bytes({"bf16": True}, saved_parameters(choice.run)))
     assert file.read_text().startswith(
         f"# {read(file).model} on {gpus} GPU{'s' * (gpus > 1)} of 80 GB or more{recomputed}, in rows of "
         f"8,192 positions.\n# A checkpoint takes {size}.\n"
