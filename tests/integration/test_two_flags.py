@@ -115,6 +115,11 @@ def test_the_same_command_resumes_and_one_more_epoch_goes_on(folder, first):
     steps = [line for line in more.stdout.splitlines() if line.startswith("step ")]
     assert steps
     assert not steps[0].startswith("step 1/")
+    run = folder / "runs" / "tiny-profit-chats"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    supervised = sum(line["supervised tokens"] for line in lines if line["kind"] == "train")
+    card = (run / "hf" / "README.md").read_text()
+    assert f"| supervised tokens | {supervised:,} |" in card, "of both parts of the run"
 
 
 @pytest.mark.slow
