@@ -120,8 +120,11 @@ def test_the_export_of_a_run_copies_what_was_noted_at_its_start(tmp_path, hf):
     assert noted.elements == sum(t.nbytes // t.dtype.itemsize for t in noted.tensors.values())
     _change(hf, lambda tensors: tensors[VISION].zero_())
     again = plan_output(tmp_path / "again", hf, torch.bfloat16)
-    assert noted.notes is not None
-    with pytest.raises(ConversionError, match="has changed"), again.noting(noted.notes).create():
+    assert noted.carried_notes is not None
+    with (
+        pytest.raises(ConversionError, match="has changed"),
+        again.noting(noted.carried_notes).create(),
+    ):
         pass
     assert not (tmp_path / "again").exists()
 
