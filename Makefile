@@ -1,7 +1,11 @@
+# make help         list these targets
+# make setup        make .venv with the pinned versions
 # make quickstart   the whole job on this machine: base model, conversion, ProFit, export, answers, figure
 # make quickstart MODEL=qwen3.5   the same with a small model of another family
 # make test         lint and every test that runs without a GPU; sets itself up
 # make test-all     the longer checks as well
+# make lint         ruff and mypy alone
+# make format       ruff's fixes and format
 # make bench        measure the objective, whole training steps and the conversion against others; about 10 minutes
 # make clean        remove the environment and scratch files; checkpoints in runs/ stay
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from checkpoint_conversion import cli
+from checkpoint_conversion.dry_run import print_import
 from checkpoint_conversion.engine.dtypes import DType, chosen_dtype
 from checkpoint_conversion.engine.output import whole_folder
 from checkpoint_conversion.engine.raw_files import OpenFiles
@@ -114,25 +115,6 @@ def hf_to_megatron(
     return plan
 
 
-def _print_plan(plan: ImportPlan, workers: int) -> None:
-    rows, parts = [], []
-    for rule, dtype in plan.tensors:
-        for piece in rule.pieces():
-            target = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
-            for name, shape in rule.parts(piece):
-                kinds = dict.fromkeys((plan.model.tensors[name].dtype, dtype.name))
-                size = math.prod(shape) * dtype.itemsize
-                rows.append((name, target, list(shape), " -> ".join(kinds), size))
-                parts.append((cli.part_bytes(shape, dtype), len(kinds) > 1))
-    cli.print_table(("source", "target", "shape", "dtype", "bytes"), rows)
-    if plan.model.alias:
-        print(f"{plan.model.alias}: not copied, the embeddings are tied")
-    if plan.model.carried:
-        print(description(plan.model.carried))
-    count = f"{len(plan.model.names())} tensors -> {len(plan.tensors)} tensors"
-    cli.print_totals(count, plan.nbytes, workers, parts)
-
-
 def main() -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
@@ -149,7 +131,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry_run:
         plan = plan_import(options.hf, options.dtype, options.allow_pickle)
-        _print_plan(plan, worker_count(options.workers))
+        print_import(plan, worker_count(options.workers))
         return 0
     plan = hf_to_megatron(
         options.hf,

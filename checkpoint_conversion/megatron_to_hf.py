@@ -13,21 +13,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from checkpoint_conversion import cli
 from checkpoint_conversion.adapters.saved import saved_adapters
+from checkpoint_conversion.dry_run import print_export
 from checkpoint_conversion.engine.dtypes import chosen_dtype
-from checkpoint_conversion.engine.output import check_apart, whole_folder
+from checkpoint_conversion.engine.output import check_apart, whole_folder, write_files
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import Config, family_for
+from checkpoint_conversion.families import Config
 from checkpoint_conversion.hf.carried import (
     Notes,
-    carried_in,
+    carried_to_export,
     check_names,
     copy_carried,
     description,
@@ -53,6 +54,10 @@ from checkpoint_conversion.hf.writer import (
     artifacts,
     copy_artifacts,
 )
+from checkpoint_conversion.model_card.card import card_files
+from checkpoint_conversion.model_card.facts import read_facts
+from checkpoint_conversion.model_card.hub import FLAG, check_upload, upload
+from checkpoint_conversion.model_card.next_steps import next_steps
 from checkpoint_conversion.progress import ProgressLine, human
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.reader import open_checkpoint
@@ -71,7 +76,8 @@ class ExportPlan(ModelSizes):
         tensors: The HuggingFace tensors by name.
         weight_map: The file of each tensor.
         carried: The tensors of the template that are copied, by name.
-        notes: The checkpoint's notes on them; None to copy them as they are.
+        carried_notes: The checkpoint's notes on them; None to copy them as they are.
+        notes: Further small files by name: the model card of a run's checkpoint.
     """
 
     checkpoint: ModelSource
@@ -80,7 +86,8 @@ class ExportPlan(ModelSizes):
     tensors: Mapping[str, TensorSpec]
     weight_map: Mapping[str, str]
     carried: Mapping[str, HFTensor]
-    notes: Notes | None
+    carried_notes: Notes | None
+    notes: Mapping[str, bytes]
 
 
 def plan_export(
@@ -113,15 +120,16 @@ def plan_export(
     tensors = tensor_specs(
         checkpoint.rules, lambda rule: chosen or checkpoint.dtypes[rule.megatron]
     )
-    carried = carried_in(template, family_for(config))
-    notes = None if any_carried else read_notes(checkpoint.folder)
-    if notes is not None:
-        check_names(template, carried, notes, checkpoint.folder)
+    carried = carried_to_export(template, config)
+    noted = None if any_carried else read_notes(checkpoint.folder)
+    if noted is not None:
+        check_names(template, carried, noted, checkpoint.folder)
     weight_map = files_of(template, {**tensors, **carried}, max_shard_size)
     artifacts(template)
     written = for_older_readers(with_dtype(config, tensors))
     stops = plan_stop_tokens(template, written, trained_turn_end(checkpoint.folder))
-    return ExportPlan(checkpoint, template, stops, tensors, weight_map, carried, notes)
+    cards = card_files(read_facts(checkpoint.folder), template)
+    return ExportPlan(checkpoint, template, stops, tensors, weight_map, carried, noted, cards)
 
 
 def _open(
@@ -201,9 +209,10 @@ def megatron_to_hf(
         whole_folder(Path(out), sources, overwrite, COMMAND, plan.nbytes) as folder,
         HFWriter(folder, plan.all_tensors, plan.weight_map) as writer,
     ):
-        copy_carried(plan.carried, plan.notes, writer)
+        copy_carried(plan.carried, plan.carried_notes, writer)
         write_tensors(plan.checkpoint, plan.tensors, writer, check_finite, workers, progress)
         copy_artifacts(plan.template, folder, plan.stops)
+        write_files(folder, plan.notes)
     return plan
 
 
@@ -285,6 +294,7 @@ def export_adapter(
     output = plan_adapter_export(
         adapters, saved.options, config, template, Path(out), chosen_dtype(dtype), overwrite
     )
+    output = replace(output, notes=card_files(read_facts(folder), template, is_adapter=True))
     if dry_run:
         return output
     with output.writer() as (_, writer):
@@ -292,103 +302,102 @@ def export_adapter(
     return output
 
 
-def _print_plan(plan: ExportPlan, workers: int) -> None:
-    rows, parts = [], []
-    for rule in plan.checkpoint.rules:
-        source = plan.checkpoint.dtypes[rule.megatron]
-        for piece in rule.pieces():
-            place = "".join([rule.megatron, *(f"[{i}]" for i in piece.index)])
-            for name, shape in rule.parts(piece):
-                dtype = plan.tensors[name].dtype
-                kinds = " -> ".join(dict.fromkeys((source.name, dtype.name)))
-                size = TensorSpec(shape, dtype).nbytes
-                rows.append((place, name, plan.weight_map[name], list(shape), kinds, size))
-                parts.append((cli.part_bytes(shape, dtype), source != dtype))
-    cli.print_table(("source", "target", "file", "shape", "dtype", "bytes"), rows)
-    if plan.carried:
-        print(description(plan.carried))
-    count = f"{len(plan.checkpoint.rules)} tensors -> {len(plan.all_tensors)} tensors"
-    cli.print_totals(count, plan.nbytes, workers, parts)
-
-
-def main() -> int:
-    """Run the command; return its exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=cli.program("checkpoint_conversion.megatron_to_hf"), formatter_class=cli.FlagHelp
     )
-    parser.add_argument("--megatron", required=True, metavar="DIR", help="Megatron save folder")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--megatron", required=True, metavar="DIR", help="Megatron save folder")
+    add(
         "--hf-template", required=True, metavar="DIR", help="HuggingFace folder to take the rest of"
     )
     cli.add_output_options(parser, required=False)
-    parser.add_argument("--iteration", metavar="N", help="a number or 'release' (default: latest)")
-    parser.add_argument("--dry-run", action="store_true", help=cli.DRY_RUN)
-    parser.add_argument(
+    add("--iteration", metavar="N", help="a number or 'release' (default: latest)")
+    add("--dry-run", action="store_true", help=cli.DRY_RUN)
+    add(
         "--max-shard-size",
         metavar="SIZE",
         help=f"such as 5GB (default: as the template's index, else {DEFAULT_SHARD_SIZE})",
     )
-    parser.add_argument("--ignore-arguments", action="store_true", help=cli.IGNORE_ARGUMENTS)
-    parser.add_argument(
+    add("--ignore-arguments", action="store_true", help=cli.IGNORE_ARGUMENTS)
+    add(
         "--base",
         metavar="DIR",
         help="Megatron checkpoint that the adapters of the checkpoint are merged into (default: the "
         "weights of --hf-template)",
     )
-    parser.add_argument(
+    add(
         "--any-base",
         action="store_true",
         help="merge adapters into a base that is not the one they were trained on",
     )
-    parser.add_argument(
+    add(
         "--export-adapter", metavar="DIR", help="PEFT folder to write from a checkpoint of adapters"
     )
-    parser.add_argument(
+    add(
         "--any-carried",
         action="store_true",
         help="take the vision tower and other untrained tensors of --hf-template, even if the checkpoint "
         "notes other ones",
     )
+    add(
+        FLAG,
+        metavar="ID",
+        help="upload the output to this repository of the hub (--out; without it --export-adapter); a new "
+        "repository is for you alone",
+    )
+    add("--push-public", action="store_true", help="let everybody read what is uploaded")
+    return parser
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    parser = _parser()
     options = parser.parse_args()
     if options.out is None and options.export_adapter is None:
         parser.error("give --out DIR, or --export-adapter DIR for a checkpoint of adapters")
+    if options.push_public and options.push_to_hub is None:
+        parser.error(f"--push-public is about {FLAG}, which is missing")
     if options.out is not None and options.export_adapter is not None:
         check_apart(Path(options.out), Path(options.export_adapter))
+    repository = None
+    if options.push_to_hub is not None and not options.dry_run:
+        repository = check_upload(options.push_to_hub, public=options.push_public)
     if options.export_adapter is not None:
         _export_adapter(options)
-    if options.out is None:
-        return 0
+    if options.out is not None:
+        _export_model(options)
+    if repository is not None:
+        folder = Path(options.out or options.export_adapter)
+        print(f"uploaded: {upload(folder, repository)}")
+    return 0
+
+
+def _export_model(options: argparse.Namespace) -> None:
+    chosen = {
+        "iteration": options.iteration,
+        "dtype": options.dtype,
+        "max_shard_size": options.max_shard_size,
+        "ignore_arguments": options.ignore_arguments,
+        "base": options.base,
+        "any_base": options.any_base,
+        "any_carried": options.any_carried,
+    }
     if options.dry_run:
-        plan = plan_export(
-            options.megatron,
-            options.hf_template,
-            iteration=options.iteration,
-            dtype=options.dtype,
-            max_shard_size=options.max_shard_size,
-            ignore_arguments=options.ignore_arguments,
-            base=options.base,
-            any_base=options.any_base,
-            any_carried=options.any_carried,
-        )
-        _print_plan(plan, worker_count(options.workers))
+        plan = plan_export(options.megatron, options.hf_template, **chosen)
+        print_export(plan, worker_count(options.workers))
         if plan.stops.added is not None:
             print(plan.stops)
-        return 0
+        return
     plan = megatron_to_hf(
         options.megatron,
         options.hf_template,
         options.out,
-        iteration=options.iteration,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-        ignore_arguments=options.ignore_arguments,
         overwrite=options.overwrite,
         check_finite=options.check_finite,
         workers=options.workers,
         progress=sys.stderr,
-        base=options.base,
-        any_base=options.any_base,
-        any_carried=options.any_carried,
+        **chosen,
     )
     if plan.carried:
         print(description(plan.carried))
@@ -401,7 +410,8 @@ def main() -> int:
         f"written to {options.out}; use it with: "
         f"AutoModelForCausalLM.from_pretrained({options.out!r})"
     )
-    return 0
+    if plan.notes:
+        print("\n".join(next_steps(Path(options.out), plan.template)))
 
 
 def _export_adapter(options: argparse.Namespace) -> None:
@@ -426,6 +436,9 @@ def _export_adapter(options: argparse.Namespace) -> None:
         f"{options.export_adapter}; use them with: PeftModel.from_pretrained(model, "
         f"{options.export_adapter!r})"
     )
+    if output.notes:
+        steps = next_steps(output.folder, Path(options.hf_template), is_adapter=True)
+        print("\n".join(steps))
 
 
 if __name__ == "__main__":

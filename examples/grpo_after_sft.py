@@ -1,6 +1,6 @@
 """Reinforcement learning from an export: GRPO on GSM8K with a reward by rule, with TRL.
 
-    pip install 'megatron-profit[eval]' trl
+    pip install trl
     python examples/grpo_after_sft.py --model runs/profit/hf --data gsm8k_train.jsonl --out runs/profit-grpo
 
 On one GPU with a 0.6B model, generation by vLLM in the same process:

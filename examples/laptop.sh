@@ -18,8 +18,9 @@ if [[ -z ${MODEL:-} ]]; then
     MODEL=$RUN/tiny
     [[ -d $MODEL ]] || python tools/make_tiny_model.py --out "$MODEL" --data examples/data/arithmetic_*.jsonl
 fi
+LAYOUT=${LAYOUT:---tensor-model-parallel-size 2 --sequence-parallel}
 recipe
-layout --tensor-model-parallel-size 2 --sequence-parallel
+layout 2
 
 launch --standalone --nproc-per-node 2 \
     -m megatron_profit.sft --device cpu "${RECIPE[@]}" "${LAYOUT_FLAGS[@]}" "$@"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from checkpoint_conversion.adapters.options import (
     weight_of,
 )
 from checkpoint_conversion.engine.dtypes import DType
-from checkpoint_conversion.engine.output import check_output, whole_folder, write_file
+from checkpoint_conversion.engine.output import check_output, whole_folder, write_files
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, TensorRule, family_for
 from checkpoint_conversion.hf.folder import (
@@ -148,6 +148,7 @@ class AdapterOutput(TensorSizes):
         rules: Their name table.
         tensors: The tensors by name.
         overwrite: Whether an earlier output in its place is replaced.
+        notes: Further small files by name, for example a model card.
     """
 
     folder: Path
@@ -156,6 +157,7 @@ class AdapterOutput(TensorSizes):
     rules: tuple[TensorRule, ...]
     tensors: Mapping[str, TensorSpec]
     overwrite: bool = False
+    notes: Mapping[str, bytes] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[tuple[Path, HFWriter]]:
@@ -171,7 +173,7 @@ class AdapterOutput(TensorSizes):
             ) as writer:
                 yield partial, writer
                 writer.flush()
-            write_file(partial / ADAPTER, _config_text(self.options, self.base))
+            write_files(partial, {**self.notes, ADAPTER: _config_text(self.options, self.base)})
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Path]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,6 +109,12 @@ def write_file(file: Path, content: bytes) -> None:
     """
     with writing(file), whole_file(file) as stream:
         stream.write(content)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files, given by name, into a folder; raises as `write_file`."""
+    for name, content in files.items():
+        write_file(folder / name, content)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from checkpoint_conversion.engine.checksums import crc32
 from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.families import Family
+from checkpoint_conversion.families import Config, Family, family_for
 from checkpoint_conversion.hf.chunks import TRANSFER_BYTES
 from checkpoint_conversion.hf.folder import (
     HFTensor,
@@ -29,6 +29,8 @@ from checkpoint_conversion.hf.writer import HFWriter
 from checkpoint_conversion.progress import human
 
 NOTES = "carried_tensors.json"
+# The part of a config.json that describes a vision tower.
+VISION = "vision_config"
 _FORMAT = 1
 _REMEDY = "give the folder that the checkpoint comes from"
 
@@ -49,6 +51,20 @@ def carried_in(folder: Path, family: Family) -> dict[str, HFTensor]:
     if not family.carried or not has_weights(folder):
         return {}
     return carried_tensors(family, list_tensors(folder))
+
+
+def carried_to_export(template: Path, config: Config) -> dict[str, HFTensor]:
+    """Return the tensors of a template that an export takes over, by name.
+
+    Raises:
+        ConversionError: The template has a vision tower by its config.json, and no weights to take it from.
+    """
+    if VISION in config and not has_weights(template):
+        raise ConversionError(
+            f"{template} holds no safetensors, and an export as {config.get('architectures')} takes over its "
+            "vision tower; give the folder with the weights"
+        )
+    return carried_in(template, family_for(config))
 
 
 def description(tensors: Mapping[str, HFTensor]) -> str:

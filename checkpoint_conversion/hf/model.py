@@ -22,7 +22,7 @@ from checkpoint_conversion.hf.folder import (
     read_hf_config,
 )
 
-_BASE = "model."
+_BASE, _LANGUAGE_MODEL = "model.", "language_model."
 # A buffer in old Llama checkpoints, which is computed from the configuration.
 _COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Parts that wrappers put between the names of modules.
@@ -163,11 +163,11 @@ def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:
 
 def rules_for(family: Family, config: Config, names: Iterable[str]) -> tuple[TensorRule, ...]:
     """Return the name table that fits the tensors of a folder, in the family's usual form if none does."""
-    there = set(names)
+    there = set(map(_inner_name, names))
     for form in family.other_forms:
         rules = form(config)
         pieces = (piece for rule in rules for piece in rule.pieces())
-        if all(there & {name, name.removeprefix(_BASE)} for piece in pieces for name in piece.hf):
+        if all(_inner_name(name) in there for piece in pieces for name in piece.hf):
             return rules
     return family.tensor_rules(config)
 
@@ -204,11 +204,18 @@ def row_views(tensors: Mapping[str, HFTensor], rules: Iterable[TensorRule]) -> d
 
 
 def known_name(name: str, known: Container[str]) -> str:
-    """Return the family's name for a tensor; like transformers, accept it with or without `model.`."""
+    """Return the family's name for a tensor; like transformers, accept it with or without `model.`.
+
+    transformers also takes the language model out of a model with images.
+    """
     inner = name.removeprefix(_BASE)
-    if inner != name and inner in known:
-        return inner
-    return _BASE + name if name not in known and _BASE + name in known else name
+    candidates = (inner, name, _BASE + name, _BASE + _inner_name(name))
+    return next((found for found in candidates if found in known), name)
+
+
+def _inner_name(name: str) -> str:
+    """Return a name without the prefixes of a whole model."""
+    return name.removeprefix(_BASE).removeprefix(_LANGUAGE_MODEL)
 
 
 def _by_known_name(tensors: Mapping[str, HFTensor], known: Container[str]) -> dict[str, HFTensor]:

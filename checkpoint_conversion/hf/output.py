@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from checkpoint_conversion.engine.dtypes import F32
-from checkpoint_conversion.engine.output import check_output, whole_folder
-from checkpoint_conversion.families import TensorRule, family_for
-from checkpoint_conversion.hf.carried import Notes, carried_in, check_names, copy_carried
+from checkpoint_conversion.engine.output import check_output, whole_folder, write_files
+from checkpoint_conversion.families import TensorRule
+from checkpoint_conversion.hf.carried import Notes, carried_to_export, check_names, copy_carried
 from checkpoint_conversion.hf.folder import HFTensor, list_tensors, read_hf_config
 from checkpoint_conversion.hf.model import row_views, rules_in
 from checkpoint_conversion.hf.plan import (
@@ -46,7 +46,8 @@ class HFOutput(ModelSizes):
         weight_map: The file of each tensor.
         overwrite: Whether an earlier output in its place is replaced.
         carried: The tensors of the template that are copied, by name.
-        notes: The notes to compare them with; None to copy them as they are.
+        carried_notes: The notes to compare them with; None to copy them as they are.
+        notes: Further small files by name, for example a model card.
     """
 
     folder: Path
@@ -57,7 +58,8 @@ class HFOutput(ModelSizes):
     weight_map: Mapping[str, str]
     overwrite: bool = False
     carried: Mapping[str, HFTensor] = field(default_factory=dict)
-    notes: Notes | None = None
+    carried_notes: Notes | None = None
+    notes: Mapping[str, bytes] = field(default_factory=dict)
 
     def stopping_at(self, turn_end: int | None) -> HFOutput:
         """Return this output for a model that ends a turn with the token `turn_end`, or with text if None."""
@@ -71,7 +73,7 @@ class HFOutput(ModelSizes):
             ConversionError: The notes list other tensors than the template has.
         """
         check_names(self.template, self.carried, notes, self.template)
-        return replace(self, notes=notes)
+        return replace(self, carried_notes=notes)
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Path]:
@@ -86,10 +88,11 @@ class HFOutput(ModelSizes):
         place = whole_folder(self.folder, [self.template], self.overwrite, COMMAND, self.nbytes)
         with place as partial:
             with HFWriter(partial, self.all_tensors, self.weight_map) as writer:
-                copy_carried(self.carried, self.notes, writer)
+                copy_carried(self.carried, self.carried_notes, writer)
                 writer.flush()
             yield partial
             copy_artifacts(self.template, partial, self.stops)
+            write_files(partial, self.notes)
 
     def tensors_in(self, folder: Path) -> dict[str, HFTensor]:
         """Return the places of the tensors in the temporary folder of `create`."""
@@ -114,7 +117,7 @@ def plan_output(
     folder, template = Path(folder), Path(template)
     config = read_hf_config(template)
     rules = rules_in(template, config)
-    carried = carried_in(template, family_for(config))
+    carried = carried_to_export(template, config)
     kind = from_torch(dtype)
     tensors = tensor_specs(rules, lambda rule: F32 if rule.float32 else kind)
     weight_map = files_of(template, {**tensors, **carried})

@@ -42,6 +42,9 @@ COMMANDS = {
         "train one base in several ways and evaluate all of them",
     ),
     "chat": Command("megatron_profit.commands.chat", "talk with a model in the terminal"),
+    "layout": Command(
+        "megatron_profit.commands.choose_layout", "print the parallel layout for a model and GPUs"
+    ),
     "estimate": Command(
         "megatron_profit.commands.estimate_memory", "estimate the memory of a training's ranks"
     ),

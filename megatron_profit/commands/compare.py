@@ -23,7 +23,6 @@ writes results.json, results.md and figure.png.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -83,8 +82,7 @@ def compare(plan_file: Path, out: Path, *, dry_run: bool = False) -> int:
     ):
         with whole_file(out / name) as stream:
             stream.write(content.encode())
-    if importlib.util.find_spec("matplotlib") is not None:
-        draw_comparison(outcomes, out / "figure.png")
+    draw_comparison(outcomes, out / "figure.png")
     print(f"\n{text}\nwrote {out}")
     return 0
 

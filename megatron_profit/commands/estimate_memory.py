@@ -26,7 +26,9 @@ from dataclasses import asdict
 from checkpoint_conversion.cli import FlagHelp
 from megatron_profit.commands.run_shape import read_run
 from megatron_profit.estimates.memory import GIB, Memory, estimate
+from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.run_shape import RunShape, ShapeError
+from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 
 
 def megatron_estimate(run: RunShape) -> dict[str, float]:
@@ -70,9 +72,11 @@ def table(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None) -
     for memory in memories:
         cells = "".join(f"{getattr(memory, name) / GIB:>13.2f}" for name in names)
         lines.append(f"pipeline rank {memory.stage:<2}{memory.parameters / 1e9:>10.3f} B{cells}")
-    theirs = megatron_estimate(run)
+    theirs, saved = megatron_estimate(run), checkpoint_bytes(vars(run.args), saved_parameters(run))
     largest = max(memories, key=lambda memory: memory.total)
     lines += [
+        "",
+        f"A checkpoint takes {describe_save(saved)}.",
         "",
         f"Megatron's own estimate: {theirs['state'] / GIB:.2f} weights, gradients and optimizer + "
         f"{theirs['activations'] / GIB:.2f} activations = {theirs['total'] / GIB:.2f} GiB.",
@@ -90,7 +94,13 @@ def as_json(run: RunShape, memories: Sequence[Memory], gpu_memory: float | None)
     largest = max(memory.total for memory in memories)
     fits = None if gpu_memory is None else largest <= gpu_memory * GIB
     ranks = [{**asdict(memory), "total": memory.total} for memory in memories]
-    result = {"largest": largest, "fits": fits, "ranks": ranks, "megatron": megatron_estimate(run)}
+    result = {
+        "largest": largest,
+        "fits": fits,
+        "ranks": ranks,
+        "checkpoint": checkpoint_bytes(vars(run.args), saved_parameters(run)),
+        "megatron": megatron_estimate(run),
+    }
     return json.dumps(result, indent=2)
 
 

@@ -7,14 +7,13 @@
 
 A model is a HuggingFace folder or an adapter's folder; with --server it is the server's name of the model.
 The questions are asked zero-shot through its chat template. --out gets a folder for each model with its
-answers (JSON lines), results.json, results.md, figure.png (with the extra "plot") and, for two models or
+answers (JSON lines), results.json, results.md, figure.png and, for two models or
 more, answers.html. A run that was interrupted goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -161,9 +160,6 @@ def write_results(out: Path, results: Sequence[Result], tasks: Sequence[Task]) -
     for name, text in contents.items():
         with whole_file(out / name) as stream:
             stream.write(text.encode())
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no {FIGURE}: run pip install 'megatron-profit[plot]'", file=sys.stderr)
-        return
     from megatron_profit.evaluation.presentation.figure import draw_scores
 
     draw_scores(results, out / FIGURE)

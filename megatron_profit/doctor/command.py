@@ -12,12 +12,15 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoint_conversion.errors import ConversionError, printable
 from megatron_profit.doctor import data_checks, machine_checks
 from megatron_profit.doctor.findings import Finding, Verdict, examined, note
 from megatron_profit.recipe.errors import LaunchError
+
+if TYPE_CHECKING:
+    from megatron_profit.launch.prepare import Launch
 
 _RUNS = Path("runs")
 
@@ -99,7 +102,7 @@ def _of_run(words: Sequence[str]) -> Iterator[Finding]:
     (launch,) = launches
     values = {request.table.dest(flag.option): flag.value for flag in launch.flags}
     model = Path(values["hf_model"])
-    needed = _needed(values, launch.parameters)
+    needed = _needed(values, launch)
     yield from examined("disk", lambda: machine_checks.check_disk(run.path, needed, request.nodes))
     load = Path(values.get("load", run.checkpoints))
     yield from examined("checkpoint", lambda: data_checks.check_checkpoints(load, model))
@@ -114,15 +117,11 @@ def _of_run(words: Sequence[str]) -> Iterator[Finding]:
     yield from examined("mathematics", lambda: check_mathematics(launch, train, rows))
 
 
-def _needed(values: dict[str, Any], parameters: int) -> dict[str, int]:
+def _needed(values: dict[str, Any], launch: Launch) -> dict[str, int]:
     """Return the bytes of a run's parts: with a new checkpoint next to the kept ones, and the export."""
-    from megatron_profit.training.checkpoints.size import estimated_bytes
-
-    defaults = dict.fromkeys(("bf16", "fp16", "no_save_optim", "use_distributed_optimizer"), False)
-    size = estimated_bytes({**defaults, "optimizer": "adam", **values}, parameters)
-    checkpoints = (int(values.get("keep_last", 2)) + 1) * size
+    checkpoints = (int(values.get("keep_last", 2)) + 1) * launch.checkpoint
     weights = 2 if values.get("bf16") or values.get("fp16") else 4
-    return {"checkpoints": checkpoints, "export": weights * parameters}
+    return {"checkpoints": checkpoints, "export": weights * launch.parameters}
 
 
 def _training_data(settings: dict[str, Any], model: Path) -> Any:

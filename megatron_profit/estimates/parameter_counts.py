@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 
 from checkpoint_conversion.adapters.options import ALL_LINEAR
@@ -108,6 +109,27 @@ def trained_parameters(run: RunShape, stage: int) -> Parameters:
     for layer in run.layers_of(stage):
         total += adapter_parameters(run, run.kinds[layer])
     return total
+
+
+def saved_parameters(run: RunShape) -> int:
+    """Return the parameters that a checkpoint holds over all ranks: the model's, or its adapters' alone."""
+    sizes = dict.fromkeys(
+        (
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+            *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"),
+        ),
+        1,
+    )
+    splits = dict.fromkeys(
+        (
+            *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+            *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+        ),
+        False,
+    )
+    return trained_parameters(
+        RunShape(Namespace(**{**vars(run.args), **sizes, **splits}), 1), 0
+    ).total
 
 
 def stage_parameters(run: RunShape, stage: int) -> Parameters:

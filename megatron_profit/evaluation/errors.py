@@ -1,4 +1,4 @@
-"""The error class of evaluation, and the check for optional packages."""
+"""The error class of evaluation, and the check for packages that an installation may lack."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib.util
 
 from checkpoint_conversion.errors import printable
 
-EXTRA = "megatron-profit[eval]"
+# Packages that come with this one, unless it was installed without what it needs.
+GRADERS = "'lm-eval[ifeval]' math-verify"
 
 
 class EvaluationError(ValueError):
@@ -16,12 +17,12 @@ class EvaluationError(ValueError):
         super().__init__(printable(message))
 
 
-def require(*packages: str, for_what: str, install: str = EXTRA) -> None:
-    """Check that optional packages are installed.
+def require(*packages: str, for_what: str, install: str = GRADERS) -> None:
+    """Check that packages are installed.
 
     Raises:
         EvaluationError: One is missing; the message says how to install it.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise EvaluationError(f"{for_what} needs {', '.join(missing)}; run pip install '{install}'")
+        raise EvaluationError(f"{for_what} needs {', '.join(missing)}; run pip install {install}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.estimates.saving import save_seconds
 from megatron_profit.launch.plan_layout import PlannedLayout
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.flags import Given
@@ -19,10 +20,8 @@ _REGULARISATION = {"--clip-grad": "1.0", "--weight-decay": "0"}
 _WARMUP = "0.1"
 _THRESHOLD, _DIRECTION = "0.1", "higher"
 _KEEP_LAST = "2"
-# Time between two checkpoints: half an hour, or 50 times what writing one takes at this speed.
-_SAVE_SECONDS, _SAVE_FACTOR, _BYTES_A_SECOND = 1800.0, 50, 1e9
-# Bytes of a parameter in a checkpoint: bf16, and Adam's state in fp32.
-_SAVED_BYTES = 14
+# Time between two checkpoints: half an hour, or 50 times what writing one takes.
+_SAVE_SECONDS, _SAVE_FACTOR = 1800.0, 50
 _EVALUATIONS = 5
 
 
@@ -34,11 +33,13 @@ class Model:
         folder: Its HuggingFace folder.
         architecture: Megatron's arguments of it.
         parameters: Number of its parameters.
+        base_id: Its id and revision on the hub, where they do not follow from the folder.
     """
 
     folder: Path
     architecture: Mapping[str, Any]
     parameters: int
+    base_id: str | None = None
 
     @property
     def positions(self) -> int:
@@ -76,7 +77,7 @@ class _Flags:
 
 def derived_flags(
     request: Request,
-    model: Path,
+    model: Model,
     data: Mapping[str, list[str]],
     planned: PlannedLayout,
     run: RunFolder,
@@ -87,7 +88,7 @@ def derived_flags(
 
     Args:
         request: The command line.
-        model: The model's folder.
+        model: The model.
         data: Paths of the data, by argument: `data`, and `valid_data` where it is given.
         planned: The layout.
         run: The run's folder.
@@ -95,7 +96,9 @@ def derived_flags(
         saved_every: Steps between two checkpoints.
     """
     flags, given = _Flags(request), request.given
-    flags.put("--hf-model", str(model))
+    flags.put("--hf-model", str(model.folder))
+    if model.base_id is not None:
+        flags.add("--base-model-id", model.base_id)
     for name, paths in data.items():
         flags.put(given[name].option, paths)
     _add_objective(flags, request)
@@ -139,11 +142,10 @@ def _add_optimizer(flags: _Flags, request: Request) -> None:
         flags.add(option, value)
 
 
-def save_interval(step_seconds: float, steps: int, parameters: int) -> int:
+def save_interval(step_seconds: float, steps: int, nbytes: int) -> int:
     """Return the steps between two checkpoints, by the time of a step and by a checkpoint's size.
 
     For example, a 14B model's 200 GB are written every two and three quarter hours.
     """
-    writing = parameters * _SAVED_BYTES / _BYTES_A_SECOND
-    wanted = max(_SAVE_SECONDS, _SAVE_FACTOR * writing) / max(step_seconds, 1e-3)
+    wanted = max(_SAVE_SECONDS, _SAVE_FACTOR * save_seconds(nbytes)) / max(step_seconds, 1e-3)
     return max(1, min(round(wanted), steps))

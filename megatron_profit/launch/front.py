@@ -99,7 +99,7 @@ def _refuse(error: Exception) -> int:
 
 def _run(ready: Launch) -> int:
     """Print a run and start it; return its exit code."""
-    from megatron_profit.launch.processes import start, tell
+    from megatron_profit.launch.processes import exports, start, tell
 
     for line in ready.lines:
         tell(printable(line))
@@ -107,7 +107,7 @@ def _run(ready: Launch) -> int:
     if ready.request.front.dry_run:
         print(command)
         return 0
-    ready.run.write(["torchrun", *ready.words], ready.config)
+    ready.run.write(["torchrun", *ready.words], ready.config, exports())
     resumes = "goes on from its newest checkpoint" if ready.run.goes_on else "starts"
     tell(
         f"run: {ready.run.path} {resumes}; the same command resumes it. Command ({ready.run.command}):"

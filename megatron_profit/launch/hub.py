@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint_conversion.errors import printable
+from checkpoint_conversion.model_card.hub import last_cause
 from megatron_profit.flags import nearest
 from megatron_profit.recipe.errors import LaunchError
 
@@ -20,7 +20,9 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(
     rf"(?P<repo>{_PART}(?:/{_PART})?)(?P<inner>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?"
 )
-_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+# The card and the licence tell an export the terms of its base.
+_TERMS = ("README.md", "LICEN*", "NOTICE*", "USE_POLICY*")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *_TERMS)
 _JSON = tuple(f"*.{kind}" for kind in ("json", "jsonl", "ndjson"))
 _DATA_FILES = (
     *(*_JSON, *(f"{kind}.{packed}" for kind in _JSON for packed in ("gz", "zst"))),
@@ -85,14 +87,27 @@ def find_data(name: str) -> str:
         LaunchError: There is no such data set, or it can be neither read nor downloaded.
     """
     path = Path(name).expanduser()
-    found = None if path.exists() else parse_id(name, "dataset")
-    if found is None or (path.suffix and f"*{path.suffix}" in (*_DATA_FILES, "*.gz", "*.zst")):
+    found = parse_id(name, "dataset") if is_hub_name(name, "dataset") else None
+    if found is None:
         return str(path) if path.exists() else name
-    if "/" not in found.repo:
-        return name  # the names of hub data sets without a user are few, and missing files are many
     files = [f"{found.inner}/{kind}" for kind in _DATA_FILES] if found.inner else [*_DATA_FILES]
     folder = _snapshot(found, files, None)
     return str(_data_folder(found, folder / found.inner))
+
+
+def is_hub_name(name: str, kind: Literal["model", "dataset"]) -> bool:
+    """Return whether a name that was given for a model or data is an id of the hub.
+
+    Files and folders that are here come first. Of data, a name that ends like a data file is one, and one
+    without an owner too: such ids are few, and missing files are many.
+    """
+    path, found = Path(name).expanduser(), parse_id(name, kind)
+    if path.exists() or found is None:
+        return False
+    if kind == "model":
+        return True
+    suffixes = (*_DATA_FILES, "*.gz", "*.zst")
+    return "/" in found.repo and not (path.suffix and f"*{path.suffix}" in suffixes)
 
 
 def parse_id(name: str, kind: Literal["model", "dataset"]) -> HubId | None:
@@ -168,10 +183,11 @@ def _snapshot(found: HubId, allowed: Any, ignored: Any) -> Path:
         raise LaunchError(f"{flag} {name}: no id of the hub ({printable(error)})") from error
     except Exception as error:  # the hub's library and its transport raise errors of many kinds
         cache = huggingface_hub.constants.HF_HUB_CACHE
+        alike = _cached_alike(found, Path(cache))
         raise LaunchError(
             f"{flag} {name}: there is no such folder here, the hub's cache ({cache}) does not hold it, and "
-            f"the hub cannot be reached ({_reason(error)}){_cached_alike(found, Path(cache))}; on a machine "
-            f"with a network run `{found.download}` and bring its cache, or name a folder"
+            f"the hub cannot be reached ({last_cause(error)}){alike}; on a machine with a network "
+            f"run `{found.download}` and bring its cache, or name a folder"
         ) from error
 
 
@@ -181,12 +197,3 @@ def _cached_alike(found: HubId, cache: Path) -> str:
     names = (entry.name for entry in cache.glob(f"{start}*"))
     ids = [name.removeprefix(start).replace("--", "/", 1) for name in names]
     return nearest(found.repo, [name for name in ids if name != found.repo])
-
-
-def _reason(error: BaseException) -> str:
-    """Return the last cause of an error in a few words."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return "HF_HUB_OFFLINE is set"
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return printable(str(error).strip().partition("\n")[0][:200] or type(error).__name__)

@@ -23,6 +23,7 @@ from megatron_profit.estimates.parameter_counts import stage_parameters
 from megatron_profit.estimates.run_shape import ShapeError
 from megatron_profit.launch.machine import Machine
 from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.flags import Given
 from megatron_profit.recipe.request import Request
 
 # Arguments that the estimates of memory and time read, if they are given.
@@ -76,11 +77,15 @@ def parameters_of(model: Mapping[str, Any]) -> int:
     return stage_parameters(run_shape(wish, Layout(), 1), 0).total
 
 
-def wish_of(
-    request: Request, model: Mapping[str, Any], seq_length: int, rows: int, exact_rows: bool
+def wish_of_flags(
+    given: Mapping[str, Given],
+    model: Mapping[str, Any],
+    seq_length: int,
+    rows: int,
+    exact_rows: bool,
 ) -> Wish:
-    """Return the request for a layout that a command line makes."""
-    decided = {name: request.given[name].value for name in _ESTIMATED if name in request.given}
+    """Return the request for a layout that the training's flags make."""
+    decided = {name: given[name].value for name in _ESTIMATED if name in given}
     decided.pop("global_batch_size", None)
     if decided.get("fp16"):
         decided["bf16"] = False
@@ -121,7 +126,7 @@ def plan_layout(request: Request, wish: Wish, machine: Machine, may_shorten: boo
             f"a step has {rows} rows, not {wish.rows}: one for each replica. --global-batch-size sets it"
         )
     return PlannedLayout(
-        flags={**choice.layout.flags(), **_with_replicas(choice)},
+        flags=flags_of_choice(choice),
         seq_length=wish.seq_length,
         rows=rows,
         processes=processes,
@@ -182,12 +187,14 @@ def _fitting(wish: Wish, cluster: Cluster, may_shorten: bool) -> tuple[Choice, W
         raise
 
 
-def _with_replicas(choice: Choice) -> dict[str, bool]:
-    """Return flags that let gradients and parameters be sent while the GPUs compute."""
-    if not choice.layout.use_distributed_optimizer:
-        return {}
+def flags_of_choice(choice: Choice) -> dict[str, Any]:
+    """Return the arguments of a layout by name.
+
+    With replicas, gradients and parameters are sent while the GPUs compute, and checkpoints fit every layout.
+    """
     names = ("overlap_grad_reduce", "overlap_param_gather", "dist_ckpt_optim_fully_reshardable")
-    return dict.fromkeys(names, True)
+    more = dict.fromkeys(names, True) if choice.layout.use_distributed_optimizer else {}
+    return {**choice.layout.flags(), **more}
 
 
 def _given(wish: Wish, processes: int, world: int) -> PlannedLayout:

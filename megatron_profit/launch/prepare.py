@@ -11,6 +11,10 @@ from typing import Any
 
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.model_card.base import HubId
+from megatron_profit.estimates.layouts import Layout, run_shape
+from megatron_profit.estimates.parameter_counts import saved_parameters
+from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 from megatron_profit.launch import hub
 from megatron_profit.launch.chat_template import with_template
 from megatron_profit.launch.derive import Model, derived_flags, save_interval
@@ -20,7 +24,7 @@ from megatron_profit.launch.plan_layout import (
     parameters_of,
     plan_layout,
     slow_warning,
-    wish_of,
+    wish_of_flags,
 )
 from megatron_profit.launch.processes import launcher, tell
 from megatron_profit.launch.records import (
@@ -36,7 +40,10 @@ from megatron_profit.recipe.flags import Given, words_of
 from megatron_profit.recipe.request import Request
 
 # Flags whose values follow from --model and --run, and are left out of a file for --config.
-_FOLLOWING = ("hf_model", "load", "save", "export_hf", "tensorboard_dir", "metrics_file", "quiet")
+_FOLLOWING = (
+    *("hf_model", "base_model_id", "load", "save", "export_hf", "tensorboard_dir", "metrics_file"),
+    "quiet",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Launch:
         torchrun: Torchrun's words before them.
         processes: Processes of this node.
         parameters: Parameters of the model.
+        checkpoint: Bytes of a checkpoint.
         lines: What to tell about it.
     """
 
@@ -61,6 +69,7 @@ class Launch:
     torchrun: Sequence[str]
     processes: int
     parameters: int
+    checkpoint: int
     lines: Sequence[str]
 
     @property
@@ -77,7 +86,7 @@ class Launch:
             dest = table.dest(flag.option) if flag.option in table.options else flag.option
             if dest not in _FOLLOWING or dest in given:
                 flags.append(given.get(dest, flag))
-        unset: tuple[Any, ...] = (None, [], "1", "auto", False)
+        unset: tuple[Any, ...] = (None, [], "1", "auto", False, 0)
         front = {
             f"--{name.replace('_', '-')}": value
             for name, value in vars(self.request.front).items()
@@ -97,22 +106,30 @@ def prepare(request: Request) -> Launch:
     architecture = family_for(read_hf_config(folder)).megatron_arguments(read_hf_config(folder))
     data = _find_data(request)
     machine = this_machine(look_for_gpus=request.value("device") != "cpu")
+    base_id = None
     if request.front.chat_template is not None:
+        known = HubId.of_path(folder)
+        base_id = None if known is None else str(known)
         folder = with_template(folder, request.front.chat_template, run.model)
-    model = Model(folder, architecture, parameters_of(architecture))
+    model = Model(folder, architecture, parameters_of(architecture), base_id)
     planned, rows = _fit(request, model, data, machine, run)
     steps = _steps(request, rows.rows, planned.rows)
     step_seconds = planned.row_seconds * planned.rows
-    saved_every = save_interval(step_seconds, steps, model.parameters)
+    checkpoint = _checkpoint_bytes(request, model, planned)
+    saved_every = save_interval(step_seconds, steps, checkpoint)
     return Launch(
         request=request,
         machine=machine,
         run=run,
-        flags=derived_flags(request, model.folder, data, planned, run, steps, saved_every),
-        torchrun=launcher(request, planned.processes, run.path.name),
+        flags=derived_flags(request, model, data, planned, run, steps, saved_every),
+        torchrun=launcher(request, planned.processes, run),
         processes=planned.processes,
         parameters=model.parameters,
-        lines=_lines(model, planned, rows, steps),
+        checkpoint=checkpoint,
+        lines=[
+            *_lines(model, planned, rows, steps),
+            *_saves(request, saved_every, checkpoint),
+        ],
     )
 
 
@@ -150,7 +167,8 @@ def _fit(
     while True:
         seq_length = kept.get("seq_length") or row_length(lengths, limit, packing)
         rows = kept.get("global_batch_size") or rows_of_step(lengths, seq_length, packing)
-        wish = wish_of(request, model.architecture, seq_length, rows, "global_batch_size" in kept)
+        exact = "global_batch_size" in kept
+        wish = wish_of_flags(request.given, model.architecture, seq_length, rows, exact)
         planned = plan_layout(request, wish, machine, may_shorten="seq_length" not in kept)
         settings["seq_length"] = planned.seq_length
         prepared = prepare_rows(settings, model.folder, tell)
@@ -159,6 +177,23 @@ def _fit(
             return planned, prepared
         # A record that the first ones did not tell of is longer.
         lengths = replace(lengths, longest=prepared.longest)
+
+
+def _saves(request: Request, saved_every: int, nbytes: int) -> list[str]:
+    """Return a line about the run's checkpoints, if it writes any."""
+    if "--save" in request.front.without:
+        return []
+    given = request.given.get("save_interval")
+    steps = saved_every if given is None else given.value
+    return [f"checkpoints: every {steps:,} steps; one takes {describe_save(nbytes)}"]
+
+
+def _checkpoint_bytes(request: Request, model: Model, planned: PlannedLayout) -> int:
+    """Return the size of a checkpoint, of the adapters alone where the run trains adapters."""
+    given = {name: flag.value for name, flag in request.given.items()}
+    settings = {"bf16": planned.on_gpus and not given.get("fp16"), **planned.flags, **given}
+    wish = wish_of_flags(request.given, model.architecture, planned.seq_length, planned.rows, True)
+    return checkpoint_bytes(settings, saved_parameters(run_shape(wish, Layout(), 1)))
 
 
 def _steps(request: Request, rows: int, rows_of_a_step: int) -> int:

@@ -8,11 +8,22 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.request import Request
 
-# Signals of schedulers reach the training, which writes a checkpoint and ends. A large one needs more than
-# the 30 seconds that torchrun waits.
-_SIGNALS, _STOP_SECONDS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1", 300
+# Signals of schedulers reach the training, which writes a checkpoint and ends.
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
+# Environment variables of a run; one that is set already stays as it is.
+ENVIRONMENT = {
+    # Rows of many lengths leave less of a GPU's memory unused.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "NCCL_DEBUG": "WARN",
+    # Seconds that torchrun gives the training for its last checkpoint, in place of 30. (torch 2.10 does not
+    # read it.)
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+    # Without this, torch 2.15 does not tell a node that joins later where rank 0 is.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 ENTRY = "megatron_profit.sft"
 # Torchrun's loggers that repeat what a process has said.
 _TALKATIVE = (
@@ -22,13 +33,18 @@ _TALKATIVE = (
 _MEMORY = "; the system does this when its memory is full"
 
 
-def launcher(request: Request, processes: int, run_name: str) -> list[str]:
-    """Return torchrun's words before the training's flags.
+def exports() -> str:
+    """Return the lines of a shell script that set `ENVIRONMENT`."""
+    return "\n".join(f"export {name}=${{{name}:-{value}}}" for name, value in ENVIRONMENT.items())
+
+
+def launcher(request: Request, processes: int, run: RunFolder) -> list[str]:
+    """Return torchrun's words before the training's flags; torch 2.10 and all later ones know them.
 
     Args:
         request: The command line.
         processes: Processes of this node.
-        run_name: The name under which several nodes meet.
+        run: The folder of the run; its name is the one under which several nodes meet.
     """
     front = request.front
     words = ["--nproc-per-node", str(processes)]
@@ -36,8 +52,17 @@ def launcher(request: Request, processes: int, run_name: str) -> list[str]:
         words += ["--standalone"]
     else:
         words += ["--nnodes", front.nnodes, "--rdzv-backend", "c10d"]
-        words += ["--rdzv-endpoint", front.rdzv_endpoint, "--rdzv-id", front.rdzv_id or run_name]
-    words += ["--signals-to-handle", _SIGNALS, "--shutdown-timeout", str(_STOP_SECONDS)]
+        words += [
+            "--rdzv-endpoint",
+            front.rdzv_endpoint,
+            "--rdzv-id",
+            front.rdzv_id or run.path.name,
+        ]
+    if front.max_restarts:
+        words += ["--max-restarts", str(front.max_restarts)]
+    if front.rank_logs:
+        words += ["--log-dir", str(run.logs / os.uname().nodename), "--tee", "3"]
+    words += ["--signals-to-handle", _SIGNALS]
     return [*words, "-m", ENTRY]
 
 
@@ -47,9 +72,9 @@ def start(words: Sequence[str], processes: int, cores: int) -> int:
     Returns:
         The exit code of the first process that failed; 0 if all went well.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    # Without this, torch 2.15 does not tell a node that joins later where rank 0 is.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    for variable, value in (threads | ENVIRONMENT).items():
+        os.environ.setdefault(variable, value)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def logs(self) -> Path:
+        """What each process has printed, by node and start."""
+        return self.path / "logs"
+
+    @property
     def config(self) -> Path:
         """The run as a file for --config."""
         return self.path / "config.yaml"
@@ -78,15 +83,20 @@ class RunFolder:
             return {}
         return {name: given[name].value for name in _KEPT if name in given}
 
-    def write(self, command: Sequence[str], config: str) -> None:
+    def write(self, command: Sequence[str], config: str, setup: str = "") -> None:
         """Write the files that say how the run is started.
+
+        Args:
+            command: The words of the command.
+            config: The text of the file for --config.
+            setup: Lines of shell to run before the command.
 
         Raises:
             LaunchError: The folder cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_file(self.command, script(command).encode())
+            write_file(self.command, script(command, setup).encode())
             self.command.chmod(0o755)
             write_file(self.config, config.encode())
         except OSError as error:
@@ -113,8 +123,8 @@ def _last(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", last).strip(".") or "run"
 
 
-def script(command: Sequence[str]) -> str:
-    """Return a command as a shell script, a flag with its values on each line."""
+def script(command: Sequence[str], setup: str = "") -> str:
+    """Return a command as a shell script, a flag with its values on each line, after lines of setup."""
     lines: list[str] = []
     for word in command:
         quoted = shlex.quote(word)
@@ -123,4 +133,5 @@ def script(command: Sequence[str]) -> str:
         else:
             lines.append(quoted)
     text = " \\\n    ".join(lines)
-    return f"#!/bin/sh\n# Written by `megatron-profit sft`: the command that it started.\nexec {text}\n"
+    about = "# Written by `megatron-profit sft`: the command that it started."
+    return "\n".join(["#!/bin/sh", about, *filter(None, [setup]), f"exec {text}", ""])

@@ -4,37 +4,47 @@
 
 It writes the job's script and submits it; `--dry-run` prints it. Before the time limit Slurm signals the job:
 the run writes a checkpoint, and the job queues again. The model, the data and the run's folder must be in
-places that all nodes see.
+places that all nodes see. With --container the command runs in an image (pyxis), which sees these places too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.errors import printable
-from megatron_profit.launch.run_folder import folder_of
+from megatron_profit.launch.hub import is_hub_name
+from megatron_profit.launch.processes import exports
+from megatron_profit.launch.run_folder import RunFolder, folder_of
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
-from megatron_profit.recipe.request import read_request
+from megatron_profit.recipe.request import Request, read_request
 
 _TIME = re.compile(r"\d+(-\d+(:\d+(:\d+)?)?)?|\d+:\d+(:\d+)?")
 # Seconds before the limit at which Slurm signals the job.
 _WARNING_SECONDS = 600
+# Cores of a GPU's process: its own threads, the optimizer's and the data's.
+_CPUS_PER_GPU = 8
+# Signs that would end a value in pyxis's list of mounts.
+_NOT_MOUNTED = re.compile(r"[,:\s]")
 # A node that has ended must not take the others with it while they write their parts of a checkpoint. Slurm
 # signals the script alone (B:), so that it knows of the limit and hands the signal to the job's steps.
 _SCRIPT = """\
 #!/usr/bin/env bash
-# Written by `megatron-profit slurm`. Submit it again with: sbatch {file}
+# Written by `megatron-profit slurm`. Submit it with: sbatch {file}
 {directives}
 set -euo pipefail
 cd {folder}
+
+{exports}
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from the job by itself
 
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 out_of_time=false
@@ -61,25 +71,46 @@ def _parser() -> LaunchParser:
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
     )
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
-    parser.add_argument("--partition", metavar="P", help="Slurm's partition")
-    parser.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)"
+    add = parser.add_argument
+    add("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
+    add("--partition", metavar="P", help="Slurm's partition")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
+    add(
+        "--cpus-per-task",
+        type=int,
+        metavar="N",
+        help=f"cores of a node for the job (default {_CPUS_PER_GPU} for each GPU)",
     )
-    parser.add_argument(
-        "--time", default="08:00:00", metavar="TIME", help="time limit of a job (default 08:00:00)"
+    add("--time", default="08:00:00", metavar="TIME", help="time limit of a job (default 08:00:00)")
+    add("--account", metavar="NAME", help="Slurm's account")
+    add(
+        "--container",
+        metavar="IMAGE",
+        help="image with this project, in which the command runs (pyxis), for example profit.sqsh",
     )
-    parser.add_argument("--account", metavar="NAME", help="Slurm's account")
-    parser.add_argument(
+    add(
+        "--mount",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a further folder that the container sees, under its own name; may be given again. The folders "
+        "of model, data and run are mounted in any case",
+    )
+    add(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="restarts from the newest checkpoint after a process or node was lost (default 3)",
+    )
+    add(
         "--sbatch",
         action="append",
         default=[],
         metavar="OPTION",
         help="a further option of sbatch, for example --sbatch=--qos=high; may be given again",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the script; write and submit nothing"
-    )
+    add("--dry-run", action="store_true", help="print the script; write and submit nothing")
     return parser
 
 
@@ -94,18 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _submit(words: Sequence[str]) -> int:
-    before, after = list(words), []
-    if "--" in before:
-        at = before.index("--")
-        before, after = before[:at], before[at + 1 :]
-    options = _parser().parse_args(before)
-    if after[:1] != ["sft"]:
-        raise LaunchError(
-            "the command of each node is missing; write it after two dashes, for example: megatron-profit "
-            "slurm --nodes 2 -- sft --model Qwen/Qwen3-32B --data chats.jsonl"
-        )
-    _check(options)
-    file, text = job(options, after[1:])
+    options, flags = read_words(words)
+    file, text = job(options, flags, Path.cwd())
     if options.dry_run:
         print(text, end="")
         return 0
@@ -120,11 +141,34 @@ def _submit(words: Sequence[str]) -> int:
     return subprocess.run(["sbatch", str(file)], check=False).returncode
 
 
+def read_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return this command's options, and the flags of `megatron-profit sft` after the two dashes.
+
+    Raises:
+        LaunchError: An option cannot be used, or the command of the nodes is missing.
+    """
+    before, after = list(words), []
+    if "--" in before:
+        at = before.index("--")
+        before, after = before[:at], before[at + 1 :]
+    options = _parser().parse_args(before)
+    if after[:1] != ["sft"]:
+        raise LaunchError(
+            "the command of each node is missing; write it after two dashes, for example: megatron-profit "
+            "slurm --nodes 2 -- sft --model Qwen/Qwen3-32B --data chats.jsonl"
+        )
+    _check(options)
+    return options, after[1:]
+
+
 def _check(options: argparse.Namespace) -> None:
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(options, name) < 1:
+    if options.cpus_per_task is None:
+        options.cpus_per_task = _CPUS_PER_GPU * options.gpus_per_node
+    limits = {"nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "max_restarts": 0}
+    for name, least in limits.items():
+        if getattr(options, name) < least:
             raise LaunchError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1"
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}"
             )
     if not _TIME.fullmatch(options.time):
         raise LaunchError(
@@ -137,29 +181,51 @@ def _check(options: argparse.Namespace) -> None:
     for option in options.sbatch:
         if not re.fullmatch(r"--?[\w-]+([= ][^\n]+)?", option):
             raise LaunchError(f"--sbatch is {option!r}; write --sbatch=--OPTION=VALUE")
+    if options.mount and options.container is None:
+        raise LaunchError("--mount is about --container, which is missing")
 
 
-def job(options: argparse.Namespace, flags: Sequence[str]) -> tuple[Path, str]:
+def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tuple[Path, str]:
     """Return the file and the text of a job's script.
 
     Args:
         options: This command's options.
         flags: The flags of `megatron-profit sft`, which are read and checked.
+        folder: The folder that the job runs in.
 
     Raises:
         LaunchError: A flag cannot be used.
     """
     nodes = [str(options.nodes), "--rdzv-endpoint", "node:1"] if options.nodes > 1 else ["1"]
-    for flag in ("--nnodes", "--rdzv-endpoint", "--rdzv-id"):
+    for flag in ("--nnodes", "--rdzv-endpoint", "--rdzv-id", "--max-restarts"):
         if any(word.partition("=")[0] == flag for word in flags):
             raise LaunchError(f"{flag} follows from the job; drop it")
-    run = folder_of(read_request([*flags, "--nnodes", *nodes]))
+    request = read_request([*flags, "--nnodes", *nodes])
+    run = folder_of(request)
     file = run.path / "job.sbatch"
-    directives = {
+    python, container, setup = sys.executable, [], exports()
+    if options.container is not None:
+        python, container = "python", _container(options, request, run, folder)
+        setup += f"\n{_homes(request, run, folder)}"
+    own = ["--rank-logs", "--max-restarts", str(options.max_restarts)]
+    command = [*container, shlex.join([python, "-m", "megatron_profit", "sft", *flags, *own])]
+    text = _SCRIPT.format(
+        file=file,
+        directives="\n".join(_directives(options, run)),
+        folder=shlex.quote(str(folder)),
+        exports=setup,
+        command=" \\\n    ".join(command),
+    )
+    return file, text
+
+
+def _directives(options: argparse.Namespace, run: RunFolder) -> Iterator[str]:
+    values = {
         "--job-name": run.path.name,
         "--nodes": options.nodes,
         "--ntasks-per-node": 1,
         "--gpus-per-node": options.gpus_per_node,
+        "--cpus-per-task": options.cpus_per_task,
         "--partition": options.partition,
         "--account": options.account,
         "--time": options.time,
@@ -167,14 +233,60 @@ def job(options: argparse.Namespace, flags: Sequence[str]) -> tuple[Path, str]:
         "--output": run.path / "job-%j.log",
         "--open-mode": "append",
     }
-    lines = [f"#SBATCH {name}={value}" for name, value in directives.items() if value is not None]
-    lines += ["#SBATCH --exclusive", "#SBATCH --requeue"]
-    lines += [f"#SBATCH {option}" for option in options.sbatch]
-    command = [sys.executable, "-m", "megatron_profit", "sft", *flags]
-    text = _SCRIPT.format(
-        file=file,
-        directives="\n".join(lines),
-        folder=shlex.quote(str(Path.cwd())),
-        command=shlex.join(command),
-    )
-    return file, text
+    yield from (f"#SBATCH {name}={value}" for name, value in values.items() if value is not None)
+    yield from ("#SBATCH --exclusive", "#SBATCH --requeue")
+    yield from (f"#SBATCH {option}" for option in options.sbatch)
+
+
+def _container(
+    options: argparse.Namespace, request: Request, run: RunFolder, folder: Path
+) -> list[str]:
+    """Return pyxis's options for srun, quoted for the shell, with the folders that the command names."""
+    named = [folder, run.path, *map(Path, options.mount), *_places(request)]
+    places = sorted({Path(os.path.abspath(folder / place.expanduser())) for place in named})
+    outer = [p for p in places if not any(p != o and p.is_relative_to(o) for o in places)]
+    for place in outer:
+        if _NOT_MOUNTED.search(str(place)) or place == Path("/"):
+            raise LaunchError(
+                f"the container cannot see {str(place)!r}: a mounted folder is not / and has neither comma, "
+                "colon nor space in its name; put model, data and run into other folders"
+            )
+    mounts = ",".join(f"{place}:{place}" for place in outer)
+    return [
+        f"--container-image={shlex.quote(options.container)}",
+        f"--container-mounts={shlex.quote(mounts)}",
+        f"--container-workdir={shlex.quote(str(folder))}",
+    ]
+
+
+def _places(request: Request) -> Iterator[Path]:
+    """Yield the folders outside of the run that a command line reads or writes."""
+    if _from_hub(request):
+        yield _hub_home()
+    if not is_hub_name(request.model, "model"):
+        yield Path(request.model)
+    yield from (Path(file).parent for file in request.front.config or ())
+    for flag in request.given.values():
+        for text in flag.texts:
+            path = Path(text).expanduser()
+            if path.is_absolute() or path.exists():
+                yield path if path.is_dir() else path.parent
+
+
+def _homes(request: Request, run: RunFolder, folder: Path) -> str:
+    """Return lines of shell that keep caches out of the container, which ends with the job."""
+    caches = {"MEGATRON_PROFIT_CACHE": folder / run.path / "data-cache"}
+    if _from_hub(request):
+        caches["HF_HOME"] = folder / _hub_home()
+    return "\n".join(f"export {name}={shlex.quote(str(p))}" for name, p in caches.items())
+
+
+def _from_hub(request: Request) -> bool:
+    """Return whether the model or a data set is one of the hub."""
+    flags = [request.given[name] for name in ("data", "valid_data") if name in request.given]
+    data = any(is_hub_name(text, "dataset") for flag in flags for text in flag.texts)
+    return data or is_hub_name(request.model, "model")
+
+
+def _hub_home() -> Path:
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()

@@ -20,6 +20,7 @@ from megatron_profit.recipe.evaluate_section import evaluation_words
 from megatron_profit.recipe.flags import FlagTable, Given
 
 _LARGEST = 2**20  # bytes
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # Entry of a section -> flag. An entry whose flag is spelt like it needs no line in `_ALIKE`.
 _SHORT: dict[str, dict[str, str]] = {
     "data": {
@@ -85,12 +86,12 @@ _ALIKE: dict[str, tuple[str, ...]] = {
     ),
     "layout": (
         *("micro_batch_size", "gpus", "gpu_memory", "nproc_per_node", "nnodes"),
-        *("rdzv_endpoint", "rdzv_id"),
+        *("rdzv_endpoint", "rdzv_id", "max_restarts"),
     ),
     "lora": (),
     "run": (
         *("save_interval", "load", "save"),
-        *("wandb_project", "wandb_exp_name", "wandb_entity", "without"),
+        *("wandb_project", "wandb_exp_name", "wandb_entity", "without", "rank_logs"),
     ),
 }
 # Entries at the top that are no sections.
@@ -116,6 +117,26 @@ class _Loader(yaml.SafeLoader):
                 line = node.start_mark.line + 1
                 raise LaunchError(f"{name!r} stands twice in the section of line {line}; drop one")
         return super().construct_mapping(node, deep)
+
+
+def find_config(name: str) -> Path:
+    """Return the file that --config names: one that is here, else a recipe of the package.
+
+    For example, `qwen3-14b` and `profit` are recipes.
+
+    Raises:
+        LaunchError: There is no such file, and no recipe has the name.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or "/" in name or path.suffix in (".yaml", ".yml"):
+        return path
+    recipes = {file.stem: file for file in _RECIPES.rglob("*.yaml")}
+    if name not in recipes:
+        raise LaunchError(
+            f"--config {printable(name)}: there is no such file and no recipe of this name"
+            f"{nearest(name, recipes)}; recipes are {', '.join(sorted(recipes))}"
+        )
+    return recipes[name]
 
 
 def read_config(path: Path, table: FlagTable, front: frozenset[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from checkpoint_conversion.errors import printable
 from megatron_profit.flags import nearest
-from megatron_profit.recipe.config_file import WITHOUT, read_config
+from megatron_profit.recipe.config_file import WITHOUT, find_config, read_config
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.recipe.flags import FlagTable, Given
 
@@ -35,8 +35,8 @@ def front_parser() -> argparse.ArgumentParser:
         "--config",
         nargs="+",
         metavar="FILE",
-        help="YAML files with all of it (examples/recipes); a later file overrides an earlier one, and flags "
-        "override both.",
+        help="YAML files with all of it, or names of recipes, such as qwen3-14b and profit; a later one "
+        "overrides an earlier one, and flags override both.",
     )
     group.add_argument(
         "--chat-template",
@@ -87,6 +87,13 @@ def front_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--rdzv-id", metavar="NAME", help="Name of the run among the nodes (default: its folder)."
     )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="How often all processes start again from the newest checkpoint after one was lost (default 0).",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--dry-run",
@@ -97,6 +104,11 @@ def front_parser() -> argparse.ArgumentParser:
         "--verbose",
         action="store_true",
         help="Show what Megatron prints (default: RUN/megatron.log).",
+    )
+    group.add_argument(
+        "--rank-logs",
+        action="store_true",
+        help="Write what each process prints to RUN/logs as well; its lines get the process's name.",
     )
     group.add_argument(
         WITHOUT,
@@ -144,7 +156,7 @@ def read_request(argv: Sequence[str]) -> Request:
     options = frozenset(parser._option_string_actions)
     words: list[str] = []
     for file in parser.parse_known_args(list(argv))[0].config or ():
-        words += read_config(Path(file).expanduser(), table, options)
+        words += read_config(find_config(file), table, options)
     front, rest = parser.parse_known_args([*words, *argv])
     given = table.parse(rest, options)
     missing = [f"--{name}" for name in ("model",) if getattr(front, name) is None]
@@ -161,7 +173,8 @@ def _check(request: Request) -> None:
     front, given = request.front, request.given
     if "hf_model" in given:
         raise LaunchError("--model and --hf-model name the same thing; drop --hf-model")
-    for name, least in (("gpus", 1), ("nproc_per_node", 1), ("gpu_memory", 1)):
+    limits = {"gpus": 1, "nproc_per_node": 1, "gpu_memory": 1, "max_restarts": 0}
+    for name, least in limits.items():
         value = getattr(front, name)
         if value is not None and not value >= least:
             raise LaunchError(

@@ -10,6 +10,7 @@ import os
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from torch.distributed import DistNetworkError
 from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.model_card.card import card_files
+from checkpoint_conversion.model_card.facts import Facts, read_facts
+from checkpoint_conversion.model_card.hub import upload
+from checkpoint_conversion.model_card.next_steps import next_steps
 from megatron_profit.data import DataError, load_tokenizer
 from megatron_profit.evaluation.after_training import become_evaluation
 from megatron_profit.flags import ArgumentsError
@@ -44,13 +49,14 @@ from megatron_profit.training.checkpoints.retention import Retention
 from megatron_profit.training.monitoring.evaluation_report import EvaluationReport, first_records
 from megatron_profit.training.monitoring.guards import Guards
 from megatron_profit.training.monitoring.run_monitor import RunMonitor
+from megatron_profit.training.monitoring.run_totals import RunTotals
 from megatron_profit.training.plan import RunPlan, plan_run
 from megatron_profit.training.plan.datasets import SFTData
 from megatron_profit.training.plan.wandb_run import WandbRun
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.exit_signals import ExitSignals
 from megatron_profit.training.process.quiet import keep_files
-from megatron_profit.training.process.ranks import is_first_rank
+from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 from megatron_profit.training.process.shutdown import end_communication
 from megatron_profit.training.statistics.external_statistics import ExternalStatistics, RunParts
 from megatron_profit.training.statistics.lookahead_pass import LookaheadPass
@@ -99,11 +105,12 @@ def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:
     parts = RunParts(args, loss, lookahead_pass, datasets, data.digest, files.reference)
     providers = make_providers(parts)
     external = ExternalStatistics(loss, providers)
-    keeper = Retention(settings.keep, plan.record, plan.carried)
+    totals = RunTotals()
+    keeper = Retention(settings.keep, plan.record, totals, plan.carried)
     report = evaluation_report(settings, data)
     signals = ExitSignals(args.exit_signal)
     begin = external.begin if report is None else report.watching(external.begin)
-    monitor = RunMonitor(Guards(settings.guards), data.train_prepared.name, files.metrics)
+    monitor = RunMonitor(Guards(settings.guards), data.train_prepared.name, files.metrics, totals)
     register(*providers, keeper, WandbRun(), *filter(None, [report]), signals, monitor, *callbacks)
     with _known_ends(signals):
         pretrain(
@@ -114,6 +121,7 @@ def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:
         )
     _export(plan, chunks, keeper)
     end_communication()
+    _publish(plan)
 
 
 def refusal(error: Exception) -> str:
@@ -189,12 +197,18 @@ def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> N
     adapters = None if lora is None else lora.output
     if merged is None and adapters is None:
         return
+    base = plan.settings.hf_model
     try:
+        facts: Facts | None = keeper.facts()
         if plan.settings.keep.export_best:
-            load_checkpoint_into(chunks, keeper.best().folder)
+            best = keeper.best().folder
+            load_checkpoint_into(chunks, best)
+            facts = from_first_rank(lambda: read_facts(best))
         if merged is not None:
+            merged = replace(merged, notes=card_files(facts, base))
             export(merged, (model_shards if lora is None else merged_shards)(chunks))
         if adapters is not None:
+            adapters = replace(adapters, notes=card_files(facts, base, is_adapter=True))
             export(adapters, adapter_shards(chunks))
     except (CheckpointError, ConversionError, OSError) as error:
         fail(
@@ -202,6 +216,23 @@ def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> N
             "-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template "
             f"{plan.settings.hf_model} --out DIR"
         )
+    data = [source.path for source in plan.files.data.train]
+    if merged is not None:
+        print_rank_0("\n".join(next_steps(merged.folder, base, data)))
+    if adapters is not None:
+        print_rank_0("\n".join(next_steps(adapters.folder, base, is_adapter=True)))
+
+
+def _publish(plan: RunPlan) -> None:
+    """Upload the export, if that was asked for."""
+    if plan.repository is None:
+        return
+    try:
+        folder = plan.settings.publication.folder(plan.settings.values)
+        print_rank_0(f"> uploading {folder} to {plan.repository}")
+        print_rank_0(f"> uploaded: {upload(folder, plan.repository)}")
+    except ConversionError as error:
+        fail(error)
 
 
 def objective_loss(settings: RunSettings) -> ObjectiveLoss:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-pytest.importorskip("math_verify", reason="the extra eval is not installed")
+pytest.importorskip("lm_eval", reason="lm-eval and math-verify are not installed")
+pytest.importorskip("math_verify", reason="lm-eval and math-verify are not installed")
 
 
 @pytest.mark.slow

@@ -57,13 +57,22 @@ def test_the_wheel_holds_the_two_packages_whole_and_nothing_else(wheel):
     assert any(name.endswith("/LICENSE") for name in files)
 
 
+def test_recipes_and_tasks_are_in_the_wheel(wheel):
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert "megatron_profit/recipes/qwen3/qwen3-14b.yaml" in files
+    assert "megatron_profit/recipes/profit.yaml" in files
+    assert "megatron_profit/evaluation/tasks/gsm8k.yaml" in files
+
+
 def test_the_wheel_says_what_it_needs(wheel):
     archive = zipfile.ZipFile(wheel)
     [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     metadata = email.message_from_bytes(archive.read(name))
     assert metadata["Name"] == "megatron-profit"
     assert metadata["Requires-Python"] == ">=3.12"
-    assert any(need.startswith("megatron-core") for need in metadata.get_all("Requires-Dist"))
+    needs = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
+    for package in ("megatron-core", "matplotlib", "lm-eval", "math-verify"):
+        assert any(need.startswith(package) for need in needs), "all commands come with the package"
 
 
 def run_elsewhere(installed: Path, folder: Path, *command: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -60,6 +61,26 @@ def test_two_flags_train_and_leave_everything_in_the_runs_folder(folder, first):
     assert sum(step["kind"] == "train" for step in steps) >= 2
 
 
+def test_the_export_has_a_card_of_this_run_and_the_next_commands_are_shown(folder, first):
+    run = folder / "runs" / "tiny-profit-chats"
+    card = (run / "hf" / "README.md").read_text()
+    assert "| `chats.jsonl` |" in card
+    digest = hashlib.sha256((folder / "chats.jsonl").read_bytes()).hexdigest()
+    assert digest in card
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    supervised = sum(step["supervised tokens"] for step in steps if step["kind"] == "train")
+    assert f"| supervised tokens | {supervised:,} |" in card
+    assert str(folder) not in card
+    shown = first.stdout.splitlines()
+    start = shown.index("> next, with runs/tiny-profit-chats/hf:")
+    assert shown[start + 1].split() == ["megatron-profit", "chat", "runs/tiny-profit-chats/hf"]
+    assert any(line.startswith("> checkpoints: every ") for line in shown)
+    words = ("to-hf", "--megatron", run / "checkpoints", "--hf-template", "tiny", "--out", "back")
+    converted = command(folder, *map(str, words))
+    assert converted.returncode == 0, converted.stderr
+    assert (folder / "back" / "README.md").read_text() == card, "the checkpoint's card is the run's"
+
+
 def test_the_console_is_short_and_shows_the_command(folder, first):
     lines = first.stdout.splitlines()
     first_step = next(i for i, line in enumerate(lines) if line.startswith("step 1/"))
@@ -94,6 +115,11 @@ def test_the_same_command_resumes_and_one_more_epoch_goes_on(folder, first):
     steps = [line for line in more.stdout.splitlines() if line.startswith("step ")]
     assert steps
     assert not steps[0].startswith("step 1/")
+    run = folder / "runs" / "tiny-profit-chats"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    supervised = sum(line["supervised tokens"] for line in lines if line["kind"] == "train")
+    card = (run / "hf" / "README.md").read_text()
+    assert f"| supervised tokens | {supervised:,} |" in card, "of both parts of the run"
 
 
 @pytest.mark.slow

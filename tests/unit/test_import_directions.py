@@ -56,6 +56,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "checkpoint_conversion.engine",
         *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
     ),
+    "checkpoint_conversion.model_card": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
+        "checkpoint_conversion.hf",
+    ),
     "checkpoint_conversion.torch_dist": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.families", "checkpoint_conversion.pickles"),
@@ -72,6 +76,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "megatron_profit.flags",
     ),
     "checkpoint_conversion": (),
+    "megatron_profit.publish": (
+        *("checkpoint_conversion.errors", "checkpoint_conversion.model_card"),
+        "megatron_profit.flags",
+    ),
+    "megatron_profit.estimates": (
+        *("checkpoint_conversion.adapters", "checkpoint_conversion.progress"),
+        "megatron_profit.ops",
+    ),
     "megatron_profit.models.lora": ("megatron", "checkpoint_conversion"),
     "megatron_profit.models": ("megatron",),
     "megatron_profit.megatron_patches": (
@@ -91,7 +103,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
     ),
     f"{_TRAINING}.checkpoints": (
-        "megatron_profit.evaluation",
+        *("megatron_profit.estimates", "megatron_profit.evaluation"),
         *("megatron", "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.objectives", "megatron_profit.models"),
         *(f"{_TRAINING}.process", f"{_TRAINING}.monitoring"),
@@ -105,7 +117,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     f"{_TRAINING}.arguments": (
         "megatron_profit.evaluation",
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
-        *("megatron_profit.flags", f"{_TRAINING}.step", f"{_TRAINING}.monitoring"),
+        *("megatron_profit.flags", "megatron_profit.publish"),
+        *(f"{_TRAINING}.step", f"{_TRAINING}.monitoring"),
         *(f"{_TRAINING}.checkpoints", f"{_TRAINING}.statistics"),
     ),
     f"{_TRAINING}.plan": (
@@ -122,7 +135,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.sft": (
         *("megatron_profit.flags", "megatron_profit.megatron_patches", _TRAINING),
     ),
-    "megatron_profit.estimates": ("checkpoint_conversion.adapters", "megatron_profit.ops"),
     "megatron_profit.recipe": (
         *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
         *("megatron_profit.evaluation", "megatron_profit.flags"),

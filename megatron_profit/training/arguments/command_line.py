@@ -16,6 +16,7 @@ from megatron_profit.data.flags import add_data_flags
 from megatron_profit.evaluation.after_training import EvalTasks
 from megatron_profit.flags import ArgumentsError, add_flags, flag_of, nearest
 from megatron_profit.megatron_patches import DEVICES
+from megatron_profit.publish import Publication
 from megatron_profit.training.arguments.lora import LoraFlags
 from megatron_profit.training.checkpoints.keep_options import KeepOptions
 from megatron_profit.training.checkpoints.run_record import GUARDED
@@ -168,6 +169,7 @@ _GROUPS: Mapping[str, Callable[[argparse._ArgumentGroup], None]] = {
     "adapters (LoRA)": partial(add_flags, options=LoraFlags),
     "checkpoints": partial(add_flags, options=KeepOptions),
     "evaluation after training": partial(add_flags, options=EvalTasks),
+    "model card and upload": partial(add_flags, options=Publication),
     "guards": partial(add_flags, options=GuardOptions),
     "metrics and reports": _add_report_flags,
 }

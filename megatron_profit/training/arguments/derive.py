@@ -21,6 +21,7 @@ from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, check_arc
 from megatron_profit.evaluation.after_training import EvalTasks, eval_tasks
 from megatron_profit.flags import ArgumentsError, options_of
 from megatron_profit.objectives import Objective
+from megatron_profit.publish import Publication, publication
 from megatron_profit.training.arguments.command_line import CommandLine, parse_command_line
 from megatron_profit.training.arguments.length import (
     batch_size_changes,
@@ -72,6 +73,7 @@ class RunSettings:
         lora: The adapters to train, if any.
         batch_size: Rows of a step over all ranks.
         eval_tasks: The evaluation of the export.
+        publication: The name of its base, and its upload.
     """
 
     config: Mapping[str, Any]
@@ -83,6 +85,7 @@ class RunSettings:
     lora: LoraOptions | None
     batch_size: int
     eval_tasks: EvalTasks
+    publication: Publication
 
     @property
     def hf_model(self) -> Path:
@@ -217,9 +220,10 @@ def derive(
     lora = lora_options(values, config)
     values["lora_active_parameters"] = lora and active_parameters(lora, values, config)
     keep = keep_options(values)
-    evaluation = eval_tasks(values)
     return RunSettings(
-        *(config, given, values, objective, guards, keep, lora, batch_size), eval_tasks=evaluation
+        *(config, given, values, objective, guards, keep, lora, batch_size),
+        eval_tasks=eval_tasks(values),
+        publication=publication(values),
     )
 
 

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from megatron.training import get_args
 
 from checkpoint_conversion.errors import ConversionError, warn
 from checkpoint_conversion.hf.carried import Notes, write_notes
+from checkpoint_conversion.model_card.facts import RUN, STEP, TOTALS, Facts
 from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.checkpoints.folder import (
@@ -37,10 +39,11 @@ from megatron_profit.training.checkpoints.folder import (
     write_json,
 )
 from megatron_profit.training.checkpoints.keep_options import KeepOptions
-from megatron_profit.training.checkpoints.run_record import RUN, RunRecord
+from megatron_profit.training.checkpoints.run_record import RunRecord
 from megatron_profit.training.checkpoints.save_folder import clear_save_folder, names_of
 from megatron_profit.training.checkpoints.save_lock import hold_still
 from megatron_profit.training.checkpoints.size import check_space
+from megatron_profit.training.monitoring.run_totals import RunTotals
 from megatron_profit.training.process.console import fail, print_rank_0, warn_rank_0
 from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 
@@ -98,13 +101,19 @@ class Retention(Callback):
     Args:
         options: The options of the flags.
         record: The record of the run, which each checkpoint holds. Only the first rank needs it.
+        totals: The totals of the run, which each checkpoint holds too.
         carried: The notes of each checkpoint on tensors that are not trained; as `record`.
     """
 
     def __init__(
-        self, options: KeepOptions, record: RunRecord, carried: Notes = MappingProxyType({})
+        self,
+        options: KeepOptions,
+        record: RunRecord,
+        totals: RunTotals,
+        carried: Notes = MappingProxyType({}),
     ) -> None:
-        self._options, self._record, self._carried = options, record, carried
+        self._options, self._record, self._totals = options, record, totals
+        self._carried = carried
         self._progress = None if options.keep_best is None else EarlyStopState(options.keep_best)
         self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
         self._resumed_from: frozenset[int] = frozenset()
@@ -114,7 +123,7 @@ class Retention(Callback):
 
         A run that had stopped ends without a step. A run that replaces another one removes it here.
         """
-        args = get_args()
+        args, self._totals.step = get_args(), iteration
         if args.overwrite and args.save:
             self._replace_run(Path(args.save))
         if iteration == 0 or args.load is None:
@@ -122,9 +131,10 @@ class Retention(Callback):
         load = Path(args.load)
         if same_folder(load, args.save):
             self._resumed_from = frozenset({iteration})
+        file = folder_of(load, iteration) / MARKER
+        self._totals.restore(from_first_rank(lambda: _saved_totals(file)), iteration)
         if self._progress is None:
             return
-        file = folder_of(load, iteration) / MARKER
         saved = from_first_rank(lambda: _saved_progress(file))
         if saved is not None and saved.metric == self._progress.metric:
             self._progress = saved
@@ -143,12 +153,14 @@ class Retention(Callback):
 
     def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Write the means next to the checkpoint, if it exists already, and stop the run in time."""
+        self._evaluated = (iteration, metrics)
+        save = get_args().save
+        if save and is_first_rank():
+            here = Saved(iteration, folder_of(Path(save), iteration))
+            if here.is_own and not (here.folder / VALIDATION).exists():
+                _note(here.folder / VALIDATION, metrics)
         if self._progress is None:
             return
-        self._evaluated = (iteration, metrics)
-        here = Saved(iteration, folder_of(Path(get_args().save), iteration))
-        if is_first_rank() and here.is_own and not (here.folder / VALIDATION).exists():
-            _note(here.folder / VALIDATION, metrics)
         self._progress = self._progress.after(iteration, metrics[self._progress.metric])
         self._stop_if_patience_has_ended(iteration)
 
@@ -156,13 +168,15 @@ class Retention(Callback):
         problem = from_first_rank(lambda: _prepare(folder, size))
         if problem is not None:
             raise CheckpointError(f"no checkpoint of step {iteration} was written: {problem}")
+        self._totals.share()
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
         if not is_first_rank():
             return
         progress = None if self._progress is None else asdict(self._progress)
-        content = {"format": _FORMAT, "iteration": iteration, "progress": progress}
-        write_json(folder / MARKER, {**content, RUN: self._record.to_json()})
+        content = {"format": _FORMAT, STEP: iteration, "progress": progress}
+        notes = {TOTALS: self._totals.to_json(), RUN: self._record.to_json()}
+        write_json(folder / MARKER, {**content, **notes})
         write_notes(folder, self._carried)
         at, metrics = self._evaluated
         if at == iteration:
@@ -183,6 +197,16 @@ class Retention(Callback):
         except (CheckpointError, ConversionError, OSError) as error:
             # The run is worth more than the space that a removal would free.
             warn_rank_0(f"no checkpoint that is not kept could be removed: {error}")
+
+    def facts(self) -> Facts:
+        """Return the facts of the training for a model card of the weights as they are now. A collective.
+
+        Only the first rank has the record.
+        """
+        self._totals.share()
+        step, (at, metrics) = self._totals.step, self._evaluated
+        evaluation = metrics if at == step else {}
+        return Facts(step, self._record.to_json(), self._totals.to_json(), evaluation)
 
     def best(self) -> Saved:
         """Return the best checkpoint in --save, the same on all ranks.
@@ -237,6 +261,12 @@ def _note(file: Path, metrics: Mapping[str, float]) -> None:
         warn(
             f"{file} cannot be written ({reason(error)}); this checkpoint will not count as the best"
         )
+
+
+def _saved_totals(file: Path) -> Mapping[str, Any]:
+    """Return the totals in the marker of a checkpoint; empty where it has none."""
+    saved = read_json(file).get(TOTALS)
+    return saved if isinstance(saved, Mapping) else {}
 
 
 def _saved_progress(file: Path) -> EarlyStopState | None:

@@ -22,15 +22,13 @@ from megatron_profit.objectives import RENAMED_NORMALIZATIONS, RENAMED_OPTIONS
 
 Settings = Mapping[str, Any]
 
-# The key of the record in `megatron_profit.json`.
-RUN = "run"
 # Parts of the record that make another run when they change; --allow-change names them.
 GUARDED = ("objective", "data", "validation", "tokenizer", "seed", "base")
 
 _PACKAGES = ("megatron-core", "torch", "transformers")
 _DIGEST_LENGTH = 24
-# Settings that say where files are.
-_PLACES = ("sources", "path")
+# Settings that say where files are, what they are called, or how their records are written down.
+_PLACES = ("sources", "path", "files", "base", "revision", "folder", "start")
 # Keys of a config.json that name the program or the place it was written by, not the model.
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path")
 
@@ -59,13 +57,14 @@ class RunRecord:
         objective: `name`, its `options`, `normalization`, `warmup_steps`, `schedules`, and, where it has
             them, `steps_per_refresh` and the digest of the `reference` model.
         data: `digest` of the tokenised training examples, their number (`examples`), `supervised_tokens`,
-            the `sources` (paths), and the flags that decide which rows are drawn, such as `seq_length` and
-            `packing`.
+            the `sources` (paths), their `files` with digests, and the flags that decide which rows are drawn,
+            such as `seq_length` and `packing`.
         validation: The same for the validation data.
         tokenizer: `digest` of the files of the tokenizer, the chat template among them, and `turn_end_id`,
             the token that training teaches to end a turn with; exports stop there.
         seed: `seed`.
-        model: `digest` of config.json.
+        model: `digest` of config.json, and the base for a model card: `base` and `revision` on the hub, the
+            name of its `folder`, and `start`, the first weights if they are not its own.
         lora: The options of the adapters, if the run trains adapters.
         base: `path` of the frozen weights that the adapters belong to, and their `digest`.
         schedule: Learning rate and weight decay with their schedules.
@@ -115,7 +114,7 @@ class RunRecord:
     def differences(self, saved: RunRecord) -> tuple[Difference, ...]:
         """Return the settings that both records have and that differ, in the order of the parts.
 
-        The places of files (`sources`, `path`) do not count: only their content does.
+        Places and names of files (`_PLACES`) do not count: only the content that is trained does.
         """
         now, then = (dict(_flat(record.to_json())) for record in (self, saved))
         changed = [

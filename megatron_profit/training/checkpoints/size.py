@@ -14,29 +14,12 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.model import expected_shapes
 from checkpoint_conversion.progress import human
+from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.process.console import print_rank_0
 
 # Metadata, random generators and torch's header of each tensor.
 _SPARE_SHARE, _SPARE_BYTES = 0.01, 1 << 20
-# Values that an optimizer keeps for each parameter, besides the parameter itself.
-_MOMENTS = {"adam": 2, "sgd": 1, "lion": 1}
-
-
-def estimated_bytes(settings: Mapping[str, Any], parameters: int) -> int:
-    """Return the bytes of a checkpoint: the weights and the state of the optimizer, over all ranks.
-
-    Args:
-        settings: All arguments by name.
-        parameters: Number of the whole model's parameters.
-    """
-    half = settings["bf16"] or settings["fp16"]
-    weights = 2 if half else 4
-    if settings["no_save_optim"]:
-        return weights * parameters
-    # The distributed optimizer keeps the parameters in its state, others only fp32 copies of bf16 and fp16.
-    copies = 4 if half or settings["use_distributed_optimizer"] else 0
-    return (weights + copies + 4 * _MOMENTS.get(settings["optimizer"], 2)) * parameters
 
 
 def check_space_at_start(
@@ -56,7 +39,7 @@ def check_space_at_start(
     config = read_hf_config(hf_model)
     rules = family_for(config).tensor_rules(config)
     shapes = expected_shapes(rules if lora is None else adapter_rules(rules, lora))
-    size, free = estimated_bytes(settings, sum(map(math.prod, shapes.values()))), _free(save)
+    size, free = checkpoint_bytes(settings, sum(map(math.prod, shapes.values()))), _free(save)
     if free < size and not settings["overwrite"]:
         raise CheckpointError(
             f"--save {save} has {human(free)} of space left, and a checkpoint takes about {human(size)} (an "
@@ -64,8 +47,7 @@ def check_space_at_start(
             "the optimizer with --no-save-optim"
         )
     print_rank_0(
-        f"> a checkpoint takes about {human(size)} (an estimate from the flags); --save {save} has "
-        f"{human(free)} left"
+        f"> a checkpoint takes {describe_save(size)} (estimates); --save {save} has {human(free)} left"
     )
 
 

@@ -27,6 +27,7 @@ from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.monitoring.guard_report import Suspect, chosen_suspects, event_text
 from megatron_profit.training.monitoring.guards import EXIT_CODE, Event, Guards, StepFacts
 from megatron_profit.training.monitoring.metrics_file import MetricsFile
+from megatron_profit.training.monitoring.run_totals import RunTotals
 from megatron_profit.training.monitoring.step_metrics import Interval, StepMetrics
 from megatron_profit.training.process.console import lines_to_print, print_evaluation, print_step
 from megatron_profit.training.step.batch import Batch
@@ -40,11 +41,13 @@ class RunMonitor(Callback):
         guards: Judge the steps.
         names: Names of the training records.
         metrics_file: File for the JSON lines, if any.
+        totals: Sums over all steps.
     """
 
     guards: Guards
     names: Callable[[int], str]
     metrics_file: Path | None = None
+    totals: RunTotals = field(default_factory=RunTotals)
     _file: MetricsFile | None = None
     _file_failed: bool = False
     _trace: list[torch.Tensor] = field(default_factory=list)
@@ -184,6 +187,7 @@ class RunMonitor(Callback):
 
     def scalars(self, iteration: int, skipped: bool) -> dict[str, Any]:
         """See `Callback`."""
+        self.totals.step = iteration
         for interval in (self._scalars, self._logged):
             interval.add(self._pairs, skipped=skipped)
         if iteration % get_args().tensorboard_log_interval:
@@ -194,6 +198,10 @@ class RunMonitor(Callback):
     def log(self, step: LoggedStep) -> None:
         """See `Callback`."""
         interval, args = self._logged, get_args()
+        if not step.skipped and self._facts is not None:
+            self.totals.add(
+                tokens=step.tokens, supervised=self._facts.supervised, kept=self._facts.kept
+            )
         interval.tokens += step.tokens
         interval.floating_point_operations += step.floating_point_operations
         for name, loss in step.module_losses.items():
@@ -212,6 +220,11 @@ class RunMonitor(Callback):
         if step.iteration % args.log_interval:
             # A line after the first step of a process; the interval goes on.
             return
+        self.totals.note_line(
+            {name: value for name, value in metrics.items() if name != _COUNT},
+            step.iteration - interval.steps + 1,
+            step.iteration,
+        )
         self._log_speed(step.iteration, {**speed, "seconds per step": seconds})
         record = {
             "steps": interval.steps,

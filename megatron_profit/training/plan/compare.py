@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import printable
+from checkpoint_conversion.model_card.facts import RUN
 from megatron_profit.flags import flag_of
 from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.checkpoints.folder import MARKER, CheckpointError, read_json
-from megatron_profit.training.checkpoints.run_record import GUARDED, RUN, Difference, RunRecord
+from megatron_profit.training.checkpoints.run_record import GUARDED, Difference, RunRecord
 
 # Settings of the data that follow from the records themselves.
 _CONTENT = ("digest", "examples", "supervised_tokens")

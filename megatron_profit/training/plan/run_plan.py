@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.carried import Notes, carried_in, description, notes_at_start
+from checkpoint_conversion.model_card.hub import check_upload
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from megatron_profit.evaluation.after_training import check_task_files
 from megatron_profit.training.arguments.derive import RunSettings, derive
@@ -43,6 +44,7 @@ class RunPlan:
         record: The record that each checkpoint of the run holds; empty off the first rank.
         carried: The notes of each checkpoint on tensors of the model's folder that are not trained; empty
             off the first rank.
+        repository: The repository of the hub that gets the export; None without one, and off the first rank.
     """
 
     settings: RunSettings
@@ -50,6 +52,7 @@ class RunPlan:
     data: SFTData
     record: RunRecord
     carried: Notes = _NOTHING_CARRIED
+    repository: str | None = None
 
 
 def plan_run(argv: Sequence[str], device: str) -> RunPlan:
@@ -91,7 +94,7 @@ def open_run(settings: RunSettings) -> RunPlan:
     if settings.save is not None:
         hold_new(settings.save)
     resume_wandb_run(settings.values, resumed)
-    return RunPlan(settings, files, data, record, carried)
+    return RunPlan(settings, files, data, record, carried, _repository(settings))
 
 
 def _note_carried(settings: RunSettings, flags: CheckpointFlags, resumed: Resumed | None) -> Notes:
@@ -109,6 +112,16 @@ def _note_carried(settings: RunSettings, flags: CheckpointFlags, resumed: Resume
     return notes_at_start(
         settings.hf_model, tensors, None if start is None else find_checkpoint(start)
     )
+
+
+def _repository(settings: RunSettings) -> str | None:
+    """Return the repository that gets the export, which is there and can be written to."""
+    asked = settings.publication
+    if asked.push_to_hub is None or not is_first_rank():
+        return None
+    repository = check_upload(asked.push_to_hub, public=asked.push_public)
+    print_rank_0(f"> the export will be uploaded to {repository}")
+    return repository
 
 
 def _check_record(

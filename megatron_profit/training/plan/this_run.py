@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from hashlib import file_digest
+from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.adapters.saved import BASE, LORA, digest_of_weights, noted_options
+from checkpoint_conversion.engine.regular_files import open_regular
+from checkpoint_conversion.model_card.base import HubId
+from checkpoint_conversion.model_card.facts import RANDOM
 from megatron_profit.data import DataOptions, DataSource, TokenizedData
 from megatron_profit.data.store.cache import tokenizer_files
 from megatron_profit.objectives import Objective, ScheduledObjective
@@ -51,6 +56,7 @@ def describe_run(settings: RunSettings, files: RunFiles, data: SFTData) -> RunRe
         },
         data={
             **_content(data.train_prepared, options.train),
+            "files": [_file(file) for source in options.train for file in source.files()],
             **_rows(values),
             "valid_split": options.valid_split,
             "weights": [source.weight for source in options.train],
@@ -62,7 +68,7 @@ def describe_run(settings: RunSettings, files: RunFiles, data: SFTData) -> RunRe
             "turn_end_id": data.turn_end,
         },
         seed={"seed": values["seed"]},
-        model={"digest": digest_of_config(settings.config)},
+        model={"digest": digest_of_config(settings.config), **_base(settings)},
         **_adapters(files.lora),
         schedule={
             **_chosen(values, _SCHEDULE),
@@ -102,6 +108,47 @@ def _statistics(settings: RunSettings, files: RunFiles) -> dict[str, Any]:
     found: dict[str, Any] = {name: settings.values[name] for name in names}
     if files.reference is not None:
         found["reference"] = digest_of_weights(files.reference[0].folder)
+    return found
+
+
+def _base(settings: RunSettings) -> dict[str, Any]:
+    """Return the names of the run's base, and the first weights if they are not the base's."""
+    folder, named = settings.hf_model, settings.publication.base_model_id
+    base = HubId.parse(named) if named else HubId.of_path(folder)
+    return {
+        "base": base and base.id,
+        "revision": base and base.revision,
+        "folder": _home(folder).name,
+        "start": _start(settings.values),
+    }
+
+
+def _home(folder: Path) -> Path:
+    """Return the folder of a model's weights: a run with another chat template has links to them."""
+    links = (file for file in folder.glob("*.safetensors") if file.is_symlink())
+    link = next(links, None)
+    return folder.resolve() if link is None else link.resolve().parent
+
+
+def _start(values: Mapping[str, Any]) -> str | None:
+    if values["pretrained_checkpoint"]:
+        return f"checkpoint {Path(values['pretrained_checkpoint']).resolve().name}"
+    if values["finetune"] and values["load"]:
+        return f"checkpoint {Path(values['load']).resolve().name}"
+    return RANDOM if values["random_init"] else None
+
+
+def _file(file: Path) -> dict[str, Any]:
+    """Return the name and the digest of a data file, and the data set of the hub that it belongs to.
+
+    A data set of the `datasets` library is a folder, whose tokens alone have a digest.
+    """
+    hub = HubId.of_path(file)
+    found: dict[str, Any] = {"name": file.name, "dataset": hub and hub.id}
+    if file.is_file():
+        with open(open_regular(file), "rb") as content:
+            found["sha256"] = file_digest(content, "sha256").hexdigest()
+            found["bytes"] = content.tell()
     return found
 
 

@@ -22,7 +22,11 @@ from megatron_profit.estimates.memory import (
     estimate,
     layer_activations,
 )
-from megatron_profit.estimates.parameter_counts import stage_parameters, trained_parameters
+from megatron_profit.estimates.parameter_counts import (
+    saved_parameters,
+    stage_parameters,
+    trained_parameters,
+)
 from megatron_profit.estimates.published import PUBLISHED, published_config
 from megatron_profit.estimates.run_shape import LayerKind, ShapeError
 from megatron_profit.flags import ArgumentsError
@@ -43,6 +47,19 @@ def test_parameters_are_those_of_the_checkpoint(model):
     shapes = expected_shapes(family_for(config).tensor_rules(config)).values()
     tensors = sum(math.prod(shape) for shape in shapes)
     assert stage_parameters(run_of(model, 1), 0).total == tensors
+
+
+@pytest.mark.parametrize(
+    "layout", ["", "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2"]
+)
+def test_a_checkpoint_holds_the_model_once_at_every_layout(layout):
+    run = run_of("Qwen3-4B", 8, layout)
+    config = published_config("Qwen3-4B")
+    shapes = expected_shapes(family_for(config).tensor_rules(config)).values()
+    assert saved_parameters(run) == sum(math.prod(shape) for shape in shapes)
+    assert "A checkpoint takes about 56.31 GB and 57 s to write at 1.00 GB a second." in (
+        estimate_memory.table(run, estimate(run), None)
+    )
 
 
 @pytest.mark.parametrize(

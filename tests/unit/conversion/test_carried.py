@@ -120,8 +120,11 @@ def test_the_export_of_a_run_copies_what_was_noted_at_its_start(tmp_path, hf):
     assert noted.elements == sum(t.nbytes // t.dtype.itemsize for t in noted.tensors.values())
     _change(hf, lambda tensors: tensors[VISION].zero_())
     again = plan_output(tmp_path / "again", hf, torch.bfloat16)
-    assert noted.notes is not None
-    with pytest.raises(ConversionError, match="has changed"), again.noting(noted.notes).create():
+    assert noted.carried_notes is not None
+    with (
+        pytest.raises(ConversionError, match="has changed"),
+        again.noting(noted.carried_notes).create(),
+    ):
         pass
     assert not (tmp_path / "again").exists()
 
@@ -135,3 +138,24 @@ def test_the_commands_tell_of_carried_tensors(tmp_path, hf, run_command):
     back = ("--megatron", tmp_path / "m", "--hf-template", hf, "--out", tmp_path / "back")
     assert line in run_command("megatron_to_hf", *back, "--dry-run").out
     assert line in run_command("megatron_to_hf", *back).out
+
+
+def test_a_template_without_weights_cannot_give_a_vision_tower(tmp_path, hf, converted):
+    (converted / "release" / NOTES).unlink()
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match="holds no safetensors, and an export as"):
+        megatron_to_hf(converted, hf, tmp_path / "back")
+    with pytest.raises(ConversionError, match="give the folder with the weights"):
+        plan_output(tmp_path / "out", hf, torch.bfloat16)
+
+
+def test_a_language_model_alone_takes_the_tensors_of_the_template_too(tmp_path, hf, converted):
+    """Its class ignores them; a folder of the whole model stays one for other programs."""
+    config = json.loads((hf / "config.json").read_text())
+    alone = {**config["text_config"], "architectures": ["Qwen3_5ForCausalLM"]}
+    (hf / "config.json").write_text(json.dumps(alone))
+    assert open_hf_model(hf).carried.keys() > {VISION}
+    megatron_to_hf(converted, hf, tmp_path / "back")
+    back = read_hf(tmp_path / "back")
+    assert torch.equal(back[VISION], read_hf(hf)[VISION])
+    assert "model.layers.0.linear_attn.A_log" in back

@@ -10,8 +10,8 @@ from make_tiny_model import make_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-pytest.importorskip("math_verify", reason="the extra eval is not installed")
+pytest.importorskip("lm_eval", reason="lm-eval and math-verify are not installed")
+pytest.importorskip("math_verify", reason="lm-eval and math-verify are not installed")
 
 
 @pytest.fixture(scope="session")

@@ -21,16 +21,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from checkpoint_conversion.families import family_for
 from megatron_profit.data import DataOptions
+from megatron_profit.estimates.layouts import USABLE, Choice, Cluster, Wish, choose
 from megatron_profit.estimates.memory import GIB, estimate
 from megatron_profit.estimates.published import published_config
 from megatron_profit.estimates.run_shape import RunShape
+from megatron_profit.launch import slurm
+from megatron_profit.launch.processes import ENVIRONMENT, exports
+from megatron_profit.recipe.request import read_request
 from megatron_profit.training.arguments.derive import derive
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SCRIPTS = sorted([*EXAMPLES.glob("*.sh"), *EXAMPLES.glob("*.sbatch")])
 KUBERNETES = EXAMPLES / "kubernetes.yaml"
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SLURM = EXAMPLES / "slurm.sbatch"
+USUAL_MEMORY = 79.6  # GiB of a GPU of 80 GB
 
 
 @dataclass(frozen=True)
@@ -41,31 +47,33 @@ class Launch:
         script: Its name in examples/.
         model: The published model that the folder MODEL holds.
         gpus: Processes over all nodes.
-        variables: Environment variables; None for those that the script sets itself.
-        gpu_memory: GiB of a GPU, where the script's header does not say it of this case.
+        variables: Environment variables besides MODEL.
     """
 
     script: str
     model: str
     gpus: int
     variables: dict[str, str] = field(default_factory=dict)
-    gpu_memory: int | None = None
 
     def __str__(self) -> str:
         return f"{self.script}-{self.model}-{self.gpus}"
 
+    @property
+    def gpu_memory(self) -> float:
+        return float(self.variables.get("GPU_MEMORY", USUAL_MEMORY))
+
 
 RENDEZVOUS = {"RDZV_ENDPOINT": "node0:29400"}
 LAUNCHES = [
-    Launch("one_gpu.sh", "Qwen3-0.6B", 1),
-    Launch("one_gpu.sh", "Qwen3-0.6B", 1, {"LAYOUT": FULL}, gpu_memory=24),
-    Launch("one_gpu.sh", "Qwen3-14B", 1, {"LORA_RANK": "16"}, gpu_memory=74),
+    Launch("one_gpu.sh", "Qwen3-0.6B", 1, {"GPU_MEMORY": "24"}),
+    Launch("one_gpu.sh", "Qwen3-14B", 1, {"LORA_RANK": "16"}),
     Launch("one_node.sh", "Qwen3-14B", 8),
-    Launch("one_node.sh", "Qwen3-4B", 8, {"MODEL": "Qwen3-4B-Base"}),
+    Launch("one_node.sh", "Qwen3-30B-A3B", 8),
+    Launch("one_node.sh", "Qwen2.5-7B", 8),
+    Launch("one_node.sh", "Llama-3.1-8B", 8),
     Launch("multi_node.sh", "Qwen3-32B", 16, RENDEZVOUS),
     Launch("multi_node.sh", "Qwen3-32B", 64, {**RENDEZVOUS, "NNODES": "8", "GLOBAL_BATCH": "8"}),
-    Launch("multi_node.sh", "Qwen3-14B", 16, {**RENDEZVOUS, "MODEL": "Qwen3-14B-Base"}),
-    Launch("multi_node.sh", "Qwen3-30B-A3B", 16, {**RENDEZVOUS, "MODEL": "Qwen3-30B-A3B-Base"}),
+    Launch("multi_node.sh", "Qwen3-235B-A22B", 64, {**RENDEZVOUS, "NNODES": "8"}),
 ]
 
 
@@ -81,6 +89,8 @@ json.dump(sys.argv[1:], open({str(tmp_path / "torchrun.json")!r}, "w"))
     record = f'echo "$(basename "$0") $*" >>{tmp_path}/calls\n'
     fakes = {
         "torchrun": torchrun,
+        "megatron-profit": f"#!/bin/sh\nexport PYTHONPATH={EXAMPLES.parent}\n"
+        f'exec {sys.executable} -m megatron_profit "$@"\n',
         "scontrol": f"#!/bin/sh\n{record}[ $1 = requeue ] || printf 'node-a\\nnode-b\\n'\n",
         "srun": '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n',
         "scancel": f"#!/bin/sh\n{record}kill -USR1 $(cat {tmp_path}/step)\n",
@@ -117,14 +127,18 @@ def value(arguments: list[str], flag: str, default: str | None = None) -> str | 
     return arguments[arguments.index(flag) + 1] if flag in arguments else default
 
 
-def named_memory(script: Path) -> int:
-    return int(re.search(r"GPU: (\d+) GiB", script.read_text())[1])
+def model_folder(tmp_path: Path, model: str) -> Path:
+    """A folder with the config.json of a published model; the scripts need no more of it."""
+    folder = tmp_path / model
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(published_config(model)))
+    return folder
 
 
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
-def test_what_a_script_starts_is_accepted_and_fits_the_gpu(launch, case):
-    arguments = launch(case.script, case.variables)
-    check_command(arguments, case)
+def test_what_a_script_starts_is_accepted_and_is_the_estimates_choice(launch, tmp_path, case):
+    variables = {"MODEL": str(model_folder(tmp_path, case.model)), **case.variables}
+    check_command(launch(case.script, variables), case)
 
 
 def check_command(arguments: list[str], case: Launch) -> None:
@@ -133,14 +147,38 @@ def check_command(arguments: list[str], case: Launch) -> None:
     assert nodes * per_node == case.gpus
     start = arguments.index("megatron_profit.sft") + 1
     torchrun, flags = arguments[:start], arguments[start:]
-    assert value(torchrun, "--shutdown-timeout") == "300"
     assert "SIGUSR1" in value(torchrun, "--signals-to-handle")
+    assert {word for word in torchrun if word.startswith("--")} <= FLAGS_OF_TORCH_2_10
     assert ("--standalone" in torchrun) == (nodes == 1)
+    assert ("--log-dir" in torchrun) == (case.gpus > 1), "several processes have a log each"
     settings = derive(flags, "cuda", case.gpus, published_config(case.model))
     DataOptions.from_flags(settings.values)
     assert value(flags, "--load") == value(flags, "--save"), "the same command resumes"
-    memory = max(memory.total for memory in estimate(RunShape(settings.namespace, case.gpus)))
-    assert memory <= (case.gpu_memory or named_memory(EXAMPLES / case.script)) * GIB
+    assert value(flags, "--keep-last") == "2"
+    run = RunShape(settings.namespace, case.gpus)
+    chosen = best(case, flags)
+    assert max(memory.total for memory in estimate(run)) == chosen.bytes
+    assert chosen.bytes <= USABLE * case.gpu_memory * GIB
+
+
+# `torchrun --help` of torch 2.10.0 lists them; --shutdown-timeout came later.
+FLAGS_OF_TORCH_2_10 = {
+    *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
+    *("--rdzv-conf", "--standalone", "--max-restarts", "--monitor-interval", "--start-method"),
+    *("--log-dir", "--redirects", "--tee", "--local-ranks-filter", "--signals-to-handle"),
+}
+
+
+def best(case: Launch, flags: list[str]) -> Choice:
+    """The choice of the estimates for the GPUs of a case."""
+    config = published_config(case.model)
+    model = family_for(config).megatron_arguments(config)
+    rows = int(case.variables.get("GLOBAL_BATCH", 4))
+    decided = {"lora_rank": 16} if "LORA_RANK" in case.variables else {}
+    wish = Wish(
+        model, int(value(flags, "--seq-length")), rows, "GLOBAL_BATCH" in case.variables, decided
+    )
+    return choose(wish, Cluster(case.gpus, case.gpu_memory, min(case.gpus, 8)))
 
 
 @pytest.mark.slow
@@ -148,12 +186,16 @@ def test_megatron_accepts_what_the_scripts_start(launch, tmp_path):
     """Its own validation, with the CPU backend in place of GPUs."""
     commands = []
     for number, case in enumerate(LAUNCHES):
-        arguments = launch(case.script, case.variables)
+        folder = model_folder(tmp_path, case.model)
+        arguments = launch(case.script, {"MODEL": str(folder), **case.variables})
         flags = arguments[arguments.index("megatron_profit.sft") + 1 :]
-        folder = tmp_path / f"model{number}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(published_config(case.model)))
-        own = ["--hf-model", str(folder), "--random-init", "--export-hf", str(folder / "hf")]
+        own = [
+            "--hf-model",
+            str(folder),
+            "--random-init",
+            "--export-hf",
+            str(tmp_path / f"hf{number}"),
+        ]
         commands.append(([*flags, *own], case.gpus))
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("validate_flags.py")],
@@ -167,21 +209,23 @@ def test_megatron_accepts_what_the_scripts_start(launch, tmp_path):
     assert complaints == [None] * len(LAUNCHES)
 
 
-def test_the_settings_are_those_of_the_documented_command(launch):
+def test_the_settings_are_those_of_the_documented_command(launch, tmp_path):
     page = (EXAMPLES.parent / "docs" / "training.md").read_text()
     text = re.search(r"```bash\n(torchrun.*?)```", page, re.DOTALL)[1].replace("\\\n", " ")
     expected = text.split("megatron_profit.sft")[1].split()
-    arguments = launch("one_node.sh", {})
+    arguments = launch("one_node.sh", {"MODEL": str(model_folder(tmp_path, "Qwen3-14B"))})
     names = {flag for flag in expected if flag.startswith("--")}
     places = {"--export-hf", "--load", "--save", "--save-interval", "--tensorboard-dir", "--bf16"}
-    places |= {"--use-distributed-optimizer", "--sequence-parallel"}
+    places |= {"--use-distributed-optimizer", "--sequence-parallel", "--hf-model"}
+    places |= {"--overlap-grad-reduce", "--overlap-param-gather"}
     assert names <= set(arguments)
     for name in names - places:
         assert value(arguments, name) == value(expected, name), name
 
 
-def test_flags_behind_a_script_win(launch):
-    arguments = launch("one_node.sh", {}, "--lr", "2e-5")
+def test_flags_after_a_script_win(launch, tmp_path):
+    model = model_folder(tmp_path, "Qwen3-4B")
+    arguments = launch("one_node.sh", {"MODEL": str(model)}, "--lr", "2e-5")
     assert arguments[-2:] == ["--lr", "2e-5"]
     assert arguments.index("1e-5") < len(arguments) - 2
 
@@ -193,15 +237,35 @@ def test_the_laptop_script_trains_on_the_cpu(launch, tmp_path):
     assert "--epochs" not in arguments
 
 
-@pytest.mark.parametrize("script", ["one_node.sh", "multi_node.sh"])
-def test_an_unknown_model_needs_a_layout(commands, tmp_path, script):
-    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "MODEL": "Other-1B", **RENDEZVOUS}
+def test_a_model_that_does_not_fit_ends_a_script_with_the_gpus_that_it_needs(commands, tmp_path):
+    environment = {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "MODEL": str(model_folder(tmp_path, "Qwen3-32B")),
+    }
     run = {"cwd": tmp_path, "capture_output": True, "text": True}
-    result = subprocess.run([EXAMPLES / script], env=environment, **run)
+    result = subprocess.run([EXAMPLES / "one_node.sh"], env=environment, **run)
     assert result.returncode != 0
-    assert "no layout is known here for Other-1B; set LAYOUT" in result.stderr
-    environment["LAYOUT"] = "--tensor-model-parallel-size 2"
-    subprocess.run([EXAMPLES / script], env=environment, check=True, **run)
+    assert "16 such GPUs are enough" in result.stderr
+    assert not (tmp_path / "torchrun.json").exists()
+    environment["LAYOUT"] = "--tensor-model-parallel-size 8"
+    subprocess.run([EXAMPLES / "one_node.sh"], env=environment, check=True, **run)
+    assert value(json.loads((tmp_path / "torchrun.json").read_text()), "--global-batch-size") == "4"
+
+
+def test_scripts_and_command_set_the_same_variables():
+    lines = (EXAMPLES / "common.sh").read_text().splitlines()
+    assert set(exports().splitlines()) <= set(lines)
+
+
+def test_only_models_that_exist_are_named():
+    """Qwen3-32B and 235B-A22B were published without a base."""
+    for file in (
+        *EXAMPLES.rglob("*"),
+        *EXAMPLES.parent.glob("docs/*.md"),
+        EXAMPLES.parent / "README.md",
+    ):
+        if file.is_file() and file.suffix in (".sh", ".sbatch", ".yaml", ".md", ".py"):
+            assert not re.search(r"Qwen3-(32B|235B-A22B)-Base", file.read_text()), file
 
 
 def test_the_kubernetes_job_starts_what_the_script_starts(launch, tmp_path):
@@ -220,48 +284,68 @@ def test_the_kubernetes_job_starts_what_the_script_starts(launch, tmp_path):
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     (script,) = container["command"]
     assert script == "examples/multi_node.sh"
-    arguments = launch(
-        "multi_node.sh", {**variables, "MODEL": "Qwen3-32B-Base"}, *container["args"]
-    )
-    case = Launch("multi_node.sh", "Qwen3-32B", 16, gpu_memory=named_memory(KUBERNETES))
-    check_command(arguments, case)
-
-
-def slurm_variables(tmp_path: Path) -> dict[str, str]:
-    shutil.copytree(EXAMPLES, tmp_path / "examples", dirs_exist_ok=True)
-    job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
-    return {**job, "SLURM_SUBMIT_DIR": str(tmp_path)}
-
-
-@pytest.mark.parametrize("container", [{}, {"CONTAINER": "image.sqsh"}], ids=["bare", "container"])
-def test_the_slurm_job_starts_what_the_script_starts(launch, container, tmp_path):
-    arguments = launch("slurm.sbatch", {**slurm_variables(tmp_path), **container})
-    assert value(arguments, "--rdzv-endpoint") == "node-a:20041"
+    model = model_folder(tmp_path, Path(variables["MODEL"]).name)
+    arguments = launch("multi_node.sh", {**variables, "MODEL": str(model)}, *container["args"])
     check_command(arguments, Launch("multi_node.sh", "Qwen3-32B", 16))
-    settings = dict(
-        re.findall(r"^#SBATCH --([\w-]+)=(\S+)", (EXAMPLES / "slurm.sbatch").read_text(), re.M)
+    assert re.fullmatch(r"[\w.:/-]+:\d+(\.\d+)+", container["image"]), "a tag that stays"
+
+
+# The command that wrote the example, in the folder /shared/work.
+WRITTEN_BY = (
+    "megatron-profit slurm --dry-run --nodes 2 --container /shared/megatron-profit.sqsh --mount /shared -- "
+    "sft --model /shared/Qwen3-32B --data /shared/chats.jsonl --run /shared/runs/qwen3-32b-profit"
+)
+
+
+def test_the_slurm_example_is_what_the_command_writes():
+    _, text = slurm.job(*slurm.read_words(WRITTEN_BY.split()[2:]), Path("/shared/work"))
+    lines = SLURM.read_text().splitlines()
+    about = [line for line in lines[1:] if line.startswith("# ")]
+    about = about[: about.index(next(line for line in about if "Written by" in line))]
+    assert WRITTEN_BY in " ".join(line[1:].strip(" \\") for line in about)
+    assert [line for line in lines if line not in about and line != "#"] == text.splitlines()
+
+
+def slurm_job(commands: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """The example with a folder of here, and the environment of a job."""
+    text = SLURM.read_text().replace("/shared/work", str(tmp_path))
+    (tmp_path / "job.sbatch").write_text(text)
+    job = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
+    path = f"{commands}:{os.environ['PATH']}"
+    return tmp_path / "job.sbatch", {"PATH": path, "SLURM_CPUS_PER_TASK": "64", **job}
+
+
+def test_the_slurm_example_starts_the_command_on_each_node(commands, tmp_path):
+    (commands / "python").write_text(
+        f'#!/bin/sh\necho "$NCCL_DEBUG $SRUN_CPUS_PER_TASK $*" >{tmp_path}/started\n'
     )
+    (commands / "python").chmod(0o755)
+    script, environment = slurm_job(commands, tmp_path)
+    subprocess.run(["bash", script], env=environment, check=True, timeout=60)
+    started = (tmp_path / "started").read_text().split()
+    assert started[:5] == ["WARN", "64", "-m", "megatron_profit", "sft"]
+    request = read_request(started[5:])
+    assert request.front.rdzv_endpoint == "node-a:20041"
+    assert (request.nodes, request.front.rank_logs, request.front.max_restarts) == (2, True, 3)
+    settings = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script.read_text(), re.M))
     assert (settings["nodes"], settings["ntasks-per-node"]) == ("2", "1")
-    assert settings["gpus-per-node"] == value(arguments, "--nproc-per-node")
+    assert int(settings["cpus-per-task"]) >= int(settings["gpus-per-node"])
     seconds_before_the_limit = int(settings["signal"].removeprefix("B:USR1@"))
-    assert seconds_before_the_limit >= int(value(arguments, "--shutdown-timeout"))
+    assert seconds_before_the_limit >= int(ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
 
 
 @pytest.mark.parametrize(("code", "queued"), [(1, ["scontrol requeue 41"]), (0, [])])
 def test_out_of_time_the_slurm_job_saves_and_queues_again(commands, tmp_path, code, queued):
     """The signal reaches the step; the job queues again only after the step has ended, unless by then it had
     taken its last step."""
-    (commands / "torchrun").write_text(
+    (commands / "python").write_text(
         f"#!/bin/bash\necho $$ >{tmp_path}/step\n"
         f"trap 'sleep 1; echo saved >>{tmp_path}/calls; exit {code}' USR1\n"
         "while :; do sleep 0.1; done\n"
     )
-    path = f"{commands}:{os.environ['PATH']}"
-    job = subprocess.Popen(
-        [EXAMPLES / "slurm.sbatch"],
-        env={"PATH": path, **slurm_variables(tmp_path)},
-        stdout=subprocess.DEVNULL,
-    )
+    (commands / "python").chmod(0o755)
+    script, environment = slurm_job(commands, tmp_path)
+    job = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.DEVNULL)
     step, end = tmp_path / "step", time.monotonic() + 30
     while not (step.exists() and step.read_text().strip()) and time.monotonic() < end:
         time.sleep(0.05)

@@ -52,6 +52,7 @@ def test_the_job_starts_the_command_on_each_node(cluster, capfd):
         "SLURM_JOB_NODELIST": "node-[a-b]",
         "SLURM_JOB_ID": "12345",
         "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "64",
     }
     started = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
     assert started.returncode == 0, started.stderr
@@ -59,8 +60,71 @@ def test_the_job_starts_the_command_on_each_node(cluster, capfd):
     assert words[1:4] == ["-m", "megatron_profit", "sft"]
     assert words[4:-1] == [
         *("--model", "Qwen/Qwen3-32B", "--data", "my chats.jsonl", "--run", "runs/big"),
+        *("--rank-logs", "--max-restarts", "3"),
         *("--nnodes", "2", "--rdzv-id", "12345", "--rdzv-endpoint", "node-a:22345"),
     ]
+
+
+def mounts_of(text: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if "--container-mounts=" in line)
+    return line.split("=", 1)[1].removesuffix(" \\").strip("'").split(",")
+
+
+def test_a_container_sees_the_folders_that_the_command_names(cluster, capsys):
+    (cluster / "elsewhere" / "Qwen3-4B").mkdir(parents=True)
+    (cluster / "elsewhere" / "chats.jsonl").touch()
+    (cluster / "work").mkdir()
+    os.chdir(cluster / "work")
+    own = ["--container", "image.sqsh", "--mount", "/scratch", "--nodes", "1", "--dry-run"]
+    run = ["--data", "../elsewhere/chats.jsonl", "--run", "runs/big"]
+    assert slurm.main([*own, "--", "sft", "--model", f"{cluster}/elsewhere/Qwen3-4B", *run]) == 0
+    text = capsys.readouterr().out
+    expected = [cluster / "elsewhere", cluster / "work", "/scratch"]
+    assert sorted(mounts_of(text)) == sorted(f"{place}:{place}" for place in expected)
+    assert f"--container-workdir={cluster / 'work'} " in text
+    assert " python -m megatron_profit sft " in text, "the image's own Python"
+    assert (
+        f"export MEGATRON_PROFIT_CACHE={cluster / 'work' / 'runs' / 'big' / 'data-cache'}\n" in text
+    )
+    assert "HF_HOME" not in text
+
+
+def test_a_container_sees_the_hubs_cache_where_ids_are_given(cluster, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", "/shared/hf")
+    own = ["--container", "image.sqsh", "--nodes", "1", "--dry-run", "--", "sft"]
+    for flags in (
+        ["--model", "Qwen/Qwen3-4B", "--data", "x.jsonl"],
+        ["--model", "Q", "--data", "o/d"],
+    ):
+        assert slurm.main([*own, *flags]) == 0
+        text = capsys.readouterr().out
+        assert "/shared/hf:/shared/hf" in mounts_of(text)
+        assert "export HF_HOME=/shared/hf\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--container", "i", "--mount", "/a,b"], "neither comma, colon nor space"),
+        (["--container", "i", "--mount", "/"], "is not /"),
+        (["--mount", "/a"], "--mount is about --container, which is missing"),
+        (["--cpus-per-task", "0"], "--cpus-per-task is 0; it must be at least 1"),
+        (["--max-restarts", "-1"], "--max-restarts is -1; it must be at least 0"),
+    ],
+)
+def test_values_that_no_job_can_have_are_one_line(cluster, capsys, words, message):
+    assert slurm.main([*words, "--dry-run", *JOB]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_restarts_are_the_jobs(cluster, capsys):
+    assert slurm.main([*JOB, "--max-restarts", "5"]) == 2
+    assert "--max-restarts follows from the job" in capsys.readouterr().err
+
+
+def test_each_gpu_has_cores(cluster, capsys):
+    assert slurm.main(["--dry-run", "--gpus-per-node", "4", *JOB]) == 0
+    assert "#SBATCH --cpus-per-task=32\n" in capsys.readouterr().out
 
 
 def test_without_slurm_the_message_says_how_to_see_the_script(cluster, monkeypatch, capsys):

@@ -8,12 +8,12 @@ from collections import namedtuple
 
 import pytest
 
+from megatron_profit.estimates.saving import checkpoint_bytes
 from megatron_profit.training.checkpoints import size as checkpoint_size
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.checkpoints.size import (
     check_space,
     check_space_at_start,
-    estimated_bytes,
 )
 
 SETTINGS = {
@@ -38,7 +38,7 @@ SETTINGS = {
     ],
 )
 def test_weights_copies_in_fp32_and_moments(flags, bytes_of_a_parameter):
-    assert estimated_bytes({**SETTINGS, **flags}, 1000) == 1000 * bytes_of_a_parameter
+    assert checkpoint_bytes({**SETTINGS, **flags}, 1000) == 1000 * bytes_of_a_parameter
 
 
 @pytest.fixture
@@ -83,7 +83,9 @@ def test_the_size_is_told_at_the_start_and_compared_with_the_space(model, free, 
     free(size)
     check_space_at_start(tmp_path / "not yet" / "run", folder, SETTINGS)
     told = capsys.readouterr().out
-    assert f"a checkpoint takes about {size / 1e6:.0f} MB (an estimate from the flags)" in told
+    assert (
+        f"a checkpoint takes about {size / 1e6:.0f} MB and 1 s to write at 1.00 GB a second" in told
+    )
     free(size - 1)
     with pytest.raises(CheckpointError, match=r"--save .*run has .* left.*--no-save-optim"):
         check_space_at_start(tmp_path / "run", folder, SETTINGS)

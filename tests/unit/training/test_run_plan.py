@@ -77,7 +77,7 @@ def test_a_run_notes_the_tensors_that_it_does_not_train(tmp_path, capsys):
     plan = plan_run(command, "cpu")
     carried = {name for name in read_header(hf / "model.safetensors") if "visual" in name}
     assert set(plan.carried) == carried
-    assert plan.files.export.notes == plan.carried
+    assert plan.files.export.carried_notes == plan.carried
     line = f"> carried along unchanged, not trained: model.visual ({len(carried)} tensors"
     assert line in capsys.readouterr().out
     hf_to_megatron(hf, tmp_path / "megatron")

@@ -1,0 +1,262 @@
+"""The model card of an export: facts, metadata, the licence of the base, and what it must not tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.model_card.base import HubId, licence_of
+from checkpoint_conversion.model_card.card import card_files
+from checkpoint_conversion.model_card.facts import RANDOM, Facts, read_facts
+from checkpoint_conversion.model_card.next_steps import next_steps
+
+RUN = {
+    "objective": {
+        "name": "profit",
+        "options": {
+            "prob_threshold": [0.1],
+            "threshold_direction": "higher",
+            "threshold_quantile": None,
+        },
+        "normalization": "supervised",
+        "warmup_steps": 3,
+    },
+    "data": {
+        "digest": "d1",
+        "examples": 976,
+        "supervised_tokens": 690000,
+        "seq_length": 8192,
+        "packing": True,
+        "sources": ["/home/me/secret/chats.jsonl"],
+        "files": [
+            {"name": "chats.jsonl", "dataset": None, "sha256": "ab" * 32, "bytes": 1234567},
+            {"name": "train.parquet", "dataset": "openai/gsm8k", "sha256": "cd" * 32, "bytes": 7},
+        ],
+    },
+    "validation": {"valid_split": 0.02},
+    "tokenizer": {"turn_end_id": None},
+    "seed": {"seed": 1234},
+    "model": {"base": "Qwen/Qwen3-14B-Base", "revision": "1cfa9a7", "folder": "14b", "start": None},
+    "schedule": {
+        "lr": 1e-05,
+        "min_lr": 0.0,
+        "lr_decay_style": "cosine",
+        "lr_warmup_fraction": 0.1,
+        "weight_decay": 0.0,
+    },
+    "batch": {"global_batch_size": 4},
+    "optimizer": {"optimizer": "adam", "clip_grad": 1.0, "precision": "bf16"},
+    "versions": {"megatron_profit": "0.1.0", "torch": "2.15.0"},
+}
+TOTALS = {
+    "since": 0,
+    "tokens": 820000,
+    "supervised_tokens": 680000,
+    "kept_tokens": 571000,
+    "last": {"objective": 0.4123456789, "lm loss": 0.8},
+    "last_steps": [21, 25],
+}
+FACTS = Facts(25, RUN, TOTALS, {"lm loss": 0.91, "kept fraction": 0.84})
+APACHE = f"{' ' * 33}Apache License\n{' ' * 27}Version 2.0, January 2004\n"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    folder = tmp_path / "14b"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n# Very own words of the base\n"
+    )
+    (folder / "LICENSE").write_text(APACHE)
+    return folder
+
+
+def card(facts: Facts, base: Path, **options) -> str:
+    return card_files(facts, base, **options)["README.md"].decode()
+
+
+def metadata(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {first: rest for first, *rest in cells}
+
+
+def test_the_metadata_are_what_the_hub_reads(base):
+    from huggingface_hub import ModelCard
+
+    text = card(FACTS, base)
+    assert metadata(text) == {
+        "base_model": "Qwen/Qwen3-14B-Base",
+        "base_model_relation": "finetune",
+        "datasets": ["openai/gsm8k"],
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["megatron-core", "megatron_profit", "sft", "profit"],
+    }
+    read = ModelCard(text)
+    assert (read.data.base_model, read.data.license) == ("Qwen/Qwen3-14B-Base", "apache-2.0")
+    assert "Very own words" not in text, "the card of the base"
+
+
+def test_the_tables_hold_the_facts(base):
+    found = rows(card(FACTS, base))
+    assert found["revision of the base"] == ["`1cfa9a7`"]
+    assert found["options"] == ["`prob_threshold` 0.1, `threshold_direction` higher"]
+    assert found["steps"] == ["25"]
+    assert found["step"] == ["4 packed rows of 8,192 tokens"]
+    assert found["supervised tokens"] == ["680,000"]
+    assert found["supervised tokens that the objective kept"] == ["571,000"]
+    assert found["learning rate"] == ["1e-05 to 0, cosine"]
+    assert found["`chats.jsonl`"] == ["", "1,234,567", f"`{'ab' * 32}`"]
+    assert found["records"] == ["976"]
+    assert found["share set aside for validation"] == ["0.02"]
+    assert found["lm loss"] == ["0.8", "0.91"]
+    assert found["kept fraction"] == ["", "0.84"]
+    assert found["torch"] == ["2.15.0"]
+
+
+def test_equal_facts_have_equal_cards_and_no_place_of_the_machine(base, tmp_path):
+    text = card(FACTS, base)
+    assert text == card(
+        Facts(25, json.loads(json.dumps(RUN)), dict(TOTALS), FACTS.evaluation), base
+    )
+    for secret in ("/home/me", "secret", str(tmp_path)):
+        assert secret not in text
+
+
+def test_adapters_name_their_base_and_bring_its_licence(base):
+    run = {**RUN, "lora": {"rank": 16, "alpha": 32, "targets": ["q_proj"]}}
+    files = card_files(Facts(25, run), base, is_adapter=True)
+    assert files.keys() == {"README.md", "LICENSE"}
+    assert files["LICENSE"].decode() == APACHE
+    text = files["README.md"].decode()
+    assert (metadata(text)["library_name"], metadata(text)["base_model_relation"]) == (
+        "peft",
+        "adapter",
+    )
+    assert "lora" in metadata(text)["tags"]
+    assert "PeftModel.from_pretrained(base" in text
+    assert rows(text)["adapters"] == ["rank 16, alpha 32, targets q\\_proj"]
+
+
+def test_weights_that_no_run_has_trained_have_no_card(base, tmp_path):
+    assert card_files(None, base) == {}
+    assert read_facts(tmp_path) is None
+
+
+def test_random_first_weights_are_no_further_training(base):
+    run = {**RUN, "model": {**RUN["model"], "start": RANDOM}}
+    text = card(Facts(25, run), base)
+    assert not {"base_model", "license"} & metadata(text).keys()
+    assert "trained from random weights" in text
+    assert rows(text)["first weights"] == ["random weights"]
+
+
+def test_an_earlier_record_gives_a_card_with_what_it_knows(base):
+    text = card(Facts(7, {"objective": {"name": "sft"}, "model": {"digest": "x"}}), base)
+    assert "base_model" not in metadata(text)
+    assert rows(text)["base"] == ["`14b`"]
+    assert "No metrics were recorded." in text
+    assert card(Facts(7, {}), base)
+
+
+def test_names_cannot_end_a_table_or_the_metadata(base):
+    hostile = "a`|<b>\n---\nlicense: mit"
+    run = {
+        **RUN,
+        "objective": {"name": hostile, "options": {hostile: hostile}},
+        "model": {"base": hostile, "folder": hostile},
+        "data": {"files": [{"name": hostile, "dataset": hostile}, "no file"]},
+        "versions": {hostile: hostile},
+    }
+    text = card(Facts(1, run, {"last": {hostile: hostile}, "last_steps": 5}), base)
+    assert metadata(text)["license"] == "apache-2.0"
+    assert "base_model" not in metadata(text)
+    assert "datasets" not in metadata(text)
+    assert text.count("\n---\n") == 1
+    assert "<b>" not in text.replace("`a'/<b>", "")
+
+
+@pytest.mark.parametrize(
+    ("card_of_base", "licence", "expected"),
+    [
+        ("---\nlicense: llama3.1\n---\n", "", ("llama3.1", "", "")),
+        (
+            "",
+            "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version",
+            ("llama3.1", "", "LICENSE"),
+        ),
+        ("", "MIT License\n\nCopyright", ("mit", "", "LICENSE")),
+        ("", "Qwen RESEARCH LICENSE AGREEMENT", ("other", "qwen-research", "LICENSE")),
+        ("", "All rights reserved.", ("other", "of-the-base", "LICENSE")),
+        ("", "", ("unknown", "", "")),
+        (
+            "---\nlicense: other\nlicense_name: q\nlicense_link: https://x.y\n---\n",
+            "",
+            ("other", "q", "https://x.y"),
+        ),
+        ("---\nlicense: [apache-2.0, mit]\n---\n", "", ("apache-2.0", "", "")),
+        ("---\nlicense: {a: 1}\n---\n", APACHE, ("apache-2.0", "", "LICENSE")),
+        ("---\nlicense: '../../x'\n---\n", "", ("unknown", "", "")),
+        ("---\n" + "[" * 3000 + "\n---\n", "", ("unknown", "", "")),
+        ("---\n&a [*a]: !!python/object/apply:os.system [x]\n---\n", "", ("unknown", "", "")),
+        ("no metadata", "", ("unknown", "", "")),
+    ],
+)
+def test_the_licence_is_the_cards_else_the_texts(base, card_of_base, licence, expected):
+    (base / "README.md").write_text(card_of_base)
+    (base / "LICENSE").write_text(licence) if licence else (base / "LICENSE").unlink()
+    found = licence_of(base)
+    assert (found.id, found.name, found.link) == expected
+
+
+def test_llamas_terms_are_kept(base):
+    (base / "README.md").write_text("---\nlicense: llama3.1\n---\n")
+    (base / "USE_POLICY.md").write_text("policy")
+    (base / "NOTICE").write_text("notice")
+    files = card_files(FACTS, base, is_adapter=True)
+    assert files.keys() == {"README.md", "LICENSE", "USE_POLICY.md", "NOTICE"}
+    text = files["README.md"].decode()
+    assert "Built with Llama." in text
+    assert metadata(text)["license_link"] == "LICENSE"
+
+
+def test_a_folder_of_the_hubs_cache_tells_id_and_revision(tmp_path):
+    snapshot = tmp_path / "hub" / "models--Qwen--Qwen3-4B" / "snapshots" / "1cfa9a7"
+    assert HubId.of_path(snapshot) == HubId("Qwen/Qwen3-4B", "1cfa9a7")
+    data = tmp_path / "datasets--openai--gsm8k" / "snapshots" / "e53" / "main" / "x.parquet"
+    assert HubId.of_path(data) == HubId("openai/gsm8k", "e53")
+    assert HubId.of_path(tmp_path / "models--Qwen--Qwen3-4B" / "blobs" / "x") is None
+    assert HubId.of_path(tmp_path) is None
+    assert HubId.parse("Qwen/Qwen3-4B@main") == HubId("Qwen/Qwen3-4B", "main")
+    for bad in ("", "a/b/c", "../x", "a@", "a b", "-x/y"):
+        with pytest.raises(ConversionError, match="no id of the hub"):
+            HubId.parse(bad)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"run": 5}', '{"iteration": "x", "run": {}}', '{"iteration": 1, "run": {"data": 5}}'],
+)
+def test_damaged_notes_are_an_error_with_the_remedy(tmp_path, content):
+    (tmp_path / "megatron_profit.json").write_text(content)
+    with pytest.raises(ConversionError, match="without a model card"):
+        read_facts(tmp_path)
+
+
+def test_the_next_steps_can_be_pasted():
+    lines = next_steps(Path("runs/my run/hf"), Path("Qwen3-4B"), ["chats.jsonl"])
+    assert lines[0] == "> next, with runs/my run/hf:"
+    assert lines[1].strip() == "megatron-profit chat 'runs/my run/hf'"
+    assert [line.split()[1] for line in lines[1:]] == ["chat", "evaluate", "serve", "report"]
+    adapter = next_steps(Path("out"), Path("Qwen3-4B"), is_adapter=True)
+    assert adapter[-1].strip() == "vllm serve Qwen3-4B --enable-lora --lora-modules trained=out"

@@ -1,0 +1,40 @@
+"""The totals of a run: what is counted, and what a resumed run goes on from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_profit.training.monitoring.run_totals import RunTotals
+
+
+def counted() -> RunTotals:
+    totals = RunTotals()
+    totals.step = 2
+    totals.add(tokens=100.0, supervised=40.0, kept=30.0)
+    totals.add(tokens=50.0, supervised=10.0, kept=10.0)
+    return totals
+
+
+def test_steps_add_up_and_go_on_after_a_resume():
+    resumed = RunTotals()
+    resumed.restore(counted().to_json(), step=2)
+    resumed.add(tokens=1, supervised=1, kept=0)
+    found = (resumed.since, resumed.tokens, resumed.supervised_tokens, resumed.kept_tokens)
+    assert found == (0, 151, 51, 40)
+
+
+@pytest.mark.parametrize("saved", [{}, {"since": 0, "tokens": 5}, {"since": 0, "tokens": "5"}])
+def test_a_checkpoint_without_totals_is_counted_from_its_step_on(saved):
+    resumed = RunTotals()
+    resumed.restore(saved, step=7)
+    resumed.add(tokens=1, supervised=1, kept=1)
+    assert (resumed.since, resumed.tokens) == (7, 1)
+
+
+def test_the_last_line_keeps_finite_metrics():
+    totals = counted()
+    totals.note_line({"lm loss": 0.5, "objective": math.nan}, 3, 4)
+    assert (totals.last, totals.last_steps) == ({"lm loss": 0.5}, [3, 4])
+    assert "step" not in totals.to_json(), "the checkpoint names its step by itself"
