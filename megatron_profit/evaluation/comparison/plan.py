@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Run:
         rate = "" if self.learning_rate is None else f", lr {self.learning_rate:g}"
         rank = f", rank {self.lora_rank}" if self.lora_rank else ""
         return f"{self.objective}{rate}{rank}"
+
+    @property
+    def without_rank(self) -> Run:
+        """The same choices for all weights."""
+        return replace(self, lora_rank=ALL_WEIGHTS)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def lora_options(values: Mapping[str, Any], config: Config) -> LoraOptions | Non
     flags = options_of(LoraFlags, values)
     if flags.lora_rank is None:
         for name in (option.name for option in fields(LoraFlags)):
-            if values[name]:
+            if values[name] is not None and values[name] is not False:
                 raise ArgumentsError(
                     f"{flag_of(name)} is for adapters; give --lora-rank too, or drop it"
                 )

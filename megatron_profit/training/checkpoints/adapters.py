@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from checkpoint_conversion.adapters.options import LoraOptions
 from checkpoint_conversion.adapters.peft_folder import PeftFolder
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.hf.model import HFModel
 from checkpoint_conversion.hf.shards import Rules, read_shard
@@ -79,7 +79,8 @@ def load_adapters(folder: PeftFolder, chunks: Sequence[MegatronModule]) -> None:
     for shard, _ in adapter_shards(chunks):
         read_shard(folder.weights, rules, shard)
     seconds = time.monotonic() - start
-    print_rank_0(f"> adapters from {folder.weights.folder} in {seconds:.1f} s")
+    base = printable(folder.base)
+    print_rank_0(f"> adapters from {folder.weights.folder}, made for {base}, in {seconds:.1f} s")
 
 
 def _tell(plan: Plan, chunks: Sequence[MegatronModule]) -> None:
