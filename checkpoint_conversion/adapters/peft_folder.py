@@ -26,7 +26,7 @@ from checkpoint_conversion.adapters.options import (
 )
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.engine.output import check_output, whole_folder, write_files
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, warn
 from checkpoint_conversion.families import Config, TensorRule, family_for
 from checkpoint_conversion.hf.folder import (
     ADAPTER,
@@ -231,9 +231,14 @@ class AdapterOutput(TensorSizes):
             ) as writer:
                 yield partial, writer
                 writer.flush()
-            has_experts = any("expert" in rule.axes for rule in self.rules)
-            options = for_peft_with_experts(self.options) if has_experts else self.options
+            of_experts, of_others = _targets(self.rules, True), _targets(self.rules, False)
+            options = for_peft_with_experts(self.options) if of_experts else self.options
             write_files(partial, {**self.notes, ADAPTER: _config_text(options, self.base)})
+        if both := sorted(of_experts & of_others):
+            warn(
+                f"{self.folder}: {', '.join(both)} have adapters in layers with experts and in others, of which "
+                "PEFT with transformers 5 leaves out the others in silence; there, use merged weights"
+            )
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Path]:
@@ -276,6 +281,12 @@ def plan_adapter_output(
     output = AdapterOutput(folder, base, options, own, tensors, overwrite)
     check_output(folder, [base], overwrite, COMMAND, output.nbytes)
     return output
+
+
+def _targets(rules: Iterable[TensorRule], of_experts: bool) -> set[str]:
+    """Return the projections of experts, or of other modules, that have adapters."""
+    chosen = (rule for rule in rules if ("expert" in rule.axes) == of_experts)
+    return {target_of(weight_of(name)) for rule in chosen for name in rule.hf}
 
 
 def for_peft_with_experts(options: LoraOptions) -> LoraOptions:

@@ -105,7 +105,9 @@ def check_mathematics(launch: Launch, train: Any, rows: int) -> Iterator[Finding
     model = load_model(Path(values["hf_model"]), place)
     if values.get("lora_adapter"):
         if importlib.util.find_spec("peft") is None:
-            yield note("mathematics", "the loss with adapters is not compared: PEFT is not installed")
+            yield note(
+                "mathematics", "the loss with adapters is not compared: PEFT is not installed"
+            )
             return
         add_adapters(model, values["lora_adapter"])
     found = transformers_result(model, records, gradient and not lora)

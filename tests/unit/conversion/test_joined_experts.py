@@ -163,6 +163,18 @@ def test_peft_opens_what_is_written_here_as_the_same_function(hf, tmp_path, opti
         )
 
 
+def test_adapters_that_peft_would_leave_out_are_told(tmp_path, capsys):
+    mixed = make_family(tmp_path / "mixed", "qwen3-moe-mixed")
+    write_for_each_expert(mixed, tmp_path / "attention", LoraOptions(4, 6, ("q_proj", "v_proj")))
+    assert "WARNING" not in capsys.readouterr().out
+    write_for_each_expert(mixed, tmp_path / "all", LoraOptions(4, 6, EACH))
+    told = capsys.readouterr().out
+    assert (
+        "down_proj, gate_proj, up_proj have adapters in layers with experts and in others" in told
+    )
+    assert "use merged weights" in told
+
+
 REFUSED = {
     "a joined rank of its own": (
         {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
