@@ -236,7 +236,7 @@ class AdapterOutput(TensorSizes):
             write_files(partial, {**self.notes, ADAPTER: _config_text(options, self.base)})
         if both := sorted(of_experts & of_others):
             warn(
-                f"{self.folder}: {', '.join(both)} have adapters in layers with experts and in others, of which "
+                f"{self.folder}: {', '.join(both)} have adapters in layers with experts and in others, and "
                 "PEFT with transformers 5 leaves out the others in silence; there, use merged weights"
             )
 

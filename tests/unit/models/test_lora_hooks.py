@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_profit.models.lora.linear import GroupedAdapters
+from megatron_profit.models.lora import linear
+from megatron_profit.models.lora.linear import GroupedAdapters, Parallelism
 from megatron_profit.models.lora.transform import StageAdapters, _attach
 
 TOKENS, INPUTS, OUTPUTS = 6, 8, 5
@@ -101,3 +102,30 @@ def test_each_expert_of_a_grouped_layer_has_its_own_adapter(kind):
     value, bias = layer(x, counts if kind is list else kind(counts))
     torch.testing.assert_close(value, expected)
     assert bias is None
+
+
+@pytest.mark.parametrize(
+    ("is_expert", "splits_columns", "sequence_parallel", "expected"),
+    [
+        (True, False, False, "data-parallel-rng"),  # the ranks of an expert hold the same tokens
+        (True, True, False, "expert-parallel-rng"),
+        (False, True, False, "model-parallel-rng"),
+        (False, False, True, "model-parallel-rng"),
+        (False, False, False, None),
+    ],
+)
+def test_a_dropout_is_alike_where_ranks_hold_the_same_inputs(
+    monkeypatch, is_expert, splits_columns, sequence_parallel, expected
+):
+    forked = []
+
+    class Tracker:
+        def fork(self, name: str = "model-parallel-rng") -> None:
+            forked.append(name)
+
+    monkeypatch.setattr(linear, "get_cuda_rng_tracker", Tracker)
+    parallelism = Parallelism(
+        None, not splits_columns, splits_columns, sequence_parallel, is_expert
+    )
+    parallelism.random_numbers()
+    assert forked == [expected] * (expected is not None)
