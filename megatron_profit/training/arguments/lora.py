@@ -79,7 +79,7 @@ def lora_options(values: Mapping[str, Any], config: Config) -> LoraOptions | Non
     if values["tp_comm_overlap"] and values["tp_comm_bulk_wgrad"]:
         raise ArgumentsError(
             "--tp-comm-overlap sums an input's gradient while the weight's is computed; with --lora-rank the "
-            "weights have none, so the sum would be left out; give --disable-tp-comm-bulk-wgrad too, or drop it"
+            "weights have none, so the sum would be left out; give --disable-tp-comm-bulk-wgrad, or drop it"
         )
     alpha = _ALPHA_OF_RANK * flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha
     targets = tuple(flags.lora_targets or (ALL_LINEAR,))

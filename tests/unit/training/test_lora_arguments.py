@@ -70,7 +70,7 @@ REFUSED = {
     "--lora-rank 4 --save s": "drop it, or --save and --load",
     "--lora-rank 4 --ref-mode cache": "--ref-mode is for objectives with a reference model",
     "--lora-rank 4 --use-transformer-engine-op-fuser": "leaves adapters out",
-    "--lora-rank 4 --tp-comm-overlap": "give --disable-tp-comm-bulk-wgrad too, or drop it",
+    "--lora-rank 4 --tp-comm-overlap": "give --disable-tp-comm-bulk-wgrad, or drop it",
     "--lora-alpha 0": "--lora-alpha is for adapters",
     "--lora-dropout 0": "--lora-dropout is for adapters",
 }
