@@ -50,6 +50,11 @@ def adapter_hook(plan: Plan, args: Namespace) -> Hook:
         try:
             _load_base(plan.base, chunks)
             adapt(chunks, plan.rules, plan.options, args.seed)
+            if args.use_distributed_optimizer and not any(True for _ in adapter_shards(chunks)):
+                raise ConversionError(
+                    "a pipeline rank has no layer with adapters, and the distributed optimizer cannot save a "
+                    "rank that trains nothing; give each rank a layer, or drop --use-distributed-optimizer"
+                )
             if plan.start is not None:
                 load_adapters(plan.start, chunks)
         except ConversionError as error:
