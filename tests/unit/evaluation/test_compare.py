@@ -212,6 +212,19 @@ def test_runs_are_made_once_and_again_when_something_they_follow_from_has_change
     assert len(commands) == 13 + 2 * 4, "the base does not follow from the data"
 
 
+def test_a_digest_follows_from_the_inputs_and_not_from_the_code(plan, tmp_path, monkeypatch):
+    """A checkout has a folder of the package's name, which changes with every pull."""
+    (tmp_path / "megatron_profit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = read_plan(plan(evaluate=f"--tasks gsm8k --system {'long ' * 99}"))
+    command = found.evaluate_command("data", found.base, Path("out"))
+    before = found.digest(command)
+    (tmp_path / "megatron_profit" / "new.py").touch()
+    assert found.digest(command) == before
+    (found.base / "config.json").write_text('{"changed": true}')
+    assert found.digest(command) != before
+
+
 def test_a_failure_names_the_command_and_its_error(plan, tmp_path, capsys):
     file = plan(learning_rates=None, lora_ranks=None, evaluate="--tasks nonsense")
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
