@@ -109,7 +109,7 @@ def _over_ranks(outcomes: Sequence[Outcome]) -> Figure:
     runs = [o.run for o in outcomes if o.run is not None]
     ranks = sorted({run.lora_rank for run in runs}, key=lambda rank: (rank == ALL_WEIGHTS, rank))
     names = ["all weights" if rank == ALL_WEIGHTS else str(rank) for rank in ranks]
-    figure = Figure(figsize=(1.4 + 2.9 * len(measures), 3.6), layout="constrained")
+    figure = Figure(figsize=(1.8 + 2.9 * len(measures), 3.6), layout="constrained")
     axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     lines = list(dict.fromkeys(run.without_rank.setting for run in runs))
     for axis, measure in zip(axes, measures, strict=True):
@@ -135,7 +135,5 @@ def _over_ranks(outcomes: Sequence[Outcome]) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("answers right, %")
     axes[0].legend(fontsize=8)
-    figure.supxlabel(
-        "rank of the adapters (a dot a seed, line: mean, dashed: the base)", fontsize=10
-    )
+    figure.supxlabel("rank of the adapters (dashed: the base)", fontsize=10)
     return figure
