@@ -49,6 +49,7 @@ _UNCHANGED = {
     "num_experts": None,
     "lora_rank": None,
     "lora_targets": None,
+    "lora_dropout": None,
     "moe_router_topk": 0,
 }
 

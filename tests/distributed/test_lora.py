@@ -74,7 +74,10 @@ LOGITS = [
     pytest.param("dense", "2 tp2", marks=slow),
     pytest.param("dense", "2 pp2", marks=slow),
     pytest.param("dense", "2 pp2 vpp2", marks=slow),
+    pytest.param("dense", "2 cp2", marks=slow),
+    pytest.param("dense", "4 tp2 cp2 sp", marks=slow),
     pytest.param("experts", "2 ep2", marks=slow),
+    pytest.param("experts", "2 cp2 ep2", marks=slow),
     pytest.param("experts", "2 tp2 sp", marks=slow),
     pytest.param("experts", "4 ep2 etp1 tp2 sp", marks=slow),
 ]
