@@ -52,6 +52,7 @@ _UNCHANGED = {
     "attention_output_gate": False,
     "lora_rank": None,
     "lora_targets": None,
+    "lora_dropout": None,
     "moe_router_topk": 0,
 }
 

@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from checkpoint_conversion.adapters.options import ALL_LINEAR
 from megatron_profit.estimates.parameter_counts import (
     Parameters,
     stage_parameters,
@@ -144,7 +145,7 @@ class LayerActivations:
         middle: The residual stream after attention.
         mlp: Inputs and outputs of the activation function.
         router: Logits, probabilities and the experts' inputs.
-        adapters: The tensors between A and B of all projections.
+        adapters: The tensors between A and B of all projections, and what their dropout keeps.
     """
 
     entry: int
@@ -173,14 +174,18 @@ def layer_activations(run: RunShape, kind: LayerKind, expert_load: float) -> Lay
         norms += 2 * stream + (tokens * (query + key_value) * number if of_heads else 0)
     if not kind.experts:
         mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
+        inner = tokens * args.ffn_hidden_size // run.tp
         low = _between_factors(run, tokens, tokens)
+        low += _dropped_inputs(run, tokens * args.hidden_size // run.sequence_split, inner)
         return LayerActivations(stream, norms, attention, stream, mlp, 0, low)
     # Each token goes to `topk` experts; the ranks that share an expert gather its tokens.
     local = tokens / run.sequence_split * args.moe_router_topk * run.etp * expert_load
     expert = _gated_mlp(run, args.moe_ffn_hidden_size // run.etp)
     router = tokens // run.sequence_split * args.num_experts * 4 * 2
     router += int(local * args.hidden_size * number)
+    inner = int(local * args.moe_ffn_hidden_size // run.etp)
     low = _between_factors(run, tokens, int(local))
+    low += _dropped_inputs(run, int(local * args.hidden_size), inner)
     mlp = int(local * expert * number)
     if args.moe_shared_expert_intermediate_size:
         shared = _gated_mlp(run, args.moe_shared_expert_intermediate_size // run.tp)
@@ -220,6 +225,25 @@ def _between_factors(run: RunShape, tokens: int, mlp_tokens: int) -> int:
     """Return the bytes between A and B: four projections of attention and three of the MLP, scaled once."""
     rank = run.args.lora_rank or 0
     return 2 * rank * (4 * tokens + 3 * mlp_tokens) * run.bytes_per_number
+
+
+def _dropped_inputs(run: RunShape, mlp_input: int, inner: int) -> int:
+    """Return the bytes that a dropout keeps: for each projection with adapters, its input and a mask.
+
+    Args:
+        mlp_input: Numbers of the MLP's input on this rank.
+        inner: Numbers of the input of down_proj.
+    """
+    args = run.args
+    if not args.lora_dropout:
+        return 0
+    stream, context = run.tokens * args.hidden_size // run.sequence_split, run.query_size // run.tp
+    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), stream)
+    inputs |= dict.fromkeys(("gate_proj", "up_proj"), mlp_input)
+    inputs |= {"o_proj": run.tokens * context, "down_proj": inner}
+    targets = args.lora_targets or (ALL_LINEAR,)
+    numbers = sum(size for name, size in inputs.items() if name in targets or ALL_LINEAR in targets)
+    return numbers * (run.bytes_per_number + 1)
 
 
 def _gated_mlp(run: RunShape, size: int) -> int:

@@ -32,6 +32,7 @@ _ESTIMATED = (
         *Layout.__dataclass_fields__,
         "lora_rank",
         "lora_targets",
+        "lora_dropout",
         "fp16",
         "optimizer",
         "use_precision_aware_optimizer",

@@ -64,6 +64,8 @@ _SHORT: dict[str, dict[str, str]] = {
         "dropout": "--lora-dropout",
         "targets": "--lora-targets",
         "rslora": "--lora-rslora",
+        "adapter": "--lora-adapter",
+        "export": "--export-adapter",
     },
     "run": {
         "folder": "--run",
@@ -79,6 +81,7 @@ _ALIKE: dict[str, tuple[str, ...]] = {
     ),
     "objective": (
         *("log_entropy", "log_quantiles", "psft_steps_per_refresh", "ref_hf_model", "ref_cache"),
+        "ref_mode",
     ),
     "training": (
         *("epochs", "train_samples", "seq_length", "global_batch_size", "lr", "min_lr", "seed"),

@@ -211,10 +211,11 @@ def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> N
             adapters = replace(adapters, notes=card_files(facts, base, is_adapter=True))
             export(adapters, adapter_shards(chunks))
     except (CheckpointError, ConversionError, OSError) as error:
+        flag, folder = ("--export-hf", "--out") if merged else ("--export-adapter",) * 2
         fail(
-            f"--export-hf: {error}; a checkpoint that --save has written can still be exported: python "
+            f"{flag}: {error}; a checkpoint that --save has written can still be exported: python "
             "-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template "
-            f"{plan.settings.hf_model} --out DIR"
+            f"{plan.settings.hf_model} {folder} DIR"
         )
     data = [source.path for source in plan.files.data.train]
     if merged is not None:

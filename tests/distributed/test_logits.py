@@ -17,6 +17,8 @@ LAYOUTS = {
     "tp2-sp": (2, TP_SP),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "cp2-pp2": (4, "--context-parallel-size 2 --pipeline-model-parallel-size 2"),
 }
 
 

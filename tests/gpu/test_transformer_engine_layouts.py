@@ -81,7 +81,10 @@ ADAPTED = [
     ("dense", "1 mb8 packed"),
     ("dense", "1 mb1 full"),
     ("dense", "2 tp2 sp mb2 packed"),
+    ("dense", "2 tp2 mb2 packed"),
+    ("dense", "2 cp2 mb2 packed"),
     ("experts", "1 mb1"),
+    ("experts", "2 tp2 sp mb1"),
     ("experts", "2 ep2 mb1 allgather"),
 ]
 

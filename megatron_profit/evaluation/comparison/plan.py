@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,11 @@ class Run:
         rate = "" if self.learning_rate is None else f", lr {self.learning_rate:g}"
         rank = f", rank {self.lora_rank}" if self.lora_rank else ""
         return f"{self.objective}{rate}{rank}"
+
+    @property
+    def without_rank(self) -> Run:
+        """The same choices for all weights."""
+        return replace(self, lora_rank=ALL_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -107,16 +114,21 @@ class Plan:
     def digest(self, command: Sequence[str]) -> str:
         """Return a fingerprint of a command and of the files that it names, the base's included."""
         parts = list(command)
-        for file in sorted({Path(part) for part in command if _is_input(part)}):
+        for file in sorted(_inputs(command)):
             entries = sorted(file.iterdir()) if file.is_dir() else [file]
             # Weights may be large: size and time must suffice.
             parts += [f"{e} {e.stat().st_size} {e.stat().st_mtime_ns}" for e in entries]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _is_input(part: str) -> bool:
-    place = Path(part)
-    return not part.startswith("-") and place != Path(sys.executable) and place.exists()
+def _inputs(command: Sequence[str]) -> set[Path]:
+    """Return the files and folders that a command names, also as NAME=PLACE, without the program.
+
+    The module after `-m` is none, although a checkout has a folder of its name.
+    """
+    named = [part for before, part in pairwise(command) if before != "-m"]
+    places = {part.partition("=")[2] if "=" in part else part for part in named}
+    return {Path(place) for place in places if place and os.path.exists(place)}
 
 
 def folder_name(*parts: object) -> str:

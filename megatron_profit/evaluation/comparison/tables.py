@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
 from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.evaluation.comparison.plan import ALL_WEIGHTS
 from megatron_profit.evaluation.comparison.runs import Outcome
 from megatron_profit.evaluation.presentation.report import header, row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Names in the metrics file -> columns of the second table.
 METRICS = {"lm loss validation": "held-out cross-entropy", "kept fraction": "kept at the end"}
@@ -66,7 +71,15 @@ def mean_and_spread(scores: Sequence[float]) -> str:
 
 
 def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
-    """Draw a panel for each measure: a dot for each seed, a bar at the mean, a line at the base."""
+    """Draw a panel for each measure: over the ranks if there are several, else the settings in a column."""
+    several = len({o.run.lora_rank for o in outcomes if o.run is not None}) > 1
+    figure = _over_ranks(outcomes) if several else _settings_in_a_column(outcomes)
+    with whole_file(file) as stream:
+        figure.savefig(stream, format="png", dpi=150)
+
+
+def _settings_in_a_column(outcomes: Sequence[Outcome]) -> Figure:
+    """Return panels with a dot for each seed, a bar at the mean and a line at the base."""
     from matplotlib.figure import Figure
 
     measures, settings = measures_of(outcomes), settings_of(outcomes)
@@ -85,5 +98,42 @@ def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
         axis.set_title(": ".join(dict.fromkeys(measure)), fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     figure.supxlabel("answers right, % (a dot a seed, bar: mean, dashed: the base)", fontsize=10)
-    with whole_file(file) as stream:
-        figure.savefig(stream, format="png", dpi=150)
+    return figure
+
+
+def _over_ranks(outcomes: Sequence[Outcome]) -> Figure:
+    """Return panels with a line through the means at all ranks, a dot a seed, and a line at the base."""
+    from matplotlib.figure import Figure
+
+    measures = measures_of(outcomes)
+    runs = [o.run for o in outcomes if o.run is not None]
+    ranks = sorted({run.lora_rank for run in runs}, key=lambda rank: (rank == ALL_WEIGHTS, rank))
+    names = ["all weights" if rank == ALL_WEIGHTS else str(rank) for rank in ranks]
+    figure = Figure(figsize=(1.8 + 2.9 * len(measures), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    lines = list(dict.fromkeys(run.without_rank.setting for run in runs))
+    for axis, measure in zip(axes, measures, strict=True):
+        for number, line in enumerate(lines):
+            found = [
+                (ranks.index(o.run.lora_rank), 100 * o.scores[measure[1]])
+                for o in outcomes
+                if o.run is not None
+                and o.data == measure[0]
+                and measure[1] in o.scores
+                and o.run.without_rank.setting == line
+            ]
+            if not found:
+                continue
+            places = sorted({x for x, _ in found})
+            means = [mean(y for x, y in found if x == place) for place in places]
+            axis.plot(places, means, color=f"C{number}", lw=1.5, label=line)
+            axis.scatter(*zip(*found, strict=True), s=18, color=f"C{number}", alpha=0.6, zorder=4)
+        for base in scores_of(outcomes, None, measure):
+            axis.axhline(100 * base, color="#57606a", ls="--", lw=1)
+        axis.set_xticks(range(len(ranks)), names)
+        axis.set_title(": ".join(dict.fromkeys(measure)), fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("answers right, %")
+    axes[0].legend(fontsize=8)
+    figure.supxlabel("rank of the adapters (dashed: the base)", fontsize=10)
+    return figure

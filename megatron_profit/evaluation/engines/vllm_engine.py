@@ -7,13 +7,16 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.hf.folder import read_json_object
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
-from megatron_profit.evaluation.engines.model_folder import base_of
+from megatron_profit.evaluation.engines.model_folder import ADAPTER, base_of
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
 # vLLM schedules the requests of a call itself; the calls are for the records and the progress.
 _AT_A_TIME = 512
+# The ranks that vLLM's LoRAConfig reserves memory for.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
@@ -35,7 +38,7 @@ class VllmEngine:
             from vllm.lora.request import LoRARequest
 
             self.adapter = LoRARequest("adapter", 1, str(folder))
-            settings |= {"enable_lora": True, "max_lora_rank": 256}
+            settings |= {"enable_lora": True, "max_lora_rank": _space_for_rank(folder)}
         try:
             self.llm = LLM(trust_remote_code=False, **settings)
         except (ValueError, RuntimeError, OSError) as error:
@@ -66,3 +69,21 @@ class VllmEngine:
                     request,
                     Answer(best.text, len(best.token_ids), best.finish_reason == "stop"),
                 )
+
+
+def _space_for_rank(folder: Path) -> int:
+    """Return the smallest of vLLM's ranks that an adapter fits.
+
+    Raises:
+        EvaluationError: It fits none.
+    """
+    content = read_json_object(folder / ADAPTER)
+    patterns = content.get("rank_pattern") or {}
+    rank = max([content.get("r", 0), *patterns.values()])
+    fits = [most for most in _RANKS if rank <= most]
+    if not fits:
+        raise EvaluationError(
+            f"{folder}: the adapter has rank {rank}, and vLLM's limit is {_RANKS[-1]}; merge it into its "
+            "base, or give --engine transformers"
+        )
+    return fits[0]

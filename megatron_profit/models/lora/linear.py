@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
     get_expert_parallel_rng_tracker_name,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -94,9 +95,19 @@ class Parallelism:
         return lambda low: reduce_from_tensor_model_parallel_region(low, group=group)
 
     def random_numbers(self) -> AbstractContextManager:
-        """Return the random generator of a dropout: alike on all ranks where the inputs are."""
+        """Return the random generator of a dropout: alike on all ranks where the inputs are.
+
+        The ranks that share an expert hold the same tokens. Ranks of other experts hold other numbers of
+        tokens, so the generator of the whole model must not be used here: tensor-parallel ranks may hold
+        different experts.
+        """
         if self.is_expert:
-            return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
+            name = (
+                get_expert_parallel_rng_tracker_name()
+                if self.splits_columns
+                else get_data_parallel_rng_tracker_name()
+            )
+            return get_cuda_rng_tracker().fork(name)
         if self.splits_columns or self.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return nullcontext()

@@ -122,9 +122,11 @@ def local_weights(chunk: MegatronModule, rules: Iterable[TensorRule]) -> list[Lo
         rules: The name table of the model.
 
     Raises:
-        ConversionError: A tensor of the model has no place in the name table.
+        ConversionError: A tensor of the model has no place in the name table, or the stage keeps a matrix in
+            another form than a matrix.
     """
-    table = Rules(rules)
+    rules = tuple(rules)
+    table, matrices = Rules(rules), _matrices(rules)
     owners = {
         parameter.untyped_storage().data_ptr(): (name, parameter)
         for name, parameter in chunk.named_parameters()
@@ -134,11 +136,21 @@ def local_weights(chunk: MegatronModule, rules: Iterable[TensorRule]) -> list[Lo
     for item in sharded_tensors(chunk.sharded_state_dict()):
         owner = owners.get(item.data.untyped_storage().data_ptr())
         if owner is None or item.data.ndim != 2:
+            if item.key in matrices:
+                raise ConversionError(
+                    f"the layers keep {item.key} in a form that cannot have adapters; drop "
+                    "--init-model-with-meta-device and --moe-single-grouped-weight"
+                )
             continue
         name, parameter = owner
         _add_runs(found[name], item, table, parameter)
     parameters = dict(chunk.named_parameters())
     return [_weight(name, parameters[name], found[name]) for name in parameters if name in found]
+
+
+def _matrices(rules: Iterable[TensorRule]) -> frozenset[str]:
+    """Return the keys of tensors that are matrices in each layer (and expert)."""
+    return frozenset(key for rule in rules if len(rule.piece_shape) == 2 for key in rule.keys)
 
 
 def sharded_tensors(content: dict[str, Any]) -> list[ShardedTensor]:

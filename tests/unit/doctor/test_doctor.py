@@ -8,8 +8,10 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from make_tiny_model import make_tiny_model
+from peft import LoraConfig, get_peft_model
 
 from megatron_profit.doctor import command, data_checks, machine_checks, mathematics
 from megatron_profit.doctor.findings import Verdict, examined, fault, ok
@@ -138,6 +140,22 @@ def test_a_wrong_rotary_base_is_a_fault(model, monkeypatch):
     monkeypatch.setattr(mathematics, "transformers_result", loss_at(100_000))
     assert "with 100,000 it is 3." in faults(check_rotary_base(loaded, text))
     assert mathematics.rotary_base(loaded.model.rotary_emb.config) == base, "the model is as before"
+
+
+def test_the_loss_is_the_one_with_the_adapters_that_a_run_starts_from(model, tmp_path):
+    """Judged by the merged weights."""
+    peft = get_peft_model(
+        mathematics.load_model(model, "cpu"),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    peft.save_pretrained(tmp_path / "adapter")
+    merged, loaded = peft.merge_and_unload(), mathematics.load_model(model, "cpu")
+    records = [(np.arange(1, 20, dtype=np.int32), np.ones(19, np.uint8))]
+    plain = mathematics.transformers_result(loaded, records, False).loss
+    mathematics.add_adapters(loaded, str(tmp_path / "adapter"))
+    found = mathematics.transformers_result(loaded, records, False).loss
+    assert found == pytest.approx(mathematics.transformers_result(merged, records, False).loss)
+    assert found != pytest.approx(plain, rel=1e-4)
 
 
 def test_an_error_in_a_check_is_a_fault_and_the_next_check_runs():

@@ -48,6 +48,26 @@ def test_the_figure_is_drawn(tmp_path):
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_several_ranks_are_drawn_as_lines(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, stream, **_: drawn.append(self))
+    outcomes = [Outcome(None, "gsm8k", {"gsm8k": 0.5}, {})] + [
+        Outcome(Run("gsm8k", name, None, rank, seed), "gsm8k", {"gsm8k": score / 100}, {})
+        for seed in (1, 2)
+        for name, scores in {"sft": (10, 30, 20), "dft": (50, 40, 60)}.items()
+        for rank, score in zip((64, 0, 4), (score + 10 * seed for score in scores), strict=True)
+    ]
+    draw_comparison(outcomes, tmp_path / "figure.png")
+    axis = drawn[0].axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["4", "64", "all weights"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axis.lines[:2]}
+    assert lines["sft"] == pytest.approx([35, 25, 45])
+    assert lines["dft"] == pytest.approx([75, 65, 55])
+    assert list(axis.lines[2].get_ydata()) == [50, 50]
+
+
 @pytest.mark.parametrize("kept", OUTCOMES)
 def test_a_result_that_was_kept_is_read_as_it_was_written_or_refused(tmp_path, kept):
     file = tmp_path / "result.json"
@@ -190,6 +210,19 @@ def test_runs_are_made_once_and_again_when_something_they_follow_from_has_change
         data.write("{}\n")
     assert compare.main([str(plan(learning_rates=None, lora_ranks=None)), *flags]) == 0
     assert len(commands) == 13 + 2 * 4, "the base does not follow from the data"
+
+
+def test_a_digest_follows_from_the_inputs_and_not_from_the_code(plan, tmp_path, monkeypatch):
+    """A checkout has a folder of the package's name, which changes with every pull."""
+    (tmp_path / "megatron_profit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = read_plan(plan(evaluate=f"--tasks gsm8k --system {'long ' * 99}"))
+    command = found.evaluate_command("data", found.base, Path("out"))
+    before = found.digest(command)
+    (tmp_path / "megatron_profit" / "new.py").touch()
+    assert found.digest(command) == before
+    (found.base / "config.json").write_text('{"changed": true}')
+    assert found.digest(command) != before
 
 
 def test_a_failure_names_the_command_and_its_error(plan, tmp_path, capsys):

@@ -64,16 +64,31 @@ def test_messages_and_settings_reach_vllm(tmp_path):
     assert adapter is None
 
 
-def test_an_adapter_is_a_request_on_its_base(tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "adapter").mkdir()
-    config = {"base_model_name_or_path": str(tmp_path / "base")}
+def make_adapter(tmp_path, rank):
+    (tmp_path / "base").mkdir(exist_ok=True)
+    (tmp_path / "adapter").mkdir(exist_ok=True)
+    config = {"base_model_name_or_path": str(tmp_path / "base"), "r": rank}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    engine = VllmEngine(str(tmp_path / "adapter"), OPTIONS)
+    return str(tmp_path / "adapter")
+
+
+def test_an_adapter_is_a_request_on_its_base(tmp_path):
+    engine = VllmEngine(make_adapter(tmp_path, 16), OPTIONS)
     assert Model.made["model"] == str(tmp_path / "base")
     assert Model.made["enable_lora"]
     list(engine.answers(REQUESTS, Sampling()))
     assert Model.calls[2] == ("adapter", 1, str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(("rank", "space"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_vllm_reserves_memory_for_the_rank_of_the_adapter(tmp_path, rank, space):
+    VllmEngine(make_adapter(tmp_path, rank), OPTIONS)
+    assert Model.made["max_lora_rank"] == space
+
+
+def test_a_rank_above_the_limit_of_vllm_is_named(tmp_path):
+    with pytest.raises(EvaluationError, match="has rank 1024, and vLLM's limit is 512; merge it"):
+        VllmEngine(make_adapter(tmp_path, 1024), OPTIONS)
 
 
 def test_a_model_that_vllm_refuses_is_named(tmp_path):

@@ -6,10 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import TensorRule
 from megatron_profit.models.lora.linear import start_of_a
-from megatron_profit.models.lora.placement import LocalWeight, Run, Span, arrangement
+from megatron_profit.models.lora.placement import (
+    LocalWeight,
+    Run,
+    Span,
+    arrangement,
+    local_weights,
+)
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
 
@@ -65,3 +73,25 @@ def test_the_start_of_a_does_not_depend_on_the_layout():
     assert whole.std() == pytest.approx(12**-0.5 / 3**0.5, rel=0.2)
     assert not torch.equal(whole, start_of_a(5, K, 4, Span(0, 12, 12)))
     assert not torch.equal(whole, start_of_a(6, Q, 4, Span(0, 12, 12)))
+
+
+class Stage(torch.nn.Module):
+    """A pipeline stage with one matrix, kept in some shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(shape))
+
+    def sharded_state_dict(self) -> dict[str, ShardedTensor]:
+        place = ShardedTensor.from_rank_offsets(
+            "fc.weight", self.weight.detach(), replica_id=(0, 0, 0)
+        )
+        return {"weight": place}
+
+
+def test_a_matrix_that_is_kept_in_another_form_is_named():
+    """For example, all experts in one tensor: adapters would silently be left out."""
+    rules = [TensorRule("fc.weight", {"model.fc.weight": (4, 3)})]
+    assert [weight.key for weight in local_weights(Stage(4, 3), rules)] == ["fc.weight"]
+    with pytest.raises(ConversionError, match=r"keep fc\.weight in a form that cannot have"):
+        local_weights(Stage(2, 4, 3), rules)

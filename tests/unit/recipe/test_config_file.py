@@ -54,6 +54,18 @@ def test_a_section_may_be_one_value_and_lists_are_several(tmp_path):
     ]
 
 
+def test_adapters_have_a_section(tmp_path):
+    text = (
+        "objective: {name: asft, ref_mode: adapter-off}\n"
+        "lora: {rank: 4, targets: [q_proj, v_proj], rslora: true, adapter: old, export: new}\n"
+    )
+    assert words(tmp_path, text) == [
+        *("--objective", "asft", "--ref-mode", "adapter-off", "--lora-rank", "4"),
+        *("--lora-targets", "q_proj", "v_proj", "--lora-rslora", "--lora-adapter", "old"),
+        *("--export-adapter", "new"),
+    ]
+
+
 def test_false_keeps_a_flag_from_being_derived(tmp_path):
     text = "data: {packing: false}\nrun: {export: false}\nmegatron: {overlap-param-gather: false}\n"
     assert words(tmp_path, text) == [
