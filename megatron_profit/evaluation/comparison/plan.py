@@ -62,10 +62,12 @@ class Unit:
     Attributes:
         run: The training.
         evaluations: Names of the plan's evaluations.
+        is_last: Whether no later stage asks the run's model.
     """
 
     run: Run
     evaluations: tuple[str, ...]
+    is_last: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Plan:
             `objectives`, `learning_rates`, `lora_ranks`, `seeds` and `evaluate`; empty for one stage of all.
         processes: Processes of one training.
         jobs: Trainings at a time.
-        keep_models: Whether the exported models stay.
+        keep_models: Whether the exported models stay when no later stage asks them.
         save_interval: Steps between a training's checkpoints, from which it goes on after an interruption; 0
             for none.
     """
@@ -117,7 +119,11 @@ class Plan:
                 if names:
                     units.append(Unit(run, names))
             stages.append(units)
-        return stages
+        last = {unit.run: place for place, units in enumerate(stages) for unit in units}
+        return [
+            [replace(unit, is_last=last[unit.run] == place) for unit in units]
+            for place, units in enumerate(stages)
+        ]
 
     def _runs_of(self, stage: Mapping[str, Sequence[Any]]) -> Iterator[Run]:
         """Yield the runs of a stage; a seed is complete before the next one begins."""

@@ -142,7 +142,7 @@ def _of_unit(plan: Plan, out: Path, read_curves: ReadCurves, unit: Unit) -> Outc
     outcome = _kept(folder / RESULT, lambda: _trained(plan, run, folder, read_curves))
     for name, place in places.items():
         outcome = outcome.with_more(_evaluated(plan, run, run.data, name, model, place))
-    if not plan.keep_models:
+    if unit.is_last and not plan.keep_models:
         shutil.rmtree(model, ignore_errors=True)
     return outcome
 

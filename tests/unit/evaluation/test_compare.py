@@ -284,12 +284,13 @@ def test_stages_are_made_in_order_and_each_evaluation_of_a_run_once(plan):
         )
     )
     assert [
-        [(unit.run.setting, *unit.evaluations) for unit in units] for units in found.schedule()
+        [(unit.run.setting, *unit.evaluations, unit.is_last) for unit in units]
+        for units in found.schedule()
     ] == [
-        [("dft, lr 1e-05", "short")],
-        [("sft, lr 1e-05", "short")],
-        [("sft, lr 2e-05", "short")],
-        [("sft, lr 1e-05", "long"), ("dft, lr 1e-05", "long")],
+        [("dft, lr 1e-05", "short", False)],
+        [("sft, lr 1e-05", "short", False)],
+        [("sft, lr 2e-05", "short", True)],
+        [("sft, lr 1e-05", "long", True), ("dft, lr 1e-05", "long", True)],
     ]
     command = found.evaluate_command("data", "long", Path("hf"), Path("out"))
     assert command[5:] == "--tasks gsm8k --samples 4 --out out".split()
@@ -313,6 +314,19 @@ def test_a_later_evaluation_asks_the_model_that_stayed_or_trains_it_again(plan, 
     more = both | {"longest": "--tasks gsm8k -k 8"}
     assert compare.main([str(plan(**small, evaluate=more)), *flags]) == 0
     assert len(commands) == 8 + 1 + 2 * 2
+
+
+def test_a_model_stays_until_the_last_stage_that_asks_it(plan, commands, tmp_path):
+    file = plan(
+        learning_rates=None,
+        lora_ranks=None,
+        seeds=[1],
+        evaluate={"short": "--tasks gsm8k", "long": "--tasks gsm8k -k 4"},
+        stages=[{"evaluate": ["short"]}, {"evaluate": ["long"]}],
+    )
+    assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
+    assert len(commands) == 2 * (1 + 2) + 2, "each run is trained once"
+    assert not list((tmp_path / "out").rglob("hf"))
 
 
 def test_what_was_finished_before_a_failure_is_published_and_stays(
