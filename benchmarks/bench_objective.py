@@ -23,6 +23,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -465,7 +466,9 @@ def run_configuration(
         del gradients
     del reference
     in_order = {name: ready[name] for name in steps if name in ready}
-    for name, measurement in benchmarking.interleaved(in_order, options.rounds, device).items():
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    measurements = benchmarking.interleaved(in_order, options.rounds, device, clock)
+    for name, measurement in measurements.items():
         results[name] |= {**asdict(measurement), "median": measurement.median}
     gradient_bytes = sum(
         tensor.numel() * tensor.element_size() for tensor in (problem.hidden, problem.weight)
@@ -622,6 +625,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     grid.add_argument("--rounds", type=int)
     parser.add_argument("--only", nargs="+", choices=NAMES, help="besides the --ours variants")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the process: for a CPU that other work shares"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--verl", type=Path, metavar="DIR", help="a checkout of verl")
     parser.add_argument("--out", type=Path, default=benchmarking.RESULTS)
@@ -661,7 +667,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.append(measured)
         body += f"\n## {config}\n\n{table(measured)}"
         record = {
-            "environment": environment | {"threads": options.threads},
+            "environment": environment
+            | {"threads": options.threads, "seconds": "of CPU" if options.cpu_time else "elapsed"},
             "command": command,
             "configurations": records,
         }

@@ -48,13 +48,13 @@ def test_the_plan_names_data_that_can_be_asked(tmp_path, monkeypatch):
     assert compare_objectives.main(["--out", str(tmp_path / "out"), "--seeds", "4"]) == 0
     assert plans == [[str(tmp_path / "out/plan.yaml"), "--out", str(tmp_path / "out")]]
     plan = read_plan(tmp_path / "out" / "plan.yaml")
-    runs = list(plan.runs())
+    runs = [unit.run for units in plan.schedule() for unit in units]
     assert len(runs) == 27
     assert {run.seed for run in runs} == {4}
     assert {run.lora_rank for run in runs} == {0}
     counts = {}
     for data in plan.data:
-        command = plan.evaluate_command(data, tmp_path / "hf", tmp_path / "results")
+        command = plan.evaluate_command(data, "", tmp_path / "hf", tmp_path / "results")
         flags = build_parser().parse_args(command[command.index("evaluate") + 1 :])
         for file in flags.task_file:
             task = task_of_file(file, {}, pattern=flags.answer_pattern)
