@@ -19,7 +19,7 @@ from megatron_profit.evaluation.tasks.functions import number_text, own_by_patte
 from megatron_profit.flags import nearest
 
 TASKS = Path(__file__).parent / "tasks"
-SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".jsonl.zst")
 _OWN = TASKS / "_own.yaml"
 # Columns of a task of the user's own.
 QUESTION, ANSWER = "question", "answer"
@@ -125,7 +125,7 @@ def find_file(name: str, folders: Sequence[Path]) -> Path:
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
     raise EvaluationError(
-        f"the task {name} needs the file {stem}.jsonl (or .json, .parquet) in "
+        f"the task {name} needs the file {stem}.jsonl (or .json, .parquet, .csv) in "
         f"{' or '.join(map(str, folders))}; give its folder with --data. "
         f"Source: {config['metadata']['source']}; columns: {', '.join(config['metadata']['columns'])}"
     )
@@ -140,7 +140,7 @@ def task_of_file(
     """Return a task over a file of the user's own.
 
     Args:
-        file: JSON lines, JSON or parquet, as training data.
+        file: JSON lines, JSON, parquet or CSV, as training data.
         columns: "question" and "answer" -> names of the file's columns.
         limit: See `load_task`.
         pattern: Regular expression whose last match is the answer, in an answer and in the reference. None
@@ -156,7 +156,7 @@ def task_of_file(
         for record in _records(file, list(names.values()))
     ]
     config = _read_yaml(_OWN)
-    config["task"] = config["metadata"]["title"] = file.name.split(".")[0]
+    config["task"] = config["metadata"]["title"] = name_of_file(file)
     if pattern is not None:
         for number, record in enumerate(records, 1):
             record[ANSWER] = _reference(record[ANSWER], pattern, f"{file}, record {number}")
@@ -164,6 +164,11 @@ def task_of_file(
         # It is a part of the grader.
         config["metadata"]["version"] = f"{config['metadata']['version']}, {pattern}"
     return _task(config, records, limit)
+
+
+def name_of_file(file: Path) -> str:
+    """Return the name of a task of the user's own. For example, `exam.v2.jsonl` gives "exam"."""
+    return file.name.split(".")[0]
 
 
 def _reference(answer: str, pattern: str, where: str) -> str:

@@ -10,6 +10,7 @@ from checkpoint_conversion.engine.lock import lock_file
 from megatron_profit.commands import evaluate as command
 from megatron_profit.evaluation.engines import engine as engines
 from megatron_profit.evaluation.engines.engine import Answer
+from megatron_profit.evaluation.engines.model_folder import fingerprint
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.records import read_records_file
 
@@ -163,7 +164,7 @@ def test_an_unknown_task_is_named_before_anything_is_loaded(tmp_path, capsys):
 
 def test_a_missing_file_says_where_it_comes_from(tmp_path, capsys):
     message = refused(capsys, tmp_path, "--tasks", "gpqa_diamond", "--data", tmp_path)
-    assert f"needs the file gpqa_diamond.jsonl (or .json, .parquet) in {tmp_path}" in message
+    assert f"needs the file gpqa_diamond.jsonl (or .json, .parquet, .csv) in {tmp_path}" in message
     assert "gated" in message
 
 
@@ -226,3 +227,30 @@ def test_labels_tell_models_apart(tmp_path):
         command.labelled_models(["x/hf0", "y/hf0"])
     with pytest.raises(EvaluationError, match="not of the form LABEL=MODEL"):
         command.labelled_models(["../x=model"])
+
+
+def test_the_identity_of_a_model_covers_all_of_its_weights(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = bytearray(5 << 20)
+    (folder / "model.safetensors").write_bytes(weights)
+    before = fingerprint(str(folder))
+    assert fingerprint(str(folder)) == before
+    weights[len(weights) // 2] = 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert fingerprint(str(folder)) != before
+
+
+def test_pass_at_the_number_of_samples_is_shown(run, tmp_path, capsys):
+    assert run(Calculator(every=2), "--samples", "3") == 0
+    assert "| 60.0 (k = 3) |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
+    assert list(found["pass_at"]) == ["1", "2", "3"]
+
+
+def test_more_samples_of_the_same_questions_are_another_evaluation(run, capsys):
+    assert run(Calculator(), "--samples", "2", "--temperature", "1") == 0
+    assert run(Calculator(), "--samples", "4", "--temperature", "1") == 1
+    assert "samples was 2 and is 4" in capsys.readouterr().err
+    assert run(Calculator(), "--samples", "2", "--temperature", "1", "--limit", "3") == 1
+    assert "questions was" in capsys.readouterr().err

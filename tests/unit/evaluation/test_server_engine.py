@@ -105,6 +105,15 @@ def test_cut_answers_and_thoughts_are_told(serve):
 
 
 @pytest.mark.parametrize(
+    ("reason", "stopped"), [("stop", True), ("tool_calls", True), ("length", False)]
+)
+def test_an_answer_stopped_unless_its_length_ended_it(serve, reason, stopped):
+    engine, _ = serve(lambda *_: chat("4", reason))
+    ((_, answer),) = engine.answers(REQUESTS[:1], Sampling())
+    assert answer.stopped == stopped
+
+
+@pytest.mark.parametrize(
     "fault", [(500, b"busy"), (429, b""), (None, b""), (200, b"{not json"), (200, {"choices": []})]
 )
 def test_a_fault_that_passes_is_tried_again(serve, fault):
@@ -139,3 +148,16 @@ def test_no_server_and_no_address_are_clear_errors():
         list(engine.answers(REQUESTS[:1], Sampling()))
     with pytest.raises(EvaluationError, match="must begin with http"):
         ServerEngine("m", EngineOptions(server="localhost:8000"))
+
+
+def test_after_ctrl_c_no_request_is_tried_again(serve, monkeypatch):
+    engine, server = serve(lambda *_: (503, b"busy"), retries=100)
+    engine.sleep = engine.ended.wait
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_profit.evaluation.engines.server.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.answers(REQUESTS, Sampling()))
+    assert len(server.bodies) <= 4
