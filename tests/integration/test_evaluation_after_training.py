@@ -48,7 +48,16 @@ def test_a_task_of_every_second_evaluation_chooses_the_best_checkpoint(
     flags += ["--valid-data", DATA / "arithmetic_heldout.jsonl", "--eval-iters", "1"]
     flags += ["--eval-interval", "1", "--save", tmp_path / "save", "--save-interval", "2"]
     flags += ["--keep-best", "mawps", "--keep-last", "1", "--export-hf", tmp_path / "hf"]
-    flags += ["--eval-tasks", "mawps", "--eval-tasks-interval", "2", "--eval-tasks-limit", "2"]
+    flags += [
+        "--objective",
+        "sft",
+        "--eval-tasks",
+        "mawps",
+        "--eval-tasks-interval",
+        "2",
+        "--eval-tasks-limit",
+        "2",
+    ]
     flags += ["--eval-flags", f"--data {questions} --max-new-tokens 4 --dtype float32"]
     printed = sft(2, *flags).stdout
     assert printed.count("mawps value: 0.0") >= 2
