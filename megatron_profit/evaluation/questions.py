@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.data.errors import DataError
+from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.evaluation.errors import EvaluationError, require
 from megatron_profit.evaluation.graders import find_pattern
 from megatron_profit.evaluation.tasks.functions import number_text, own_by_pattern
@@ -152,8 +153,11 @@ def task_of_file(
     """
     names = {name: columns.get(name, name) for name in (QUESTION, ANSWER)}
     records = [
-        {name: _text(record[column], file, column) for name, column in names.items()}
-        for record in _records(file, list(names.values()))
+        {
+            name: _text(record[column], f"{file}, record {number}", column)
+            for name, column in names.items()
+        }
+        for number, record in enumerate(_records(file, list(names.values())), 1)
     ]
     config = _read_yaml(_OWN)
     config["task"] = config["metadata"]["title"] = name_of_file(file)
@@ -186,12 +190,17 @@ def _reference(answer: str, pattern: str, where: str) -> str:
     return found
 
 
-def _text(value: Any, file: Path, column: str) -> str:
+def _text(value: Any, where: str, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise EvaluationError(
-            f"{file}: the column {column!r} holds {type(value).__name__}; it must hold text or numbers"
+            f"{where}: the column {column!r} holds {type(value).__name__}; it must hold text or numbers"
         )
-    return number_text(value)
+    text = number_text(value)
+    if not text.strip() or (isinstance(value, float) and not math.isfinite(value)):
+        raise EvaluationError(
+            f"{where}: the column {column!r} is {text!r}; fill it in or remove the record"
+        )
+    return text
 
 
 def _records(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -202,16 +211,28 @@ def _records(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         for record in read_records(file):
             if record.broken is not None:
-                raise EvaluationError(f"{record.where}: {record.broken}; correct or remove it")
+                raise EvaluationError(_broken(record.where, record.broken))
             if lacking := [name for name in columns if record.value.get(name) is None]:
-                raise EvaluationError(
-                    f"{record.where}: has no {' and no '.join(map(repr, lacking))}; the record has "
-                    f"{', '.join(map(repr, record.value))}. --task-columns names the columns of a --task-file"
-                )
+                raise EvaluationError(_lacking(record.where, lacking, record.value))
             records.append({name: record.value[name] for name in columns})
     except DataError as error:
         raise EvaluationError(error) from error
     return records
+
+
+def _broken(where: str, problem: BrokenRecord) -> str:
+    if problem.detail.startswith(where):  # it names the place itself, and the remedy
+        return problem.detail
+    return f"{where}: {problem}; correct or remove it"
+
+
+def _lacking(where: str, columns: Sequence[str], record: Mapping[str, Any]) -> str:
+    if empty := [name for name in columns if name in record]:
+        return f"{where}: {' and '.join(map(repr, empty))} is null; fill it in or remove the record"
+    return (
+        f"{where}: has no {' and no '.join(map(repr, columns))}; the record has "
+        f"{', '.join(map(repr, record))}. --task-columns names the columns of a --task-file"
+    )
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -12,7 +12,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from typing import Any
 
-from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
+from megatron_profit.evaluation.engines.engine import (
+    Answer,
+    EngineOptions,
+    Request,
+    server_address,
+)
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
@@ -34,12 +39,12 @@ class ServerEngine:
     """
 
     def __init__(self, model: str, options: EngineOptions) -> None:
-        base = (options.server or "").rstrip("/")
+        base = server_address(options.server or "")
         if not base.startswith(("http://", "https://")):
             raise EvaluationError(
                 f"--server is {options.server!r}; it must begin with http:// or https://"
             )
-        self.url = f"{base.removesuffix('/v1')}/v1/chat/completions"
+        self.url = f"{base}/v1/chat/completions"
         self.model, self.options = model, options
         self.ended = threading.Event()
         self.sleep: Callable[[float], object] = self.ended.wait

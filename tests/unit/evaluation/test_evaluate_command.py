@@ -119,6 +119,11 @@ def test_answers_of_other_settings_are_not_mixed(run, tmp_path, capsys):
     assert len(again.asked) == 5
 
 
+def test_a_file_without_an_answer_is_begun_again(run, capsys):
+    assert run(Calculator(limit=0)) == 1
+    assert run(Calculator(), "--temperature", "0.5") == 0
+
+
 def test_two_evaluations_do_not_write_one_file(run, tmp_path, capsys):
     file = tmp_path / "out" / "tiny" / "sums.lock"
     file.parent.mkdir(parents=True)
@@ -178,6 +183,15 @@ def test_missing_columns_are_named(tmp_path, write_questions, capsys):
     assert "must be question=COLUMN or answer=COLUMN" in message
     write_questions([{"question": ["1 + 1?"], "answer": "2"}])
     assert "holds list; it must hold text" in refused(capsys, tmp_path, "--task-file", file)
+    for value, message in (
+        ("null", "sums.jsonl, line 1: 'answer' is null; fill it in"),
+        ('" "', "record 1: the column 'answer' is ' '; fill it in"),
+        ("NaN", "record 1: the column 'answer' is 'nan'; fill it in"),
+        ("oops", "sums.jsonl, line 1, column 29: not valid JSON"),
+    ):
+        file.write_text(f'{{"question": "a", "answer": {value}}}\n')
+        assert message in (found := refused(capsys, tmp_path, "--task-file", file))
+        assert found.count("sums.jsonl") == found.count("remove") == 1
     write_questions([{"Q": "1 + 1?", "A": "2"}])
     columns = ("--task-columns", "question=Q", "answer=A")
     assert "no such folder" in refused(capsys, tmp_path / "no", "--task-file", file, *columns)

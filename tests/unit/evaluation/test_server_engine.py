@@ -6,7 +6,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
+from megatron_profit.evaluation.engines.engine import (
+    Answer,
+    EngineOptions,
+    Request,
+    description,
+)
 from megatron_profit.evaluation.engines.server import ServerEngine
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
@@ -139,6 +144,13 @@ def test_a_refusal_is_not_repeated(serve):
     ):
         list(engine.answers(REQUESTS, Sampling()))
     assert len(server.bodies) == 1
+
+
+def test_an_address_may_have_the_path_of_the_api():
+    for given in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        options = EngineOptions(server=given)
+        assert ServerEngine("m", options).url == "http://h:1/v1/chat/completions"
+        assert description(options) == "server http://h:1"
 
 
 def test_no_server_and_no_address_are_clear_errors():
