@@ -8,7 +8,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -207,7 +207,7 @@ def become_evaluation(options: EvalTasks, export: Path) -> NoReturn:
 
     The exit code of the process is the evaluation's.
     """
-    command: Sequence[str] = options.command(export, results_of(export))
+    command = options.command(export, results_of(export))
     # The libraries write what they still hold when a process ends, and this one has no end.
     atexit._run_exitfuncs()
     sys.stdout.flush()
