@@ -22,17 +22,17 @@ def evaluation_words(section: Any) -> list[str]:
         section: The section's content.
 
     Raises:
-        LaunchError: There are no tasks, or an entry is no flag of the evaluation.
+        LaunchError: There is neither a task nor a task_file, or an entry is no flag of the evaluation.
     """
-    if not isinstance(section, dict) or not section.get("tasks"):
+    if not isinstance(section, dict) or not (section.get("tasks") or section.get("task_file")):
         raise LaunchError("must hold tasks and flags of the evaluation; for example tasks: [gsm8k]")
     entries = dict(section)
-    tasks = entries.pop("tasks")
+    tasks = entries.pop("tasks", None) or []
     names = tasks if isinstance(tasks, list) else [tasks]
     known = _known()
     words = [word for name, value in entries.items() for word in _flag(str(name), value, known)]
     flags = ["--eval-flags=" + shlex.join(words)] if words else []
-    return ["--eval-tasks", ",".join(map(str, names)), *flags]
+    return [*(["--eval-tasks", ",".join(map(str, names))] if names else []), *flags]
 
 
 def _known() -> dict[str, argparse.Action]:

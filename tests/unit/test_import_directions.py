@@ -99,8 +99,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     f"{_TRAINING}.monitoring": (
         *(*_LIBRARIES, "checkpoint_conversion.errors", "checkpoint_conversion.engine"),
-        *("megatron_profit.flags", "megatron_profit.token_report"),
+        *("megatron_profit.flags", "megatron_profit.token_report", "megatron_profit.evaluation"),
         *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
+        "megatron_profit.parent_death",
     ),
     f"{_TRAINING}.checkpoints": (
         *("megatron_profit.estimates", "megatron_profit.evaluation"),

@@ -219,10 +219,11 @@ def derive(
     check_reference(values, objective)
     lora = lora_options(values, config)
     values["lora_active_parameters"] = lora and active_parameters(lora, values, config)
-    keep = keep_options(values)
+    evaluation = eval_tasks(values)
+    keep = keep_options(values, evaluation.metrics)
     return RunSettings(
         *(config, given, values, objective, guards, keep, lora, batch_size),
-        eval_tasks=eval_tasks(values),
+        eval_tasks=evaluation,
         publication=publication(values),
     )
 
