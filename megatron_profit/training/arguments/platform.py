@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_profit.flags import ArgumentsError
 
+# The driver's traces; without one of them there is no need to ask torch, which takes seconds.
+_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 # Settings that Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
     "transformer_impl": "local",
@@ -20,6 +23,11 @@ _CPU = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
 }
+
+
+def has_driver() -> bool:
+    """Return whether this machine has the driver of a GPU."""
+    return any(path.exists() for path in _DRIVER)
 
 
 def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
