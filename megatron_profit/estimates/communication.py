@@ -117,7 +117,16 @@ def _tensor(run: RunShape, layers: Sequence[bool], stage: int, supervised_share:
     # The experts of a layer take the place of its second pair; they count under expert parallelism.
     pairs = sum(1 if has_experts else 2 for has_experts in layers)
     ends = entry * (stage == 0) + output * (stage == run.pp - 1)
-    return unit * (pair * pairs + ends)
+    return unit * (pair * pairs + ends) + len(layers) * _squares(run)
+
+
+def _squares(run: RunShape) -> float:
+    """Return the bytes of a layer's norms of all queries and all keys: an all-reduce of a number in fp32 for
+    each position, in each pass.
+    """
+    if not run.normalizes_projections:
+        return 0
+    return 2 * 2 * 4 * run.tokens * _ring(run.tp) * (_forwards(run) + 1)
 
 
 def _pipeline(run: RunShape, stage: int) -> float:

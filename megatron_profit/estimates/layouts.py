@@ -46,6 +46,7 @@ _UNCHANGED = {
     "num_layers_per_virtual_pipeline_stage": None,
     "microbatch_group_size_per_vp_stage": None,
     "objective_backward": "auto",
+    "spec": None,
     "num_experts": None,
     "lora_rank": None,
     "lora_targets": None,

@@ -171,12 +171,15 @@ def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> L
     # Under context parallelism keys and values of whole rows are gathered (docs/training.md).
     keys = args.seq_length * args.micro_batch_size if run.cp > 1 else tokens
     # The projection's output, the norm's copy of its queries, rotated queries, keys, values, context.
-    copied = query if args.qk_layernorm else 0
+    copied = query if run.query_key_norms else 0
     attention = (tokens * (3 * query + 2 * key_value + copied) + keys * 2 * key_value) * number
     attention += tokens * heads * 4
     norms = 2 * stream
     if not run.fused:  # a norm of single operations keeps what it has normalised, before its weight
-        norms += 2 * stream + (tokens * (query + key_value) * number if args.qk_layernorm else 0)
+        norms += 2 * stream
+        is_split = run.normalizes_projections and run.tp > 1  # then computed as one operation
+        if run.query_key_norms and not is_split:
+            norms += tokens * (query + key_value) * number
     if not has_experts:
         mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
         inner = tokens * args.ffn_hidden_size // run.tp

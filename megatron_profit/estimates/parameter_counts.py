@@ -36,8 +36,7 @@ def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
     dense = (hidden * qkv + run.query_size * hidden) // run.tp + 2 * hidden
     if args.add_qkv_bias:
         dense += qkv // run.tp
-    if args.qk_layernorm:
-        dense += 2 * args.kv_channels
+    dense += run.query_key_norms
     if not has_experts:
         return Parameters(dense + 3 * hidden * args.ffn_hidden_size // run.tp)
     expert = 3 * hidden * args.moe_ffn_hidden_size // run.etp

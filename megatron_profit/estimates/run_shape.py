@@ -9,6 +9,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
 
+from checkpoint_conversion.families.olmo2 import LAYER_SPEC
+
 _UNEVEN = (
     "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
@@ -129,6 +131,18 @@ class RunShape:
         """Size of all keys, or of all values, of a position."""
         groups = self.args.num_query_groups if self.args.group_query_attention else None
         return (groups or self.args.num_attention_heads) * self.args.kv_channels
+
+    @property
+    def normalizes_projections(self) -> bool:
+        """Whether one norm sees the queries of all heads, and one the keys, as in OLMo-2."""
+        return self.args.spec is not None and tuple(self.args.spec) == LAYER_SPEC
+
+    @property
+    def query_key_norms(self) -> int:
+        """Parameters of a layer's norms of queries and keys, on one rank."""
+        if self.normalizes_projections:
+            return (self.query_size + self.key_value_size) // self.tp
+        return 2 * self.args.kv_channels if self.args.qk_layernorm else 0
 
     @cached_property
     def expert_layers(self) -> tuple[bool, ...]:

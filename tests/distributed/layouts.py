@@ -20,6 +20,7 @@ TURNS = [2, 1, 3, 1, 3, 1, 2, 3, 1, 2, 1, 3, 1, 2, 3, 2]
 PACKED = "--packing --seq-length 128 --global-batch-size 8"
 _FLAGS = {
     "tp2": "--tensor-model-parallel-size 2",
+    "tp3": "--tensor-model-parallel-size 3",
     "sp": "--sequence-parallel",
     "pp2": "--pipeline-model-parallel-size 2",
     "pp4": "--pipeline-model-parallel-size 4",
@@ -72,12 +73,15 @@ class Model:
 
 
 def trained_models(dense: Path, folder: Path) -> dict[str, Model]:
-    """The "dense" model of a HuggingFace folder and one with "experts", which is written into `folder`."""
+    """The "dense" model of a HuggingFace folder, and two that are written into `folder`: one with "experts",
+    and "olmo2", whose layers Megatron-Core does not have.
+    """
     data = write_uneven_chats(EXAMPLES / "arithmetic_chatty.jsonl", folder / "chats.jsonl", TURNS)
     plan = Plan(data, steps=3, batch=16, seq_length=160, clip_grad=1.0)
     return {
         "dense": Model(dense, plan),
-        "experts": Model(make_family(folder, "qwen3-moe").hf, replace(plan, balancing=1.0)),
+        "experts": Model(make_family(folder / "moe", "qwen3-moe").hf, replace(plan, balancing=1.0)),
+        "olmo2": Model(make_family(folder / "olmo2", "olmo2").hf, plan),
     }
 
 

@@ -50,16 +50,30 @@ EXPERTS = [
     "4 tp2 pp2 sp mb1",
     "4 ep2 cp2 mb1",
 ]
+OLMO2 = [
+    "1 mb8 packed",
+    "2 mb2 packed sharded overlap",
+    "2 tp2 mb4 padded",
+    "2 tp2 sp mb2 packed full",
+    "3 tp3 mb2 packed selective",
+    "3 tp3 mb4",
+    "2 pp2 vpp2 mb2 packed",
+    "2 cp2 mb2 packed",
+    "4 tp2 pp2 sp mb2 packed sharded",
+    "4 tp2 cp2 sp mb2 packed selective",
+]
 # In `make test`; the rest in `make test-all`.
 DEFAULT = {
     ("dense", "4 tp2 pp2 sp mb2", "psft"),
     ("dense", "4 tp2 sp mb2 packed sharded", "profit"),
     ("experts", "2 ep2 mb1", "profit"),
+    ("olmo2", "2 tp2 sp mb2 packed full", "profit"),
 }
 
 
 def rows() -> list:
-    layouts = [("dense", layout) for layout in DENSE] + [("experts", layout) for layout in EXPERTS]
+    tables = {"dense": DENSE, "experts": EXPERTS, "olmo2": OLMO2}
+    layouts = [(model, layout) for model in tables for layout in tables[model]]
     table = [(*row, name) for row in layouts for name in OBJECTIVES]
     return [
         pytest.param(*row, marks=[pytest.mark.slow] * (row not in DEFAULT), id="-".join(row))
