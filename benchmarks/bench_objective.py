@@ -23,6 +23,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ from megatron_profit.ops import linear_objective
 from megatron_profit.training.process.shutdown import end_communication
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QWEN3_VOCAB = 151936
+QWEN3_VOCAB, QWEN3_5_VOCAB = 151936, 248320
 # Defaults of the flags: two sizes for 2 CPU cores, and the whole grid.
 DEFAULTS: dict[str, Any] = {
     "vocab": [QWEN3_VOCAB],
@@ -61,6 +62,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "rounds": 3,
     },
     "full": {
+        "vocab": [QWEN3_VOCAB, QWEN3_5_VOCAB],
         "hidden": [1024, 2560, 5120],
         "tokens": [1024, 8192],
         "masks": list(itertools.product((0.0, 0.5, 0.8), (0.0, 0.2, 0.5))),
@@ -464,7 +466,9 @@ def run_configuration(
         del gradients
     del reference
     in_order = {name: ready[name] for name in steps if name in ready}
-    for name, measurement in benchmarking.interleaved(in_order, options.rounds, device).items():
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    measurements = benchmarking.interleaved(in_order, options.rounds, device, clock)
+    for name, measurement in measurements.items():
         results[name] |= {**asdict(measurement), "median": measurement.median}
     gradient_bytes = sum(
         tensor.numel() * tensor.element_size() for tensor in (problem.hidden, problem.weight)
@@ -621,6 +625,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     grid.add_argument("--rounds", type=int)
     parser.add_argument("--only", nargs="+", choices=NAMES, help="besides the --ours variants")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the process: for a CPU that other work shares"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--verl", type=Path, metavar="DIR", help="a checkout of verl")
     parser.add_argument("--out", type=Path, default=benchmarking.RESULTS)
@@ -660,7 +667,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.append(measured)
         body += f"\n## {config}\n\n{table(measured)}"
         record = {
-            "environment": environment | {"threads": options.threads},
+            "environment": environment
+            | {"threads": options.threads, "seconds": "of CPU" if options.cpu_time else "elapsed"},
             "command": command,
             "configurations": records,
         }

@@ -27,7 +27,7 @@ class FlagHelp(argparse.RawDescriptionHelpFormatter):
         text, default = action.help or "", action.default
         if action.required and action.option_strings:
             mark = "required"
-        elif default in (None, False, (), argparse.SUPPRESS) or "default" in text:
+        elif default in (None, False, "", (), [], argparse.SUPPRESS) or "default" in text:
             return text
         else:
             mark = "default " + ("on" if default is True else "%(default)s")
@@ -88,9 +88,7 @@ def run(main: Callable[[], int]) -> None:
     SIGTERM, for example, when a job's time limit is reached.
     """
     before = signal.signal(signal.SIGTERM, _terminated)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    escape_unencodable()
     try:
         sys.exit(main())
     except ConversionError as error:
@@ -103,6 +101,13 @@ def run(main: Callable[[], int]) -> None:
         _terminated(signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def escape_unencodable() -> None:
+    """Print characters that the terminal's encoding lacks as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminated(number: int, _: object = None) -> None:

@@ -10,13 +10,16 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from checkpoint_conversion.errors import ConversionError
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches import DEVICES, activate
 from megatron_profit.megatron_patches.enduring import endure_console
+from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.training.process.console import StrictParser, fail, print_rank_0
 from megatron_profit.training.process.interrupts import end_on_interrupt
 from megatron_profit.training.process.launcher import die_with_launcher
 from megatron_profit.training.process.quiet import begin_quiet
+from megatron_profit.training.process.ranks import world_size
 
 _HELP, _HELP_ALL = {"-h", "--help"}, "--help-all"
 
@@ -32,6 +35,7 @@ def main() -> None:
     if text is not None:
         print_rank_0(text)
         return
+    refuse_early(argv)
     if "--quiet" in argv:
         begin_quiet()
     device = start(argv)
@@ -58,6 +62,16 @@ def help_text(argv: Sequence[str]) -> str | None:
 
         return own_help(argv)
     except ArgumentsError as error:
+        fail(error)
+
+
+def refuse_early(argv: Sequence[str]) -> None:
+    """End the process where the command line is wrong in a way that shows without torch and Megatron."""
+    from megatron_profit.recipe.check import check_command_line
+
+    try:
+        check_command_line(argv, world_size())
+    except (LaunchError, ConversionError) as error:
         fail(error)
 
 

@@ -42,6 +42,23 @@ def shared_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_model(tmp_path_factory) -> Path:
+    """Return the folder of a small real pretrained model, which `tools/make_real_model.py` makes."""
+    import make_real_model
+
+    from checkpoint_conversion.errors import ConversionError
+
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    try:
+        make_real_model.packaged_file()
+    except ConversionError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("real") / "SmolLM2"
+    assert make_real_model.main(["--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that runs a module or a script under torchrun, as a user does."""
 

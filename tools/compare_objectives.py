@@ -37,6 +37,7 @@ RUNS = {
     "--objective-warmup-steps 75",
     "psft": "--objective psft",
 }
+SETTINGS = ("phrases", "errors", "new skill")
 WRONG_SHARE = 1 / 3
 WORDINGS = 6  # of each held-out sum
 TRAIN = (
@@ -122,15 +123,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lora-ranks", type=int, nargs="+", default=[0], help="0 trains all weights (default: 0)"
     )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=SETTINGS,
+        default=list(SETTINGS),
+        help="data (default: all)",
+    )
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[], help="in place of 5e-4"
+    )
     arguments = parser.parse_args(argv)
     os.chdir(REPOSITORY)
     out = arguments.out.absolute()
+    data = write_data(out / "data")
     plan = {
         "base": str(quickstart_base(out)),
         "train": TRAIN,
         "evaluate": f"{EVALUATE} --answer-pattern '{make_arithmetic_data.NUMBER.pattern}'",
         "objectives": {name: RUNS[name] for name in arguments.only},
-        "data": write_data(out / "data"),
+        "data": {name: data[name] for name in arguments.settings},
+        **({"learning_rates": arguments.learning_rates} if arguments.learning_rates else {}),
         "lora_ranks": arguments.lora_ranks,
         "seeds": arguments.seeds,
         "jobs": arguments.jobs,

@@ -12,26 +12,29 @@ import argparse
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 LIST = Path(__file__).resolve().parents[1] / "megatron_profit" / "recipe" / "megatron_flags.json"
+_KINDS: dict[Any, str] = {int: "int", float: "float", str: "text", None: "text"}
 
 
 def native_flags() -> dict[str, Any]:
-    """Return the version of Megatron and, for each spelling of a flag, its argument and its form.
+    """Return the version of Megatron and, for each spelling of a flag, its argument, form and default.
 
-    A form is `switch`, or the type of the value: int, float or text. A number, + or * after it says how many
-    values there are.
+    A form is `true` or `false` for a switch that gives this value, or the type of the value: int, float,
+    text, or other for a type of Megatron's own. A number, + or * after it says how many values there are. A
+    flag with choices has them at the end, unless they are of a type of Megatron's own.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from megatron.training.arguments import add_megatron_arguments
 
         parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False))
     flags = {
-        option: [action.dest, _form(action)]
-        for action in parser._actions
+        option: [action.dest, _form(action, option), _plain(default), *_choices(action)]
+        for action, default in _defaults(parser)
         for option in action.option_strings
     }
     return {
@@ -40,11 +43,33 @@ def native_flags() -> dict[str, Any]:
     }
 
 
-def _form(action: argparse.Action) -> str:
+def _defaults(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, Any]]:
+    """Yield each flag with the default of its argument: of two flags the first decides."""
+    defaults: dict[str, Any] = {}
+    for action in parser._actions:
+        is_text = isinstance(action.default, str)
+        value = parser._get_value(action, action.default) if is_text else action.default
+        yield action, defaults.setdefault(action.dest, value)
+
+
+def _form(action: argparse.Action, option: str) -> str:
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return "false" if option.startswith("--no-") else "true"
     if action.nargs == 0:
-        return "switch"
-    kind = "int" if action.type is int else "float" if action.type is float else "text"
+        return "true" if action.const else "false"
+    kind = _KINDS.get(action.type, "other")
     return f"{kind}{'' if action.nargs is None else action.nargs}"
+
+
+def _plain(value: Any) -> Any:
+    """Return a default as JSON has it; None for a value of a type of Megatron's own."""
+    return value if isinstance(value, bool | int | float | str | list) else None
+
+
+def _choices(action: argparse.Action) -> list[list[Any]]:
+    if action.choices is None or action.type not in _KINDS:
+        return []
+    return [list(action.choices)]
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint_conversion.cli import FlagHelp
+
 DATA_DIR = Path(__file__).resolve().parent.parent / "examples" / "data"
 
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
@@ -222,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the files, or check them; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=FlagHelp,
     )
     parser.add_argument("--out-dir", type=Path, default=DATA_DIR, help="folder of the files")
     parser.add_argument("--seed", type=int, default=0, help="seed of pairs, orders and wordings")

@@ -42,6 +42,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from checkpoint_conversion.cli import FlagHelp
+
 # As in a published Qwen3 base: <|endoftext|> pads and stops generation. <|im_end|> ends a turn, which
 # training has yet to teach.
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -371,7 +373,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = TinyShape()
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=FlagHelp,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
@@ -395,7 +397,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "head_dim",
     ):
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name), help=" "
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=getattr(defaults, name),
+            help=name.replace("_", " "),
         )
     parser.add_argument(
         "--initializer-range",
@@ -409,10 +414,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dest="tied",
         action="store_true",
         default=defaults.tied,
-        help="share the embedding with the output layer, as the small Qwen3 do",
+        help="share the embedding with the output layer, as the small Qwen3 do (default)",
     )
     output_layer.add_argument(
-        "--untied", dest="tied", action="store_false", default=defaults.tied, help="the opposite"
+        "--untied",
+        dest="tied",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="give the output layer weights of its own",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")

@@ -38,6 +38,23 @@ def read_float32(
 
 
 @dataclass(frozen=True)
+class _Place:
+    """A factor, or some of its rows, in a model of adapters."""
+
+    rule: TensorRule
+    piece: StackedSlice
+
+    def rows(self, start: int, rows: int) -> TensorChunk | None:
+        """Return where rows [start, start + rows) of the factor are; None if they are in another place."""
+        first = 0
+        for _, own, count in self.rule.layout:
+            if own <= start and start + rows <= own + count:
+                return TensorChunk(self.rule, self.piece, first + start - own, rows)
+            first += count
+        return None
+
+
+@dataclass(frozen=True)
 class MergedWeights:
     """A model and its adapters as one model (a `ModelSource`).
 
@@ -50,7 +67,7 @@ class MergedWeights:
     base: ModelSource
     adapters: ModelSource
     scale: float
-    _factors: Mapping[str, tuple[TensorRule, StackedSlice, TensorRule, StackedSlice]]
+    _factors: Mapping[str, tuple[_Place, tuple[_Place, ...]]]
     _kept: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -120,10 +137,9 @@ class MergedWeights:
 
     def _delta(self, weight: str, start: int, rows: int, files: OpenFiles) -> np.ndarray:
         """Return rows of scale * B A, in PEFT's order of operations."""
-        _, _, rule, piece = self._factors[weight]
-        product = read_float32(
-            self.adapters, TensorChunk(rule, piece, start, rows), files
-        ) @ self._a(weight, files)
+        _, parts = self._factors[weight]
+        (chunk,) = filter(None, (part.rows(start, rows) for part in parts))
+        product = read_float32(self.adapters, chunk, files) @ self._a(weight, files)
         return product * np.float32(self.scale)
 
     def _a(self, weight: str, files: OpenFiles) -> np.ndarray:
@@ -131,10 +147,10 @@ class MergedWeights:
             if weight in self._kept:
                 self._kept.move_to_end(weight)
                 return self._kept[weight]
-        rule, piece, _, _ = self._factors[weight]
-        values = read_float32(
-            self.adapters, TensorChunk(rule, piece, 0, rule.piece_shape[0]), files
-        )
+        place, _ = self._factors[weight]
+        chunk = place.rows(0, place.rule.piece_shape[0])
+        assert chunk is not None, "an A is one tensor"
+        values = read_float32(self.adapters, chunk, files)
         with self._lock:
             self._kept[weight] = values
             while len(self._kept) > _KEPT:
@@ -144,15 +160,14 @@ class MergedWeights:
 
 def merged(base: ModelSource, adapters: ModelSource, scale: float) -> MergedWeights:
     """Return a model with adapters merged in; `scale` is the factor of B A."""
-    places = {
-        name: (rule, piece)
-        for rule in adapters.rules
-        for piece in rule.pieces()
-        for name in piece.hf
-    }
+    places: dict[str, list[_Place]] = {}
+    for rule in adapters.rules:
+        for piece in rule.pieces():
+            (name,) = piece.hf
+            places.setdefault(name, []).append(_Place(rule, piece))
     factors = {
-        weight_of(name): (*places[name], *places[factor_b(name)])
-        for name in places
+        weight_of(name): (of_a[0], tuple(places[factor_b(name)]))
+        for name, of_a in places.items()
         if factor_b(name) != name
     }
     return MergedWeights(base, adapters, scale, factors)

@@ -8,12 +8,13 @@ weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.families.family import Shape
+from checkpoint_conversion.families.layouts import Layout, RowBlock, copied, rows_of
 
 ALL_LINEAR = "all-linear"
 # PEFT's prefix of the names of a causal language model.
@@ -71,14 +72,15 @@ class Projection:
         target: Name of the projection, such as `q_proj`.
         weight: The HuggingFace name of its weight; it may hold `{layer}` and `{expert}`.
         shape: Shape of the weight, [out, in].
-        a, b: Rules of the factors: keys in a torch_dist checkpoint, names in a PEFT folder.
+        a, b: Rules of the factors: keys in a torch_dist checkpoint, names in a PEFT folder. B has as many as
+            the checkpoint has tensors for the weight: one, or query, key and value of `in_proj_qkv`.
     """
 
     target: str
     weight: str
     shape: Shape
     a: TensorRule
-    b: TensorRule
+    b: tuple[TensorRule, ...]
 
 
 def projections(rules: Iterable[TensorRule], options: LoraOptions) -> tuple[Projection, ...]:
@@ -91,12 +93,15 @@ def projections(rules: Iterable[TensorRule], options: LoraOptions) -> tuple[Proj
     Raises:
         ConversionError: A target matches no projection, or the rank is above a matrix's dimensions.
     """
-    found = [(rule, weight, shape) for rule in rules for weight, shape in _linear(rule)]
-    known = tuple(dict.fromkeys(target_of(weight) for _, weight, _ in found))
+    found: dict[str, list[TensorRule]] = {}
+    for rule in rules:
+        for weight in _linear(rule):
+            found.setdefault(weight, []).append(rule)
+    known = tuple(dict.fromkeys(map(target_of, found)))
     chosen = _chosen(options.targets, known)
     made = [
-        _projection(rule, weight, shape, options.rank)
-        for rule, weight, shape in found
+        _projection(of_weight, weight, options.rank)
+        for weight, of_weight in found.items()
         if target_of(weight) in chosen
     ]
     for projection in made:
@@ -120,7 +125,7 @@ def resolved(rules: Sequence[TensorRule], options: LoraOptions) -> LoraOptions:
 
 def adapter_rules(rules: Iterable[TensorRule], options: LoraOptions) -> tuple[TensorRule, ...]:
     """Return the name table of the adapters alone; raises as `projections`."""
-    return tuple(rule for p in projections(rules, options) for rule in (p.a, p.b))
+    return tuple(rule for p in projections(rules, options) for rule in (p.a, *p.b))
 
 
 def target_of(weight: str) -> str:
@@ -141,21 +146,34 @@ def factor_b(factor: str) -> str:
 
 
 def factor_keys(key: str, target: str) -> tuple[str, str]:
-    """Return the checkpoint keys of A and B, given the key of the weight that the projection is part of."""
-    module = key.removesuffix(_WEIGHT)
-    return f"{module}.{target}.lora_A", f"{module}.{target}.lora_B"
+    """Return the checkpoint keys of A and B, given the key of the weight that the projection is part of.
+
+    Where a checkpoint has the parts of a weight as tensors, as `in_proj.weight.query`, B is split like it.
+    """
+    module, _, part = key.partition(_WEIGHT)
+    return f"{module}.{target}.lora_A", f"{module}.{target}.lora_B{part}"
+
+
+def rows_of_b(rule: TensorRule, weight: str) -> Layout:
+    """Return the rows of a weight's B that belong to a tensor of a checkpoint, in their order.
+
+    A tensor with all rows of the weight has B in the order of HuggingFace; a part of it, in its own order.
+    """
+    source, total = list(rule.hf).index(weight), rule.hf[weight][0]
+    own = tuple(RowBlock(0, start, rows) for number, start, rows in rule.layout if number == source)
+    return copied(total) if rows_of(own) == total else own
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _linear(rule: TensorRule) -> list[tuple[str, Shape]]:
+def _linear(rule: TensorRule) -> list[str]:
     """Return the weights of linear layers in a rule; embeddings, router, norms and biases are none."""
-    is_weight = rule.megatron.endswith(_WEIGHT) and not rule.megatron.endswith(".router.weight")
+    is_weight = f"{rule.megatron}.".count(f"{_WEIGHT}.") and ".router." not in rule.megatron
     if rule.vocabulary or not is_weight:
         return []
-    return [(name, shape) for name, shape in rule.hf.items() if len(shape) == 2]
+    return [name for name, shape in rule.hf.items() if len(shape) == 2]
 
 
 def _chosen(targets: Sequence[str], known: Sequence[str]) -> frozenset[str]:
@@ -170,24 +188,20 @@ def _chosen(targets: Sequence[str], known: Sequence[str]) -> frozenset[str]:
     return frozenset(known) if ALL_LINEAR in targets else frozenset(targets)
 
 
-def _projection(rule: TensorRule, weight: str, shape: Shape, rank: int) -> Projection:
-    target, module = target_of(weight), PREFIX + weight.removesuffix(_WEIGHT)
-    keys = [factor_keys(key, target) for key in rule.keys]
-    (a, b), *others = keys
+def _projection(rules: Sequence[TensorRule], weight: str, rank: int) -> Projection:
+    first, target, module = rules[0], target_of(weight), PREFIX + weight.removesuffix(_WEIGHT)
+    shape = first.hf[weight]
+    a = {f"{module}{A_END}": (rank, shape[1])}
+    b = {f"{module}{B_END}": (shape[0], rank)}
+
+    def of(rule: TensorRule, number: int, hf: Mapping[str, Shape], layout: Layout) -> TensorRule:
+        key, *aliases = (factor_keys(key, target)[number] for key in rule.keys)
+        return TensorRule(key, hf, layout, rule.axes, aliases=tuple(aliases))
+
     return Projection(
         target,
         weight,
         shape,
-        TensorRule(
-            a,
-            {f"{module}{A_END}": (rank, shape[1])},
-            axes=rule.axes,
-            aliases=tuple(other for other, _ in others),
-        ),
-        TensorRule(
-            b,
-            {f"{module}{B_END}": (shape[0], rank)},
-            axes=rule.axes,
-            aliases=tuple(other for _, other in others),
-        ),
+        of(first, 0, a, copied(rank)),
+        tuple(of(rule, 1, b, rows_of_b(rule, weight)) for rule in rules),
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoint_conversion.adapters.options import (
     A_END,
@@ -25,7 +26,7 @@ from checkpoint_conversion.adapters.options import (
 )
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.engine.output import check_output, whole_folder, write_files
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, warn
 from checkpoint_conversion.families import Config, TensorRule, family_for
 from checkpoint_conversion.hf.folder import (
     ADAPTER,
@@ -38,6 +39,16 @@ from checkpoint_conversion.hf.model import HFModel, check_tensors, expected_shap
 from checkpoint_conversion.hf.plan import COMMAND
 from checkpoint_conversion.hf.writer import HFWriter, TensorSizes, TensorSpec
 
+if TYPE_CHECKING:
+    from checkpoint_conversion.adapters.joined_experts import JoinedExperts
+
+# Keys that PEFT writes for joined experts, with the names that they may be about. A name may have others, or
+# a pattern such as `.*`, and a dot before it.
+_OF_JOINED = {
+    "target_parameters": ("gate_up_proj", "down_proj"),
+    "rank_pattern": ("gate_up_proj",),
+    "alpha_pattern": ("gate_up_proj",),
+}
 # Keys of adapter_config.json that do not change what the adapters compute, or that are read here.
 _WITHOUT_EFFECT = frozenset(
     (
@@ -45,6 +56,7 @@ _WITHOUT_EFFECT = frozenset(
         *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
         *("lora_dropout", "use_rslora", "layers_pattern", "megatron_config", "megatron_core"),
         *("qalora_group_size", "runtime_config", "init_lora_weights", "eva_config"),
+        *_OF_JOINED,
     )
 )
 # Starts that leave the weights of the base as they are.
@@ -58,10 +70,12 @@ class PeftFolder:
     Attributes:
         options: Their options, with the targets that the tensors show.
         weights: Their tensors, with their name table.
+        base: The model that they were trained on, as the folder names it.
     """
 
     options: LoraOptions
     weights: HFModel
+    base: str
 
 
 def open_peft_folder(folder: str | Path, config: Config) -> PeftFolder:
@@ -84,14 +98,23 @@ def open_peft_folder(folder: str | Path, config: Config) -> PeftFolder:
         raise ConversionError(
             f"{folder}: pickled adapters (adapter_model.bin); write safetensors with save_pretrained of PEFT"
         )
+    from checkpoint_conversion.adapters.joined_experts import joined_experts  # needs numpy
+
     tensors = read_header(folder / ADAPTER_WEIGHTS)
     family = family_for(config)
     rules = family.tensor_rules(config)
-    options = _options(folder / ADAPTER, content, tensors, rules)
+    joined = joined_experts(folder, tensors, rules)
+    separate = (name for name in tensors.keys() - joined.names if name.endswith((A_END, B_END)))
+    found = {target_of(weight_of(name)) for name in separate}
+    options = _options(folder / ADAPTER, content, found | joined.projections, rules)
+    _check_joined(folder / ADAPTER, content, options, joined)
+    if joined:
+        tensors = joined.separate(tensors, options.rank)
     own = adapter_rules(rules, options)
     source = f"{ADAPTER} (rank {options.rank}) with the model's config.json"
     check_tensors(folder, tensors, expected_shapes(own), source)
-    return PeftFolder(options, HFModel(folder, config, family, own, tensors, None))
+    base = str(content.get("base_model_name_or_path") or "an unnamed model")
+    return PeftFolder(options, HFModel(folder, config, family, own, tensors, None), base)
 
 
 def _check_options(file: Path, content: Mapping[str, Any]) -> None:
@@ -111,13 +134,48 @@ def _check_options(file: Path, content: Mapping[str, Any]) -> None:
             )
 
 
+def _check_joined(
+    file: Path, content: Mapping[str, Any], options: LoraOptions, joined: JoinedExperts
+) -> None:
+    """Refuse parameters, ranks and scales other than the ones that joined experts may have."""
+    for key, names in _OF_JOINED.items():
+        value = content.get(key) or {}
+        own = {str(name).rpartition(".")[2] for name in value} if _is_collection(value) else {None}
+        if not own <= set(names if joined else ()):
+            raise ConversionError(
+                f"{file} has {key}={str(value)[:60]!r}, which is not supported; merge the adapters with PEFT"
+            )
+    if joined.gate_up_rank is None:
+        return
+    rank = _of_gate_up(content.get("rank_pattern"), options.rank)
+    alpha = _of_gate_up(content.get("alpha_pattern"), options.alpha)
+    if rank != joined.gate_up_rank:
+        raise ConversionError(
+            f"{file} calls for rank {rank} of gate_up_proj, and the tensors have {joined.gate_up_rank}"
+        )
+    scale = replace(options, rank=rank, alpha=alpha).scale
+    if not math.isclose(scale, options.scale, rel_tol=1e-9):
+        raise ConversionError(
+            f"{file}: the scale of gate_up_proj is {scale:g}, and the other adapters have {options.scale:g}; "
+            "all need the same: merge the adapters with PEFT"
+        )
+
+
+def _is_collection(value: object) -> bool:
+    return isinstance(value, list | dict)
+
+
+def _of_gate_up(pattern: object, default: float) -> Any:
+    """Return the value that a pattern of PEFT has for gate_up_proj, its only key."""
+    return next(iter(pattern.values())) if pattern and isinstance(pattern, dict) else default
+
+
 def _options(
     file: Path,
     content: Mapping[str, Any],
-    tensors: Mapping[str, HFTensor],
+    found: Iterable[str],
     rules: Sequence[TensorRule],
 ) -> LoraOptions:
-    found = {target_of(weight_of(name)) for name in tensors if name.endswith((A_END, B_END))}
     use_rslora = content.get("use_rslora")
     if use_rslora not in (None, True, False):
         raise ConversionError(
@@ -173,7 +231,14 @@ class AdapterOutput(TensorSizes):
             ) as writer:
                 yield partial, writer
                 writer.flush()
-            write_files(partial, {**self.notes, ADAPTER: _config_text(self.options, self.base)})
+            of_experts, of_others = _targets(self.rules, True), _targets(self.rules, False)
+            options = for_peft_with_experts(self.options) if of_experts else self.options
+            write_files(partial, {**self.notes, ADAPTER: _config_text(options, self.base)})
+        if both := sorted(of_experts & of_others):
+            warn(
+                f"{self.folder}: {', '.join(both)} have adapters in layers with experts and in others, and "
+                "PEFT with transformers 5 leaves out the others in silence; there, use merged weights"
+            )
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Path]:
@@ -216,6 +281,22 @@ def plan_adapter_output(
     output = AdapterOutput(folder, base, options, own, tensors, overwrite)
     check_output(folder, [base], overwrite, COMMAND, output.nbytes)
     return output
+
+
+def _targets(rules: Iterable[TensorRule], of_experts: bool) -> set[str]:
+    """Return the projections of experts, or of other modules, that have adapters."""
+    chosen = (rule for rule in rules if ("expert" in rule.axes) == of_experts)
+    return {target_of(weight_of(name)) for rule in chosen for name in rule.hf}
+
+
+def for_peft_with_experts(options: LoraOptions) -> LoraOptions:
+    """Return options that PEFT reads as the same function where it joins the adapters of experts.
+
+    With transformers 5 it puts gate and up into one adapter of twice the rank and twice alpha, whose scale is
+    only right without rsLoRA, and it refuses to open such adapters with a dropout.
+    """
+    alpha = options.alpha * math.sqrt(options.rank) if options.rslora else options.alpha
+    return replace(options, alpha=alpha, dropout=0.0, rslora=False)
 
 
 def _config_text(options: LoraOptions, base: Path) -> bytes:

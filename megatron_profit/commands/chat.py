@@ -14,6 +14,7 @@ A line is a message, and the answer appears as it grows; Ctrl-C cuts it off. Lin
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -50,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sampling = sampling_of(arguments)
         talk = open_conversation(arguments.model, arguments.dtype, arguments.system)
+        talk.check_system()
     except EvaluationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if interactive:
         import readline  # noqa: F401 - arrow keys and history for input()
 
@@ -113,7 +117,10 @@ def say(
         for piece in answer:
             show(piece)
         if talk.ids[-1] not in talk.stop_ids:
-            show(f" [cut off at {longest:,} tokens; --max-new-tokens sets the limit]")
+            limit = "--max-new-tokens sets the limit"
+            if len(talk.ids) < longest:
+                limit = "the model's context is full; /reset begins again"
+            show(f" [cut off at {len(talk.ids):,} tokens; {limit}]")
     except KeyboardInterrupt:
         answer.close()
         show(" [cut off]")
@@ -130,7 +137,12 @@ def carry_out(talk: Conversation, line: str, *, color: bool) -> str:
         talk.reset()
         return "the conversation begins again"
     if name == "/system":
-        talk.system = rest.strip()
+        before, talk.system = talk.system, rest.strip()
+        try:
+            talk.check_system()
+        except EvaluationError as error:
+            talk.system = before
+            return f"error: {error}"
         talk.reset()
         return "the conversation begins again" + (", without a system message" if not rest else "")
     if name == "/probs":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from checkpoint_conversion.cli import run
+from checkpoint_conversion.cli import escape_unencodable, run
 from megatron_profit.flags import nearest
 
 
@@ -81,6 +81,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; the exit code is 2 for one that does not exist."""
+    escape_unencodable()
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())

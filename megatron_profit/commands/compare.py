@@ -15,9 +15,12 @@ The plan is one file:
     lora_ranks: [0, 16]             # optional, --lora-rank; 0 trains all weights
     seeds: [1, 2, 3]
 
-Further keys: data (name: {train: flags, evaluate: flags}, for several data sets), processes (of a training),
-jobs (trainings at a time), keep_models. Finished runs are kept, so that an interrupted comparison goes on. It
-writes results.json, results.md and figure.png.
+Further keys: data (name: {train: flags, evaluate: flags}, for several data sets), stages (parts of the
+comparison in the order in which they are made), processes (of a training), jobs (trainings at a time),
+keep_models, save_interval (steps between the checkpoints from which an interrupted training goes on).
+`evaluate` may be a mapping from names to flags, for several evaluations. Finished parts are kept, so that an
+interrupted comparison goes on. It writes results.json, results.md and figure.png, after each run what there
+is so far.
 """
 
 from __future__ import annotations
@@ -25,12 +28,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from megatron_profit.commands.plot_run import Curve
+    from megatron_profit.evaluation.comparison.runs import Outcome
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,37 +69,63 @@ def compare(plan_file: Path, out: Path, *, dry_run: bool = False) -> int:
         EvaluationError: The plan cannot be used, or a run failed.
     """
     import shlex
-    from dataclasses import asdict
 
     from megatron_profit.evaluation.comparison.plan import read_plan
     from megatron_profit.evaluation.comparison.runs import carry_out
-    from megatron_profit.evaluation.comparison.tables import draw_comparison, table
+    from megatron_profit.evaluation.comparison.tables import report
 
     plan = read_plan(plan_file)
     if dry_run:
-        for run in plan.runs():
-            print(shlex.join(plan.train_command(run, Path("HF"), Path("METRICS"))))
-            print(shlex.join(plan.evaluate_command(run.data, Path("HF"), Path("OUT"))))
+        for unit in (unit for units in plan.schedule() for unit in units):
+            print(shlex.join(plan.train_command(unit.run, Path("HF"), Path("METRICS"))))
+            for name in unit.evaluations:
+                command = plan.evaluate_command(unit.run.data, name, Path("HF"), Path("OUT"))
+                print(shlex.join(command))
         return 0
-    outcomes = carry_out(plan, out, last_metrics, lambda line: print(line, flush=True))
-    report = {"plan": plan_file.read_text(), "results": [asdict(o) for o in outcomes]}
-    text = table(outcomes)
-    for name, content in (
-        ("results.json", json.dumps(report, indent=1) + "\n"),
-        ("results.md", text),
-    ):
-        with whole_file(out / name) as stream:
-            stream.write(content.encode())
-    draw_comparison(outcomes, out / "figure.png")
-    print(f"\n{text}\nwrote {out}")
+
+    def publish(outcomes: Sequence[Outcome], done: int, total: int) -> None:
+        write_results(out, outcomes, plan_file.read_text(), done, total)
+
+    outcomes = carry_out(plan, out, read_run, lambda line: print(line, flush=True), publish)
+    print(f"\n{report(outcomes)}\nwrote {out}")
     return 0
 
 
-def last_metrics(file: Path) -> dict[str, float]:
-    """Return the last values of a metrics file; an evaluation's have "validation" after their names."""
+def write_results(
+    out: Path, outcomes: Sequence[Outcome], plan: str, finished: int, runs: int
+) -> None:
+    """Write results.json, results.md and the figure of what there is so far.
+
+    Args:
+        out: Folder to write them to.
+        outcomes: The results so far, the base's included.
+        plan: Text of the plan.
+        finished, runs: How many runs there are and will be.
+    """
+    from dataclasses import asdict
+
+    from megatron_profit.evaluation.comparison.tables import draw_comparison, report
+
+    out.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({"plan": plan, "finished": finished, "runs": runs})
+    # A line for each result.
+    lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
+    partly = "" if finished == runs else f"{finished} of {runs} runs are finished.\n\n"
+    contents = {
+        "results.json": f'{head[:-1]}, "results": [\n{lines}\n]}}\n',
+        "results.md": partly + report(outcomes),
+    }
+    for name, content in contents.items():
+        with whole_file(out / name) as stream:
+            stream.write(content.encode())
+    draw_comparison(outcomes, out / "figure.png")
+
+
+def read_run(file: Path) -> Mapping[str, Curve]:
+    """Return the curves of a metrics file; an evaluation's have "validation" after their names."""
     from megatron_profit.commands.plot_run import read_curves
 
-    return {name: values[-1] for name, (_, values) in read_curves(file).items()}
+    return read_curves(file)
 
 
 if __name__ == "__main__":

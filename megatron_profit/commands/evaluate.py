@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -59,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="Folder of results.",
     )
+    parser.add_argument(
+        "--opencompass",
+        type=Path,
+        metavar="FILE.py",
+        help="Write the settings of the same evaluation for OpenCompass, ask nothing.",
+    )
     return parser
 
 
@@ -66,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; return 1 for input that cannot be used."""
     arguments = build_parser().parse_args(argv)
     try:
+        if arguments.opencompass is not None:
+            write_opencompass(arguments)
+            return 0
         results = evaluate_models(arguments)
     except EvaluationError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,6 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"\n{markdown(results)}\nwrote {arguments.out}")
     return 0
+
+
+def write_opencompass(arguments: argparse.Namespace) -> None:
+    """Write the file of --opencompass, and print the command that uses it.
+
+    Raises:
+        EvaluationError: OpenCompass cannot make this evaluation.
+    """
+    from megatron_profit.evaluation.opencompass import VERSION, opencompass_settings
+
+    file: Path = arguments.opencompass
+    tasks = load_tasks(arguments, SamplingOfTasks(arguments))
+    text = opencompass_settings(labelled_models(arguments.models), tasks)
+    with whole_file(file) as stream:
+        stream.write(text.encode())
+    print(
+        f"wrote {file}; with opencompass=={VERSION} and vllm installed:\nopencompass {shlex.quote(str(file))}"
+    )
 
 
 def evaluate_models(arguments: argparse.Namespace) -> list[Result]:

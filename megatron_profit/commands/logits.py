@@ -23,6 +23,7 @@ from megatron.training.training import setup_model_and_optimizer
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.models.layer_specs import layer_spec
+from megatron_profit.models.record_spans import context_parallel_index, rotary_angles
 from megatron_profit.training.arguments.command_line import provider_of
 from megatron_profit.training.arguments.derive import derive
 from megatron_profit.training.arguments.disk import open_hf_weights
@@ -34,6 +35,7 @@ from megatron_profit.training.checkpoints.hf_weights import load_hook
 from megatron_profit.training.process.console import fail
 from megatron_profit.training.process.ranks import world_size
 from megatron_profit.training.process.shutdown import end_communication
+from megatron_profit.training.step.batch import get_batch
 
 # Settings of a training run of no steps: no optimizer is built, and none is loaded.
 _NO_TRAINING = (
@@ -56,10 +58,7 @@ def run(argv: Sequence[str], device: str) -> None:
     tokens = torch.load(own.tokens, weights_only=True)
     chunks = build_model([*flags, "--seq-length", str(tokens.size(1))], device)
     result = logits(chunks, tokens)
-    if (
-        result is not None
-        and torch.distributed.get_rank(mpu.get_tensor_model_parallel_group()) == 0
-    ):
+    if result is not None and _is_first_with_output():
         torch.save(result, own.logits)
     torch.distributed.barrier()
     end_communication()
@@ -110,21 +109,22 @@ def logits(chunks: Sequence[MegatronModule], tokens: torch.Tensor) -> torch.Tens
         tokens: [N, S] int64, the same on all ranks.
 
     Returns:
-        [N, S, vocabulary] fp32 on the CPU, the same on all tensor-parallel ranks; None on a rank without
+        [N, S, vocabulary] fp32 on the CPU, the same on all ranks that share the rows; None on a rank without
         the output layer.
     """
     args = get_args()
+    # A row is one record, so only this project's own context-parallel attention asks where it lies.
+    isolate = args.context_parallel_size > 1 and args.transformer_impl == "local"
 
     def forward_step(
         rows: Iterator[torch.Tensor], model: GPTModel
     ) -> tuple[torch.Tensor, Callable]:
-        row = next(rows)[None].cuda()
-        positions = torch.arange(row.size(1), device=row.device)[None]
-        return model(row, positions, None), lambda output, non_loss_data: _whole(output)
-
-    def _whole(output: torch.Tensor) -> torch.Tensor:
-        whole = gather_from_tensor_model_parallel_region(output.float())
-        return whole[..., : args.vocab_size].cpu()
+        batch = get_batch(_records(rows), isolate=isolate)
+        if batch.spans is not None:
+            gpt = unwrap_model(model)
+            batch.spans.rotary = rotary_angles(gpt, batch.position_ids, args.seq_length)
+        output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.spans)
+        return output, lambda output, non_loss_data: _whole(output, args.vocab_size)
 
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -138,3 +138,34 @@ def logits(chunks: Sequence[MegatronModule], tokens: torch.Tensor) -> torch.Tens
     )
     has_output = any(unwrap_model(chunk).post_process for chunk in chunks)
     return torch.cat(outputs) if has_output else None
+
+
+def _is_first_with_output() -> bool:
+    """Return whether this rank writes the logits, which all ranks of the last pipeline stage hold."""
+    data = mpu.get_data_parallel_rank(with_context_parallel=True)
+    return mpu.get_tensor_model_parallel_rank() == 0 and data == 0
+
+
+def _records(rows: Iterator[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield rows of token ids [S] as micro-batches [1, S] of one record each."""
+    for row in rows:
+        tokens = row[None]
+        yield {
+            "tokens": tokens,
+            "labels": torch.full_like(tokens, -100),
+            "position_ids": torch.arange(row.numel())[None],
+            "example_index": torch.zeros_like(tokens),
+            "draw_index": torch.zeros_like(tokens),
+        }
+
+
+def _whole(output: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Return [1, S, vocabulary] fp32 on the CPU, from this rank's part of a row and of the vocabulary."""
+    own = gather_from_tensor_model_parallel_region(output.float())[..., :vocab_size].contiguous()
+    size, group = mpu.get_context_parallel_world_size(), mpu.get_context_parallel_group()
+    parts = [torch.empty_like(own) for _ in range(size)]
+    torch.distributed.all_gather(parts, own, group=group)
+    row = torch.empty(1, size * own.size(1), own.size(2), dtype=own.dtype)
+    for rank, part in enumerate(parts):
+        row[:, context_parallel_index(row.size(1), size, rank)] = part.cpu()
+    return row

@@ -64,6 +64,8 @@ class SliderStart(TypedDict, total=False):
 
     threshold: tuple[float, ...]
     direction: str
+    scope: str
+    signal: str
 
 
 class ReportError(ValueError):
@@ -290,16 +292,21 @@ def check_output(path: Path | None, overwrite: bool) -> None:
 
 
 def slider(objectives: Sequence[Objective]) -> SliderStart:
-    """Return the start of the page's threshold: the threshold of the first thresholded ProFit, if there is
-    one.
-    """
+    """Return the start of the page's threshold: the first objective's that has one, if any does."""
     for objective in objectives:
-        # The slider moves a threshold of the probabilities on the page, which are the model's own.
-        if not isinstance(objective, ThresholdObjective) or objective.signal_reads:
+        if not isinstance(objective, ThresholdObjective):
             continue
-        threshold, direction = objective.prob_threshold, objective.threshold_direction
-        if threshold and direction:
-            return {"threshold": threshold, "direction": direction}
+        threshold = objective.prob_threshold or objective.threshold_quantile
+        if not threshold or not objective.threshold_direction:
+            continue
+        scope = objective.threshold_scope or "constant"
+        return {
+            "threshold": threshold,
+            "direction": objective.threshold_direction,
+            # The page's tokens stand for the recent steps'.
+            "scope": "global_batch" if scope == "running" else scope,
+            "signal": "reference" if objective.signal_reads else "current",
+        }
     return {}
 
 

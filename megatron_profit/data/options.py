@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_profit.data.errors import DataError, shown
+from megatron_profit.data.chat.conversations import is_read, normalise
+from megatron_profit.data.errors import BrokenRecord, DataError, shown
+from megatron_profit.data.files.records import read_records
 from megatron_profit.data.files.sources import DataSource, read_sources
 from megatron_profit.data.files.splits import VALID_SPLITS
 from megatron_profit.data.render.renderer import SupervisionPolicy
@@ -90,6 +94,19 @@ class DataOptions:
             workers=workers,
             cache=Path(flags["data_cache"]) if flags["data_cache"] else default_cache(),
         )
+
+
+def check_first_records(options: DataOptions) -> None:
+    """Refuse data that are missing, or whose first record tells no known format; nothing else is read.
+
+    Raises:
+        DataError: Names the file, and the remedy.
+    """
+    for source in (*options.train, *options.valid):
+        records = read_records(source.path, source.split, is_read(source.layout))
+        for record in itertools.islice(records, 1):
+            with contextlib.suppress(BrokenRecord):  # it will be left out and counted
+                normalise(record, source.layout)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ The flags are the ones of `megatron-profit sft`. The exit code is 1 if there is 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from checkpoint_conversion.errors import ConversionError, printable
 from megatron_profit.doctor import data_checks, machine_checks
 from megatron_profit.doctor.findings import Finding, Verdict, examined, note
 from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.flags import FlagTable
+from megatron_profit.recipe.request import Request, front_parser, read_request
 
 if TYPE_CHECKING:
     from megatron_profit.launch.prepare import Launch
@@ -50,26 +51,22 @@ def findings(words: Sequence[str]) -> Iterator[Finding]:
     Raises:
         LaunchError: The flags cannot be used.
     """
-    named = _named(words)
+    parser = front_parser()
+    front, rest = parser.parse_known_args(list(words))
+    given = FlagTable().parse(rest, parser._option_string_actions)
+    is_run = front.config is not None or "data" in given
+    request = read_request(words) if is_run else None
     yield from examined("software", machine_checks.check_software)
     yield from examined("GPU", machine_checks.check_gpus)
     yield from examined("memory", machine_checks.check_memory)
-    if named.model is None and named.config is None:
-        yield from examined("disk", lambda: machine_checks.check_disk(_RUNS, {}, 1))
-        yield note("model", "none was named; --model ID --data FILE examines them and the loss")
-    elif named.config is None and not named.data:
-        yield from _of_model(named.model)
+    if request is not None:
+        yield from _of_run(request)
+    elif front.model is not None:
+        yield from _of_model(front.model)
         yield note("data", "none were named; --data FILE examines them and the loss")
     else:
-        yield from _of_run(words)
-
-
-def _named(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model")
-    parser.add_argument("--config", nargs="+")
-    parser.add_argument("--data", nargs="+")
-    return parser.parse_known_args(list(words))[0]
+        yield from examined("disk", lambda: machine_checks.check_disk(_RUNS, {}, 1))
+        yield note("model", "none was named; --model ID --data FILE examines them and the loss")
 
 
 def _of_model(name: str) -> Iterator[Finding]:
@@ -80,13 +77,11 @@ def _of_model(name: str) -> Iterator[Finding]:
     yield from examined("tokenizer", lambda: data_checks.check_tokenizer(folder))
 
 
-def _of_run(words: Sequence[str]) -> Iterator[Finding]:
+def _of_run(request: Request) -> Iterator[Finding]:
     """Yield the findings on a run: folder, model, data, and mathematics at its layout."""
     from megatron_profit.launch.prepare import prepare
     from megatron_profit.launch.run_folder import folder_of
-    from megatron_profit.recipe.request import read_request
 
-    request = read_request(words)
     run = folder_of(request)
     yield from _of_model(request.model)
     launches: list[Any] = []
@@ -106,7 +101,7 @@ def _of_run(words: Sequence[str]) -> Iterator[Finding]:
     yield from examined("disk", lambda: machine_checks.check_disk(run.path, needed, request.nodes))
     load = Path(values.get("load", run.checkpoints))
     yield from examined("checkpoint", lambda: data_checks.check_checkpoints(load, model))
-    train = _training_data({**request.table.defaults, "seed": 1234, **values}, model)
+    train = _training_data({**request.table.defaults, **values}, model)
     yield from examined("data", lambda: data_checks.check_data(train, model))
     if request.nodes > 1:
         yield note("mathematics", "compared on one node only: give the flags without --nnodes")

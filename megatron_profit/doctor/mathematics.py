@@ -8,6 +8,7 @@ if weights, tokens, masks, positions, layout and divisor are right.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -102,6 +103,13 @@ def check_mathematics(launch: Launch, train: Any, rows: int) -> Iterator[Finding
         return
     place, gradient = device
     model = load_model(Path(values["hf_model"]), place)
+    if values.get("lora_adapter"):
+        if importlib.util.find_spec("peft") is None:
+            yield note(
+                "mathematics", "the loss with adapters is not compared: PEFT is not installed"
+            )
+            return
+        add_adapters(model, values["lora_adapter"])
     found = transformers_result(model, records, gradient and not lora)
     yield compared(megatron, found, precision, str(launch.processes))
     yield from check_rotary_base(model, plain_text(Path(values["hf_model"])))
@@ -216,6 +224,13 @@ def load_model(folder: Path, device: str) -> Any:
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     return model.to(device).eval()
+
+
+def add_adapters(model: Any, folder: str) -> None:
+    """Add the adapters of a PEFT folder to transformers' model, in place."""
+    from peft import PeftModel
+
+    PeftModel.from_pretrained(model, folder)
 
 
 def transformers_result(model: Any, records: Sequence[Record], gradient: bool) -> Result:

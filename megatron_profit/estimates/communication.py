@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_profit.estimates.memory import gradient_bytes
 from megatron_profit.estimates.parameter_counts import stage_parameters
-from megatron_profit.estimates.run_shape import RunShape
+from megatron_profit.estimates.run_shape import LayerKind, RunShape
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def sent_bytes(run: RunShape, stage: int, supervised_share: float = 1.0) -> Sent
         supervised_share: Supervised tokens over all. Without sequence parallelism the output layer
             sends no others.
     """
-    layers = [run.expert_layers[layer] for layer in run.layers_of(stage)]
+    layers = [run.kinds[layer] for layer in run.layers_of(stage)]
     return Sent(
         tensor=run.micro_batches * _tensor(run, layers, stage, supervised_share),
         pipeline=_pipeline(run, stage),
-        context=run.micro_batches * len(layers) * _context(run),
-        expert=run.micro_batches * sum(layers) * _expert(run),
+        context=run.micro_batches * sum(_context(run, kind) for kind in layers),
+        expert=run.micro_batches * sum(kind.experts for kind in layers) * _expert(run),
         data=_data(run, stage),
     )
 
@@ -100,7 +100,9 @@ def _ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _tensor(run: RunShape, layers: Sequence[bool], stage: int, supervised_share: float) -> float:
+def _tensor(
+    run: RunShape, layers: Sequence[LayerKind], stage: int, supervised_share: float
+) -> float:
     """Return the bytes of tensor parallelism for a micro-batch.
 
     A unit is an all-gather or a reduce-scatter of the residual stream; an all-reduce is two units. With
@@ -115,7 +117,7 @@ def _tensor(run: RunShape, layers: Sequence[bool], stage: int, supervised_share:
         forward, backward, entry, output = 2, 2, 2, 2 * supervised_share
     pair = forward * _forwards(run) + backward
     # The experts of a layer take the place of its second pair; they count under expert parallelism.
-    pairs = sum(1 if has_experts else 2 for has_experts in layers)
+    pairs = sum(1 if kind.experts else 2 for kind in layers)
     ends = entry * (stage == 0) + output * (stage == run.pp - 1)
     return unit * (pair * pairs + ends)
 
@@ -138,13 +140,18 @@ def _pipeline(run: RunShape, stage: int) -> float:
     return sent
 
 
-def _context(run: RunShape) -> float:
+def _context(run: RunShape, kind: LayerKind) -> float:
     """Return the bytes of context parallelism for a layer and a micro-batch.
 
-    Keys and values of whole rows are gathered, and their gradients scattered.
+    Keys and values of whole rows are gathered, and their gradients scattered. In a Gated DeltaNet each rank
+    sends the inputs of the others' heads, and gets the outputs of its own rows back.
     """
     if run.cp == 1:
         return 0
+    if kind.state:
+        features = 2 * run.state_keys + 3 * run.state_values + 2 * run.args.linear_num_value_heads
+        sent = run.tokens * features / run.tp * run.bytes_per_number * _ring(run.cp)
+        return sent * (_forwards(run) + 1)
     keys_values = run.args.seq_length * run.args.micro_batch_size * 2 * run.key_value_size / run.tp
     return keys_values * run.bytes_per_number * _ring(run.cp) * (_forwards(run) + 1)
 
@@ -182,21 +189,36 @@ def step_flops(run: RunShape) -> float:
     """
     args, hidden = run.args, run.args.hidden_size
     passes = _forwards(run) + 2
-    projections = hidden * (2 * run.query_size + 2 * run.key_value_size)
     layer = 0.0
-    for has_experts in run.expert_layers:
+    for kind in run.kinds:
         mlp = 3 * hidden * args.ffn_hidden_size
-        if has_experts:
-            mlp = 3 * hidden * args.moe_ffn_hidden_size * args.moe_router_topk
-            mlp += hidden * args.num_experts
-        # Causal attention: queries meet half of the row's keys, in two products.
-        layer += 2 * (projections + mlp) + 4 * run.query_size * args.seq_length / 2
+        if kind.experts:
+            inner = args.moe_ffn_hidden_size * args.moe_router_topk
+            inner += args.moe_shared_expert_intermediate_size or 0
+            mlp = 3 * hidden * inner + hidden * args.num_experts
+        layer += 2 * mlp + (_state_flops(run) if kind.state else _attention_flops(run))
     # The linear objective computes the logits of kept tokens twice if it does not keep them.
     output = (
         2 * hidden * args.padded_vocab_size * (4 if args.objective_backward == "recompute" else 3)
     )
     tokens = args.seq_length * args.micro_batch_size * run.dp * run.micro_batches
     return tokens * (layer * passes + output)
+
+
+def _attention_flops(run: RunShape) -> float:
+    """Return the operations of attention for a token, forward."""
+    queries = run.query_size * (3 if run.args.attention_output_gate else 2)
+    projections = run.args.hidden_size * (queries + 2 * run.key_value_size)
+    # Causal attention: queries meet half of the row's keys, in two products.
+    return 2 * projections + 4 * run.query_size * run.args.seq_length / 2
+
+
+def _state_flops(run: RunShape) -> float:
+    """Return the operations of a Gated DeltaNet for a token, forward; the rule as Megatron counts it."""
+    args, keys, values = run.args, run.state_keys, run.state_values
+    projections = args.hidden_size * (2 * keys + 3 * values + 2 * args.linear_num_value_heads)
+    convolution = args.linear_conv_kernel_dim * (2 * keys + values)
+    return 2 * (projections + convolution + 4 * values * args.linear_value_head_dim)
 
 
 def step_time(run: RunShape, machine: Machine) -> StepTime:

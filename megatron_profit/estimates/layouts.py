@@ -47,8 +47,12 @@ _UNCHANGED = {
     "microbatch_group_size_per_vp_stage": None,
     "objective_backward": "auto",
     "num_experts": None,
+    "moe_shared_expert_intermediate_size": None,
+    "experimental_attention_variant": None,
+    "attention_output_gate": False,
     "lora_rank": None,
     "lora_targets": None,
+    "lora_dropout": None,
     "moe_router_topk": 0,
 }
 
@@ -210,6 +214,8 @@ def layouts(wish: Wish, cluster: Cluster) -> Iterator[Layout]:
                 dp, rest = divmod(cluster.gpus, tp * pp * cp)
                 if rest or wish.seq_length % (tp * cp * (2 if cp > 1 else 1)):
                     continue
+                if any((model.get(name) or 0) % (tp * cp) for name in _STATE_HEADS):
+                    continue
                 sizes: dict[str, Any] = {
                     "tensor_model_parallel_size": tp,
                     "sequence_parallel": tp > 1,
@@ -227,6 +233,9 @@ def layouts(wish: Wish, cluster: Cluster) -> Iterator[Layout]:
                                 yield layout
 
 
+# Sizes of a model that tensor parallelism splits; context parallelism splits a Gated DeltaNet's heads too.
+_STATE_HEADS = ("linear_num_key_heads", "linear_num_value_heads")
+_SPLIT = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", *_STATE_HEADS)
 _RECOMPUTATIONS: tuple[dict[str, Any], ...] = (
     {},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -235,8 +244,7 @@ _RECOMPUTATIONS: tuple[dict[str, Any], ...] = (
 
 def _tensor_sizes(model: Mapping[str, Any], cluster: Cluster) -> list[int]:
     """Return the tensor-parallel sizes that divide the model, and stay within a node."""
-    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    sizes = _divisors(*(model[name] for name in names), cluster.gpus)
+    sizes = _divisors(*(model[name] for name in _SPLIT if model.get(name)), cluster.gpus)
     return [size for size in sizes if size <= cluster.per_node]
 
 

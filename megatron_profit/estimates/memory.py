@@ -14,12 +14,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from checkpoint_conversion.adapters.options import ALL_LINEAR
 from megatron_profit.estimates.parameter_counts import (
     Parameters,
     stage_parameters,
     trained_parameters,
 )
-from megatron_profit.estimates.run_shape import RunShape
+from megatron_profit.estimates.run_shape import LayerKind, RunShape
 
 GIB = 2**30
 # CUDA context, NCCL's buffers, cuBLAS's workspaces; an assumption, not a measurement.
@@ -144,7 +145,7 @@ class LayerActivations:
         middle: The residual stream after attention.
         mlp: Inputs and outputs of the activation function.
         router: Logits, probabilities and the experts' inputs.
-        adapters: The tensors between A and B of all projections.
+        adapters: The tensors between A and B of all projections, and what their dropout keeps.
     """
 
     entry: int
@@ -161,39 +162,88 @@ class LayerActivations:
         return sum(parts) + self.router + self.adapters
 
 
-def layer_activations(run: RunShape, has_experts: bool, expert_load: float) -> LayerActivations:
+def layer_activations(run: RunShape, kind: LayerKind, expert_load: float) -> LayerActivations:
     """Return the bytes that a layer keeps, before any recomputation."""
     args, number, tokens = run.args, run.bytes_per_number, run.tokens
     stream = tokens * args.hidden_size * number // run.sequence_split
-    heads = args.num_attention_heads // run.tp
     query, key_value = run.query_size // run.tp, run.key_value_size // run.tp
-    # Under context parallelism keys and values of whole rows are gathered (docs/training.md).
-    keys = args.seq_length * args.micro_batch_size if run.cp > 1 else tokens
-    # The projection's output, the norm's copy of its queries, rotated queries, keys, values, context.
-    copied = query if args.qk_layernorm else 0
-    attention = (tokens * (3 * query + 2 * key_value + copied) + keys * 2 * key_value) * number
-    attention += tokens * heads * 4
+    attention = _state_bytes(run) if kind.state else _attention_bytes(run)
     norms = 2 * stream
     if not run.fused:  # a norm of single operations keeps what it has normalised, before its weight
-        norms += 2 * stream + (tokens * (query + key_value) * number if args.qk_layernorm else 0)
-    if not has_experts:
+        of_heads = args.qk_layernorm and not kind.state
+        norms += 2 * stream + (tokens * (query + key_value) * number if of_heads else 0)
+    if not kind.experts:
         mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
+        inner = tokens * args.ffn_hidden_size // run.tp
         low = _between_factors(run, tokens, tokens)
+        low += _dropped_inputs(run, tokens * args.hidden_size // run.sequence_split, inner)
         return LayerActivations(stream, norms, attention, stream, mlp, 0, low)
     # Each token goes to `topk` experts; the ranks that share an expert gather its tokens.
     local = tokens / run.sequence_split * args.moe_router_topk * run.etp * expert_load
     expert = _gated_mlp(run, args.moe_ffn_hidden_size // run.etp)
     router = tokens // run.sequence_split * args.num_experts * 4 * 2
     router += int(local * args.hidden_size * number)
+    inner = int(local * args.moe_ffn_hidden_size // run.etp)
     low = _between_factors(run, tokens, int(local))
+    low += _dropped_inputs(run, int(local * args.hidden_size), inner)
     mlp = int(local * expert * number)
+    if args.moe_shared_expert_intermediate_size:
+        shared = _gated_mlp(run, args.moe_shared_expert_intermediate_size // run.tp)
+        mlp += tokens * shared * number + stream
     return LayerActivations(stream, norms, attention, stream, mlp, router, low)
+
+
+def _attention_bytes(run: RunShape) -> int:
+    """Return the bytes that attention keeps of a micro-batch."""
+    args, tokens = run.args, run.tokens
+    query, key_value = run.query_size // run.tp, run.key_value_size // run.tp
+    # Under context parallelism keys and values of whole rows are gathered (docs/training.md).
+    keys = args.seq_length * args.micro_batch_size if run.cp > 1 else tokens
+    # The projection's output, the norm's copy of its queries, rotated queries, keys, values, context.
+    queries = 3 * query + (query if args.qk_layernorm else 0)
+    # The gate, and the context that it has multiplied.
+    queries += 2 * query if args.attention_output_gate else 0
+    numbers = tokens * (queries + 2 * key_value) + keys * 2 * key_value
+    return numbers * run.bytes_per_number + tokens * args.num_attention_heads // run.tp * 4
+
+
+def _state_bytes(run: RunShape) -> int:
+    """Return the bytes that a Gated DeltaNet with kernels keeps of a micro-batch.
+
+    They are the projection's output, the convolution's, keys and queries for each value head, values, decays,
+    the triangular system of each chunk of 64 tokens, and the output before and after its gate.
+    """
+    args, tokens = run.args, run.tokens
+    heads = args.linear_num_value_heads // run.tp
+    keys, values = run.state_keys // run.tp, run.state_values // run.tp
+    repeated = 2 * heads * args.linear_key_head_dim
+    numbers = 2 * (2 * keys + values) + values + 2 * heads + repeated + 3 * values + 64 * heads
+    return tokens * (numbers * run.bytes_per_number + 2 * heads * 4)
 
 
 def _between_factors(run: RunShape, tokens: int, mlp_tokens: int) -> int:
     """Return the bytes between A and B: four projections of attention and three of the MLP, scaled once."""
     rank = run.args.lora_rank or 0
     return 2 * rank * (4 * tokens + 3 * mlp_tokens) * run.bytes_per_number
+
+
+def _dropped_inputs(run: RunShape, mlp_input: int, inner: int) -> int:
+    """Return the bytes that a dropout keeps: for each projection with adapters, its input and a mask.
+
+    Args:
+        mlp_input: Numbers of the MLP's input on this rank.
+        inner: Numbers of the input of down_proj.
+    """
+    args = run.args
+    if not args.lora_dropout:
+        return 0
+    stream, context = run.tokens * args.hidden_size // run.sequence_split, run.query_size // run.tp
+    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), stream)
+    inputs |= dict.fromkeys(("gate_proj", "up_proj"), mlp_input)
+    inputs |= {"o_proj": run.tokens * context, "down_proj": inner}
+    targets = args.lora_targets or (ALL_LINEAR,)
+    numbers = sum(size for name, size in inputs.items() if name in targets or ALL_LINEAR in targets)
+    return numbers * (run.bytes_per_number + 1)
 
 
 def _gated_mlp(run: RunShape, size: int) -> int:
@@ -203,20 +253,20 @@ def _gated_mlp(run: RunShape, size: int) -> int:
     return size * (3 if run.fused else 5)
 
 
-def kept_activations(run: RunShape, has_experts: bool, expert_load: float) -> int:
+def kept_activations(run: RunShape, kind: LayerKind, expert_load: float) -> int:
     """Return the bytes that a layer keeps if it is not fully recomputed."""
-    parts = layer_activations(run, has_experts, expert_load)
+    parts = layer_activations(run, kind, expert_load)
     if run.args.recompute_granularity != "selective":
         return parts.total
     modules = run.args.recompute_modules or ["core_attn"]
-    if "core_attn" in modules:
+    if "core_attn" in modules and not kind.state:
         heads = run.args.num_attention_heads // run.tp
         parts = replace(parts, attention=parts.attention - run.tokens * heads * 4)
     if "layernorm" in modules:
         parts = replace(parts, norms=0)
-    if ("moe" if has_experts else "mlp") in modules:
+    if ("moe" if kind.experts else "mlp") in modules:
         parts = replace(parts, mlp=0, router=0)
-    elif has_experts and "moe_act" in modules:
+    elif kind.experts and "moe_act" in modules:
         parts = replace(parts, mlp=parts.mlp * 2 // 3)
     return parts.total
 
@@ -226,8 +276,8 @@ def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float)
     time.
     """
     args = run.args
-    kinds = {has: kept_activations(run, has, expert_load) for has in set(run.expert_layers)}
-    kept = [kinds[run.expert_layers[layer]] for layer in layers]
+    kinds = {kind: kept_activations(run, kind, expert_load) for kind in set(run.kinds)}
+    kept = [kinds[run.kinds[layer]] for layer in layers]
     if args.recompute_granularity != "full":
         return sum(kept), 0
     split = run.tp if args.distribute_saved_activations else run.sequence_split
@@ -260,16 +310,18 @@ def _activations(run: RunShape, stage: int, expert_load: float) -> tuple[int, in
     """
     chunks = (_chunk_activations(run, chunk, expert_load) for chunk in run.chunks_of(stage))
     kept, recomputed = map(max, zip(*chunks, strict=True))
-    has_experts = any(run.expert_layers[layer] for layer in run.layers_of(stage))
-    working = recomputed + _layer_working(run, has_experts, expert_load)
+    kinds = {run.kinds[layer] for layer in run.layers_of(stage)}
+    working = recomputed + max(
+        (_layer_working(run, kind, expert_load) for kind in kinds), default=0
+    )
     return kept * chunks_under_way(run, stage), working
 
 
-def _layer_working(run: RunShape, has_experts: bool, expert_load: float) -> int:
+def _layer_working(run: RunShape, kind: LayerKind, expert_load: float) -> int:
     """Return the bytes of an MLP's backward pass: its gathered input, the input's gradient and the inner
     gradients.
     """
-    parts = layer_activations(run, has_experts, expert_load)
+    parts = layer_activations(run, kind, expert_load)
     gathered = 2 * run.tokens * run.args.hidden_size * run.bytes_per_number
     return gathered + parts.mlp + 2 * parts.router
 

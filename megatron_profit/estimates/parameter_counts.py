@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from checkpoint_conversion.adapters.options import ALL_LINEAR
-from megatron_profit.estimates.run_shape import RunShape
+from megatron_profit.estimates.run_shape import LayerKind, RunShape
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,42 @@ class Parameters:
         return self.dense + self.experts
 
 
-def layer_parameters(run: RunShape, has_experts: bool) -> Parameters:
+def layer_parameters(run: RunShape, kind: LayerKind) -> Parameters:
     """Return the parameters of a layer on a rank."""
     args, hidden = run.args, run.args.hidden_size
-    qkv = run.query_size + 2 * run.key_value_size
-    dense = (hidden * qkv + run.query_size * hidden) // run.tp + 2 * hidden
-    if args.add_qkv_bias:
-        dense += qkv // run.tp
-    if args.qk_layernorm:
-        dense += 2 * args.kv_channels
-    if not has_experts:
+    mixer = _state_parameters(run) if kind.state else _attention_parameters(run)
+    dense = mixer + 2 * hidden
+    if not kind.experts:
         return Parameters(dense + 3 * hidden * args.ffn_hidden_size // run.tp)
+    if args.moe_shared_expert_intermediate_size:
+        dense += 3 * hidden * args.moe_shared_expert_intermediate_size // run.tp
+        dense += hidden * args.moe_shared_expert_gate
     expert = 3 * hidden * args.moe_ffn_hidden_size // run.etp
     return Parameters(dense + hidden * args.num_experts, args.num_experts // run.ep * expert)
 
 
-def adapter_parameters(run: RunShape, has_experts: bool) -> Parameters:
+def _attention_parameters(run: RunShape) -> int:
+    args, hidden = run.args, run.args.hidden_size
+    qkv = run.query_size * (2 if args.attention_output_gate else 1) + 2 * run.key_value_size
+    count = (hidden * qkv + run.query_size * hidden) // run.tp
+    if args.add_qkv_bias:
+        count += qkv // run.tp
+    if args.qk_layernorm:
+        count += 2 * args.kv_channels
+    return count
+
+
+def _state_parameters(run: RunShape) -> int:
+    """Return the parameters of a Gated DeltaNet: projections, convolution, decays and the heads' norm."""
+    args, heads = run.args, run.args.linear_num_value_heads
+    channels = 2 * run.state_keys + run.state_values
+    inputs = channels + run.state_values + 2 * heads
+    count = args.hidden_size * (inputs + run.state_values)
+    count += channels * args.linear_conv_kernel_dim + 2 * heads
+    return count // run.tp + args.linear_value_head_dim
+
+
+def adapter_parameters(run: RunShape, kind: LayerKind) -> Parameters:
     """Return the parameters of a layer's adapters on a rank.
 
     A factor is split like the outputs or inputs of its projection; the other one is on every rank. For
@@ -55,18 +75,30 @@ def adapter_parameters(run: RunShape, has_experts: bool) -> Parameters:
         return Parameters()
     targets = args.lora_targets or (ALL_LINEAR,)
 
-    def size(name: str, inner: int) -> int:
-        is_target = name in targets or ALL_LINEAR in targets
-        return rank * (args.hidden_size + inner) * is_target
+    def size(**inner: int) -> int:
+        """Return the parameters of projections between the hidden size and inner ones on this rank."""
+        own = [inner[name] for name in inner if name in targets or ALL_LINEAR in targets]
+        return sum(rank * (args.hidden_size + size) for size in own)
 
     query, key_value = run.query_size // run.tp, run.key_value_size // run.tp
-    dense = size("q_proj", query) + size("o_proj", query)
-    dense += size("k_proj", key_value) + size("v_proj", key_value)
-    ffn = args.moe_ffn_hidden_size // run.etp if has_experts else args.ffn_hidden_size // run.tp
-    mlp = sum(size(name, ffn) for name in ("gate_proj", "up_proj", "down_proj"))
-    if not has_experts:
-        return Parameters(dense + mlp)
-    return Parameters(dense, args.num_experts // run.ep * mlp)
+    gated = query * (2 if args.attention_output_gate else 1)
+    dense = size(q_proj=gated, k_proj=key_value, v_proj=key_value, o_proj=query)
+    if kind.state:
+        keys, values = run.state_keys // run.tp, run.state_values // run.tp
+        heads = args.linear_num_value_heads // run.tp
+        dense = size(in_proj_qkv=2 * keys + values, in_proj_z=values, in_proj_b=heads)
+        dense += size(in_proj_a=heads, out_proj=values)
+
+    def mlp(inner: int) -> int:
+        return size(gate_proj=inner, up_proj=inner, down_proj=inner)
+
+    if not kind.experts:
+        return Parameters(dense + mlp(args.ffn_hidden_size // run.tp))
+    experts = args.num_experts // run.ep * mlp(args.moe_ffn_hidden_size // run.etp)
+    if args.moe_shared_expert_intermediate_size:
+        # The families with a shared expert hold the routed ones as one tensor, which gets no adapters.
+        return Parameters(dense + mlp(args.moe_shared_expert_intermediate_size // run.tp))
+    return Parameters(dense, experts)
 
 
 def trained_parameters(run: RunShape, stage: int) -> Parameters:
@@ -75,7 +107,7 @@ def trained_parameters(run: RunShape, stage: int) -> Parameters:
         return stage_parameters(run, stage)
     total = Parameters()
     for layer in run.layers_of(stage):
-        total += adapter_parameters(run, run.expert_layers[layer])
+        total += adapter_parameters(run, run.kinds[layer])
     return total
 
 
@@ -106,9 +138,9 @@ def stage_parameters(run: RunShape, stage: int) -> Parameters:
     """
     args = run.args
     total = Parameters()
-    has_experts = [run.expert_layers[layer] for layer in run.layers_of(stage)]
-    for kind in set(has_experts):
-        one, count = layer_parameters(run, kind), has_experts.count(kind)
+    kinds = [run.kinds[layer] for layer in run.layers_of(stage)]
+    for kind in set(kinds):
+        one, count = layer_parameters(run, kind), kinds.count(kind)
         total += Parameters(one.dense * count, one.experts * count)
     vocabulary = args.padded_vocab_size // run.tp * args.hidden_size
     last = stage == run.pp - 1

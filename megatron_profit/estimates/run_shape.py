@@ -8,6 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 _UNEVEN = (
     "pipeline_model_parallel_layout",
@@ -25,6 +26,18 @@ _UNKNOWN = (
 
 class ShapeError(ValueError):
     """The estimates do not cover this setting; the message names it and the remedy."""
+
+
+class LayerKind(NamedTuple):
+    """The kind of a layer.
+
+    Attributes:
+        experts: Whether it has experts in place of a dense MLP.
+        state: Whether it has a Gated DeltaNet in place of attention.
+    """
+
+    experts: bool = False
+    state: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,15 +143,36 @@ class RunShape:
         groups = self.args.num_query_groups if self.args.group_query_attention else None
         return (groups or self.args.num_attention_heads) * self.args.kv_channels
 
+    @property
+    def state_keys(self) -> int:
+        """Size of all keys, or of all queries, of a position in a Gated DeltaNet."""
+        return self.args.linear_num_key_heads * self.args.linear_key_head_dim
+
+    @property
+    def state_values(self) -> int:
+        """Size of all values of a position in a Gated DeltaNet."""
+        return self.args.linear_num_value_heads * self.args.linear_value_head_dim
+
     @cached_property
-    def expert_layers(self) -> tuple[bool, ...]:
-        """Flags of the layers: true for a layer with experts."""
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of the layers."""
+        return tuple(map(LayerKind, self._expert_layers(), self._state_layers()))
+
+    def _expert_layers(self) -> list[bool]:
         args = self.args
         if args.num_experts is None:
-            return (False,) * args.num_layers
+            return [False] * args.num_layers
         if isinstance(args.moe_layer_freq, int):
-            return tuple(i % args.moe_layer_freq == 0 for i in range(args.num_layers))
-        return tuple(bool(has) for has in args.moe_layer_freq)
+            return [i % args.moe_layer_freq == 0 for i in range(args.num_layers)]
+        return [bool(has) for has in args.moe_layer_freq]
+
+    def _state_layers(self) -> list[bool]:
+        args = self.args
+        if args.experimental_attention_variant != "gated_delta_net":
+            return [False] * args.num_layers
+        if isinstance(args.linear_attention_freq, int):
+            return [(i + 1) % args.linear_attention_freq != 0 for i in range(args.num_layers)]
+        return [bool(has) for has in args.linear_attention_freq]
 
     def layers_of(self, stage: int) -> list[int]:
         """Return the layers of a pipeline rank, chunk after chunk."""

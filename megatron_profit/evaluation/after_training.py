@@ -1,4 +1,4 @@
-"""The evaluation of what a training run exports, by the first rank when the training is over."""
+"""The evaluation of what a training run exports: its flags, and its process after or next to the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_profit.evaluation.errors import EvaluationError, require
+from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.flags import ArgumentsError, flag, options_of
 
 # Set by torchrun; an engine would take the process for a rank of several.
@@ -22,7 +22,7 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @dataclass(frozen=True)
 class EvalTasks:
-    """The evaluation after the last step."""
+    """The evaluation after the last step, and on request during the training."""
 
     eval_tasks: str | None = flag(
         "Evaluate the --export-hf folder on these tasks after training, for example gsm8k,ifeval. With "
@@ -34,19 +34,63 @@ class EvalTasks:
         default="",
         metavar="FLAGS",
     )
+    eval_tasks_interval: int | None = flag(
+        "Evaluate the tasks every N steps as well, with transformers on the first machine's CPUs while the "
+        "training waits. --keep-best then knows them.",
+        type=int,
+        metavar="N",
+    )
+    eval_tasks_limit: int = flag(
+        "Questions of each task in the evaluations of --eval-tasks-interval.",
+        type=int,
+        default=50,
+        metavar="N",
+    )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is a task, by its name or as a --task-file."""
+        files = [word for word in shlex.split(self.eval_flags) if word.startswith("--task-file")]
+        return self.eval_tasks is not None or bool(files)
 
     @property
     def names(self) -> list[str]:
-        """The names of the tasks."""
+        """The names of the package's tasks."""
         return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]
 
-    def command(self, export: Path) -> list[str]:
-        """Return the command that evaluates the export; its results go next to it."""
+    @property
+    def metrics(self) -> list[str]:
+        """The tasks whose scores an evaluation during the training has."""
+        if self.eval_tasks_interval is None:
+            return []
+        from megatron_profit.evaluation.questions import name_of_file
+
+        return [*self.names, *map(name_of_file, _settings_of(self).task_file)]
+
+    def command(self, export: Path, out: Path, *further: str) -> list[str]:
+        """Return the command that evaluates an export.
+
+        Args:
+            export: The folder of the model.
+            out: The folder of the results.
+            *further: Flags after the user's, which they replace.
+        """
         return [
             *(sys.executable, "-m", "megatron_profit", "evaluate", f"trained={export.absolute()}"),
-            *("--tasks", str(self.eval_tasks), *shlex.split(self.eval_flags)),
-            *("--out", str(export.absolute().with_name(f"{export.name}-evaluation"))),
+            *(("--tasks", self.eval_tasks) if self.eval_tasks else ()),
+            *shlex.split(self.eval_flags),
+            *("--out", str(out.absolute()), *further),
         ]
+
+    def command_during(self, export: Path, out: Path) -> list[str]:
+        """Return the command of an evaluation during the training, which holds the GPU's memory."""
+        limit = str(self.eval_tasks_limit)
+        return self.command(export, out, "--engine", "transformers", "--limit", limit)
+
+
+def results_of(export: Path) -> Path:
+    """Return the folder of an export's results, next to it."""
+    return export.absolute().with_name(f"{export.name}-evaluation")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,32 +110,55 @@ def eval_tasks(values: Mapping[str, Any]) -> EvalTasks:
     from megatron_profit.evaluation.questions import check_names
 
     options = options_of(EvalTasks, values)
-    if options.eval_tasks is None:
-        if options.eval_flags:
-            raise ArgumentsError("--eval-flags is about --eval-tasks, which is missing")
-        return options
+    with _naming(options):
+        given = _settings_of(options)
+        if not options.is_wanted:
+            for name in ("eval_flags", "eval_tasks_interval"):
+                if values[name]:
+                    flag = "--" + name.replace("_", "-")
+                    raise ArgumentsError(f"{flag} is about --eval-tasks, which is missing")
+            return options
+        check_names(options.names)
+        if given.server is not None:
+            raise EvaluationError(
+                f"--server {given.server} does not have the weights of this run; drop it"
+            )
     if not values["export_hf"]:
         raise ArgumentsError("--eval-tasks evaluates the folder of --export-hf, which is missing")
-    with _naming(options):
-        check_names(options.names)
-        _settings_of(options)
+    if options.eval_tasks_interval is not None:
+        _check_interval(options, values)
     return options
 
 
+def _check_interval(options: EvalTasks, values: Mapping[str, Any]) -> None:
+    every, evaluates = options.eval_tasks_interval, values["eval_interval"]
+    assert every is not None
+    if every < 1 or options.eval_tasks_limit < 1:
+        raise ArgumentsError("--eval-tasks-interval and --eval-tasks-limit must be at least 1")
+    if not (values["valid_data"] or values["valid_split"]) or values["eval_iters"] == 0:
+        raise ArgumentsError(
+            f"--eval-tasks-interval {every} adds tasks to the evaluations of a run, and there are none; give "
+            "--valid-data or --valid-split"
+        )
+    if every % evaluates:
+        raise ArgumentsError(
+            f"--eval-tasks-interval {every} must be a multiple of --eval-interval {evaluates}"
+        )
+
+
 def check_task_files(options: EvalTasks) -> None:
-    """Check before the training that the tasks can be evaluated after it: packages and files.
+    """Check before the training that the tasks can be evaluated after it: packages, files and columns.
 
     Raises:
-        ArgumentsError: A package or a task's file is missing.
+        ArgumentsError: A package or a task's file is missing, or a file cannot be used.
     """
-    from megatron_profit.evaluation.questions import find_file
+    from megatron_profit.evaluation.command_line import SamplingOfTasks, load_tasks
 
-    if options.eval_tasks is None:
+    if not options.is_wanted:
         return
     with _naming(options):
-        require("lm_eval", "math_verify", for_what="it")
-        for name in options.names:
-            find_file(name, _settings_of(options).data)
+        given = _settings_of(options)
+        load_tasks(given, SamplingOfTasks(given))
 
 
 def _settings_of(options: EvalTasks) -> argparse.Namespace:
@@ -100,6 +167,8 @@ def _settings_of(options: EvalTasks) -> argparse.Namespace:
     parser = _Parser(add_help=False, allow_abbrev=False)
     add_evaluation_flags(parser)
     given = parser.parse_args(shlex.split(options.eval_flags))
+    if options.eval_tasks is not None:
+        given.tasks = options.eval_tasks
     for name in options.names:
         SamplingOfTasks(given).of(name)
     return given
@@ -110,9 +179,27 @@ def _naming(options: EvalTasks) -> Iterator[None]:
     """Name the flags in the errors of the block."""
     try:
         yield
+    except ArgumentsError:
+        raise
     except ValueError as error:
-        flags = f" --eval-flags {options.eval_flags!r}" if options.eval_flags else ""
-        raise ArgumentsError(f"--eval-tasks {options.eval_tasks}{flags}: {error}") from error
+        tasks = f"--eval-tasks {options.eval_tasks}" if options.eval_tasks is not None else ""
+        flags = f"--eval-flags {options.eval_flags!r}" if options.eval_flags else ""
+        raise ArgumentsError(f"{' '.join(filter(None, (tasks, flags)))}: {error}") from error
+
+
+def environment_of_engine(*, on_cpu: bool = False) -> dict[str, str]:
+    """Return the environment of a process that is no rank of the run and may use all cores.
+
+    Args:
+        on_cpu: Whether GPUs are hidden from it.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    if (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+        and environment.get("OMP_NUM_THREADS") == "1"
+    ):
+        del environment["OMP_NUM_THREADS"]  # torchrun sets it where several ranks share a machine
+    return environment | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
 
 
 def become_evaluation(options: EvalTasks, export: Path) -> NoReturn:
@@ -120,9 +207,9 @@ def become_evaluation(options: EvalTasks, export: Path) -> NoReturn:
 
     The exit code of the process is the evaluation's.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    command = options.command(export, results_of(export))
     # The libraries write what they still hold when a process ends, and this one has no end.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, options.command(export), environment)
+    os.execve(sys.executable, command, environment_of_engine())

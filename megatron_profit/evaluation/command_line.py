@@ -44,7 +44,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="Questions of one's own: JSON lines, JSON or parquet. May be repeated (default none).",
+        help="Questions of one's own: JSON lines, JSON, parquet, CSV. May be repeated (default none).",
     )
     add(
         "--task-columns",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -78,22 +80,51 @@ class Conversation:
         import torch
         from transformers import DynamicCache
 
-        from megatron_profit.evaluation.engines.decoding import draw
+        from megatron_profit.evaluation.engines.decoding import draw, last_logits
 
         numbers = sampling.numbers("chat", self.turns)
         cache = DynamicCache(config=self.model.config)
-        ids: Any = torch.tensor([self.prompt_ids()], device=self.model.device)
-        for _ in range(longest):
+        prompt = self.prompt_ids()
+        ids: Any = torch.tensor([prompt], device=self.model.device)
+        for _ in range(min(longest, self._room_after(len(prompt)))):
             with torch.no_grad():
                 output = self.model(
                     input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
                 )
-            logits = output.logits[:, -1].float()
+            logits = last_logits(output.logits)
             ids = draw(logits, [numbers], sampling)[None]
             token = int(ids)
             yield token, float(logits.softmax(-1)[0, token])
             if token in self.stop_ids:
                 return
+
+    def _room_after(self, prompt: int) -> int:
+        """Return how many tokens the model's context has room for after a prompt of this many.
+
+        Raises:
+            EvaluationError: There is none.
+        """
+        context = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        if prompt >= context:
+            raise EvaluationError(
+                f"the conversation has {prompt:,} tokens, and the model's context {context:,}; /reset begins "
+                "again"
+            )
+        return context - prompt
+
+    def check_system(self) -> None:
+        """Check that the chat template writes the system message.
+
+        Raises:
+            EvaluationError: The template refuses it, or leaves it out.
+        """
+        from megatron_profit.evaluation.engines.transformers_engine import template_text
+
+        if not self.system:
+            return
+        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": "?"}]
+        if self.system.strip() not in template_text(self.tokenizer, messages):
+            raise EvaluationError("the model's chat template leaves the system message out")
 
     def pieces(self) -> tuple[str, ...]:
         """Return the text of each token of the last answer."""

@@ -24,7 +24,7 @@ class Estimate:
     high: float
 
 
-def average_at_k(right: Sequence[Sequence[bool]], *, seed: int = 0) -> Estimate:
+def average_at_k(right: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
     """Return avg@k: the mean over questions of the share of samples that are right.
 
     The interval covers the questions and, since each question brings its samples, the draws of its samples
@@ -32,7 +32,7 @@ def average_at_k(right: Sequence[Sequence[bool]], *, seed: int = 0) -> Estimate:
     Clopper and Pearson's interval over questions instead, because a bootstrap would have no width.
 
     Args:
-        right: [Q][S] whether each sample is right.
+        right: [Q][S] whether each sample is right; a mean of several samples is allowed too.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -46,7 +46,7 @@ def average_at_k(right: Sequence[Sequence[bool]], *, seed: int = 0) -> Estimate:
     return Estimate(value, *interval(means, seed=seed))
 
 
-def question_means(right: Sequence[Sequence[bool]]) -> np.ndarray:
+def question_means(right: Sequence[Sequence[float]]) -> np.ndarray:
     """Return [Q] the share of each question's samples that is right."""
     if not right or not all(right):
         raise ValueError("there is a question without a sample, or no question")
@@ -113,12 +113,12 @@ class PairedDifference:
 
 
 def paired_difference(
-    first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], *, seed: int = 0
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], *, seed: int = 0
 ) -> PairedDifference:
     """Compare two models on the same questions in the same order.
 
     Args:
-        first, second: [Q][S] whether each sample is right.
+        first, second: [Q][S] whether each sample is right; a mean of several samples is allowed too.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -128,7 +128,7 @@ def paired_difference(
         raise ValueError(f"{len(first)} questions against {len(second)}; they must be the same")
     gains = question_means(first) - question_means(second)
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
-    single = all(len(samples) == 1 for samples in (*first, *second))
+    single = all(len(samples) == 1 and samples[0] in (0, 1) for samples in (*first, *second))
     low, high = interval(gains, seed=seed) if gains.any() else (0.0, 0.0)
     p_value = mcnemar(better, worse) if single else None
     return PairedDifference(float(gains.mean()), low, high, better, worse, p_value)

@@ -13,17 +13,38 @@ from dataclasses import dataclass
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"[{}]")
+# A dash is a sign unless it subtracts (5 - 3), spans (10-12), or begins an item of a list.
+_SIGN = r"(?:(?<![\d)}])(?<![\d)}]\s)-|(?<==\s)-\s)?"
+_CURRENCY = r"\\?[$€£¥₹]\s?"
+_DIGITS = r"(?:(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+_FRACTION = r"\\[dt]?frac\{-?\d+\}\{\d+\}"
+# An integer and a fraction: 2 1/2.
+_MIXED = rf"\d+(?:\s\d+\s?/\s?\d+|\s?{_FRACTION})"
+_POWER_OF_TEN = r"(?:[eE]|\s?(?:\\times|\\cdot|[*x])\s?10\s?\^\s?\{?)([+-]?\d+)\}?"
 _NUMBER = re.compile(
-    r"-?\s?\$?\s?(?:\\d?frac\{-?\d+\}\{\d+\}|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:\s?/\s?\d+)?(?:\s?\\?%)?"
+    rf"{_SIGN}(?:{_CURRENCY}-?)?"
+    rf"(?:{_MIXED}|{_FRACTION}|{_DIGITS}(?:\s?/\s?\d+|{_POWER_OF_TEN})?)(?:\s?\\?%)?"
 )
-_STATED = re.compile(r"(?:####|answer\s*(?:is|:)|Answer\s*(?:is|:))\s*:?", re.IGNORECASE)
-_LETTER = re.compile(r"(?<![A-Za-z])\(?\**([A-Z])\**\)?(?![A-Za-z])")
+_WITH_UNIT = re.compile(
+    rf"({_NUMBER.pattern})\.?(?:(?:\s[A-Za-z]|[A-Za-z]{{2}})[A-Za-z\s./]*(?:\^\{{?[23]\}}?|[²³])?)?"
+)
+_STATED = re.compile(r"(?:####|answer\s*(?:is|:))\s*:?", re.IGNORECASE)
+# A calculation before its result: "48 + 24 = ".
+_CALCULATION = re.compile(r"\A(?:(?:[\s\d.,$()+\-*/÷x%]|\\[a-z]++)*+=)+")
+_LETTER = re.compile(r"(?<![A-Za-z])\(?\**([A-D])\**\)?(?![A-Za-z])")
+# Characters that mean the same as others.
+_PLAIN = str.maketrans(
+    {"\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "*", "\N{NO-BREAK SPACE}": " "}
+    | {"¼": " 1/4", "½": " 1/2", "¾": " 3/4"}
+    | {chr(ord("\N{FULLWIDTH DIGIT ZERO}") + digit): str(digit) for digit in range(10)}
+)
 # An answer that is a word and no formula.
 _TEXT = re.compile(
     r"\\(?:text|textbf|mathrm)\s*\{\s*([A-Za-z][A-Za-z\s]*)\}|([A-Za-z]{3,}[A-Za-z\s]*)"
 )
-_LONGEST_ANSWER = 2000
+_LONGEST_ANSWER = 1000
+_LONGEST_STATEMENT, _MOST_STATEMENTS = 200, 50
 
 
 @dataclass(frozen=True)
@@ -52,36 +73,62 @@ def last_boxed(text: str) -> str | None:
 
     For example, `\boxed{1} so \boxed{\frac{1}{2}}` gives `\frac{1}{2}`.
     """
-    for match in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for at in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                if content := text[match.end() : at].strip():
-                    return content
-                break
-    return None
+    boxes = {match.end() for match in _BOXED.finditer(text)}
+    opened: list[int] = []
+    last, found = -1, None
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+            continue
+        start = opened.pop() if opened else -1
+        content = text[start : brace.start()].strip() if start in boxes and start > last else ""
+        if content:
+            last, found = start, content
+    return found
 
 
 def find_number(text: str) -> str | None:
     """Return the final number of an answer: boxed, after "####" or "answer is", or the last of all."""
-    part = answer_part(text)
+    part = answer_part(text).translate(_PLAIN)
     if boxed := last_boxed(part):
-        return boxed
-    for match in reversed(list(_STATED.finditer(part))):
-        if found := _NUMBER.search(part[match.end() :].split("\n")[0]):
+        return _bare(boxed)
+    for stated in _statements(part):
+        if found := _NUMBER.search(_CALCULATION.sub("", stated)):
             return _plain(found[0])
-    numbers = _NUMBER.findall(part)
+    numbers = [match[0] for match in _NUMBER.finditer(part)]
     return _plain(numbers[-1]) if numbers else None
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text is one number. For example, "-1,000.50", "$3", "2 1/2" and "7 %" are."""
+    return _NUMBER.fullmatch(text.translate(_PLAIN).strip()) is not None
+
+
+def _statements(text: str) -> list[str]:
+    """Return the rests of the lines after "####" or "answer is", the last one first."""
+    # A model that repeats itself may write thousands.
+    ends = [match.end() for match in _STATED.finditer(text)][-_MOST_STATEMENTS:]
+    return [text[end : end + _LONGEST_STATEMENT].split("\n")[0] for end in reversed(ends)]
+
+
+def _bare(text: str) -> str:
+    """Return the number of a text that is a number with or without a unit, any other text as it is."""
+    found = _WITH_UNIT.fullmatch(text.translate(_PLAIN).strip())
+    return _plain(found[1]) if found else text
+
+
 def _plain(number: str) -> str:
-    return re.sub(r"[\s$]", "", number).removesuffix(".")
+    """Return a number without currency, and in the form that math-verify reads."""
+    number = re.sub(_CURRENCY, "", number)
+    number = re.sub(_POWER_OF_TEN, r"\\times10^{\1}", number)
+    if mixed := re.fullmatch(r"(.*?)(\d+)\s(\d+\s?/\s?\d+)", number):
+        return f"{mixed[1]}({mixed[2]}+{mixed[3]})"
+    return re.sub(r"-\s", "-", number).strip()
 
 
 def find_expression(text: str) -> str | None:
     """Return the final expression of an answer: boxed, or as math-verify finds it."""
-    part = answer_part(text)
+    part = answer_part(text).translate(_PLAIN)
     if boxed := last_boxed(part):
         return boxed
     found = _parsed(part)
@@ -91,9 +138,8 @@ def find_expression(text: str) -> str | None:
 def find_letter(text: str) -> str | None:
     """Return the letter of a choice: boxed, after "answer is" or "ANSWER:", or alone on the last line."""
     part = answer_part(text)
-    stated = [part[match.end() :].split("\n")[0] for match in _STATED.finditer(part)]
     last_line = part.strip().rpartition("\n")[2]
-    for place in (last_boxed(part), *reversed(stated), last_line if len(last_line) < 8 else ""):
+    for place in (last_boxed(part), *_statements(part), last_line if len(last_line) < 8 else ""):
         bare = re.sub(r"\\text\s*\{?", " ", place or "")
         if found := _LETTER.search(bare):
             return found[1]
@@ -117,8 +163,11 @@ def equal(extracted: str, reference: str) -> bool:
 
     For example, "0.5" and "\\frac{1}{2}" are. Units and a percent sign may stand after a number.
     """
+    extracted, reference = extracted.translate(_PLAIN), reference.translate(_PLAIN)
     if _same_text(extracted, reference):
         return True
+    if len(extracted) > _LONGEST_ANSWER:
+        return False
     names = _name_in(extracted), _name_in(reference)
     if any(names):  # math-verify sees no difference between two names
         return names[0] == names[1]
@@ -143,7 +192,7 @@ def _parsed(text: str) -> list[object]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     configs = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    return parse(text[-_LONGEST_ANSWER:], configs, parsing_timeout=_seconds())
+    return parse(text[-2 * _LONGEST_ANSWER :], configs, parsing_timeout=_seconds())
 
 
 def _seconds() -> int | None:
@@ -155,7 +204,7 @@ def _seconds() -> int | None:
 
 def grade_number(text: str, reference: str) -> Grade:
     """Grade a word problem whose answer is a number."""
-    return _graded(find_number(text), reference, equal)
+    return _graded(find_number(text), _bare(reference), equal)
 
 
 def grade_expression(text: str, reference: str) -> Grade:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_profit.data.errors import DataError
+from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.evaluation.errors import EvaluationError, require
 from megatron_profit.evaluation.graders import find_pattern
 from megatron_profit.evaluation.tasks.functions import number_text, own_by_pattern
 from megatron_profit.flags import nearest
 
 TASKS = Path(__file__).parent / "tasks"
-SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".jsonl.zst")
 _OWN = TASKS / "_own.yaml"
 # Columns of a task of the user's own.
 QUESTION, ANSWER = "question", "answer"
@@ -125,7 +126,7 @@ def find_file(name: str, folders: Sequence[Path]) -> Path:
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
     raise EvaluationError(
-        f"the task {name} needs the file {stem}.jsonl (or .json, .parquet) in "
+        f"the task {name} needs the file {stem}.jsonl (or .json, .parquet, .csv) in "
         f"{' or '.join(map(str, folders))}; give its folder with --data. "
         f"Source: {config['metadata']['source']}; columns: {', '.join(config['metadata']['columns'])}"
     )
@@ -140,7 +141,7 @@ def task_of_file(
     """Return a task over a file of the user's own.
 
     Args:
-        file: JSON lines, JSON or parquet, as training data.
+        file: JSON lines, JSON, parquet or CSV, as training data.
         columns: "question" and "answer" -> names of the file's columns.
         limit: See `load_task`.
         pattern: Regular expression whose last match is the answer, in an answer and in the reference. None
@@ -152,11 +153,14 @@ def task_of_file(
     """
     names = {name: columns.get(name, name) for name in (QUESTION, ANSWER)}
     records = [
-        {name: _text(record[column], file, column) for name, column in names.items()}
-        for record in _records(file, list(names.values()))
+        {
+            name: _text(record[column], f"{file}, record {number}", column)
+            for name, column in names.items()
+        }
+        for number, record in enumerate(_records(file, list(names.values())), 1)
     ]
     config = _read_yaml(_OWN)
-    config["task"] = config["metadata"]["title"] = file.name.split(".")[0]
+    config["task"] = config["metadata"]["title"] = name_of_file(file)
     if pattern is not None:
         for number, record in enumerate(records, 1):
             record[ANSWER] = _reference(record[ANSWER], pattern, f"{file}, record {number}")
@@ -164,6 +168,11 @@ def task_of_file(
         # It is a part of the grader.
         config["metadata"]["version"] = f"{config['metadata']['version']}, {pattern}"
     return _task(config, records, limit)
+
+
+def name_of_file(file: Path) -> str:
+    """Return the name of a task of the user's own. For example, `exam.v2.jsonl` gives "exam"."""
+    return file.name.split(".")[0]
 
 
 def _reference(answer: str, pattern: str, where: str) -> str:
@@ -181,12 +190,17 @@ def _reference(answer: str, pattern: str, where: str) -> str:
     return found
 
 
-def _text(value: Any, file: Path, column: str) -> str:
+def _text(value: Any, where: str, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise EvaluationError(
-            f"{file}: the column {column!r} holds {type(value).__name__}; it must hold text or numbers"
+            f"{where}: the column {column!r} holds {type(value).__name__}; it must hold text or numbers"
         )
-    return number_text(value)
+    text = number_text(value)
+    if not text.strip() or (isinstance(value, float) and not math.isfinite(value)):
+        raise EvaluationError(
+            f"{where}: the column {column!r} is {text!r}; fill it in or remove the record"
+        )
+    return text
 
 
 def _records(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -197,16 +211,28 @@ def _records(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         for record in read_records(file):
             if record.broken is not None:
-                raise EvaluationError(f"{record.where}: {record.broken}; correct or remove it")
+                raise EvaluationError(_broken(record.where, record.broken))
             if lacking := [name for name in columns if record.value.get(name) is None]:
-                raise EvaluationError(
-                    f"{record.where}: has no {' and no '.join(map(repr, lacking))}; the record has "
-                    f"{', '.join(map(repr, record.value))}. --task-columns names the columns of a --task-file"
-                )
+                raise EvaluationError(_lacking(record.where, lacking, record.value))
             records.append({name: record.value[name] for name in columns})
     except DataError as error:
         raise EvaluationError(error) from error
     return records
+
+
+def _broken(where: str, problem: BrokenRecord) -> str:
+    if problem.detail.startswith(where):  # it names the place itself, and the remedy
+        return problem.detail
+    return f"{where}: {problem}; correct or remove it"
+
+
+def _lacking(where: str, columns: Sequence[str], record: Mapping[str, Any]) -> str:
+    if empty := [name for name in columns if name in record]:
+        return f"{where}: {' and '.join(map(repr, empty))} is null; fill it in or remove the record"
+    return (
+        f"{where}: has no {' and no '.join(map(repr, columns))}; the record has "
+        f"{', '.join(map(repr, record))}. --task-columns names the columns of a --task-file"
+    )
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

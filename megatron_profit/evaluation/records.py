@@ -81,8 +81,7 @@ class Records:
                 if self.file.exists():
                     self._continue()
                 else:
-                    with whole_file(self.file) as stream:
-                        stream.write(_line({"kind": SETTINGS, **self.settings}))
+                    self._begin()
                 with self.file.open("ab") as self._stream:
                     yield self
         except BlockingIOError as error:
@@ -90,8 +89,15 @@ class Records:
                 f"{self.file}: another evaluation is writing it; wait for it, or give another --out"
             ) from error
 
+    def _begin(self) -> None:
+        with whole_file(self.file) as stream:
+            stream.write(_line({"kind": SETTINGS, **self.settings}))
+
     def _continue(self) -> None:
         found, self.samples = read_records_file(self.file)
+        if not self.samples:  # the run before has ended without an answer
+            self._begin()
+            return
         differing = [
             name
             for name in dict.fromkeys((*found, *self.settings))

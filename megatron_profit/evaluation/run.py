@@ -27,7 +27,7 @@ class Result:
     Attributes:
         model, task: Their names.
         average: avg@k.
-        pass_at: k -> pass@k, for k of 1, 2, 4 … up to the number of samples.
+        pass_at: k -> pass@k, for k of 1, 2, 4 … and the number of samples.
         unfinished: Share of answers that ended at the length limit.
         unparsed: Share of answers without a final answer.
         tokens: Mean tokens of an answer.
@@ -183,11 +183,12 @@ def result_of(task: Task, sampling: Sampling, records: Records, *, label: str) -
     flat = [sample for of_question in answers.values() for sample in of_question.values()]
     right = [[s.right for s in of_question.values()] for of_question in answers.values()]
     powers = [2**i for i in range(sampling.samples.bit_length())]
+    ks = dict.fromkeys([*powers, sampling.samples])
     return Result(
         model=label,
         task=task.name,
         average=average_at_k(right),
-        pass_at={k: mean_pass_at_k(right, k) for k in powers},
+        pass_at={k: mean_pass_at_k(right, k) for k in ks},
         unfinished=mean(not sample.stopped for sample in flat),
         unparsed=mean(not sample.parsed for sample in flat),
         tokens=mean(sample.tokens for sample in flat),

@@ -101,7 +101,8 @@ def derived_flags(
         flags.add("--base-model-id", model.base_id)
     for name, paths in data.items():
         flags.put(given[name].option, paths)
-    _add_objective(flags, request)
+    for option, value in objective_defaults(request).items():
+        flags.add(option, value)
     flags.add("--seq-length", planned.seq_length)
     if not {"train_iters", "train_samples"} & given.keys():
         flags.add("--epochs", "1")
@@ -122,14 +123,20 @@ def derived_flags(
         flags.add("--quiet")
     flags.add("--export-hf", str(run.export))
     flags.add("--tensorboard-dir", str(run.tensorboard))
+    if "wandb_project" in given:
+        flags.add("--wandb-exp-name", run.path.name)
     return flags.all()
 
 
-def _add_objective(flags: _Flags, request: Request) -> None:
-    flags.add("--objective", "profit")
-    if request.value("objective") in (None, "profit"):
-        flags.add("--prob-threshold", _THRESHOLD)
-        flags.add("--threshold-direction", _DIRECTION)
+def objective_defaults(request: Request) -> dict[str, str]:
+    """Return the objective by its flag, with the options of ProFit that do not follow from given ones."""
+    if request.value("objective") not in (None, "profit"):
+        return {"--objective": request.value("objective")}
+    derived = {"--objective": "profit", "--threshold-direction": _DIRECTION}
+    others = {"threshold_quantile", "keep_fraction"} & request.given.keys()
+    if not others and request.value("threshold_direction") in (None, "higher", "lower"):
+        derived["--prob-threshold"] = _THRESHOLD
+    return derived
 
 
 def _add_optimizer(flags: _Flags, request: Request) -> None:

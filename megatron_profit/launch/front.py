@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.errors import ConversionError, printable
+from megatron_profit.flags import ArgumentsError
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import front_parser, read_request
 from megatron_profit.training.process.interrupts import end_on_interrupt
@@ -22,6 +23,10 @@ from megatron_profit.training.process.interrupts import end_on_interrupt
 if TYPE_CHECKING:
     from megatron_profit.launch.prepare import Launch
 
+# Arguments that a command line must give, or its file.
+REQUIRED = ("model", "data")
+# Exit code for bad input.
+REFUSED = 2
 _USAGE = "megatron-profit sft --model ID --data FILE… [flags], or --config FILE"
 _DESCRIPTION = """\
 Train a model on chats. --model and --data are enough; all other flags follow from model, data and machine,
@@ -32,7 +37,10 @@ With --hf-model DIR in place of --model, all flags are the training's own, in on
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; return the exit code: 2 for bad input, else the training's."""
     words = sys.argv[1:] if argv is None else list(argv)
-    text = help_text(words)
+    try:
+        text = help_text(words)
+    except LaunchError as error:
+        return _refuse(error)
     if text is not None:
         print(text)
         return 0
@@ -53,17 +61,22 @@ def help_text(words: Sequence[str]) -> str | None:
         return f"megatron-profit {metadata.version('megatron-profit')}"
     if not {"-h", "--help", "--help-all"} & set(words):
         return None
-    from megatron_profit.training.arguments.command_line import add_arguments
+    from megatron_profit.training.arguments.help import add_shown_flags
 
     parser = front_parser()
     parser.formatter_class = FlagHelp
     parser.usage, parser.description = _USAGE, _DESCRIPTION
-    text = add_arguments(parser).format_help()
-    if "--help-all" not in words:
-        return text
-    from megatron_profit.sft import help_text as help_of_training
+    if "--help-all" in words:
+        from megatron_profit.sft import help_text as help_of_training
 
-    return f"{text}\n{help_of_training(['--help-all'])}"
+        return f"{parser.format_help()}\n{help_of_training(words)}"
+    try:
+        add_shown_flags(parser, words)
+    except ArgumentsError as error:
+        raise LaunchError(str(error)) from error
+    for action in parser._actions:
+        action.required = action.dest in REQUIRED
+    return parser.format_help()
 
 
 def is_plain(words: Sequence[str]) -> bool:
@@ -94,12 +107,18 @@ def launch(words: Sequence[str]) -> int:
 def _refuse(error: Exception) -> int:
     lines = "\n".join(map(printable, str(error).split("\n")))
     print(f"megatron-profit sft: error: {lines}", file=sys.stderr, flush=True)
-    return 2
+    return REFUSED
+
+
+def _write_files(ready: Launch) -> None:
+    from megatron_profit.launch.processes import exports
+
+    ready.run.write(["torchrun", *ready.words], ready.config, exports())
 
 
 def _run(ready: Launch) -> int:
     """Print a run and start it; return its exit code."""
-    from megatron_profit.launch.processes import exports, start, tell
+    from megatron_profit.launch.processes import start, tell
 
     for line in ready.lines:
         tell(printable(line))
@@ -107,13 +126,17 @@ def _run(ready: Launch) -> int:
     if ready.request.front.dry_run:
         print(command)
         return 0
-    ready.run.write(["torchrun", *ready.words], ready.config, exports())
-    resumes = "goes on from its newest checkpoint" if ready.run.goes_on else "starts"
+    goes_on = ready.run.goes_on
+    if not goes_on:
+        _write_files(ready)
+    resumes = "goes on from its newest checkpoint" if goes_on else "starts"
     tell(
         f"run: {ready.run.path} {resumes}; the same command resumes it. Command ({ready.run.command}):"
     )
     print(command, flush=True)
     code = start(ready.words, ready.processes, ready.machine.cores)
+    if goes_on and code != REFUSED:  # the training has compared the flags with the run's
+        _write_files(ready)
     if code == 0 and (ready.run.export / "config.json").is_file():
         tell(f"the trained model is in {ready.run.export}")
     return code

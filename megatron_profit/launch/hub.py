@@ -22,6 +22,11 @@ _ID = re.compile(
 )
 # The card and the licence tell an export the terms of its base.
 _TERMS = ("README.md", "LICEN*", "NOTICE*", "USE_POLICY*")
+# An address of the hub, as people copy it from a browser.
+_PAGE = re.compile(
+    r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(?:datasets/)?(?P<id>[\w./-]+?)"
+    r"(?:/tree/(?P<revision>[\w.-]+)(?P<inner>(?:/[\w.-]+)*))?/?"
+)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *_TERMS)
 _JSON = tuple(f"*.{kind}" for kind in ("json", "jsonl", "ndjson"))
 _DATA_FILES = (
@@ -110,9 +115,21 @@ def is_hub_name(name: str, kind: Literal["model", "dataset"]) -> bool:
     return "/" in found.repo and not (path.suffix and f"*{path.suffix}" in suffixes)
 
 
+def plain_id(name: str) -> str:
+    """Return the id that an address of the hub stands for; another name as it is.
+
+    For example, `https://huggingface.co/Qwen/Qwen3-4B/tree/v1` is `Qwen/Qwen3-4B@v1`.
+    """
+    page = _PAGE.fullmatch(name)
+    if page is None:
+        return name
+    revision = f"@{page['revision']}" if page["revision"] else ""
+    return f"{page['id']}{page['inner'] or ''}{revision}"
+
+
 def parse_id(name: str, kind: Literal["model", "dataset"]) -> HubId | None:
     """Return the id of a repository that a name spells; None if it spells a path."""
-    match = _ID.fullmatch(name)
+    match = _ID.fullmatch(plain_id(name))
     if match is None:
         return None
     return HubId(kind, match["repo"], match["inner"].strip("/"), match["revision"])

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from megatron_profit.estimates.memory import GIB
 from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.training.arguments.platform import has_driver
 
-# The driver's traces; without one of them there is no need to ask torch, which takes seconds.
-_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 # A process of its own, because asking makes a context on the GPU, which would stay for the whole run.
 _ASK = """
 import json, torch
@@ -62,7 +61,7 @@ def this_machine(look_for_gpus: bool = True) -> Machine:
 
 def _gpus() -> list[tuple[str, int]]:
     """Return name and bytes of each visible GPU."""
-    if not any(path.exists() for path in _DRIVER):
+    if not has_driver():
         return []
     answer = subprocess.run(
         [sys.executable, "-c", _ASK], capture_output=True, text=True, check=False, timeout=300

@@ -32,6 +32,7 @@ _ESTIMATED = (
         *Layout.__dataclass_fields__,
         "lora_rank",
         "lora_targets",
+        "lora_dropout",
         "fp16",
         "optimizer",
         "use_precision_aware_optimizer",
@@ -41,6 +42,9 @@ _ESTIMATED = (
     *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
     *("pipeline_model_parallel_layout", "optimizer_cpu_offload", "cpu_offloading"),
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+)
+_MODEL_PARALLEL = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
 )
 # Shortest rows that are tried where longer ones do not fit the GPUs.
 _SHORTEST_TRIED = 1024
@@ -136,6 +140,18 @@ def plan_layout(request: Request, wish: Wish, machine: Machine, may_shorten: boo
     )
 
 
+def check_processes(request: Request, machine: Machine) -> None:
+    """Refuse a number of processes that the given sizes do not divide, where no layout is searched.
+
+    Raises:
+        LaunchError: Names the sizes and the remedy.
+    """
+    processes = _processes(request, machine)
+    if _cluster(request, machine, processes) is None or request.front.layout == "given":
+        sizes = {name: request.value(name) or 1 for name in _MODEL_PARALLEL}
+        _check_world(sizes, processes * request.nodes)
+
+
 def _processes(request: Request, machine: Machine) -> int:
     """Return the processes of each node."""
     front, nodes = request.front, request.nodes
@@ -197,18 +213,23 @@ def flags_of_choice(choice: Choice) -> dict[str, Any]:
     return {**choice.layout.flags(), **more}
 
 
-def _given(wish: Wish, processes: int, world: int) -> PlannedLayout:
-    """Return the layout that the flags give, without an estimate."""
-    decided = wish.decided or {}
-    parts = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    replica = math.prod(decided.get(name, 1) for name in parts)
+def _check_world(sizes: Mapping[str, int], world: int) -> int:
+    """Return the processes of a replica, of which there must be a whole number."""
+    replica = math.prod(sizes.values())
     if world % replica:
         verb = "are" if world > 1 else "is"
         raise LaunchError(
             f"tensor x pipeline x context parallel size is {replica}, and there {verb} {world} "
-            f"process{'es' * (world > 1)}; give --nproc-per-node, which is torchrun's, so that it divides "
-            "their number"
+            f"process{'es' * (world > 1)}; start a multiple of {replica}, for example with "
+            f"--nproc-per-node {replica}"
         )
+    return replica
+
+
+def _given(wish: Wish, processes: int, world: int) -> PlannedLayout:
+    """Return the layout that the flags give, without an estimate."""
+    decided = wish.decided or {}
+    replica = _check_world({name: decided.get(name, 1) for name in _MODEL_PARALLEL}, world)
     micro = decided.get("micro_batch_size", 1)
     step = world // replica * micro
     rows = wish.rows if wish.exact_rows else math.ceil(wish.rows / step) * step

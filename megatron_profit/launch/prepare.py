@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,23 @@ from typing import Any
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.model_card.base import HubId
+from megatron_profit.data.options import DataOptions, check_first_records
 from megatron_profit.estimates.layouts import Layout, run_shape
 from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
+from megatron_profit.flags import ArgumentsError
 from megatron_profit.launch import hub
 from megatron_profit.launch.chat_template import with_template
-from megatron_profit.launch.derive import Model, derived_flags, save_interval
+from megatron_profit.launch.derive import (
+    Model,
+    derived_flags,
+    objective_defaults,
+    save_interval,
+)
 from megatron_profit.launch.machine import Machine, this_machine
 from megatron_profit.launch.plan_layout import (
     PlannedLayout,
+    check_processes,
     parameters_of,
     plan_layout,
     slow_warning,
@@ -35,9 +45,12 @@ from megatron_profit.launch.records import (
     sample_lengths,
 )
 from megatron_profit.launch.run_folder import RunFolder, folder_of
+from megatron_profit.recipe.check import check_command_line
 from megatron_profit.recipe.config_file import as_config
+from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.flags import Given, words_of
 from megatron_profit.recipe.request import Request
+from megatron_profit.training.step.objective_flags import objective_of
 
 # Flags whose values follow from --model and --run, and are left out of a file for --config.
 _FOLLOWING = (
@@ -102,26 +115,36 @@ def prepare(request: Request) -> Launch:
         LaunchError, ConversionError, DataError: Something cannot be used; the message says what to do.
     """
     run = folder_of(request)
+    if not request.front.dry_run:
+        run.check_place()
+    _check_objective(request)
     folder = hub.find_model(request.model)
-    architecture = family_for(read_hf_config(folder)).megatron_arguments(read_hf_config(folder))
+    config = read_hf_config(folder)
+    architecture = family_for(config).megatron_arguments(config)
+    model = Model(folder, architecture, parameters_of(architecture))
     data = _find_data(request)
+    settings = _data_settings(request, data, model.positions)
+    check_first_records(DataOptions.from_flags(settings))  # before imports that take long
     machine = this_machine(look_for_gpus=request.value("device") != "cpu")
-    base_id = None
+    check_processes(request, machine)
+    with _with_template(request, model, run) as tokenizer:
+        planned, rows = _fit(request, model, settings, tokenizer, machine, run)
     if request.front.chat_template is not None:
         known = HubId.of_path(folder)
         base_id = None if known is None else str(known)
-        folder = with_template(folder, request.front.chat_template, run.model)
-    model = Model(folder, architecture, parameters_of(architecture), base_id)
-    planned, rows = _fit(request, model, data, machine, run)
+        model = replace(model, folder=run.model, base_id=base_id)
     steps = _steps(request, rows.rows, planned.rows)
     step_seconds = planned.row_seconds * planned.rows
     checkpoint = _checkpoint_bytes(request, model, planned)
     saved_every = save_interval(step_seconds, steps, checkpoint)
+    flags = derived_flags(request, model, data, planned, run, steps, saved_every)
+    ranks = planned.processes * request.nodes
+    check_command_line(words_of(flags), ranks, "cuda" if planned.on_gpus else "cpu", config)
     return Launch(
         request=request,
         machine=machine,
         run=run,
-        flags=derived_flags(request, model, data, planned, run, steps, saved_every),
+        flags=flags,
         torchrun=launcher(request, planned.processes, run),
         processes=planned.processes,
         parameters=model.parameters,
@@ -134,44 +157,68 @@ def prepare(request: Request) -> Launch:
 
 
 def _find_data(request: Request) -> dict[str, list[str]]:
-    """Return the paths of the data; missing files are refused before anything is imported to read them."""
-    from megatron_profit.data.files.splits import data_files
+    """Return the paths of the data. The hub's files are downloaded; names of dataset_info.json stay."""
+    named = {n: list(request.value(n)) for n in ("data", "valid_data") if n in request.given}
+    if "dataset_info" in request.given:
+        return named
+    return {name: list(map(hub.find_data, paths)) for name, paths in named.items()}
 
-    found = {}
-    for name in ("data", "valid_data"):
-        if name in request.given and "dataset_info" in request.given:
-            found[name] = list(request.value(name))
-        elif name in request.given:
-            found[name] = [hub.find_data(path) for path in request.value(name)]
-    if "dataset_info" not in request.given:
-        for path in found["data"]:
-            data_files(Path(path))
-    return found
+
+def _check_objective(request: Request) -> None:
+    """Refuse options of the objective before anything that takes long."""
+    table, given = request.table, dict(request.given)
+    if table.has_outside_objective(given):
+        return
+    for option, value in objective_defaults(request).items():
+        given.setdefault(table.dest(option), Given.of(option, value))
+    flags = table.command_line(given)
+    try:
+        objective_of({**flags.defaults, **flags.given}, flags.given)
+    except ArgumentsError as error:
+        raise LaunchError(str(error)) from error
+
+
+def _data_settings(
+    request: Request, data: Mapping[str, list[str]], seq_length: int
+) -> dict[str, Any]:
+    """Return the arguments for `DataOptions.from_flags`."""
+    given = {name: flag.value for name, flag in request.given.items()}
+    return {**request.table.defaults, **given, **data, "seq_length": seq_length}
+
+
+@contextlib.contextmanager
+def _with_template(request: Request, model: Model, run: RunFolder) -> Iterator[Path]:
+    """Give the folder of a model with its chat template to the block; a dry run leaves none."""
+    template = request.front.chat_template
+    if template is None:
+        yield model.folder
+    elif request.front.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            yield with_template(model.folder, template, Path(folder))
+    else:
+        yield with_template(model.folder, template, run.model)
 
 
 def _fit(
     request: Request,
     model: Model,
-    data: Mapping[str, list[str]],
+    settings: Mapping[str, Any],
+    tokenizer: Path,
     machine: Machine,
     run: RunFolder,
 ) -> tuple[PlannedLayout, PreparedRows]:
     """Return layout and prepared data, for rows in which the records and the GPUs' memory fit."""
-    from megatron_profit.data import DataOptions
-
     limit, packing = model.positions, request.value("packing")
     given = {name: flag.value for name, flag in request.given.items()}
     kept = {**run.remembered(request), **given}
-    settings = {**request.table.defaults, "seed": 1234, **given, **data, "seq_length": limit}
-    lengths = sample_lengths(DataOptions.from_flags(settings), model.folder, limit)
+    lengths = sample_lengths(DataOptions.from_flags(settings), tokenizer, limit)
     while True:
         seq_length = kept.get("seq_length") or row_length(lengths, limit, packing)
         rows = kept.get("global_batch_size") or rows_of_step(lengths, seq_length, packing)
         exact = "global_batch_size" in kept
         wish = wish_of_flags(request.given, model.architecture, seq_length, rows, exact)
         planned = plan_layout(request, wish, machine, may_shorten="seq_length" not in kept)
-        settings["seq_length"] = planned.seq_length
-        prepared = prepare_rows(settings, model.folder, tell)
+        prepared = prepare_rows({**settings, "seq_length": planned.seq_length}, tokenizer, tell)
         was_told = "seq_length" in kept or planned.seq_length < seq_length
         if was_told or not prepared.cut or seq_length >= limit:
             return planned, prepared

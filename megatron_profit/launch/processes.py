@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_profit.launch.run_folder import RunFolder
+from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import Request
 
 # Signals of schedulers reach the training, which writes a checkpoint and ends.
@@ -71,6 +72,9 @@ def start(words: Sequence[str], processes: int, cores: int) -> int:
 
     Returns:
         The exit code of the first process that failed; 0 if all went well.
+
+    Raises:
+        LaunchError: The nodes do not find each other.
     """
     threads = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
     for variable, value in (threads | ENVIRONMENT).items():
@@ -78,6 +82,7 @@ def start(words: Sequence[str], processes: int, cores: int) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -92,6 +97,11 @@ def start(words: Sequence[str], processes: int, cores: int) -> int:
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
+    except RendezvousError as error:
+        raise LaunchError(
+            f"the nodes cannot meet ({error.__cause__ or error}); start the same command on each node, with "
+            "--rdzv-endpoint HOST:PORT of one that all others reach"
+        ) from error
     return 0
 
 

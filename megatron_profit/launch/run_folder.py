@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.engine.output import write_file
+from checkpoint_conversion.engine.output import nearest_existing, write_file
+from megatron_profit.launch.hub import plain_id
 from megatron_profit.recipe.config_file import read_config
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import Request, front_parser
@@ -71,6 +73,20 @@ class RunFolder:
         """Whether there is a checkpoint to resume from."""
         return (self.checkpoints / "latest_checkpointed_iteration.txt").is_file()
 
+    def check_place(self) -> None:
+        """Refuse a folder that can neither be written to nor made.
+
+        Raises:
+            LaunchError: Names the place and the remedy.
+        """
+        place = nearest_existing(self.path)
+        if not place.is_dir():
+            raise LaunchError(f"--run {self.path}: {place} is a file; name a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise LaunchError(
+                f"--run {self.path}: {place} cannot be written to; name another folder"
+            )
+
     def remembered(self, request: Request) -> dict[str, Any]:
         """Return values of flags that a run to be resumed was started with, by argument."""
         if not (self.goes_on and self.config.is_file()):
@@ -118,7 +134,7 @@ def folder_of(request: Request) -> RunFolder:
 
 def _last(name: str) -> str:
     """Return a file name's stem or the last part of an id. For example, `Qwen3-4B` of `Qwen/Qwen3-4B@v1`."""
-    last = Path(name.rstrip("/").partition("@")[0] or name).name
+    last = Path(plain_id(name).rstrip("/").partition("@")[0] or name).name
     last = re.sub(r"\.(jsonl?|ndjson|parquet|arrow|csv)(\.gz|\.zst)?$", "", last)
     return re.sub(r"[^\w.+-]+", "_", last).strip(".") or "run"
 
@@ -134,4 +150,5 @@ def script(command: Sequence[str], setup: str = "") -> str:
             lines.append(quoted)
     text = " \\\n    ".join(lines)
     about = "# Written by `megatron-profit sft`: the command that it started."
-    return "\n".join(["#!/bin/sh", about, *filter(None, [setup]), f"exec {text}", ""])
+    place = f"cd {shlex.quote(str(Path.cwd()))} || exit"
+    return "\n".join(["#!/bin/sh", about, place, *filter(None, [setup]), f"exec {text}", ""])

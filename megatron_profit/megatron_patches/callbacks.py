@@ -107,13 +107,21 @@ class Callback:
     def before_evaluation(self, context: TrainContext) -> None:
         """Act before the iterations of one evaluation."""
 
+    def evaluation_metrics(self, iteration: int) -> Mapping[str, float]:
+        """Return further metrics of the weights that an evaluation has just judged, alike on all ranks.
+
+        Args:
+            iteration: Steps that the weights have had.
+        """
+        return {}
+
     def after_evaluation(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Act after an evaluation.
 
         Args:
             iteration: Steps that the evaluated weights have had.
-            metrics: The value of each metric of the validation data by name, for example "lm loss": a sum
-                over a count, the same on all ranks.
+            metrics: The value of each metric by name, the same on all ranks: of the validation data, for
+                example "lm loss", a sum over a count, and `evaluation_metrics`.
         """
 
     def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:

@@ -276,9 +276,12 @@ def _call_after_evaluations() -> None:
         everyone = [found]
         torch.distributed.broadcast_object_list(everyone, torch.distributed.get_world_size() - 1)
         if everyone[0] is not None:
-            training.print_rank_last(evaluation_line(given["prefix"], everyone[0]))
+            metrics = dict(everyone[0])
             for callback in callbacks():
-                callback.after_evaluation(given["iteration"], everyone[0])
+                metrics |= callback.evaluation_metrics(given["iteration"])
+            training.print_rank_last(evaluation_line(given["prefix"], metrics))
+            for callback in callbacks():
+                callback.after_evaluation(given["iteration"], metrics)
         return None
 
     training.evaluate_and_print_results = evaluate_and_print_results

@@ -11,6 +11,7 @@ from megatron_profit.megatron_patches.loggers import LOGGER_PATCHES
 from megatron_profit.megatron_patches.loop import LOOP_PATCHES
 from megatron_profit.megatron_patches.optimizer.block_norm import block_norm
 from megatron_profit.megatron_patches.optimizer.chained_optimizer import regrouped
+from megatron_profit.megatron_patches.optimizer.float32_parameters import all_as_float16
 from megatron_profit.megatron_patches.optimizer.param_groups import adapt_groups
 from megatron_profit.megatron_patches.patch import Patch
 from megatron_profit.megatron_patches.saving import SAVING_PATCHES
@@ -275,6 +276,31 @@ def _count_operations_of_adapters() -> None:
     training.num_floating_point_operations = operations
 
 
+def _save_float32_parameters() -> None:
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Optimizer
+
+    save, load = Optimizer.sharded_state_dict, Optimizer.load_state_dict
+
+    @functools.wraps(save)
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with all_as_float16(self):
+            return save(self, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        with all_as_float16(self):
+            load(self, state_dict)
+
+    Optimizer.sharded_state_dict = sharded_state_dict
+    Optimizer.load_state_dict = load_state_dict
+
+
+def _build_delta_nets_without_kernels() -> None:
+    from megatron.core.ssm.gated_delta_net import common
+
+    common.HAVE_FLA = True
+
+
 MEGATRON_PATCHES = (
     Patch(
         name="shipped-dataset-helpers",
@@ -334,6 +360,17 @@ MEGATRON_PATCHES = (
         apply=_load_with_another_number_of_optimizers,
     ),
     Patch(
+        name="float32-parameters",
+        functions=(
+            "megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params.__init__",
+            "megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params.sharded_state_dict",
+            "megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params.load_state_dict",
+        ),
+        reason="Without the distributed optimizer, a checkpoint of a bf16 model counts its bf16 parameters "
+        "alone, so that an fp32 one among them gives all later ones the states of their neighbours.",
+        apply=_save_float32_parameters,
+    ),
+    Patch(
         name="norm-in-blocks",
         functions=("megatron/core/utils.py:local_multi_tensor_l2_norm",),
         reason="Without Apex and Transformer Engine, the norms of gradients and parameters are torch.norm in "
@@ -379,6 +416,21 @@ MEGATRON_PATCHES = (
         "only --async-save needs. A rank that is killed leaves it behind for good. A signal that torchrun "
         "passes on ends it before the save that the signal has asked for.",
         apply=_keep_the_queue_of_results,
+    ),
+    Patch(
+        name="gated-delta-net",
+        functions=(
+            "megatron/core/ssm/gated_delta_net/common.py:_GDNBase",
+            "megatron/core/ssm/gated_delta_net/common.py:tensor_a2a_cp2hp",
+            "megatron/core/ssm/gated_delta_net/common.py:tensor_a2a_hp2cp",
+            "megatron/core/ssm/gated_delta_net/common.py:get_parameter_local_cp",
+            "megatron/core/ssm/gated_delta_net/common.py:_build_head_perm_for_split_sections",
+            "megatron/core/ssm/gated_delta_net/gdn.py:GatedDeltaNet",
+        ),
+        reason="Megatron refuses to build a Gated DeltaNet without flash-linear-attention, which needs a "
+        "GPU. The layer of `models/gated_delta_net` takes its parameters and parts, and computes without "
+        "those kernels where there are none.",
+        apply=_build_delta_nets_without_kernels,
     ),
     *CHECKPOINT_PATCHES,
     *LOOP_PATCHES,

@@ -7,6 +7,7 @@ attention's memory must not grow with the square of the sequence length, and it 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
@@ -15,11 +16,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+from torch.nn import functional as F
 
 from megatron_profit.models.attention import (
     PackedSelfAttention,
     ScaledDotProductAttention,
     with_variable_lengths,
+)
+from megatron_profit.models.gated_delta_net.specs import (
+    has_delta_net,
+    with_local_delta_nets,
+    with_packed_delta_net,
 )
 
 
@@ -29,6 +36,8 @@ class RMSNorm(torch.nn.RMSNorm):
     torch.nn.RMSNorm computes in fp32 whatever the input dtype. Under sequence parallelism each rank
     sees a part of the sequence; marking the weight makes Megatron sum its gradient over the
     tensor-parallel group (megatron/core/distributed/finalize_model_grads.py).
+
+    Where the model's norms are zero-centred, the factor is 1 + weight, also in fp32.
     """
 
     def __init__(
@@ -36,6 +45,16 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        if self.zero_centered:
+            torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the norm of [..., hidden_size]."""
+        if not self.zero_centered:
+            return super().forward(x)
+        factor = 1.0 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, factor, self.eps).type_as(x)
 
 
 def layer_spec(
@@ -60,8 +79,11 @@ def layer_spec(
 def _local_block_spec(
     config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
+    # Megatron's own spec for the variants of attention is Transformer Engine's alone.
+    attention_alone = copy.copy(config)
+    attention_alone.experimental_attention_variant = None
     block = get_gpt_decoder_block_spec(
-        config,
+        attention_alone,
         use_transformer_engine=False,
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
@@ -69,11 +91,10 @@ def _local_block_spec(
     )
     if config.normalization != "RMSNorm":
         return block
-    return dataclasses.replace(
-        block,
-        layer_specs=[_with_own_parts(s, config) for s in block.layer_specs],
-        layer_norm=RMSNorm,
-    )
+    layers = [_with_own_parts(s, config) for s in block.layer_specs]
+    if config.experimental_attention_variant == "gated_delta_net":
+        layers = with_local_delta_nets(layers, config, vp_stage)
+    return dataclasses.replace(block, layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _with_own_parts(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
@@ -86,7 +107,9 @@ def _with_own_parts(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
 
 
 def _with_engine_attention(spec: ModuleSpec) -> ModuleSpec:
-    """Return Transformer Engine's layer with a core attention that keeps the records of a row apart."""
+    """Return Transformer Engine's layer with an attention that keeps the records of a row apart."""
+    if has_delta_net(spec):
+        return with_packed_delta_net(spec)
     core_attention = spec.submodules.self_attention.submodules.core_attention
     return _with_attention_parts(spec, {"core_attention": with_variable_lengths(core_attention)})
 

@@ -231,6 +231,14 @@ class RecordSpans(PackedSeqParams):
         )
 
     @cached_property
+    def whole(self) -> RecordSpans:
+        """The records in whole rows, for layers that see them on each context-parallel rank."""
+        if self.cp_size == 1:
+            return self
+        assert self.device is not None, "`of` sets it"
+        return RecordSpans.of(self.cu_seqlens_q.long(), self.shape, self.device)
+
+    @cached_property
     def plan(self) -> AttentionPlan:
         """The order of attention on scaled_dot_product_attention."""
         own = [piece for piece in self.pieces if piece.queries == piece.keys]

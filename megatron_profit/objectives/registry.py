@@ -51,6 +51,13 @@ def objective_names() -> tuple[str, ...]:
     return tuple(sorted(_OBJECTIVES))
 
 
+def is_from_outside(name: str) -> bool:
+    """Return whether a name asks for an objective from outside, whose import may take long."""
+    return name not in _OBJECTIVES and (
+        ":" in name or name in entry_points(group=ENTRY_POINT_GROUP).names
+    )
+
+
 def load_objective(name: str) -> type[Objective]:
     """Return the class of a name; one from outside is imported and registered.
 

@@ -6,18 +6,22 @@ file's, so they win. `megatron:` takes native flags by their names.
 
 from __future__ import annotations
 
+import math
+import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from checkpoint_conversion.engine.regular_files import open_regular
 from checkpoint_conversion.errors import ConversionError, printable
-from megatron_profit.flags import nearest
+from megatron_profit.flags import flag_of, nearest
+from megatron_profit.objectives.registry import is_from_outside
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.evaluate_section import evaluation_words
-from megatron_profit.recipe.flags import FlagTable, Given
+from megatron_profit.recipe.flags import FlagTable, Given, words_with
 
 _LARGEST = 2**20  # bytes
 _RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -64,6 +68,8 @@ _SHORT: dict[str, dict[str, str]] = {
         "dropout": "--lora-dropout",
         "targets": "--lora-targets",
         "rslora": "--lora-rslora",
+        "adapter": "--lora-adapter",
+        "export": "--export-adapter",
     },
     "run": {
         "folder": "--run",
@@ -79,6 +85,7 @@ _ALIKE: dict[str, tuple[str, ...]] = {
     ),
     "objective": (
         *("log_entropy", "log_quantiles", "psft_steps_per_refresh", "ref_hf_model", "ref_cache"),
+        "ref_mode",
     ),
     "training": (
         *("epochs", "train_samples", "seq_length", "global_batch_size", "lr", "min_lr", "seed"),
@@ -91,7 +98,7 @@ _ALIKE: dict[str, tuple[str, ...]] = {
     "lora": (),
     "run": (
         *("save_interval", "load", "save"),
-        *("wandb_project", "wandb_exp_name", "wandb_entity", "without", "rank_logs"),
+        *("wandb_project", "wandb_exp_name", "wandb_entity", "without", "verbose", "rank_logs"),
     ),
 }
 # Entries at the top that are no sections.
@@ -104,10 +111,17 @@ _NONE = {"recompute": ("none",)}
 DERIVED_VALUES = ("--export-hf", "--tensorboard-dir")
 # The flag that keeps others from being derived.
 WITHOUT = "--without"
+# Switches of the command itself.
+_FRONT_SWITCHES = ("--verbose", "--rank-logs")
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice in a section; the last one would win in silence."""
+    """Reads values as they are written, and refuses a name that stands twice in a section.
+
+    The last one would win in silence. YAML 1.1 would read `1:4` as 64, `010` as 8 and `no` as false.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See yaml."""
@@ -117,6 +131,16 @@ class _Loader(yaml.SafeLoader):
                 line = node.start_mark.line + 1
                 raise LaunchError(f"{name!r} stands twice in the section of line {line}; drop one")
         return super().construct_mapping(node, deep)
+
+
+for _tag, _form, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), list(_first)
+    )
 
 
 def find_config(name: str) -> Path:
@@ -152,6 +176,7 @@ def read_config(path: Path, table: FlagTable, front: frozenset[str]) -> list[str
     """
     content = _load(path)
     words: list[str] = []
+    outside = _outside_options(content.get("objective"), table)
     for section, value in content.items():
         if section not in SECTIONS:
             raise LaunchError(
@@ -162,8 +187,9 @@ def read_config(path: Path, table: FlagTable, front: frozenset[str]) -> list[str
             if section == "evaluate":
                 words += evaluation_words(value)
                 continue
-            for option, item in _entries(section, value, table):
-                words += _words(option, item, table, front)
+            for option, item in _entries(section, value, table, outside):
+                is_switch = option in outside and item is True
+                words += [option] if is_switch else _words(option, item, table, front, outside)
         except LaunchError as error:
             raise LaunchError(f"--config {path}, {section}: {error}") from error
     return words
@@ -198,7 +224,17 @@ def _one_line(error: Exception) -> str:
     )
 
 
-def _entries(section: str, value: Any, table: FlagTable) -> Iterator[tuple[str, Any]]:
+def _outside_options(section: Any, table: FlagTable) -> frozenset[str]:
+    """Return the flags of the entries of an objective from outside, which no table knows."""
+    if not isinstance(section, dict) or not is_from_outside(str(section.get("name"))):
+        return frozenset()
+    names = map(str, section.keys() - _known("objective", table).keys())
+    return frozenset(flag_of(name) for name in names)
+
+
+def _entries(
+    section: str, value: Any, table: FlagTable, outside: Iterable[str]
+) -> Iterator[tuple[str, Any]]:
     """Yield the flag and the value of each entry of a section."""
     if section in _TOP:
         yield _TOP[section], value
@@ -206,9 +242,11 @@ def _entries(section: str, value: Any, table: FlagTable) -> Iterator[tuple[str, 
     if not isinstance(value, dict):
         entry = _ONE_VALUE.get(section)
         if entry is None or value is None:
-            raise LaunchError(f"must hold entries, found {value!r}")
+            raise LaunchError(f"must hold entries, found {_shown(value)}")
         value = {entry: value}
-    known = _known(section, table)
+    known = dict(_known(section, table))
+    if section == "objective":
+        known |= {_entry_of(flag): flag for flag in outside}
     for name, item in value.items():
         if name not in known:
             raise LaunchError(f"there is no entry {name!r}{nearest(str(name), known)}")
@@ -236,9 +274,9 @@ def _section_of(flag: str, table: FlagTable) -> str:
     for section in _SHORT:
         if flag in _flags_of(section):
             return section
-    if flag in table.of_objectives:
-        return "objective"
-    return "run" if flag in table.own else "megatron"
+    if flag in table.own and flag not in table.of_objectives:
+        return "run"
+    return "megatron" if flag in table.native else "objective"
 
 
 def _entry_of(flag: str) -> str:
@@ -252,22 +290,40 @@ def _flags_of(section: str) -> Iterable[str]:
     )
 
 
-def _words(option: str, value: Any, table: FlagTable, front: frozenset[str]) -> list[str]:
-    if option not in table.options and option not in front:
+def _words(
+    option: str,
+    value: Any,
+    table: FlagTable,
+    front: frozenset[str],
+    outside: frozenset[str],
+) -> list[str]:
+    if not any(option in flags for flags in (table.options, front, outside)):
         raise LaunchError(f"this version has no flag {option}")
-    is_switch = option in table.options and table.is_switch(option)
+    is_switch = option in _FRONT_SWITCHES or table.is_switch(option)
     if isinstance(value, bool):
         return _switch(option, value, table, is_switch)
     if is_switch:
-        raise LaunchError(f"{option} is {value!r}; it must be true or false")
+        raise LaunchError(f"{option} is {_shown(value)}; it must be true or false")
     values = value if isinstance(value, list) else [value]
-    if values and all(
-        isinstance(item, list) for item in values
-    ):  # a flag that is given several times
-        return [word for item in values for word in _words(option, item, table, front)]
-    if any(isinstance(item, dict | list) or item is None for item in values):
-        raise LaunchError(f"{option} has {value!r}; it must be a value or a list of values")
-    return [option, *map(str, values)]
+    if not values:
+        raise LaunchError(f"{option} has an empty list; give a value, or drop the line")
+    if len(values) > 1 and not (table.takes_several(option) or option in (WITHOUT, *outside)):
+        raise LaunchError(f"{option} has {_shown(value)}; it takes one value")
+    # A list of lists is a flag that is given several times.
+    several = values if values and all(isinstance(item, list) for item in values) else [values]
+    if option == WITHOUT and several == [values]:
+        several = [[item] for item in values]
+    for item in (item for one in several for item in one):
+        if isinstance(item, bool) or not isinstance(item, str | int | float):
+            raise LaunchError(
+                f"{option} has {_shown(value)}; it must be a value or a list of values"
+            )
+    return [word for one in several for word in words_with(option, tuple(map(str, one)))]
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; one that YAML's aliases make endless is cut."""
+    return reprlib.repr(value)
 
 
 def _switch(option: str, value: bool, table: FlagTable, is_switch: bool) -> list[str]:
@@ -316,10 +372,11 @@ def _put(content: dict[str, Any], option: str, value: Any, table: FlagTable) -> 
     if option in _TOP.values():
         content[_entry_of(option)] = value
         return
-    is_negative = value is False and option.startswith("--no-")
-    flag = f"--{option[5:]}" if is_negative else option
-    if is_negative and flag not in table.options:  # a native flag like --no-load-optim
-        flag, value = option, True
+    flag = option
+    if table.is_switch(option):  # its name alone says what it does, as of --no-load-optim
+        positive = f"--{option.removeprefix('--no-')}"
+        is_negative = option.startswith("--no-") and positive in table.options
+        flag, value = (positive, False) if is_negative else (option, True)
     section = _section_of(flag, table)
     names = {o: name for name, o in _SHORT.get(section, {}).items()}
     native = section == "megatron"
@@ -334,6 +391,6 @@ def _plain(text: str) -> Any:
             number = kind(text)
         except ValueError:
             continue
-        if str(number) == text:
+        if str(number) == text and math.isfinite(number):
             return number
     return text

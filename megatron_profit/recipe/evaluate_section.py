@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_profit.evaluation.command_line import add_evaluation_flags
 from megatron_profit.flags import nearest
-from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.errors import LaunchError, LaunchParser
 
 
 def evaluation_words(section: Any) -> list[str]:
@@ -22,24 +22,30 @@ def evaluation_words(section: Any) -> list[str]:
         section: The section's content.
 
     Raises:
-        LaunchError: There are no tasks, or an entry is no flag of the evaluation.
+        LaunchError: There is neither a task nor a task_file, or an entry is no flag of the evaluation.
     """
-    if not isinstance(section, dict) or not section.get("tasks"):
+    if not isinstance(section, dict) or not (section.get("tasks") or section.get("task_file")):
         raise LaunchError("must hold tasks and flags of the evaluation; for example tasks: [gsm8k]")
     entries = dict(section)
-    tasks = entries.pop("tasks")
+    tasks = entries.pop("tasks", None) or []
     names = tasks if isinstance(tasks, list) else [tasks]
     known = _known()
     words = [word for name, value in entries.items() for word in _flag(str(name), value, known)]
+    _parser().parse_args(words)
     flags = ["--eval-flags=" + shlex.join(words)] if words else []
-    return ["--eval-tasks", ",".join(map(str, names)), *flags]
+    return [*(["--eval-tasks", ",".join(map(str, names))] if names else []), *flags]
 
 
 def _known() -> dict[str, argparse.Action]:
     """Return the evaluation's flags, by the names of their entries."""
-    parser = argparse.ArgumentParser(add_help=False)
+    actions = _parser()._actions
+    return {action.option_strings[-1][2:].replace("-", "_"): action for action in actions}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = LaunchParser(add_help=False, allow_abbrev=False)
     add_evaluation_flags(parser)
-    return {action.option_strings[-1][2:].replace("-", "_"): action for action in parser._actions}
+    return parser
 
 
 def _flag(name: str, value: Any, known: Mapping[str, argparse.Action]) -> list[str]:

@@ -15,9 +15,14 @@ from importlib import metadata, resources
 from typing import Any
 
 from megatron_profit.flags import nearest
+from megatron_profit.objectives.registry import is_from_outside
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
+from megatron_profit.training.arguments.command_line import CommandLine, add_arguments
 
+# Forms of native flags: values, switches with the value that they give, and values of Megatron's own types.
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "text": str}
+_SWITCHES = {"true": True, "false": False}
+_OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,14 @@ class Given:
     @property
     def words(self) -> tuple[str, ...]:
         """The flag and its values as words of a command line."""
-        return (self.option, *self.texts)
+        return words_with(self.option, self.texts)
+
+
+def words_with(option: str, texts: Sequence[str]) -> tuple[str, ...]:
+    """Return a flag and its values as words, in one word if the value would be read as another flag."""
+    if len(texts) == 1 and texts[0].startswith("-"):
+        return (f"{option}={texts[0]}",)
+    return (option, *texts)
 
 
 def _text(value: Any) -> str:
@@ -51,14 +63,21 @@ def _text(value: Any) -> str:
 
 
 class Store(argparse.Action):
-    """Keeps a flag as a `Given`."""
+    """Keeps a flag as a `Given`.
 
-    def __init__(
-        self, *args: Any, read: Callable[..., Any] | None, switch: bool, **kw: Any
-    ) -> None:
-        kw["nargs"] = 0 if switch else kw.get("nargs")
-        super().__init__(*args, **kw)
-        self.read, self.switch = read, switch
+    Attributes:
+        read: Makes a value from its text; None leaves the text.
+        switch: The value that a switch gives; None for a flag with values.
+        allowed: The values that it can have; None for any.
+        several: Whether it may be given several times.
+        is_native_type: Whether its values are of a type of Megatron's own, which are left as text.
+    """
+
+    read: Callable[[str], Any] | None = None
+    switch: bool | None = None
+    allowed: Sequence[Any] | None = None
+    several = False
+    is_native_type = False
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -66,8 +85,8 @@ class Store(argparse.Action):
         """See argparse."""
         option = option_string or ""
         texts = values if isinstance(values, list) else [values]
-        if self.switch:
-            setattr(namespace, self.dest, Given(option, (), not option.startswith("--no-")))
+        if self.switch is not None:
+            setattr(namespace, self.dest, Given(option, (), self.switch))
             return
         found = [self._value(option, text) for text in texts]
         value = found if isinstance(values, list) else found[0]
@@ -97,24 +116,25 @@ class Store(argparse.Action):
             )
         return value
 
-    allowed: Sequence[Any] | None = None
-    several = False
+
+def native() -> Mapping[str, Sequence[Any]]:
+    """Return Megatron's flags as `tools/list_megatron_flags.py` lists them."""
+    return _listed()["flags"]
+
+
+def is_listed_version() -> bool:
+    """Return whether the list is of the installed Megatron; another one may have other flags."""
+    return _listed()["megatron-core"] == metadata.version("megatron-core")
 
 
 @functools.cache
-def native() -> Mapping[str, tuple[str, str]]:
-    """Return Megatron's flags, each with its argument and its form; empty for an unlisted version."""
-    text = resources.files("megatron_profit.recipe").joinpath("megatron_flags.json").read_text()
-    found = json.loads(text)
-    if found["megatron-core"] != metadata.version("megatron-core"):
-        return {}
-    return {option: (dest, form) for option, (dest, form) in found["flags"].items()}
+def _listed() -> Mapping[str, Any]:
+    file = resources.files("megatron_profit.recipe").joinpath("megatron_flags.json")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def own_parser() -> argparse.ArgumentParser:
     """Return a parser of this project's flags of the training."""
-    from megatron_profit.training.arguments.command_line import add_arguments
-
     return add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
 
 
@@ -128,48 +148,45 @@ def _options_of_objectives() -> frozenset[str]:
 class FlagTable:
     """All flags of the training, this project's and Megatron's."""
 
-    def __init__(self, own: argparse.ArgumentParser | None = None) -> None:
+    def __init__(self) -> None:
         self._parser = LaunchParser(add_help=False, allow_abbrev=False)
+        # The first spelling of each argument's flag.
+        self._spelling: dict[str, str] = {}
         self.defaults: dict[str, Any] = {}
-        own = own_parser() if own is None else own
-        for action in own._actions:
-            self._add(action.option_strings, action.dest, action.nargs, action.type, action)
+        own = own_parser()._actions
+        for action in own:
+            for option in action.option_strings:
+                self._add_own(option, action)
             self.defaults[action.dest] = action.default
-        self.own = frozenset(o for action in own._actions for o in action.option_strings)
+        self.own = frozenset(option for action in own for option in action.option_strings)
         self.of_objectives = _options_of_objectives()
-        self.native = frozenset(native()) - self.own
-        for option, (dest, form) in native().items():
-            if option in self.own:
-                continue
+        self.native = frozenset(native())
+        for option, (dest, form, default, *choices) in native().items():
             kind = form.rstrip("+*0123456789")
-            nargs: Any = form[len(kind) :] or None
-            read = _KINDS.get(kind)
-            self._add([option], dest, 0 if kind == "switch" else nargs, read, None)
+            number = form[len(kind) :]
+            nargs = 0 if kind in _SWITCHES else int(number) if number.isdigit() else number or None
+            store = self._add(option, dest, nargs)
+            store.read, store.switch = _KINDS.get(kind), _SWITCHES.get(kind)
+            store.allowed = choices[0] if choices else None
+            store.is_native_type = kind == _OTHER
+            self.defaults.setdefault(dest, default)
 
-    def _add(
-        self,
-        options: Sequence[str],
-        dest: str,
-        nargs: Any,
-        read: Any,
-        action: argparse.Action | None,
-    ) -> None:
-        switch = nargs == 0
-        if isinstance(nargs, str) and nargs.isdigit():
-            nargs = int(nargs)
+    def _add_own(self, option: str, action: argparse.Action) -> None:
+        store = self._add(option, action.dest, action.nargs)
+        store.read = action.type  # type: ignore[assignment]
+        if action.nargs == 0:
+            is_no = isinstance(action, argparse.BooleanOptionalAction) and option[:5] == "--no-"
+            store.switch = not is_no
+        store.allowed = None if action.choices is None else tuple(action.choices)
+        store.several = isinstance(action, argparse._AppendAction)
+
+    def _add(self, option: str, dest: str, nargs: int | str | None) -> Store:
+        self._spelling.setdefault(dest, option)
         added = self._parser.add_argument(
-            *options,
-            action=Store,
-            dest=dest,
-            read=read,
-            switch=switch,
-            default=argparse.SUPPRESS,
-            **({} if switch or nargs is None else {"nargs": nargs}),
+            option, action=Store, dest=dest, nargs=nargs, default=argparse.SUPPRESS
         )
         assert isinstance(added, Store)
-        added.several = isinstance(action, argparse._AppendAction)
-        if action is not None and action.choices is not None:
-            added.allowed = tuple(action.choices)
+        return added
 
     @property
     def options(self) -> frozenset[str]:
@@ -181,8 +198,14 @@ class FlagTable:
         return self._parser._option_string_actions[option].dest
 
     def is_switch(self, option: str) -> bool:
-        """Return whether a flag has no value."""
-        return self._parser._option_string_actions[option].nargs == 0
+        """Return whether a flag of the training has no value."""
+        known = self._parser._option_string_actions
+        return option in known and known[option].nargs == 0
+
+    def takes_several(self, option: str) -> bool:
+        """Return whether a flag of the training takes several values."""
+        known = self._parser._option_string_actions
+        return option in known and known[option].nargs is not None
 
     def parse(self, argv: Sequence[str], others: Iterable[str] = ()) -> dict[str, Given]:
         """Return the flags of a command line, by argument.
@@ -196,15 +219,45 @@ class FlagTable:
         """
         found, rest = self._parser.parse_known_args(list(argv))
         given: dict[str, Given] = dict(vars(found))
-        objective = given.get("objective")
-        if rest and not (objective and ":" in str(objective.value)) and native():
+        if rest and is_listed_version() and not self.has_outside_objective(given):
             raise LaunchError(self._unknown(rest, others))
         for number, word in enumerate(rest):  # options of an objective from outside
             if word.startswith("--"):
-                values = tuple(_values_after(rest, number))
-                dest = word[2:].replace("-", "_")
-                given[dest] = Given(word, values, values or True)
+                option, is_one, value = word.partition("=")
+                values = (value,) if is_one else tuple(_values_after(rest, number))
+                given[option[2:].replace("-", "_")] = Given(option, values, values or True)
         return given
+
+    def without_options_of_another(self, later: Sequence[str], words: Sequence[str]) -> list[str]:
+        """Return flags without the options of their objective, if later flags name another one.
+
+        For example, `--objective dft` after a file with `--objective profit --prob-threshold 0.1`.
+        """
+        chosen = vars(self._parser.parse_known_args(list(later))[0]).get("objective")
+        found, rest = self._parser.parse_known_args(list(words))
+        flags: dict[str, Given] = vars(found)
+        before = flags.get("objective")
+        if chosen is None or before is None or chosen.value == before.value:
+            return list(words)
+        left_out = {*self.of_objectives, before.option, "--objective-schedule"}
+        return [*words_of(f for f in flags.values() if f.option not in left_out), *rest]
+
+    def has_outside_objective(self, given: Mapping[str, Given]) -> bool:
+        """Return whether flags ask for an objective from outside, whose options are flags too."""
+        return "objective" in given and is_from_outside(given["objective"].value)
+
+    def command_line(self, given: Mapping[str, Given]) -> CommandLine:
+        """Return flags in the form in which the training checks them.
+
+        Values of Megatron's own types are left out, as only Megatron's parser reads them.
+        """
+        actions = self._parser._option_string_actions
+        values = {
+            name: flag.value
+            for name, flag in given.items()
+            if not getattr(actions.get(flag.option), "is_native_type", False)
+        }
+        return CommandLine(values, self.defaults, self._spelling)
 
     def _unknown(self, rest: Sequence[str], others: Iterable[str]) -> str:
         flags = [word.partition("=")[0] for word in rest if word.startswith("--")]

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import printable
-from megatron_profit.flags import nearest
+from megatron_profit.flags import ArgumentsError, nearest
 from megatron_profit.recipe.config_file import WITHOUT, find_config, read_config
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.recipe.flags import FlagTable, Given
+from megatron_profit.training.arguments.refused import refuse_ignored
 
 # Chat templates that --chat-template takes by name.
 BUILT_IN_TEMPLATES = ("chatml", "llama3")
 _NODES = re.compile(r"\d+(:\d+)?")
+_ENDPOINT = re.compile(r"([\w.-]+|\[[\da-fA-F:.%]+\])(:\d{1,5})?")
 _EXAMPLE = "megatron-profit sft --model Qwen/Qwen3-0.6B-Base --data chats.jsonl"
 
 
@@ -34,6 +36,7 @@ def front_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--config",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="YAML files with all of it, or names of recipes, such as qwen3-14b and profit; a later one "
         "overrides an earlier one, and flags override both.",
@@ -154,10 +157,12 @@ def read_request(argv: Sequence[str]) -> Request:
     """
     parser, table = front_parser(), FlagTable()
     options = frozenset(parser._option_string_actions)
-    words: list[str] = []
-    for file in parser.parse_known_args(list(argv))[0].config or ():
-        words += read_config(find_config(file), table, options)
-    front, rest = parser.parse_known_args([*words, *argv])
+    files = parser.parse_known_args(list(argv))[0].config or ()
+    sources = [read_config(find_config(file), table, options) for file in files]
+    front, rest = argparse.Namespace(), list[str]()
+    for words in (*sources, list(argv)):
+        _, flags = parser.parse_known_args(words, front)
+        rest = [*table.without_options_of_another(flags, rest), *flags]
     given = table.parse(rest, options)
     missing = [f"--{name}" for name in ("model",) if getattr(front, name) is None]
     missing += ["--data"] * ("data" not in given)
@@ -171,8 +176,27 @@ def read_request(argv: Sequence[str]) -> Request:
 
 def _check(request: Request) -> None:
     front, given = request.front, request.given
+    for option, value in (("--model", front.model), ("--run", front.run)):
+        if value == "":
+            raise LaunchError(f"{option} is empty; name a folder, or check the shell's variable")
     if "hf_model" in given:
         raise LaunchError("--model and --hf-model name the same thing; drop --hf-model")
+    _check_machines(request)
+    if front.chat_template is not None:
+        _check_template(front.chat_template)
+    for option in front.without:
+        if option not in request.table.options:
+            raise LaunchError(f"{WITHOUT}={option} names no flag; write it with its dashes")
+    try:
+        refuse_ignored(request.table.command_line(given))
+    except ArgumentsError as error:
+        raise LaunchError(str(error)) from error
+    _check_numbers(request)
+
+
+def _check_machines(request: Request) -> None:
+    """Refuse numbers of GPUs, processes and nodes that no run can have, or that contradict each other."""
+    front = request.front
     limits = {"gpus": 1, "nproc_per_node": 1, "gpu_memory": 1, "max_restarts": 0}
     for name, least in limits.items():
         value = getattr(front, name)
@@ -180,8 +204,13 @@ def _check(request: Request) -> None:
             raise LaunchError(
                 f"--{name.replace('_', '-')} is {value:g}; it must be at least {least}"
             )
-    if not _NODES.fullmatch(front.nnodes) or request.nodes < 1:
+    fewest, _, most = front.nnodes.partition(":")
+    if not _NODES.fullmatch(front.nnodes) or not 1 <= int(fewest) <= int(most or fewest):
         raise LaunchError(f"--nnodes is {front.nnodes!r}; it must be a number such as 2, or 1:4")
+    if front.rdzv_endpoint is not None and not _ENDPOINT.fullmatch(front.rdzv_endpoint):
+        raise LaunchError(
+            f"--rdzv-endpoint is {front.rdzv_endpoint!r}; write HOST:PORT, for example node0:29400"
+        )
     if request.nodes > 1 and front.rdzv_endpoint is None:
         raise LaunchError(
             f"--nnodes {front.nnodes} needs the place where the nodes meet; give --rdzv-endpoint HOST:PORT "
@@ -198,12 +227,6 @@ def _check(request: Request) -> None:
             f"--gpus {front.gpus} and --nproc-per-node {front.nproc_per_node} on {request.nodes} node"
             f"{'s' * (request.nodes > 1)} contradict each other; drop one"
         )
-    if front.chat_template is not None:
-        _check_template(front.chat_template)
-    for option in front.without:
-        if option not in request.table.options:
-            raise LaunchError(f"{WITHOUT}={option} names no flag; write it with its dashes")
-    _check_numbers(request)
 
 
 def _check_template(template: str) -> None:

@@ -8,12 +8,12 @@ from importlib.resources import files
 from typing import Any
 
 _DATA = "@DATA@"
-# The parts that all pages share.
-_COMMON = {"@STYLE@": "common.css", "@SCRIPT@": "common.js"}
+# Parts in files of their own; the first two are in all pages.
+_COMMON = {"@STYLE@": "common.css", "@SCRIPT@": "common.js", "@THRESHOLDS@": "thresholds.js"}
 
 
 def with_data(template: str, data: Mapping[str, Any]) -> str:
-    """Return a page with its data in place of `@DATA@`, and the shared parts of `@STYLE@` and `@SCRIPT@`.
+    """Return a page with its data in place of `@DATA@`, and the parts in files of their own.
 
     The data are escaped, so that no text in them can end the script element. A lone surrogate, which has no
     UTF-8 form, becomes "?".

@@ -22,6 +22,8 @@ def page(
     subtitle: str = "",
     threshold: tuple[float, ...] = (0.1,),
     direction: str = "higher",
+    scope: str = "constant",
+    signal: str = "current",
 ) -> str:
     """Return the page of chosen records.
 
@@ -30,6 +32,8 @@ def page(
         title, subtitle: plain text.
         threshold: where the slider begins; a second value for the direction middle.
         direction: higher, lower or middle.
+        scope: constant for probabilities, or the tokens whose quantiles they are: global_batch or record.
+        signal: current for the model's probabilities, reference for the reference model's.
 
     Raises:
         ValueError: no records.
@@ -41,6 +45,8 @@ def page(
         "subtitle": subtitle,
         "threshold": [threshold[0], threshold[-1] if len(threshold) > 1 else 1.0],
         "direction": direction,
+        "scope": scope,
+        "signal": signal,
         "objectives": list(records[0].weights),
         "records": [_record(record) for record in records],
     }
@@ -49,11 +55,14 @@ def page(
 
 
 def _record(record: TokenRecord) -> dict[str, Any]:
+    of_reference = record.statistics.external.get("ref_log_prob")
     return {
         "name": record.name,
         "pieces": record.pieces,
         "supervised": record.supervised.int().tolist(),
         "p": _numbers(record.statistics.prob),
+        # The probability under the reference model, where there is one.
+        "q": None if of_reference is None else _numbers(of_reference.exp()),
         "weights": {name: _numbers(weight) for name, weight in record.weights.items()},
     }
 

@@ -23,12 +23,13 @@ from torch.distributed import DistNetworkError
 from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.shards import Shard
 from checkpoint_conversion.model_card.card import card_files
 from checkpoint_conversion.model_card.facts import Facts, read_facts
 from checkpoint_conversion.model_card.hub import upload
 from checkpoint_conversion.model_card.next_steps import next_steps
 from megatron_profit.data import DataError, load_tokenizer
-from megatron_profit.evaluation.after_training import become_evaluation
+from megatron_profit.evaluation.after_training import become_evaluation, results_of
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches.callbacks import Callback, RunFailure, register
 from megatron_profit.megatron_patches.saving import reason_of_all_ranks
@@ -50,6 +51,7 @@ from megatron_profit.training.monitoring.evaluation_report import EvaluationRepo
 from megatron_profit.training.monitoring.guards import Guards
 from megatron_profit.training.monitoring.run_monitor import RunMonitor
 from megatron_profit.training.monitoring.run_totals import RunTotals
+from megatron_profit.training.monitoring.task_evaluation import TaskEvaluation
 from megatron_profit.training.plan import RunPlan, plan_run
 from megatron_profit.training.plan.datasets import SFTData
 from megatron_profit.training.plan.wandb_run import WandbRun
@@ -82,7 +84,7 @@ def main(argv: Sequence[str], device: str) -> None:
     except DistNetworkError as error:
         fail(refusal(error))
     run(plan)
-    if plan.settings.eval_tasks.eval_tasks is not None and is_first_rank():
+    if plan.settings.eval_tasks.is_wanted and is_first_rank():
         become_evaluation(plan.settings.eval_tasks, Path(plan.settings.values["export_hf"]))
 
 
@@ -108,10 +110,12 @@ def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:
     totals = RunTotals()
     keeper = Retention(settings.keep, plan.record, totals, plan.carried)
     report = evaluation_report(settings, data)
+    tasks = task_evaluation(plan, chunks)
     signals = ExitSignals(args.exit_signal)
     begin = external.begin if report is None else report.watching(external.begin)
     monitor = RunMonitor(Guards(settings.guards), data.train_prepared.name, files.metrics, totals)
-    register(*providers, keeper, WandbRun(), *filter(None, [report]), signals, monitor, *callbacks)
+    reports = filter(None, [report, tasks])
+    register(*providers, keeper, WandbRun(), *reports, signals, monitor, *callbacks)
     with _known_ends(signals):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -206,15 +210,16 @@ def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> N
             facts = from_first_rank(lambda: read_facts(best))
         if merged is not None:
             merged = replace(merged, notes=card_files(facts, base))
-            export(merged, (model_shards if lora is None else merged_shards)(chunks))
+            export(merged, whole_shards(plan, chunks))
         if adapters is not None:
             adapters = replace(adapters, notes=card_files(facts, base, is_adapter=True))
             export(adapters, adapter_shards(chunks))
     except (CheckpointError, ConversionError, OSError) as error:
+        flag, folder = ("--export-hf", "--out") if merged else ("--export-adapter",) * 2
         fail(
-            f"--export-hf: {error}; a checkpoint that --save has written can still be exported: python "
+            f"{flag}: {error}; a checkpoint that --save has written can still be exported: python "
             "-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template "
-            f"{plan.settings.hf_model} --out DIR"
+            f"{plan.settings.hf_model} {folder} DIR"
         )
     data = [source.path for source in plan.files.data.train]
     if merged is not None:
@@ -233,6 +238,23 @@ def _publish(plan: RunPlan) -> None:
         print_rank_0(f"> uploaded: {upload(folder, plan.repository)}")
     except ConversionError as error:
         fail(error)
+
+
+def whole_shards(plan: RunPlan, chunks: Sequence[MegatronModule]) -> Iterator[tuple[Shard, bool]]:
+    """Yield the shards of this rank's whole weights, with the adapters merged in if the run trains any."""
+    return (model_shards if plan.files.lora is None else merged_shards)(chunks)
+
+
+def task_evaluation(plan: RunPlan, chunks: Sequence[MegatronModule]) -> TaskEvaluation | None:
+    """Return the evaluation of tasks during the training that the flags ask for, if they do."""
+    options, merged = plan.settings.eval_tasks, plan.files.export
+    if options.eval_tasks_interval is None or merged is None:
+        return None
+
+    def export_to(folder: Path) -> None:
+        export(replace(merged, folder=folder, overwrite=True), whole_shards(plan, chunks))
+
+    return TaskEvaluation(options, export_to, results_of(merged.folder))
 
 
 def objective_loss(settings: RunSettings) -> ObjectiveLoss:

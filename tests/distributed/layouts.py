@@ -38,6 +38,7 @@ _FLAGS = {
     "padded": "--make-vocab-size-divisible-by 16",
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
+    "norms": "--recompute-modules core_attn gdn_norm_out",
     "sharded": "--use-distributed-optimizer",
     "overlap": "--overlap-grad-reduce --overlap-param-gather",
     "reshardable": "--dist-ckpt-optim-fully-reshardable",
@@ -72,12 +73,17 @@ class Model:
 
 
 def trained_models(dense: Path, folder: Path) -> dict[str, Model]:
-    """The "dense" model of a HuggingFace folder and one with "experts", which is written into `folder`."""
+    """The "dense" model of a HuggingFace folder, and models of other kinds, which are written into `folder`:
+    with "experts", with "states" of Gated DeltaNet layers, and with both.
+    """
     data = write_uneven_chats(EXAMPLES / "arithmetic_chatty.jsonl", folder / "chats.jsonl", TURNS)
     plan = Plan(data, steps=3, batch=16, seq_length=160, clip_grad=1.0)
+    balanced = replace(plan, balancing=1.0)
     return {
         "dense": Model(dense, plan),
-        "experts": Model(make_family(folder, "qwen3-moe").hf, replace(plan, balancing=1.0)),
+        "experts": Model(make_family(folder / "experts", "qwen3-moe").hf, balanced),
+        "states": Model(make_family(folder / "states", "qwen3.5").hf, plan),
+        "states-experts": Model(make_family(folder / "both", "qwen3.5-moe").hf, balanced),
     }
 
 

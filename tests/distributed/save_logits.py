@@ -46,7 +46,11 @@ def main() -> None:
     tokens = torch.load(tokens_file)
     chunks = build_model([*flags, "--seq-length", str(tokens.size(1))], "cpu")
     result = logits(chunks, tokens)
-    if result is not None and mpu.get_tensor_model_parallel_rank() == 0:
+    first = (
+        mpu.get_tensor_model_parallel_rank() == 0
+        and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+    if result is not None and first:
         torch.save(result, logits_file)
     args = get_args()
     compare_with_huggingface(unwrap_model(chunks), args.hf_model, args.vocab_size)

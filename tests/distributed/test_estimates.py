@@ -21,7 +21,7 @@ from megatron_profit.estimates.memory import (
     layer_activations,
     output_bytes,
 )
-from megatron_profit.estimates.run_shape import RunShape
+from megatron_profit.estimates.run_shape import LayerKind, RunShape
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -106,9 +106,9 @@ def check_activations(run: RunShape, stage: int, measured: dict) -> None:
     """Of a micro-batch, and how many are held; the kernel keeps logits outside of autograd's sight."""
     assert measured["under way"] == chunks_under_way(run, stage)
     chunk = run.chunks_of(stage)[-1]
-    expected = sum(kept_activations(run, False, 1.0) for _ in chunk)
+    expected = sum(kept_activations(run, LayerKind(), 1.0) for _ in chunk)
     if run.args.recompute_granularity == "full":
-        expected = len(chunk) * layer_activations(run, False, 1.0).entry
+        expected = len(chunk) * layer_activations(run, LayerKind(), 1.0).entry
     if stage == run.pp - 1:
         args = Namespace(**{**vars(run.args), "objective_backward": "recompute"})
         expected += output_bytes(replace(run, args=args), 1.0)[0]

@@ -50,16 +50,35 @@ EXPERTS = [
     "4 tp2 pp2 sp mb1",
     "4 ep2 cp2 mb1",
 ]
+# Two layers of three have a recurrent state.
+STATES = [
+    "1 mb4 packed",
+    "2 tp2 mb4",
+    "2 tp2 sp mb2 packed full",
+    "2 pp2 vpp2 mb2 packed sharded selective norms",
+    "2 cp2 mb2 packed",
+    "2 mb2 packed sharded overlap",
+    "4 tp2 pp2 sp mb2 packed",
+]
+STATES_EXPERTS = ["2 ep2 mb1", "2 tp2 sp mb1 sharded"]
 # In `make test`; the rest in `make test-all`.
 DEFAULT = {
     ("dense", "4 tp2 pp2 sp mb2", "psft"),
     ("dense", "4 tp2 sp mb2 packed sharded", "profit"),
     ("experts", "2 ep2 mb1", "profit"),
+    ("states", "2 tp2 sp mb2 packed full", "profit"),
+    ("states-experts", "2 ep2 mb1", "sft"),
 }
 
 
 def rows() -> list:
-    layouts = [("dense", layout) for layout in DENSE] + [("experts", layout) for layout in EXPERTS]
+    models = {
+        "dense": DENSE,
+        "experts": EXPERTS,
+        "states": STATES,
+        "states-experts": STATES_EXPERTS,
+    }
+    layouts = [(model, layout) for model, layouts in models.items() for layout in layouts]
     table = [(*row, name) for row in layouts for name in OBJECTIVES]
     return [
         pytest.param(*row, marks=[pytest.mark.slow] * (row not in DEFAULT), id="-".join(row))

@@ -17,6 +17,8 @@ LAYOUTS = {
     "tp2-sp": (2, TP_SP),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "cp2-pp2": (4, "--context-parallel-size 2 --pipeline-model-parallel-size 2"),
 }
 
 
@@ -42,6 +44,12 @@ FAMILY_LAYOUTS = [
     ),
     pytest.param("qwen3-moe", 4, f"{TP_SP} {EXPERTS}", id="qwen3-moe-tp2-ep2-etp2", marks=slow),
     pytest.param("qwen3-moe-mixed", 2, EXPERTS, id="qwen3-moe-mixed-ep2", marks=slow),
+    pytest.param("qwen3.5", 1, "", id="qwen3.5-tp1", marks=slow),
+    pytest.param("qwen3.5", 2, "--tensor-model-parallel-size 2", id="qwen3.5-tp2"),
+    pytest.param("qwen3.5", 2, TP_SP, id="qwen3.5-tp2-sp", marks=slow),
+    pytest.param("qwen3.5", 2, "--pipeline-model-parallel-size 2", id="qwen3.5-pp2", marks=slow),
+    pytest.param("qwen3.5-moe", 2, EXPERTS, id="qwen3.5-moe-ep2"),
+    pytest.param("qwen3.5-moe", 2, TP_SP, id="qwen3.5-moe-tp2-etp2", marks=slow),
     pytest.param("qwen2", 2, "--tensor-model-parallel-size 2", id="qwen2-tp2"),
     pytest.param("llama", 2, "--tensor-model-parallel-size 2", id="llama-tp2"),
     pytest.param("llama", 2, "--pipeline-model-parallel-size 2", id="llama-pp2", marks=slow),

@@ -217,3 +217,17 @@ def test_other_adapters_than_the_checkpoint_holds_are_refused(sft, resumed, case
     result = sft(ranks, *model, *PLAN.flags, *CASES["sft"].flags, *layout, check=False)
     assert result.returncode
     assert message in result.stdout
+
+
+@pytest.mark.slow
+def test_a_pipeline_rank_without_adapters_trains_or_is_refused_at_the_start(sft, resumed, tmp_path):
+    """The first rank has the embedding alone; Megatron would end at the first checkpoint."""
+    ranks, *flags = resumed.flags("2 pp2 mb2")
+    layout = ("--pipeline-model-parallel-layout", "E|ttttL", "--save", tmp_path / "save")
+    refused = sft(ranks, *flags, *layout, "--use-distributed-optimizer", check=False)
+    assert refused.returncode
+    assert "a pipeline rank has no layer with adapters" in refused.stdout
+    sft(ranks, *flags, *layout, "--export-adapter", tmp_path / "own")
+    expected = train(resumed.hf, PLAN, CASES["sft"], adapter=resumed.adapter).weights
+    for name, value in load_file(tmp_path / "own" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-4)

@@ -15,6 +15,8 @@ from plain_objectives import psft
 from plain_training import Plan, Trained, train
 from tiny_models import EXAMPLES, make_family
 
+from megatron_profit.commands.plot_run import read_curves
+
 CASE = psft(4)
 PLAN = Plan(EXAMPLES / "arithmetic_chatty.jsonl", steps=6, batch=8, clip_grad=1.0)
 RESUMES = {
@@ -69,6 +71,35 @@ def test_experts_continue_at_another_layout(sft, experts, tmp_path, name):
     hf, plan, expected = experts
     resume(sft, hf, plan, EXPERTS[name], tmp_path)
     assert_same_steps(tmp_path / "tensorboard", expected)
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> Path:
+    return make_family(tmp_path_factory.mktemp("states"), "qwen3.5").hf
+
+
+@pytest.mark.slow
+def test_states_continue_at_another_layout(sft, states, tmp_path):
+    plan = replace(PLAN, packing=True, seq_length=128, batch=4)
+    resume(sft, states, plan, ("2 tp2 sp mb2", "2 pp2 mb2"), tmp_path)
+    assert_same_steps(tmp_path / "tensorboard", train(states, plan, CASE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["1 mb4", "2 tp2 mb4", "2 mb2 sharded"])
+def test_the_fp32_parameters_of_a_bf16_model_continue(sft, states, tmp_path, layout):
+    """The decays of a Gated DeltaNet lie among bf16 parameters; each of them finds its own moments again."""
+    ranks, flags = parse(layout)
+    command = (ranks, "--hf-model", states, "--bf16", *PLAN.flags, *CASE.flags, *flags)
+    interrupted = ("--save", tmp_path / "save", "--save-interval", 3, "--exit-interval", 3)
+    runs = {"whole": [()], "resumed": [interrupted, ("--load", tmp_path / "save")]}
+    for name, parts in runs.items():
+        for part in parts:
+            sft(*command, *part, "--tensorboard-dir", tmp_path / name)
+    whole, resumed = (read_curves(tmp_path / name) for name in runs)
+    assert len(whole["grad-norm"][0]) == PLAN.steps
+    for name in ("lm loss", "grad-norm"):
+        assert resumed[name] == whole[name], name
 
 
 def resume(sft, hf, plan, layouts, folder) -> None:

@@ -32,10 +32,40 @@ _QWEN3_MOE = {
     "norm_topk_prob": True,
     "router_aux_loss_coef": 0.01,
 }
+_STATE = ["linear_attention"]
+_QWEN3_5 = {
+    # A pattern that repeats, cut off by the end of the model; the one with experts has none.
+    "layer_types": [*_STATE * 2, "full_attention", *_STATE],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 14,
+    "linear_conv_kernel_dim": 4,
+    # With 1e-6 the norm of a state's outputs divides by so little that fp32 is off by 5e-5, here and there.
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
 # Class in transformers, and what its config has beside the sizes of the tiny Qwen3.
 FAMILIES = {
     "qwen3-moe": ("Qwen3Moe", _QWEN3_MOE),
     "qwen3-moe-mixed": ("Qwen3Moe", {**_QWEN3_MOE, "mlp_only_layers": [2]}),
+    "qwen3.5": ("Qwen3_5", _QWEN3_5),
+    "qwen3.5-moe": (
+        "Qwen3_5Moe",
+        {
+            **_QWEN3_5,
+            "layer_types": [*_STATE, "full_attention", *_STATE * 2],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 48,
+            "router_aux_loss_coef": 0.01,
+        },
+    ),
     "qwen2": ("Qwen2", {"head_dim": None}),
     "llama": (
         "Llama",
@@ -61,10 +91,10 @@ def make_family(folder: Path, name: str) -> TinyModel:
     for key in ("architectures", "model_type", "layer_types", "max_window_layers"):
         del sizes[key]
     settings = {key: value for key, value in {**sizes, **changes}.items() if value is not None}
-    config = getattr(transformers, f"{kind}Config")(**settings)
+    architecture = getattr(transformers, f"{kind}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(model.hf)
+        architecture(architecture.config_class(**settings)).save_pretrained(model.hf)
     _spread(model.hf)
     hf_to_megatron(model.hf, model.megatron, overwrite=True)
     return model

@@ -28,6 +28,9 @@ pytestmark = [
     ),
 ]
 
+needs_fla = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention"
+)
 WORDS = {"packed": PACKED, "gathered": "--cp-comm-type all_gather"}
 LAYOUTS = [
     ("dense", "1 mb1"),
@@ -40,6 +43,10 @@ LAYOUTS = [
     ("experts", "1 mb1"),
     ("experts", "2 tp2 sp mb1"),
     ("experts", "2 ep2 mb1 allgather"),
+    pytest.param("states", "1 mb4 packed", marks=needs_fla),
+    pytest.param("states", "1 mb1", marks=needs_fla),
+    pytest.param("states", "2 tp2 sp mb2 packed full", marks=needs_fla),
+    pytest.param("states", "2 cp2 mb2 packed", marks=needs_fla),
 ]
 # Each rank is the first of its node, and takes the first GPU.
 ENTRY = ["--no-python", "env", "LOCAL_RANK=0", sys.executable, "-m", "megatron_profit.sft"]
@@ -74,7 +81,10 @@ ADAPTED = [
     ("dense", "1 mb8 packed"),
     ("dense", "1 mb1 full"),
     ("dense", "2 tp2 sp mb2 packed"),
+    ("dense", "2 tp2 mb2 packed"),
+    ("dense", "2 cp2 mb2 packed"),
     ("experts", "1 mb1"),
+    ("experts", "2 tp2 sp mb1"),
     ("experts", "2 ep2 mb1 allgather"),
 ]
 

@@ -139,6 +139,6 @@ def test_the_message_is_seen_under_torchrun(torchrun, tmp_path, tiny):
         PYTHONPATH=os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])),
     )
     assert result.returncode != 0
-    assert result.stdout.count("megatron_profit: CPU backend") == 1
+    assert "CPU backend" not in result.stdout, "torch and Megatron are imported later"
     assert result.stdout.count("megatron-profit-sft: error:") == 1
     assert "none.jsonl" in result.stdout

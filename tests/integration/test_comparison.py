@@ -31,7 +31,7 @@ def test_a_comparison_trains_evaluates_and_reports_a_failure(tiny, tmp_path, cap
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(plan))
     assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
-    assert "| sft, lr 0.001 | 0.0 % |" in capsys.readouterr().out
+    assert "| sft, lr 0.001 | 0.0 % (0.0 to 97.5) |" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert [result["scores"] for result in results] == [{"sums": 0.0}] * 3
     for result in results[1:]:

@@ -118,3 +118,47 @@ def test_a_lost_node_loses_nothing_but_the_steps_since_the_checkpoint(
         else:
             assert float(objective) == pytest.approx(float(uninterrupted[step]), rel=1e-2), step
     assert (tmp_path / "run" / "hf" / "config.json").is_file()
+
+
+def sft_on(node: pretend_nodes.Node, environment: dict[str, str], folder: Path, *flags: str):
+    """Start the two-flag command on a node; its output goes to a file named after the node's address."""
+    known = {name: environment[name] for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+    with (folder / f"{node.address}.log").open("w") as log:
+        return node.start(
+            [
+                *(sys.executable, "-m", "megatron_profit", "sft", "--model", environment["MODEL"]),
+                *(
+                    "--data",
+                    environment["DATA"],
+                    "--run",
+                    str(folder / "run"),
+                    "--train-iters",
+                    "2",
+                ),
+                *("--nnodes", "2", "--rdzv-endpoint", f"192.0.2.1:{pretend_nodes.PORT}", *flags),
+            ],
+            {**known, "PYTHONPATH": str(REPOSITORY)},
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def test_the_two_flag_command_runs_on_two_nodes(environment, tmp_path):
+    with pretend_nodes.pretend_nodes() as nodes:
+        running = [sft_on(node, environment, tmp_path) for node in nodes]
+        codes = [process.wait(timeout=600) for process in running]
+        first, second = ((tmp_path / f"{node.address}.log").read_text() for node in nodes)
+    assert codes == [0, 0], first + second
+    assert "1 CPU process (there is no GPU)" in first
+    assert len(re.findall(r"^step \d/2 ", first + second, flags=re.MULTILINE)) == 2
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
+
+
+def test_a_node_with_another_flag_is_named(environment, tmp_path):
+    with pretend_nodes.pretend_nodes() as nodes:
+        sft_on(nodes[0], environment, tmp_path)
+        other = sft_on(nodes[1], environment, tmp_path, "--lr", "2e-5")
+        assert other.wait(timeout=600) == 2
+        log = (tmp_path / f"{nodes[1].address}.log").read_text()
+    assert "--lr is 2e-05 on this node and 1e-05 on the first one" in log

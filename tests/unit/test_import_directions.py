@@ -99,8 +99,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     f"{_TRAINING}.monitoring": (
         *(*_LIBRARIES, "checkpoint_conversion.errors", "checkpoint_conversion.engine"),
-        *("megatron_profit.flags", "megatron_profit.token_report"),
+        *("megatron_profit.flags", "megatron_profit.token_report", "megatron_profit.evaluation"),
         *("megatron_profit.megatron_patches", f"{_TRAINING}.process", f"{_TRAINING}.step"),
+        "megatron_profit.parent_death",
     ),
     f"{_TRAINING}.checkpoints": (
         *("megatron_profit.estimates", "megatron_profit.evaluation"),
@@ -132,12 +133,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *(*_LIBRARIES, "checkpoint_conversion", "megatron_profit.megatron_patches"),
         *("megatron_profit.flags", "megatron_profit.models"),
     ),
-    "megatron_profit.sft": (
-        *("megatron_profit.flags", "megatron_profit.megatron_patches", _TRAINING),
-    ),
     "megatron_profit.recipe": (
         *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
-        *("megatron_profit.evaluation", "megatron_profit.flags"),
+        *("megatron_profit.data", "megatron_profit.evaluation", "megatron_profit.flags"),
+    ),
+    "megatron_profit.sft": (
+        *("checkpoint_conversion.errors", "megatron_profit.flags", "megatron_profit.recipe"),
+        *("megatron_profit.megatron_patches", _TRAINING),
     ),
     "megatron_profit.launch": (
         "megatron_profit.flags",

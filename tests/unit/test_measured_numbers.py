@@ -82,3 +82,20 @@ def test_the_gain_of_packed_rows():
     assert all(gain == pytest.approx(stated, abs=0.5) for gain in gains)
     data = (REPOSITORY / "docs" / "data.md").read_text()
     assert all(f"{gain} times |" in data for gain in gains)
+
+
+def test_the_table_of_ranks_is_that_of_its_results():
+    page = (REPOSITORY / "docs" / "lora.md").read_text(encoding="utf-8")
+    results = json.loads((RESULTS / "2026-11-28-lora-ranks.json").read_text())["results"]
+    base, *trained = results
+    assert f"the base has {100 * base['scores']['sums']:.1f}" in page
+    for rank in (4, 16, 64, 128):
+        line = next(line for line in page.splitlines() if line.startswith(f"| {rank} |"))
+        cells = line.strip("|").split("|")[1:]
+        for objective, cell in zip(("sft", "profit 0.1", "profit < 0.5"), cells, strict=True):
+            found = [
+                100 * result["scores"]["sums"]
+                for result in trained
+                if (result["run"]["objective"], result["run"]["lora_rank"]) == (objective, rank)
+            ]
+            assert numbers(cell) == [pytest.approx(score, abs=0.051) for score in found]

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_profit.evaluation.errors import EvaluationError
 
 ALL_WEIGHTS = 0
+# The one evaluation of a plan that does not name several.
+UNNAMED = ""
 _REQUIRED = ("base", "train", "evaluate", "objectives")
+# Weights may be large.
+_EDGE_BYTES = 1 << 23
+_NAMED_AXES = ("data", "objectives", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,26 @@ class Run:
         rank = f", rank {self.lora_rank}" if self.lora_rank else ""
         return f"{self.objective}{rate}{rank}"
 
+    @property
+    def without_rank(self) -> Run:
+        """The same choices for all weights."""
+        return replace(self, lora_rank=ALL_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A run with evaluations that are made together.
+
+    Attributes:
+        run: The training.
+        evaluations: Names of the plan's evaluations.
+        is_last: Whether no later stage asks the run's model.
+    """
+
+    run: Run
+    evaluations: tuple[str, ...]
+    is_last: bool = True
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,38 +77,67 @@ class Plan:
     Attributes:
         base: HuggingFace folder that all runs start from.
         train: Training flags of all runs.
-        evaluate: Flags of `megatron-profit evaluate` for all models.
+        evaluate: Name -> flags of `megatron-profit evaluate` for all models. The file may hold one text.
         objectives: Name -> training flags.
         data: Name -> training flags (`train`) and evaluation flags (`evaluate`) of a data set.
         learning_rates: Values of --lr; empty if the flags set it.
         lora_ranks: Values of --lora-rank; 0 trains all weights.
         seeds: Values of --seed.
+        stages: Parts of the comparison in the order in which they are made. Each narrows some of `data`,
+            `objectives`, `learning_rates`, `lora_ranks`, `seeds` and `evaluate`; empty for one stage of all.
         processes: Processes of one training.
         jobs: Trainings at a time.
-        keep_models: Whether the exported models stay.
+        keep_models: Whether the exported models stay when no later stage asks them.
+        save_interval: Steps between a training's checkpoints, from which it goes on after an interruption; 0
+            for none.
     """
 
     base: Path
     train: str
-    evaluate: str
+    evaluate: Mapping[str, str]
     objectives: Mapping[str, str]
     data: Mapping[str, Mapping[str, str]]
     learning_rates: Sequence[float] = ()
     lora_ranks: Sequence[int] = (ALL_WEIGHTS,)
     seeds: Sequence[int] = (1, 2, 3)
+    stages: Sequence[Mapping[str, Sequence[Any]]] = ()
     processes: int = 1
     jobs: int = 1
     keep_models: bool = False
+    save_interval: int = 0
 
-    def runs(self) -> Iterator[Run]:
-        """Yield all runs; a seed is complete before the next one begins."""
-        rates = self.learning_rates or (None,)
-        axes = (self.seeds, self.data, self.objectives, rates, self.lora_ranks)
+    def schedule(self) -> list[list[Unit]]:
+        """Return the units of each stage, in order; an evaluation of a run belongs to its first stage."""
+        asked: dict[Run, set[str]] = {}
+        stages = []
+        for stage in self.stages or ({},):
+            units = []
+            for run in self._runs_of(stage):
+                known = asked.setdefault(run, set())
+                names = tuple(e for e in stage.get("evaluate", self.evaluate) if e not in known)
+                known.update(names)
+                if names:
+                    units.append(Unit(run, names))
+            stages.append(units)
+        last = {unit.run: place for place, units in enumerate(stages) for unit in units}
+        return [
+            [replace(unit, is_last=last[unit.run] == place) for unit in units]
+            for place, units in enumerate(stages)
+        ]
+
+    def _runs_of(self, stage: Mapping[str, Sequence[Any]]) -> Iterator[Run]:
+        """Yield the runs of a stage; a seed is complete before the next one begins."""
+        names = ("seeds", "data", "objectives", "learning_rates", "lora_ranks")
+        axes = [stage.get(name, getattr(self, name)) or (None,) for name in names]
         for seed, data, objective, rate, rank in itertools.product(*axes):
             yield Run(data, objective, rate, rank, seed)
 
-    def train_command(self, run: Run, export: Path, metrics: Path) -> list[str]:
-        """Return the command that trains a run and exports its last weights."""
+    def train_command(
+        self, run: Run, export: Path, metrics: Path, checkpoints: Path = Path("checkpoints")
+    ) -> list[str]:
+        """Return the command that trains a run, or goes on with it, and exports its last weights."""
+        interval = str(self.save_interval)
+        places = ("--save", str(checkpoints), "--load", str(checkpoints))
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
         return [
             sys.executable,
@@ -92,31 +148,45 @@ class Plan:
             *shlex.split(self.objectives[run.objective]),
             *(("--lr", f"{run.learning_rate:g}") if run.learning_rate is not None else ()),
             *(("--lora-rank", str(run.lora_rank)) if run.lora_rank else ()),
+            *((*places, "--save-interval", interval) if self.save_interval else ()),
             *("--seed", str(run.seed), "--export-hf", str(export), "--metrics-file", str(metrics)),
         ]
 
-    def evaluate_command(self, data: str, model: Path, out: Path) -> list[str]:
-        """Return the command that evaluates a model on the tasks of a data set."""
+    def evaluate_command(self, data: str, evaluation: str, model: Path, out: Path) -> list[str]:
+        """Return the command of an evaluation of a model, with the flags of a data set."""
         return [
             *(sys.executable, "-m", "megatron_profit", "evaluate", f"model={model}"),
-            *shlex.split(self.evaluate),
+            *shlex.split(self.evaluate[evaluation]),
             *shlex.split(self.data[data].get("evaluate", "")),
             *("--out", str(out)),
         ]
 
     def digest(self, command: Sequence[str]) -> str:
         """Return a fingerprint of a command and of the files that it names, the base's included."""
-        parts = list(command)
-        for file in sorted({Path(part) for part in command if _is_input(part)}):
+        parts = [part for part in command if part != sys.executable]
+        for file in sorted(_inputs(command)):
             entries = sorted(file.iterdir()) if file.is_dir() else [file]
-            # Weights may be large: size and time must suffice.
-            parts += [f"{e} {e.stat().st_size} {e.stat().st_mtime_ns}" for e in entries]
+            parts += [f"{entry} {_content(entry)}" for entry in entries if entry.is_file()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def _is_input(part: str) -> bool:
-    place = Path(part)
-    return not part.startswith("-") and place != Path(sys.executable) and place.exists()
+def _content(file: Path) -> str:
+    """Return a fingerprint of a file's content: its size, and both ends where it is large."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(_EDGE_BYTES)
+        stream.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
+        return f"{size} {hashlib.sha256(start + stream.read(_EDGE_BYTES)).hexdigest()}"
+
+
+def _inputs(command: Sequence[str]) -> set[Path]:
+    """Return the files and folders that a command names, also as NAME=PLACE, without the program.
+
+    The module after `-m` is none, although a checkout has a folder of its name.
+    """
+    named = [part for before, part in pairwise(command) if before != "-m"]
+    places = {part.partition("=")[2] if "=" in part else part for part in named}
+    return {Path(place) for place in places if place and os.path.exists(place)}
 
 
 def folder_name(*parts: object) -> str:
@@ -153,33 +223,34 @@ def _plan(file: Path, content: Mapping[str, Any]) -> Plan:
     values["base"] = Path(check.of(content, "base", str)).absolute()
     if not values["base"].is_dir():
         raise EvaluationError(f"{file}: base: {values['base']} is no folder")
-    for name in ("train", "evaluate"):
-        check.flags(name, content[name])
-    for name, flags in check.of(content, "objectives", dict).items():
-        check.flags(f"objectives: {name}", flags)
+    check.flags("train", content["train"])
+    if not isinstance(content["evaluate"], dict):
+        check.flags("evaluate", content["evaluate"])
+        values["evaluate"] = {UNNAMED: content["evaluate"]}
+    for part in ("evaluate", "objectives"):
+        for name, flags in check.of(values, part, dict).items():
+            check.flags(f"{part}: {name}".removesuffix(": "), flags)
     for name, parts in check.of(content, "data", dict).items():
         if not isinstance(parts, dict) or not set(parts) <= {"train", "evaluate"}:
             raise EvaluationError(f"{file}: data: {name} must hold train and evaluate, both flags")
         for part, flags in parts.items():
             check.flags(f"data: {name}: {part}", flags)
-    # YAML reads 1e-5 as text.
-    values["learning_rates"] = tuple(check.numbers(content, "learning_rates", float))
-    if not values["learning_rates"]:
-        del values["learning_rates"]
-    for name in ("lora_ranks", "seeds"):
-        if name in content:
-            values[name] = tuple(check.numbers(content, name, int))
-    for name in ("processes", "jobs"):
-        if not isinstance(content.get(name, 1), int) or content.get(name, 1) < 1:
-            raise EvaluationError(f"{file}: {name} is {content[name]!r}; it must be at least 1")
+    values |= check.axes(content)
+    if "stages" in content:
+        values["stages"] = check.stages(values)
+    for name, least in (("processes", 1), ("jobs", 1), ("save_interval", 0)):
+        if type(content.get(name, 1)) is not int or content.get(name, 1) < least:
+            raise EvaluationError(
+                f"{file}: {name} is {content[name]!r}; it must be at least {least}"
+            )
     return Plan(**values)
 
 
 class _Checks:
     """Checks of a plan's values, whose errors name the file."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, where: str = "") -> None:
+        self.file, self.where = file, where
 
     def of(self, content: Mapping[str, Any], name: str, kind: type) -> Any:
         """Return a value that must have a type and not be empty."""
@@ -198,16 +269,72 @@ class _Checks:
                 f"{self.file}: {name} is {value!r}; it must be a text of flags ({error})"
             ) from error
 
+    def axes(self, content: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """Return the numbers of the axes that are given."""
+        # YAML reads 1e-5 as text.
+        kinds = {"learning_rates": float, "lora_ranks": int, "seeds": int}
+        return {
+            name: tuple(self.numbers(content, name, kind))
+            for name, kind in kinds.items()
+            if name in content
+        }
+
+    def stages(self, content: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, ...]], ...]:
+        """Return the axes that each stage narrows."""
+        numbered = ("learning_rates", "lora_ranks", "seeds")
+        stages = content["stages"]
+        if (
+            not isinstance(stages, list)
+            or not stages
+            or not all(isinstance(s, dict) for s in stages)
+        ):
+            raise EvaluationError(
+                f"{self.file}: stages is {stages!r}; it must be a list of mappings"
+            )
+        found = []
+        for place, stage in enumerate(stages, 1):
+            check = _Checks(self.file, f"stages: {place}: ")
+            for name in stage:
+                if name not in (*_NAMED_AXES, *numbered):
+                    raise EvaluationError(
+                        f"{self.file}: stages: {place}: unknown key {name!r}; the keys are "
+                        f"{', '.join((*_NAMED_AXES, *numbered))}"
+                    )
+            named = {
+                name: check.names(stage, name, content[name])
+                for name in _NAMED_AXES
+                if name in stage
+            }
+            found.append({**named, **check.axes(stage)})
+        return tuple(found)
+
+    def names(
+        self, content: Mapping[str, Any], name: str, known: Mapping[str, Any]
+    ) -> tuple[str, ...]:
+        """Return the different names of a list, which must all be known."""
+        values = content[name]
+        if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
+            raise EvaluationError(
+                f"{self.file}: {self.where}{name} is {values!r}; it must be a list of different names"
+            )
+        for value in values:
+            if value not in known:
+                raise EvaluationError(
+                    f"{self.file}: {self.where}{name}: there is no {value!r}; the plan has "
+                    f"{', '.join(known)}"
+                )
+        return tuple(values)
+
     def numbers(self, content: Mapping[str, Any], name: str, kind: type) -> list[Any]:
         """Return the different numbers of a list."""
-        values = content.get(name, [])
+        values = content[name]
         try:
             found = [kind(value) for value in values]
         except (TypeError, ValueError):
             found = []
         wrong = any(isinstance(value, bool) or value < 0 for value in found)
-        if wrong or len(set(found)) < len(values) or (name in content and not found):
+        if wrong or not found or len(set(found)) < len(values):
             raise EvaluationError(
-                f"{self.file}: {name} is {values!r}; it must be a list of different numbers"
+                f"{self.file}: {self.where}{name} is {values!r}; it must be a list of different numbers"
             )
         return found

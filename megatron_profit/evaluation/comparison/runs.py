@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from checkpoint_conversion.engine.output import whole_file
-from megatron_profit.evaluation.comparison.plan import Plan, Run, folder_name
+from megatron_profit.evaluation.comparison.commands import execute, seconds_of, stoppable
+from megatron_profit.evaluation.comparison.plan import Plan, Run, Unit, folder_name
 from megatron_profit.evaluation.errors import EvaluationError
 
 RESULT = "result.json"
-_TAIL_LINES = 15
+# Metrics whose values over the steps are kept.
+CURVES = ("kept fraction", "mean p kept", "lm loss", "threshold")
+
+type ReadCurves = Callable[[Path], Mapping[str, tuple[Sequence[int], Sequence[float]]]]
+type Publish = Callable[[Sequence[Outcome], int, int], None]
 
 
 @dataclass(frozen=True)
@@ -30,114 +33,190 @@ class Outcome:
     Attributes:
         run: The run; None for the base.
         data: Name of the data set whose tasks were asked.
-        scores: Task -> avg@k.
+        scores: Task (or named evaluation) -> avg@k.
         metrics: Last values of the training's metrics file.
+        right: As `scores`, but for each question the share of its samples that is right.
+        curves: Metric -> its value at each step of the training.
+        seconds: "train" and each evaluation -> CPU seconds and seconds.
     """
 
     run: Run | None
     data: str
     scores: Mapping[str, float]
     metrics: Mapping[str, float]
+    right: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def with_more(self, other: Outcome) -> Outcome:
+        """Return this outcome with another one's values added."""
+        names = ("scores", "metrics", "right", "curves", "seconds")
+        return Outcome(
+            self.run, self.data, **{n: {**getattr(self, n), **getattr(other, n)} for n in names}
+        )
 
 
 def carry_out(
     plan: Plan,
     out: Path,
-    read_metrics: Callable[[Path], dict[str, float]],
+    read_curves: ReadCurves,
     show: Callable[[str], None],
+    publish: Publish,
 ) -> list[Outcome]:
-    """Evaluate the base and carry out all runs, `plan.jobs` at a time; finished ones are read.
+    """Carry out all stages, each with the base first, `plan.jobs` runs at a time; finished parts are read.
 
     Args:
         plan: The comparison.
         out: Folder of everything that is written.
-        read_metrics: Returns the last values of a metrics file.
+        read_curves: Returns the curves of a metrics file.
         show: Receives a line for each finished run.
+        publish: Receives the outcomes so far, the finished runs and all runs, after each of them.
 
     Raises:
-        EvaluationError: A command failed, or a kept result is damaged.
+        EvaluationError: A command failed or was stopped, or a kept result is damaged.
     """
-    runs = list(plan.runs())
-    start = time.monotonic()
-    bases = [_base(plan, data, out) for data in plan.data]
-    done = 0
+    stages = plan.schedule()
+    total, done, start = sum(map(len, stages)), 0, time.monotonic()
+    found: dict[tuple[str, Run | None], Outcome] = {}
 
-    def one(run: Run) -> Outcome:
-        nonlocal done
-        outcome = _of_run(plan, run, out, read_metrics)
-        done += 1
-        minutes = (time.monotonic() - start) / 60
-        left = minutes / done * (len(runs) - done)
-        scores = ", ".join(f"{task} {100 * score:.1f} %" for task, score in outcome.scores.items())
-        show(
-            f"{done} of {len(runs)} runs, {minutes:.1f} min so far, {left:.1f} min left: {run.data}, "
-            f"{run.setting}, seed {run.seed}: {scores}"
-        )
-        return outcome
+    def add(outcome: Outcome) -> None:
+        key = (outcome.data, outcome.run)
+        found[key] = found[key].with_more(outcome) if key in found else outcome
+        publish(list(found.values()), done, total)
 
-    with ThreadPoolExecutor(plan.jobs) as pool:
-        return [*bases, *pool.map(one, runs)]
+    with stoppable(), ThreadPoolExecutor(plan.jobs) as pool:
+        for units in stages:
+            for data, names in evaluations_of(units).items():
+                add(_of_base(plan, data, names, out))
+            for outcome in pool.map(partial(_of_unit, plan, out, read_curves), units):
+                done += 1
+                add(outcome)
+                show(_line(outcome, done, total, (time.monotonic() - start) / 60))
+    return list(found.values())
 
 
-def _base(plan: Plan, data: str, out: Path) -> Outcome:
-    command = plan.evaluate_command(data, plan.base, Path("out"))
-    folder = out / "runs" / folder_name("base", data, plan.digest(command))
-    return _kept(folder, lambda: Outcome(None, data, _evaluated(plan, data, plan.base, folder), {}))
+def evaluations_of(units: Sequence[Unit]) -> dict[str, list[str]]:
+    """Return data set -> the evaluations of its units."""
+    found: dict[str, dict[str, None]] = {}
+    for unit in units:
+        found.setdefault(unit.run.data, {}).update(dict.fromkeys(unit.evaluations))
+    return {data: list(names) for data, names in found.items()}
 
 
-def _of_run(
-    plan: Plan, run: Run, out: Path, read_metrics: Callable[[Path], dict[str, float]]
-) -> Outcome:
-    commands = [
-        *plan.train_command(run, Path("hf"), Path("metrics")),
-        *plan.evaluate_command(run.data, Path("hf"), Path("out")),
-    ]
-    name = folder_name(run.data, run.setting, run.seed, plan.digest(commands))
-    folder = out / "runs" / name
-
-    def make() -> Outcome:
-        metrics = folder / "metrics.jsonl"
-        execute(plan.train_command(run, folder / "hf", metrics), folder / "train.log")
-        scores = _evaluated(plan, run.data, folder / "hf", folder)
-        if not plan.keep_models:
-            shutil.rmtree(folder / "hf")
-        return Outcome(run, run.data, scores, read_metrics(metrics))
-
-    return _kept(folder, make)
+def _line(outcome: Outcome, done: int, total: int, minutes: float) -> str:
+    run = outcome.run
+    assert run is not None
+    left = minutes / done * (total - done)
+    scores = ", ".join(f"{task} {100 * score:.1f} %" for task, score in outcome.scores.items())
+    return (
+        f"{done} of {total} runs, {minutes:.1f} min so far, {left:.1f} min left: {run.data}, "
+        f"{run.setting}, seed {run.seed}: {scores}"
+    )
 
 
-def _kept(folder: Path, make: Callable[[], Outcome]) -> Outcome:
-    file = folder / RESULT
-    if file.exists():
-        return read_outcome(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    outcome = make()
-    write_outcome(file, outcome)
+def _of_base(plan: Plan, data: str, evaluations: Sequence[str], out: Path) -> Outcome:
+    outcome = Outcome(None, data, {}, {})
+    for name in evaluations:
+        folder = out / "runs" / folder_name("base", name or "evaluation", _digest(plan, data, name))
+        outcome = outcome.with_more(_evaluated(plan, None, data, name, plan.base, folder))
     return outcome
 
 
-def _evaluated(plan: Plan, data: str, model: Path, folder: Path) -> dict[str, float]:
-    out = folder / "evaluation"
-    execute(plan.evaluate_command(data, model, out), folder / "evaluate.log")
-    results = json.loads((out / "results.json").read_text())["results"]
-    return {result["task"]: result["average"]["value"] for result in results}
+def _digest(plan: Plan, data: str, evaluation: str, model: Path | None = None) -> str:
+    command = plan.evaluate_command(data, evaluation, model or plan.base, Path("out"))
+    return plan.digest(command)
 
 
-def execute(command: Sequence[str], log: Path) -> None:
-    """Run a command, whose output goes to a file.
+def _of_unit(plan: Plan, out: Path, read_curves: ReadCurves, unit: Unit) -> Outcome:
+    run = unit.run
+    command = plan.train_command(run, Path("hf"), Path("metrics"))
+    folder = out / "runs" / folder_name(run.data, run.setting, run.seed, plan.digest(command))
+    model = folder / "hf"
+    places = {
+        name: folder / folder_name(name or "evaluation", _digest(plan, run.data, name, Path("hf")))
+        for name in unit.evaluations
+    }
+    to_ask = [name for name, place in places.items() if not (place / RESULT).exists()]
+    if to_ask and not model.is_dir():
+        (folder / RESULT).unlink(missing_ok=True)
+    outcome = _kept(folder / RESULT, lambda: _trained(plan, run, folder, read_curves))
+    for name, place in places.items():
+        outcome = outcome.with_more(_evaluated(plan, run, run.data, name, model, place))
+    if unit.is_last and not plan.keep_models:
+        shutil.rmtree(model, ignore_errors=True)
+    return outcome
 
-    Raises:
-        EvaluationError: The command failed.
-    """
-    with log.open("w", encoding="utf-8") as file:
-        # Several trainings may share the cores.
-        env = {"OMP_NUM_THREADS": "1", **os.environ}
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
-    if code:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        tail = " / ".join([line for line in lines if "error: " in line] or lines[-_TAIL_LINES:])
-        raise EvaluationError(f"{shlex.join(command)} failed ({log}): {tail}")
+
+def _trained(plan: Plan, run: Run, folder: Path, read_curves: ReadCurves) -> Outcome:
+    """Train a run, or go on with its training, and export it."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Left from an interruption just after the export.
+    shutil.rmtree(folder / "hf", ignore_errors=True)
+    if not plan.save_interval:
+        metrics.unlink(missing_ok=True)
+    log = folder / "train.log"
+    execute(plan.train_command(run, folder / "hf", metrics, checkpoints), log)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    curves = {name: values for name, (_, values) in read_curves(metrics).items()}
+    return Outcome(
+        run,
+        run.data,
+        {},
+        {name: values[-1] for name, values in curves.items()},
+        curves={n: [float(f"{v:.5g}") for v in curves[n]] for n in CURVES if n in curves},
+        seconds={"train": seconds_of(log)},
+    )
+
+
+def _evaluated(
+    plan: Plan, run: Run | None, data: str, evaluation: str, model: Path, folder: Path
+) -> Outcome:
+    """Ask a model what has no answer yet; the answers of an interrupted evaluation are kept."""
+
+    def make() -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "evaluate.log"
+        execute(plan.evaluate_command(data, evaluation, model, folder), log)
+        results = json.loads((folder / "results.json").read_text())["results"]
+        names = {
+            result["task"]: ": ".join(filter(None, (evaluation, result["task"])))
+            if len(results) > 1 or not evaluation
+            else evaluation
+            for result in results
+        }
+        return Outcome(
+            run,
+            data,
+            {names[result["task"]]: result["average"]["value"] for result in results},
+            {},
+            right={names[task]: shares_right(folder, task) for task in names},
+            seconds={evaluation or "evaluate": seconds_of(log)},
+        )
+
+    kept = _kept(folder / RESULT, make)
+    # The base's answers serve every data set that asks the same.
+    return Outcome(run, data, kept.scores, kept.metrics, kept.right, kept.curves, kept.seconds)
+
+
+def shares_right(folder: Path, task: str) -> list[float]:
+    """Return for each question, in order, the share of its samples that is right."""
+    from megatron_profit.evaluation.records import read_records_file
+    from megatron_profit.evaluation.run import records_file
+
+    _, samples = read_records_file(records_file(folder, "model", task))
+    return [
+        sum(sample.right for sample in of_question.values()) / len(of_question)
+        for _, of_question in sorted(samples.items())
+    ]
+
+
+def _kept(file: Path, make: Callable[[], Outcome]) -> Outcome:
+    if file.exists():
+        return read_outcome(file)
+    outcome = make()
+    write_outcome(file, outcome)
+    return outcome
 
 
 def write_outcome(file: Path, outcome: Outcome) -> None:
@@ -158,10 +237,18 @@ def read_outcome(file: Path) -> Outcome:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["crc32"] != f"{crc32(kept['result'].encode()):08x}":
             raise ValueError("its checksum differs")
-        values: dict[str, Any] = json.loads(kept["result"])
-        run = Run(**values.pop("run")) if values["run"] else values.pop("run")
-        return Outcome(run, **values)
+        return outcome_of(json.loads(kept["result"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{file} is damaged ({error}); remove it, and its run is made again"
         ) from error
+
+
+def outcome_of(values: Mapping[str, Any]) -> Outcome:
+    """Return the outcome of a JSON object, as results.json holds them.
+
+    Raises:
+        TypeError: It has other keys.
+    """
+    run = Run(**values["run"]) if values["run"] else None
+    return Outcome(**{**values, "run": run})

@@ -141,7 +141,16 @@ def _next_logits(
         use_cache=True,
         logits_to_keep=1,
     )
-    logits = output.logits[:, -1].float()
+    return last_logits(output.logits)
+
+
+def last_logits(logits: Tensor) -> Tensor:
+    """Return the logits [B, V] of the last position of [B, T, V] in float32.
+
+    Raises:
+        EvaluationError: One is NaN.
+    """
+    logits = logits[:, -1].float()
     if logits.isnan().any():
         raise EvaluationError(
             "the model's logits are NaN, so it cannot answer; check its weights, or give --dtype float32"

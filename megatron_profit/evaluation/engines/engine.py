@@ -107,7 +107,14 @@ def resolved(options: EngineOptions) -> EngineOptions:
 
 def description(options: EngineOptions) -> str:
     """Return the engine in words. For example, "transformers, float32"."""
-    return f"server {options.server}" if options.server else f"{options.name}, {options.dtype}"
+    if options.server is not None:
+        return f"server {server_address(options.server)}"
+    return f"{options.name}, {options.dtype}"
+
+
+def server_address(given: str) -> str:
+    """Return the address of a server without the path of its API. For example, "http://host:8000"."""
+    return given.rstrip("/").removesuffix("/v1")
 
 
 def choose_engine(model: str, options: EngineOptions) -> Engine:

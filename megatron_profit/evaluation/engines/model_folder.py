@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isal.isal_zlib import crc32
+
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
 from megatron_profit.data.errors import DataError
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter_config.json"
-_EDGE_BYTES = 1 << 20
-_WEIGHTS = (".safetensors", ".json", ".jinja", ".model", ".txt")
+_BLOCK_BYTES = 1 << 24
+_CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 def base_of(folder: Path) -> Path:
@@ -110,15 +112,14 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def fingerprint(model: str) -> str:
-    """Return a digest of a model's content: its small files, and both ends of its weight files."""
+    """Return a digest of a model's content, all weights included: a training may change any of them."""
     digest = hashlib.sha256()
     folder = Path(model)
     for place in dict.fromkeys((folder, base_of(folder))):
-        for file in sorted(entry for entry in place.iterdir() if entry.suffix in _WEIGHTS):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\0".encode())
+        for file in sorted(entry for entry in place.iterdir() if entry.suffix in _CONTENT):
+            checksum = 0
             with file.open("rb") as stream:
-                digest.update(stream.read(_EDGE_BYTES))
-                stream.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
-                digest.update(stream.read(_EDGE_BYTES))
+                while block := stream.read(_BLOCK_BYTES):
+                    checksum = crc32(block, checksum)
+            digest.update(f"{file.name} {file.stat().st_size} {checksum}\0".encode())
     return digest.hexdigest()[:16]

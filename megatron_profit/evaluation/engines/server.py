@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from typing import Any
 
-from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
+from megatron_profit.evaluation.engines.engine import (
+    Answer,
+    EngineOptions,
+    Request,
+    server_address,
+)
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
@@ -34,21 +39,23 @@ class ServerEngine:
     """
 
     def __init__(self, model: str, options: EngineOptions) -> None:
-        base = (options.server or "").rstrip("/")
+        base = server_address(options.server or "")
         if not base.startswith(("http://", "https://")):
             raise EvaluationError(
                 f"--server is {options.server!r}; it must begin with http:// or https://"
             )
-        self.url = f"{base.removesuffix('/v1')}/v1/chat/completions"
+        self.url = f"{base}/v1/chat/completions"
         self.model, self.options = model, options
-        self.sleep = time.sleep
+        self.ended = threading.Event()
+        self.sleep: Callable[[float], object] = self.ended.wait
 
     def answers(
         self, requests: Sequence[Request], sampling: Sampling
     ) -> Iterator[tuple[Request, Answer]]:
         """Yield each request with its answer; see `Engine`.
 
-        When a request fails for good, no more are sent, and the ones under way are still waited for.
+        When a request fails for good, no more are sent, and the ones under way are still waited for. After
+        Ctrl-C they are not tried again.
         """
         waiting, running = iter(requests), dict[Future[Answer], Request]()
         failure: EvaluationError | None = None
@@ -60,13 +67,19 @@ class ServerEngine:
                     running[pool.submit(self._ask, request, sampling)] = request
                 if not running:
                     break
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                try:
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                except BaseException:
+                    self.ended.set()
+                    raise
                 for future in done:
                     request = running.pop(future)
                     try:
-                        yield request, future.result()
+                        answer = future.result()
                     except EvaluationError as error:
                         failure = failure or error
+                    else:
+                        yield request, answer
         if failure is not None:
             raise failure
 
@@ -75,6 +88,8 @@ class ServerEngine:
         place = f"question {question} of {task}"
         for attempt in range(self.options.retries + 1):
             if attempt:
+                if self.ended.is_set():
+                    break
                 self.sleep(min(2 ** (attempt - 1), 30))
             try:
                 return _answer(self._post(self._body(request, sampling)))
@@ -90,7 +105,7 @@ class ServerEngine:
                 problem = f"{type(error).__name__}: {error}"
         raise EvaluationError(
             f"{self.url} did not answer {place} in {self.options.retries + 1} tries ({problem}); the answers "
-            "so far are kept: when the server works again, give the same command to go on"
+            "so far are kept: when the server works again at this address, give the same command to go on"
         )
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
@@ -132,4 +147,4 @@ def _answer(response: Mapping[str, Any]) -> Answer:
     tokens = (response.get("usage") or {}).get("completion_tokens")
     if not isinstance(tokens, int):
         raise ValueError("the response tells no usage.completion_tokens")
-    return Answer(text, tokens, choice.get("finish_reason") == "stop")
+    return Answer(text, tokens, choice.get("finish_reason") != "length")

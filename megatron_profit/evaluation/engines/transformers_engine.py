@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def template_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
-) -> list[int]:
-    """Return the token ids of messages with a generation prompt, as the chat template writes them.
+def template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return the text of messages with a generation prompt, as the chat template writes it.
 
     Raises:
         EvaluationError: The template cannot render them.
@@ -38,7 +36,19 @@ def template_ids(
         raise EvaluationError(
             f"the model's chat template cannot write the messages: {error}"
         ) from error
+    return str(text)
+
+
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Return the token ids of `template_text`.
+
+    Raises:
+        EvaluationError: The template cannot render the messages.
+    """
     # The template writes the special tokens.
+    text = template_text(tokenizer, messages)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

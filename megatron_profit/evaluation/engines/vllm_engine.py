@@ -7,17 +7,27 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.hf.folder import read_json_object
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
-from megatron_profit.evaluation.engines.model_folder import base_of
+from megatron_profit.evaluation.engines.model_folder import (
+    ADAPTER,
+    base_of,
+    load_chat_tokenizer,
+)
+from megatron_profit.evaluation.engines.transformers_engine import template_ids
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
 # vLLM schedules the requests of a call itself; the calls are for the records and the progress.
 _AT_A_TIME = 512
+# The ranks that vLLM's LoRAConfig reserves memory for.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
-    """Answers by vLLM's `LLM.chat`, with an adapter as a LoRA request.
+    """Answers by vLLM's `LLM.generate`, with an adapter as a LoRA request.
+
+    The prompts are rendered here, by the chat template of the adapter if it has one, as with transformers.
 
     Args:
         model: HuggingFace folder, or an adapter's.
@@ -29,13 +39,14 @@ class VllmEngine:
 
         folder = Path(model)
         base = base_of(folder)
+        self.tokenizer = load_chat_tokenizer(folder)
         self.adapter: Any = None
         settings: dict[str, Any] = {"model": str(base), "dtype": options.dtype}
         if base != folder:
             from vllm.lora.request import LoRARequest
 
             self.adapter = LoRARequest("adapter", 1, str(folder))
-            settings |= {"enable_lora": True, "max_lora_rank": 256}
+            settings |= {"enable_lora": True, "max_lora_rank": _space_for_rank(folder)}
         try:
             self.llm = LLM(trust_remote_code=False, **settings)
         except (ValueError, RuntimeError, OSError) as error:
@@ -58,11 +69,37 @@ class VllmEngine:
                 )
                 for request in part
             ]
-            messages = [[dict(message) for message in request.messages] for request in part]
-            outputs = self.llm.chat(messages, parameters, lora_request=self.adapter, use_tqdm=False)
+            prompts = [
+                {"prompt_token_ids": template_ids(self.tokenizer, request.messages)}
+                for request in part
+            ]
+            try:
+                outputs = self.llm.generate(
+                    prompts, parameters, lora_request=self.adapter, use_tqdm=False
+                )
+            except ValueError as error:  # a question that is longer than the context
+                raise EvaluationError(f"vLLM cannot answer: {error}") from error
             for request, output in zip(part, outputs, strict=True):
                 best = output.outputs[0]
                 yield (
                     request,
-                    Answer(best.text, len(best.token_ids), best.finish_reason == "stop"),
+                    Answer(best.text, len(best.token_ids), best.finish_reason != "length"),
                 )
+
+
+def _space_for_rank(folder: Path) -> int:
+    """Return the smallest of vLLM's ranks that an adapter fits.
+
+    Raises:
+        EvaluationError: It fits none.
+    """
+    content = read_json_object(folder / ADAPTER)
+    patterns = content.get("rank_pattern") or {}
+    rank = max([content.get("r", 0), *patterns.values()])
+    fits = [most for most in _RANKS if rank <= most]
+    if not fits:
+        raise EvaluationError(
+            f"{folder}: the adapter has rank {rank}, and vLLM's limit is {_RANKS[-1]}; merge it into its "
+            "base, or give --engine transformers"
+        )
+    return fits[0]

@@ -12,8 +12,9 @@ from megatron_profit.evaluation.graders import (
     grade_letter,
     grade_number,
     grade_pattern,
+    is_number,
 )
-from megatron_profit.evaluation.sentences import followed_instructions
+from megatron_profit.evaluation.tasks.sentences import followed_instructions
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
@@ -73,7 +74,7 @@ def ifeval(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
 def own(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
     """Grade a task of the user's own: numbers as numbers, other answers as expressions or as text."""
     reference = reference_of(doc["answer"])
-    grade = grade_number if _is_number(reference) else grade_expression
+    grade = grade_number if is_number(reference) else grade_expression
     return _results(grade(results[0], reference))
 
 
@@ -92,14 +93,6 @@ def reference_of(answer: str) -> str:
 
     _, mark, last = answer.rpartition("####")
     return last.strip() if mark else last_boxed(answer) or answer.strip()
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace(",", "").lstrip("$"))
-    except ValueError:
-        return False
-    return True
 
 
 def number_text(value: object) -> str:

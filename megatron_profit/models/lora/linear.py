@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
     get_expert_parallel_rng_tracker_name,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -71,7 +72,7 @@ class Parallelism:
         )
         return cls(
             group,
-            any(not weight.span_of(name).is_whole for name in chosen),
+            any(not rows.is_whole for name in chosen for rows in weight.spans_of(name).values()),
             not weight.columns.is_whole,
             sequence_parallel and not expert and group.size() > 1,
             expert,
@@ -94,9 +95,19 @@ class Parallelism:
         return lambda low: reduce_from_tensor_model_parallel_region(low, group=group)
 
     def random_numbers(self) -> AbstractContextManager:
-        """Return the random generator of a dropout: alike on all ranks where the inputs are."""
+        """Return the random generator of a dropout: alike on all ranks where the inputs are.
+
+        The ranks that share an expert hold the same tokens. Ranks of other experts hold other numbers of
+        tokens, so the generator of the whole model must not be used here: tensor-parallel ranks may hold
+        different experts.
+        """
         if self.is_expert:
-            return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
+            name = (
+                get_expert_parallel_rng_tracker_name()
+                if self.splits_columns
+                else get_data_parallel_rng_tracker_name()
+            )
+            return get_cuda_rng_tracker().fork(name)
         if self.splits_columns or self.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return nullcontext()
@@ -162,27 +173,35 @@ class LinearAdapters(torch.nn.Module):
         self._options = options
         self._parallelism = Parallelism.of(weight, chosen, sequence_parallel)
         self._exchange = self._parallelism.exchange
-        self._arrangement = arrangement(weight, chosen)
-        self._names = [(f"{target_of(name)}_A", f"{target_of(name)}_B") for name in chosen]
+        # A projection has an A, and a B for each of its parts in a checkpoint.
+        parts = [(name, part) for name in chosen for part in weight.spans_of(name)]
+        self._arrangement = arrangement(weight, parts)
+        self._a = [f"{target_of(name)}_A" for name in chosen]
+        self._b = [
+            (chosen.index(name), f"{target_of(name)}_B{part.replace('.', '_')}")
+            for name, part in parts
+        ]
         self._weight = (weight.parameter,)  # in a tuple, so that it is no parameter of this module
         self.factors: list[Factor] = []
-        for names, hf in zip(self._names, chosen, strict=True):
-            self._make(weight, hf, names, seed)
-
-    def _make(self, weight: LocalWeight, hf: str, names: tuple[str, str], seed: int) -> None:
-        rank, rows, columns = self._options.rank, weight.span_of(hf), weight.columns
-        keys, group = factor_keys(weight.key, target_of(hf)), self._parallelism.group
+        rank, like = options.rank, weight.parameter
         whole = Span(0, rank, rank)
-        like = weight.parameter
-        a = start_of_a(seed, hf, rank, columns).to(like.device, like.dtype)
-        b = torch.zeros(rows.size, rank, dtype=like.dtype, device=like.device)
-        spans = ((whole, columns), (rows, whole))
-        for name, key, values, (first, second) in zip(names, keys, (a, b), spans, strict=True):
-            factor = Factor(name, key, first, second, weight, group)
-            self.factors.append(factor)
-            parameter = torch.nn.Parameter(values)
-            _set_attributes(parameter, factor, self._parallelism)
-            self.register_parameter(name, parameter)
+        for name, a in zip(chosen, self._a, strict=True):
+            values = start_of_a(seed, name, rank, weight.columns).to(like.device, like.dtype)
+            key, _ = factor_keys(weight.key, target_of(name))
+            self._add(
+                Factor(a, key, whole, weight.columns, weight, self._parallelism.group), values
+            )
+        for (name, part), (_, b) in zip(parts, self._b, strict=True):
+            rows = weight.spans_of(name)[part]
+            values = torch.zeros(rows.size, rank, dtype=like.dtype, device=like.device)
+            _, key = factor_keys(weight.key + part, target_of(name))
+            self._add(Factor(b, key, rows, whole, weight, self._parallelism.group), values)
+
+    def _add(self, factor: Factor, values: Tensor) -> None:
+        self.factors.append(factor)
+        parameter = torch.nn.Parameter(values)
+        _set_attributes(parameter, factor, self._parallelism)
+        self.register_parameter(factor.name, parameter)
 
     @property
     def parameter(self) -> torch.nn.Parameter:
@@ -196,10 +215,8 @@ class LinearAdapters(torch.nn.Module):
             x: [T, H], the input of the linear layer.
         """
         low = self._exchange(self._low(x) * self._options.scale)
-        parts = low.split(self._options.rank, dim=-1)
-        high = [
-            F.linear(part, self._factor(b)) for part, (_, b) in zip(parts, self._names, strict=True)
-        ]
+        lows = low.split(self._options.rank, dim=-1)
+        high = [F.linear(lows[number], self._factor(b)) for number, b in self._b]
         if len(self._arrangement) == 1:
             return high[0]
         return torch.cat(
@@ -214,7 +231,7 @@ class LinearAdapters(torch.nn.Module):
 
     def _low(self, x: Tensor) -> Tensor:
         """Return [T, R] of each projection, next to each other."""
-        factors = [self._factor(a) for a, _ in self._names]
+        factors = [self._factor(a) for a in self._a]
         if not (self.training and self._options.dropout):
             return F.linear(x, torch.cat(factors) if len(factors) > 1 else factors[0])
         with self._parallelism.random_numbers():
@@ -240,8 +257,10 @@ class LinearAdapters(torch.nn.Module):
     def add_to(self, values: Tensor) -> None:
         """Add scale * B A to the rows of this rank's weight, [O, H] in float32, in place."""
         products = [
-            self.get_parameter(b).float() @ self.get_parameter(a).float() * self._options.scale
-            for a, b in self._names
+            self.get_parameter(b).float()
+            @ self.get_parameter(self._a[number]).float()
+            * self._options.scale
+            for number, b in self._b
         ]
         first = 0
         for number, start, rows in self._arrangement:

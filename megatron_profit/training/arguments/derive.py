@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoint_conversion.adapters.options import LoraOptions
 from checkpoint_conversion.families import family_for
@@ -32,18 +32,19 @@ from megatron_profit.training.arguments.length import (
 from megatron_profit.training.arguments.lora import active_parameters, lora_options
 from megatron_profit.training.arguments.native_flags import check_native_flags
 from megatron_profit.training.arguments.parallel_layout import check_layout
-from megatron_profit.training.arguments.platform import platform_settings
+from megatron_profit.training.arguments.platform import check_kernels, platform_settings
 from megatron_profit.training.arguments.refused import (
     OTHER_ARCHITECTURES,
     check_given,
     check_reference,
 )
-from megatron_profit.training.checkpoints.choose import Resumed
 from megatron_profit.training.checkpoints.keep_options import KeepOptions, keep_options
 from megatron_profit.training.monitoring.guards import GuardOptions
-from megatron_profit.training.statistics.providers import check_providers, provider_classes
-from megatron_profit.training.step import experts
+from megatron_profit.training.step import expert_flags
 from megatron_profit.training.step.objective_flags import objective_of
+
+if TYPE_CHECKING:
+    from megatron_profit.training.checkpoints.choose import Resumed
 
 # Conventions of this entry that a flag may still change.
 _DEFAULTS = {
@@ -101,6 +102,12 @@ class RunSettings:
     def save(self) -> Path | None:
         """The folder of checkpoints, if any."""
         return Path(self.values["save"]) if self.values["save"] else None
+
+    @property
+    def data_flags(self) -> Mapping[str, Any]:
+        """The arguments for `DataOptions.from_flags`: without validation data that no evaluation reads."""
+        unread = {"valid_data": None} if self.given.get("eval_iters") == 0 else {}
+        return {**self.values, **unread}
 
     @property
     def eval_batch_size(self) -> int:
@@ -199,13 +206,27 @@ def derive(
         ArgumentsError: For flags that are missing, contradict each other or would be ignored.
         ConversionError: For a config.json that is missing, broken or of an unknown architecture.
     """
-    flags = parse_command_line(argv)
+    settings = settings_of(parse_command_line(argv), device, processes, config)
+    from megatron_profit.training.statistics.providers import check_providers  # imports Megatron
+
+    check_providers(settings.objective, settings.values, settings.given)
+    return settings
+
+
+def settings_of(
+    flags: CommandLine, device: str, processes: int, config: Mapping[str, Any] | None = None
+) -> RunSettings:
+    """Derive the settings of a run without torch and Megatron, and so without the providers' checks.
+
+    The arguments, the result and the errors are as for `derive`, besides the parsed flags.
+    """
     check_given(flags)
     given = flags.given
     if config is None:
         config = read_hf_config(Path(given["hf_model"]))
     values = _arguments(flags, config, device)
     check_native_flags(values, flags.option)
+    check_kernels(values, device)
     guards = options_of(GuardOptions, values)
     data_parallel = check_layout(values, processes)
     multiple = values["tensor_model_parallel_size"] * values["make_vocab_size_divisible_by"]
@@ -218,10 +239,11 @@ def derive(
     check_reference(values, objective)
     lora = lora_options(values, config)
     values["lora_active_parameters"] = lora and active_parameters(lora, values, config)
-    keep = keep_options(values)
+    evaluation = eval_tasks(values)
+    keep = keep_options(values, evaluation.metrics)
     return RunSettings(
         *(config, given, values, objective, guards, keep, lora, batch_size),
-        eval_tasks=eval_tasks(values),
+        eval_tasks=evaluation,
         publication=publication(values),
     )
 
@@ -245,7 +267,7 @@ def _arguments(flags: CommandLine, config: Mapping[str, Any], device: str) -> di
         "calculate_per_token_loss": True,
     }
     values = {**flags.defaults, **model, **suggested, **derived, **given}
-    return {**values, **experts.expert_defaults(values), **required, **given}
+    return {**values, **expert_flags.expert_defaults(values), **required, **given}
 
 
 def _model_arguments(flags: CommandLine, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
@@ -254,7 +276,7 @@ def _model_arguments(flags: CommandLine, config: Mapping[str, Any], source: Path
     # Padding of the vocabulary is a matter of the layout, not of the model.
     del model["make_vocab_size_divisible_by"]
     unchanged = {name: flags.defaults[name] for name in OTHER_ARCHITECTURES}
-    decided = {name: value for name, value in model.items() if name not in experts.CHOICES}
+    decided = {name: value for name, value in model.items() if name not in expert_flags.CHOICES}
     flags.refuse_contradictions({**unchanged, **decided}, f"{source} says")
     return model
 
@@ -265,12 +287,13 @@ def _objective(values: Mapping[str, Any], given: Mapping[str, Any], processes: i
     It is checked together with the model's experts, which it must leave alone.
     """
     objective = objective_of(values, given)
-    check_providers(objective, values, given)
     normalization = values["objective_normalization"] or objective.final.normalization
-    experts.check_experts(values, normalization, processes)
+    expert_flags.check_experts(values, normalization, processes)
     return objective
 
 
 def recorded_names(objective: Objective) -> list[str]:
     """Return the arguments of an objective's statistics that a resumed run must not change."""
+    from megatron_profit.training.statistics.providers import provider_classes
+
     return [name for p in provider_classes(objective).values() for name in p.recorded]

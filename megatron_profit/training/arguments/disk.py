@@ -95,9 +95,7 @@ def open_files(settings: RunSettings) -> RunFiles:
     return RunFiles(
         hf_weights=open_hf_weights(values) if lora is None else None,
         lora=lora,
-        data=DataOptions.from_flags(
-            {**values, "valid_data": None} if settings.given.get("eval_iters") == 0 else values
-        ),
+        data=DataOptions.from_flags(settings.data_flags),
         export=plan_export(values),
         reference=open_reference(settings),
         metrics=metrics_file(values),
@@ -149,16 +147,10 @@ def metrics_file(settings: Mapping[str, Any]) -> Path | None:
 
 
 def check_logs(settings: Mapping[str, Any]) -> None:
-    """Refuse folders for curves that cannot be written, and a W&B setup with a missing part."""
+    """Refuse folders for curves that cannot be written."""
     for name in ("tensorboard_dir", "token_report", "wandb_save_dir"):
         if settings[name]:
             _check_place(f"{flag_of(name)} {settings[name]}", Path(settings[name]))
-    if settings["wandb_project"] and not settings["wandb_exp_name"]:
-        raise ArgumentsError("--wandb-project needs the name of the run; give --wandb-exp-name")
-    if settings["wandb_project"] and not (settings["wandb_save_dir"] or settings["save"]):
-        raise ArgumentsError(
-            "--wandb-project needs a place for its files; give --wandb-save-dir DIR or --save DIR"
-        )
 
 
 def _check_place(flag: str, folder: Path) -> None:

@@ -37,12 +37,20 @@ def own_help(argv: Sequence[str]) -> str:
         allow_abbrev=False,
     )
     parser.add_argument("--help-all", action="store_true", help="Show Megatron's flags as well.")
-    load_outside_objective(argv)
-    add_arguments(parser)
-    _add_native_flags(parser.add_argument_group("native flags that a run needs or often has"))
+    add_shown_flags(parser, argv)
     for action in parser._actions:
         action.required = action.dest in REQUIRED
     return parser.format_help()
+
+
+def add_shown_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the flags that help shows: this project's and some native ones.
+
+    The arguments and errors are as for `own_help`.
+    """
+    load_outside_objective(argv)
+    add_arguments(parser)
+    _add_native_flags(parser.add_argument_group("native flags that a run needs or often has"))
 
 
 def _add_native_flags(group: argparse._ArgumentGroup) -> None:
@@ -54,7 +62,7 @@ def _add_native_flags(group: argparse._ArgumentGroup) -> None:
     add("--micro-batch-size", "N", "Rows that a rank computes at a time.")
     add("--global-batch-size", "N", "Rows of a step, over all ranks.")
     add("--lr", "X", "Largest learning rate.")
-    add("--train-iters", "N", "Steps (required, or --epochs, or --train-samples).")
+    add("--train-iters", "N", "Steps; give these, --epochs or --train-samples.")
     add("--bf16", None, "Train in bfloat16.")
     add("--save", "DIR", "Folder for checkpoints and metrics.")
     add("--save-interval", "N", "Steps between two checkpoints (default 500).")

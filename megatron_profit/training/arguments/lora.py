@@ -68,7 +68,7 @@ def lora_options(values: Mapping[str, Any], config: Config) -> LoraOptions | Non
     flags = options_of(LoraFlags, values)
     if flags.lora_rank is None:
         for name in (option.name for option in fields(LoraFlags)):
-            if values[name]:
+            if values[name] is not None and values[name] is not False:
                 raise ArgumentsError(
                     f"{flag_of(name)} is for adapters; give --lora-rank too, or drop it"
                 )
@@ -76,6 +76,11 @@ def lora_options(values: Mapping[str, Any], config: Config) -> LoraOptions | Non
     for name in _WITHOUT_MODULES:
         if values[name]:
             raise ArgumentsError(f"{flag_of(name)} leaves adapters out; drop it, or --lora-rank")
+    if values["tp_comm_overlap"] and values["tp_comm_bulk_wgrad"]:
+        raise ArgumentsError(
+            "--tp-comm-overlap sums an input's gradient while the weight's is computed; with --lora-rank the "
+            "weights have none, so the sum would be left out; give --disable-tp-comm-bulk-wgrad, or drop it"
+        )
     alpha = _ALPHA_OF_RANK * flags.lora_rank if flags.lora_alpha is None else flags.lora_alpha
     targets = tuple(flags.lora_targets or (ALL_LINEAR,))
     try:

@@ -63,6 +63,7 @@ def check_native_flags(settings: Mapping[str, Any], option: Callable[[str], str]
     check(("seed",), f"at most {_LARGEST_SEED}", lambda value: value <= _LARGEST_SEED)
     _check_schedule(settings)
     _check_optimizer(settings)
+    _check_wandb(settings)
 
 
 def _check_schedule(settings: Mapping[str, Any]) -> None:
@@ -95,3 +96,20 @@ def _check_optimizer(settings: Mapping[str, Any]) -> None:
         )
     if settings["bf16"] and settings["fp16"]:
         raise ArgumentsError("--bf16 and --fp16 contradict each other; drop one")
+
+
+def _check_wandb(settings: Mapping[str, Any]) -> None:
+    """Refuse a W&B setup with a missing part."""
+    if not settings["wandb_project"]:
+        return
+    if not settings["wandb_exp_name"]:
+        raise ArgumentsError("--wandb-project needs the name of the run; give --wandb-exp-name")
+    if not (settings["wandb_save_dir"] or settings["save"]):
+        raise ArgumentsError(
+            "--wandb-project needs a place for its files; give --wandb-save-dir DIR or --save DIR"
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ArgumentsError(
+            "--wandb-project needs the package wandb, which is not installed; install it (pip install "
+            "wandb), or drop the flag"
+        )

@@ -20,6 +20,8 @@ def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
     )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         _check_divides("--tensor-model-parallel-size", tp, f"the model's {name}", settings[name])
+    if settings["experimental_attention_variant"] == "gated_delta_net":
+        _check_delta_net_heads(settings, tp, cp)
     _check_pipeline(settings, pp)
     if world_size == 1 < tp * pp * cp:
         raise ArgumentsError(
@@ -56,6 +58,15 @@ def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
             "(max_position_embeddings)"
         )
     return data_parallel
+
+
+def _check_delta_net_heads(settings: Mapping[str, Any], tp: int, cp: int) -> None:
+    """Refuse ranks that cannot share the heads of Gated DeltaNet layers, which context parallelism splits
+    too.
+    """
+    what = "tensor x context parallel size" if cp > 1 else "--tensor-model-parallel-size"
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):
+        _check_divides(what, tp * cp, f"the model's {name}", settings[name])
 
 
 def _check_split_of_rows(settings: Mapping[str, Any], tp: int, cp: int) -> None:

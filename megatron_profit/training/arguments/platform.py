@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from megatron_profit.flags import ArgumentsError
+
+# The driver's traces; without one of them there is no need to ask torch, which takes seconds.
+_DRIVER = (Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 # Settings that Megatron's local layers need to run without Transformer Engine and Apex.
 _LOCAL_LAYERS = {
     "transformer_impl": "local",
@@ -17,6 +23,11 @@ _CPU = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
 }
+
+
+def has_driver() -> bool:
+    """Return whether this machine has the driver of a GPU."""
+    return any(path.exists() for path in _DRIVER)
 
 
 def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,3 +49,23 @@ def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any],
     if local or importlib.util.find_spec("transformer_engine") is None:
         return dict(_LOCAL_LAYERS), suggested
     return {}, suggested
+
+
+def check_kernels(values: Mapping[str, Any], device: str) -> None:
+    """Refuse a model whose kernels are not installed, unless plain torch was asked for.
+
+    Args:
+        values: All arguments by name.
+        device: "cuda" or "cpu".
+
+    Raises:
+        ArgumentsError: The model has Gated DeltaNet layers, and flash-linear-attention is missing on a GPU.
+    """
+    has_delta_net = values["experimental_attention_variant"] == "gated_delta_net"
+    plain = device == "cpu" or values["transformer_impl"] == "local"
+    if has_delta_net and not plain and importlib.util.find_spec("fla") is None:
+        raise ArgumentsError(
+            "the model has Gated DeltaNet layers, and flash-linear-attention, which has their kernels, is "
+            "not installed; pip install flash-linear-attention, or give --transformer-impl local, which "
+            "computes all layers in plain torch and takes longer"
+        )

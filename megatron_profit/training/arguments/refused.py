@@ -8,7 +8,7 @@ from typing import Any
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.objectives import Objective
 from megatron_profit.training.arguments.command_line import REQUIRED, CommandLine
-from megatron_profit.training.step import experts
+from megatron_profit.training.step import expert_flags
 
 # Native flags that this entry would have to ignore, each with a remedy.
 _REFUSED = {
@@ -72,7 +72,7 @@ _REFUSED = {
 }
 # Flags of an architecture that no family of this project has. config.json decides the model.
 OTHER_ARCHITECTURES = (
-    *experts.ARCHITECTURE,
+    *expert_flags.ARCHITECTURE,
     *("multi_latent_attention", "hybrid_layer_pattern"),
     *("hybrid_override_pattern", "is_hybrid_model", "experimental_attention_variant", "use_mup"),
     *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
@@ -97,12 +97,17 @@ OTHER_ARCHITECTURES = (
 )
 
 
-def check_given(flags: CommandLine) -> None:
-    """Refuse flags that would be ignored, and require the flags that are needed."""
-    given = flags.given
+def refuse_ignored(flags: CommandLine) -> None:
+    """Refuse native flags that this entry would have to ignore."""
     for name, remedy in _REFUSED.items():
         if flags.changes(name):
             raise ArgumentsError(f"{flags.option(name)} cannot be used here: {remedy}")
+
+
+def check_given(flags: CommandLine) -> None:
+    """Refuse flags that would be ignored, and require the flags that are needed."""
+    refuse_ignored(flags)
+    given = flags.given
     spans = ("train_iters", "train_samples", "epochs")
     lengths = [flags.option(name) for name in spans if given.get(name) is not None]
     missing = [flags.option(name) for name in REQUIRED if given.get(name) is None]

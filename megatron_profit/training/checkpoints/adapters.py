@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from checkpoint_conversion.adapters.options import LoraOptions
 from checkpoint_conversion.adapters.peft_folder import PeftFolder
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.hf.model import HFModel
 from checkpoint_conversion.hf.shards import Rules, read_shard
@@ -50,6 +50,11 @@ def adapter_hook(plan: Plan, args: Namespace) -> Hook:
         try:
             _load_base(plan.base, chunks)
             adapt(chunks, plan.rules, plan.options, args.seed)
+            if args.use_distributed_optimizer and not any(True for _ in adapter_shards(chunks)):
+                raise ConversionError(
+                    "a pipeline rank has no layer with adapters, and the distributed optimizer cannot save a "
+                    "rank that trains nothing; give each rank a layer, or drop --use-distributed-optimizer"
+                )
             if plan.start is not None:
                 load_adapters(plan.start, chunks)
         except ConversionError as error:
@@ -79,7 +84,8 @@ def load_adapters(folder: PeftFolder, chunks: Sequence[MegatronModule]) -> None:
     for shard, _ in adapter_shards(chunks):
         read_shard(folder.weights, rules, shard)
     seconds = time.monotonic() - start
-    print_rank_0(f"> adapters from {folder.weights.folder} in {seconds:.1f} s")
+    base = printable(folder.base)
+    print_rank_0(f"> adapters from {folder.weights.folder}, made for {base}, in {seconds:.1f} s")
 
 
 def _tell(plan: Plan, chunks: Sequence[MegatronModule]) -> None:

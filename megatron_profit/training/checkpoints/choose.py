@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, rendezvous
-
 from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, read_saved_run
 from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.training.checkpoints.folder import (
@@ -32,12 +30,10 @@ from megatron_profit.training.checkpoints.save_folder import check_save_folder
 from megatron_profit.training.checkpoints.save_lock import hold
 from megatron_profit.training.checkpoints.shared_check import shared_check
 from megatron_profit.training.process.console import warn_rank_0
-from megatron_profit.training.process.ranks import is_first_rank, world_size
+from megatron_profit.training.process.ranks import is_first_rank, shared_store, world_size
 
 # Seconds that a network file system may take to show a machine the files of another one.
 _PATIENCE_SECONDS = 90
-# The store that Megatron's process group will use too; where a rank hosts it, it ends with its last user.
-_store: Store | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def choose_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None]
         _claim(flags)
     if flags.load is None and flags.start is None:
         return None
-    with shared_check(_shared, skip=flags.skip_checksums) as inspect:
+    with shared_check(shared_store, skip=flags.skip_checksums) as inspect:
         if inspect is not None:
             decided = _decide(flags, inspect)
     if flags.load is not None:
@@ -208,7 +204,7 @@ def check_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None])
         CheckpointError: The checkpoint is not whole.
     """
     if flags.load is not None:
-        with shared_check(_shared, skip=flags.skip_checksums) as inspect:
+        with shared_check(shared_store, skip=flags.skip_checksums) as inspect:
             if inspect is not None:
                 check_named(flags.load, flags.step, inspect)
     for folder, step in ((flags.load, flags.step), (flags.start, None)):
@@ -219,11 +215,11 @@ def check_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None])
 
 def _publish(decided: str) -> None:
     if world_size() > 1:
-        _shared().set("checkpoint", decided)
+        shared_store().set("checkpoint", decided)
 
 
 def _wait_for(load: Path) -> str:
-    decided = _shared().get("checkpoint").decode()  # waits for the first rank
+    decided = shared_store().get("checkpoint").decode()  # waits for the first rank
     end = time.monotonic() + _PATIENCE_SECONDS
     while read_tracker(load) != decided:
         if time.monotonic() > end:
@@ -234,10 +230,3 @@ def _wait_for(load: Path) -> str:
             )
         time.sleep(0.2)
     return decided
-
-
-def _shared() -> Store:
-    global _store
-    if _store is None:
-        _store = PrefixStore("megatron_profit", next(rendezvous("env://"))[0])
-    return _store

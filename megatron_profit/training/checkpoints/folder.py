@@ -257,7 +257,7 @@ def best(save: Path, metric: str) -> Saved | None:
 
     Of equals, the earliest counts.
     """
-    sign = BETTER[metric]
+    sign = better(metric)
     candidates = [
         saved
         for saved in reversed(saved_in(save))
@@ -268,6 +268,11 @@ def best(save: Path, metric: str) -> Saved | None:
 
 # Metrics of an evaluation that say how good a model is, and whether more is better (1) or less (-1).
 BETTER = {"lm loss": -1, "objective": -1, "mean p": 1}
+
+
+def better(metric: str) -> int:
+    """Return whether more of a metric is better (1) or less (-1); of a task's score, more is."""
+    return BETTER.get(metric, 1)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

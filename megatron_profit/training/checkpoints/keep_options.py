@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ class KeepOptions:
         metavar="N",
     )
     keep_best: str | None = flag(
-        f"Validation metric whose best checkpoint is never removed: {', '.join(BETTER)}.",
+        f"Validation metric whose best checkpoint is never removed: {', '.join(BETTER)}, or a task of "
+        "--eval-tasks with --eval-tasks-interval.",
         metavar="METRIC",
     )
     early_stop: int | None = flag(
@@ -38,11 +39,12 @@ class KeepOptions:
     )
 
 
-def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
+def keep_options(settings: Mapping[str, Any], tasks: Sequence[str] = ()) -> KeepOptions:
     """Return the checked options of the flags.
 
     Args:
         settings: All arguments, by name.
+        tasks: The tasks that the run evaluates every `eval_tasks_interval` steps.
 
     Raises:
         ArgumentsError: Names the flag, its value and the remedy.
@@ -61,7 +63,7 @@ def keep_options(settings: Mapping[str, Any]) -> KeepOptions:
             f"own, and with them some that --keep-last {last} keeps; drop one of the two"
         )
     if metric is not None:
-        _check_metric(metric, settings)
+        _check_metric(metric, settings, tasks)
     elif patience is not None:
         raise ArgumentsError(
             f"--early-stop {patience} needs the metric to watch; give --keep-best 'lm loss'"
@@ -86,16 +88,15 @@ def misleading_metric(options: KeepOptions, objective: str) -> str | None:
     )
 
 
-def _check_metric(metric: str, settings: Mapping[str, Any]) -> None:
+def _check_metric(metric: str, settings: Mapping[str, Any], tasks: Sequence[str]) -> None:
     from megatron_profit.evaluation.questions import task_names
 
-    if metric in task_names():
+    if metric in task_names() and metric not in tasks:
         raise ArgumentsError(
-            f"--keep-best {metric!r} is a task, evaluated after the training, because an engine needs "
-            "the memory that the training holds; give --eval-tasks, and choose one of "
-            f"{', '.join(map(repr, BETTER))} for --keep-best"
+            f"--keep-best {metric!r} is a task that the training does not evaluate; give --eval-tasks "
+            f"{metric} --eval-tasks-interval N, or choose one of {', '.join(map(repr, BETTER))}"
         )
-    if metric not in BETTER:
+    if metric not in (*BETTER, *tasks):
         raise ArgumentsError(
             f"--keep-best {metric!r} is not known to be better higher or lower; choose one of "
             f"{', '.join(map(repr, BETTER))}"
@@ -112,9 +113,10 @@ def _check_metric(metric: str, settings: Mapping[str, Any]) -> None:
             f"--keep-best {metric!r} is measured at evaluations, and there are none; give --valid-data or "
             "--valid-split"
         )
-    saves, evaluates = settings["save_interval"], settings["eval_interval"]
+    interval = "eval_tasks_interval" if metric in tasks else "eval_interval"
+    saves, evaluates = settings["save_interval"], settings[interval]
     if saves % evaluates:
         raise ArgumentsError(
             f"--keep-best {metric!r} compares checkpoints by the evaluation at the same iteration: "
-            f"--save-interval {saves} must be a multiple of --eval-interval {evaluates}"
+            f"--save-interval {saves} must be a multiple of {flag_of(interval)} {evaluates}"
         )

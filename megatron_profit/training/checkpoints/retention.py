@@ -23,12 +23,12 @@ from checkpoint_conversion.model_card.facts import RUN, STEP, TOTALS, Facts
 from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.checkpoints.folder import (
-    BETTER,
     MARKER,
     VALIDATION,
     CheckpointError,
     Saved,
     best,
+    better,
     drop_replaced,
     folder_of,
     make_room,
@@ -88,7 +88,7 @@ class EarlyStopState:
         """
         if iteration <= self.iteration:
             return self
-        sign = BETTER[self.metric]
+        sign = better(self.metric)
         is_best = math.isfinite(value) and (self.best is None or sign * value > sign * self.best)
         if is_best:
             return EarlyStopState(self.metric, value, iteration, iteration, 0)
@@ -161,7 +161,10 @@ class Retention(Callback):
                 _note(here.folder / VALIDATION, metrics)
         if self._progress is None:
             return
-        self._progress = self._progress.after(iteration, metrics[self._progress.metric])
+        value = metrics.get(self._progress.metric)
+        if value is None:  # tasks are not part of each evaluation
+            return
+        self._progress = self._progress.after(iteration, value)
         self._stop_if_patience_has_ended(iteration)
 
     def before_checkpoint(self, folder: Path, iteration: int, size: int) -> None:

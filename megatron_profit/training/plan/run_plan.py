@@ -25,6 +25,7 @@ from megatron_profit.training.checkpoints.save_lock import hold_new
 from megatron_profit.training.checkpoints.size import check_space_at_start
 from megatron_profit.training.plan.compare import check_length, check_resume
 from megatron_profit.training.plan.datasets import SFTData, build_datasets
+from megatron_profit.training.plan.same_flags import check_same_flags
 from megatron_profit.training.plan.this_run import describe_run
 from megatron_profit.training.plan.wandb_run import resume_wandb_run
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
@@ -75,6 +76,7 @@ def open_run(settings: RunSettings) -> RunPlan:
     Raises:
         ArgumentsError, CheckpointError, ConversionError, DataError: As `plan_run`.
     """
+    check_same_flags(settings.given)
     flags = CheckpointFlags.of(settings.values)
     if is_first_rank():
         check_task_files(settings.eval_tasks)

@@ -110,16 +110,19 @@ def short_line(
     speed: Mapping[str, float],
     seconds: float,
 ) -> str:
-    """Return the line of a quiet run; the arguments are the same as for `step_line`."""
+    """Return the line of a quiet run; the arguments are the same as for `step_line`.
+
+    The time that is left comes early, so that a narrow terminal shows it.
+    """
     values = {**metrics, **step.values}
-    parts = [f"step {step.iteration}/{train_iters}"]
+    parts = [f"step {step.iteration}/{train_iters}  left {_left(step, train_iters, seconds)}"]
     parts += [f"{name} {values[key]:.4g}" for key, name in _SHORT.items() if key in values]
     if "kept fraction" in values:
         parts.append(f"kept {values['kept fraction']:.0%}")
     parts += ["no optimizer step"] if step.skipped else []
     parts.append(f"{speed['tokens per second']:,.0f} tokens/s")
     parts.append(f"{speed['peak memory GiB']:.1f} GiB")
-    return "  ".join([*parts, f"left {_left(step, train_iters, seconds)}"])
+    return "  ".join(parts)
 
 
 def print_step(

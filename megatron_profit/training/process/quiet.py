@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import io
 import logging
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping
@@ -53,11 +55,12 @@ class Quiet(io.TextIOBase):
         return len(text)
 
     def show_live(self, line: str) -> None:
-        """Show a line in the place of the one before on a terminal, else below it."""
-        if not self.isatty():
+        """Show a line in the place of the one before on a terminal that can do this, else below it."""
+        if not self.isatty() or os.environ.get("TERM") == "dumb":
             self._console.write(f"{line}\n")
-        else:
-            self._console.write(f"\r{line}{_CLEAR_LINE}")
+        else:  # a longer line would take two lines, of which only the second is replaced
+            width = shutil.get_terminal_size().columns - 1
+            self._console.write(f"\r{line[:width]}{_CLEAR_LINE}")
             self._live = True
         self._console.flush()
 

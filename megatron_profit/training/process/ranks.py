@@ -6,9 +6,13 @@ collective needs it.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 def is_first_rank() -> bool:
@@ -19,6 +23,17 @@ def is_first_rank() -> bool:
 def world_size() -> int:
     """Return the number of processes of the run, also before there is a process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@functools.cache
+def shared_store() -> Store:
+    """Return the store of all ranks, which they have before there is a process group.
+
+    Megatron's process group will use it too. Where a rank hosts it, it ends with its last user.
+    """
+    from torch.distributed import PrefixStore, rendezvous
+
+    return PrefixStore("megatron_profit", next(rendezvous("env://"))[0])
 
 
 def from_first_rank[T](function: Callable[[], T]) -> T:

@@ -38,10 +38,14 @@ def load_outside_objective(argv: Sequence[str]) -> None:
     parser.add_argument("--objective", nargs="?")
     chosen = parser.parse_known_args(argv)[0].objective
     if chosen is not None:
-        try:
-            load_objective(chosen)
-        except ValueError as error:
-            raise ArgumentsError(f"--objective: {error}") from error
+        _load(chosen)
+
+
+def _load(name: str) -> None:
+    try:
+        load_objective(name)
+    except ValueError as error:
+        raise ArgumentsError(f"--objective: {error}") from error
 
 
 def add_objective_flags(group: argparse._ArgumentGroup) -> None:
@@ -130,6 +134,7 @@ def objective_of(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Objec
         ArgumentsError: An option is missing, out of range, or would be ignored.
     """
     chosen = settings["objective"]
+    _load(chosen)
     own = {option.name for option in objective_options(chosen)}
     for name, owners in _options_by_name().items():
         if name in given and name not in own:
@@ -187,15 +192,26 @@ def _build(settings: Mapping[str, Any], options: Mapping[str, Any]) -> Objective
 
 def _check_effect(settings: Mapping[str, Any], objective: Objective) -> None:
     """Refuse options without effect."""
-    from megatron_profit.training.step.token_metrics import ProbQuantiles
-
     if settings["objective_normalization"] == "kept" and not objective.final.drops_tokens:
         raise ValueError(
             "--objective-normalization kept would change nothing, because this objective drops no "
             "token; drop the flag"
         )
-    ProbQuantiles(tuple(settings["log_quantiles"] or ()))
+    check_quantiles(settings["log_quantiles"] or ())
     check_implementation(settings["objective_implementation"], settings["objective_backward"])
+
+
+def check_quantiles(quantiles: Sequence[float]) -> None:
+    """Refuse numbers that are no quantiles.
+
+    Raises:
+        ValueError: One is out of (0, 1), or given twice.
+    """
+    for quantile in quantiles:
+        if not 0 < quantile < 1:
+            raise ValueError(f"{quantile} is no quantile; give numbers between 0 and 1")
+        if quantiles.count(quantile) > 1:
+            raise ValueError(f"the quantile {quantile} is given twice")
 
 
 def _options_by_name() -> dict[str, dict[str, Field[Any]]]:
@@ -216,14 +232,23 @@ def _flag_keywords(owners: Mapping[str, Field[Any]]) -> dict[str, Any]:
                 f"objectives {first} and {other} have different options of the name {option.name}; "
                 "rename one of them"
             )
-    defaults = {name: option.default for name, option in owners.items()}
-    if len(set(defaults.values())) == 1:
-        default = "" if option.default is None else f" (default {option.default})"
-    else:
-        listed = ", ".join(f"{value} for {name}" for name, value in defaults.items())
-        default = f" (default {listed})"
-    text = f"[{', '.join(owners)}] {option.metadata['help']}{default}".replace("%", "%%")
+    text = f"[{', '.join(owners)}] {option.metadata['help']}{_defaults(owners)}".replace("%", "%%")
     return {**option.metadata, "help": text, "default": None}
+
+
+def _defaults(owners: Mapping[str, Field[Any]]) -> str:
+    """Return the defaults of an option for its help; "" where it has none."""
+    owners_of: dict[Any, list[str]] = {}
+    for name, option in owners.items():
+        owners_of.setdefault(option.default, []).append(name)
+    is_one = len(owners_of) == 1
+    if owners_of.pop(None, None) and not owners_of:
+        return ""
+    listed = (
+        str(value) if is_one else f"{value} for {', '.join(names)}"
+        for value, names in owners_of.items()
+    )
+    return f" (default {'; '.join(listed)})"
 
 
 def _form(option: Field[Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_profit.objectives import Objective
 from megatron_profit.objectives.numerics import count_of, log1mexp
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics
+from megatron_profit.training.step.objective_flags import check_quantiles
 
 # Added to counts, which can be zero, so that the mean over no token is 0 and not NaN. It vanishes next to any
 # real count.
@@ -78,11 +79,7 @@ class ProbQuantiles:
     _micro_batches: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
-        for quantile in self.quantiles:
-            if not 0 < quantile < 1:
-                raise ValueError(f"{quantile} is no quantile; give numbers between 0 and 1")
-            if self.quantiles.count(quantile) > 1:
-                raise ValueError(f"the quantile {quantile} is given twice")
+        check_quantiles(self.quantiles)
 
     def add(
         self, log_prob: Tensor, micro_batches: int, group: dist.ProcessGroup | None

@@ -42,6 +42,7 @@ def test_flags_replace_parts_of_a_preset():
     sizes = {(c.hidden, c.prompt, c.dropped, c.tp) for c in bench_objective.configurations(options)}
     assert sizes == {(64, 0.0, 0.0, 1), (64, 0.5, 0.2, 1)}
     assert options.tokens == [1024, 8192]
+    assert options.vocab == [151_936, 248_320], "Qwen3's and Qwen3.5's"
     assert options.ours == ["backward=recompute"]
 
 

@@ -31,6 +31,13 @@ def test_help_lists_every_command(arguments):
     assert listed == list(cli.COMMANDS)
 
 
+def test_help_is_printed_in_an_encoding_without_its_characters(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    result = run("--help")
+    assert result.returncode == 0, result.stderr
+    assert "usage: megatron-profit COMMAND" in result.stdout
+
+
 def imported(result: subprocess.CompletedProcess) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
 

@@ -28,7 +28,7 @@ from megatron_profit.estimates.parameter_counts import (
     trained_parameters,
 )
 from megatron_profit.estimates.published import PUBLISHED, published_config
-from megatron_profit.estimates.run_shape import ShapeError
+from megatron_profit.estimates.run_shape import LayerKind, ShapeError
 from megatron_profit.flags import ArgumentsError
 
 BASE = "--seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --bf16 --no-packing".split()
@@ -125,6 +125,17 @@ def test_adapters_are_those_of_the_checkpoint_and_alone_have_state(model, target
     assert memory.optimizer == 12 * adapters
 
 
+def test_a_dropout_keeps_an_input_and_a_mask_of_each_projection():
+    """Counted by hand for Qwen3-8B: 36 layers, 4096 wide, MLP 12288, bf16 and a byte of the mask."""
+    flags = "--lora-rank 16 --lora-targets q_proj up_proj down_proj"
+    plain, dropped = (
+        estimate(run_of("Qwen3-8B", 1, f"{flags} {more}"))[0].activations
+        for more in ("", "--lora-dropout 0.1")
+    )
+    tokens = run_of("Qwen3-8B", 1, flags).tokens
+    assert dropped - plain == 36 * tokens * (4096 + 4096 + 12288) * 3
+
+
 def test_a_token_meets_the_adapters_of_its_own_experts():
     args = run_of("Qwen3-30B-A3B", 1, "--lora-rank 16").args
     attention = 48 * 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
@@ -163,7 +174,7 @@ def test_the_distributed_optimizer_splits_dense_and_expert_state_over_their_own_
 
 def test_tensor_and_sequence_parallelism_split_all_that_a_layer_keeps():
     sizes = [
-        layer_activations(run_of("Qwen3-32B", 8, layout), False, 1.0).total
+        layer_activations(run_of("Qwen3-32B", 8, layout), LayerKind(), 1.0).total
         for layout in ("", "--tensor-model-parallel-size 8 --sequence-parallel")
     ]
     assert sizes[0] == 8 * sizes[1]

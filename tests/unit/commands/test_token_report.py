@@ -162,3 +162,41 @@ def test_a_record_in_no_known_format_is_left_out_unless_it_is_the_first(folders,
     data.write_text("\n".join(['{"question": "q"}', chat]))
     assert token_report.main([*map(str, flags), "--overwrite"]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("objectives", "start"),
+    [
+        (["dft", "profit keep_fraction=0.7 threshold_direction=random"], {}),
+        (
+            ["dft", "profit prob_threshold=0.3,0.7 threshold_direction=middle"],
+            {
+                "threshold": (0.3, 0.7),
+                "direction": "middle",
+                "scope": "constant",
+                "signal": "current",
+            },
+        ),
+        (
+            [
+                "profit threshold_quantile=0.2 threshold_direction=higher threshold_scope=running "
+                "objective_signal=reference"
+            ],
+            {
+                "threshold": (0.2,),
+                "direction": "higher",
+                "scope": "global_batch",
+                "signal": "reference",
+            },
+        ),
+        (
+            [
+                "gce prob_exponent=1 threshold_quantile=0.5 threshold_direction=lower threshold_scope=record"
+            ],
+            {"threshold": (0.5,), "direction": "lower", "scope": "record", "signal": "current"},
+        ),
+    ],
+)
+def test_the_page_begins_with_the_first_threshold(objectives, start):
+    parsed = [token_report.parse_objective(text)[1] for text in objectives]
+    assert token_report.slider(parsed) == start

@@ -63,6 +63,8 @@ class Hub:
                 "commitOid": "1",
                 "pullRequestUrl": None,
             }
+        if repo not in self.private:
+            return 404, {"error": "not here"}
         return 200, {"id": repo, "private": self.private[repo], "siblings": [], "sha": "0"}
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:

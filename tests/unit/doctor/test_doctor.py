@@ -8,8 +8,10 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from make_tiny_model import make_tiny_model
+from peft import LoraConfig, get_peft_model
 
 from megatron_profit.doctor import command, data_checks, machine_checks, mathematics
 from megatron_profit.doctor.findings import Verdict, examined, fault, ok
@@ -120,24 +122,59 @@ def test_a_difference_beyond_rounding_is_a_fault(megatron, found, precision, ver
     assert compared(megatron, found, precision, "2").verdict is verdict
 
 
+def loss_at(least: float):
+    """Return a loss that is smallest with one rotary base."""
+
+    def loss(network, records, gradient):
+        used = mathematics.rotary_base(network.model.rotary_emb.config)
+        return Result(3.0 if used == least else 3.3, None)
+
+    return loss
+
+
 def test_a_wrong_rotary_base_is_a_fault(model, monkeypatch):
     """Random weights prefer no base, so the losses are given: a minimum at 1,000,000."""
     loaded = mathematics.load_model(model, "cpu")
     base = mathematics.rotary_base(loaded.config)
     text = mathematics.plain_text(model)
-
-    def loss_at(least: float):
-        def loss(network, records, gradient):
-            used = mathematics.rotary_base(network.model.rotary_emb.config)
-            return Result(3.0 if used == least else 3.3, None)
-
-        return loss
-
     monkeypatch.setattr(mathematics, "transformers_result", loss_at(base))
     assert not faults(check_rotary_base(loaded, text))
     monkeypatch.setattr(mathematics, "transformers_result", loss_at(100_000))
     assert "with 100,000 it is 3." in faults(check_rotary_base(loaded, text))
     assert mathematics.rotary_base(loaded.model.rotary_emb.config) == base, "the model is as before"
+
+
+def test_the_loss_is_the_one_with_the_adapters_that_a_run_starts_from(model, tmp_path):
+    """Judged by the merged weights."""
+    peft = get_peft_model(
+        mathematics.load_model(model, "cpu"),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    peft.save_pretrained(tmp_path / "adapter")
+    merged, loaded = peft.merge_and_unload(), mathematics.load_model(model, "cpu")
+    records = [(np.arange(1, 20, dtype=np.int32), np.ones(19, np.uint8))]
+    plain = mathematics.transformers_result(loaded, records, False).loss
+    mathematics.add_adapters(loaded, str(tmp_path / "adapter"))
+    found = mathematics.transformers_result(loaded, records, False).loss
+    assert found == pytest.approx(mathematics.transformers_result(merged, records, False).loss)
+    assert found != pytest.approx(plain, rel=1e-4)
+
+
+def test_the_command_finds_a_wrong_rotary_base(model, tmp_path, monkeypatch, capsys):
+    """The losses are given, as above; all other parts are the command's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine_checks, "_PROBE_BYTES", 8 << 20)
+    monkeypatch.setattr(mathematics, "transformers_result", loss_at(100_000))
+    monkeypatch.setattr(mathematics, "megatron_result", lambda _: Result(3.3, None))
+    lines = DATA.read_text().splitlines()[:40]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    words = ["--model", str(model), "--data", "chats.jsonl", "--device", "cpu"]
+    assert command.main(words) == 1
+    printed = capsys.readouterr().out
+    faults = [line for line in printed.splitlines() if line.startswith("FAULT")]
+    assert [line.split()[:3] for line in faults] == [["FAULT", "rotary", "base"]]
+    assert "Correct rope_theta" in faults[0]
+    assert printed.rstrip().endswith("there is a fault")
 
 
 def test_an_error_in_a_check_is_a_fault_and_the_next_check_runs():
@@ -160,11 +197,21 @@ def test_the_command_without_a_model_examines_the_machine(tmp_path, monkeypatch,
     assert printed.rstrip().endswith("no fault was found")
 
 
-def test_flags_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine_checks, "_PROBE_BYTES", 8 << 20)
-    assert command.main(["--model", "x", "--data", "y", "--epoch", "1"]) == 2
-    assert "did you mean --epochs?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model x --data y --epoch 1", "did you mean --epochs?"),
+        ("--modle x", "there is no flag --modle; did you mean --model?"),
+        ("--data y", "--model is missing"),
+        ("--model", "--model: expected one argument"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_one_line(words, message, capsys):
+    assert command.main(words.split()) == 2
+    output = capsys.readouterr()
+    (line,) = output.err.splitlines()
+    assert message in line
+    assert not output.out
 
 
 def test_a_config_with_both_spellings_of_the_base_contradicting_is_a_fault(copy):

@@ -6,25 +6,66 @@ from pathlib import Path
 
 import pytest
 
-from megatron_profit.evaluation.after_training import check_task_files, eval_tasks
+from megatron_profit.evaluation.after_training import (
+    check_task_files,
+    environment_of_engine,
+    eval_tasks,
+    results_of,
+)
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.training.checkpoints.keep_options import (
     KeepOptions,
     keep_options,
     misleading_metric,
 )
+from megatron_profit.training.checkpoints.retention import EarlyStopState
 
-VALUES = {"eval_tasks": None, "eval_flags": "", "export_hf": "runs/a/hf"}
+VALUES = {
+    "eval_tasks": None,
+    "eval_flags": "",
+    "eval_tasks_interval": None,
+    "eval_tasks_limit": 50,
+    "export_hf": "runs/a/hf",
+    "eval_interval": 10,
+    "eval_iters": 1,
+    "valid_data": ["a.jsonl"],
+    "valid_split": None,
+}
+DURING = {"eval_tasks": "mawps", "eval_tasks_interval": 20, "eval_tasks_limit": 7}
 
 
 def test_the_export_is_evaluated_by_the_command_that_users_have():
     options = eval_tasks(VALUES | {"eval_tasks": "mawps, svamp", "eval_flags": "--data 'my data'"})
-    command = options.command(Path("/runs/a/hf"))
+    export = Path("/runs/a/hf")
+    command = options.command(export, results_of(export))
     assert command == [
         *(sys.executable, "-m", "megatron_profit", "evaluate", "trained=/runs/a/hf"),
         *("--tasks", "mawps, svamp", "--data", "my data", "--out", "/runs/a/hf-evaluation"),
     ]
-    assert eval_tasks(VALUES).eval_tasks is None
+    assert not eval_tasks(VALUES).is_wanted
+
+
+def test_a_file_of_ones_own_is_a_task_too():
+    options = eval_tasks(VALUES | {"eval_flags": "--task-file my/exam.v2.jsonl"})
+    assert options.is_wanted
+    assert "--tasks" not in options.command(Path("hf"), Path("out"))
+    during = eval_tasks(VALUES | DURING | {"eval_flags": "--task-file my/exam.v2.jsonl"})
+    assert during.metrics == ["mawps", "exam"]
+    assert eval_tasks(VALUES | {"eval_tasks": "mawps"}).metrics == []
+
+
+def test_an_evaluation_during_the_training_leaves_the_gpu_alone(monkeypatch):
+    options = eval_tasks(VALUES | DURING | {"eval_flags": "--engine vllm --limit 500"})
+    given = options.command_during(Path("hf"), Path("out"))
+    assert given[-4:] == ["--engine", "transformers", "--limit", "7"], "the last one counts"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environment = environment_of_engine(on_cpu=True)
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert not {"RANK", "OMP_NUM_THREADS"} & environment.keys()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment_of_engine()["OMP_NUM_THREADS"] == "3", "torchrun has not set it"
 
 
 @pytest.mark.parametrize(
@@ -39,6 +80,16 @@ def test_the_export_is_evaluated_by_the_command_that_users_have():
         ),
         ({"eval_tasks": "mawps", "eval_flags": "--sampels 2"}, "unrecognized arguments: --sampels"),
         ({"eval_tasks": "mawps", "eval_flags": "--data 'x"}, "No closing quotation"),
+        (
+            {"eval_tasks": "mawps", "eval_flags": "--server http://h"},
+            "--server http://h does not have the weights of this run",
+        ),
+        ({"eval_tasks_interval": 20}, "--eval-tasks-interval is about --eval-tasks"),
+        (DURING | {"eval_tasks_interval": 0}, "--eval-tasks-interval and .* must be at least 1"),
+        (DURING | {"eval_tasks_limit": 0}, "--eval-tasks-limit must be at least 1"),
+        (DURING | {"eval_tasks_interval": 15}, "15 must be a multiple of --eval-interval 10"),
+        (DURING | {"valid_data": None}, "there are none; give --valid-data"),
+        (DURING | {"eval_iters": 0}, "there are none; give --valid-data"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused_before_the_training(values, message):
@@ -50,16 +101,28 @@ def test_a_missing_file_is_named_before_the_training(tmp_path):
     values = VALUES | {"eval_tasks": "mawps", "eval_flags": f"--data {tmp_path}"}
     with pytest.raises(ArgumentsError, match=r"needs the file mawps\.jsonl"):
         check_task_files(eval_tasks(values))
+    (tmp_path / "mawps.jsonl").write_text(json.dumps({"input": "1 + 1 ?"}) + "\n")
+    with pytest.raises(ArgumentsError, match="has no 'target'"):
+        check_task_files(eval_tasks(values))
     (tmp_path / "mawps.jsonl").write_text(json.dumps({"input": "1 + 1 ?", "target": 2}) + "\n")
     check_task_files(eval_tasks(values))
     check_task_files(eval_tasks(VALUES))
+    values |= {"eval_tasks": None, "eval_flags": f"--task-file {tmp_path}/exam.jsonl"}
+    with pytest.raises(ArgumentsError, match=r"--eval-flags '--task-file .*exam\.jsonl"):
+        check_task_files(eval_tasks(values))
 
 
-def test_a_task_is_no_metric_of_the_training():
+def test_a_task_is_a_metric_if_the_training_evaluates_it():
     values = {"keep_last": 1, "keep_best": "gsm8k", "early_stop": None, "export_best": False}
-    values |= {"save": "runs/a", "save_retain_interval": None, "export_hf": None}
-    with pytest.raises(ArgumentsError, match="--keep-best 'gsm8k' is a task, evaluated after the"):
+    values |= {"save": "runs/a", "save_retain_interval": None, "export_hf": "runs/a/hf"}
+    values |= VALUES | {"save_interval": 40, "eval_tasks_interval": 20}
+    with pytest.raises(ArgumentsError, match="'gsm8k' is a task that the training does not eval"):
         keep_options(values)
+    assert keep_options(values, ["gsm8k"]).keep_best == "gsm8k"
+    with pytest.raises(ArgumentsError, match="30 must be a multiple of --eval-tasks-interval 20"):
+        keep_options(values | {"save_interval": 30}, ["gsm8k"])
+    better = EarlyStopState("gsm8k").after(1, 0.5).after(2, 0.6).after(3, 0.55)
+    assert better.best_iteration == 2
 
 
 def test_plain_cross_entropy_is_named_where_it_misleads():

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_profit.commands import chat
+from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
 
@@ -103,3 +104,57 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert chat.main([str(tmp_path), "--top-p", "2"]) == 1
     assert "--top-p is 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[-1].content }}", "leaves the system message out"),
+    ],
+)
+def test_a_template_without_a_system_role_is_named(open_talk, monkeypatch, template, message):
+    talk = open_talk()
+    monkeypatch.setattr(talk.tokenizer, "chat_template", template)
+    reply = chat.carry_out(talk, "/system Be kind.", color=False)
+    assert reply.startswith("error: ")
+    assert message in reply
+    assert talk.system == ""
+    talk.system = "Be kind."
+    with pytest.raises(EvaluationError, match=message):
+        talk.check_system()
+
+
+def test_a_conversation_ends_where_the_context_does(open_talk, monkeypatch):
+    talk, shown = open_talk(), []
+    talk.messages = [{"role": "user", "content": "two"}]
+    room = len(talk.prompt_ids()) + 3
+    talk.reset()
+    monkeypatch.setattr(talk.model.config, "max_position_embeddings", room)
+    monkeypatch.setattr(talk, "stop_ids", frozenset())
+    chat.say(talk, "two", Sampling(), 50, shown.append)
+    assert "".join(shown).endswith(
+        "[cut off at 3 tokens; the model's context is full; /reset begins again]\n"
+    )
+    chat.say(talk, "three", Sampling(), 50, shown.append)
+    assert f"and the model's context {room}; /reset begins again" in shown[-2]
+    assert len(talk.messages) == 2, "the message that had no room is forgotten"
+
+
+def test_logits_that_are_nan_are_named(open_talk):
+    talk, shown = open_talk(), []
+    weight = talk.model.model.norm.weight.data
+    before = weight.clone()
+    weight.fill_(math.nan)
+    try:
+        chat.say(talk, "two", Sampling(), 5, shown.append)
+    finally:
+        weight.copy_(before)
+    assert "the model's logits are NaN" in shown[0]
+    assert talk.messages == []
+
+
+def test_bytes_that_are_no_text_are_replaced(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"two \xff\xfe\n"), "utf-8"))
+    assert chat.main([str(tiny_model), "--max-new-tokens", "2"]) == 0
+    assert "[cut off at 2 tokens" in capsys.readouterr().out

@@ -1,17 +1,28 @@
 """The comparison: its plan, its runs that are kept, its tables, and input that cannot be used."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_profit.commands import compare
+from megatron_profit.evaluation.comparison import commands as command_runner
 from megatron_profit.evaluation.comparison import runs as comparison
 from megatron_profit.evaluation.comparison.plan import Run, read_plan
-from megatron_profit.evaluation.comparison.runs import Outcome, read_outcome, write_outcome
-from megatron_profit.evaluation.comparison.tables import draw_comparison, table
+from megatron_profit.evaluation.comparison.runs import (
+    Outcome,
+    outcome_of,
+    read_outcome,
+    write_outcome,
+)
+from megatron_profit.evaluation.comparison.tables import draw_comparison, report, table
 from megatron_profit.evaluation.errors import EvaluationError
 
 
@@ -46,6 +57,26 @@ def test_mean_and_spread_are_over_the_seeds():
 def test_the_figure_is_drawn(tmp_path):
     draw_comparison(OUTCOMES, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_several_ranks_are_drawn_as_lines(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, stream, **_: drawn.append(self))
+    outcomes = [Outcome(None, "gsm8k", {"gsm8k": 0.5}, {})] + [
+        Outcome(Run("gsm8k", name, None, rank, seed), "gsm8k", {"gsm8k": score / 100}, {})
+        for seed in (1, 2)
+        for name, scores in {"sft": (10, 30, 20), "dft": (50, 40, 60)}.items()
+        for rank, score in zip((64, 0, 4), (score + 10 * seed for score in scores), strict=True)
+    ]
+    draw_comparison(outcomes, tmp_path / "figure.png")
+    axis = drawn[0].axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["4", "64", "all weights"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axis.lines[:2]}
+    assert lines["sft"] == pytest.approx([35, 25, 45])
+    assert lines["dft"] == pytest.approx([75, 65, 55])
+    assert list(axis.lines[2].get_ydata()) == [50, 50]
 
 
 @pytest.mark.parametrize("kept", OUTCOMES)
@@ -87,9 +118,13 @@ def plan(tmp_path):
     return write
 
 
+def runs_of(plan):
+    return [unit.run for units in plan.schedule() for unit in units]
+
+
 def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
     found = read_plan(plan())
-    runs = list(found.runs())
+    runs = runs_of(found)
     assert len(set(runs)) == 16
     assert runs[0].setting == "sft, lr 1e-05"
     assert runs[3].setting == "sft, lr 2e-05, rank 16"
@@ -99,14 +134,14 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
     )
     assert " ".join(command).endswith(tail)
     assert "--lora-rank" not in found.train_command(runs[0], Path("hf"), Path("m"))
-    command = found.evaluate_command("data", Path("hf"), Path("out"))
+    command = found.evaluate_command("data", "", Path("hf"), Path("out"))
     assert (
         command[1:]
         == "-m megatron_profit evaluate model=hf --tasks gsm8k --limit 5 --out out".split()
     )
     parallel = read_plan(plan(processes=2, learning_rates=None))
     assert "torch.distributed.run" in parallel.train_command(runs[0], Path("hf"), Path("m"))
-    assert "--lr" not in parallel.train_command(next(parallel.runs()), Path("hf"), Path("m"))
+    assert "--lr" not in parallel.train_command(runs_of(parallel)[0], Path("hf"), Path("m"))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +162,14 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
         ({"jobs": 0}, "jobs is 0; it must be at least 1"),
         ({"data": {"a": "--data x"}}, "data: a must hold train and evaluate"),
         ({"train": 5}, "train is 5; it must be a text of flags"),
+        ({"evaluate": {}}, "evaluate is {}; it must be a mapping"),
+        ({"evaluate": {"sums": 5}}, "evaluate: sums is 5; it must be a text of flags"),
+        ({"seeds": None, "stages": []}, r"stages is \[\]; it must be a list of mappings"),
+        ({"stages": [{"rates": [1]}]}, "stages: 1: unknown key 'rates'; the keys are data"),
+        ({"stages": [{}, {"seeds": [1, 1]}]}, "stages: 2: seeds is .* different numbers"),
+        ({"stages": [{"objectives": ["gce"]}]}, "stages: 1: objectives: there is no 'gce'"),
+        ({"stages": [{"objectives": "sft"}]}, "stages: 1: objectives is 'sft'; it must be a list"),
+        ({"save_interval": -1}, "save_interval is -1; it must be at least 0"),
     ],
 )
 def test_plans_that_cannot_be_used_are_refused(plan, changes, message):
@@ -144,6 +187,24 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, capsys):
     assert compare.main([str(tmp_path / "absent.yaml"), "--out", str(tmp_path)]) == 1
 
 
+def answers(right):
+    """The file of the answers to questions, right or wrong."""
+    sample = {
+        "number": 0,
+        "text": "",
+        "tokens": 1,
+        "stopped": True,
+        "extracted": None,
+        "parsed": True,
+    }
+    lines = [{"kind": "settings", "task": "gsm8k"}]
+    lines += [
+        {"kind": "question", "number": i, "samples": [sample | {"right": is_right}]}
+        for i, is_right in enumerate(right)
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
 @pytest.fixture
 def commands(monkeypatch):
     """The commands that are run, each of which leaves the files that the real one leaves."""
@@ -153,10 +214,12 @@ def commands(monkeypatch):
         made.append(command)
         if "evaluate" in command:
             out = Path(command[command.index("--out") + 1])
-            out.mkdir(parents=True)
-            score = 0.25 if "hf" in command[4] else 0.5
-            results = [{"task": "gsm8k", "average": {"value": score}}]
+            out.mkdir(parents=True, exist_ok=True)
+            right = [True, False, False, False] if "hf" in command[4] else [True, False] * 2
+            results = [{"task": "gsm8k", "average": {"value": sum(right) / 4}}]
             (out / "results.json").write_text(json.dumps({"results": results}))
+            (out / "model").mkdir()
+            (out / "model" / "gsm8k.jsonl").write_text(answers(right))
         else:
             Path(command[command.index("--export-hf") + 1]).mkdir()
             line = {"kind": "train", "step": 2, "kept fraction": 0.5, "lm loss": 1.0}
@@ -174,8 +237,8 @@ def test_runs_are_made_once_and_again_when_something_they_follow_from_has_change
     assert len(commands) == 1 + 2 * 4
     printed = capsys.readouterr().out
     assert "4 of 4 runs" in printed
-    assert "| the base | 50.0 % |" in printed
-    assert "| sft | 25.0 ± 0.0 % |" in printed
+    assert "| the base | 50.0 % (0.0 to 100.0) |" in printed
+    assert "| sft | 25.0 ± 0.0 % (0.0 to 75.0) |" in printed
     report = json.loads((tmp_path / "out/results.json").read_text())
     assert report["results"][1]["metrics"]["kept fraction"] == 0.5
     assert (tmp_path / "out/figure.png").stat().st_size > 5_000
@@ -190,6 +253,162 @@ def test_runs_are_made_once_and_again_when_something_they_follow_from_has_change
         data.write("{}\n")
     assert compare.main([str(plan(learning_rates=None, lora_ranks=None)), *flags]) == 0
     assert len(commands) == 13 + 2 * 4, "the base does not follow from the data"
+
+
+def test_a_digest_follows_from_the_inputs_and_not_from_the_code(plan, tmp_path, monkeypatch):
+    """A checkout has a folder of the package's name, which changes with every pull."""
+    (tmp_path / "megatron_profit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = read_plan(plan(evaluate=f"--tasks gsm8k --system {'long ' * 99}"))
+    command = found.evaluate_command("data", found.base, Path("out"))
+    before = found.digest(command)
+    (tmp_path / "megatron_profit" / "new.py").touch()
+    assert found.digest(command) == before
+    (found.base / "config.json").write_text('{"changed": true}')
+    assert found.digest(command) != before
+
+
+def test_stages_are_made_in_order_and_each_evaluation_of_a_run_once(plan):
+    found = read_plan(
+        plan(
+            learning_rates=["1e-5"],
+            lora_ranks=None,
+            seeds=[1],
+            evaluate={"short": "--tasks gsm8k", "long": "--tasks gsm8k --samples 4"},
+            stages=[
+                {"objectives": ["dft"], "evaluate": ["short"]},
+                {"evaluate": ["short"]},
+                {"objectives": ["sft"], "learning_rates": ["2e-5"], "evaluate": ["short"]},
+                {},
+            ],
+        )
+    )
+    assert [
+        [(unit.run.setting, *unit.evaluations, unit.is_last) for unit in units]
+        for units in found.schedule()
+    ] == [
+        [("dft, lr 1e-05", "short", False)],
+        [("sft, lr 1e-05", "short", False)],
+        [("sft, lr 2e-05", "short", True)],
+        [("sft, lr 1e-05", "long", True), ("dft, lr 1e-05", "long", True)],
+    ]
+    command = found.evaluate_command("data", "long", Path("hf"), Path("out"))
+    assert command[5:] == "--tasks gsm8k --samples 4 --out out".split()
+
+
+def test_a_later_evaluation_asks_the_model_that_stayed_or_trains_it_again(plan, commands, tmp_path):
+    flags = ["--out", str(tmp_path / "out")]
+    small = {"learning_rates": None, "lora_ranks": None, "seeds": [1], "keep_models": True}
+    short, both = (
+        {"short": "--tasks gsm8k"},
+        {"short": "--tasks gsm8k", "long": "--tasks gsm8k -k 4"},
+    )
+    assert compare.main([str(plan(**small, evaluate=short)), *flags]) == 0
+    assert [len(commands), len(list((tmp_path / "out").rglob("hf")))] == [1 + 2 * 2, 2]
+    assert compare.main([str(plan(**small, evaluate=both)), *flags]) == 0
+    assert len(commands) == 5 + 3, "the base and both models answer the other questions"
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [list(result["scores"]) for result in results["results"]] == [["short", "long"]] * 3
+    for model in (tmp_path / "out").rglob("hf"):
+        shutil.rmtree(model)
+    more = both | {"longest": "--tasks gsm8k -k 8"}
+    assert compare.main([str(plan(**small, evaluate=more)), *flags]) == 0
+    assert len(commands) == 8 + 1 + 2 * 2
+
+
+def test_a_model_stays_until_the_last_stage_that_asks_it(plan, commands, tmp_path):
+    file = plan(
+        learning_rates=None,
+        lora_ranks=None,
+        seeds=[1],
+        evaluate={"short": "--tasks gsm8k", "long": "--tasks gsm8k -k 4"},
+        stages=[{"evaluate": ["short"]}, {"evaluate": ["long"]}],
+    )
+    assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
+    assert len(commands) == 2 * (1 + 2) + 2, "each run is trained once"
+    assert not list((tmp_path / "out").rglob("hf"))
+
+
+def test_what_was_finished_before_a_failure_is_published_and_stays(
+    plan, commands, tmp_path, monkeypatch, capsys
+):
+    execute = comparison.execute
+
+    def failing(command, log):
+        if "dft" in command:
+            raise EvaluationError("stopped")
+        execute(command, log)
+
+    flags = ["--out", str(tmp_path / "out")]
+    file = str(plan(learning_rates=None, lora_ranks=None, seeds=[1], save_interval=4))
+    monkeypatch.setattr(comparison, "execute", failing)
+    assert compare.main([file, *flags]) == 1
+    text = (tmp_path / "out/results.md").read_text()
+    assert text.startswith("1 of 2 runs are finished.\n\n| setting | gsm8k |")
+    assert "| sft | 25.0 % (0.0 to 75.0) |" in text
+    assert "| sft | -25.0 (-75.0 to +0.0), p 1 |" in text
+    kept = json.loads((tmp_path / "out/results.json").read_text())
+    assert [kept["finished"], kept["runs"], len(kept["results"])] == [1, 2, 2]
+    assert outcome_of(kept["results"][1]).right == {"gsm8k": [1.0, 0.0, 0.0, 0.0]}
+    made = len(commands)
+    monkeypatch.setattr(comparison, "execute", execute)
+    assert compare.main([file, *flags]) == 0
+    assert len(commands) == made + 2
+    (train,) = [command for command in commands[made:] if "evaluate" not in command]
+    places = [train[train.index(flag) + 1] for flag in ("--save", "--load", "--save-interval")]
+    assert places[0] == places[1]
+    assert places[2] == "4"
+    assert "finished" not in (tmp_path / "out/results.md").read_text()
+
+
+def test_a_stop_ends_the_command_first_and_its_time_is_counted(tmp_path):
+    code = (
+        "import signal; signal.signal(15, lambda *_: exit(0)); print(1, flush=True); signal.pause()"
+    )
+    log = tmp_path / "train.log"
+
+    def stop():
+        while not log.exists() or not log.read_text():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with command_runner.stoppable():
+        thread = threading.Thread(target=stop)
+        thread.start()
+        for _ in range(2):  # no further command begins
+            with pytest.raises(EvaluationError, match="stopped; the same command goes on"):
+                command_runner.execute([sys.executable, "-c", code], log)
+        thread.join()
+    command_runner.execute([sys.executable, "-c", ""], tmp_path / "again.log")
+    cpu, wall = command_runner.seconds_of(log)
+    assert cpu > 0
+    assert wall > 0
+    assert command_runner.seconds_of(tmp_path / "absent.log") == [0.0, 0.0]
+
+
+def test_differences_are_paired_and_missing_cells_stay_empty():
+    def asked(objective, seed, **right):
+        run = Run("d", objective, None, 0, seed) if objective else None
+        scores = {task: sum(shares) / len(shares) for task, shares in right.items()}
+        return Outcome(run, "d", scores, {}, right)
+
+    text = report(
+        [
+            asked(None, 0, sums=[0.0] * 4, chats=[1.0] * 4),
+            asked("sft", 1, sums=[1.0] * 4, chats=[1.0] * 4),
+            asked("sft", 2, sums=[1.0] * 4, chats=[1.0] * 4),
+            asked("dft", 1, sums=[0.5] * 4),
+        ]
+    )
+    assert "| the base | 0.0 % (0.0 to 60.2) | 100.0 % (39.8 to 100.0) |" in text
+    assert "| dft | 50.0 % (50.0 to 50.0) |  |" in text
+    base, first = text.split("| minus ")[1:]
+    assert base.startswith("the base, points | sums | chats |")
+    assert "| sft | +100.0 (+100.0 to +100.0) | +0.0 (+0.0 to +0.0) |" in base
+    assert "| dft | +50.0 (+50.0 to +50.0) |  |" in base, "a mean of draws has no McNemar test"
+    assert first.startswith("sft, points | sums | chats |")
+    assert "| sft |" not in first
+    assert "| dft | -50.0 (-50.0 to -50.0) |  |" in first
 
 
 def test_a_failure_names_the_command_and_its_error(plan, tmp_path, capsys):

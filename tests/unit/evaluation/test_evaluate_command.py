@@ -10,6 +10,7 @@ from checkpoint_conversion.engine.lock import lock_file
 from megatron_profit.commands import evaluate as command
 from megatron_profit.evaluation.engines import engine as engines
 from megatron_profit.evaluation.engines.engine import Answer
+from megatron_profit.evaluation.engines.model_folder import fingerprint
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.records import read_records_file
 
@@ -118,6 +119,11 @@ def test_answers_of_other_settings_are_not_mixed(run, tmp_path, capsys):
     assert len(again.asked) == 5
 
 
+def test_a_file_without_an_answer_is_begun_again(run, capsys):
+    assert run(Calculator(limit=0)) == 1
+    assert run(Calculator(), "--temperature", "0.5") == 0
+
+
 def test_two_evaluations_do_not_write_one_file(run, tmp_path, capsys):
     file = tmp_path / "out" / "tiny" / "sums.lock"
     file.parent.mkdir(parents=True)
@@ -163,7 +169,7 @@ def test_an_unknown_task_is_named_before_anything_is_loaded(tmp_path, capsys):
 
 def test_a_missing_file_says_where_it_comes_from(tmp_path, capsys):
     message = refused(capsys, tmp_path, "--tasks", "gpqa_diamond", "--data", tmp_path)
-    assert f"needs the file gpqa_diamond.jsonl (or .json, .parquet) in {tmp_path}" in message
+    assert f"needs the file gpqa_diamond.jsonl (or .json, .parquet, .csv) in {tmp_path}" in message
     assert "gated" in message
 
 
@@ -177,6 +183,15 @@ def test_missing_columns_are_named(tmp_path, write_questions, capsys):
     assert "must be question=COLUMN or answer=COLUMN" in message
     write_questions([{"question": ["1 + 1?"], "answer": "2"}])
     assert "holds list; it must hold text" in refused(capsys, tmp_path, "--task-file", file)
+    for value, message in (
+        ("null", "sums.jsonl, line 1: 'answer' is null; fill it in"),
+        ('" "', "record 1: the column 'answer' is ' '; fill it in"),
+        ("NaN", "record 1: the column 'answer' is 'nan'; fill it in"),
+        ("oops", "sums.jsonl, line 1, column 29: not valid JSON"),
+    ):
+        file.write_text(f'{{"question": "a", "answer": {value}}}\n')
+        assert message in (found := refused(capsys, tmp_path, "--task-file", file))
+        assert found.count("sums.jsonl") == found.count("remove") == 1
     write_questions([{"Q": "1 + 1?", "A": "2"}])
     columns = ("--task-columns", "question=Q", "answer=A")
     assert "no such folder" in refused(capsys, tmp_path / "no", "--task-file", file, *columns)
@@ -226,3 +241,30 @@ def test_labels_tell_models_apart(tmp_path):
         command.labelled_models(["x/hf0", "y/hf0"])
     with pytest.raises(EvaluationError, match="not of the form LABEL=MODEL"):
         command.labelled_models(["../x=model"])
+
+
+def test_the_identity_of_a_model_covers_all_of_its_weights(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = bytearray(5 << 20)
+    (folder / "model.safetensors").write_bytes(weights)
+    before = fingerprint(str(folder))
+    assert fingerprint(str(folder)) == before
+    weights[len(weights) // 2] = 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert fingerprint(str(folder)) != before
+
+
+def test_pass_at_the_number_of_samples_is_shown(run, tmp_path, capsys):
+    assert run(Calculator(every=2), "--samples", "3") == 0
+    assert "| 60.0 (k = 3) |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
+    assert list(found["pass_at"]) == ["1", "2", "3"]
+
+
+def test_more_samples_of_the_same_questions_are_another_evaluation(run, capsys):
+    assert run(Calculator(), "--samples", "2", "--temperature", "1") == 0
+    assert run(Calculator(), "--samples", "4", "--temperature", "1") == 1
+    assert "samples was 2 and is 4" in capsys.readouterr().err
+    assert run(Calculator(), "--samples", "2", "--temperature", "1", "--limit", "3") == 1
+    assert "questions was" in capsys.readouterr().err

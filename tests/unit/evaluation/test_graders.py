@@ -39,6 +39,32 @@ from megatron_profit.evaluation.graders import (
         (r"\boxed{x = 3}", "3"),
         (r"\boxed{025}", "25"),
         ("#### 70%", "70"),
+        ("The answer is 48 + 24 = 72 clips.", "72"),
+        ("Answer: $5 + $7 = $12.", "12"),
+        ("It is \N{MINUS SIGN}3 degrees.", "-3"),
+        ("It takes 10-12 minutes", "12"),
+        ("So:\n- 12 apples", "12"),
+        ("It costs \N{EURO SIGN}18.", "18"),
+        ("-$3", "-3"),
+        ("It takes 2 1/2 hours.", "2.5"),
+        ("It takes 2½ hours.", "5/2"),
+        (r"It takes $2\frac{1}{2}$ hours.", "2.5"),
+        (r"\boxed{2\frac{1}{2}}", "2.5"),
+        ("It is 3 x 10^5 m.", "300000"),
+        (r"It is $3 \times 10^{-2}$.", "0.03"),
+        ("It is 1.5e3", "1500"),
+        (r"It is 1{,}000 m", "1000"),
+        (r"It is $1\,000$", "1000"),
+        ("\N{FULLWIDTH DIGIT ONE}\N{FULLWIDTH DIGIT TWO}", "12"),
+        (r"\boxed{18.}", "18"),
+        (r"\boxed{18 pears}", "18"),
+        (r"\boxed{10 cm^2}", "10"),
+        (r"\boxed{5cm}", "5"),
+        ("\\boxed{\N{EURO SIGN}18}", "18"),
+        (r"\boxed{1.5e3}", "1500"),
+        (r"\boxed{2 1/2}", "2 1/2"),
+        (r"\boxed{2.5}", "2 1/2"),
+        (r"\boxed{50\%}", "0.5"),
     ],
 )
 def test_right_numbers_in_another_form_are_right(text, reference):
@@ -55,6 +81,13 @@ def test_right_numbers_in_another_form_are_right(text, reference):
         (r"\boxed{-3}", "3"),
         ("12 apples and 3 pears", "12"),
         (r"\boxed{4}\boxed{", "5"),
+        ("It is \N{MINUS SIGN}3 degrees.", "3"),
+        ("It takes 2 1/2 hours.", "10.5"),
+        (r"\boxed{1, 2, 3, 18}", "18"),
+        (r"\boxed{18 or 20}", "18"),
+        (r"\boxed{12 apples and 18 pears}", "18"),
+        (r"\boxed{2x}", "2"),
+        (r"\boxed{" + "1 " * 2000 + "18}", "18"),
     ],
 )
 def test_other_numbers_are_wrong(text, reference):
@@ -123,6 +156,7 @@ def test_other_expressions_are_wrong(text, reference):
         ("A is wrong, so\nC", "C"),
         ("Answer: A\nWait.\nAnswer: D", "D"),
         ("A molecule is small.", None),
+        ("Answer: I think B", "B"),
         ("<think>ANSWER: A", None),
     ],
 )
@@ -134,6 +168,26 @@ def test_letters_of_choices(text, letter):
 def test_boxes_may_hold_braces_and_be_cut_off():
     assert last_boxed(r"\boxed{\frac{1}{2}} then \boxed{\frac{3}") == r"\frac{1}{2}"
     assert last_boxed("none") is None
+
+
+def test_braces_without_a_partner_end_no_box():
+    assert last_boxed(r"} \boxed{1}} { \boxed{\boxed{3}}") == "3"
+    assert last_boxed(r"\boxed{5} \boxed{}") == "5"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\boxed{" * 20_000, "answer is " * 10_000, r"answer is \xx" + r"\xx" * 20_000, "1/" * 20_000],
+)
+def test_a_model_that_repeats_itself_is_graded(text):
+    assert not grade_number(text, "7").right
+    assert not grade_letter(text, "A").right
+
+
+@pytest.mark.parametrize("text", [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"])
+def test_a_tower_of_powers_is_a_wrong_answer(text):
+    assert not grade_expression(text, "9").right
+    assert grade_expression(text, last_boxed(text)).right
 
 
 def test_thoughts_are_no_answer():

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.questions import load_task, task_names, task_of_file
-from megatron_profit.evaluation.sentences import INSTALLED, OWN, sentence_splitter
+from megatron_profit.evaluation.tasks.sentences import INSTALLED, OWN, sentence_splitter
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 RECORDS = {

@@ -6,7 +6,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
+from megatron_profit.evaluation.engines.engine import (
+    Answer,
+    EngineOptions,
+    Request,
+    description,
+)
 from megatron_profit.evaluation.engines.server import ServerEngine
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
@@ -105,6 +110,15 @@ def test_cut_answers_and_thoughts_are_told(serve):
 
 
 @pytest.mark.parametrize(
+    ("reason", "stopped"), [("stop", True), ("tool_calls", True), ("length", False)]
+)
+def test_an_answer_stopped_unless_its_length_ended_it(serve, reason, stopped):
+    engine, _ = serve(lambda *_: chat("4", reason))
+    ((_, answer),) = engine.answers(REQUESTS[:1], Sampling())
+    assert answer.stopped == stopped
+
+
+@pytest.mark.parametrize(
     "fault", [(500, b"busy"), (429, b""), (None, b""), (200, b"{not json"), (200, {"choices": []})]
 )
 def test_a_fault_that_passes_is_tried_again(serve, fault):
@@ -132,6 +146,13 @@ def test_a_refusal_is_not_repeated(serve):
     assert len(server.bodies) == 1
 
 
+def test_an_address_may_have_the_path_of_the_api():
+    for given in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        options = EngineOptions(server=given)
+        assert ServerEngine("m", options).url == "http://h:1/v1/chat/completions"
+        assert description(options) == "server http://h:1"
+
+
 def test_no_server_and_no_address_are_clear_errors():
     engine = ServerEngine("m", EngineOptions(server="http://127.0.0.1:9", retries=1))
     engine.sleep = lambda seconds: None
@@ -139,3 +160,16 @@ def test_no_server_and_no_address_are_clear_errors():
         list(engine.answers(REQUESTS[:1], Sampling()))
     with pytest.raises(EvaluationError, match="must begin with http"):
         ServerEngine("m", EngineOptions(server="localhost:8000"))
+
+
+def test_after_ctrl_c_no_request_is_tried_again(serve, monkeypatch):
+    engine, server = serve(lambda *_: (503, b"busy"), retries=100)
+    engine.sleep = engine.ended.wait
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_profit.evaluation.engines.server.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.answers(REQUESTS, Sampling()))
+    assert len(server.bodies) <= 4

@@ -5,6 +5,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.vllm_engine import VllmEngine
@@ -16,24 +17,28 @@ REQUESTS = [Request(({"role": "user", "content": f"q{i}"},), ("t", i, 0), 9) for
 
 
 class Model:
-    """In place of `vllm.LLM`: notes its calls and repeats the question."""
+    """In place of `vllm.LLM`: notes its calls and answers with the prompt."""
+
+    longest, refused = 1000, False
 
     def __init__(self, **settings):
-        if "absent" in settings["model"]:
+        if Model.refused:
             raise ValueError("no such model")
         Model.made, self.calls = settings, []
 
-    def chat(self, messages, parameters, lora_request, use_tqdm):
-        Model.calls = (messages, parameters, lora_request)
+    def generate(self, prompts, parameters, lora_request, use_tqdm):
+        Model.calls = (prompts, parameters, lora_request)
+        if max(len(prompt["prompt_token_ids"]) for prompt in prompts) > Model.longest:
+            raise ValueError("the prompt is longer than the context")
         return [
             SimpleNamespace(
                 outputs=[
                     SimpleNamespace(
-                        text=talk[-1]["content"], token_ids=[1, 2], finish_reason=reason
+                        text=str(prompt["prompt_token_ids"]), token_ids=[1, 2], finish_reason=reason
                     )
                 ]
             )
-            for talk, reason in zip(messages, ("stop", "length", "stop"), strict=True)
+            for prompt, reason in zip(prompts, ("stop", "length", "stop"), strict=True)
         ]
 
 
@@ -50,32 +55,70 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, each)
 
 
-def test_messages_and_settings_reach_vllm(tmp_path):
-    engine = VllmEngine(str(tmp_path), OPTIONS)
-    assert Model.made == {"model": str(tmp_path), "dtype": "bfloat16", "trust_remote_code": False}
+def prompts_of(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [
+        tokenizer.apply_chat_template(
+            list(request.messages), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for request in REQUESTS
+    ]
+
+
+def test_prompts_and_settings_reach_vllm(tiny_model):
+    engine = VllmEngine(str(tiny_model), OPTIONS)
+    assert Model.made == {"model": str(tiny_model), "dtype": "bfloat16", "trust_remote_code": False}
     sampling = Sampling(temperature=0.7, top_p=0.8, samples=8)
     answers = [answer for _, answer in engine.answers(REQUESTS, sampling)]
-    assert answers == [Answer(f"q{i}", 2, i != 1) for i in range(3)]
-    messages, parameters, adapter = Model.calls
-    assert messages[0] == [{"role": "user", "content": "q0"}]
+    expected = prompts_of(tiny_model)
+    assert answers == [Answer(str(expected[i]), 2, i != 1) for i in range(3)]
+    _, parameters, adapter = Model.calls
     seeds = {each.pop("seed") for each in parameters}
     assert parameters[0] == {"temperature": 0.7, "top_p": 0.8, "top_k": -1, "max_tokens": 9}
     assert len(seeds) == 3
     assert adapter is None
 
 
-def test_an_adapter_is_a_request_on_its_base(tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "adapter").mkdir()
-    config = {"base_model_name_or_path": str(tmp_path / "base")}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    engine = VllmEngine(str(tmp_path / "adapter"), OPTIONS)
-    assert Model.made["model"] == str(tmp_path / "base")
+def make_adapter(base, folder, rank=16):
+    folder.mkdir(exist_ok=True)
+    config = {"base_model_name_or_path": str(base), "r": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_an_adapter_is_a_request_on_its_base_with_its_own_template(tiny_model, tmp_path):
+    engine = VllmEngine(make_adapter(tiny_model, tmp_path / "adapter"), OPTIONS)
+    assert Model.made["model"] == str(tiny_model)
     assert Model.made["enable_lora"]
     list(engine.answers(REQUESTS, Sampling()))
     assert Model.calls[2] == ("adapter", 1, str(tmp_path / "adapter"))
+    assert [prompt["prompt_token_ids"] for prompt in Model.calls[0]] == prompts_of(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    list(VllmEngine(str(tmp_path / "adapter"), OPTIONS).answers(REQUESTS, Sampling()))
+    assert tokenizer.decode(Model.calls[0][1]["prompt_token_ids"]) == "q1!"
 
 
-def test_a_model_that_vllm_refuses_is_named(tmp_path):
-    with pytest.raises(EvaluationError, match=r"vLLM cannot load .*absent: no such model"):
-        VllmEngine(str(tmp_path / "absent"), OPTIONS)
+@pytest.mark.parametrize(("rank", "space"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
+def test_vllm_reserves_memory_for_the_rank_of_the_adapter(tiny_model, tmp_path, rank, space):
+    VllmEngine(make_adapter(tiny_model, tmp_path / "adapter", rank), OPTIONS)
+    assert Model.made["max_lora_rank"] == space
+
+
+def test_a_rank_above_the_limit_of_vllm_is_named(tiny_model, tmp_path):
+    with pytest.raises(EvaluationError, match="has rank 1024, and vLLM's limit is 512; merge it"):
+        VllmEngine(make_adapter(tiny_model, tmp_path / "adapter", 1024), OPTIONS)
+
+
+def test_a_question_that_vllm_refuses_is_a_clear_error(tiny_model, monkeypatch):
+    monkeypatch.setattr(Model, "longest", 3)
+    engine = VllmEngine(str(tiny_model), OPTIONS)
+    with pytest.raises(EvaluationError, match="vLLM cannot answer: the prompt is longer than"):
+        list(engine.answers(REQUESTS, Sampling()))
+
+
+def test_a_model_that_vllm_refuses_is_named(tiny_model, monkeypatch):
+    monkeypatch.setattr(Model, "refused", True)
+    with pytest.raises(EvaluationError, match=r"vLLM cannot load .*tiny: no such model"):
+        VllmEngine(str(tiny_model), OPTIONS)

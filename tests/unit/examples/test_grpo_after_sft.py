@@ -10,10 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 sys.path.append(str(REPOSITORY / "examples"))
 pytest.importorskip("math_verify", reason="the extra eval is not installed")
 import grpo_after_sft  # noqa: E402
-import make_real_model  # noqa: E402
 from make_tiny_model import make_tiny_model  # noqa: E402
-
-from checkpoint_conversion.errors import ConversionError  # noqa: E402
 
 RECORDS = [
     {"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"}
@@ -68,16 +65,10 @@ def test_data_that_cannot_be_used_are_named(data, tmp_path, capsys):
 @pytest.fixture(params=["tiny", "real"])
 def model(request, tmp_path):
     """A tiny random model, and the small real one where its package is installed."""
-    if request.param == "tiny":
-        files = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
-        return make_tiny_model(tmp_path / "tiny", files)
-    pytest.importorskip("gguf", reason="gguf is not installed")
-    try:
-        gguf = make_real_model.packaged_file()
-    except ConversionError as error:
-        pytest.skip(str(error))
-    make_real_model.make_real_model(tmp_path / "real", gguf)
-    return tmp_path / "real"
+    if request.param == "real":
+        return request.getfixturevalue("real_model")
+    files = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
+    return make_tiny_model(tmp_path / "tiny", files)
 
 
 @pytest.mark.slow

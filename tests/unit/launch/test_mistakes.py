@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
+from megatron_profit import sft
 from megatron_profit.estimates.published import published_config
 from megatron_profit.launch import front, slurm
+from megatron_profit.recipe.request import read_request
 
-# Command line -> a part of the message. M is a folder with a config.json, D a data file, Y a YAML file.
+# Command line -> a part of the message. M is a folder with a config.json, D, T and C are data, Y is YAML.
 MISTAKES = {
     "": "--model and --data are missing; for example: megatron-profit sft --model",
     "--data D": "--model is missing",
@@ -38,9 +40,25 @@ MISTAKES = {
     "--model M --data D --gpu-memory 0": "--gpu-memory is 0; it must be at least 1",
     "--model M --data D --gpus 8 --nproc-per-node 4": "contradict each other; drop one",
     "--model M --data D --nnodes two": "--nnodes is 'two'; it must be a number such as 2",
+    "--model M --data D --nnodes 4:2 --rdzv-endpoint a:1": "--nnodes is '4:2'; it must be a number",
+    "--model M --data D --nnodes 2 --rdzv-endpoint a:b": "write HOST:PORT, for example node0:29400",
+    "--model M --data D --run=": "--run is empty",
+    "--model M --data D --run D": "is a file; name a folder",
     "--model M --data D --nnodes 2": "give --rdzv-endpoint HOST:PORT",
     "--model M --data D --nnodes 2 --rdzv-endpoint a:1 --gpus 3": "give a multiple",
     "--model M --data D --device gpu": "--device is 'gpu'; it can be auto, cpu, cuda",
+    "--model M --data D --lr-decay-style cosin": "it can be constant, linear, cosine",
+    "--model M --data D --objective proft": "unknown objective 'proft'",
+    "--model M --data D --objective dft --prob-threshold 0.3": "not of dft; drop it",
+    "--model M --data D --prob-threshold 2": "prob_threshold",
+    "--model M --data D --threshold-direction middle": "prob_threshold is missing",
+    "--model M --data D --device cpu --tensor-model-parallel-size 2": "for example with --nproc-per-node 2",
+    "--model M --data D --valid-split 2": "--valid-split is 2.0; it must be at least 0 and below 1",
+    "--model M --data T": "found the keys ['text']",
+    "--model M --data C": "found the keys ['question', 'answer']",
+    "--model M --data D --optimizer adan": "did you mean adam?",
+    "--model M --data D --valid-data nowhere.jsonl": "nowhere.jsonl: does not exist",
+    "--model M --data D --data-path X": "--data-path cannot be used here: give chat files with --data",
     "--model M --data D --on-spike stop-it": "--on-spike is 'stop-it'; it can be",
     "--model M --data D --chat-template nowhere.jinja": "there is no such file, and the built-in templates",
     "--model M --data D --chat-template chatlm": "did you mean chatml?",
@@ -72,6 +90,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "chats.xml").write_text("<a/>")
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "pairs.csv").write_text("question,answer\na,b\n")
     (tmp_path / "run.yaml").write_text("modell: x\n")
     return tmp_path
 
@@ -83,6 +103,8 @@ NAMES = {
     "X": "chats.xml",
     "E": "empty",
     "P": "phi",
+    "T": "text.jsonl",
+    "C": "pairs.csv",
     "M/chats.csv": "model/chats.csv",
 }
 
@@ -99,13 +121,99 @@ def test_a_mistake_is_one_line_that_says_what_to_do(mistake, folder, capsys):
     assert not (folder / "runs").exists(), "nothing is written"
 
 
+# The ordinary flags of the training entry, without a mistake.
+PLAIN = (
+    "--hf-model model --data chats.jsonl --seq-length 64 --micro-batch-size 1 --lr 1e-5 "
+    "--train-iters 2 --device cpu --objective sft"
+)
+# Flags after them -> a part of the message.
+PLAIN_MISTAKES = {
+    "--epoch 3": "there is no flag --epoch; did you mean --epochs?",
+    "--lr fast": "--lr is 'fast'; it must be a number",
+    "--lr -1": "--lr is -1.0; it must be a number that is not negative",
+    "--epochs 1": "--train-iters and --epochs contradict each other",
+    "--hf-model nowhere": "nowhere",
+    "--hf-model phi": "supported: Qwen3ForCausalLM",
+    "--data nowhere.jsonl": "nowhere.jsonl: does not exist",
+    "--valid-data nowhere.jsonl": "nowhere.jsonl: does not exist",
+    "--objective proft": "unknown objective 'proft'",
+    "--prob-threshold 0.1": "is an option of --objective",
+    "--objective profit": "threshold_direction is None; set it to one of higher",
+    "--log-quantiles 2": "2.0 is no quantile",
+    "--tensor-model-parallel-size 2": "start 2 of them with torchrun: torchrun --nproc-per-node 2",
+    "--tensor-model-parallel-size 3": "does not divide the model's num_attention_heads",
+    "--seq-length 999999": "--seq-length 999999 is outside 1..",
+    "--num-layers 3": "--num-layers gives num_layers=3",
+    "--transformer-impl transformer_engine": "this machine needs",
+    "--bf16 --fp16": "--bf16 and --fp16 contradict each other",
+    "--keep-last 2": "--keep-last 2 removes checkpoints of --save, which is missing",
+    "--eval-tasks gsm8k": "--eval-tasks evaluates the folder of --export-hf, which is missing",
+    "--expert-model-parallel-size 2": "the model has no experts",
+}
+TAKES_LONG = {"torch", "transformers", "megatron.core", "megatron.training"}
+
+
+def imports_of(*words: str) -> tuple[set[str], subprocess.CompletedProcess]:
+    """Return the modules that a Python command imports, and its result."""
+    command = [sys.executable, "-X", "importtime", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    return imported, result
+
+
 def test_an_error_needs_neither_torch_nor_transformers(folder):
     words = ["sft", "--model", "model", "--data", "nowhere.jsonl", "--prob-threshold", "0.2"]
-    command = [sys.executable, "-X", "importtime", "-m", "megatron_profit", *words]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    imported, result = imports_of("-m", "megatron_profit", *words)
     assert result.returncode == 2
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert not imported & {"torch", "transformers", "megatron.core", "megatron.training"}
+    assert not imported & TAKES_LONG
+
+
+@pytest.mark.parametrize("mistake", PLAIN_MISTAKES)
+def test_the_training_entry_refuses_a_mistake_before_its_imports(mistake, folder, capsys):
+    with pytest.raises(SystemExit) as end:
+        sft.refuse_early([*PLAIN.split(), *mistake.split()])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megatron-profit-sft: error: ")
+    assert PLAIN_MISTAKES[mistake] in line
+
+
+def test_the_training_entrys_error_is_its_only_line(folder):
+    imported, result = imports_of("-m", "megatron_profit.sft", *PLAIN.split(), "--epoch", "1")
+    assert result.returncode == 2
+    assert not imported & TAKES_LONG
+    (line,) = (x for x in result.stderr.splitlines() if not x.startswith("import time:"))
+    assert line == "megatron-profit-sft: error: there is no flag --epoch; did you mean --epochs?"
+    assert not result.stdout
+
+
+def test_flags_without_a_mistake_are_judged_without_long_imports(folder):
+    check = "import sys; from megatron_profit.recipe.check import check_command_line as c; c(sys.argv[1:], 1)"
+    imported, result = imports_of("-c", check, *PLAIN.split())
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert not imported & TAKES_LONG
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--objective nowhere.module:Class --my-option 3",  # only its import tells the options
+        "--exit-signal SIGUSR1 --attention-backend local",  # types of Megatron's own
+        "--no-load-optim --no-save-optim --save runs/x --load runs/x",
+        "--no-bias-swiglu-fusion --no-masked-softmax-fusion",
+    ],
+)
+def test_what_only_megatrons_parser_knows_is_left_to_it(flags, folder):
+    sft.refuse_early([*PLAIN.split(), *flags.split()])
+
+
+def test_flags_of_another_version_of_megatron_are_left_to_its_parser(folder, monkeypatch):
+    monkeypatch.setattr("megatron_profit.recipe.flags.is_listed_version", lambda: False)
+    monkeypatch.setattr("megatron_profit.recipe.check.is_listed_version", lambda: False)
+    sft.refuse_early([*PLAIN.split(), "--new-flag", "3"])
+    request = read_request(["--model", "model", "--data", "chats.jsonl", "--new-flag", "3"])
+    assert request.given["new_flag"].words == ("--new-flag", "3")
+    assert "--seq-length" in request.table.options, "the known flags are derived all the same"
 
 
 @pytest.mark.parametrize("words", [["--hf-model", "x"], ["--hf-model=x", "--lr", "1"]])

@@ -236,6 +236,14 @@ def test_pieces_hold_every_position_once():
         assert (seen == 1).all()
 
 
+def test_whole_rows_of_a_rank_hold_all_records():
+    ids = positions(RECORDS)
+    alone, rank = spans_of(ids), spans_of(ids, cp_size=2, cp_rank=1)
+    assert alone.whole is alone
+    assert rank.whole.pieces == alone.pieces
+    assert torch.equal(rank.whole.variable_lengths.cu_queries, alone.variable_lengths.cu_queries)
+
+
 def test_bounds_of_records():
     rows = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
     assert record_bounds(rows).tolist() == [0, 2, 4, 7, 8]

@@ -591,20 +591,23 @@ def test_default_block_is_32_megabytes_on_a_cpu(num_rows, columns):
 
 
 @pytest.mark.parametrize(
-    ("device", "backward", "hidden", "kept"),
+    ("device", "backward", "vocabulary", "hidden", "kept"),
     [
-        ("cpu", "recompute", 1024, 0),
-        ("cpu", "auto", 1024, 1024),
-        ("cpu", "save", 1024, 4096),
-        ("cpu", "auto", 64, 883),
-        ("meta", "recompute", 1024, 0),
-        ("meta", "auto", 1024, 4416),
-        ("meta", "auto", 5120, 5120),
+        ("cpu", "recompute", 151_936, 1024, 0),
+        ("cpu", "auto", 151_936, 1024, 1024),
+        ("cpu", "save", 151_936, 1024, 4096),
+        ("cpu", "auto", 151_936, 64, 883),
+        ("meta", "recompute", 151_936, 1024, 0),
+        ("meta", "auto", 151_936, 1024, 4416),
+        ("meta", "auto", 151_936, 5120, 5120),
+        ("cpu", "auto", 248_320, 1024, 1024),
+        ("meta", "auto", 248_320, 1024, 2702),
+        ("meta", "auto", 248_320, 5120, 5120),
     ],
 )
-def test_memory_of_kept_logits(device, backward, hidden, kept):
+def test_memory_of_kept_logits(device, backward, vocabulary, hidden, kept):
     """A multiple of the weight's, or for a small one 256 MB on a CPU and 1.25 GiB elsewhere."""
-    weight = torch.empty(1, dtype=torch.bfloat16, device=device).expand(151_936, hidden)
+    weight = torch.empty(1, dtype=torch.bfloat16, device=device).expand(vocabulary, hidden)
     assert Tiling.of(weight, 10_000, None, backward).kept_rows == kept
     assert Tiling.of(weight, 100, None, backward).kept_rows == min(kept, 100)
 

@@ -39,7 +39,7 @@ def test_sections_are_flags(tmp_path):
     assert words(tmp_path, DRAFT) == [
         *("--model", "Qwen/Qwen3-14B-Base", "--data", "chats.jsonl", "--valid-split", "0.02"),
         *("--packing", "--objective", "profit", "--prob-threshold", "0.1", "--epochs", "1"),
-        *("--global-batch-size", "32", "--lr", "1e-05", "--lr-warmup-fraction", "0.1"),
+        *("--global-batch-size", "32", "--lr", "1.0e-5", "--lr-warmup-fraction", "0.1"),
         *("--tensor-model-parallel-size", "4", "--sequence-parallel"),
         *("--recompute-granularity", "full", "--run", "runs/14b", "--keep-last", "2"),
         *("--eval-tasks", "gsm8k,math500", "--eval-flags=--samples 8 --data data/eval"),
@@ -52,6 +52,54 @@ def test_a_section_may_be_one_value_and_lists_are_several(tmp_path):
     assert words(tmp_path, text) == [
         *("--model", "a", "--data", "x.jsonl", "y.jsonl", "--objective", "dft", "--layout", "auto")
     ]
+
+
+def test_adapters_have_a_section(tmp_path):
+    text = (
+        "objective: {name: asft, ref_mode: adapter-off}\n"
+        "lora: {rank: 4, targets: [q_proj, v_proj], rslora: true, adapter: old, export: new}\n"
+    )
+    assert words(tmp_path, text) == [
+        *("--objective", "asft", "--ref-mode", "adapter-off", "--lora-rank", "4"),
+        *("--lora-targets", "q_proj", "v_proj", "--lora-rslora", "--lora-adapter", "old"),
+        *("--export-adapter", "new"),
+    ]
+
+
+def test_values_stay_as_they_are_written(tmp_path):
+    """YAML 1.1 would read a number in base 60, an octal one and a truth."""
+    text = "layout: {nnodes: 1:4}\ntraining: {lr: 1e-5, seed: 010}\nrun: {wandb_project: no}\n"
+    assert words(tmp_path, text) == [
+        *("--nnodes", "1:4", "--lr", "1e-5", "--seed", "010", "--wandb-project", "no")
+    ]
+
+
+def test_a_value_that_looks_like_a_flag_stays_a_value(tmp_path):
+    text = "run: {without: [--export-hf, --bf16], eval_flags: --greedy, verbose: true}\n"
+    assert words(tmp_path, text) == [
+        *("--without=--export-hf", "--without=--bf16", "--eval-flags=--greedy", "--verbose")
+    ]
+    given = table().parse(["--eval-flags=--greedy"])
+    assert given["eval_flags"].words == ("--eval-flags=--greedy",)
+
+
+def test_options_of_an_objective_from_outside_are_entries(tmp_path):
+    text = "objective: {name: my.module:Class, my_option: 3, my_switch: true, log_entropy: true}\n"
+    found = words(tmp_path, text)
+    assert sorted(found) == sorted(
+        ["--objective", "my.module:Class", "--my-option", "3", "--my-switch", "--log-entropy"]
+    )
+    flags = table().parse(found)
+    again = as_config("some/model", flags.values(), {}, table())
+    assert sorted(words(tmp_path, again)) == sorted(["--model", "some/model", *found])
+
+
+def test_several_files_may_be_named_one_by_one(tmp_path):
+    for number, text in enumerate(["data: a.jsonl\nmodel: m\n", "training: {lr: 1}\n"]):
+        (tmp_path / f"{number}.yaml").write_text(text)
+    files = [f"--config={tmp_path}/{number}.yaml" for number in range(2)]
+    request = read_request(files)
+    assert (request.model, request.given["lr"].value) == ("m", 1.0)
 
 
 def test_false_keeps_a_flag_from_being_derived(tmp_path):
@@ -69,6 +117,17 @@ def test_flags_override_the_file(tmp_path):
     assert request.given["lr"].words == ("--lr", "3e-5")
     assert request.given["epochs"].value == 1
     assert (request.front.run, request.value("data")) == ("elsewhere", ["b.jsonl"])
+
+
+def test_another_objective_drops_the_options_of_the_files(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(DRAFT)
+    request = read_request(["--config", str(file), "--objective", "dft"])
+    assert request.value("objective") == "dft"
+    assert "prob_threshold" not in request.given
+    assert request.given["epochs"].value == 1
+    same = read_request(["--config", str(file), "--objective", "profit"])
+    assert same.given["prob_threshold"].texts == ("0.1",)
 
 
 def test_a_run_is_written_as_the_file_that_reads_as_the_same_flags(tmp_path):
@@ -94,9 +153,18 @@ def test_a_run_is_written_as_the_file_that_reads_as_the_same_flags(tmp_path):
         ("megatron: {overlap-grad-reduc: true}\n", "did you mean overlap-grad-reduce?"),
         ("training:\n  lr: 1\n  lr: 2\n", "'lr' stands twice in the section of line 2"),
         ("training: {lr: }\n", "lr has no value"),
-        ("training: 3\n", "training: must hold entries, found 3"),
-        ("training: {lr: {a: 1}}\n", "--lr has {'a': 1}; it must be a value or a list of values"),
-        ("training: {bf16: 2}\n", "--bf16 is 2; it must be true or false"),
+        ("training: 3\n", "training: must hold entries, found '3'"),
+        ("training: {lr: {a: 1}}\n", "--lr has {'a': '1'}; it must be a value or a list of values"),
+        ("training: {bf16: 2}\n", "--bf16 is '2'; it must be true or false"),
+        ("training: {bf16: yes}\n", "--bf16 is 'yes'; it must be true or false"),
+        ("training: {lr: [[[1]]]}\n", "--lr has [[['1']]]; it must be a value or a list of values"),
+        ("training: {lr: &a [*a]}\n", "--lr has [[[[[[[...]]]]]]]; it must be a value"),
+        ("training: {lr: [1, 2]}\n", "--lr has ['1', '2']; it takes one value"),
+        ("model: [a, b]\n", "--model has ['a', 'b']; it takes one value"),
+        ("data: {train: []}\n", "--data has an empty list; give a value, or drop the line"),
+        ("evaluate: {tasks: gsm8k, temperature: hot}\n", "temperature: invalid"),
+        ("data: {train: [a, true]}\n", "--data has ['a', True]; it must be a value or a list"),
+        ("training: {lr: !!set {1}}\n", "it must be a value or a list of values"),
         ("training: {lr: true}\n", "--lr is true; it must have a value"),
         ("evaluate: {samples: 8}\n", "evaluate: must hold tasks and flags of the evaluation"),
         ("evaluate: {tasks: gsm8k, sample: 8}\n", "'sample'; did you mean samples?"),

@@ -67,6 +67,8 @@ def test_filters_show_where_the_models_differ(answers, browse):
         set("search", "TUNED SAYS 2");
         result.found = texts();
         result.marked = document.querySelector("mark").textContent;
+        set("search", "${k} (2");
+        result.literal = marked("İİ 1 ${K} (2", "${k} (2").querySelector("mark").textContent;
         set("search", "");
         set("task", "essays");
         result.essays = document.querySelector("article .question").textContent;
@@ -86,6 +88,7 @@ def test_filters_show_where_the_models_differ(answers, browse):
     assert result["sides"][1].startswith("B: tuned✗ wrong answer False")
     assert result["status"] == "1 of 1 questions shown, 4 in the task"
     assert (result["found"], result["marked"]) == (["Question 2"], "tuned says 2")
+    assert result["literal"] == "${K} (2"
     assert result["essays"] == HOSTILE.replace("\ud800", "?")
     assert result["images"] == 0
     assert (result["outcome"], result["swapped"]) == ("b", "a")

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from megatron_profit.token_report import page, terminal_text
+from megatron_profit.objectives import build_objective
+from megatron_profit.token_report import evaluate_objectives, page, terminal_text
 
 
 def embedded(text):
@@ -66,6 +67,106 @@ def test_slider_moves_the_marks(records, browse):
     ]
     assert result["status"].startswith("40.0 % of all supervised tokens kept")
     assert result["bars"] == 20
+
+
+def test_a_quantile_of_all_tokens_or_of_each_record_marks_as_in_training(records, browse):
+    keywords = {"title": "t", "direction": "higher"}
+    result = browse(
+        page(records, threshold=(0.4,), scope="global_batch", **keywords),
+        """
+        result.start = [marks(0), marks(1)];
+        result.status = $("status").textContent;
+        set("scope", "record");
+        result.record = [marks(0), marks(1)];
+        set("direction", "lower");
+        result.lower = [marks(0), marks(1)];
+        set("scope", "global_batch");
+        set("tau", 1);
+        result.all = [marks(0), marks(1)];
+        set("direction", "higher");
+        result.none = [marks(0), marks(1)];
+        """,
+    )
+    for name, direction, quantile, scope in (
+        ("start", "higher", 0.4, "global_batch"),
+        ("record", "higher", 0.4, "record"),
+        ("lower", "lower", 0.4, "record"),
+        ("all", "lower", 1.0, "global_batch"),
+        ("none", "higher", 1.0, "global_batch"),  # at least one token stays
+    ):
+        objective = build_objective(
+            "profit",
+            threshold_quantile=quantile,
+            threshold_direction=direction,
+            threshold_scope=scope,
+        )
+        weighed = evaluate_objectives(records, {"it": objective})
+        assert result[name] == [
+            [
+                "prompt" if not is_supervised else "kept" if weight else "dropped"
+                for is_supervised, weight in zip(
+                    record.supervised, record.weights["it"], strict=True
+                )
+            ]
+            for record in weighed
+        ], name
+    assert "60.0 % of all supervised tokens kept, threshold 0.500" in result["status"]
+
+
+def test_both_models_probabilities_are_shown_and_the_threshold_reads_either(records, browse):
+    for each in records:
+        prob = each.statistics.prob
+        object.__setattr__(
+            each, "statistics", each.statistics.replaced(ref_log_prob=(1 - prob).log())
+        )
+    text = page(records, title="t", threshold=(0.5,), signal="reference")
+    assert embedded(text)["records"][0]["q"][1:3] == pytest.approx([0.7, 0.95])
+    result = browse(
+        text,
+        """
+        result.start = marks(0);
+        show(data.records[0], 2);
+        result.token = $("token").textContent;
+        tabulate(data.records[0], data.records[0].details);
+        const cells = row => [...row.cells].map(c => c.textContent);
+        result.head = cells(data.records[0].details.querySelector("thead tr"));
+        result.row = cells(data.records[0].details.querySelectorAll("tbody tr")[2]);
+        const tint = () => data.records[0].nodes[2].style.getPropertyValue("--shade");
+        result.shades = [tint()];
+        set("signal", "current");
+        result.current = marks(1);
+        result.shades.push(tint());
+        result.hidden = $("signal-label").hidden;
+        """,
+    )
+    assert result["start"] == ["prompt", "prompt", "kept", "kept", "dropped"]
+    assert result["token"] == 'token 3 of 5: "is", p 0.0500, q 0.950, kept, weight 1.00'
+    assert result["head"] == ["token", "state", "p", "q", "weight"]
+    assert result["row"] == ['"is"', "kept", "0.05000", "0.9500", "1.00"]
+    assert result["current"] == ["prompt", "dropped", "kept"]
+    assert result["shades"][0] != result["shades"][1]
+    assert result["hidden"] is False
+
+
+def test_choosing_tau_shows_what_each_threshold_keeps_and_drops(records, browse):
+    result = browse(
+        page(records, title="t"),
+        """
+        const rows = [...$("choosing").tBodies[0].rows];
+        result.rows = rows.map(r => [...r.cells].map(c => c.textContent));
+        result.hidden = $("signal-label").hidden;
+        """,
+    )
+    assert result["rows"] == [
+        ["0.05", "100.0 %", ""],  # p = 0.05 is kept
+        ["0.1", "80.0 %", '"is"'],
+        ["0.2", "80.0 %", ""],
+        ["0.3", "60.0 %", '"</script><b>"'],
+        ["0.5", "60.0 %", ""],
+        ["0.7", "40.0 %", '" ev"'],
+        ["0.9", "40.0 %", ""],
+    ]
+    assert result["hidden"] is True
 
 
 def test_the_keyboard_alone_moves_slider_and_reader(records, open_page):

@@ -48,13 +48,13 @@ def test_the_plan_names_data_that_can_be_asked(tmp_path, monkeypatch):
     assert compare_objectives.main(["--out", str(tmp_path / "out"), "--seeds", "4"]) == 0
     assert plans == [[str(tmp_path / "out/plan.yaml"), "--out", str(tmp_path / "out")]]
     plan = read_plan(tmp_path / "out" / "plan.yaml")
-    runs = list(plan.runs())
+    runs = [unit.run for units in plan.schedule() for unit in units]
     assert len(runs) == 27
     assert {run.seed for run in runs} == {4}
     assert {run.lora_rank for run in runs} == {0}
     counts = {}
     for data in plan.data:
-        command = plan.evaluate_command(data, tmp_path / "hf", tmp_path / "results")
+        command = plan.evaluate_command(data, "", tmp_path / "hf", tmp_path / "results")
         flags = build_parser().parse_args(command[command.index("evaluate") + 1 :])
         for file in flags.task_file:
             task = task_of_file(file, {}, pattern=flags.answer_pattern)
@@ -70,3 +70,17 @@ def test_the_plan_names_data_that_can_be_asked(tmp_path, monkeypatch):
     assert "--valid-data" in shlex.split(plan.data["errors"]["train"])
     before = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
     assert list(before["objectives"]) == list(compare_objectives.RUNS)
+
+
+def test_ranks_and_rates_of_some_settings(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.setattr(compare_objectives, "quickstart_base", lambda out: tmp_path / "base")
+    monkeypatch.setattr(compare_objectives.compare, "main", lambda argv: 0)
+    axes = "--only sft dft --settings errors --lora-ranks 4 128 --learning-rates 1e-3 --seeds 1 2"
+    assert compare_objectives.main(["--out", str(tmp_path / "out"), *axes.split()]) == 0
+    runs = list(read_plan(tmp_path / "out" / "plan.yaml").runs())
+    assert len(runs) == 8
+    assert {(run.data, run.learning_rate, run.lora_rank) for run in runs} == {
+        ("errors", 1e-3, 4),
+        ("errors", 1e-3, 128),
+    }

@@ -1,30 +1,38 @@
 """The folder of a real pretrained model, where its package is installed."""
 
 import json
+import math
 
 import make_real_model
+import numpy as np
 import pytest
 
-from checkpoint_conversion.errors import ConversionError
 from megatron_profit.evaluation.engines.model_folder import check_model
 
 
 @pytest.mark.slow
-def test_the_folder_is_a_model_that_can_be_asked(tmp_path, capsys):
-    pytest.importorskip("gguf", reason="gguf is not installed")
-    try:
-        make_real_model.packaged_file()
-    except ConversionError as error:
-        pytest.skip(str(error))
-    out = tmp_path / "SmolLM2"
-    assert make_real_model.main(["--out", str(out)]) == 0
-    config = json.loads((out / "config.json").read_text())
+def test_the_folder_holds_the_weights_of_the_package(real_model, capsys):
+    from gguf import GGUFReader, dequantize
+    from safetensors import safe_open
+
+    config = json.loads((real_model / "config.json").read_text())
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     assert [config[name] for name in shape] == [576, 30, 9, 3]
     assert "quantization_config" not in config
-    assert (out / "model.safetensors").stat().st_size > 4 * 134_000_000
-    check_model(str(out))
-    assert make_real_model.main(["--out", str(out)]) == 1
+    packed = {t.name: t for t in GGUFReader(str(make_real_model.packaged_file())).tensors}
+    with safe_open(real_model / "model.safetensors", "np") as weights:
+        names = list(weights.keys())
+        elements = sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+        for name, in_package in (
+            ("model.layers.29.mlp.down_proj.weight", "blk.29.ffn_down.weight"),
+            ("model.norm.weight", "output_norm.weight"),
+        ):
+            tensor = packed[in_package]
+            expected = dequantize(tensor.data, tensor.tensor_type)
+            np.testing.assert_array_equal(weights.get_tensor(name), expected)
+    assert elements == 134_515_008
+    check_model(str(real_model))
+    assert make_real_model.main(["--out", str(real_model)]) == 1
     assert "is not empty" in capsys.readouterr().err
 
 

@@ -700,6 +700,16 @@ def test_an_optimizer_whose_package_is_missing_is_refused(parse, monkeypatch):
         parse("--optimizer", "muon")
 
 
+def test_curves_on_wandb_need_its_package(parse, monkeypatch, tmp_path):
+    missing = lambda name: None  # noqa: E731
+    monkeypatch.setattr(
+        "megatron_profit.training.arguments.native_flags.importlib.util.find_spec", missing
+    )
+    flags = ("--wandb-project", "p", "--wandb-exp-name", "e", "--save", str(tmp_path))
+    with pytest.raises(ArgumentsError, match="needs the package wandb, which is not installed"):
+        parse(*flags)
+
+
 def test_help_shows_our_flags_before_megatrons(capsys):
     with pytest.raises(SystemExit) as end:
         derive(["--help"], "cpu", 1)

@@ -70,6 +70,9 @@ REFUSED = {
     "--lora-rank 4 --save s": "drop it, or --save and --load",
     "--lora-rank 4 --ref-mode cache": "--ref-mode is for objectives with a reference model",
     "--lora-rank 4 --use-transformer-engine-op-fuser": "leaves adapters out",
+    "--lora-rank 4 --tp-comm-overlap": "give --disable-tp-comm-bulk-wgrad, or drop it",
+    "--lora-alpha 0": "--lora-alpha is for adapters",
+    "--lora-dropout 0": "--lora-dropout is for adapters",
 }
 
 
@@ -78,6 +81,11 @@ def test_flags_that_would_be_ignored_or_cannot_be_met_are_refused(parse, flags):
     with pytest.raises((ArgumentsError, ConversionError)) as error:
         parse(f"{flags} {RANDOM}")
     assert REFUSED[flags] in str(error.value)
+
+
+def test_the_flag_that_an_error_names_is_accepted(parse):
+    more = "--tp-comm-overlap --disable-tp-comm-bulk-wgrad --tensor-model-parallel-size 1"
+    assert parse(f"--lora-rank 4 {more} {RANDOM}")[0].lora is not None
 
 
 def test_weights_are_needed_that_the_adapters_belong_to(parse, tmp_path):

@@ -58,7 +58,8 @@ def test_own_lines_are_shown_and_others_are_in_the_log(begin, tmp_path, monkeypa
     assert (tmp_path / quiet.ARGUMENTS).read_text() == "a = 'x'\nb = 2\n"
 
 
-def test_steps_are_lines_in_a_file_and_one_line_on_a_terminal():
+def test_steps_are_lines_in_a_file_and_one_line_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     file, terminal = quiet.Quiet(io.StringIO()), quiet.Quiet(Terminal())
     for console in (file, terminal):
         console.show_live("step 1")
@@ -66,6 +67,20 @@ def test_steps_are_lines_in_a_file_and_one_line_on_a_terminal():
         console.end()
     assert file._console.getvalue() == "step 1\nstep 2\n"
     assert terminal._console.getvalue() == "\rstep 1\033[K\rstep 2\033[K\n"
+
+
+def test_a_live_line_fits_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    terminal = quiet.Quiet(Terminal())
+    terminal.show_live("step 1/10  left 0:00:05")
+    assert terminal._console.getvalue() == "\rstep 1/10  \033[K"
+
+
+def test_a_terminal_that_only_adds_lines_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = quiet.Quiet(Terminal())
+    terminal.show_live("step 1")
+    assert terminal._console.getvalue() == "step 1\n"
 
 
 def test_a_run_without_a_folder_keeps_no_files(begin, tmp_path, monkeypatch):

@@ -1,0 +1,247 @@
+r"""Write the tables and figures of docs/real_model.md from the results of the study.
+
+    python benchmarks/report_real_model.py
+    python benchmarks/report_real_model.py --results runs/real_model/results.json --core runs/core_tokens.json
+
+The first command reads the newest files in benchmarks/results; the second one puts today's copies of these
+two files there before. benchmarks/real_model.yaml has the commands that make them.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY / "tools"))
+
+import core_tokens
+
+from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.commands.plot_run import COLOURS, STYLES
+from megatron_profit.evaluation.comparison.runs import Outcome, outcome_of
+from megatron_profit.evaluation.comparison.tables import (
+    METRICS,
+    differences_table,
+    draw_comparison,
+    measures_of,
+    score_cell,
+    settings_of,
+)
+from megatron_profit.evaluation.presentation.report import header, row
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = REPOSITORY / "docs" / "real_model.md"
+IMAGES = REPOSITORY / "docs" / "images"
+STUDY, CORE = "real-model", "core-tokens"
+BASELINE = "sft"
+SCORES_FIGURE = "\n![right answers of each objective](images/real_model.png)\n"
+CURVES_FIGURE = (
+    "\n![kept share, probability of kept tokens and plain cross-entropy over the steps]"
+    "(images/real_model_curves.png)\n"
+)
+_CURVES = {
+    "kept fraction": "kept share of the tokens",
+    "mean p kept": "mean p of the kept tokens",
+    "lm loss": "plain cross-entropy",
+}
+
+
+def newest(name: str) -> Path:
+    """Return the newest results of a name, for example "real-model"."""
+    return sorted(RESULTS.glob(f"*-{name}.json"))[-1]
+
+
+def read_study(file: Path) -> tuple[dict[str, Any], list[Outcome]]:
+    """Return the content of a results file of `megatron-profit compare`, and its outcomes."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content, [outcome_of(values) for values in content["results"]]
+
+
+def blocks(
+    study: Mapping[str, Any], outcomes: Sequence[Outcome], core: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the parts of the page that follow from the results, by name."""
+    found = {
+        "state": state(study),
+        "scores": per_data(outcomes, scores),
+        "differences": "",
+        "trainings": "No training is finished.\n",
+        "core": core_table(core),
+        "time": time_taken(outcomes),
+    }
+    if any(outcome.run is not None for outcome in outcomes):
+        found["scores"] += SCORES_FIGURE
+        found["differences"] = differences(outcomes)
+        found["trainings"] = trainings(outcomes) + CURVES_FIGURE
+    return found
+
+
+def state(study: Mapping[str, Any]) -> str:
+    """Return how far the study is."""
+    if study["finished"] == study["runs"]:
+        return "All runs of the plan are finished.\n"
+    return (
+        f"**The study is not finished: {study['finished']} of {study['runs']} parts of its plan are.** "
+        "A part is a training with its evaluations. [The same command](#repeat-it) goes on.\n"
+    )
+
+
+def differences(outcomes: Sequence[Outcome]) -> str:
+    """Return the paired differences from the base and from plain SFT."""
+    words = "Points gained over {}, paired by question (95 % interval; McNemar's exact p):\n\n{}"
+    tables = {
+        "the base": per_data(outcomes, lambda part: differences_table(part, None)),
+        "plain SFT": per_data(outcomes, lambda part: differences_table(part, baseline(part))),
+    }
+    return "\n".join(words.format(name, text) for name, text in tables.items() if text)
+
+
+def per_data(outcomes: Sequence[Outcome], make: Any) -> str:
+    """Return a table for each data set, with its name where there are several; empty ones are left out."""
+    names = list(dict.fromkeys(outcome.data for outcome in outcomes))
+    tables = {data: make([o for o in outcomes if o.data == data]) for data in names}
+    titles = {data: f"Trained on {data}:\n\n" if len(names) > 1 else "" for data in names}
+    return "\n".join(titles[data] + text for data, text in tables.items() if text)
+
+
+def baseline(outcomes: Sequence[Outcome]) -> str | None:
+    """Return the first setting of plain SFT."""
+    return next((name for name in settings_of(outcomes) if name.startswith(BASELINE)), None)
+
+
+def scores(outcomes: Sequence[Outcome]) -> str:
+    """Return the table of right answers."""
+    measures = measures_of(outcomes)
+    counts = {
+        task: len(next(o.right[task] for o in outcomes if task in o.right)) for _, task in measures
+    }
+    lines = header("model", *(f"{task} ({count})" for task, count in counts.items()))
+    for setting in (None, *settings_of(outcomes)):
+        cells = [score_cell(outcomes, setting, measure) for measure in measures]
+        lines.append(row(setting or "the base", *cells))
+    return "\n".join(lines) + "\n"
+
+
+def trainings(outcomes: Sequence[Outcome]) -> str:
+    """Return the numbers of each training, seed by seed."""
+    lines = header("data", "setting", "seed", *METRICS.values(), "mean p kept, first tenth to last")
+    for outcome in outcomes:
+        if (run := outcome.run) is None or "lm loss" not in outcome.curves:
+            continue
+        kept_p = outcome.curves["mean p kept"]
+        tenth = max(1, len(kept_p) // 10)
+        ends = (sum(kept_p[:tenth]) / tenth, sum(kept_p[-tenth:]) / tenth)
+        numbers = [f"{outcome.metrics[name]:.3f}" for name in METRICS]
+        lines.append(
+            row(run.data, run.setting, run.seed, *numbers, f"{ends[0]:.3f} to {ends[1]:.3f}")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def core_table(core: Mapping[str, Any]) -> str:
+    """Return the probabilities of core and other tokens."""
+    lines = header("tokens", "number", "mean p", "95 % interval", "median", "p >= 0.1", "p >= 0.5")
+    for name in ("core", core_tokens.REST, *core_tokens.CORE):
+        group = core["groups"][name]
+        low, high = group["interval"]
+        kept = [f"{100 * group['kept'][tau]:.1f} %" for tau in ("0.1", "0.5")]
+        interval = f"{low:.3f} to {high:.3f}"
+        numbers = (f"{group['mean p']:.3f}", interval, f"{group['median p']:.3f}", *kept)
+        lines.append(row(name, f"{group['tokens']:,}", *numbers))
+    return "\n".join(lines) + "\n"
+
+
+def time_taken(outcomes: Sequence[Outcome]) -> str:
+    """Return the time of all trainings and evaluations."""
+    sums = {"train": [0.0, 0.0], "evaluate": [0.0, 0.0]}
+    # The base's answers count once, although each data set has them.
+    bases = {name: s for o in outcomes if o.run is None for name, s in o.seconds.items()}
+    seconds = [*bases.items(), *(item for o in outcomes if o.run for item in o.seconds.items())]
+    for name, (cpu, wall) in seconds:
+        total = sums["train" if name == "train" else "evaluate"]
+        total[0] += cpu / 3600
+        total[1] += wall / 3600
+    (train, train_wall), (ask, ask_wall) = sums.values()
+    return (
+        f"So far, the trainings took {train:.1f} hours of CPU time and the evaluations {ask:.1f}, within "
+        f"{train_wall + ask_wall:.1f} hours.\n"
+    )
+
+
+def with_blocks(page: str, content: Mapping[str, str]) -> str:
+    """Return a page with its generated parts replaced.
+
+    Raises:
+        ValueError: The page lacks a part.
+    """
+    for name, text in content.items():
+        before, mark, rest = page.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not mark or not end:
+            raise ValueError(f"the page has no part {name!r} between <!-- {name} --> and its end")
+        page = f"{before}{mark}\n{text}\n{end}{after}"
+    return page
+
+
+def draw_curves(outcomes: Sequence[Outcome], file: Path) -> None:
+    """Draw how the trainings on the first data set went, at the first seed and learning rate."""
+    from matplotlib.figure import Figure
+
+    runs = [o for o in outcomes if o.run is not None and o.curves]
+    first = runs[0].run
+    assert first is not None
+    chosen = [
+        o
+        for o in runs
+        if o.run and (o.data, o.run.seed) == (first.data, first.seed)
+        if o.run.learning_rate == first.learning_rate
+    ]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(1, 3), _CURVES.items(), strict=True):
+        for i, outcome in enumerate(chosen):
+            assert outcome.run is not None
+            look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % 3]}
+            values = outcome.curves[name]
+            axis.plot(range(1, len(values) + 1), values, label=outcome.run.objective, **look)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    with whole_file(file) as stream:
+        figure.savefig(stream, format="png", dpi=130)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page's parts and figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, help="results.json of the study")
+    parser.add_argument("--core", type=Path, help="results of tools/core_tokens.py")
+    arguments = parser.parse_args(argv)
+    today = datetime.date.today().isoformat()
+    for name, file in ((STUDY, arguments.results), (CORE, arguments.core)):
+        if file is not None:
+            with whole_file(RESULTS / f"{today}-{name}.json") as stream:
+                stream.write(file.read_bytes())
+    study, outcomes = read_study(newest(STUDY))
+    core = json.loads(newest(CORE).read_text(encoding="utf-8"))
+    page = with_blocks(PAGE.read_text(encoding="utf-8"), blocks(study, outcomes, core))
+    with whole_file(PAGE) as stream:
+        stream.write(page.encode())
+    if any(outcome.run is not None for outcome in outcomes):
+        first = next(o.data for o in outcomes if o.run is not None)
+        draw_comparison([o for o in outcomes if o.data == first], IMAGES / "real_model.png")
+        draw_curves(outcomes, IMAGES / "real_model_curves.png")
+    core_tokens.draw(core, IMAGES / "core_tokens.png")
+    print(f"wrote {PAGE.relative_to(REPOSITORY)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The page on the real model says what its results say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import report_real_model as report
+from report_real_model import (
+    CORE,
+    PAGE,
+    REPOSITORY,
+    STUDY,
+    blocks,
+    newest,
+    read_study,
+    with_blocks,
+)
+
+from megatron_profit.commands.evaluate import build_parser
+from megatron_profit.estimates.published import published_config
+from megatron_profit.evaluation.command_line import SamplingOfTasks
+from megatron_profit.evaluation.comparison.plan import Run, read_plan
+from megatron_profit.evaluation.comparison.runs import Outcome
+from megatron_profit.training.arguments.derive import derive
+
+
+def committed():
+    study, outcomes = read_study(newest(STUDY))
+    return blocks(study, outcomes, json.loads(newest(CORE).read_text()))
+
+
+def test_the_tables_of_the_page_follow_from_the_results():
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_blocks(page, committed()) == page, "run python benchmarks/report_real_model.py"
+
+
+def test_every_figure_of_the_findings_is_in_a_table():
+    page = PAGE.read_text(encoding="utf-8")
+    findings = page.split("## Findings\n")[1].split("\n## ")[0]
+    numbers = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", findings))
+    assert numbers
+    known = set(re.findall(r"\d+\.\d+", "".join(committed().values())))
+    # The paper's own figure, and thresholds, are no results of this study.
+    assert numbers - known <= {"0.768", "0.485", "0.1", "0.3", "0.5"}
+
+
+def outcome(objective, score, right, **more):
+    run = Run("gsm8k", objective, 1e-4, 0, 1) if objective else None
+    return Outcome(
+        run, "gsm8k", {"MAWPS": score}, more.pop("metrics", {}), {"MAWPS": right}, **more
+    )
+
+
+@pytest.fixture
+def outcomes():
+    curves = {"kept fraction": [1.0, 0.5], "mean p kept": [0.25, 0.75], "lm loss": [2.0, 1.0]}
+    metrics = {"lm loss validation": 1.5, "kept fraction": 0.5}
+    return [
+        outcome(None, 0.5, [1.0, 0.0], seconds={"MAWPS": [3600.0, 7200.0]}),
+        outcome(
+            "sft",
+            1.0,
+            [1.0, 1.0],
+            curves=curves,
+            metrics=metrics,
+            seconds={"train": [1800.0, 3600.0]},
+        ),
+        outcome("dft", 0.0, [0.0, 0.0], curves=curves, metrics=metrics),
+    ]
+
+
+def test_blocks_hold_scores_differences_trainings_and_times(outcomes):
+    group = {
+        "tokens": 1000,
+        "mean p": 0.75,
+        "interval": [0.7, 0.8],
+        "median p": 0.9,
+        "kept": {"0.1": 0.875, "0.3": 0.8, "0.5": 0.5},
+    }
+    core = {"groups": dict.fromkeys(("core", "rest", "number", "operator", "name"), group)}
+    found = blocks({"finished": 2, "runs": 9}, outcomes, core)
+    assert found["state"].startswith("**The study is not finished: 2 of 9 parts")
+    assert report.state({"finished": 9, "runs": 9}) == "All runs of the plan are finished.\n"
+    assert "| model | MAWPS (2) |" in found["scores"]
+    assert "| sft, lr 0.0001 | 100.0 % (" in found["scores"]
+    assert "| sft, lr 0.0001 | +50.0 (+0.0 to +100.0), p 1 |" in found["differences"]
+    assert "| dft, lr 0.0001 | -100.0 (-100.0 to -100.0), p 0.5 |" in found["differences"]
+    assert "| gsm8k | sft, lr 0.0001 | 1 | 1.500 | 0.500 | 0.250 to 0.750 |" in found["trainings"]
+    assert "| core | 1,000 | 0.750 | 0.700 to 0.800 | 0.900 | 87.5 % | 50.0 % |" in found["core"]
+    assert "the trainings took 0.5 hours of CPU time and the evaluations 1.0" in found["time"]
+    assert "within 3.0 hours" in found["time"]
+
+
+def test_the_base_alone_has_no_differences(outcomes):
+    group = json.loads(newest(CORE).read_text())
+    found = blocks({"finished": 0, "runs": 9}, outcomes[:1], group)
+    assert "| the base | 50.0 % (" in found["scores"]
+    assert found["differences"] == ""
+    assert "png" not in "".join(found.values())
+
+
+def test_the_plan_of_the_study_can_be_carried_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    plan = read_plan(REPOSITORY / "benchmarks" / "real_model.yaml")
+    stages = plan.schedule()
+    assert [unit.run.objective for unit in stages[0]] == ["sft", "profit 0.1", "dft"]
+    runs = {unit.run for units in stages for unit in units}
+    assert {run.objective for run in runs} == set(plan.objectives)
+    assert {run.data for run in runs} == set(plan.data)
+    for run in {run.objective: run for run in runs}.values():
+        command = plan.train_command(run, Path("hf"), Path("metrics"))
+        derive(command[3:], "cpu", 1, published_config("Qwen3-0.6B"))
+    asked = {name for units in stages for unit in units for name in unit.evaluations}
+    assert asked == set(plan.evaluate)
+    for name in asked:
+        command = plan.evaluate_command("gsm8k", name, Path("hf"), Path("out"))
+        arguments = build_parser().parse_args(command[4:])
+        assert SamplingOfTasks(arguments).of(arguments.tasks).max_new_tokens
+
+
+def test_curves_are_drawn(outcomes, tmp_path):
+    report.draw_curves(outcomes, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_page_without_a_part_is_refused():
+    assert with_blocks("<!-- a -->\nold\n<!-- end of a -->", {"a": "new"}).split("\n")[2] == "new"
+    with pytest.raises(ValueError, match="no part 'b'"):
+        with_blocks("<!-- a -->\n<!-- end of a -->", {"b": ""})

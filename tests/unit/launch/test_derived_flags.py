@@ -1,0 +1,67 @@
+"""The flags that follow from model, data and machine, next to the given ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_profit.launch.derive import Model, derived_flags
+from megatron_profit.launch.plan_layout import PlannedLayout
+from megatron_profit.launch.run_folder import RunFolder
+from megatron_profit.objectives import build_objective
+from megatron_profit.recipe.flags import words_of
+from megatron_profit.recipe.request import read_request
+
+LAYOUT = PlannedLayout({"micro_batch_size": 1}, 256, 4, 1, 0.0, False, ())
+
+
+def flags(given: str) -> dict:
+    request = read_request(["--model", "m", "--data", "d.jsonl", *given.split()])
+    data = {"data": ["d.jsonl"]}
+    model = Model(Path("m"), {}, 1)
+    found = derived_flags(request, model, data, LAYOUT, RunFolder(Path("runs/x")), 10, 5)
+    return request.table.parse(words_of(found))
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("", {"prob_threshold": "0.1", "threshold_direction": "higher"}),
+        ("--threshold-direction lower", {"prob_threshold": "0.1", "threshold_direction": "lower"}),
+        ("--prob-threshold 0.3", {"prob_threshold": "0.3", "threshold_direction": "higher"}),
+        (
+            "--threshold-quantile 0.2",
+            {"threshold_quantile": "0.2", "threshold_direction": "higher"},
+        ),
+        (
+            "--threshold-direction random --keep-fraction 0.7",
+            {"threshold_direction": "random", "keep_fraction": 0.7},
+        ),
+        (
+            "--threshold-direction middle --prob-threshold 0.1 0.5",
+            {"threshold_direction": "middle", "prob_threshold": ("0.1", "0.5")},
+        ),
+    ],
+)
+def test_another_threshold_takes_the_place_of_the_derived_one(given, options):
+    found = flags(given)
+    names = ("prob_threshold", "threshold_direction", "threshold_quantile", "keep_fraction")
+    built = build_objective("profit", **{n: found[n].value for n in names if n in found})
+    assert built == build_objective("profit", **options)
+
+
+def test_another_objective_has_no_options_of_profit():
+    found = flags("--objective dft")
+    assert found["objective"].value == "dft"
+    assert not {"prob_threshold", "threshold_direction"} & found.keys()
+
+
+def test_a_run_of_wandb_is_named_after_the_folder():
+    assert flags("--wandb-project p")["wandb_exp_name"].value == "x"
+    assert "wandb_exp_name" not in flags("")
+
+
+def test_what_is_not_wanted_is_not_derived():
+    found = flags("--without=--export-hf --without=--save")
+    assert not {"export_hf", "save", "keep_last"} & found.keys()

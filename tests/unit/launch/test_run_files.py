@@ -1,0 +1,112 @@
+"""The files of a run's folder that say how it was started."""
+
+from __future__ import annotations
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_profit.launch import front, processes
+from megatron_profit.launch.prepare import Launch
+from megatron_profit.launch.run_folder import RunFolder, folder_of, script
+from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.flags import words_of
+from megatron_profit.recipe.request import read_request
+
+COMMAND = ["--model", "some/model", "--data", "chats.jsonl"]
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """A run that is ready to start, and whose folder does not exist."""
+    return SimpleNamespace(
+        lines=(),
+        words=["-m", "megatron_profit.sft"],
+        config="model: new\n",
+        request=SimpleNamespace(front=SimpleNamespace(dry_run=False)),
+        run=RunFolder(tmp_path / "run"),
+        processes=1,
+        machine=SimpleNamespace(cores=1),
+    )
+
+
+def started(ready, monkeypatch, code: int) -> int:
+    monkeypatch.setattr(processes, "start", lambda *_: code)
+    return front._run(ready)
+
+
+def with_checkpoint(run: RunFolder) -> None:
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+    run.config.write_text("model: old\n")
+
+
+def test_a_new_run_has_its_files_from_the_start(ready, monkeypatch):
+    assert started(ready, monkeypatch, 1) == 1
+    assert ready.run.config.read_text() == "model: new\n"
+    assert "exec torchrun" in ready.run.command.read_text()
+
+
+def test_a_refused_command_leaves_the_files_of_the_run_as_they_are(ready, monkeypatch):
+    with_checkpoint(ready.run)
+    assert started(ready, monkeypatch, front.REFUSED) == 2
+    assert ready.run.config.read_text() == "model: old\n"
+    assert not ready.run.command.exists()
+
+
+def test_a_run_that_has_gone_on_has_the_files_of_its_last_start(ready, monkeypatch):
+    with_checkpoint(ready.run)
+    assert started(ready, monkeypatch, 0) == 0
+    assert ready.run.config.read_text() == "model: new\n"
+
+
+def test_the_script_starts_the_command_in_the_folder_where_it_was_given(tmp_path, monkeypatch):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    text = script(["sh", "-c", "pwd; echo $0", "--word with spaces"])
+    monkeypatch.chdir(tmp_path)
+    result = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [str(folder), "--word with spaces"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--verbose --without=--export-hf --without=--bf16 --nnodes 1:4 --rdzv-endpoint a:1",
+        "--rank-logs --max-restarts 2",
+        "--no-load-optim --no-packing --disable-bias-linear --eval-flags=--greedy",
+        "--objective my.module:Class --my-option=3 --my-switch --gpus 8 --gpu-memory 79.5",
+        "--exit-signal SIGUSR1 --objective-schedule clip_low linear 0.1 5 --lr 1e-5",
+    ],
+)
+def test_the_written_file_is_read_as_the_same_request(more, tmp_path):
+    request = read_request([*COMMAND, *more.split()])
+    flags = list(request.given.values())
+    run = RunFolder(tmp_path / "run")
+    launch = Launch(request, SimpleNamespace(), run, flags, (), 1, 1, 1, ())
+    run.write(["x"], launch.config)
+    again = read_request(["--config", str(run.config)])
+    assert sorted(words_of(again.given.values())) == sorted(words_of(flags))
+    front_flags = {**vars(request.front), "run": str(run.path), "config": [str(run.config)]}
+    assert vars(again.front) == front_flags
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match="file is a file; name a folder"):
+        RunFolder(tmp_path / "file" / "run").check_place()
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Qwen/Qwen3-4B@v1", "Qwen3-4B-profit-chats"),
+        ("https://huggingface.co/Qwen/Qwen3-4B/tree/main", "Qwen3-4B-profit-chats"),
+        ("../my model/", "my_model-profit-chats"),
+    ],
+)
+def test_a_run_is_named_after_model_objective_and_data(model, name):
+    request = read_request(["--model", model, "--data", "x/chats.jsonl.gz"])
+    assert folder_of(request).path.name == name

@@ -1,0 +1,57 @@
+"""Nodes that were started with other flags than the first one."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_profit.flags import ArgumentsError
+from megatron_profit.training.plan import same_flags
+
+FLAGS = {"lr": 1e-5, "data": ["/here/chats.jsonl"], "bf16": True, "log_quantiles": [0.1]}
+
+
+class Store(dict):
+    """As torch's store has its values: as bytes."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self[key]
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """Return a check on a second rank, after the first one had FLAGS."""
+    store = Store()
+    monkeypatch.setattr(same_flags, "shared_store", lambda: store)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    same_flags.check_same_flags(FLAGS)
+    monkeypatch.setenv("RANK", "1")
+    return same_flags.check_same_flags
+
+
+def test_the_same_flags_and_other_places_are_right(check):
+    check({**FLAGS, "data": ["/there/chats.jsonl"]})
+    check({**FLAGS, "data": ["chats.jsonl"]})
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({**FLAGS, "lr": 2e-5}, "--lr is 2e-05 on this node and 1e-05 on the first one"),
+        ({"lr": 1e-5, "log_quantiles": [0.1]}, "--bf16 is not given on this node and True on"),
+        ({**FLAGS, "seq_length": 8}, "--seq-length is 8 on this node and not given on the first"),
+        ({**FLAGS, "log_quantiles": [0.2]}, r"--log-quantiles is \[0.2\] on this node"),
+    ],
+)
+def test_other_flags_are_refused(check, others, message):
+    with pytest.raises(ArgumentsError, match=message):
+        check(others)
+
+
+def test_one_process_has_nobody_to_compare_with(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(same_flags, "shared_store", None)
+    same_flags.check_same_flags(FLAGS)
