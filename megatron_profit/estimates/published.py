@@ -19,6 +19,8 @@ class Sizes:
         head_dim: Size of a head.
         vocab: Vocabulary entries.
         positions: Positions of the longest row.
+        experts, top_k: Experts of a layer, and of a token.
+        value_heads: Heads of the values in Gated DeltaNet layers.
     """
 
     hidden: int
@@ -31,6 +33,9 @@ class Sizes:
     head_dim: int = 128
     vocab: int = 151936
     positions: int = 32768
+    experts: int = 128
+    top_k: int = 8
+    value_heads: int | None = None
 
 
 _QWEN3 = {
@@ -64,7 +69,24 @@ _OLMO2 = {
     "OLMo-2-1124-13B": Sizes(5120, 13824, 40, 40, 40, False, vocab=100352, positions=4096),
     "OLMo-2-0325-32B": Sizes(5120, 27648, 64, 40, 8, False, vocab=100352, positions=4096),
 }
-PUBLISHED = {**_QWEN3, **_QWEN2, **_LLAMA3, **_OLMO2}
+_LONG = {"head_dim": 256, "vocab": 248320, "positions": 262144}
+_QWEN35 = {
+    "Qwen3.5-0.8B": Sizes(1024, 3584, 24, 8, 2, True, **_LONG, value_heads=16),
+    "Qwen3.5-2B": Sizes(2048, 6144, 24, 8, 2, True, **_LONG, value_heads=16),
+    "Qwen3.5-4B": Sizes(2560, 9216, 32, 16, 4, True, **_LONG, value_heads=32),
+    "Qwen3.5-9B": Sizes(4096, 12288, 32, 16, 4, False, **_LONG, value_heads=32),
+    "Qwen3.5-27B": Sizes(5120, 17408, 64, 24, 4, False, **_LONG, value_heads=48),
+    "Qwen3.5-35B-A3B": Sizes(
+        2048, 512, 40, 16, 2, False, 512, **_LONG, experts=256, value_heads=32
+    ),
+    "Qwen3.5-122B-A10B": Sizes(
+        *(3072, 1024, 48, 32, 2, False, 1024), **_LONG, experts=256, value_heads=64
+    ),
+    "Qwen3.5-397B-A17B": Sizes(
+        *(4096, 1024, 60, 32, 2, False, 1024), **_LONG, experts=512, top_k=10, value_heads=64
+    ),
+}
+PUBLISHED = {**_QWEN3, **_QWEN35, **_QWEN2, **_LLAMA3, **_OLMO2}
 
 
 def published_config(name: str) -> dict[str, Any]:
@@ -92,6 +114,8 @@ def published_config(name: str) -> dict[str, Any]:
     }
     if name in _LLAMA3:
         return config | _of_llama3(sizes)
+    if name in _QWEN35:
+        return config | _of_qwen35(sizes)
     if name in _QWEN2:
         return config | _kind("Qwen2ForCausalLM", "qwen2") | {"use_sliding_window": False}
     if name in _OLMO2:
@@ -100,23 +124,37 @@ def published_config(name: str) -> dict[str, Any]:
     more = {"attention_bias": False, "head_dim": sizes.head_dim, "use_sliding_window": False}
     if sizes.expert_mlp is None:
         return config | _kind("Qwen3ForCausalLM", "qwen3") | more
-    return config | _kind("Qwen3MoeForCausalLM", "qwen3_moe") | more | _experts(sizes.expert_mlp)
+    return config | _kind("Qwen3MoeForCausalLM", "qwen3_moe") | more | _experts(sizes)
 
 
 def _kind(architecture: str, model_type: str) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": model_type}
 
 
-def _experts(mlp: int) -> dict[str, Any]:
+def _experts(sizes: Sizes) -> dict[str, Any]:
     return {
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": mlp,
+        "num_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k,
+        "moe_intermediate_size": sizes.expert_mlp,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "router_aux_loss_coef": 0.001,
     }
+
+
+def _of_qwen35(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of the language model alone."""
+    own = {
+        "head_dim": sizes.head_dim,
+        "linear_num_value_heads": sizes.value_heads,
+        "rope_theta": 10000000,
+    }
+    if sizes.expert_mlp is None:
+        return _kind("Qwen3_5ForCausalLM", "qwen3_5_text") | own
+    shared = {"shared_expert_intermediate_size": sizes.expert_mlp}
+    kind = _kind("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text")
+    return kind | own | _experts(sizes) | shared
 
 
 def _of_llama3(sizes: Sizes) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_a_models_recipe_says_what_the_estimates_say(file):
     )
 
 
-GPUS = (1, 2, 4, 8, 16, 32, 64)
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def fitting(wish: Wish, gpus: int) -> Choice | None:
