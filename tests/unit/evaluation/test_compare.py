@@ -260,7 +260,7 @@ def test_a_digest_follows_from_the_inputs_and_not_from_the_code(plan, tmp_path, 
     (tmp_path / "megatron_profit").mkdir()
     monkeypatch.chdir(tmp_path)
     found = read_plan(plan(evaluate=f"--tasks gsm8k --system {'long ' * 99}"))
-    command = found.evaluate_command("data", found.base, Path("out"))
+    command = found.evaluate_command("data", "", found.base, Path("out"))
     before = found.digest(command)
     (tmp_path / "megatron_profit" / "new.py").touch()
     assert found.digest(command) == before
