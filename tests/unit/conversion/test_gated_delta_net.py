@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from conversion_helpers import assert_equal, read_hf, read_megatron
@@ -15,6 +13,7 @@ from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.families.layouts import grouped_gated_qkv, part_of
 from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify
@@ -266,15 +265,9 @@ def test_values_that_transformers_leaves_out_of_the_text_config_have_its_default
 
 
 def test_the_stop_token_goes_where_the_file_has_it(tmp_path):
-    hf = make_model(tmp_path / "hf", "qwen3.5-vision")
-    config = read_hf_config(hf)
-    config["text_config"]["eos_token_id"] = 7
-    config.pop("eos_token_id", None)
-    (hf / "config.json").write_text(json.dumps(config))
-    hf_to_megatron(hf, tmp_path / "megatron")
-    notes = {"run": {"tokenizer": {"turn_end_id": 9}}}
-    (tmp_path / "megatron" / "release" / "megatron_profit.json").write_text(json.dumps(notes))
-    megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
-    written = read_hf_config(tmp_path / "back")
-    assert written["text_config"]["eos_token_id"] == [9, 7]
-    assert "eos_token_id" not in written
+    config = {"text_config": {"eos_token_id": 7}, "vision_config": {}}
+    written = plan_stop_tokens(tmp_path, config, 9).config
+    assert written == {"text_config": {"eos_token_id": [9, 7]}, "vision_config": {}}
+    stops = plan_stop_tokens(tmp_path, {**config, "eos_token_id": 8}, 9)
+    assert stops.config == {**config, "eos_token_id": [9, 8]}
+    assert stops.ids == (9, 8)
