@@ -59,6 +59,7 @@ FAMILIES = {
     "qwen3.5-moe": "Qwen3_5Moe",
     "qwen3.5-moe-vision": "Qwen3_5Moe",
     "qwen3-next": "Qwen3Next",
+    "olmo2": "Olmo2",
 }
 
 CHAT_TEMPLATE = (

@@ -11,12 +11,13 @@ from checkpoint_conversion.families.family import (
     extra_states,
 )
 from checkpoint_conversion.families.llama import LLAMA
+from checkpoint_conversion.families.olmo2 import OLMO2
 from checkpoint_conversion.families.qwen2 import QWEN2
 from checkpoint_conversion.families.qwen3 import QWEN3
 from checkpoint_conversion.families.qwen3_5 import QWEN3_5
 from checkpoint_conversion.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = (QWEN3, QWEN3_MOE, *QWEN3_5, QWEN2, LLAMA)
+FAMILIES = (QWEN3, QWEN3_MOE, *QWEN3_5, QWEN2, LLAMA, OLMO2)
 
 __all__ = [
     "CHANGEABLE_ARGUMENTS",

@@ -127,11 +127,13 @@ def decoder_arguments(model: Decoder) -> dict[str, Any]:
 
 def attention(model: Decoder) -> list[Part]:
     """Return the name table of self-attention and the norm before it."""
+    norm = {"input_layernorm.weight": (model.hidden,)}
+    return [Part("self_attention.linear_qkv.layer_norm_weight", norm), *projections(model)]
+
+
+def projections(model: Decoder) -> list[Part]:
+    """Return the name table of self-attention's projections."""
     return [
-        Part(
-            "self_attention.linear_qkv.layer_norm_weight",
-            {"input_layernorm.weight": (model.hidden,)},
-        ),
         Part(
             "self_attention.linear_qkv.weight",
             {
@@ -174,10 +176,12 @@ def qk_norms(model: Decoder) -> list[Part]:
 def dense_mlp(model: Decoder) -> list[Part]:
     """Return the name table of a gated MLP and the norm before it."""
     norm = {"post_attention_layernorm.weight": (model.hidden,)}
-    return [
-        Part("mlp.linear_fc1.layer_norm_weight", norm),
-        *_gated("mlp", "mlp", model.ffn, model.hidden),
-    ]
+    return [Part("mlp.linear_fc1.layer_norm_weight", norm), *gated_mlp(model)]
+
+
+def gated_mlp(model: Decoder) -> list[Part]:
+    """Return the name table of a gated MLP's projections."""
+    return _gated("mlp", "mlp", model.ffn, model.hidden)
 
 
 def router(model: Decoder, experts: int) -> list[Part]:

@@ -84,7 +84,8 @@ def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
     args = parse_and_validate_args(extra_args_provider=provider_of(settings.values))
     initialize_megatron()
     config = gpt_config_from_args(args)
-    config.transformer_layer_spec = layer_spec
+    if args.spec is None:
+        config.transformer_layer_spec = layer_spec
     if hf_weights is not None:
         config.pre_wrap_hooks.append(load_hook(hf_weights))
     if lora is not None:

@@ -119,7 +119,16 @@ def _tensor(
     # The experts of a layer take the place of its second pair; they count under expert parallelism.
     pairs = sum(1 if kind.experts else 2 for kind in layers)
     ends = entry * (stage == 0) + output * (stage == run.pp - 1)
-    return unit * (pair * pairs + ends)
+    return unit * (pair * pairs + ends) + len(layers) * _squares(run)
+
+
+def _squares(run: RunShape) -> float:
+    """Return the bytes of a layer's norms of all queries and all keys: an all-reduce of a number in fp32 for
+    each position, in each pass.
+    """
+    if not run.normalizes_projections:
+        return 0
+    return 2 * 2 * 4 * run.tokens * _ring(run.tp) * (_forwards(run) + 1)
 
 
 def _pipeline(run: RunShape, stage: int) -> float:

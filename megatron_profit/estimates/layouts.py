@@ -46,6 +46,7 @@ _UNCHANGED = {
     "num_layers_per_virtual_pipeline_stage": None,
     "microbatch_group_size_per_vp_stage": None,
     "objective_backward": "auto",
+    "spec": None,
     "num_experts": None,
     "moe_shared_expert_intermediate_size": None,
     "experimental_attention_variant": None,

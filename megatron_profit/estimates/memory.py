@@ -170,8 +170,10 @@ def layer_activations(run: RunShape, kind: LayerKind, expert_load: float) -> Lay
     attention = _state_bytes(run) if kind.state else _attention_bytes(run)
     norms = 2 * stream
     if not run.fused:  # a norm of single operations keeps what it has normalised, before its weight
-        of_heads = args.qk_layernorm and not kind.state
-        norms += 2 * stream + (tokens * (query + key_value) * number if of_heads else 0)
+        norms += 2 * stream
+        is_split = run.normalizes_projections and run.tp > 1  # then computed as one operation
+        if run.query_key_norms and not is_split and not kind.state:
+            norms += tokens * (query + key_value) * number
     if not kind.experts:
         mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
         inner = tokens * args.ffn_hidden_size // run.tp
@@ -200,7 +202,7 @@ def _attention_bytes(run: RunShape) -> int:
     # Under context parallelism keys and values of whole rows are gathered (docs/training.md).
     keys = args.seq_length * args.micro_batch_size if run.cp > 1 else tokens
     # The projection's output, the norm's copy of its queries, rotated queries, keys, values, context.
-    queries = 3 * query + (query if args.qk_layernorm else 0)
+    queries = 3 * query + (query if run.query_key_norms else 0)
     # The gate, and the context that it has multiplied.
     queries += 2 * query if args.attention_output_gate else 0
     numbers = tokens * (queries + 2 * key_value) + keys * 2 * key_value

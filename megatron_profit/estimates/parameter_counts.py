@@ -49,9 +49,7 @@ def _attention_parameters(run: RunShape) -> int:
     count = (hidden * qkv + run.query_size * hidden) // run.tp
     if args.add_qkv_bias:
         count += qkv // run.tp
-    if args.qk_layernorm:
-        count += 2 * args.kv_channels
-    return count
+    return count + run.query_key_norms
 
 
 def _state_parameters(run: RunShape) -> int:

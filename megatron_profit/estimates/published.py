@@ -58,7 +58,13 @@ _LLAMA3 = {
     "Llama-3.1-8B": Sizes(4096, 14336, 32, 32, 8, False, None, 128, 128256, 131072),
     "Llama-3.1-70B": Sizes(8192, 28672, 80, 64, 8, False, None, 128, 128256, 131072),
 }
-PUBLISHED = {**_QWEN3, **_QWEN2, **_LLAMA3}
+_OLMO2 = {
+    "OLMo-2-0425-1B": Sizes(2048, 8192, 16, 16, 16, False, vocab=100352, positions=4096),
+    "OLMo-2-1124-7B": Sizes(4096, 11008, 32, 32, 32, False, vocab=100352, positions=4096),
+    "OLMo-2-1124-13B": Sizes(5120, 13824, 40, 40, 40, False, vocab=100352, positions=4096),
+    "OLMo-2-0325-32B": Sizes(5120, 27648, 64, 40, 8, False, vocab=100352, positions=4096),
+}
+PUBLISHED = {**_QWEN3, **_QWEN2, **_LLAMA3, **_OLMO2}
 
 
 def published_config(name: str) -> dict[str, Any]:
@@ -88,6 +94,9 @@ def published_config(name: str) -> dict[str, Any]:
         return config | _of_llama3(sizes)
     if name in _QWEN2:
         return config | _kind("Qwen2ForCausalLM", "qwen2") | {"use_sliding_window": False}
+    if name in _OLMO2:
+        own = {"attention_bias": False, "rope_theta": 500000}
+        return config | _kind("Olmo2ForCausalLM", "olmo2") | own
     more = {"attention_bias": False, "head_dim": sizes.head_dim, "use_sliding_window": False}
     if sizes.expert_mlp is None:
         return config | _kind("Qwen3ForCausalLM", "qwen3") | more

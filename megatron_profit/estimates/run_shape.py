@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from checkpoint_conversion.families.olmo2 import LAYER_SPEC
+
 _UNEVEN = (
     "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
@@ -152,6 +154,18 @@ class RunShape:
     def state_values(self) -> int:
         """Size of all values of a position in a Gated DeltaNet."""
         return self.args.linear_num_value_heads * self.args.linear_value_head_dim
+
+    @property
+    def normalizes_projections(self) -> bool:
+        """Whether one norm sees the queries of all heads, and one the keys, as in OLMo-2."""
+        return self.args.spec is not None and tuple(self.args.spec) == LAYER_SPEC
+
+    @property
+    def query_key_norms(self) -> int:
+        """Parameters of a layer's norms of queries and keys, on one rank."""
+        if self.normalizes_projections:
+            return (self.query_size + self.key_value_size) // self.tp
+        return 2 * self.args.kv_channels if self.args.qk_layernorm else 0
 
     @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:

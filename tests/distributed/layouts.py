@@ -20,6 +20,7 @@ TURNS = [2, 1, 3, 1, 3, 1, 2, 3, 1, 2, 1, 3, 1, 2, 3, 2]
 PACKED = "--packing --seq-length 128 --global-batch-size 8"
 _FLAGS = {
     "tp2": "--tensor-model-parallel-size 2",
+    "tp3": "--tensor-model-parallel-size 3",
     "sp": "--sequence-parallel",
     "pp2": "--pipeline-model-parallel-size 2",
     "pp4": "--pipeline-model-parallel-size 4",
@@ -74,7 +75,8 @@ class Model:
 
 def trained_models(dense: Path, folder: Path) -> dict[str, Model]:
     """The "dense" model of a HuggingFace folder, and models of other kinds, which are written into `folder`:
-    with "experts", with "states" of Gated DeltaNet layers, and with both.
+    with "experts", with "states" of Gated DeltaNet layers, with both, and "olmo2", whose layers Megatron-Core
+    does not have.
     """
     data = write_uneven_chats(EXAMPLES / "arithmetic_chatty.jsonl", folder / "chats.jsonl", TURNS)
     plan = Plan(data, steps=3, batch=16, seq_length=160, clip_grad=1.0)
@@ -84,6 +86,7 @@ def trained_models(dense: Path, folder: Path) -> dict[str, Model]:
         "experts": Model(make_family(folder / "experts", "qwen3-moe").hf, balanced),
         "states": Model(make_family(folder / "states", "qwen3.5").hf, plan),
         "states-experts": Model(make_family(folder / "both", "qwen3.5-moe").hf, balanced),
+        "olmo2": Model(make_family(folder / "olmo2", "olmo2").hf, plan),
     }
 
 

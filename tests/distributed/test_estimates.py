@@ -34,7 +34,9 @@ SMALL = 2e-3
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     shape = TinyShape(num_layers=4)
-    return {"dense": make_tiny_model(folder / "dense", sorted(DATA.glob("*.jsonl")), shape)}
+    shapes = {"dense": shape, "olmo2": replace(shape, family="olmo2")}
+    data = sorted(DATA.glob("*.jsonl"))
+    return {name: make_tiny_model(folder / name, data, own) for name, own in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,9 @@ def data(tmp_path_factory) -> Path:
 def measure(torchrun, models, data, tmp_path):
     """Runs a layout; gives it as the estimates see it, the numbers of its ranks, the supervised share."""
 
-    def run(world_size: int, layout: str) -> tuple[RunShape, list[dict], float]:
+    def run(world_size: int, layout: str, model: str) -> tuple[RunShape, list[dict], float]:
         flags = [
-            *("--hf-model", models["dense"], "--data", data),
+            *("--hf-model", models[model], "--data", data),
             *("--objective", "sft", "--seq-length", 256, "--micro-batch-size", 1, "--no-packing"),
             *("--global-batch-size", 8, "--lr", 1e-3, "--train-iters", 1, *layout.split()),
         ]
@@ -65,26 +67,36 @@ def measure(torchrun, models, data, tmp_path):
     return run
 
 
+OLMO2 = [
+    pytest.param(2, layout, "olmo2", marks=pytest.mark.slow)
+    for layout in (SPLIT, f"--tensor-model-parallel-size 2 {FULL}", "--context-parallel-size 2")
+]
+
+
 @pytest.mark.parametrize(
-    ("world_size", "layout"),
+    ("world_size", "layout", "model"),
     [
-        (2, SPLIT),
-        pytest.param(2, "--tensor-model-parallel-size 2", marks=pytest.mark.slow),
-        pytest.param(2, f"{SPLIT} {FULL}", marks=pytest.mark.slow),
-        pytest.param(2, "--pipeline-model-parallel-size 2", marks=pytest.mark.slow),
+        (2, SPLIT, "dense"),
+        pytest.param(2, "--tensor-model-parallel-size 2", "dense", marks=pytest.mark.slow),
+        pytest.param(2, f"{SPLIT} {FULL}", "dense", marks=pytest.mark.slow),
+        pytest.param(2, "--pipeline-model-parallel-size 2", "dense", marks=pytest.mark.slow),
         pytest.param(
             2,
             "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+            "dense",
             marks=pytest.mark.slow,
         ),
-        pytest.param(2, "--context-parallel-size 2", marks=pytest.mark.slow),
-        pytest.param(2, "--use-distributed-optimizer --bf16", marks=pytest.mark.slow),
-        pytest.param(4, f"{SPLIT} --pipeline-model-parallel-size 2", marks=pytest.mark.slow),
-        pytest.param(4, f"{SPLIT} --use-distributed-optimizer", marks=pytest.mark.slow),
+        pytest.param(2, "--context-parallel-size 2", "dense", marks=pytest.mark.slow),
+        pytest.param(2, "--use-distributed-optimizer --bf16", "dense", marks=pytest.mark.slow),
+        pytest.param(
+            4, f"{SPLIT} --pipeline-model-parallel-size 2", "dense", marks=pytest.mark.slow
+        ),
+        pytest.param(4, f"{SPLIT} --use-distributed-optimizer", "dense", marks=pytest.mark.slow),
+        *OLMO2,
     ],
 )
-def test_ranks_hold_and_send_what_is_estimated(measure, world_size, layout):
-    run, ranks, supervised_share = measure(world_size, layout)
+def test_ranks_hold_and_send_what_is_estimated(measure, world_size, layout, model):
+    run, ranks, supervised_share = measure(world_size, layout, model)
     for rank, measured in enumerate(ranks):
         stage = rank * run.pp // world_size
         check_state(run, stage, measured)

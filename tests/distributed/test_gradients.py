@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import EXAMPLES, TinyModel
+from tiny_models import EXAMPLES, TinyModel, make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
@@ -275,6 +275,38 @@ def test_packed_rows_give_the_gradient_of_their_records_alone(
     assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
     assert logged(output, "supervised tokens") == len(kept)
     assert logged(output, "kept fraction") == pytest.approx(float(kept.double().mean()), rel=1e-5)
+
+
+OLMO2_LAYOUTS = {
+    "tp2-sp-recompute": (2, PACKED_LAYOUTS["tp2-sp-recompute"]),
+    "tp2": (2, "--micro-batch-size 2 --tensor-model-parallel-size 2"),
+    "tp3-sp": (3, "--micro-batch-size 4 --tensor-model-parallel-size 3 --sequence-parallel"),
+    "pp2": (2, PACKED_LAYOUTS["pp2"]),
+    "cp2": (2, PACKED_LAYOUTS["cp2"]),
+    "dp2": (2, "--micro-batch-size 1 --use-distributed-optimizer"),
+}
+
+
+@pytest.fixture(scope="session")
+def olmo2(tmp_path_factory) -> tuple[TinyModel, Tokens]:
+    model = make_family(tmp_path_factory.mktemp("olmo2"), "olmo2")
+    return model, reference(model, PACKED_LENGTH, PACKED_BATCH)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n[:3] != "tp2")) for n in OLMO2_LAYOUTS],
+)
+def test_norms_over_all_heads_and_after_each_block_have_their_gradients(step, olmo2, layout):
+    model, tokens = olmo2
+    kept = tokens.uniform < 0.6
+    world_size, flags = OLMO2_LAYOUTS[layout]
+    moved, _ = step(
+        *(model, world_size, "--packing", "--seq-length", PACKED_LENGTH),
+        *("--global-batch-size", PACKED_BATCH, "--objective", "profit"),
+        *("--threshold-direction", "random", "--keep-fraction", 0.6, *flags.split()),
+    )
+    assert_same_gradients(moved, tokens.gradients(kept, len(kept)))
 
 
 def test_the_kept_tokens_as_the_divisor(step, tied_model, tied_reference):

@@ -61,6 +61,18 @@ STATES = [
     "4 tp2 pp2 sp mb2 packed",
 ]
 STATES_EXPERTS = ["2 ep2 mb1", "2 tp2 sp mb1 sharded"]
+OLMO2 = [
+    "1 mb8 packed",
+    "2 mb2 packed sharded overlap",
+    "2 tp2 mb4 padded",
+    "2 tp2 sp mb2 packed full",
+    "3 tp3 mb2 packed selective",
+    "3 tp3 mb4",
+    "2 pp2 vpp2 mb2 packed",
+    "2 cp2 mb2 packed",
+    "4 tp2 pp2 sp mb2 packed sharded",
+    "4 tp2 cp2 sp mb2 packed selective",
+]
 # In `make test`; the rest in `make test-all`.
 DEFAULT = {
     ("dense", "4 tp2 pp2 sp mb2", "psft"),
@@ -68,6 +80,7 @@ DEFAULT = {
     ("experts", "2 ep2 mb1", "profit"),
     ("states", "2 tp2 sp mb2 packed full", "profit"),
     ("states-experts", "2 ep2 mb1", "sft"),
+    ("olmo2", "2 tp2 sp mb2 packed full", "profit"),
 }
 
 
@@ -77,6 +90,7 @@ def rows() -> list:
         "experts": EXPERTS,
         "states": STATES,
         "states-experts": STATES_EXPERTS,
+        "olmo2": OLMO2,
     }
     layouts = [(model, layout) for model, layouts in models.items() for layout in layouts]
     table = [(*row, name) for row in layouts for name in OBJECTIVES]

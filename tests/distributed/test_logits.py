@@ -53,6 +53,9 @@ FAMILY_LAYOUTS = [
     pytest.param("qwen2", 2, "--tensor-model-parallel-size 2", id="qwen2-tp2"),
     pytest.param("llama", 2, "--tensor-model-parallel-size 2", id="llama-tp2"),
     pytest.param("llama", 2, "--pipeline-model-parallel-size 2", id="llama-pp2", marks=slow),
+    pytest.param("olmo2", 2, TP_SP, id="olmo2-tp2-sp"),
+    pytest.param("olmo2", 3, "--tensor-model-parallel-size 3", id="olmo2-tp3", marks=slow),
+    pytest.param("olmo2", 2, "--pipeline-model-parallel-size 2", id="olmo2-pp2", marks=slow),
 ]
 
 

@@ -116,7 +116,13 @@ def compare_logits(ranks, tmp_path, hf, flags, adapter, layout):
 @slow
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("qwen2", "2 tp2 sp"), ("llama", "2 pp2"), ("qwen3-moe-mixed", "2 ep2")],
+    [
+        ("qwen2", "2 tp2 sp"),
+        ("llama", "2 pp2"),
+        ("qwen3-moe-mixed", "2 ep2"),
+        ("olmo2", "2 tp2 sp"),
+        ("olmo2", "3 tp3"),
+    ],
 )
 def test_logits_of_every_family(ranks, tmp_path, family, layout):
     hf = make_family(tmp_path, family).hf

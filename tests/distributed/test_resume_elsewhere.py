@@ -101,6 +101,21 @@ def test_states_in_bf16_continue(sft, states, tmp_path, layout):
         assert resumed[name] == whole[name], name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("2 tp2 sp mb2 sharded reshardable", "3 tp3 mb4 sharded"),
+        ("2 pp2 vpp2 mb2", "2 tp2 mb4"),
+    ],
+)
+def test_norms_that_are_split_over_ranks_continue_at_another_layout(sft, tmp_path, layouts):
+    """OLMo-2's norms of all queries and of all keys."""
+    hf = make_family(tmp_path, "olmo2").hf
+    resume(sft, hf, PLAN, layouts, tmp_path)
+    assert_same_steps(tmp_path / "tensorboard", train(hf, PLAN, CASE))
+
+
 def resume(sft, hf, plan, layouts, folder) -> None:
     """Train to iteration 3 at one layout, then to the end at another."""
     interrupted = ("--save", folder / "save", "--save-interval", 3, "--exit-interval", 3)

@@ -80,6 +80,16 @@ FAMILIES = {
             }
         },
     ),
+    # Heads and KV heads for two and for three tensor-parallel ranks; three KV heads on each of two.
+    "olmo2": (
+        "Olmo2",
+        {
+            "head_dim": None,
+            "hidden_size": 96,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 6,
+        },
+    ),
 }
 
 

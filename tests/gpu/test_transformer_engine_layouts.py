@@ -47,6 +47,9 @@ LAYOUTS = [
     pytest.param("states", "1 mb1", marks=needs_fla),
     pytest.param("states", "2 tp2 sp mb2 packed full", marks=needs_fla),
     pytest.param("states", "2 cp2 mb2 packed", marks=needs_fla),
+    ("olmo2", "1 mb8 packed"),
+    ("olmo2", "2 tp2 sp mb2 packed"),
+    ("olmo2", "3 tp3 mb2 packed full"),
 ]
 # Each rank is the first of its node, and takes the first GPU.
 ENTRY = ["--no-python", "env", "LOCAL_RANK=0", sys.executable, "-m", "megatron_profit.sft"]
@@ -86,6 +89,7 @@ ADAPTED = [
     ("experts", "1 mb1"),
     ("experts", "2 tp2 sp mb1"),
     ("experts", "2 ep2 mb1 allgather"),
+    ("olmo2", "2 tp2 sp mb2 packed"),
 ]
 
 
@@ -93,7 +97,7 @@ ADAPTED = [
 def test_adapters_take_the_same_steps(torchrun, models, tmp_path, model, layout):
     """The norm is inside the layer whose input the adapters share, and experts are one grouped layer."""
     hf, plan = models[model].hf, replace(models[model].plan, rate=1e-2)
-    write = write_adapter if model == "dense" else write_expert_adapter
+    write = write_expert_adapter if model == "experts" else write_adapter
     adapter = write(hf, tmp_path / "adapter")
     ranks, flags = parse(layout, **WORDS)
     case = OBJECTIVES["sft"]

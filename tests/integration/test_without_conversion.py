@@ -83,15 +83,18 @@ def test_training_needs_no_conversion(sft, tmp_path, world_size, layout, tied):
         assert 0 < distance.max() < 0.1, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        ("qwen3-moe", "--expert-model-parallel-size 2 --use-distributed-optimizer --bf16"),
-        ("qwen3-moe", "--tensor-model-parallel-size 2 --sequence-parallel"),
-        ("qwen3-moe-mixed", "--expert-model-parallel-size 2"),
-        ("qwen2", "--tensor-model-parallel-size 2"),
-        ("llama", "--pipeline-model-parallel-size 2"),
+        pytest.param(*row, marks=[pytest.mark.slow] * (row[0] != "olmo2"))
+        for row in (
+            ("qwen3-moe", "--expert-model-parallel-size 2 --use-distributed-optimizer --bf16"),
+            ("qwen3-moe", "--tensor-model-parallel-size 2 --sequence-parallel"),
+            ("qwen3-moe-mixed", "--expert-model-parallel-size 2"),
+            ("qwen2", "--tensor-model-parallel-size 2"),
+            ("llama", "--pipeline-model-parallel-size 2"),
+            ("olmo2", "--tensor-model-parallel-size 2 --use-distributed-optimizer --bf16"),
+        )
     ],
 )
 def test_every_family_is_exported_as_from_its_checkpoint(sft, tmp_path, family, layout):

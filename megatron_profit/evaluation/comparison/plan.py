@@ -106,6 +106,10 @@ class Plan:
     keep_models: bool = False
     save_interval: int = 0
 
+    def runs(self) -> list[Run]:
+        """Return all runs, each once, in the order in which they are made."""
+        return list(dict.fromkeys(unit.run for units in self.schedule() for unit in units))
+
     def schedule(self) -> list[list[Unit]]:
         """Return the units of each stage, in order; an evaluation of a run belongs to its first stage."""
         asked: dict[Run, set[str]] = {}
@@ -243,6 +247,10 @@ def _plan(file: Path, content: Mapping[str, Any]) -> Plan:
             raise EvaluationError(
                 f"{file}: {name} is {content[name]!r}; it must be at least {least}"
             )
+    if not isinstance(content.get("keep_models", False), bool):
+        raise EvaluationError(
+            f"{file}: keep_models is {content['keep_models']!r}; it must be true or false"
+        )
     return Plan(**values)
 
 

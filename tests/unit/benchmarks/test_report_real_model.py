@@ -106,7 +106,7 @@ def test_the_plan_of_the_study_can_be_carried_out(tmp_path, monkeypatch):
     plan = read_plan(REPOSITORY / "benchmarks" / "real_model.yaml")
     stages = plan.schedule()
     assert [unit.run.objective for unit in stages[0]] == ["sft", "profit 0.1", "dft"]
-    runs = {unit.run for units in stages for unit in units}
+    runs = set(plan.runs())
     assert {run.objective for run in runs} == set(plan.objectives)
     assert {run.data for run in runs} == set(plan.data)
     for run in {run.objective: run for run in runs}.values():

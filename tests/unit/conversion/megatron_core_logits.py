@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_profit.megatron_patches import activate
@@ -22,6 +23,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.spec_utils import import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 # What Megatron's own command line makes of the arguments (megatron/training/argument_utils.py).
@@ -59,10 +61,14 @@ def build(arguments: dict[str, Any]) -> GPTModel:
         params_dtype=torch.float32,
         use_cpu_initialization=True,
         moe_token_dispatcher_type="allgather",
+        transformer_impl="local",
     )
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization
-    )
+    if "spec" in arguments:  # layers that Megatron-Core does not have
+        spec = import_module(arguments["spec"])(SimpleNamespace(transformer=config))
+    else:
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization
+        )
     scaling = {}
     if arguments["use_rope_scaling"]:
         scaling = {"rope_scaling": True, "rope_scaling_factor": arguments["rope_scaling_factor"]}

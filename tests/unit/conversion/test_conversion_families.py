@@ -156,6 +156,12 @@ LLAMA = {
     "head_dim": None,
     "rope_theta": 500000.0,
 }
+OLMO2 = {
+    **LLAMA,
+    "architectures": ["Olmo2ForCausalLM"],
+    "model_type": "olmo2",
+}
+OLMO3 = {**OLMO2, "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"}
 SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -189,6 +195,10 @@ SCALING = {
         (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "'default' or 'llama3'"),
         (CONFIG, {"rope_scaling": SCALING}, "for Qwen3, .* no scaling"),
+        (OLMO2, {"rope_scaling": SCALING}, "for OLMo-2, .* no scaling"),
+        (OLMO2, {"attention_bias": True}, "attention_bias=True"),
+        (OLMO2, {"layer_types": ["sliding_attention"]}, "full_attention"),
+        (OLMO3, {}, "Olmo3ForCausalLM.*supported: .*Olmo2ForCausalLM"),
     ],
 )
 def test_what_other_families_do_not_support_is_refused(config, change, message):

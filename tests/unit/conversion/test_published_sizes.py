@@ -43,6 +43,12 @@ LLAMA = {
     "3.2-1B": (2048, 8192, 16, 32, 8, 128256, True),
     "3.2-3B": (3072, 8192, 28, 24, 8, 128256, True),
 }
+OLMO2 = {
+    "0425-1B": (2048, 8192, 16, 16, 16, 100352, False),
+    "1124-7B": (4096, 11008, 32, 32, 32, 100352, False),
+    "1124-13B": (5120, 13824, 40, 40, 40, 100352, False),
+    "0325-32B": (5120, 27648, 64, 40, 8, 100352, False),
+}
 EXPERT_FFN = {"30B-A3B": 768, "235B-A22B": 1536}
 # Parameters in all, as the model cards give them (tied embeddings count once).
 PARAMETERS = {
@@ -54,6 +60,10 @@ PARAMETERS = {
     "Qwen2 72B": 72.7e9,
     "Llama 3.1-8B": 8.03e9,
     "Llama 3.2-1B": 1.23e9,
+    "Olmo2 0425-1B": 1.48e9,
+    "Olmo2 1124-7B": 7.30e9,
+    "Olmo2 1124-13B": 13.7e9,
+    "Olmo2 0325-32B": 32.2e9,
 }
 _COMMON = {
     "attention_bias": False,
@@ -63,7 +73,7 @@ _COMMON = {
     "torch_dtype": "bfloat16",
 }
 _QWEN = {"rope_scaling": None, "rope_theta": 1000000, "rms_norm_eps": 1e-06}
-_SIZES = {"Qwen3": QWEN3, "Qwen3Moe": QWEN3_MOE, "Qwen2": QWEN25, "Llama": LLAMA}
+_SIZES = {"Qwen3": QWEN3, "Qwen3Moe": QWEN3_MOE, "Qwen2": QWEN25, "Llama": LLAMA, "Olmo2": OLMO2}
 MODELS = [(kind, size) for kind, sizes in _SIZES.items() for size in sizes]
 
 
@@ -104,6 +114,9 @@ def _own(kind: str, size: str, layers: int) -> dict:
     if kind == "Qwen2":
         own = {"model_type": "qwen2", "sliding_window": 131072, "max_position_embeddings": 131072}
         return {**_QWEN, **window, **own}
+    if kind == "Olmo2":
+        own = {"model_type": "olmo2", "rope_theta": 500000, "max_position_embeddings": 4096}
+        return {**_QWEN, **own, "eos_token_id": 100257, "pad_token_id": 100277}
     scaling = {
         "factor": 32.0 if size.startswith("3.2") else 8.0,
         "low_freq_factor": 1.0,
@@ -151,6 +164,19 @@ def test_names_and_shapes_are_those_of_transformers(kind, size):
         assert total == pytest.approx(PARAMETERS[f"{kind} {size}"], rel=0.01)
 
 
+@pytest.mark.parametrize("size", OLMO2)
+def test_the_names_of_olmo2_are_those_of_the_published_index(size):
+    config = published("Olmo2", size)
+    own = [f"self_attn.{part}" for part in ("q_norm", "k_norm")]
+    own += [f"self_attn.{part}_proj" for part in "qkvo"]
+    own += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    own += ["post_attention_layernorm", "post_feedforward_layernorm"]
+    layers = range(config["num_hidden_layers"])
+    names = {f"model.layers.{layer}.{part}.weight" for layer in layers for part in own}
+    names |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert expected_shapes(family_for(config).tensor_rules(config)).keys() == names
+
+
 @pytest.mark.parametrize("layout", ["before transformers 5", "since transformers 5"])
 @pytest.mark.parametrize(("kind", "size"), MODELS)
 def test_flags_are_those_of_the_config(kind, size, layout):
@@ -193,6 +219,8 @@ def test_flags_are_those_of_the_config(kind, size, layout):
             "moe_aux_loss_coeff": 0.001,
         }
     assert {name: arguments[name] for name in expected} == expected
+    layers = ["megatron_profit.models.olmo2", "layer_spec"] if kind == "Olmo2" else None
+    assert arguments.get("spec") == layers
 
 
 @pytest.mark.parametrize(

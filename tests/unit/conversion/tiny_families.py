@@ -45,6 +45,8 @@ FAMILIES = {
             "head_dim": HEAD_DIM,
         },
     ),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-tied": ("Olmo2", {"tie_word_embeddings": True, "head_dim": HEAD_DIM}),
 }
 
 
@@ -95,21 +97,34 @@ def megatron_tensors(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+# By whether they are before attention and MLP, as everywhere but in OLMo-2.
+_NORMS = {
+    True: {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    },
+    False: {
+        "self_attention.q_norm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_norm.weight": "self_attn.k_norm.weight",
+        "self_attention.post_layernorm.weight": "post_attention_layernorm.weight",
+        "mlp.post_layernorm.weight": "post_feedforward_layernorm.weight",
+    },
+}
+
+
 def _layer(hf: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     own = {name.removeprefix(prefix): hf[name] for name in hf if name.startswith(prefix)}
-    tensors = {
-        "self_attention.linear_qkv.layer_norm_weight": own["input_layernorm.weight"],
-        "self_attention.linear_proj.weight": own["self_attn.o_proj.weight"],
-    }
+    tensors = {"self_attention.linear_proj.weight": own["self_attn.o_proj.weight"]}
     for kind in ("weight", "bias"):
         if f"self_attn.q_proj.{kind}" in own:
             parts = [own[f"self_attn.{part}_proj.{kind}"] for part in "qkv"]
             by_group = [part.unflatten(0, (KV_HEADS, -1)) for part in parts]
             tensors[f"self_attention.linear_qkv.{kind}"] = torch.cat(by_group, dim=1).flatten(0, 1)
-    if "self_attn.q_norm.weight" in own:
-        tensors["self_attention.q_layernorm.weight"] = own["self_attn.q_norm.weight"]
-        tensors["self_attention.k_layernorm.weight"] = own["self_attn.k_norm.weight"]
-    tensors["mlp.linear_fc1.layer_norm_weight"] = own["post_attention_layernorm.weight"]
+    for megatron, hf in _NORMS["input_layernorm.weight" in own].items():
+        if hf in own:
+            tensors[megatron] = own[hf]
     if "mlp.gate.weight" not in own:
         gate_up = [own[f"mlp.{part}_proj.weight"] for part in ("gate", "up")]
         tensors["mlp.linear_fc1.weight"] = torch.cat(gate_up)

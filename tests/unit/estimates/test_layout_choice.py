@@ -37,13 +37,23 @@ TABLE = {
     "Llama-3.2-3B": "1x1x1,1,4r 1x1x1,2,4 1x1x1,4,4 1x1x1,8,8 1x1x1,16,16 2x1x1,16,16 4x1x1,16,16",
     "Llama-3.1-8B": "- - 2x1x1,2,4 2x1x1,4,4 2x1x1,8,8 2x1x1,16,16 4x1x1,16,16",
     "Llama-3.1-70B": "- - - - - 8x4x1,1,4 8x1x1,8,8r",
+    "OLMo-2-0425-1B": "1x1x1,1,4 1x1x1,2,4 1x1x1,4,4 1x1x1,8,8 8x1x1,2,4 2x1x1,16,16 4x1x1,16,16",
+    "OLMo-2-1124-7B": "- 2x1x1,1,4r 2x1x1,2,4 2x1x1,4,4 8x1x1,2,4 8x2x1,2,4 4x1x1,16,16",
+    "OLMo-2-1124-13B": "- - 4x1x1,1,4r 4x1x1,2,4 8x1x1,2,4 8x2x1,2,4 4x1x1,16,16",
+    "OLMo-2-0325-32B": "- - - - 8x1x1,2,4 8x2x1,2,4 8x1x1,8,8",
 }
 
 
+def row_of(model: str) -> int:
+    """Positions of a row: 8,192, or all that the model has."""
+    return min(8192, published_config(model)["max_position_embeddings"])
+
+
 @functools.cache
-def chosen(model: str, gpus: int, seq_length: int = 8192):
+def chosen(model: str, gpus: int, seq_length: int | None = None):
     config = published_config(model)
-    wish = Wish(family_for(config).megatron_arguments(config), seq_length, rows=4)
+    length = seq_length or row_of(model)
+    wish = Wish(family_for(config).megatron_arguments(config), length, rows=4)
     return choose(wish, Cluster(gpus, MEMORY, min(gpus, 8)))
 
 
@@ -71,7 +81,7 @@ def test_the_smallest_and_the_largest_layout_pass_the_trainings_parser_with_thei
     fitting = [gpus for gpus in GPUS if shown(model, gpus) != "-"]
     for gpus in {fitting[0], fitting[-1]}:
         choice = chosen(model, gpus)
-        flags = ["--seq-length", "8192", "--bf16"]
+        flags = ["--seq-length", str(row_of(model)), "--bf16"]
         for name, value in choice.layout.flags().items():
             flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         run = read_run(flags, gpus, model)  # refuses what Megatron's rules forbid

@@ -118,13 +118,9 @@ def plan(tmp_path):
     return write
 
 
-def runs_of(plan):
-    return [unit.run for units in plan.schedule() for unit in units]
-
-
 def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
     found = read_plan(plan())
-    runs = runs_of(found)
+    runs = found.runs()
     assert len(set(runs)) == 16
     assert runs[0].setting == "sft, lr 1e-05"
     assert runs[3].setting == "sft, lr 2e-05, rank 16"
@@ -141,7 +137,7 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
     )
     parallel = read_plan(plan(processes=2, learning_rates=None))
     assert "torch.distributed.run" in parallel.train_command(runs[0], Path("hf"), Path("m"))
-    assert "--lr" not in parallel.train_command(runs_of(parallel)[0], Path("hf"), Path("m"))
+    assert "--lr" not in parallel.train_command(parallel.runs()[0], Path("hf"), Path("m"))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +165,8 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
         ({"stages": [{}, {"seeds": [1, 1]}]}, "stages: 2: seeds is .* different numbers"),
         ({"stages": [{"objectives": ["gce"]}]}, "stages: 1: objectives: there is no 'gce'"),
         ({"stages": [{"objectives": "sft"}]}, "stages: 1: objectives is 'sft'; it must be a list"),
+        ({"jobs": True}, "jobs is True; it must be at least 1"),
+        ({"keep_models": "no"}, "keep_models is 'no'; it must be true or false"),
         ({"save_interval": -1}, "save_interval is -1; it must be at least 0"),
     ],
 )
@@ -260,7 +258,7 @@ def test_a_digest_follows_from_the_inputs_and_not_from_the_code(plan, tmp_path, 
     (tmp_path / "megatron_profit").mkdir()
     monkeypatch.chdir(tmp_path)
     found = read_plan(plan(evaluate=f"--tasks gsm8k --system {'long ' * 99}"))
-    command = found.evaluate_command("data", found.base, Path("out"))
+    command = found.evaluate_command("data", "", found.base, Path("out"))
     before = found.digest(command)
     (tmp_path / "megatron_profit" / "new.py").touch()
     assert found.digest(command) == before

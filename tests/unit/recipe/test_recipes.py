@@ -46,13 +46,14 @@ def test_a_models_recipe_names_its_model(file):
 def test_a_models_recipe_says_what_the_estimates_say(file):
     name = next(name for name in PUBLISHED if name.lower() == file.stem)
     config = published_config(name)
-    wish = Wish(family_for(config).megatron_arguments(config), 8192, 4)
+    length = min(8192, config["max_position_embeddings"])
+    wish = Wish(family_for(config).megatron_arguments(config), length, 4)
     gpus, choice = next((n, found) for n in GPUS if (found := fitting(wish, n)) is not None)
     recomputed = ", with full recomputation" if choice.layout.recompute_granularity else ""
     size = human(checkpoint_bytes({"bf16": True}, saved_parameters(choice.run)))
     assert file.read_text().startswith(
         f"# {read(file).model} on {gpus} GPU{'s' * (gpus > 1)} of 80 GB or more{recomputed}, in rows of "
-        f"8,192 positions.\n# A checkpoint takes {size}.\n"
+        f"{length:,} positions.\n# A checkpoint takes {size}.\n"
     )
 
 

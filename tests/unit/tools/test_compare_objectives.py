@@ -48,7 +48,7 @@ def test_the_plan_names_data_that_can_be_asked(tmp_path, monkeypatch):
     assert compare_objectives.main(["--out", str(tmp_path / "out"), "--seeds", "4"]) == 0
     assert plans == [[str(tmp_path / "out/plan.yaml"), "--out", str(tmp_path / "out")]]
     plan = read_plan(tmp_path / "out" / "plan.yaml")
-    runs = [unit.run for units in plan.schedule() for unit in units]
+    runs = plan.runs()
     assert len(runs) == 27
     assert {run.seed for run in runs} == {4}
     assert {run.lora_rank for run in runs} == {0}
@@ -78,7 +78,7 @@ def test_ranks_and_rates_of_some_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(compare_objectives.compare, "main", lambda argv: 0)
     axes = "--only sft dft --settings errors --lora-ranks 4 128 --learning-rates 1e-3 --seeds 1 2"
     assert compare_objectives.main(["--out", str(tmp_path / "out"), *axes.split()]) == 0
-    runs = list(read_plan(tmp_path / "out" / "plan.yaml").runs())
+    runs = read_plan(tmp_path / "out" / "plan.yaml").runs()
     assert len(runs) == 8
     assert {(run.data, run.learning_rate, run.lora_rank) for run in runs} == {
         ("errors", 1e-3, 4),
