@@ -11,7 +11,6 @@ from megatron_profit.megatron_patches.loggers import LOGGER_PATCHES
 from megatron_profit.megatron_patches.loop import LOOP_PATCHES
 from megatron_profit.megatron_patches.optimizer.block_norm import block_norm
 from megatron_profit.megatron_patches.optimizer.chained_optimizer import regrouped
-from megatron_profit.megatron_patches.optimizer.float32_parameters import all_as_float16
 from megatron_profit.megatron_patches.optimizer.param_groups import adapt_groups
 from megatron_profit.megatron_patches.patch import Patch
 from megatron_profit.megatron_patches.saving import SAVING_PATCHES
@@ -276,25 +275,6 @@ def _count_operations_of_adapters() -> None:
     training.num_floating_point_operations = operations
 
 
-def _save_float32_parameters() -> None:
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Optimizer
-
-    save, load = Optimizer.sharded_state_dict, Optimizer.load_state_dict
-
-    @functools.wraps(save)
-    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with all_as_float16(self):
-            return save(self, *args, **kwargs)
-
-    @functools.wraps(load)
-    def load_state_dict(self: Any, state_dict: Any) -> None:
-        with all_as_float16(self):
-            load(self, state_dict)
-
-    Optimizer.sharded_state_dict = sharded_state_dict
-    Optimizer.load_state_dict = load_state_dict
-
-
 def _build_delta_nets_without_kernels() -> None:
     from megatron.core.ssm.gated_delta_net import common
 
@@ -358,17 +338,6 @@ MEGATRON_PATCHES = (
         reason="A checkpoint of a run with expert parallelism, which has an optimizer of its own for the "
         "experts, is refused by a run without, and the other way round, although nothing is missing.",
         apply=_load_with_another_number_of_optimizers,
-    ),
-    Patch(
-        name="float32-parameters",
-        functions=(
-            "megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params.__init__",
-            "megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params.sharded_state_dict",
-            "megatron/core/optimizer/optimizer.py:Float16OptimizerWithFloat16Params.load_state_dict",
-        ),
-        reason="Without the distributed optimizer, a checkpoint of a bf16 model counts its bf16 parameters "
-        "alone, so that an fp32 one among them gives all later ones the states of their neighbours.",
-        apply=_save_float32_parameters,
     ),
     Patch(
         name="norm-in-blocks",

@@ -87,8 +87,7 @@ def test_states_continue_at_another_layout(sft, states, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["1 mb4", "2 tp2 mb4", "2 mb2 sharded"])
-def test_the_fp32_parameters_of_a_bf16_model_continue(sft, states, tmp_path, layout):
-    """The decays of a Gated DeltaNet lie among bf16 parameters; each of them finds its own moments again."""
+def test_states_in_bf16_continue(sft, states, tmp_path, layout):
     ranks, flags = parse(layout)
     command = (ranks, "--hf-model", states, "--bf16", *PLAN.flags, *CASE.flags, *flags)
     interrupted = ("--save", tmp_path / "save", "--save-interval", 3, "--exit-interval", 3)

@@ -13,7 +13,6 @@ Shapes: hidden states [L, B, H]; L positions of a row on this rank, S of the who
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,22 +28,6 @@ from megatron_profit.models.gated_delta_net.delta_rule import delta_net
 from megatron_profit.models.record_spans import RecordSpans
 
 
-def keeping_float32(module: torch.nn.Module, convert: Callable[[], Any]) -> Any:
-    """Call `convert`, after which the module's own fp32 parameters are fp32 again, bit for bit.
-
-    Megatron converts a whole model to bf16 or fp16. Published checkpoints of Qwen3.5 have these parameters in
-    fp32, and programs that serve them: a decay multiplies up over thousands of tokens.
-    """
-    own = module.named_parameters(recurse=False)
-    exact = {name: p.data for name, p in own if p.dtype == torch.float32}
-    result = convert()
-    for name, values in exact.items():
-        parameter = module.get_parameter(name)
-        where = parameter.device
-        parameter.data = parameter.float() if values.is_meta else values.to(where)
-    return result
-
-
 class HeadNorm(torch.nn.Module):
     """The RMSNorm of each value head's output.
 
@@ -58,10 +41,7 @@ class HeadNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.plain_weight = torch.nn.Parameter(torch.ones(hidden_size))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return keeping_float32(self, functools.partial(super()._apply, fn, recurse))
+        self.plain_weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of [..., V], computed in fp32."""
@@ -71,14 +51,6 @@ class HeadNorm(torch.nn.Module):
 
 class PackedGatedDeltaNet(GatedDeltaNet):
     """Megatron's Gated DeltaNet, its parameters and their places in a checkpoint, for packed rows."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for parameter in (self.A_log, self.dt_bias):
-            parameter.data = parameter.float()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return keeping_float32(self, functools.partial(super()._apply, fn, recurse))
 
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
@@ -119,7 +91,7 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         projected = self._whole_rows(self.in_proj(hidden_states)[0])
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
         decay, beta = self._compute_g_and_beta(
-            self._own_heads(self.A_log), self._own_heads(self.dt_bias), alpha, beta
+            self._own_heads(self.A_log).float(), self._own_heads(self.dt_bias).float(), alpha, beta
         )
         mix = self._mix_with_kernels if self._has_kernels(qkv) else self._mix_plainly
         mixed_BS = mix(qkv, decay, beta, rows)

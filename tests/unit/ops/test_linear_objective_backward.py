@@ -258,7 +258,7 @@ def test_any_problem_equals_the_oracle(objective, case):
 @settings(max_examples=4)
 @given(case=cases(), chunk_vocab=st.sampled_from([None, 99_999, 248_319]))
 def test_the_vocabulary_of_qwen3_5_equals_the_oracle(name, case, chunk_vocab):
-    (objective,) = (one for one in every_objective() if one.name == name)
+    objective = next(one for one in every_objective() if one.name == name)
     sizes = {"vocab": 248_320, "num_hidden": min(case["num_hidden"], 3)}
     sizes["num_rows"] = min(case["num_rows"], 4)
     assert_equals_the_oracle(objective, {**case, **sizes, "chunk_vocab": chunk_vocab})
