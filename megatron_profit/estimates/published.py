@@ -69,7 +69,7 @@ _OLMO2 = {
     "OLMo-2-1124-13B": Sizes(5120, 13824, 40, 40, 40, False, vocab=100352, positions=4096),
     "OLMo-2-0325-32B": Sizes(5120, 27648, 64, 40, 8, False, vocab=100352, positions=4096),
 }
-_LONG = {"head_dim": 256, "vocab": 248320, "positions": 262144}
+_LONG: dict[str, Any] = {"head_dim": 256, "vocab": 248320, "positions": 262144}
 _QWEN35 = {
     "Qwen3.5-0.8B": Sizes(1024, 3584, 24, 8, 2, True, **_LONG, value_heads=16),
     "Qwen3.5-2B": Sizes(2048, 6144, 24, 8, 2, True, **_LONG, value_heads=16),
