@@ -77,6 +77,10 @@ def test_make_help_lists_every_target():
     makefile = (REPOSITORY / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
     listed = subprocess.run(
-        ["make", "help"], cwd=REPOSITORY, text=True, capture_output=True, check=True
+        ["make", "--no-print-directory", "help"],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        check=True,
     )
     assert {line.split()[1] for line in listed.stdout.splitlines()} == targets
