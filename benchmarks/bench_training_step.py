@@ -33,25 +33,13 @@ from typing import TYPE_CHECKING, Any
 
 import benchmarking
 import torch
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.append(str(REPOSITORY / "tools"))
-
-from make_tiny_model import TinyShape, make_tiny_model
+from training_inputs import QWEN3_06B, REPOSITORY, write_chats, write_model
 
 if TYPE_CHECKING:
     from megatron_profit.training.step.batch import Batch
     from megatron_profit.training.step.forward_step import BatchLoss
 
 LOSSES = ("ours", "stock", "masked", "official")
-QWEN3_06B = {
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-}
 # Steps at the start of a run that are not counted, in which memory is mapped and code compiled.
 WARM_UP = 1
 REPORT = "benchmark: "
@@ -59,36 +47,11 @@ REPORT = "benchmark: "
 
 def write_inputs(folder: Path, options: argparse.Namespace) -> None:
     """Write a HuggingFace folder of the wanted shape without weights, and chats of the wanted lengths."""
-    texts = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
-    make_tiny_model(folder / "hf", texts, TinyShape())
-    (folder / "hf" / "model.safetensors").unlink()
-    path = folder / "hf" / "config.json"
-    config = json.loads(path.read_text()) | QWEN3_06B
-    config |= {"num_hidden_layers": options.layers, "tie_word_embeddings": True}
-    config |= {"layer_types": None, "max_position_embeddings": 40960}
-    path.write_text(json.dumps(config))
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
-    generator = torch.Generator().manual_seed(0)
-    ordinary = torch.tensor(
-        [i for i in range(256, len(tokenizer)) if i not in tokenizer.all_special_ids]
-    )
-
-    def text(length: float) -> str:
-        chosen = torch.randint(len(ordinary), (int(length),), generator=generator)
-        return tokenizer.decode(ordinary[chosen])
-
-    with (folder / "chats.jsonl").open("w") as file:
-        for _ in range(64):
-            prompt = text(options.seq_length * options.prompt)
-            answer = text(options.seq_length * 2)  # cut where the row ends
-            messages = [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": answer},
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    sizes = QWEN3_06B | {"num_hidden_layers": options.layers}
+    model = write_model(folder / "hf", sizes)
+    # Answers are cut where the row ends.
+    lengths = (int(options.seq_length * options.prompt), options.seq_length * 2)
+    write_chats(folder / "chats.jsonl", model, [lengths] * 64)
 
 
 def training_flags(folder: Path, options: argparse.Namespace) -> list[str]:
@@ -157,9 +120,7 @@ def worker(loss: str) -> None:
     watch: list[benchmarking.PeakMemory] = []
 
     def make_watched_step(begin: Callable[[Batch], BatchLoss]) -> Callable:
-        step = make_forward_step(
-            begin if loss == "ours" else lambda batch: PeerLoss(loss, batch.labels)
-        )
+        step = make_forward_step(begin_with(loss, begin))
 
         def forward_step(data_iterator: Iterator, model: Any) -> Any:
             if not watch and get_args().curr_iteration >= WARM_UP:
@@ -177,6 +138,13 @@ def worker(loss: str) -> None:
         "tokens": args.global_batch_size * args.seq_length,
     }
     print(f"\n{REPORT}{json.dumps(report)}", flush=True)
+
+
+def begin_with(
+    loss: str, begin: Callable[[Batch], BatchLoss]
+) -> Callable[[Batch], BatchLoss | PeerLoss]:
+    """Return the beginning of a micro-batch with another loss; with "ours", the run's own."""
+    return begin if loss == "ours" else lambda batch: PeerLoss(loss, batch.labels)
 
 
 class PeerLoss:

@@ -6,6 +6,7 @@ a step passes or fails by its errors and counts alone.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,9 @@ from typing import Any
 
 import benchmarking
 import torch
-from make_tiny_model import TinyShape
 from proof import Children, Result, Step, StepFailure
-from proof_runs import SIZES, speed, steps_of, train, uneven, write_chats, write_model
+from proof_runs import SIZES, speed, steps_of, train, uneven
+from training_inputs import write_chats, write_model
 
 from megatron_profit.objectives import build_objective
 from megatron_profit.objectives.base import COMPUTED_STATISTICS
@@ -112,17 +113,21 @@ def check_operation(device: str) -> dict[str, Any]:
     return errors
 
 
-def dropping_threshold(shape: TinyShape, share: float) -> float:
+def dropping_threshold(config: Mapping[str, Any], share: float) -> float:
     """Return the probability under which about a share of random targets lie, with random weights.
 
     The final norm gives hidden states of root mean square 1, so logits are normal with the deviation
     s = initializer_range * sqrt(hidden_size), and p = exp(logit - s^2 / 2) / V.
+
+    Args:
+        config: The model's config.json.
+        share: For example 0.2.
     """
     if not share:
         return 0.0
-    deviation = shape.initializer_range * math.sqrt(shape.hidden_size)
+    deviation = config["initializer_range"] * math.sqrt(config["hidden_size"])
     quantile = NormalDist().inv_cdf(share) * deviation
-    return math.exp(quantile - deviation**2 / 2) / shape.vocab_size
+    return math.exp(quantile - deviation**2 / 2) / config["vocab_size"]
 
 
 def kernel_configurations(device: str) -> list[Any]:
@@ -195,7 +200,7 @@ class Proof:
 
     def run(self, result: Result) -> None:
         """Train with Transformer Engine where it is, with local layers, and resume."""
-        model = self._model("small", with_weights=True)
+        model = self._model("small", self._sizes.model, with_weights=True)
         records = 8 * self._sizes.steps * self._sizes.rows
         data = self._chats("packed", model, uneven(self._sizes.seq_length, records))
         flags = [*self._common(model, data), "--packing"]
@@ -223,7 +228,7 @@ class Proof:
 
     def step(self, result: Result) -> None:
         """Measure a step with plain SFT, with a mask afterwards and with ours, on the same rows."""
-        model, length = self._model("bare", with_weights=False), self._sizes.seq_length
+        model, length = self._model("bare", self._sizes.model), self._sizes.seq_length
         speeds: dict[str, Mapping[str, float]] = {}
         for prompt, dropped, title in ((0.5, 0.2, "50 / 20"), (0.0, 0.0, "0 / 0")):
             data = self._chats(f"prompt-{prompt}", model, [(int(prompt * length), 2 * length)] * 64)
@@ -255,26 +260,24 @@ class Proof:
 
     def lora(self, result: Result) -> None:
         """Measure steps with adapters of rank 16, whose base is held in bf16."""
-        model = self._model("large", with_weights=False, shape=self._sizes.lora)
+        model = self._model("large", self._sizes.lora)
         data = self._chats("lora", model, uneven(self._sizes.seq_length, 256))
-        flags = [*self._common(model, data, self._sizes.lora), "--packing"]
+        flags = [*self._common(model, data), "--packing"]
         more = ["--random-init", "--lora-rank", "16", *self._iterations(self._sizes.timed)]
         lines = self._train("lora", 90, flags, more)
         result.data |= speed(lines)
         result.tables.append(_speeds({"rank 16": speed(lines)}))
 
-    def _model(self, name: str, with_weights: bool, shape: TinyShape | None = None) -> Path:
+    def _model(self, name: str, sizes: Mapping[str, Any], with_weights: bool = False) -> Path:
         folder = self._scratch / name
-        shape = shape or self._sizes.model
-        self._children.run(f"model-{name}", 60, write_model, folder, shape, with_weights)
+        self._children.run(f"model-{name}", 60, write_model, folder, sizes, with_weights)
         return folder
 
     def _chats(self, name: str, model: Path, lengths: Sequence[tuple[int, int]]) -> Path:
         return write_chats(self._scratch / f"{name}.jsonl", model, lengths)
 
-    def _common(
-        self, model: Path, data: Path, shape: TinyShape | None = None, dropped: float = 0.2
-    ) -> list[str]:
+    def _common(self, model: Path, data: Path, dropped: float = 0.2) -> list[str]:
+        config = json.loads((model / "config.json").read_text())
         flags = {
             "--hf-model": model,
             "--data": data,
@@ -283,7 +286,7 @@ class Proof:
             "--micro-batch-size": self._sizes.rows,
             "--global-batch-size": 2 * self._sizes.rows,
             "--objective": "profit",
-            "--prob-threshold": dropping_threshold(shape or self._sizes.model, dropped),
+            "--prob-threshold": dropping_threshold(config, dropped),
             "--threshold-direction": "higher",
             "--lr": 1e-5,
             "--lr-decay-style": "constant",

@@ -182,7 +182,8 @@ def test_the_gradient_of_every_factor_is_that_of_the_plain_loop(
     for name, gradient in expected.items():
         moved = (before[name].double() - after[name].double()) / GRADIENT_RATE
         error = (moved - gradient).norm() / gradient.norm()
-        # The gradient of a decay is a small difference of large sums, here in fp32: 1.6e-4 was seen.
+        # The gradient of a decay is a small difference of large sums. In fp32 it is off by 3e-4 on one rank
+        # as on two, against a loop without any fp32; transformers' rule in fp32 loses as many digits.
         assert error < (1e-3 if "in_proj_a" in name else 1e-5), f"{name}: {error}"
 
 

@@ -9,7 +9,6 @@ import time
 import gpu_proof
 import proof
 import pytest
-from make_tiny_model import TinyShape
 from proof_steps import dropping_threshold
 
 
@@ -98,13 +97,13 @@ def test_a_wrong_fact_fails_the_step():
 def test_the_threshold_drops_the_wanted_share_of_random_targets():
     import torch
 
-    shape = TinyShape(vocab_size=2000, hidden_size=256, initializer_range=0.05)
+    config = {"vocab_size": 2000, "hidden_size": 256, "initializer_range": 0.05}
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(500, 256, generator=generator)
     weight = torch.randn(2000, 256, generator=generator) * 0.05
     probs = (hidden @ weight.t()).softmax(1)
-    assert (probs < dropping_threshold(shape, 0.2)).float().mean() == pytest.approx(0.2, abs=0.02)
-    assert dropping_threshold(shape, 0.0) == 0
+    assert (probs < dropping_threshold(config, 0.2)).float().mean() == pytest.approx(0.2, abs=0.02)
+    assert dropping_threshold(config, 0.0) == 0
 
 
 def test_a_machine_without_a_gpu_is_told_of_the_small_steps(capsys, monkeypatch):
@@ -119,7 +118,7 @@ def test_all_steps_pass_small(tmp_path):
     import subprocess
     import sys
 
-    from proof_runs import REPOSITORY
+    from training_inputs import REPOSITORY
 
     command = [sys.executable, REPOSITORY / "tools" / "gpu_proof.py", "--device", "cpu"]
     done = subprocess.run(
