@@ -41,6 +41,24 @@ for number in range(torch.cuda.device_count()):
     wrong = (a @ a - (a.float() @ a.float())).abs().max().item()
     print("product", number, wrong)
 """
+# A row of two records through Transformer Engine's attention, forward and backward.
+_ATTEND = """
+import torch
+from transformer_engine.pytorch import DotProductAttention
+from megatron_profit.models.engine_kernels import computes_unfused
+borders = torch.tensor([0, 48, 128], dtype=torch.int32, device="cuda")
+query, key, value = (
+    torch.randn(128, heads, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    for heads in (4, 2, 2)
+)
+attend = DotProductAttention(4, 64, num_gqa_groups=2, attention_dropout=0.0, qkv_format="thd")
+context = attend(
+    query, key, value, attn_mask_type="padding_causal",
+    cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=80, max_seqlen_kv=80,
+)
+context.float().sum().backward()
+print("unfused" if computes_unfused() else "fused")
+"""
 _LARGEST_ERROR = 1.0  # of products of 256 normal numbers in bf16, which are about 16
 
 
@@ -112,9 +130,18 @@ def _transformer_engine() -> Iterator[Finding]:
         )
         return
     flash = _version("flash-attn") or _version("flash-attn-3")
-    yield ok(
-        "kernels", f"Transformer Engine, flash-attn {flash or 'is not installed (cuDNN then)'}"
-    )
+    engine = f"Transformer Engine, flash-attn {flash or 'is not installed (cuDNN then)'}"
+    printed, failure = _run_python(_ATTEND)
+    if failure is not None:
+        yield warning("kernels", f"{engine}; attention on a row of two records fails: {failure}")
+    elif printed.split()[-1:] == ["unfused"]:
+        yield warning(
+            "kernels",
+            f"{engine}; no kernel keeps the records of a row apart, so packed rows compute all scores, which "
+            "is slow; install flash-attn or a newer cuDNN (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 prints why)",
+        )
+    else:
+        yield ok("kernels", f"{engine}; a kernel keeps the records of a row apart")
 
 
 def check_memory() -> Iterator[Finding]:

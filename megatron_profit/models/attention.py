@@ -13,7 +13,6 @@ from __future__ import annotations
 import enum
 import functools
 import os
-import sys
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -32,6 +31,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_profit.models.engine_kernels import computes_unfused
 from megatron_profit.models.record_spans import QuerySpan, RecordSpans
 
 # Queries that attend at once where a mask is needed, which has this many rows.
@@ -270,12 +270,6 @@ class _VariableLengths:
         context = attend(query, key, value, None, attn_mask_type, packed_seq_params=thd)
         _warn_where_unfused()
         return context.flatten(1).unflatten(0, shape[::-1]).transpose(0, 1).contiguous()
-
-
-def computes_unfused() -> bool:
-    """Return whether Transformer Engine had no kernel for records when it last chose how to attend."""
-    engine = sys.modules.get("transformer_engine.pytorch.attention.dot_product_attention")
-    return bool(getattr(engine, "_attention_backends", {}).get("use_unfused_attention"))
 
 
 @functools.cache
