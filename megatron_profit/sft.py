@@ -6,7 +6,6 @@ It chooses the device before anything imports Megatron; the rest is in `megatron
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -102,11 +101,9 @@ def _stand_in_for_torchrun() -> None:
     """Let a single process run without torchrun, which sets these variables."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Nobody else has to know the port, so the store may take any free one at the moment when it opens.
     variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**variables, "MASTER_PORT": port}.items():
+    for name, value in {**variables, "MASTER_PORT": 0}.items():
         os.environ.setdefault(name, str(value))
 
 

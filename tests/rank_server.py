@@ -8,6 +8,8 @@ Requests and answers are lines of JSON on standard input and output.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import itertools
 import json
 import os
 import runpy
@@ -20,6 +22,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# Each worker of pytest-xdist has ports of its own.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.cycle(range(10_000 + 500 * _WORKER, 10_500 + 500 * _WORKER))
 # Between the failure of one rank and the end of the others by force, in seconds.
 GRACE = 5.0
 
@@ -58,9 +63,7 @@ def run(
     Returns:
         `returncode`, 0 or that of the first rank that failed, and `timed_out`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     ranks = set()
     for rank in range(world_size):
         own = {
@@ -76,6 +79,15 @@ def run(
             _become(command, cwd, {**env, **{k: str(v) for k, v in own.items()}}, output)
         ranks.add(pid)
     return _wait(ranks, time.monotonic() + timeout)
+
+
+def _free_port() -> int:
+    """Return a port below the ephemeral ones: no outgoing connection takes it before rank 0 listens."""
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port
 
 
 def _become(command: list[str], cwd: str, env: dict[str, str], output: str) -> None:
