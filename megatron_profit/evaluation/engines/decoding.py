@@ -1,4 +1,4 @@
-"""Batched decoding with transformers: prompts padded on the left, rows that end leave the batch.
+"""Batched decoding with transformers: prompts padded on the left, rows leave when they end, and others join.
 
 Shape suffixes: B rows, T tokens of the longest prompt, V vocabulary.
 """
@@ -6,22 +6,21 @@ Shape suffixes: B rows, T tokens of the longest prompt, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
+from megatron_profit.evaluation.engines.row_cache import RowCache
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
-_BLOCK = 128
 
-
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One answer in the making.
 
@@ -40,83 +39,107 @@ class Row:
     stopped: bool = False
 
 
-class _BlockLayer(DynamicLayer):
-    """Keys and values of a layer in a buffer that grows by blocks: no copy of all tokens at every step."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple:
-        """Append keys and values [B, heads, new, size]; return all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.length, self.buffers = 0, [key_states[:, :, :0], value_states[:, :, :0]]
-        end = self.length + key_states.size(2)
-        for i, new in enumerate((key_states, value_states)):
-            if end > self.buffers[i].size(2):
-                shape = (*new.shape[:2], end + _BLOCK, new.size(3))
-                larger = new.new_empty(shape)
-                larger[:, :, : self.length] = self.buffers[i][:, :, : self.length]
-                self.buffers[i] = larger
-            self.buffers[i][:, :, self.length : end] = new
-        self.length = end
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-
-
-def _cache(model: PreTrainedModel) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _BlockLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache
-
-
-@torch.no_grad()
-def decode(
-    model: PreTrainedModel, rows: Sequence[Row], sampling: Sampling, stop_ids: frozenset[int]
-) -> Iterator[Row]:
-    """Fill the rows with new tokens, and yield each one when it is finished.
+class _Batch:
+    """Rows that are decoded together.
 
     Rows with the same prompt share its forward pass.
 
     Args:
         model: A causal language model.
-        rows: The batch.
+        rows: Rows without new tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Row]) -> None:
+        prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+        self.model, self.rows, self.cache = model, list(rows), RowCache(model)
+        ids_BT, self.mask_BT = _padded(prompts, model.device)
+        positions_BT = (self.mask_BT.cumsum(1) - 1).clamp(min=0)
+        self._forward(ids_BT, positions_BT)
+        self.position_B = positions_BT[:, -1]
+        if len(prompts) < len(rows):
+            self._select([prompts.index(tuple(row.prompt)) for row in rows])
+
+    def _forward(self, ids_BT: Tensor, positions_BT: Tensor) -> None:
+        output = self.model(
+            input_ids=ids_BT,
+            attention_mask=self.mask_BT,
+            position_ids=positions_BT,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits_BV = last_logits(output.logits)
+
+    def _select(self, indices: Sequence[int]) -> None:
+        kept = torch.tensor(indices, dtype=torch.long, device=self.mask_BT.device)
+        self.cache.batch_select_indices(kept)
+        self.mask_BT, self.position_B = self.mask_BT[kept], self.position_B[kept]
+        self.logits_BV = self.logits_BV[kept]
+
+    def join(self, other: _Batch) -> None:
+        """Take the rows of another batch, and drop the columns that no row uses any more."""
+        unused = int(self.mask_BT.any(0).int().argmax())
+        length = max(self.mask_BT.size(1) - unused, other.mask_BT.size(1))
+        self.cache.join(other.cache, length)
+        self.mask_BT = torch.cat([_of_length(b.mask_BT, length) for b in (self, other)])
+        self.position_B = torch.cat([self.position_B, other.position_B])
+        self.logits_BV = torch.cat([self.logits_BV, other.logits_BV])
+        self.rows += other.rows
+
+    def draw(self, sampling: Sampling, stop_ids: frozenset[int]) -> list[Row]:
+        """Draw a token of each row; return the rows that are finished, which leave."""
+        new_B = draw(self.logits_BV, [row.numbers for row in self.rows], sampling)
+        for row, token in zip(self.rows, new_B.tolist(), strict=True):
+            row.ids.append(token)
+            row.stopped = token in stop_ids
+        ended = [row for row in self.rows if row.stopped or len(row.ids) >= row.longest]
+        if ended:
+            going_on = [i for i, row in enumerate(self.rows) if row not in ended]
+            self.rows = [self.rows[i] for i in going_on]
+            self._select(going_on)
+        return ended
+
+    def step(self) -> None:
+        """Run the model on the last tokens."""
+        last = torch.tensor([[row.ids[-1]] for row in self.rows], device=self.mask_BT.device)
+        self.mask_BT = pad(self.mask_BT, (0, 1), value=1)
+        self.position_B = self.position_B + 1
+        self._forward(last, self.position_B[:, None])
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    rows: Iterable[Row],
+    most: int,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+) -> Iterator[Row]:
+    """Fill the rows with new tokens, and yield each one when it is finished.
+
+    The next rows join as soon as a quarter of the batch is free.
+
+    Args:
+        model: A causal language model.
+        rows: All rows, in the order in which they begin.
+        most: Rows at a time.
         sampling: How tokens are drawn.
         stop_ids: Tokens that end an answer.
     """
-    prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
-    which = torch.tensor([prompts.index(tuple(row.prompt)) for row in rows], device=model.device)
-    ids_BT, mask_BT = _padded(prompts, model.device)
-    positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    cache = _cache(model)
-    logits_BV = _next_logits(model, ids_BT, mask_BT, positions_BT, cache)
-    if len(prompts) < len(rows):
-        cache.batch_select_indices(which)
-        logits_BV, mask_BT, positions_BT = logits_BV[which], mask_BT[which], positions_BT[which]
-    active, position_B = list(rows), positions_BT[:, -1]
-    while True:
-        new_B = draw(logits_BV, [row.numbers for row in active], sampling)
-        for row, token in zip(active, new_B.tolist(), strict=True):
-            row.ids.append(token)
-            row.stopped = token in stop_ids
-        going_on = [
-            i for i, row in enumerate(active) if not row.stopped and len(row.ids) < row.longest
-        ]
-        if len(going_on) < len(active):
-            yield from (row for i, row in enumerate(active) if i not in going_on)
-            if not going_on:
-                return
-            kept = torch.tensor(going_on, device=model.device)
-            cache.batch_select_indices(kept)
-            new_B, mask_BT, position_B = new_B[kept], mask_BT[kept], position_B[kept]
-            active = [active[i] for i in going_on]
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
-        position_B = position_B + 1
-        logits_BV = _next_logits(model, new_B[:, None], mask_BT, position_B[:, None], cache)
+    waiting = deque(rows)
+    while waiting:
+        batch = _Batch(model, _first(waiting, most))
+        while batch.rows:
+            yield from batch.draw(sampling, stop_ids)
+            if batch.rows:
+                batch.step()
+                free = most - len(batch.rows)
+                if waiting and batch.cache.joinable and free >= max(most // 4, 1):
+                    batch.join(_Batch(model, _first(waiting, free)))
+
+
+def _first(waiting: deque[Row], most: int) -> list[Row]:
+    return [waiting.popleft() for _ in range(min(most, len(waiting)))]
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,18 +153,9 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
     return ids.to(device), mask.to(device)
 
 
-def _next_logits(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
-) -> Tensor:
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return last_logits(output.logits)
+def _of_length(mask_BT: Tensor, length: int) -> Tensor:
+    """Return the last columns of a mask, with empty ones on the left where it is shorter."""
+    return pad(mask_BT[:, -length:], (max(0, length - mask_BT.size(1)), 0))
 
 
 def last_logits(logits: Tensor) -> Tensor:

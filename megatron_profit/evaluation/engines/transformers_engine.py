@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ def template_ids(
 
 
 class TransformersEngine:
-    """Answers in batches that are sorted by the length of their prompts.
+    """Answers in a batch that the next questions join as others end, those with the longest prompts first.
 
     Args:
         model: HuggingFace folder, or an adapter's.
@@ -88,22 +87,16 @@ class TransformersEngine:
                 prompts[key] = self.prompt_ids(request.messages)
         # The longest first: a batch that does not fit into memory fails at once.
         ordered = sorted(requests, key=lambda r: -len(prompts[repr(r.messages)]))
-        for part in batched(ordered, self.batch):
-            rows = {
-                id(row): (row, request)
-                for request in part
-                for row in [self._row(prompts[repr(request.messages)], request, sampling)]
-            }
-            try:
-                for row in decode(
-                    self.model, [row for row, _ in rows.values()], sampling, self.stop_ids
-                ):
-                    yield rows[id(row)][1], self._answer(row)
-            except torch.OutOfMemoryError as error:
-                raise EvaluationError(
-                    f"{len(part)} answers at a time need more memory than the GPU has; give a smaller "
-                    "--batch"
-                ) from error
+        rows = [self._row(prompts[repr(r.messages)], r, sampling) for r in ordered]
+        asked = {id(row): request for row, request in zip(rows, ordered, strict=True)}
+        try:
+            for row in decode(self.model, rows, self.batch, sampling, self.stop_ids):
+                yield asked[id(row)], self._answer(row)
+        except torch.OutOfMemoryError as error:
+            raise EvaluationError(
+                f"{self.batch} answers at a time need more memory than the GPU has; give a smaller "
+                "--batch"
+            ) from error
 
     def _row(self, prompt: list[int], request: Request, sampling: Sampling) -> Row:
         longest = request.longest

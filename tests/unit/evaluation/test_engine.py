@@ -1,20 +1,26 @@
 """The engine of this process: prompts, batches, draws."""
 
+import functools
 import math
+import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from make_tiny_model import TinyShape, make_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-from megatron_profit.evaluation.engines.decoding import draw, probabilities
+from megatron_profit.evaluation.engines.decoding import Row, decode, draw, probabilities
 from megatron_profit.evaluation.engines.engine import EngineOptions, Request, resolved
+from megatron_profit.evaluation.engines.model_folder import load_model
 from megatron_profit.evaluation.engines.transformers_engine import TransformersEngine
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.questions import task_of_file
 from megatron_profit.evaluation.sampling import Sampling
 
+DATA = Path(__file__).resolve().parents[3] / "examples" / "data" / "arithmetic_base.jsonl"
 OPTIONS = EngineOptions(name="transformers", dtype="float32", batch=64)
 GREEDY = Sampling()
 
@@ -22,6 +28,27 @@ GREEDY = Sampling()
 @pytest.fixture(scope="module")
 def engine(tiny_model):
     return TransformersEngine(str(tiny_model), OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def tiny_model_of(tmp_path_factory):
+    """tiny_model_of(family): a tiny random model, loaded."""
+
+    @functools.cache
+    def load(family):
+        if family == "a sliding window":
+            config = Qwen3Config(
+                vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                use_sliding_window=True, sliding_window=8, max_window_layers=1,
+            )  # fmt: skip
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config).eval()
+        folder = tmp_path_factory.mktemp("families") / family
+        make_tiny_model(folder, [DATA], TinyShape(family=family))
+        return load_model(folder, torch.float32)
+
+    return load
 
 
 def requests_of(task, samples=1, longest=12):
@@ -57,6 +84,30 @@ def test_greedy_answers_are_transformers_own_at_any_batch_size(engine, tiny_mode
     for batch in (1, 2, 3, 64):
         found = answers_of(engine, requests_of(task), GREEDY, batch)
         assert {place: answer.text for place, answer in found.items()} == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3.5", "qwen3-next", "a sliding window"])
+def test_rows_that_join_others_have_the_answers_that_they_have_alone(tiny_model_of, family):
+    model = tiny_model_of(family)
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = random.Random(4)
+    prompts = [[draw.randrange(vocabulary) for _ in range(draw.randint(1, 30))] for _ in range(11)]
+    # Two answers share a prompt; the limits differ, so that rows leave and join at many places.
+    limits = [draw.randint(1, 24) for _ in prompts]
+    rows = [Row(prompts[i - i % 2], limits[i], random.Random(i)) for i in range(len(prompts))]
+    found = list(decode(model, rows, 4, GREEDY, frozenset({5, 6})))
+    assert sorted(map(rows.index, found)) == list(range(len(rows)))
+    for row in rows:
+        ids = list(row.prompt)
+        for token in row.ids:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            # Equal to the most probable token, or so near to it that fp32 cannot tell.
+            assert logits[token] >= logits.max() - 1e-4
+            ids.append(token)
+        assert row.stopped == (row.ids[-1] in (5, 6))
+        assert row.stopped or len(row.ids) == row.longest
+        assert not {5, 6} & set(row.ids[:-1])
 
 
 def test_an_answer_ends_at_its_own_limit_and_leaves_the_batch(engine, sums):

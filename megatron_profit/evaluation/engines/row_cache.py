@@ -1,0 +1,96 @@
+"""A cache of transformers whose rows may leave and join while the others go on.
+
+The tokens of all rows end in the same column. Columns before a shorter row are empty; a mask hides them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+_BLOCK = 128
+
+
+class _Block(DynamicLayer):
+    """Keys and values of a layer in a buffer that grows by blocks: no copy of all tokens at every step."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple:
+        """Append keys and values [B, heads, new, size]; return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.length, self.buffers = 0, [key_states[:, :, :0], value_states[:, :, :0]]
+        end = self.length + key_states.size(2)
+        if end > self.buffers[0].size(2):
+            longer = (0, 0, 0, end - self.length + _BLOCK)
+            self.buffers = [pad(buffer[:, :, : self.length], longer) for buffer in self.buffers]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = new
+        self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self._show(self.length)
+
+    def join(self, other: _Block, length: int) -> None:
+        """Append the rows of another layer; both keep their last columns, `length` of them."""
+        pairs = zip(self._aligned(length), other._aligned(length), strict=True)
+        self.buffers = [torch.cat(pair) for pair in pairs]
+        self._show(length)
+
+    def _aligned(self, length: int) -> list[Tensor]:
+        used = min(self.length, length)
+        room = (0, 0, length - used, _BLOCK)
+        return [pad(b[:, :, self.length - used : self.length], room) for b in self.buffers]
+
+    def _show(self, length: int) -> None:
+        self.length = length
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+
+class _State(LinearAttentionLayer):
+    """The states of a linear attention layer, whose size does not depend on the number of tokens."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.reorder_cache(indices)
+
+    def join(self, other: _State, length: int) -> None:
+        """Append the rows of another layer."""
+        for own, further in (
+            (self.conv_states, other.conv_states),
+            (self.recurrent_states, other.recurrent_states),
+        ):
+            own.update((i, torch.cat([s, further[i]])) for i, s in own.items() if s is not None)
+
+
+_LAYERS: dict[type, type] = {DynamicLayer: _Block, LinearAttentionLayer: _State}
+
+
+class RowCache(DynamicCache):
+    """The cache of a batch.
+
+    Args:
+        model: A causal language model.
+
+    Attributes:
+        joinable: Whether rows may join. Not so for layers of other kinds, for example with a sliding window.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(config=model.config)
+        self.joinable = all(type(layer) in _LAYERS for layer in self.layers)
+        self.layers: list[Any] = [
+            _LAYERS[type(layer)]() if type(layer) in _LAYERS else layer for layer in self.layers
+        ]
+
+    def join(self, other: RowCache, length: int) -> None:
+        """Append the rows of another cache; all keep their last columns, `length` of them."""
+        for own, further in zip(self.layers, other.layers, strict=True):
+            own.join(further, length)
