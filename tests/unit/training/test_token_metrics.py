@@ -1,11 +1,13 @@
-"""Quantiles of p, however its tokens are split."""
+"""Means over the tokens of a step, and quantiles of p, however the tokens are split."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron_profit.training.step.token_metrics import ProbQuantiles
+from megatron_profit.objectives import TokenStatistics, build_objective
+from megatron_profit.ops.statistics import LinearObjectiveStatistics
+from megatron_profit.training.step.token_metrics import ProbQuantiles, token_sums
 
 LEVELS = (0.01, 0.1, 0.5, 0.9)
 LOWEST = float(torch.tensor(-ProbQuantiles.LIMIT).double().sigmoid())
@@ -55,3 +57,21 @@ def test_a_new_window_begins_with_no_tokens():
 def test_what_is_no_quantile_is_refused(levels, named):
     with pytest.raises(ValueError, match=named):
         ProbQuantiles(levels)
+
+
+@pytest.mark.parametrize("name", ["stm", "profit"])
+def test_an_objective_that_compares_with_a_reference_tells_its_probabilities(name):
+    p, q = torch.tensor([0.5, 0.25, 0.125, 0.75]), torch.tensor([0.9, 0.5, 0.1, 0.2])
+    options = {"threshold_direction": "higher", "prob_threshold": 0.2} if name == "profit" else {}
+    objective = build_objective(name, **options)
+    tokens = TokenStatistics(log_prob=p.log(), ref_log_prob=q.log())
+    sums = token_sums(
+        LinearObjectiveStatistics(tokens, objective(tokens).weight, torch.arange(4)), objective
+    )
+    means = {key: float(total / count) for key, (total, count) in sums.items()}
+    if name == "stm":
+        assert means["mean q"] == pytest.approx(0.425)
+        assert means["mean q kept"] == pytest.approx(0.7), "0.9 and 0.5 are above 0.4"
+        assert means["mean p kept"] == pytest.approx(0.375)
+    else:
+        assert means.keys().isdisjoint({"mean q", "mean q kept"}), "it does not read q"
