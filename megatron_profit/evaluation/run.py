@@ -141,8 +141,9 @@ def evaluate(
     """
     missing = list(records.missing(task, sampling.samples))
     asked = len(task.questions) * sampling.samples
-    if len(missing) < asked:
-        show(f"{label} on {task.name}: {asked - len(missing):,} of {asked:,} answers are there")
+    there = asked - len(missing)
+    begin = f", {there:,} of them are there" if there else ""
+    show(f"{label} on {task.name}: {asked:,} answers{begin}")
     longest = sampling.max_new_tokens or task.longest_answer
     requests = {}
     for question, number in missing:
