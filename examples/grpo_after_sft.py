@@ -11,7 +11,9 @@ On one GPU with a 0.6B model, generation by vLLM in the same process:
 
 ProFit's authors report that RL ends higher when it begins from a ProFit model. This script shows the way and
 makes no such claim. The reward is 1 if the final number of an answer is right, else 0, by the grader of
-`megatron-profit evaluate`. Compare the model before and after with `megatron-profit evaluate --tasks gsm8k`.
+`megatron-profit evaluate`. Compare the models before and after:
+
+    megatron-profit evaluate before=runs/profit/hf after=runs/profit-grpo --tasks gsm8k
 
 verl reads parquet. `--verl-data FILE.parquet` writes it and prints verl's launch line instead of training.
 """

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from checkpoint_conversion.families import FAMILIES
-from megatron_profit.commands.cli import COMMANDS
 from megatron_profit.data import DataOptions
 from megatron_profit.estimates.published import published_config
 from megatron_profit.objectives import objective_names, objective_options
@@ -40,26 +39,47 @@ def test_training_commands_are_accepted():
         assert settings.values["padded_vocab_size"] == 151936, "no padding is needed"
 
 
-def test_every_command_names_something_that_exists():
+def test_every_target_of_make_exists():
+    """`test_documented_commands.py` reads the other commands."""
     makefile = (REPOSITORY / "Makefile").read_text()
-    for command in commands():
-        if command[0] == "make":
-            assert f"\n{command[1]}:" in makefile, command
-        elif command[0] == "megatron-profit":
-            assert command[1] in COMMANDS, command
-        elif command[0] == "python" and command[1] != "-m":
-            assert (REPOSITORY / command[1]).is_file(), command
-        elif "-m" in command:
-            module = command[command.index("-m") + 1].replace(".", "/")
-            files = (REPOSITORY / f"{module}.py", REPOSITORY / module / "__main__.py")
-            assert any(file.is_file() for file in files), command
+    for command in (command for command in commands() if command[0] == "make"):
+        assert f"\n{command[1]}:" in makefile, command
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that a page's headings have in a link."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(
+        r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")
+    ):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
+
+
+def test_every_page_is_in_the_readmes_table():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| [a-z][^|]* \| \[docs/(\w+\.md)\]\(docs/\1(?:#[\w-]+)?\) \|$", readme, re.MULTILINE
+    )
+    assert {*rows} == {page.name for page in (REPOSITORY / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_begins_with_its_answer_and_has_an_example(page):
+    text = page.read_text(encoding="utf-8")
+    title, answer, *_ = text.split("\n\n")
+    assert re.fullmatch("# .+", title)
+    assert re.match(r"[A-Z*`]", answer), f"{page.name} begins with {answer!r}, not with a sentence"
+    assert len(answer.split()) <= 90, f"{page.name} needs long for its answer"
+    assert "```" in text or "\n    " in text or "or example" in text, f"{page.name} has no example"
 
 
 @pytest.mark.parametrize("name", objective_names())
