@@ -15,10 +15,9 @@ docs/scaling.md lists what they count.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -139,11 +138,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the estimate; 0 if it fits, 1 if not, 2 for bad input."""
     options, training = parse_arguments(sys.argv[1:] if argv is None else argv)
-    with contextlib.redirect_stdout(io.StringIO()):  # of Megatron's import
-        from megatron_profit.flags import ArgumentsError
     from checkpoint_conversion.errors import ConversionError
     from megatron_profit.data import DataError
+    from megatron_profit.flags import ArgumentsError
 
+    # Megatron's import warns of libraries that this machine lacks, and the estimate is about another machine.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         run = read_run(training, options.gpus, options.model)
     except (ShapeError, ArgumentsError, ConversionError, DataError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -73,6 +74,19 @@ def test_the_wheel_says_what_it_needs(wheel):
     needs = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     for package in ("megatron-core", "matplotlib", "lm-eval", "math-verify"):
         assert any(need.startswith(package) for need in needs), "all commands come with the package"
+
+
+def test_the_description_has_no_link_into_the_repository(wheel):
+    """On an index there is neither a figure nor a page next to it."""
+    archive = zipfile.ZipFile(wheel)
+    [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    description = metadata.get_payload()
+    assert "megatron-profit sft --model" in description
+    assert "docs/training.md describes" in description
+    assert "![" not in description
+    assert all(link.startswith("https:") for link in re.findall(r"\]\(([^)]*)\)", description))
 
 
 def run_elsewhere(installed: Path, folder: Path, *command: object) -> str:

@@ -1,6 +1,6 @@
 """Every command and flag that README, pages, recipes and heads of scripts show is known to its program.
 
-No command is run: a program is left when it reaches its parser.
+A program is left when it reaches its parser. Where a tiny model will do, examples of pages are run as they stand.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import make_tiny_model
 import pytest
 import yaml
 
+from checkpoint_conversion import hf_to_megatron
 from megatron_profit.commands.cli import COMMANDS
 from megatron_profit.commands.evaluate import build_parser
 from megatron_profit.evaluation.comparison.plan import read_plan
@@ -138,7 +140,16 @@ def test_a_shown_command_can_be_read(command):
 # Flags that stand in no code of this project: of docker, pip, Slurm, lm-eval and W&B; options of the example
 # objectives; and a flag that a benchmark makes from a name.
 OF_OTHERS = {
-    *("--build-arg", "--ipc", "--no-cache-dir", "--rm", "--tag", "--ulimit", "--volume", "--workdir"),
+    *(
+        "--build-arg",
+        "--ipc",
+        "--no-cache-dir",
+        "--rm",
+        "--tag",
+        "--ulimit",
+        "--volume",
+        "--workdir",
+    ),
     *("--find-links", "--index-url", "--no-build-isolation", "--no-deps", "--no-index"),
     *("--qos", "--requeue", "--include_path", "--append"),
     *("--focal-gamma", "--frequency-threshold", "--full"),
@@ -194,3 +205,58 @@ def test_the_plan_of_the_study_can_be_read(tmp_path, monkeypatch):
     (tmp_path / yaml.safe_load(text)["base"]).mkdir(parents=True)
     (tmp_path / "plan.yaml").write_text(text)
     check_plan(Path("plan.yaml"))
+
+
+@pytest.fixture(scope="module")
+def folder_of_a_user(tmp_path_factory) -> Path:
+    """Return a folder in which a tiny model, its checkpoint and a chat file have the names that pages use."""
+    folder = tmp_path_factory.mktemp("user")
+    model, chats = folder / "Qwen3-14B-Base", REPOSITORY / "examples/data/arithmetic_chatty.jsonl"
+    assert make_tiny_model.main(["--out", str(model), "--data", str(chats)]) == 0
+    (folder / "Qwen3-0.6B").symlink_to(model)
+    (folder / "chats.jsonl").symlink_to(chats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["hf_to_megatron", "--hf", str(model), "--out", str(folder / "runs/14b")]
+        )
+        assert hf_to_megatron.main() == 0
+    return folder
+
+
+def run_shown(line: str) -> object:
+    """Run a command of this project in this process, and return its exit code."""
+    _, *words = shlex.split(line)
+    module, *flags = words[1:] if words[0] == "-m" else ["megatron_profit", *words]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *flags])
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("page", "start"),
+    [
+        ("choosing_tau", "megatron-profit report"),
+        ("cluster", "megatron-profit layout"),
+        ("compatibility", "python -m megatron_profit.megatron_patches --check"),
+        ("conversion", "python -m checkpoint_conversion"),
+        ("data", "megatron-profit data"),
+        ("scaling", "megatron-profit estimate"),
+    ],
+)
+def test_the_example_of_a_page_runs_as_it_is_shown(
+    page, start, folder_of_a_user, monkeypatch, capsys
+):
+    monkeypatch.chdir(folder_of_a_user)
+    text = shown_text(REPOSITORY / "docs" / f"{page}.md")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith(start)]
+    assert lines
+    for line in lines:
+        if "--logits" not in line:  # tests/integration/test_verify_logits.py has these
+            assert run_shown(line) == 0, line
+    if page == "compatibility":
+        assert capsys.readouterr().out.splitlines()[0] in text, "the output that the page shows"
