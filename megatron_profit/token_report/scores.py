@@ -110,7 +110,7 @@ def score_records(
             )
         )
         if progress is not None:
-            progress(f"{number} records, {name}: {len(ids):,} tokens")
+            progress(f"record {number}, {name}: {len(ids):,} tokens")
     return evaluate_objectives(records, objectives, seed=seed)
 
 

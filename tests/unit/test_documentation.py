@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,10 +101,23 @@ def test_every_family_has_a_row(family):
     assert f"[`{table.__module__.rsplit('.', 1)[-1]}.py`](" in page
 
 
-def test_the_example_without_megatron_runs():
-    (code,) = (b for b in blocks(REPOSITORY / "docs" / "objectives.md", "python") if "linear" in b)
-    names: dict = {}
+def names_of_example(page: str) -> dict[str, Any]:
+    """Run the example of the operation on a page, and return the names that it defines."""
+    path = REPOSITORY / "docs" / f"{page}.md"
+    (code,) = (block for block in blocks(path, "python") if "linear_objective(" in block)
+    names: dict[str, Any] = {}
     exec(code, names)
+    return names
+
+
+def test_the_example_without_megatron_runs():
+    names = names_of_example("objectives")
     assert names["output"].weight.tolist() == [1.0, 0.0]
     assert names["hidden"].grad.shape == (6, 16)
     assert (names["hidden"].grad[1] == 0).all(), "an unsupervised row gets no gradient"
+
+
+def test_the_example_of_statistics_runs():
+    names = names_of_example("kernel")
+    assert names["of_answer"].item() == pytest.approx(2 * names["of_all"].item())
+    assert names["loss"].shape == (4,)

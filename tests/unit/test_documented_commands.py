@@ -1,6 +1,6 @@
 """Every command and flag that README, pages, recipes and heads of scripts show is known to its program.
 
-A program is left when it reaches its parser. Where a tiny model will do, examples of pages are run as they stand.
+A program is left when it reaches its parser. Where a tiny model will do, examples of pages run as they stand.
 """
 
 from __future__ import annotations

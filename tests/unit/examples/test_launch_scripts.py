@@ -115,7 +115,7 @@ def launch(commands, tmp_path):
             env=environment,
             text=True,
             capture_output=True,
-            timeout=60,
+            timeout=300,
         )
         assert result.returncode == 0, result.stderr
         return json.loads((tmp_path / "torchrun.json").read_text())
