@@ -174,3 +174,11 @@ def test_adapters_need_fewer_gpus_than_all_weights():
 def test_the_list_of_native_flags_is_the_installed_megatrons():
     """`python tools/list_megatron_flags.py` writes it again."""
     assert json.loads(LIST.read_text(encoding="utf-8")) == native_flags()
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 64])
+def test_a_model_with_fewer_layers_than_pipeline_ranks_has_a_layout(gpus):
+    """Embedding and output layer may fill a pipeline rank without a layer."""
+    config = {**published_config("Qwen3-0.6B"), "num_hidden_layers": 2}
+    wish = Wish(family_for(config).megatron_arguments(config), 8192, rows=4)
+    assert choose(wish, Cluster(gpus, MEMORY, min(gpus, 8))).bytes > 0
