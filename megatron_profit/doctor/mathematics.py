@@ -272,7 +272,9 @@ def plain_text(folder: Path) -> Record:
 
     from megatron_profit.data import load_tokenizer
 
-    ids = load_tokenizer(folder)(topics[_TOPIC], add_special_tokens=False).input_ids[:_TOKENS]
+    tokenizer = load_tokenizer(folder)
+    # Without `verbose` transformers does not warn of the length, of which only the beginning is used.
+    ids = tokenizer(topics[_TOPIC], add_special_tokens=False, verbose=False).input_ids[:_TOKENS]
     return np.array(ids, np.int32), np.ones(len(ids), np.uint8)
 
 
