@@ -5,6 +5,7 @@
 # make test         lint and every test that runs without a GPU; sets itself up
 # make test-all     the longer checks as well
 # make lint         ruff and mypy alone
+# make unit         the unit tests alone
 # make format       ruff's fixes and format
 # make bench        measure the objective, whole training steps and the conversion against others; about 10 minutes
 # make clean        remove the environment and scratch files; checkpoints in runs/ stay
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format test test-all bench quickstart clean
+.PHONY: help setup lint format unit test test-all bench quickstart clean
 
 help:
 	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -24,7 +25,7 @@ help:
 setup: $(STAMP)
 
 # The environment is rebuilt only when what it is made from changes, or when it is not usable: half made, or
-# of another Python.
+# of another Python. Python compiles the modules that are used; to compile all of them takes pip a minute.
 USABLE := $(shell $(PYTHON) -c 'import pip, sys; print(sys.version_info[:2] == (3, 12))' 2>/dev/null)
 ifneq ($(USABLE),True)
 .PHONY: $(STAMP)
@@ -44,7 +45,8 @@ ifneq ($(USABLE),True)
 	fi
 endif
 	@echo "installing the pinned packages into $(VENV) (a few minutes the first time) ..."
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PYTHON) -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[dev]'
 	@touch $@
 
 lint: $(STAMP)
@@ -68,10 +70,14 @@ UNIT := tests/unit --numprocesses logical --dist loadfile
 RUNS := tests/distributed tests/integration --numprocesses 2 --dist loadfile
 GPU := tests/gpu
 
-test: lint
-	$(PYTEST) $(UNIT) -m "not slow"
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs=2 lint unit
 	$(PYTEST) $(RUNS) -m "not slow"
 	$(PYTEST) $(GPU) -m "not slow"
+
+# Next to lint: mypy takes a minute of one core.
+unit: $(STAMP)
+	$(PYTEST) $(UNIT) -m "not slow"
 
 test-all: lint
 	$(PYTEST) $(UNIT)

@@ -287,7 +287,9 @@ def _chunk_activations(run: RunShape, layers: Sequence[int], expert_load: float)
     together = args.recompute_num_layers or 1
     if args.recompute_method == "block":
         return entry * min(together, len(layers)) + sum(kept[together:]), max(kept, default=0)
-    return entry * math.ceil(len(layers) / together), max(kept, default=0) * min(together, len(layers))
+    return entry * math.ceil(len(layers) / together), max(kept, default=0) * min(
+        together, len(layers)
+    )
 
 
 def chunks_under_way(run: RunShape, stage: int) -> int:

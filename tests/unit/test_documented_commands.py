@@ -27,6 +27,9 @@ from megatron_profit.launch.slurm import read_words
 from megatron_profit.recipe.flags import FlagTable
 from megatron_profit.recipe.request import read_request
 
+# Modules that other tests have imported are started here as programs.
+pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The log keeps commands of their day.
 PAGES = [

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from make_tiny_model import train_tokenizer
 
 from checkpoint_conversion.families import family_for
 from megatron_profit.data import DataOptions
@@ -135,7 +136,17 @@ def model_folder(tmp_path: Path, model: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", LAUNCHES, ids=str)
+# The same script with another model; test_layout_choice.py compares the layouts of all models.
+REPEATED = ("Qwen2.5-7B", "Llama-3.1-8B")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case.model in REPEATED else [], id=str(case))
+        for case in LAUNCHES
+    ],
+)
 def test_what_a_script_starts_is_accepted_and_is_the_estimates_choice(launch, tmp_path, case):
     variables = {"MODEL": str(model_folder(tmp_path, case.model)), **case.variables}
     check_command(launch(case.script, variables), case)
@@ -184,9 +195,10 @@ def best(case: Launch, flags: list[str]) -> Choice:
 @pytest.mark.slow
 def test_megatron_accepts_what_the_scripts_start(launch, tmp_path):
     """Its own validation, with the CPU backend in place of GPUs."""
-    commands = []
+    commands, tokenizer = [], train_tokenizer(["a few words"], 300)
     for number, case in enumerate(LAUNCHES):
         folder = model_folder(tmp_path, case.model)
+        tokenizer.save_pretrained(folder)
         arguments = launch(case.script, {"MODEL": str(folder), **case.variables})
         flags = arguments[arguments.index("megatron_profit.sft") + 1 :]
         own = [
@@ -225,7 +237,8 @@ def test_the_settings_are_those_of_the_documented_command(launch, tmp_path):
 
 def test_flags_after_a_script_win(launch, tmp_path):
     model = model_folder(tmp_path, "Qwen3-4B")
-    arguments = launch("one_node.sh", {"MODEL": str(model)}, "--lr", "2e-5")
+    variables = {"MODEL": str(model), "LAYOUT": "--tensor-model-parallel-size 4"}
+    arguments = launch("one_node.sh", variables, "--lr", "2e-5")
     assert arguments[-2:] == ["--lr", "2e-5"]
     assert arguments.index("1e-5") < len(arguments) - 2
 

@@ -27,6 +27,6 @@ for change in ({"TORCHELASTIC_RESTART_COUNT": "1"}, {"WORLD_SIZE": "3"}):
 
 def test_a_new_attempt_does_not_see_what_the_dead_one_has_left():
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], text=True, capture_output=True, timeout=120
+        [sys.executable, "-c", PROGRAM], text=True, capture_output=True, timeout=600
     )
     assert result.returncode == 0, result.stderr

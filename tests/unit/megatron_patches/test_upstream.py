@@ -65,7 +65,7 @@ except ImportError:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=600)
 
 
 @pytest.fixture
