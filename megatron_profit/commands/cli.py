@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 
 from checkpoint_conversion.cli import escape_unencodable, run
 from megatron_profit.flags import nearest
@@ -74,7 +75,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "megatron-profit COMMAND --help tells the flags of a command.",
+            "megatron-profit COMMAND --help tells the flags of a command, megatron-profit --version the version.",
         ]
     )
 
@@ -85,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
+        return
+    if name == "--version":
+        print(f"megatron-profit {metadata.version('megatron-profit')}")
         return
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS, cutoff=0.6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -29,6 +30,11 @@ def test_help_lists_every_command(arguments):
     assert result.returncode == 0
     listed = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")]
     assert listed == list(cli.COMMANDS)
+
+
+def test_the_version_is_told(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"megatron-profit {metadata.version('megatron-profit')}\n"
 
 
 def test_help_is_printed_in_an_encoding_without_its_characters(monkeypatch):
