@@ -75,7 +75,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "megatron-profit COMMAND --help tells the flags of a command, megatron-profit --version the version.",
+            "megatron-profit COMMAND --help tells the flags of a command, and --version the version.",
         ]
     )
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -142,8 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_profit.data import DataError
     from megatron_profit.flags import ArgumentsError
 
-    # Megatron's import warns of libraries that this machine lacks, and the estimate is about another machine.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     try:
         run = read_run(training, options.gpus, options.model)
     except (ShapeError, ArgumentsError, ConversionError, DataError) as error:

@@ -6,6 +6,7 @@ or a published model with a layout.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from megatron_profit.estimates.published import published_config
@@ -28,6 +29,8 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
         ArgumentsError: The training would refuse the flags.
         ConversionError: The folder has no usable config.json.
     """
+    # Megatron's import warns of libraries that this machine lacks, and an estimate is about another machine.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_profit.training.arguments.derive import derive
 
     if model is not None and "--hf-model" in argv:
