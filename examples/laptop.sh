@@ -4,7 +4,8 @@
 #   TRAIN_ITERS=20 examples/laptop.sh
 #
 # Without MODEL and DATA it makes a tiny Qwen3 with random weights and trains sums in words. No token of such a
-# model is probable, so TAU is low here; `make quickstart` shows the whole job, from a base that has learnt something.
+# model is probable, so TAU is low here. What Megatron prints is in RUN/checkpoints/megatron.log.
+# `make quickstart` shows the whole job, from a base that has learnt something.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/common.sh
@@ -23,4 +24,4 @@ recipe
 layout 2
 
 launch --standalone --nproc-per-node 2 \
-    -m megatron_profit.sft --device cpu "${RECIPE[@]}" "${LAYOUT_FLAGS[@]}" "$@"
+    -m megatron_profit.sft --device cpu --quiet "${RECIPE[@]}" "${LAYOUT_FLAGS[@]}" "$@"
