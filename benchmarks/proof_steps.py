@@ -17,6 +17,8 @@ from typing import Any
 import benchmarking
 import torch
 from proof import Children, Result, Step, StepFailure
+from proof_delta_net import BOUNDS as DELTA_NET_BOUNDS
+from proof_delta_net import check_delta_net
 from proof_runs import SIZES, speed, steps_of, train, uneven
 from training_inputs import write_chats, write_model
 
@@ -175,6 +177,7 @@ class Proof:
             Step("run", "A run of Qwen3-0.6B's shape", self.run),
             Step("step", "A whole step with other losses", self.step),
             Step("kernel", "The operation against others", self.kernel),
+            Step("delta-net", "Gated DeltaNet, Qwen3.5's heads", self.delta_net),
             Step("lora", "A step with adapters, Qwen3-8B's shape", self.lora),
         ]
 
@@ -257,6 +260,30 @@ class Proof:
             )
             result.data["configurations"].append(record)
             result.tables.append(f"{record['title']}:\n\n{bench_objective.table(record)}")
+
+    def delta_net(self, result: Result) -> None:
+        """Compare the kernels of Gated DeltaNet and its plain form with the exact result, on packed rows."""
+        rendezvous = str(self._scratch / "rendezvous-delta-net")
+        found = self._children.run(
+            "delta-net", 90, check_delta_net, self._children.device, rendezvous
+        )
+        result.data |= found
+        rows = []
+        for case, errors in found["errors"].items():
+            bound = DELTA_NET_BOUNDS[case.split(", ")[1]]
+            rows += [[f"{case}: {name}", f"{error:.1e}"] for name, error in errors.items()]
+            result.check(
+                f"{case}: relative errors at most {bound:g}", max(errors.values()) <= bound
+            )
+        result.notes += [
+            f"{form}: {value:,.1f} ms, forward and backward of the timed rows in bf16"
+            for form, value in found["milliseconds"].items()
+        ]
+        if "kernels" not in found["milliseconds"]:
+            result.notes.append(
+                "not run: flash-linear-attention's kernels, which need a GPU and the package"
+            )
+        result.tables.append(benchmarking.markdown_table(("relative error", "form"), rows))
 
     def lora(self, result: Result) -> None:
         """Measure steps with adapters of rank 16, whose base is held in bf16."""

@@ -28,7 +28,7 @@ import torch
 from proof_steps import Proof, prepare, touch_gpu
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
-STEPS = ("environment", "operation", "run", "step", "kernel", "lora")
+STEPS = ("environment", "operation", "run", "step", "kernel", "delta-net", "lora")
 
 
 def start_children(device: str, scratch: Path) -> tuple[proof.Children, str]:

@@ -34,8 +34,8 @@ class BackwardInputs:
         shard: the part of the vocabulary that this rank holds.
         tiling: the blocks of the forward pass.
         kernels: functions on a block of logits.
-        kept: logits [kept_rows, v] of each block from the forward pass; empty if none were kept. The first
-            backward pass uses them up, so that memory is freed as it is needed; a second one recomputes.
+        kept: logits [kept_rows, v] of each block from the forward pass, all in one piece of memory; empty if
+            none were kept. The first backward pass uses them up; a second one recomputes.
         reduce_hidden_grad: sum the gradient of hidden over the group.
         main_grad: [V, H] buffer. If given, the gradient of the weight is added to it and not returned.
     """
@@ -132,6 +132,7 @@ def _input_gradients(
             hidden_grad.add(grad_logits, weight[block], column)
         if weight_grad is not None:
             weight_grad.add(grad_logits, hidden_rows, block)
+        del grad_logits  # after the last block nobody holds the kept logits
     grad_hidden = None
     if hidden_grad is not None:
         grad_hidden = torch.zeros_like(hidden)

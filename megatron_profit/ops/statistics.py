@@ -9,7 +9,7 @@ Shapes: M supervised rows, v vocabulary entries of a block, H hidden, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -123,6 +123,21 @@ def target_logits(
     return shard.all_sum_(logits)
 
 
+def _room_for_logits(hidden: Tensor, kept_rows: int, blocks: Sequence[slice]) -> list[Tensor]:
+    """Return uninitialised logits [kept_rows, v] of each block; an empty list if no rows are kept.
+
+    All of them are one piece of memory. The C library keeps freed pieces below 32 MB for itself, so that
+    kept blocks of that size would stay in the process next to whatever the optimizer allocates.
+    """
+    if not kept_rows:
+        return []
+    widths = [block.stop - block.start for block in blocks]
+    room = hidden.new_empty(kept_rows * sum(widths))
+    return [
+        part.view(kept_rows, -1) for part in room.split([kept_rows * width for width in widths])
+    ]
+
+
 def linear_token_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -152,15 +167,17 @@ def linear_token_statistics(
     nothing = fields.nothing(len(rows), hidden.new_empty(0, dtype=statistics_dtype(hidden.dtype)))
     target = target_logits(hidden_rows, weight, rows, shard) if fields.compares else None
     parts = [nothing[None]]
-    kept = []
-    for block in tiling.blocks(shard.size) if len(rows) else ():
-        out = None  # fresh memory where it is kept as it is
-        if tiling.kept_rows < len(rows):
+    blocks = list(tiling.blocks(shard.size)) if len(rows) else []
+    kept = _room_for_logits(hidden, tiling.kept_rows, blocks)
+    for number, block in enumerate(blocks):
+        if tiling.kept_rows == len(rows):
+            logits = torch.mm(hidden_rows, weight[block].t(), out=kept[number])
+        else:
             shape = (len(rows), block.stop - block.start)
             out = workspace.buffer("logits", shape, hidden.dtype)
-        logits = torch.mm(hidden_rows, weight[block].t(), out=out)
-        if tiling.kept_rows:
-            kept.append(logits if out is None else logits[: tiling.kept_rows].clone())
+            logits = torch.mm(hidden_rows, weight[block].t(), out=out)
+            if kept:
+                kept[number].copy_(logits[: tiling.kept_rows])
         column = shard.columns(rows.targets, block)
         parts.append(kernels.statistics(logits, column, target, fields, workspace))
         if len(parts) == _PARTS_AT_ONCE:

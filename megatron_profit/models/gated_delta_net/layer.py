@@ -99,9 +99,13 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         return self._project(mixed_BS, gate_BS)
 
     def _has_kernels(self, x: Tensor) -> bool:
-        """Whether flash-linear-attention computes `x`; its results are not the same in each run."""
-        installed = common.chunk_gated_delta_rule is not None
-        return x.is_cuda and installed and not self.config.deterministic_mode
+        """Whether flash-linear-attention computes `x`.
+
+        It takes no fp32, and its results are not the same in each run.
+        """
+        if common.chunk_gated_delta_rule is None or self.config.deterministic_mode:
+            return False
+        return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
     def _whole_rows(self, projected: Tensor) -> Tensor:
         """Return [S, B, features of this context-parallel rank's heads] of [L, B, features]."""

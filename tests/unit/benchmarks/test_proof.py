@@ -113,6 +113,26 @@ def test_a_machine_without_a_gpu_is_told_of_the_small_steps(capsys, monkeypatch)
     assert "--device cpu runs the same steps small" in capsys.readouterr().err
 
 
+def check_with_stand_ins(rendezvous):
+    """The check of Gated DeltaNet where functions of the same meaning stand in for the kernels."""
+    from delta_net_layer import take_kernels
+    from proof_delta_net import check_delta_net
+
+    take_kernels()
+    return check_delta_net("cpu", rendezvous)
+
+
+@pytest.mark.slow
+def test_kernels_of_gated_delta_net_are_compared_where_the_layer_takes_them(tmp_path):
+    children = proof.Children("cpu", no_imports, tmp_path, "spawn")
+    found = children.run("delta-net", 200, check_with_stand_ins, str(tmp_path / "rendezvous"))
+    cases = {f"{form}, {dtype}" for form in ("plain", "kernels") for dtype in ("bf16", "fp32")}
+    assert found["errors"].keys() == cases
+    assert found["milliseconds"].keys() == {"plain", "kernels"}
+    for case, errors in found["errors"].items():
+        assert max(errors.values()) < (1e-2 if "bf16" in case else 1e-5), case
+
+
 @pytest.mark.slow
 def test_all_steps_pass_small(tmp_path):
     import subprocess

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -109,3 +111,26 @@ def test_all_of_it_is_transformers():
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unit_length(heads[0]), qwen.l2norm(heads[0]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_cuda", "deterministic", "taken"),
+    [
+        (torch.bfloat16, True, False, True),
+        (torch.float16, True, False, True),
+        (torch.float32, True, False, False),  # flash-linear-attention refuses it
+        (torch.bfloat16, False, False, False),
+        (torch.bfloat16, True, True, False),
+    ],
+)
+def test_the_kernels_get_only_what_they_take(monkeypatch, dtype, is_cuda, deterministic, taken):
+    from megatron.core.ssm.gated_delta_net import common
+
+    from megatron_profit.models.gated_delta_net.layer import PackedGatedDeltaNet
+
+    layer = SimpleNamespace(config=SimpleNamespace(deterministic_mode=deterministic))
+    tensor = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+    monkeypatch.setattr(common, "chunk_gated_delta_rule", object())
+    assert PackedGatedDeltaNet._has_kernels(layer, tensor) is taken
+    monkeypatch.setattr(common, "chunk_gated_delta_rule", None)
+    assert not PackedGatedDeltaNet._has_kernels(layer, tensor)
