@@ -24,6 +24,7 @@ from megatron_profit.models.attention import (
     with_variable_lengths,
 )
 from megatron_profit.models.gated_delta_net.specs import (
+    VARIANTS,
     has_delta_net,
     with_local_delta_nets,
     with_packed_delta_net,
@@ -92,7 +93,7 @@ def _local_block_spec(
     if config.normalization != "RMSNorm":
         return block
     layers = [_with_own_parts(s, config) for s in block.layer_specs]
-    if config.experimental_attention_variant == "gated_delta_net":
+    if config.experimental_attention_variant in VARIANTS:
         layers = with_local_delta_nets(layers, config, vp_stage)
     return dataclasses.replace(block, layer_specs=layers, layer_norm=RMSNorm)
 

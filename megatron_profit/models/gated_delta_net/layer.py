@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_profit.models.gated_delta_net.delta_rule import delta_net
+from megatron_profit.models.gated_delta_net.delta_rule import delta_net, gated_delta_rule
 from megatron_profit.models.record_spans import RecordSpans
 
 
@@ -56,7 +56,7 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         super()._setup_variant_attrs()
         # Without flash-linear-attention there is no kernel here, and Megatron asks for one.
         if common.chunk_gated_delta_rule is None:
-            self.gated_delta_rule = common.torch_chunk_gated_delta_rule
+            self.gated_delta_rule = gated_delta_rule
 
     def forward(
         self,
@@ -90,9 +90,9 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         rows = None if packed_seq_params is None else packed_seq_params.whole
         projected = self._whole_rows(self.in_proj(hidden_states)[0])
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
-        decay, beta = self._compute_g_and_beta(
-            self._own_heads(self.A_log).float(), self._own_heads(self.dt_bias).float(), alpha, beta
-        )
+        rate = self._own_heads(self.A_log).float().exp()
+        decay = -rate * F.softplus(alpha.float() + self._own_heads(self.dt_bias).float())
+        beta = beta.sigmoid()
         mix = self._mix_with_kernels if self._has_kernels(qkv) else self._mix_plainly
         mixed_BS = mix(qkv, decay, beta, rows)
         gate_BS = gate.transpose(0, 1).unflatten(-1, (-1, self.value_head_dim))
@@ -167,9 +167,16 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         qkv, _ = common.causal_conv1d(
             x=qkv, weight=self._convolution, activation=self.activation, cu_seqlens=borders
         )
-        query, key, value, decay, beta = self._prepare_input_for_gated_delta_rule(
-            qkv, decay, *qkv.shape[:2], beta
+        keys = self.qk_dim_local_tp // self.cp_size
+        *both, value = qkv.split([keys, keys, qkv.size(-1) - 2 * keys], dim=-1)
+        repeats = self.num_value_heads // self.num_key_heads
+        query, key = (
+            common.l2norm(part.unflatten(-1, (-1, self.key_head_dim)).contiguous())
+            .repeat_interleave(repeats, dim=2)
+            .contiguous()
+            for part in both
         )
+        value = value.unflatten(-1, (-1, self.value_head_dim)).contiguous()
         mixed, _ = self.gated_delta_rule(
             query, key, value, g=decay, beta=beta, use_qk_l2norm_in_kernel=False, cu_seqlens=borders
         )

@@ -24,6 +24,8 @@ _LOCAL_KEYS = {
     "input_layernorm.": "self_attention.in_proj.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+# The variant's name in Megatron-Core 0.19; 0.20 renames it in the configuration.
+VARIANTS = ("gated_delta_net", "gdn")
 
 
 def has_delta_net(layer: ModuleSpec) -> bool:
