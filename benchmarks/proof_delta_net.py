@@ -9,6 +9,7 @@ a head.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def check_delta_net(device: str, rendezvous: str) -> dict[str, Any]:
     layers = {name: _layer(SIZES[device], dtype) for name, dtype in DTYPES.items()}
     for dtype, layer in layers.items():
         inputs = _inputs(SIZES[device], SIZES[device].records, device, DTYPES[dtype])
-        exact = _run(lambda *given: token_by_token(layer, *given), layer, inputs, torch.float64)
+        definition = functools.partial(token_by_token, layer)
+        exact = _run(definition, layer, inputs, torch.float64)
         for form, mix in _forms(layer, inputs["qkv"]).items():
             outcome = _run(mix, layer, inputs, DTYPES[dtype])
             found["errors"][f"{form}, {dtype}"] = {

@@ -6,7 +6,6 @@ no longer needs it. It is applied only where the source of these functions is on
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_profit.megatron_patches.upstream.sources import (
     installed_digests,
     installed_folder,
     known_digests,
+    version_of_tests,
 )
 
 _applied: set[str] = set()
@@ -65,7 +65,7 @@ def check_upstream(patches: Sequence[Patch]) -> list[str]:
     """Compare the installed upstream functions with the ones that the patches were written for.
 
     Returns:
-        A line for each package of another version than the tests ran with, whose functions are the same.
+        A line for each package of another version than the tests ran with, whose functions are known.
 
     Raises:
         UnsupportedVersionError: A function is missing or differs; all such functions are named.
@@ -73,12 +73,12 @@ def check_upstream(patches: Sequence[Patch]) -> list[str]:
     known, installed = known_digests(), installed_digests(functions_of(patches))
     for version, digests in installed.items():
         if changed := changed_functions(known, digests):
-            raise UnsupportedVersionError(_refusal(version, changed, known, patches))
+            raise UnsupportedVersionError(_refusal(version, changed, patches))
     return [
         f"{version} is not the version that the tests ran with ({tested}); its functions that are changed "
-        "here are the same"
+        "here are known"
         for version in installed
-        if version != (tested := _tested_version(known, version))
+        if version != (tested := version_of_tests(version))
     ]
 
 
@@ -88,9 +88,9 @@ def changed_functions(known: Digests, installed: Mapping[str, str]) -> list[str]
     return [function for function in installed if (function, installed[function]) not in accepted]
 
 
-def _refusal(version: str, changed: Sequence[str], known: Digests, patches: Sequence[Patch]) -> str:
+def _refusal(version: str, changed: Sequence[str], patches: Sequence[Patch]) -> str:
     folder = installed_folder(changed[0])
-    tested = _tested_version(known, version)
+    tested = version_of_tests(version)
     requirement = tested.replace("megatron-core", "megatron-core[training]").replace(" ", "==")
     named = [
         f"{name} in {file} (patch {', '.join(p.name for p in patches if function in p.functions)})"
@@ -103,13 +103,6 @@ def _refusal(version: str, changed: Sequence[str], known: Digests, patches: Sequ
         f"tested version with: pip install '{requirement}', and take other ones off PYTHONPATH; or review "
         "these functions and accept them with: python -m megatron_profit.megatron_patches --accept"
     )
-
-
-def _tested_version(known: Digests, version: str) -> str:
-    """Return the newest known version of a package, as "torch 2.15.0"."""
-    package = version.partition(" ")[0]
-    found = [name for name in known if name.partition(" ")[0] == package]
-    return max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
 
 class replaced:

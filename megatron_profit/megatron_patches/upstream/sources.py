@@ -27,6 +27,8 @@ _PACKAGES = {
     "megatron": ("megatron-core", "megatron/core/package_info.py"),
     "torch": ("torch", "torch/version.py"),
 }
+# The versions of constraints.txt. Digests of others are known, too.
+_TESTED = {"megatron-core": "0.19.2", "torch": "2.15.0"}
 _DEFINITION = re.compile(r"[ \t]*(def |async def |class )")
 _DECORATOR = re.compile(r"[ \t]*@")
 type Digests = dict[str, dict[str, str]]
@@ -77,6 +79,12 @@ def installed_version(package: str) -> str:
     path = installed_path(version_file)
     version = "none" if path is None else runpy.run_path(str(path))["__version__"]
     return f"{distribution} {version.partition('+')[0]}"
+
+
+def version_of_tests(version: str) -> str:
+    """Return the version of a package that all tests run with, "torch 2.15.0" for "torch 2.12.0"."""
+    package = version.partition(" ")[0]
+    return f"{package} {_TESTED[package]}"
 
 
 def installed_path(file: str) -> Path | None:
