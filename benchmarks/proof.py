@@ -7,6 +7,7 @@ children are fresh processes instead.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -75,12 +76,18 @@ class Children:
         prepare: Called in each process before the function; it imports what all of them need.
         logs: Folder that gets what they print, a file each.
         start_method: "fork" or "spawn".
+        deadline: On `time.monotonic`; a process that still runs then is killed.
     """
 
     def __init__(
-        self, device: str, prepare: Callable[[str], None], logs: Path, start_method: str = "fork"
+        self,
+        device: str,
+        prepare: Callable[[str], None],
+        logs: Path,
+        start_method: str = "fork",
+        deadline: float = math.inf,
     ) -> None:
-        self.device, self.start_method = device, start_method
+        self.device, self.start_method, self.deadline = device, start_method, deadline
         self._prepare, self._logs = prepare, logs
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -89,7 +96,7 @@ class Children:
 
         Args:
             name: Of the log.
-            seconds: After which the process is killed.
+            seconds: After which the process is killed, if the deadline does not come before.
             function: Of a module; what it returns can be pickled.
             *values: Its arguments.
 
@@ -102,6 +109,7 @@ class Children:
         process = context.Process(
             target=_child, args=(sender, str(log), self._prepare, self.device, function, values)
         )
+        seconds = max(0.0, min(seconds, self.deadline - time.monotonic()))
         process.start()
         sender.close()
         if not receiver.poll(seconds):

@@ -19,8 +19,9 @@ import torch
 from proof import Children, Result, Step, StepFailure
 from proof_delta_net import BOUNDS as DELTA_NET_BOUNDS
 from proof_delta_net import check_delta_net
+from proof_kernel import kernel_configurations, measure_kernel, profile_table
 from proof_runs import SIZES, speed, steps_of, train, uneven
-from training_inputs import write_chats, write_model
+from training_inputs import write_chats, write_model, write_tiny_model
 
 from megatron_profit.objectives import build_objective
 from megatron_profit.objectives.base import COMPUTED_STATISTICS
@@ -132,31 +133,6 @@ def dropping_threshold(config: Mapping[str, Any], share: float) -> float:
     return math.exp(quantile - deviation**2 / 2) / config["vocab_size"]
 
 
-def kernel_configurations(device: str) -> list[Any]:
-    """Return the configurations of the kernel's table."""
-    import bench_objective
-
-    flags = [*SIZES[device].kernel, "--device", device]
-    return list(bench_objective.configurations(bench_objective.parse_arguments(flags)))
-
-
-def measure_kernel(device: str, number: int, rendezvous: str) -> dict[str, Any]:
-    """Measure one configuration of the kernel's table in this process; return its record."""
-    import bench_objective
-
-    options = bench_objective.parse_arguments([*SIZES[device].kernel, "--device", device])
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=0,
-        world_size=1,
-    )
-    config = kernel_configurations(device)[number]
-    record = bench_objective.run_configuration(options, config, torch.device(device))
-    torch.distributed.destroy_process_group()
-    return record | {"title": str(config)}
-
-
 class Proof:
     """The steps, with the folders and processes that they share.
 
@@ -260,9 +236,11 @@ class Proof:
             )
             result.data["configurations"].append(record)
             result.tables.append(f"{record['title']}:\n\n{bench_objective.table(record)}")
+            if "profile" in record:
+                result.tables.append(profile_table(record["profile"]))
 
     def delta_net(self, result: Result) -> None:
-        """Compare the kernels of Gated DeltaNet and its plain form with the exact result, on packed rows."""
+        """Compare the forms of Gated DeltaNet with the exact result, and train a tiny model."""
         rendezvous = str(self._scratch / "rendezvous-delta-net")
         found = self._children.run(
             "delta-net", 90, check_delta_net, self._children.device, rendezvous
@@ -284,6 +262,14 @@ class Proof:
                 "not run: flash-linear-attention's kernels, which need a GPU and the package"
             )
         result.tables.append(benchmarking.markdown_table(("relative error", "form"), rows))
+        folder = self._scratch / "states"
+        model = self._children.run("model-states", 60, write_tiny_model, folder, "qwen3.5")
+        data = self._chats("states", model, uneven(self._sizes.seq_length, 16 * self._sizes.timed))
+        flags = [*self._common(model, data), "--packing", *self._iterations(self._sizes.timed)]
+        whole = self._train("states", 90, flags, [])
+        local = self._train("states-local", 90, flags, ["--transformer-impl", "local"])
+        is_near = _near(whole, local, "lm loss")
+        result.check(f"a tiny Qwen3.5, local layers: losses within {BF16_NOISE:.0%}", is_near)
 
     def lora(self, result: Result) -> None:
         """Measure steps with adapters of rank 16, whose base is held in bf16."""

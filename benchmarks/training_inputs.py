@@ -14,7 +14,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY / "tools"))
 
-from make_tiny_model import make_tiny_model
+from make_tiny_model import TinyShape, make_tiny_model
 
 # Entries of the published config.json.
 QWEN3_06B = {
@@ -57,6 +57,12 @@ def write_model(folder: Path, sizes: Mapping[str, Any], with_weights: bool = Fal
     if with_weights:
         _write_weights(folder)
     return folder
+
+
+def write_tiny_model(folder: Path, family: str) -> Path:
+    """Write a tiny model of a family, such as "qwen3.5", with random weights; return `folder`."""
+    texts = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
+    return make_tiny_model(folder, texts, TinyShape(family=family), overwrite=True)
 
 
 def _write_weights(folder: Path) -> None:

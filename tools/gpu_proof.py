@@ -31,17 +31,17 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 STEPS = ("environment", "operation", "run", "step", "kernel", "delta-net", "lora")
 
 
-def start_children(device: str, scratch: Path) -> tuple[proof.Children, str]:
+def start_children(device: str, scratch: Path, deadline: float) -> tuple[proof.Children, str]:
     """Return the starter of processes, forks if they can use the device, and the device's name."""
     prepare(device)
     logs = scratch / "logs"
-    forks = proof.Children(device, prepare, logs)
+    forks = proof.Children(device, prepare, logs, "fork", deadline)
     if device == "cpu":
         return forks, "cpu"
     try:
         return forks, forks.run("trial", 30, touch_gpu)
     except proof.StepFailure:
-        fresh = proof.Children(device, prepare, logs, "spawn")
+        fresh = proof.Children(device, prepare, logs, "spawn", deadline)
         return fresh, fresh.run("trial", 120, touch_gpu)
 
 
@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", default=list(STEPS))
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="no step begins after them (default 8)"
+        "--minutes", type=float, default=8.0, help="all of it ends after them (default 8)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results files")
     parser.add_argument("--scratch", type=Path, help="folder of models and logs, which stays")
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse_arguments(argv)
     with tempfile.TemporaryDirectory() as temporary:
         scratch = options.scratch or Path(temporary)
-        children, card = start_children(options.device, scratch)
+        deadline = begin + 60 * options.minutes
+        children, card = start_children(options.device, scratch, deadline)
         name = "-".join(["gpu-proof", *card.lower().replace("nvidia ", "").split()])
         command = shlex.join(["python", "tools/gpu_proof.py", *argv])
         about = {
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
                 print(f"> results: {page}", flush=True)
 
         steps = [step for step in Proof(children, scratch).steps() if step.name in options.only]
-        results = proof.prove(steps, begin + 60 * options.minutes, write)
+        results = proof.prove(steps, deadline, write)
     failed = [result.name for result in results if result.verdict == "failed"]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

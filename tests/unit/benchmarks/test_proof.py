@@ -63,6 +63,14 @@ def test_a_process_that_takes_too_long_is_killed(tmp_path):
         children.run("one", 0.3, time.sleep, 600)
 
 
+def test_no_process_outlives_the_deadline_of_the_proof(tmp_path):
+    deadline = time.monotonic() + 0.5
+    children = proof.Children("cpu", no_imports, tmp_path, deadline=deadline)
+    with pytest.raises(proof.StepFailure, match="cut off after 0 s"):
+        children.run("one", 600, time.sleep, 600)
+    assert time.monotonic() < deadline + 60
+
+
 def test_results_are_written_after_each_step_and_a_late_step_is_not_run(tmp_path):
     def good(result):
         result.check("one is one", True)
