@@ -91,7 +91,7 @@ def check_delta_net(device: str, rendezvous: str) -> dict[str, Any]:
             }
     inputs = _inputs(SIZES[device], SIZES[device].timed, device, torch.bfloat16)
     found["milliseconds"] = {
-        form: 1e3 * _seconds(lambda mix=mix: _run(mix, layers["bf16"], inputs, torch.bfloat16))
+        form: 1e3 * _seconds(functools.partial(_run, mix, layers["bf16"], inputs, torch.bfloat16))
         for form, mix in _forms(layers["bf16"], inputs["qkv"]).items()
     }
     torch.distributed.destroy_process_group()
@@ -168,7 +168,7 @@ def _inputs(
         "upstream": random(sizes.value_heads, sizes.head).transpose(0, 1).to(dtype),
         "positions": positions.to(device),
         "rows": RecordSpans.of(
-            record_bounds(positions), tuple(positions.shape), torch.device(device), 1, 0
+            record_bounds(positions), (len(records), shape[0]), torch.device(device), 1, 0
         ),
     }
 

@@ -33,8 +33,10 @@ def folder(tmp_path_factory):
 def command(folder: Path, name: str, *flags: str) -> str:
     """What a command prints, which ends well, on the first GPU."""
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_profit", name, *flags]
-        + ["--model", "tiny", "--data", "chats.jsonl"],
+        [
+            *(sys.executable, "-m", "megatron_profit", name, *flags),
+            *("--model", "tiny", "--data", "chats.jsonl"),
+        ],
         cwd=folder,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"},
         capture_output=True,

@@ -52,9 +52,11 @@ class HeadNorm(torch.nn.Module):
 class PackedGatedDeltaNet(GatedDeltaNet):
     """Megatron's Gated DeltaNet, its parameters and their places in a checkpoint, for packed rows."""
 
+    gated_delta_rule: Any  # of flash-linear-attention
+
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
-        # Without flash-linear-attention there is no kernel here, and Megatron asks for one.
+        # Without flash-linear-attention there is no kernel here, and Megatron asks for one at construction.
         if common.chunk_gated_delta_rule is None:
             self.gated_delta_rule = gated_delta_rule
 

@@ -39,7 +39,7 @@ def children(request, tmp_path):
 
 
 def test_a_function_runs_in_a_prepared_process_of_its_own(children):
-    device, pid = children.run("one", 60, device_of_this_process)
+    device, pid = children.run("one", 300, device_of_this_process)
     assert device == "cpu"
     assert pid != os.getpid()
 
@@ -51,7 +51,7 @@ def test_a_function_runs_in_a_prepared_process_of_its_own(children):
 def test_a_failure_is_told_with_the_end_of_its_log(tmp_path, function, reason):
     children = proof.Children("cpu", no_imports, tmp_path)
     with pytest.raises(proof.StepFailure) as failure:
-        children.run("one", 60, function)
+        children.run("one", 300, function)
     assert reason in str(failure.value).splitlines()[0]
     if function is fail:
         assert "a last word" in str(failure.value)
