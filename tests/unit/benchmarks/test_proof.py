@@ -150,7 +150,10 @@ def test_all_steps_pass_small(tmp_path):
 
     command = [sys.executable, REPOSITORY / "tools" / "gpu_proof.py", "--device", "cpu"]
     done = subprocess.run(
-        [*command, "--out", tmp_path], cwd=tmp_path, capture_output=True, text=True
+        [*command, "--minutes", "30", "--out", tmp_path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-gpu-proof-cpu.json")
