@@ -41,6 +41,7 @@ from checkpoint_conversion.hf.plan import (
     COMMAND,
     files_of,
     for_older_readers,
+    in_fp32_as_in,
     tensor_specs,
     with_dtype,
 )
@@ -120,6 +121,8 @@ def plan_export(
     tensors = tensor_specs(
         checkpoint.rules, lambda rule: chosen or checkpoint.dtypes[rule.megatron]
     )
+    if chosen is None:
+        tensors = in_fp32_as_in(template, tensors)
     carried = carried_to_export(template, config)
     noted = None if any_carried else read_notes(checkpoint.folder)
     if noted is not None:
@@ -174,7 +177,8 @@ def megatron_to_hf(
         hf_template: HuggingFace folder of the same architecture.
         out: Folder to write; it appears whole or not at all.
         iteration: A number or "release"; None for the latest.
-        dtype: "source" (as in the checkpoint), "fp32", "bf16" or "fp16".
+        dtype: "source" (as in the checkpoint, and fp32 where a template of half precision has fp32), "fp32",
+            "bf16" or "fp16".
         max_shard_size: For example "5GB". None: the files of the template when it has an index, else at
             most 5 GB each.
         ignore_arguments: Do not compare the arguments that the checkpoint keeps with the template.

@@ -55,7 +55,6 @@ class Part:
     layout: Layout = ()
     axes: Mapping[str, int] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
-    float32: bool = False
 
 
 def read_decoder(read: ConfigReader) -> Decoder:
@@ -251,7 +250,6 @@ def stacked(model: Decoder, parts: Iterable[Part]) -> list[TensorRule]:
             part.layout,
             {"layer": model.layers, **part.axes},
             aliases=tuple(LAYERS + alias for alias in part.aliases),
-            float32=part.float32,
         )
         for part in parts
     ]

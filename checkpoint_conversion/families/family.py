@@ -68,7 +68,6 @@ class TensorRule:
             (padding).
         aliases: Other keys for the same tensor. Transformer Engine's and the local layers name some
             differently. A conversion writes all of them; a training run saves one.
-        float32: Whether training keeps the tensor in fp32 where the model is bf16 or fp16.
     """
 
     megatron: str
@@ -77,7 +76,6 @@ class TensorRule:
     axes: Mapping[str, int] = field(default_factory=dict)
     vocabulary: bool = False
     aliases: tuple[str, ...] = ()
-    float32: bool = False
 
     def __post_init__(self) -> None:
         if not self.layout:

@@ -156,12 +156,10 @@ def delta_net(model: Decoder, linear: DeltaNet, projections: Iterable[Part]) -> 
             Part(f"self_attention.conv1d.weight.{name}", convolution, layout)
             for name, layout in _query_key_value(linear)
         ),
-        Part("self_attention.A_log", {"linear_attn.A_log": (heads,)}, float32=True),
-        Part("self_attention.dt_bias", {"linear_attn.dt_bias": (heads,)}, float32=True),
+        Part("self_attention.A_log", {"linear_attn.A_log": (heads,)}),
+        Part("self_attention.dt_bias", {"linear_attn.dt_bias": (heads,)}),
         Part(
-            "self_attention.out_norm.plain_weight",
-            {"linear_attn.norm.weight": (linear.value_dim,)},
-            float32=True,
+            "self_attention.out_norm.plain_weight", {"linear_attn.norm.weight": (linear.value_dim,)}
         ),
         Part(
             "self_attention.out_proj.weight",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_conversion.engine.dtypes import F32
 from checkpoint_conversion.engine.output import check_output, whole_folder, write_files
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.hf.carried import Notes, carried_to_export, check_names, copy_carried
@@ -19,6 +18,7 @@ from checkpoint_conversion.hf.plan import (
     COMMAND,
     files_of,
     for_older_readers,
+    in_fp32_as_in,
     tensor_specs,
     with_dtype,
 )
@@ -107,7 +107,7 @@ def plan_output(
     Args:
         folder: The folder to write.
         template: HuggingFace folder of the same architecture.
-        dtype: The dtype of the tensors, except for the ones that training keeps in fp32.
+        dtype: The dtype of the tensors, except for the ones that `in_fp32_as_in` finds.
         overwrite: Whether an earlier output in this place may be replaced, if it was not changed since.
 
     Raises:
@@ -119,7 +119,7 @@ def plan_output(
     rules = rules_in(template, config)
     carried = carried_to_export(template, config)
     kind = from_torch(dtype)
-    tensors = tensor_specs(rules, lambda rule: F32 if rule.float32 else kind)
+    tensors = in_fp32_as_in(template, tensor_specs(rules, lambda _: kind))
     weight_map = files_of(template, {**tensors, **carried})
     artifacts(template)
     written = for_older_readers(with_dtype(config, tensors))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.engine.dtypes import DType
+from checkpoint_conversion.engine.dtypes import F32, DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, TensorRule
 from checkpoint_conversion.families.config import TEXT
-from checkpoint_conversion.hf.folder import INDEX, read_weight_map
+from checkpoint_conversion.hf.folder import INDEX, has_weights, list_tensors, read_weight_map
 from checkpoint_conversion.hf.model import known_name
 from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
@@ -57,6 +58,28 @@ def tensor_specs(
         for rule in rules
         for piece in rule.pieces()
         for name, shape in zip(piece.hf, rule.hf.values(), strict=True)
+    }
+
+
+def in_fp32_as_in(template: Path, tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return tensors to write, in fp32 where a template of half precision has them in fp32.
+
+    For example, Qwen3.5 is published in bf16, with the decays and the norms of its Gated DeltaNets in fp32.
+    A template in fp32, or one without weights, changes no dtype.
+    """
+    there = has_weights(template) and any(template.glob("*.safetensors"))
+    found = list_tensors(template) if there else {}
+    stored = {known_name(name, tensors): tensor for name, tensor in found.items()}
+    nbytes = Counter[str]()
+    for name in tensors.keys() & stored.keys():
+        nbytes[stored[name].dtype] += stored[name].nbytes
+    if not nbytes or nbytes.most_common(1)[0][0] == F32.name:
+        return dict(tensors)
+    return {
+        name: replace(tensor, dtype=F32)
+        if name in stored and stored[name].dtype == F32.name
+        else tensor
+        for name, tensor in tensors.items()
     }
 
 

@@ -50,6 +50,7 @@ _UNCHANGED = {
     "num_experts": None,
     "moe_shared_expert_intermediate_size": None,
     "experimental_attention_variant": None,
+    "deterministic_mode": False,
     "attention_output_gate": False,
     "lora_rank": None,
     "lora_targets": None,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from checkpoint_conversion.adapters.options import ALL_LINEAR
+from megatron_profit.estimates import state_activations
 from megatron_profit.estimates.parameter_counts import (
     Parameters,
     stage_parameters,
@@ -167,7 +168,7 @@ def layer_activations(run: RunShape, kind: LayerKind, expert_load: float) -> Lay
     args, number, tokens = run.args, run.bytes_per_number, run.tokens
     stream = tokens * args.hidden_size * number // run.sequence_split
     query, key_value = run.query_size // run.tp, run.key_value_size // run.tp
-    attention = _state_bytes(run) if kind.state else _attention_bytes(run)
+    attention = state_activations.kept_bytes(run) if kind.state else _attention_bytes(run)
     norms = 2 * stream
     if not run.fused:  # a norm of single operations keeps what it has normalised, before its weight
         norms += 2 * stream
@@ -177,8 +178,8 @@ def layer_activations(run: RunShape, kind: LayerKind, expert_load: float) -> Lay
     if not kind.experts:
         mlp = tokens * _gated_mlp(run, args.ffn_hidden_size // run.tp) * number
         inner = tokens * args.ffn_hidden_size // run.tp
-        low = _between_factors(run, tokens, tokens)
-        low += _dropped_inputs(run, tokens * args.hidden_size // run.sequence_split, inner)
+        low = _between_factors(run, kind, tokens, tokens)
+        low += _dropped_inputs(run, kind, tokens * args.hidden_size // run.sequence_split, inner)
         return LayerActivations(stream, norms, attention, stream, mlp, 0, low)
     # Each token goes to `topk` experts; the ranks that share an expert gather its tokens.
     local = tokens / run.sequence_split * args.moe_router_topk * run.etp * expert_load
@@ -186,8 +187,8 @@ def layer_activations(run: RunShape, kind: LayerKind, expert_load: float) -> Lay
     router = tokens // run.sequence_split * args.num_experts * 4 * 2
     router += int(local * args.hidden_size * number)
     inner = int(local * args.moe_ffn_hidden_size // run.etp)
-    low = _between_factors(run, tokens, int(local))
-    low += _dropped_inputs(run, int(local * args.hidden_size), inner)
+    low = _between_factors(run, kind, tokens, int(local))
+    low += _dropped_inputs(run, kind, int(local * args.hidden_size), inner)
     mlp = int(local * expert * number)
     if args.moe_shared_expert_intermediate_size:
         shared = _gated_mlp(run, args.moe_shared_expert_intermediate_size // run.tp)
@@ -209,40 +210,34 @@ def _attention_bytes(run: RunShape) -> int:
     return numbers * run.bytes_per_number + tokens * args.num_attention_heads // run.tp * 4
 
 
-def _state_bytes(run: RunShape) -> int:
-    """Return the bytes that a Gated DeltaNet with kernels keeps of a micro-batch.
-
-    They are the projection's output, the convolution's, keys and queries for each value head, values, decays,
-    the triangular system of each chunk of 64 tokens, and the output before and after its gate.
+def _between_factors(run: RunShape, kind: LayerKind, tokens: int, mlp_tokens: int) -> int:
+    """Return the bytes between A and B, scaled once: four projections of attention or five of a Gated
+    DeltaNet, and three of the MLP.
     """
-    args, tokens = run.args, run.tokens
-    heads = args.linear_num_value_heads // run.tp
-    keys, values = run.state_keys // run.tp, run.state_values // run.tp
-    repeated = 2 * heads * args.linear_key_head_dim
-    numbers = 2 * (2 * keys + values) + values + 2 * heads + repeated + 3 * values + 64 * heads
-    return tokens * (numbers * run.bytes_per_number + 2 * heads * 4)
-
-
-def _between_factors(run: RunShape, tokens: int, mlp_tokens: int) -> int:
-    """Return the bytes between A and B: four projections of attention and three of the MLP, scaled once."""
     rank = run.args.lora_rank or 0
-    return 2 * rank * (4 * tokens + 3 * mlp_tokens) * run.bytes_per_number
+    return 2 * rank * ((5 if kind.state else 4) * tokens + 3 * mlp_tokens) * run.bytes_per_number
 
 
-def _dropped_inputs(run: RunShape, mlp_input: int, inner: int) -> int:
+def _dropped_inputs(run: RunShape, kind: LayerKind, mlp_input: int, inner: int) -> int:
     """Return the bytes that a dropout keeps: for each projection with adapters, its input and a mask.
 
     Args:
+        run: The run's shape.
+        kind: The kind of the layer.
         mlp_input: Numbers of the MLP's input on this rank.
         inner: Numbers of the input of down_proj.
     """
     args = run.args
     if not args.lora_dropout:
         return 0
-    stream, context = run.tokens * args.hidden_size // run.sequence_split, run.query_size // run.tp
-    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), stream)
-    inputs |= dict.fromkeys(("gate_proj", "up_proj"), mlp_input)
-    inputs |= {"o_proj": run.tokens * context, "down_proj": inner}
+    stream = run.tokens * args.hidden_size // run.sequence_split
+    if kind.state:
+        inputs = dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), stream)
+        inputs["out_proj"] = run.tokens * run.state_values // run.tp
+    else:
+        inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), stream)
+        inputs["o_proj"] = run.tokens * run.query_size // run.tp
+    inputs |= dict.fromkeys(("gate_proj", "up_proj"), mlp_input) | {"down_proj": inner}
     targets = args.lora_targets or (ALL_LINEAR,)
     numbers = sum(size for name, size in inputs.items() if name in targets or ALL_LINEAR in targets)
     return numbers * (run.bytes_per_number + 1)
@@ -264,6 +259,9 @@ def kept_activations(run: RunShape, kind: LayerKind, expert_load: float) -> int:
     if "core_attn" in modules and not kind.state:
         heads = run.args.num_attention_heads // run.tp
         parts = replace(parts, attention=parts.attention - run.tokens * heads * 4)
+    if "gdn_norm_out" in modules and kind.state:
+        attention = parts.attention - state_activations.norm_bytes(run)
+        parts = replace(parts, attention=attention)
     if "layernorm" in modules:
         parts = replace(parts, norms=0)
     if ("moe" if kind.experts else "mlp") in modules:
@@ -322,12 +320,13 @@ def _activations(run: RunShape, stage: int, expert_load: float) -> tuple[int, in
 
 
 def _layer_working(run: RunShape, kind: LayerKind, expert_load: float) -> int:
-    """Return the bytes of an MLP's backward pass: its gathered input, the input's gradient and the inner
-    gradients.
+    """Return the bytes of an MLP's backward pass, or of a Gated DeltaNet's if it needs more: its gathered
+    input, the input's gradient and the inner gradients.
     """
     parts = layer_activations(run, kind, expert_load)
     gathered = 2 * run.tokens * run.args.hidden_size * run.bytes_per_number
-    return gathered + parts.mlp + 2 * parts.router
+    inner = parts.mlp + 2 * parts.router
+    return gathered + max(inner, state_activations.working_bytes(run) if kind.state else 0)
 
 
 def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
@@ -346,9 +345,9 @@ def output_bytes(run: RunShape, supervised_share: float) -> tuple[int, int]:
     vocab, hidden, number = args.padded_vocab_size // run.tp, args.hidden_size, run.bytes_per_number
     weight = torch.empty(vocab, hidden, dtype=dtype, device="meta")
     tiling = Tiling.of(weight, rows, None, args.objective_backward)
-    norm = (2 if run.fused else 3) * tokens * hidden * number // run.sequence_split
-    gathered = tokens * hidden * number if run.sequence_split > 1 else 0
-    kept = norm + gathered + tiling.kept_rows * vocab * number
+    # The norm's input; under sequence parallelism the gathered output in place of its own.
+    norm = (1 if run.fused else 2) * tokens * hidden * number // run.sequence_split
+    kept = norm + tokens * hidden * number + tiling.kept_rows * vocab * number
     block = rows * min(tiling.columns, vocab) * number
     # Supervised rows, their gradient in fp32 and all rows' gradient; the weight's gradient for autograd.
     gradients = rows * hidden * (number + 4) + tokens * hidden * number

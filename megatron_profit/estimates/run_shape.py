@@ -156,6 +156,11 @@ class RunShape:
         return self.args.linear_num_value_heads * self.args.linear_value_head_dim
 
     @property
+    def has_state_kernels(self) -> bool:
+        """Whether kernels compute the Gated DeltaNets; else they are single operations of torch."""
+        return self.fused and not self.args.deterministic_mode
+
+    @property
     def normalizes_projections(self) -> bool:
         """Whether one norm sees the queries of all heads, and one the keys, as in OLMo-2."""
         return self.args.spec is not None and tuple(self.args.spec) == LAYER_SPEC

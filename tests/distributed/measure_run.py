@@ -89,17 +89,18 @@ class Saved:
         @functools.wraps(forward_step)
         def step(data_iterator, model, *args, **kwargs):
             parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-            storages: dict[int, int] = {}
+            storages: dict[int, torch.UntypedStorage] = {}
 
             def pack(tensor):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in parameters:
-                    storages[storage.data_ptr()] = storage.nbytes()
+                    storages[storage.data_ptr()] = storage
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 result = forward_step(data_iterator, model, *args, **kwargs)
-            self.of_micro_batch.append(sum(storages.values()))
+            # What is recomputed has no bytes left by now.
+            self.of_micro_batch.append(sum(storage.nbytes() for storage in storages.values()))
             return result
 
         return step

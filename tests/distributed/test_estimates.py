@@ -21,7 +21,7 @@ from megatron_profit.estimates.memory import (
     layer_activations,
     output_bytes,
 )
-from megatron_profit.estimates.run_shape import LayerKind, RunShape
+from megatron_profit.estimates.run_shape import RunShape
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -34,7 +34,11 @@ SMALL = 2e-3
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     shape = TinyShape(num_layers=4)
-    shapes = {"dense": shape, "olmo2": replace(shape, family="olmo2")}
+    shapes = {
+        "dense": shape,
+        "olmo2": replace(shape, family="olmo2"),
+        "states": replace(shape, family="qwen3.5"),
+    }
     data = sorted(DATA.glob("*.jsonl"))
     return {name: make_tiny_model(folder / name, data, own) for name, own in shapes.items()}
 
@@ -71,6 +75,11 @@ OLMO2 = [
     pytest.param(2, layout, "olmo2", marks=pytest.mark.slow)
     for layout in (SPLIT, f"--tensor-model-parallel-size 2 {FULL}", "--context-parallel-size 2")
 ]
+NORMS = "--recompute-granularity selective --recompute-modules gdn_norm_out"
+STATES = [
+    pytest.param(world_size, layout, "states", marks=pytest.mark.slow)
+    for world_size, layout in ((1, ""), (1, NORMS), (2, SPLIT), (2, f"{SPLIT} {NORMS}"))
+]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +102,7 @@ OLMO2 = [
         ),
         pytest.param(4, f"{SPLIT} --use-distributed-optimizer", "dense", marks=pytest.mark.slow),
         *OLMO2,
+        *STATES,
     ],
 )
 def test_ranks_hold_and_send_what_is_estimated(measure, world_size, layout, model):
@@ -118,9 +128,10 @@ def check_activations(run: RunShape, stage: int, measured: dict) -> None:
     """Of a micro-batch, and how many are held; the kernel keeps logits outside of autograd's sight."""
     assert measured["under way"] == chunks_under_way(run, stage)
     chunk = run.chunks_of(stage)[-1]
-    expected = sum(kept_activations(run, LayerKind(), 1.0) for _ in chunk)
+    kinds = [run.kinds[layer] for layer in chunk]
+    expected = sum(kept_activations(run, kind, 1.0) for kind in kinds)
     if run.args.recompute_granularity == "full":
-        expected = len(chunk) * layer_activations(run, LayerKind(), 1.0).entry
+        expected = sum(layer_activations(run, kind, 1.0).entry for kind in kinds)
     if stage == run.pp - 1:
         args = Namespace(**{**vars(run.args), "objective_backward": "recompute"})
         expected += output_bytes(replace(run, args=args), 1.0)[0]

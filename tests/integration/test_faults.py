@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from killable_runs import (
     Chain,
     Job,
@@ -19,8 +20,13 @@ from killable_runs import (
     killed_in_save,
     random_kills,
     steps,
+    tensors,
 )
 from make_tiny_model import TinyShape, make_tiny_model
+from safetensors.torch import load_file, save_file
+
+from checkpoint_conversion.megatron_to_hf import megatron_to_hf
+from checkpoint_conversion.verify import verify
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data"
 INTERVAL = 3
@@ -32,6 +38,10 @@ PROFIT = (
 PSFT = (
     "--objective psft --psft-steps-per-refresh 5 --clip-high 0.28 --use-distributed-optimizer"
 ).split()
+
+STATES = "--objective sft --tensor-model-parallel-size 2 --sequence-parallel --bf16".split()
+STATES += "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split()
+IN_FP32 = ("A_log", "linear_attn.norm.weight")
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +55,27 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> Path:
+    """Gated DeltaNets and a vision tower; in bf16, with decays and the heads' norms in fp32, as published."""
+    shape = TinyShape(hidden_size=32, intermediate_size=64, head_dim=16, family="qwen3.5-vision")
+    folder = tmp_path_factory.mktemp("states") / "tiny"
+    make_tiny_model(folder, sorted(DATA.glob("*.jsonl")), shape)
+    weights = {
+        name: weight if name.endswith(IN_FP32) else weight.bfloat16()
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def command(tiny, tmp_path):
     """The flags of a run that saves into a folder of a name, and goes on from there."""
 
-    def make(name: str, train_iters: int, *flags: object) -> list[object]:
+    def make(name: str, train_iters: int, *flags: object, model: Path = tiny) -> list[object]:
         return [
-            *("--hf-model", tiny, "--random-init", "--data", DATA / "arithmetic_base.jsonl"),
+            *("--hf-model", model, "--random-init", "--data", DATA / "arithmetic_base.jsonl"),
             *("--seq-length", 48, "--micro-batch-size", 2, "--global-batch-size", 4),
             *("--lr", 1e-3, "--lr-decay-style", "cosine", "--lr-warmup-iters", 3),
             *("--train-iters", train_iters, "--save-interval", INTERVAL, *flags),
@@ -65,12 +89,12 @@ def command(tiny, tmp_path):
 def chain(command, tmp_path):
     """An uninterrupted run, and the means to live through the same one in several lives."""
 
-    def make(train_iters: int, *flags: object) -> tuple[Chain, dict, Path]:
-        whole = Job(2, command("whole", train_iters, *flags), tmp_path / "whole.log")
+    def make(train_iters: int, *flags: object, **model: Path) -> tuple[Chain, dict, Path]:
+        whole = Job(2, command("whole", train_iters, *flags, **model), tmp_path / "whole.log")
         assert whole.end() == 0, whole.output[-6000:]
         expected = steps(whole.output)
         assert list(expected) == list(range(1, train_iters + 1))
-        start = functools.partial(Job, 2, command("killed", train_iters, *flags))
+        start = functools.partial(Job, 2, command("killed", train_iters, *flags, **model))
         return Chain(start, tmp_path / "killed", tmp_path), expected, tmp_path / "whole"
 
     return make
@@ -103,6 +127,33 @@ def test_a_killed_run_goes_on_exactly(chain):
     assert lives.lost[-1] == 0, "what was saved upon the signal is not lost"
     assert "successfully loaded checkpoint" in output
     assert_exact(lives, expected, whole, 16)
+
+
+def test_a_killed_run_of_states_in_bf16_goes_on_exactly_and_is_exported_as_published(
+    chain, states, tmp_path
+):
+    """The optimizer has fp32 copies of the decays, which bf16 alone would not let move by small steps."""
+    lives, expected, whole = chain(8, *STATES, model=states)
+    lives.live(expected, killed_in_save(6, "machine", 0.01))
+    lives.live(expected, lambda job: job.end())
+    assert_exact(lives, expected, whole, 8)
+    saved = tensors(whole / "iter_0000008")
+    for weight in ("A_log", "dt_bias", "out_norm.plain_weight"):
+        name = f"decoder.layers.0.self_attention.{weight}"
+        copy = saved[f"optimizer.state.param.{name}"]
+        assert (saved[name].dtype, copy.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(copy.bfloat16(), saved[name])
+        assert not torch.equal(copy, saved[name].float())
+    for run in ("whole", "killed"):
+        megatron_to_hf(tmp_path / run, states, tmp_path / f"{run}-hf")
+    assert not verify(tmp_path / "whole-hf", tmp_path / "killed-hf").differences
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (states, tmp_path / "killed-hf")
+    )
+    assert {name: w.dtype for name, w in after.items()} == {n: w.dtype for n, w in before.items()}
+    carried = [name for name in before if name.startswith("model.visual.")]
+    assert carried
+    assert all(torch.equal(after[name], before[name]) for name in carried)
 
 
 @pytest.mark.slow

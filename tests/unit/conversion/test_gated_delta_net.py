@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conversion_helpers import assert_equal, read_hf, read_megatron
 from safetensors.torch import load_file, save_file
 from test_megatron_to_hf import assert_same_tensors, save_run
-from tiny_gated_delta_net import MODELS, make_model, megatron_tensors
+from tiny_gated_delta_net import LINEAR, MODELS, make_model, megatron_tensors
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.families.layouts import grouped_gated_qkv, part_of
 from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.output import plan_output
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
@@ -107,21 +110,56 @@ def test_packed_and_single_experts_have_the_same_megatron_tensors(tmp_path, name
         assert_same_tensors(template, out)
 
 
-def test_a_folder_of_several_files_and_dtypes(tmp_path):
-    """The published ones have A_log and the plain norm in fp32."""
-    hf = make_model(tmp_path / "hf", "qwen3.5-vision", torch.bfloat16, shard_size="60KB")
-    shards = sorted(hf.glob("*.safetensors"))
-    assert len(shards) > 3
-    for shard in shards:
+IN_FP32 = ("A_log", "linear_attn.norm.weight")
+
+
+def _as_published(folder: Path, name: str, shard_size: str = "1GB") -> Path:
+    """A model in bf16, with the decays and the norms of the heads in fp32, with digits that bf16 lacks."""
+    hf = make_model(folder, name, torch.bfloat16, shard_size)
+    for shard in hf.glob("*.safetensors"):
         tensors = load_file(shard)
-        for name in tensors:
-            if name.endswith(("A_log", "linear_attn.norm.weight")):
-                tensors[name] = tensors[name].float()
+        for own in tensors:
+            if own.endswith(IN_FP32):
+                tensors[own] = tensors[own].float() * (1 + 1e-4)
         save_file(tensors, shard, metadata={"format": "pt"})
+    return hf
+
+
+def test_a_folder_of_several_files_and_dtypes(tmp_path):
+    hf = _as_published(tmp_path / "hf", "qwen3.5-vision", shard_size="60KB")
+    assert len(list(hf.glob("*.safetensors"))) > 3
     hf_to_megatron(hf, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
     assert_same_tensors(hf, tmp_path / "back")
     assert {f.name for f in hf.iterdir()} <= {f.name for f in (tmp_path / "back").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-vision", "qwen3.5-moe-packed"])
+def test_what_a_run_in_bf16_saved_is_written_in_the_dtypes_of_its_template(tmp_path, name):
+    """From its checkpoint as from its ranks, unless another dtype is asked for."""
+    hf = _as_published(tmp_path / "hf", name)
+    weights = {key: value.bfloat16() for key, value in megatron_tensors(read_hf(hf)).items()}
+    save_run(tmp_path / "run", weights)
+    megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")
+    before, after = read_hf(hf), read_hf(tmp_path / "back")
+    fp32 = {name for name in before if name.endswith(IN_FP32)}
+    assert len(fp32) == 2 * sum(LINEAR)
+    for own, tensor in after.items():
+        rounded = before[own].bfloat16().float() if own in fp32 else before[own]
+        assert tensor.dtype == before[own].dtype, own
+        assert torch.equal(tensor, rounded), own
+    direct = plan_output(tmp_path / "direct", hf, torch.bfloat16).tensors
+    assert {own for own, spec in direct.items() if spec.dtype_name == "F32"} == fp32
+    megatron_to_hf(tmp_path / "run", hf, tmp_path / "half", dtype="bf16")
+    assert {read_hf(tmp_path / "half")[own].dtype for own in fp32} == {torch.bfloat16}
+
+
+def test_a_template_in_fp32_or_without_weights_gives_no_dtype(tmp_path):
+    hf = make_model(tmp_path / "hf", "qwen3.5")
+    for change in (lambda: None, (hf / "model.safetensors").unlink):
+        change()
+        tensors = plan_output(tmp_path / "out", hf, torch.bfloat16).tensors
+        assert {spec.dtype_name for spec in tensors.values()} == {"BF16"}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

@@ -11,6 +11,7 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.model import expected_shapes
 from megatron_profit.estimates.layouts import Cluster, Layout, Wish, choose, layouts, run_shape
 from megatron_profit.estimates.parameter_counts import stage_parameters, trained_parameters
+from megatron_profit.estimates.state_activations import kept_bytes, norm_bytes
 
 SIZES = {
     "hidden_size": 2560,
@@ -70,6 +71,21 @@ def test_adapters_are_those_of_the_name_table(name, targets):
     rules = adapter_rules(family_for(config).tensor_rules(config), LoraOptions(16, 32, chosen))
     run = run_shape(wish(name, lora_rank=16, lora_targets=chosen), Layout(), 1)
     assert trained_parameters(run, 0).total == elements(rules)
+
+
+def test_activations_with_kernels_are_those_that_were_measured():
+    """Bytes of a position that autograd kept of one layer with the functions of fla-core 0.6.0, bf16."""
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 64,
+    }
+    config = DENSE | sizes
+    model = family_for(config).megatron_arguments(config)
+    run = run_shape(Wish(model, 512, rows=1), Layout(), 1)
+    assert kept_bytes(run) == 512 * 8776
+    assert norm_bytes(run) == 512 * (4 * 64 * 2 + 4 * 4)
 
 
 def test_the_choice_splits_the_heads_of_the_states():
