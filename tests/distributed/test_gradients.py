@@ -8,7 +8,9 @@ reductions, optimizer, checkpoint, conversion.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -277,7 +279,7 @@ def test_packed_rows_give_the_gradient_of_their_records_alone(
     assert logged(output, "kept fraction") == pytest.approx(float(kept.double().mean()), rel=1e-5)
 
 
-OLMO2_LAYOUTS = {
+FAMILY_LAYOUTS = {
     "tp2-sp-recompute": (2, PACKED_LAYOUTS["tp2-sp-recompute"]),
     "tp2": (2, "--micro-batch-size 2 --tensor-model-parallel-size 2"),
     "tp3-sp": (3, "--micro-batch-size 4 --tensor-model-parallel-size 3 --sequence-parallel"),
@@ -285,22 +287,35 @@ OLMO2_LAYOUTS = {
     "cp2": (2, PACKED_LAYOUTS["cp2"]),
     "dp2": (2, "--micro-batch-size 1 --use-distributed-optimizer"),
 }
+# Norms of all queries and of all keys, and after each block; recurrent states.
+FAMILIES = {"olmo2": [*FAMILY_LAYOUTS], "qwen3.5": [n for n in FAMILY_LAYOUTS if n != "tp3-sp"]}
+DEFAULT = {("olmo2", "tp2-sp-recompute"), ("olmo2", "tp2"), ("qwen3.5", "tp2-sp-recompute")}
 
 
 @pytest.fixture(scope="session")
-def olmo2(tmp_path_factory) -> tuple[TinyModel, Tokens]:
-    model = make_family(tmp_path_factory.mktemp("olmo2"), "olmo2")
-    return model, reference(model, PACKED_LENGTH, PACKED_BATCH)
+def families(tmp_path_factory) -> Callable[[str], tuple[TinyModel, Tokens]]:
+    """A function that returns the model of a family and its reference, each made once."""
+
+    @functools.cache
+    def make(family: str) -> tuple[TinyModel, Tokens]:
+        model = make_family(tmp_path_factory.mktemp(family), family)
+        return model, reference(model, PACKED_LENGTH, PACKED_BATCH)
+
+    return make
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n[:3] != "tp2")) for n in OLMO2_LAYOUTS],
+    ("family", "layout"),
+    [
+        pytest.param(family, layout, marks=[pytest.mark.slow] * ((family, layout) not in DEFAULT))
+        for family, layouts in FAMILIES.items()
+        for layout in layouts
+    ],
 )
-def test_norms_over_all_heads_and_after_each_block_have_their_gradients(step, olmo2, layout):
-    model, tokens = olmo2
+def test_packed_rows_of_every_kind_of_layer_give_the_gradient(step, families, family, layout):
+    model, tokens = families(family)
     kept = tokens.uniform < 0.6
-    world_size, flags = OLMO2_LAYOUTS[layout]
+    world_size, flags = FAMILY_LAYOUTS[layout]
     moved, _ = step(
         *(model, world_size, "--packing", "--seq-length", PACKED_LENGTH),
         *("--global-batch-size", PACKED_BATCH, "--objective", "profit"),
