@@ -1,7 +1,13 @@
 """Graders against answers whose grade a person would give."""
 
+import signal
+import time
+from contextlib import suppress
+
+import math_verify
 import pytest
 
+from megatron_profit.evaluation import graders
 from megatron_profit.evaluation.graders import (
     answer_part,
     find_letter,
@@ -194,3 +200,24 @@ def test_thoughts_are_no_answer():
     assert answer_part("<think>a</think>b<think>c</think>d") == "d"
     assert answer_part("a") == "a"
     assert find_number("<think>1</think>2") == "2"
+
+
+def test_a_comparison_is_limited_by_its_computing_and_not_by_the_clock(monkeypatch):
+    monkeypatch.setattr(graders, "_MOST_SECONDS", 0.2)
+
+    def slow(*_, **__):
+        time.sleep(1.0)  # other programs have the machine
+        return True
+
+    def endless(*_, **__):
+        while True:
+            with suppress(Exception):  # as math-verify does
+                sum(range(10_000))
+
+    monkeypatch.setattr(math_verify, "verify", slow)
+    assert grade_expression(r"\boxed{x + 1}", "1 + x").right
+    monkeypatch.setattr(math_verify, "verify", endless)
+    assert not grade_expression(r"\boxed{x + 1}", "1 + x").right
+    monkeypatch.setattr(math_verify, "parse", endless)
+    assert grade_expression("x + 1", "1 + x").extracted is None
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
