@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import megatron_profit
+from megatron_profit.megatron_patches.upstream.sources import installed_version
 from megatron_profit.objectives import RENAMED_NORMALIZATIONS, RENAMED_OPTIONS
 
 Settings = Mapping[str, Any]
@@ -25,7 +26,7 @@ Settings = Mapping[str, Any]
 # Parts of the record that make another run when they change; --allow-change names them.
 GUARDED = ("objective", "data", "validation", "tokenizer", "seed", "base")
 
-_PACKAGES = ("megatron-core", "torch", "transformers")
+_PACKAGES = ("torch", "transformers")
 _DIGEST_LENGTH = 24
 # Settings that say where files are, what they are called, or how their records are written down.
 _PLACES = ("sources", "path", "files", "base", "revision", "folder", "start")
@@ -170,6 +171,8 @@ def digest_of_config(config: Mapping[str, Any]) -> str:
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that a run's numbers depend on."""
     found = {"megatron_profit": megatron_profit.__version__}
+    # A source tree of Megatron on PYTHONPATH is not the installed package.
+    found["megatron-core"] = installed_version("megatron").partition(" ")[2]
     for package in _PACKAGES:
         try:
             found[package] = version(package)

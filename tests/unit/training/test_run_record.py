@@ -79,8 +79,10 @@ def test_the_digest_of_a_model_ignores_who_wrote_its_config():
 
 def test_versions_are_those_that_are_installed():
     import torch
+    from megatron.core.package_info import __version__ as of_megatron
 
     found = package_versions()
+    assert found["megatron-core"] == of_megatron.partition("+")[0]
     assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(found) == {"megatron_profit", "megatron-core", "torch", "transformers"}
 
