@@ -420,9 +420,10 @@ def ask(folder: Path) -> tuple[int, int, int, int]:
     import torch
     from make_arithmetic_data import OPENINGS, numbers_in
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
+    set_verbosity_error()  # it would advise to install kernels of GPUs
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
     records = [json.loads(line)["messages"] for line in HELD_OUT.read_text().splitlines()]
