@@ -53,6 +53,21 @@ def test_the_kernels_table_is_that_of_its_results(row):
     assert numbers(cells[-1])[0] == pytest.approx(beyond / 2**20, abs=1)
 
 
+def test_what_is_said_of_the_larger_vocabulary():
+    (measured,) = configurations("2026-11-28-objective-fp32-248320-cpu").values()
+    ours, *others = (
+        measured["results"][name]
+        for name in ("ours", "ours backward=recompute", "official", "megatron-native")
+    )
+    text = KERNEL.split("**Qwen3.5's vocabulary**")[1]
+    stated = re.search(r"(\d+) MiB beyond the\s+gradients, (\d+) with .*? against (\d+) of", text)
+    beyond = [(r["peak_bytes"] - measured["gradient_bytes"]) / 2**20 for r in (ours, *others)]
+    assert [float(n) for n in stated.groups()] == pytest.approx(beyond[:3], abs=0.5)
+    ratios = re.search(r"are ([\d.]+) times .*? and ([\d.]+) for the better", text).groups()
+    expected = [r["median"] / ours["median"] for r in others[1:]]
+    assert [float(n) for n in ratios] == pytest.approx(expected, abs=0.005)
+
+
 def test_the_readmes_ratios_of_the_operation():
     results = configurations("2026-11-26-objective-bf16-1024-cpu")[(0.5, 0.2)]["results"]
     median = {name: result["median"] for name, result in results.items() if "median" in result}
