@@ -66,6 +66,12 @@ SIZES = {
                 *("--hidden", "2048", "--tokens", "16384", "--masks", "0/0", "--vocab", "248320"),
                 *("--ours", "backward=recompute", "--rounds", "5"),
             ),
+            # A long row on one of four tensor-parallel ranks: a quarter of that vocabulary.
+            (
+                *("--hidden", "2048", "--tokens", "262144", "--masks", "0/0", "--vocab", "62080"),
+                *("--only", "ours", "matmuls", "liger-scaled", "trl"),
+                *("--ours", "backward=recompute", "--rounds", "3"),
+            ),
         ),
     ),
     "cpu": Sizes(
