@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from checkpoint_conversion.engine.dtypes import F32, DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, TensorRule
 from checkpoint_conversion.families.config import TEXT
-from checkpoint_conversion.hf.folder import INDEX, has_weights, list_tensors, read_weight_map
+from checkpoint_conversion.hf.folder import INDEX, HFTensor, read_header, read_weight_map
 from checkpoint_conversion.hf.model import known_name
 from checkpoint_conversion.hf.writer import (
     DEFAULT_SHARD_SIZE,
@@ -65,10 +66,13 @@ def in_fp32_as_in(template: Path, tensors: Mapping[str, TensorSpec]) -> dict[str
     """Return tensors to write, in fp32 where a template of half precision has them in fp32.
 
     For example, Qwen3.5 is published in bf16, with the decays and the norms of its Gated DeltaNets in fp32.
-    A template in fp32, or one without weights, changes no dtype.
+    A template in fp32, or one without weights, changes no dtype. Its weights serve no other purpose, so a
+    file that cannot be read, for example a pointer of Git LFS, counts as absent.
     """
-    there = has_weights(template) and any(template.glob("*.safetensors"))
-    found = list_tensors(template) if there else {}
+    found: dict[str, HFTensor] = {}
+    for file in template.glob("*.safetensors"):
+        with suppress(ConversionError):
+            found |= read_header(file)
     stored = {known_name(name, tensors): tensor for name, tensor in found.items()}
     nbytes = Counter[str]()
     for name in tensors.keys() & stored.keys():

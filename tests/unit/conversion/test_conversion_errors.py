@@ -304,6 +304,18 @@ def test_a_template_with_shards_and_bare_names(make_qwen3, tmp_path):
     assert json.loads((tmp_path / "back" / INDEX).read_text())["weight_map"] == content
 
 
+def test_a_template_whose_weights_are_pointers(make_qwen3, tmp_path):
+    plain = make_qwen3("plain")
+    hf_to_megatron(plain, tmp_path / "megatron")
+    expected = load_file(plain / "model.safetensors")
+    (plain / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    megatron_to_hf(tmp_path / "megatron", plain, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in back.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+
+
 def test_a_tensor_under_two_names_is_refused(qwen3):
     _tensors(lambda t: t.update({"norm.weight": t["model.norm.weight"].clone()}))(qwen3)
     _assert_refused(qwen3, r"norm\.weight is there twice, also as ")
