@@ -103,7 +103,7 @@ def read_flags(words: Sequence[str]) -> None:
     if "megatron_profit.sft" in rest:
         training_flags().parse(rest[rest.index("megatron_profit.sft") + 1 :])
     elif program == "torchrun" or "megatron_profit.logits" in rest:
-        pytest.skip("Megatron's own parser reads its flags, and another test runs it")
+        pass  # Megatron's own parser reads its flags, and another test runs it
     elif program == "megatron-profit" and rest[0] in ("sft", "doctor"):
         read_request(rest[1:])
     elif program == "megatron-profit" and rest[0] == "slurm":
