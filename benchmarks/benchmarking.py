@@ -13,7 +13,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,24 @@ import torch.distributed as dist
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 1 << 20
+
+
+@contextmanager
+def group_of_one(device: str, rendezvous: str) -> Iterator[None]:
+    """Let this process be a process group of its own inside the `with` block.
+
+    Args:
+        device: "cuda" or "cpu".
+        rendezvous: Path of a file that does not exist yet.
+    """
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=0,
+        world_size=1,
+    )
+    yield
+    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import benchmarking
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,30 +72,25 @@ def check_delta_net(device: str, rendezvous: str) -> dict[str, Any]:
         "errors": for each form and dtype, the relative errors by name. "milliseconds": of forward and
         backward in bf16, by form. The form "kernels" is there where the layer takes them.
     """
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=0,
-        world_size=1,
-    )
     found: dict[str, Any] = {"errors": {}}
-    layers = {name: _layer(SIZES[device], dtype) for name, dtype in DTYPES.items()}
-    for dtype, layer in layers.items():
-        inputs = _inputs(SIZES[device], SIZES[device].records, device, DTYPES[dtype])
-        definition = functools.partial(token_by_token, layer)
-        exact = _run(definition, layer, inputs, torch.float64)
-        for form, mix in _forms(layer, inputs["qkv"]).items():
-            outcome = _run(mix, layer, inputs, DTYPES[dtype])
-            found["errors"][f"{form}, {dtype}"] = {
-                name: float((outcome[name] - truth).norm() / truth.norm())
-                for name, truth in exact.items()
-            }
-    inputs = _inputs(SIZES[device], SIZES[device].timed, device, torch.bfloat16)
-    found["milliseconds"] = {
-        form: 1e3 * _seconds(functools.partial(_run, mix, layers["bf16"], inputs, torch.bfloat16))
-        for form, mix in _forms(layers["bf16"], inputs["qkv"]).items()
-    }
-    torch.distributed.destroy_process_group()
+    with benchmarking.group_of_one(device, rendezvous):
+        layers = {name: _layer(SIZES[device], dtype) for name, dtype in DTYPES.items()}
+        for dtype, layer in layers.items():
+            inputs = _inputs(SIZES[device], SIZES[device].records, device, DTYPES[dtype])
+            definition = functools.partial(token_by_token, layer)
+            exact = _run(definition, layer, inputs, torch.float64)
+            for form, mix in _forms(layer, inputs["qkv"]).items():
+                outcome = _run(mix, layer, inputs, DTYPES[dtype])
+                found["errors"][f"{form}, {dtype}"] = {
+                    name: float((outcome[name] - truth).norm() / truth.norm())
+                    for name, truth in exact.items()
+                }
+        inputs = _inputs(SIZES[device], SIZES[device].timed, device, torch.bfloat16)
+        found["milliseconds"] = {
+            form: 1e3
+            * _seconds(functools.partial(_run, mix, layers["bf16"], inputs, torch.bfloat16))
+            for form, mix in _forms(layers["bf16"], inputs["qkv"]).items()
+        }
     return found
 
 

@@ -31,18 +31,12 @@ def measure_kernel(device: str, number: int, rendezvous: str) -> dict[str, Any]:
 
     The record of the first configuration has a profile.
     """
-    torch.distributed.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=0,
-        world_size=1,
-    )
     (options, config), target = kernel_configurations(device)[number], torch.device(device)
-    record = bench_objective.run_configuration(options, config, target)
-    record["title"] = str(config)
-    if number == 0:
-        record["profile"] = profile_ours(bench_objective.Problem.of(config, target))
-    torch.distributed.destroy_process_group()
+    with benchmarking.group_of_one(device, rendezvous):
+        record = bench_objective.run_configuration(options, config, target)
+        record["title"] = str(config)
+        if number == 0:
+            record["profile"] = profile_ours(bench_objective.Problem.of(config, target))
     return record
 
 

@@ -226,7 +226,9 @@ def _limited() -> Iterator[None]:
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
         yield
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(
+            signal.ITIMER_VIRTUAL, 0
+        )  # here, so that the limit cannot come after the block
     except _OutOfTime:
         pass
     finally:
