@@ -226,9 +226,8 @@ def _limited() -> Iterator[None]:
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
         yield
-        signal.setitimer(
-            signal.ITIMER_VIRTUAL, 0
-        )  # here, so that the limit cannot come after the block
+        # Here as well, so that the limit cannot come after the block.
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     except _OutOfTime:
         pass
     finally:
