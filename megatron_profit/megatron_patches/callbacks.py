@@ -102,7 +102,7 @@ class Callback:
         return None
 
     def log(self, step: LoggedStep) -> None:
-        """Act after a step, where a callback has given `scalars` and Megatron logs."""
+        """Act after every step; `step.seconds` is None where no line is due."""
 
     def before_evaluation(self, context: TrainContext) -> None:
         """Act before the iterations of one evaluation."""

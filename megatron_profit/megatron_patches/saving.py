@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,28 @@ def _announce_checkpoints() -> None:
             for callback in callbacks():
                 callback.before_checkpoint(folder, iteration, size)
             torch.distributed.barrier()
-            _on_all_ranks(functools.partial(_write_own_files, folder, iteration))
+            _write_own_files(folder, iteration)
         return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     dist_checkpointing.save = save
 
 
 def _write_own_files(folder: Path, iteration: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for callback in callbacks():
-        callback.with_checkpoint(folder, iteration)
+    """Let all callbacks write on each rank, and let all ranks fail if one cannot.
 
-
-def _on_all_ranks(write: Callable[[], None]) -> None:
-    """Write on each rank, and let all ranks fail if one cannot: the others would wait for it."""
+    A rank that stopped at the first error would let the others wait for it, in the next callback's collective
+    or here.
+    """
     import torch
 
-    failed = None
-    try:
-        write()
-    except OSError as error:
-        failed = error
+    failed: OSError | None = None
+    folder_made = functools.partial(folder.mkdir, parents=True, exist_ok=True)
+    writes = [functools.partial(each.with_checkpoint, folder, iteration) for each in callbacks()]
+    for write in (folder_made, *writes):
+        try:
+            write()
+        except OSError as error:
+            failed = failed or error
     everyone: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, reason(failed) if failed else None)
     for rank, problem in enumerate(everyone):

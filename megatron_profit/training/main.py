@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.training import pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
-from torch.distributed import DistNetworkError
+from torch.distributed import DistError, DistStoreError
 from torch.distributed.checkpoint import CheckpointException
 
 from checkpoint_conversion.errors import ConversionError
@@ -81,7 +81,7 @@ def main(argv: Sequence[str], device: str) -> None:
         plan = plan_run(argv, device)
     except (ArgumentsError, CheckpointError, ConversionError, DataError) as error:
         fail(error)
-    except DistNetworkError as error:
+    except DistError as error:
         fail(refusal(error))
     run(plan)
     if plan.settings.eval_tasks.is_wanted and is_first_rank():
@@ -106,22 +106,22 @@ def run(plan: RunPlan, callbacks: Sequence[Callback] = ()) -> None:
     datasets = {"train": data.train} | ({} if data.valid is None else {"valid": data.valid})
     parts = RunParts(args, loss, lookahead_pass, datasets, data.digest, files.reference)
     providers = make_providers(parts)
-    external = ExternalStatistics(loss, providers)
     totals = RunTotals()
     keeper = Retention(settings.keep, plan.record, totals, plan.carried)
     report = evaluation_report(settings, data)
     tasks = task_evaluation(plan, chunks)
     signals = ExitSignals(args.exit_signal)
-    begin = external.begin if report is None else report.watching(external.begin)
     monitor = RunMonitor(Guards(settings.guards), data.train_prepared.name, files.metrics, totals)
     reports = filter(None, [report, tasks])
     register(*providers, keeper, WandbRun(), *reports, signals, monitor, *callbacks)
+    observers = [seeing.observe for seeing in (monitor, report) if seeing is not None]
+    external = ExternalStatistics(loss, providers, observers)
     with _known_ends(signals):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             lookahead_pass.watching(data.provider(args)),
             ModelType.encoder_or_decoder,
-            make_forward_step(monitor.watching(begin)),
+            make_forward_step(external.begin),
         )
     _export(plan, chunks, keeper)
     end_communication()
@@ -137,6 +137,11 @@ def refusal(error: Exception) -> str:
         )
     at = traceback.extract_tb(error.__traceback__)[-1]
     text = str(error).strip().partition("\n")[0].rstrip(".") or at.line
+    if isinstance(error, DistStoreError):
+        text = (
+            f"the {os.environ.get('WORLD_SIZE')} processes of the run (WORLD_SIZE) have not all started, or "
+            f"cannot reach MASTER_ADDR {os.environ.get('MASTER_ADDR')}: {text}"
+        )
     return f"{text} ({type(error).__name__} in {at.filename}, line {at.lineno})"
 
 
@@ -202,6 +207,7 @@ def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> N
     if merged is None and adapters is None:
         return
     base = plan.settings.hf_model
+    flag, folder = ("--export-hf", "--out") if merged else ("--export-adapter",) * 2
     try:
         facts: Facts | None = keeper.facts()
         if plan.settings.keep.export_best:
@@ -212,10 +218,10 @@ def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> N
             merged = replace(merged, notes=card_files(facts, base))
             export(merged, whole_shards(plan, chunks))
         if adapters is not None:
+            flag = folder = "--export-adapter"  # in the error
             adapters = replace(adapters, notes=card_files(facts, base, is_adapter=True))
             export(adapters, adapter_shards(chunks))
     except (CheckpointError, ConversionError, OSError) as error:
-        flag, folder = ("--export-hf", "--out") if merged else ("--export-adapter",) * 2
         fail(
             f"{flag}: {error}; a checkpoint that --save has written can still be exported: python "
             "-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template "

@@ -90,7 +90,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("megatron", "checkpoint_conversion", "megatron_profit.parent_death"),
     ),
     f"{_TRAINING}.process": (
-        *("megatron", "checkpoint_conversion.errors"),
+        *("megatron", "checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("megatron_profit.megatron_patches", "megatron_profit.parent_death"),
     ),
     f"{_TRAINING}.step": (

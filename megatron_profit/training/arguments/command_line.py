@@ -68,8 +68,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--random-init",
         action="store_true",
-        help="Start from random weights in place of --hf-model's, where --load and "
-        "--pretrained-checkpoint hold no checkpoint.",
+        help="Start from random weights in place of --hf-model's, unless --load or "
+        "--pretrained-checkpoint holds a checkpoint.",
     )
     group.add_argument(
         "--export-hf",

@@ -89,6 +89,7 @@ def open_files(settings: RunSettings) -> RunFiles:
     """
     values = settings.values
     check_logs(values)
+    check_named_checkpoints(values)
     lora = None
     if settings.lora is not None:
         lora = open_lora(settings.lora, values, settings.config, _replaces_exports(values))
@@ -102,25 +103,40 @@ def open_files(settings: RunSettings) -> RunFiles:
     )
 
 
-def open_hf_weights(settings: Mapping[str, Any]) -> HFModel | None:
-    """Return the HuggingFace weights to start from; None to start from a checkpoint or random weights.
+def check_named_checkpoints(settings: Mapping[str, Any]) -> None:
+    """Refuse a folder that was named as the source of the weights and holds no checkpoint.
 
-    A folder that was named as the source of the weights and holds none is refused: only an empty --load that
-    is also --save stands for a new run.
+    Only an empty --load that is also --save stands for a new run. For example, a mistyped --load would start
+    from other weights than were meant. A run that resumes does not read --pretrained-checkpoint again; with
+    adapters it does, and `open_lora` opens it.
+
+    Raises:
+        ArgumentsError: Names the flag and its folder.
     """
-    check_whole_weights(settings)
-    started = settings["pretrained_checkpoint"]
-    if any(folder and (Path(folder) / TRACKER).is_file() for folder in (settings["load"], started)):
-        return None
-    if settings["random_init"] and not started:
-        return None
-    for name in ("load", "pretrained_checkpoint"):
+    load = settings["load"]
+    for name in ("load", *(["pretrained_checkpoint"] if settings["lora_rank"] is None else [])):
         folder = settings[name]
-        if folder and not (name == "load" and same_folder(folder, settings["save"])):
+        if not folder or _holds_checkpoint(folder):
+            continue
+        is_new = same_folder(load, settings["save"]) if name == "load" else _holds_checkpoint(load)
+        if not is_new:
             raise ArgumentsError(
                 f"no checkpoint in {flag_of(name)} {folder}; without the flag, the run starts from the "
                 f"weights of --hf-model {settings['hf_model']}, with --random-init from random ones"
             )
+
+
+def _holds_checkpoint(folder: str | None) -> bool:
+    return folder is not None and (Path(folder) / TRACKER).is_file()
+
+
+def open_hf_weights(settings: Mapping[str, Any]) -> HFModel | None:
+    """Return the HuggingFace weights to start from; None to start from a checkpoint or random weights."""
+    check_whole_weights(settings)
+    if any(map(_holds_checkpoint, (settings["load"], settings["pretrained_checkpoint"]))):
+        return None
+    if settings["random_init"]:
+        return None
     try:
         return open_hf_model(settings["hf_model"])
     except ConversionError as error:
@@ -182,7 +198,7 @@ def _goes_on(settings: Mapping[str, Any]) -> bool:
     Then the folder that it exported before holds an earlier state of the same run.
     """
     load = settings["load"]
-    return same_folder(load, settings["save"]) and (Path(load) / TRACKER).is_file()
+    return same_folder(load, settings["save"]) and _holds_checkpoint(load)
 
 
 def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:

@@ -31,7 +31,7 @@ _NOT_NEGATIVE = (
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "lr_warmup_fraction")
 # numpy takes 32 bits, and Megatron adds some hundreds for each pipeline stage.
 _LARGEST_SEED = 2**32 - 1 - 2**20
-# Iterations have at most 15 digits (`checkpoint_conversion.megatron_reader.is_iteration`).
+# Iterations have at most 15 digits (`checkpoint_conversion.torch_dist.folder.is_iteration`).
 _ITERATIONS = 10**15
 # The package that an optimizer needs and Megatron does not bring.
 _EMERGING = "emerging_optimizers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,13 +51,13 @@ def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
                 flag_of(batch),
                 settings[batch],
             )
-    _check_split_of_rows(settings, tp, cp)
     limit = settings["max_position_embeddings"]
     if not 0 < settings["seq_length"] <= limit:
         raise ArgumentsError(
             f"--seq-length {settings['seq_length']} is outside 1..{limit}, the model's positions "
             "(max_position_embeddings)"
         )
+    _check_split_of_rows(settings, tp, cp)
     return data_parallel
 
 
@@ -116,7 +117,8 @@ def _check_pipeline(settings: Mapping[str, Any], pp: int) -> None:
 
 def _check_divides(what: str, size: int, of: str, total: int) -> None:
     if size < 1 or total % size:
-        allowed = [d for d in range(1, total + 1) if total % d == 0]
+        small = [d for d in range(1, math.isqrt(total) + 1) if total % d == 0]
+        allowed = sorted({*small, *(total // d for d in small)})
         raise ArgumentsError(
             f"{what} {size} does not divide {of} {total}; it can be {_listed(allowed)}"
         )

@@ -197,9 +197,10 @@ def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
             f"--objective {values['objective']} needs a place for the log-probabilities of its "
             "reference model; give --ref-cache DIR or --save DIR"
         )
-    if values["pretrained_checkpoint"] and not values["ref_hf_model"]:
+    finetuned = "--load with --finetune" if values["finetune"] and values["load"] else ""
+    start = "--pretrained-checkpoint" if values["pretrained_checkpoint"] else finetuned
+    if start and not values["ref_hf_model"]:
         raise ArgumentsError(
             f"--objective {values['objective']} compares with a reference model, which is --hf-model by "
-            "default, but this run starts from --pretrained-checkpoint; name the reference with "
-            "--ref-hf-model DIR"
+            f"default, but this run starts from {start}; name the reference with --ref-hf-model DIR"
         )

@@ -73,20 +73,13 @@ class EvaluationReport(Callback):
                 warn(f"--token-report {self.folder} cannot be written ({reason(error)})")
             self._failed = True
 
-    def watching(self, begin: Callable[[Batch], MicroBatchLoss]) -> Callable[[Batch], Any]:
-        """Wrap `begin` so that this report sees the statistics of each evaluation micro-batch."""
-
-        def watched(batch: Batch) -> Any:
-            loss = begin(batch)
-            return loss if torch.is_grad_enabled() else _Watched(loss, batch, self)
-
-        return watched
-
-    def add(self, batch: Batch, loss: MicroBatchLoss) -> None:
+    def observe(self, batch: Batch, loss: MicroBatchLoss) -> None:
         """Collect a micro-batch of an evaluation, and write the page after the last one.
 
         Ranks that differ only in their data call this together.
         """
+        if torch.is_grad_enabled():
+            return
         self._collected.append(self._tokens(batch, loss))
         self._micro_batches += 1
         if self._micro_batches < micro_batches_of_window():
@@ -136,24 +129,6 @@ class EvaluationReport(Callback):
             statistics=TokenStatistics(log_prob, softmax_prob=prob),
             weights={self.objective: weight},
         )
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """A micro-batch whose statistics the report sees as well."""
-
-    loss: MicroBatchLoss
-    batch: Batch
-    report: EvaluationReport
-
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        return self.loss.model_kwargs
-
-    def loss_func(self, output_tensor: torch.Tensor) -> tuple:
-        result = self.loss.loss_func(output_tensor)
-        self.report.add(self.batch, self.loss)
-        return result
 
 
 def _back_up(folder: Path, step: int) -> None:

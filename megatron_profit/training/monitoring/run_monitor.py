@@ -20,9 +20,9 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
-from checkpoint_conversion.errors import warn
+from checkpoint_conversion.errors import ConversionError, warn
 from megatron_profit.megatron_patches import active_device
-from megatron_profit.megatron_patches.callbacks import Callback, LoggedStep
+from megatron_profit.megatron_patches.callbacks import Callback, LoggedStep, TrainContext
 from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.training.monitoring.guard_report import Suspect, chosen_suspects, event_text
 from megatron_profit.training.monitoring.guards import EXIT_CODE, Event, Guards, StepFacts
@@ -31,6 +31,7 @@ from megatron_profit.training.monitoring.run_totals import RunTotals
 from megatron_profit.training.monitoring.step_metrics import Interval, StepMetrics
 from megatron_profit.training.process.console import lines_to_print, print_evaluation, print_step
 from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.objective_loss import MicroBatchLoss
 
 
 @dataclass
@@ -61,19 +62,20 @@ class RunMonitor(Callback):
 
     # What the monitor sees of a step.
 
-    def watching(self, begin: Callable[[Batch], Any]) -> Callable[[Batch], Any]:
-        """Wrap `begin` so that the records of each training micro-batch are remembered."""
+    def observe(self, batch: Batch, loss: MicroBatchLoss) -> None:
+        """Remember the records of a training micro-batch."""
+        if torch.is_grad_enabled():
+            self._trace.append(batch.records)
 
-        def watched(batch: Batch) -> Any:
-            loss = begin(batch)
-            return _Traced(loss, batch.records, self._trace) if torch.is_grad_enabled() else loss
-
-        return watched
+    def before_train_step(self, context: TrainContext, iteration: int) -> None:
+        """Forget the step before, and what an evaluation was told."""
+        self._trace.clear()
+        self._rejections.clear()
 
     def rejected(self, message: str, fatal: bool) -> bool:
         """See `Callback`."""
-        if torch.is_grad_enabled():
-            self._rejections.append((message, fatal))
+        # With --overlap-grad-reduce, gradients are checked in hooks of the backward pass, without grad mode.
+        self._rejections.append((message, fatal))
         return True
 
     def reduce_losses(self, losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,8 +140,6 @@ class RunMonitor(Callback):
         events = [*self._events, *self.guards.finish(self._facts, updated=not skipped)]
         if events:
             self._report(events)
-        self._trace.clear()
-        self._rejections.clear()
         return EXIT_CODE if any(event.policy == "stop" for event in events) else None
 
     def _report(self, events: Sequence[Event]) -> None:
@@ -168,15 +168,17 @@ class RunMonitor(Callback):
             )
 
     def _suspects(self) -> list[Suspect]:
-        """Return the micro-batches of this rank.
+        """Return the micro-batches of this rank. A collective on the last pipeline stage.
 
-        In a tensor-parallel group only the first rank returns them.
+        Of the ranks that share a micro-batch, by tensor or context parallelism, only the first returns them.
         """
         messages = tuple(dict.fromkeys(message for message, _ in self._rejections))
-        if self._step is None or mpu.get_tensor_model_parallel_rank() != 0:
+        step = self._step and self._step.over_rows(mpu.get_context_parallel_group())
+        shared_by = mpu.get_tensor_model_parallel_rank(), mpu.get_context_parallel_rank()
+        if step is None or any(shared_by):
             return [Suspect(dist.get_rank(), 0, 0.0, True, (), messages)] if messages else []
-        losses = self._step.local_values("lm loss")
-        finite = self._step.local.isfinite().all(-1).all(-1).tolist()
+        losses = step.local_values("lm loss")
+        finite = step.local.isfinite().all(-1).all(-1).tolist()
         records = self._trace[-len(losses) :]
         return [
             Suspect(dist.get_rank(), i, loss, ok, tuple(batch.tolist()), messages)
@@ -257,7 +259,7 @@ class RunMonitor(Callback):
             return
         try:
             self._opened(self.metrics_file).write(kind, step, values)
-        except OSError as error:
+        except (ConversionError, OSError) as error:  # the disk is full, or a link is in the way
             if not self._file_failed:
                 warn(f"{self.metrics_file} cannot be written ({reason(error)}); the run goes on")
             self._file_failed = True
@@ -273,23 +275,6 @@ class RunMonitor(Callback):
             }
             self._file.write("start", args.iteration, about)
         return self._file
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """A micro-batch whose records are noted when its loss is computed, on the last pipeline stage."""
-
-    loss: Any
-    records: torch.Tensor
-    trace: list[torch.Tensor]
-
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        return self.loss.model_kwargs
-
-    def loss_func(self, output_tensor: torch.Tensor) -> tuple:
-        self.trace.append(self.records)
-        return self.loss.loss_func(output_tensor)
 
 
 # The metric that is a number of tokens.

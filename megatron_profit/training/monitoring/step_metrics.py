@@ -8,7 +8,7 @@ steps with 10 and 30 tokens and means 1 and 2 give (10 + 60) / 40 = 1.75.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,12 @@ class StepMetrics:
     def pairs(self) -> dict[str, SumAndCount]:
         """Return each metric over all ranks, read back from the device."""
         return {n: (s, c) for n, (s, c) in zip(self.names, self.total.tolist(), strict=True)}
+
+    def over_rows(self, group: dist.ProcessGroup) -> StepMetrics:
+        """Return the metrics with micro-batches summed over ranks that hold parts of the same rows."""
+        local = self.local.clone()
+        dist.all_reduce(local, group=group)
+        return replace(self, local=local)
 
     def local_values(self, name: str) -> list[float]:
         """Return the mean of a metric in each micro-batch of this rank."""

@@ -106,9 +106,16 @@ def _statistics(settings: RunSettings, files: RunFiles) -> dict[str, Any]:
     """Return the settings of an objective that compares the model with another one."""
     names = recorded_names(settings.objective)
     found: dict[str, Any] = {name: settings.values[name] for name in names}
-    if files.reference is not None:
-        found["reference"] = digest_of_weights(files.reference[0].folder)
+    if (reference := _reference(settings, files)) is not None:
+        found["reference"] = digest_of_weights(reference)
     return found
+
+
+def _reference(settings: RunSettings, files: RunFiles) -> Path | None:
+    """Return the folder of the reference model, which may be the frozen base of adapters, if there is one."""
+    if files.reference is not None:
+        return files.reference[0].folder
+    return files.lora.base_folder if files.lora and settings.objective.needs_reference else None
 
 
 def _base(settings: RunSettings) -> dict[str, Any]:

@@ -18,6 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.engine.regular_files import open_to_append
+from checkpoint_conversion.errors import ConversionError, warn
+from megatron_profit.megatron_patches.enduring import Enduring, Guard
 from megatron_profit.training.process.ranks import is_first_rank
 
 LOG, ARGUMENTS = "megatron.log", "arguments.txt"
@@ -36,7 +40,7 @@ class Quiet(io.TextIOBase):
 
     def __init__(self, console: TextIO) -> None:
         self._console = console
-        self._log: TextIO = io.StringIO()
+        self._log: io.StringIO | Enduring = io.StringIO()
         self._live = False
 
     def write(self, text: str) -> int:
@@ -67,7 +71,10 @@ class Quiet(io.TextIOBase):
     def keep_log(self, file: Path) -> None:
         """Write what was logged to the end of a file, and what will be."""
         early = self._log
-        self._log = file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        log = os.fdopen(
+            open_to_append(file), "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        )
+        self._log = Enduring(log, Guard(str(file)))
         if isinstance(early, io.StringIO):
             self._log.write(early.getvalue())
 
@@ -147,7 +154,8 @@ def keep_files(folder: Path | None, arguments: Mapping[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lines = (f"{name} = {arguments[name]!r}\n" for name in sorted(arguments))
-        (folder / ARGUMENTS).write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        with whole_file(folder / ARGUMENTS) as stream:
+            stream.write("".join(lines).encode(errors="backslashreplace"))
         _quiet.keep_log(folder / LOG)
-    except OSError:  # a full disk, of which saving will complain; the run goes on without the files
-        return
+    except (ConversionError, OSError) as error:
+        warn(f"{LOG} and {ARGUMENTS} are not written ({error}); the run goes on without them")

@@ -6,9 +6,10 @@ that they have them in time.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -107,18 +108,25 @@ class ExternalStatistics:
         loss: The loss of the run.
         providers: One for each external statistic that its objective requires; the run registers them as
             callbacks.
+        observers: See each micro-batch of training or evaluation when its statistics are known, on the last
+            pipeline stage.
     """
 
     loss: ObjectiveLoss
     providers: Sequence[StatisticProvider]
+    observers: Sequence[Callable[[Batch, MicroBatchLoss], None]] = ()
 
     def begin(self, batch: Batch) -> MicroBatchLoss:
         """Begin a micro-batch of training or evaluation."""
         data = "train" if torch.is_grad_enabled() else "valid"
         names = self.loss.current_objective.required_statistics
         external = statistics_of(self.providers, names, batch, data)
-        return self.loss.micro_batch(batch.draw_index, batch.position_ids, external, self._observe)
+        observe = functools.partial(self._observe, batch)
+        return self.loss.micro_batch(batch.draw_index, batch.position_ids, external, observe)
 
-    def _observe(self, tokens: TokenStatistics) -> None:
-        for provider in self.providers:
-            provider.observe(tokens)
+    def _observe(self, batch: Batch, loss: MicroBatchLoss) -> None:
+        if torch.is_grad_enabled():
+            for provider in self.providers:
+                provider.observe(loss.statistics.tokens)
+        for observer in self.observers:
+            observer(batch, loss)

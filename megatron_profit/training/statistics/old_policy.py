@@ -104,7 +104,7 @@ class OldPolicy(StatisticProvider):
         if self._place(iteration):
             print_rank_0(
                 f"> the old policy is refreshed at step {iteration + 1}, inside an outer batch of "
-                f"{self._steps} steps: the run before was to end here"
+                f"{self._steps} steps: the run before was to end here, or a step was skipped"
             )
         until = min(iteration - self._place(iteration) + self._steps, get_args().train_iters)
         table = self._lookahead_pass.of_next_batches(
@@ -195,7 +195,8 @@ def _read(file: Path, iteration: int, steps: int) -> tuple[TokenTable, int, dict
             form = stored.metadata() or {}
             until = int(form["until"])
         _check_table(keys, values)
-        if not iteration <= until <= iteration + steps:
+        # It ends before `iteration` where a step that was to refresh it was skipped.
+        if not 0 < until <= iteration + steps:
             raise ValueError(f"it is for steps up to {until}, which is not in this outer batch")
     except KeyError as error:
         raise _damaged(file, f"it does not say {error}") from error

@@ -209,9 +209,11 @@ def check_quantiles(quantiles: Sequence[float]) -> None:
     """
     for quantile in quantiles:
         if not 0 < quantile < 1:
-            raise ValueError(f"{quantile} is no quantile; give numbers between 0 and 1")
+            raise ValueError(
+                f"--log-quantiles has {quantile}; quantiles are between 0 and 1, without the ends"
+            )
         if quantiles.count(quantile) > 1:
-            raise ValueError(f"the quantile {quantile} is given twice")
+            raise ValueError(f"--log-quantiles has {quantile} twice; drop one")
 
 
 def _options_by_name() -> dict[str, dict[str, Field[Any]]]:

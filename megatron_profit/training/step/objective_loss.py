@@ -24,12 +24,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.training import get_args
 
-from megatron_profit.objectives import (
-    NORMALIZATIONS,
-    Objective,
-    TokenStatistics,
-    token_uniform,
-)
+from megatron_profit.objectives import NORMALIZATIONS, Objective, token_uniform
 from megatron_profit.ops.linear_objective import LinearObjectiveStatistics, linear_objective
 from megatron_profit.training.step.kept_fraction import KeptFractionMonitor
 from megatron_profit.training.step.kernel_flags import (
@@ -107,7 +102,7 @@ class ObjectiveLoss:
         draw_index: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         external: Mapping[str, torch.Tensor] | None = None,
-        observe: Callable[[TokenStatistics], None] = lambda tokens: None,
+        observe: Callable[[MicroBatchLoss], None] = lambda loss: None,
     ) -> MicroBatchLoss:
         """Begin a micro-batch.
 
@@ -116,7 +111,7 @@ class ObjectiveLoss:
                 that select at random need it.
             position_ids: [B, S] int64, position in the example; needed with `draw_index`.
             external: [B, S] each, statistics that the objective needs and only the caller can know.
-            observe: Gets the supervised tokens' statistics in training, once they are known.
+            observe: Gets the micro-batch when Megatron asks for its loss; the statistics are known then.
 
         Raises:
             ValueError: Without `--calculate-per-token-loss`.
@@ -138,7 +133,7 @@ class MicroBatchLoss:
         draw_index: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         external: Mapping[str, torch.Tensor],
-        observe: Callable[[TokenStatistics], None],
+        observe: Callable[[MicroBatchLoss], None],
     ) -> None:
         self._loss = loss
         self._objective = loss.current_objective
@@ -222,8 +217,7 @@ class MicroBatchLoss:
         pairs).
         """
         statistics = self.statistics
-        if torch.is_grad_enabled():
-            self._observe(statistics.tokens)
+        self._observe(self)
         loss = output_tensor.float().sum()
         sums = token_sums(statistics, self._objective)
         num_kept, num_supervised = sums["kept fraction"]

@@ -139,7 +139,7 @@ PLAIN_MISTAKES = {
     "--objective proft": "unknown objective 'proft'",
     "--prob-threshold 0.1": "is an option of --objective",
     "--objective profit": "threshold_direction is None; set it to one of higher",
-    "--log-quantiles 2": "2.0 is no quantile",
+    "--log-quantiles 2": "--log-quantiles has 2.0",
     "--tensor-model-parallel-size 2": "start 2 of them with torchrun: torchrun --nproc-per-node 2",
     "--tensor-model-parallel-size 3": "does not divide the model's num_attention_heads",
     "--seq-length 999999": "--seq-length 999999 is outside 1..",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import queue
 
+import pytest
+import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_profit.megatron_patches import saving
+from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.saving import _WithReason, reason_of_all_ranks
 
 
@@ -35,3 +39,25 @@ def test_a_result_that_is_a_failure_gets_the_reason_of_what_failed():
     errors.append(hidden)
     told.put(RuntimeError("An error is caught while starting worker 0, error: <class 'OSError'>"))
     assert str(results.get()) == "OSError 28, No space left on device: f"
+
+
+def test_a_file_that_cannot_be_written_does_not_keep_later_callbacks_from_their_collectives(
+    monkeypatch, tmp_path
+):
+    class Full(Callback):
+        def with_checkpoint(self, folder, iteration):
+            raise OSError(errno.ENOSPC, "", "small")
+
+    class Gathers(Callback):
+        iteration = None
+
+        def with_checkpoint(self, folder, iteration):
+            self.iteration = iteration
+
+    gathers = Gathers()
+    monkeypatch.setattr(saving, "callbacks", lambda: (Full(), gathers))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(0, own))
+    with pytest.raises(OSError, match="rank 0: OSError 28, No space left on device: small"):
+        saving._write_own_files(tmp_path / "iter_3", 3)
+    assert gathers.iteration == 3

@@ -510,7 +510,8 @@ def test_weights_come_from_the_folder_unless_there_is_a_checkpoint(
     assert weights_of() == with_weights
     assert weights_of("--load", begun, "--save", begun) == with_weights
     assert weights_of("--load", ended, "--save", ended) is None
-    assert weights_of("--load", begun, "--pretrained-checkpoint", ended) is None
+    both = ("--load", begun, "--save", begun, "--pretrained-checkpoint", ended)
+    assert weights_of(*both) is None
     assert weights_of("--random-init") is None
 
 
@@ -533,8 +534,27 @@ def test_weights_have_to_come_from_somewhere(weights_of, hf_folder, tmp_path):
         weights_of()
     # A mistyped folder must not start a run from other weights than were meant.
     for flags in (["--load"], ["--save", tmp_path, "--load"], ["--pretrained-checkpoint"]):
-        with pytest.raises(ArgumentsError, match=rf"no checkpoint in {flags[-1]} .*nowhere"):
-            weights_of(*flags, tmp_path / "nowhere")
+        for more in ([], ["--random-init"], *([["--lora-rank", "4"]] * (flags[-1] == "--load"))):
+            with pytest.raises(ArgumentsError, match=rf"no checkpoint in {flags[-1]} .*nowhere"):
+                weights_of(*more, *flags, tmp_path / "nowhere")
+
+
+def test_a_mistyped_load_is_refused_also_where_a_checkpoint_is_to_start_from(
+    with_weights, weights_of, tmp_path
+):
+    hf_to_megatron(with_weights, tmp_path / "there")
+    start = ("--pretrained-checkpoint", tmp_path / "there", "--save", tmp_path / "new")
+    assert weights_of(*start, "--load", tmp_path / "new") is None
+    with pytest.raises(ArgumentsError, match=r"no checkpoint in --load .*nowhere"):
+        weights_of(*start, "--load", tmp_path / "nowhere")
+    # The start of a run that resumes may be gone.
+    gone = ("--pretrained-checkpoint", tmp_path / "gone")
+    assert weights_of(*gone, "--save", tmp_path / "there", "--load", tmp_path / "there") is None
+
+
+def test_a_batch_that_does_not_divide_is_refused_at_once(parse):
+    with pytest.raises(ArgumentsError, match=r"does not divide .*; it can be 1, 2, 4, 5, 8, 10,"):
+        parse("--global-batch-size", str(10**15), "--micro-batch-size", "3")
 
 
 def test_weights_of_another_shape_are_refused(weights_of, with_weights):

@@ -76,7 +76,7 @@ FORM = {"until": "4"}
         ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "4e0"}, "invalid literal"),
         ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "9" * 5000}, "5000 digits"),
         ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "600"}, "steps up to 600"),
-        ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "1"}, "steps up to 1"),
+        ({"keys": KEYS, "old_log_prob": VALUES}, {"until": "0"}, "steps up to 0"),
         ({"old_log_prob": VALUES}, FORM, "does not contain tensor keys"),
         ({"keys": KEYS}, FORM, "does not contain tensor old_log_prob"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import types
 
@@ -88,3 +89,29 @@ def test_a_run_without_a_folder_keeps_no_files(begin, tmp_path, monkeypatch):
     begin()
     quiet.keep_files(None, {"a": 1})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_does_not_end_a_quiet_run(begin, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    console = begin()
+    # Appending to a device is refused elsewhere; the disk is full from here on.
+    monkeypatch.setattr(quiet, "open_to_append", lambda file: os.open("/dev/full", os.O_WRONLY))
+    quiet.keep_files(tmp_path, {"a": 1})
+    other = other_module()
+    for text in ("one", "two"):
+        other.say(text)
+    assert console.getvalue().count("megatron.log cannot be written (OSError 28") == 1
+
+
+@pytest.mark.parametrize("name", [quiet.LOG, quiet.ARGUMENTS])
+def test_the_files_of_a_quiet_run_are_not_written_through_links(begin, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("RANK", "0")
+    console = begin()
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    folder.mkdir()
+    (folder / name).symlink_to(precious)
+    quiet.keep_files(folder, {"a": 1})
+    other_module().say("a line")
+    assert precious.read_text() == "mine"
+    assert ("is a symbolic link" in console.getvalue()) is (name == quiet.LOG)

@@ -68,6 +68,9 @@ def test_the_default_reference_is_not_another_checkpoint(models, tmp_path):
     flags = ["--objective", "stm", "--ref-cache", "x", "--pretrained-checkpoint", tmp_path]
     with pytest.raises(ArgumentsError, match="name the reference with --ref-hf-model"):
         read(models, *flags)
+    flags[-2:] = ["--load", tmp_path, "--finetune"]
+    with pytest.raises(ArgumentsError, match=r"starts from --load with --finetune; name the ref"):
+        read(models, *flags)
 
 
 def test_the_model_itself_is_the_default(models):

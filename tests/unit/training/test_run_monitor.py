@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 
 import pytest
+import torch
 
 from megatron_profit.megatron_patches.callbacks import LoggedStep
 from megatron_profit.training.monitoring import run_monitor
@@ -137,3 +138,12 @@ def test_a_metrics_file_that_cannot_be_written_is_told_once(tmp_path, monkeypatc
     file.parent.unlink()
     monitor._write("train", 3, {})
     assert [(r["kind"], r["step"]) for r in read_metrics(file)] == [("start", 0), ("train", 3)]
+
+
+def test_what_megatron_rejects_in_a_backward_hook_counts_and_an_evaluation_does_not():
+    monitor = RunMonitor(Guards(GuardOptions()), name)
+    with torch.no_grad():  # hooks of --overlap-grad-reduce run like this, and so do evaluations
+        assert monitor.rejected("found NaN in local forward loss calculation", fatal=True)
+        monitor.before_train_step(None, 3)
+        assert monitor.rejected("found Large gradient", fatal=False)
+    assert monitor._rejections == [("found Large gradient", False)]
