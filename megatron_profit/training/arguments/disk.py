@@ -20,12 +20,9 @@ from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.data import DataOptions
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.training.arguments.derive import RunSettings
-from megatron_profit.training.arguments.lora_files import (
-    LoraFiles,
-    check_whole_weights,
-    open_lora,
-)
+from megatron_profit.training.arguments.lora_files import check_whole_weights, open_lora
 from megatron_profit.training.arguments.refused import reference_is_base
+from megatron_profit.training.checkpoints.adapters import LoraFiles
 from megatron_profit.training.checkpoints.folder import same_folder
 from megatron_profit.training.checkpoints.save_folder import METRICS
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.adapters.options import LoraOptions
 from checkpoint_conversion.adapters.peft_folder import (
-    AdapterOutput,
     PeftFolder,
     open_peft_folder,
     plan_adapter_output,
@@ -21,39 +19,15 @@ from checkpoint_conversion.adapters.saved import (
 )
 from checkpoint_conversion.engine.dtypes import chosen_dtype
 from checkpoint_conversion.engine.output import check_apart
-from checkpoint_conversion.families import Config, TensorRule, family_for
+from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.flags import ArgumentsError, flag_of
+from megatron_profit.training.checkpoints.adapters import LoraFiles
 
 # Options that a folder to start from and the flags must share.
 _SHARED = ("rank", "alpha", "targets", "rslora")
-
-
-@dataclass(frozen=True)
-class LoraFiles:
-    """The adapters of a run, and the weights that they are for.
-
-    Attributes:
-        options: Options of the adapters.
-        rules: The name table of the model.
-        base: The frozen weights: a HuggingFace model, or the folder of a Megatron checkpoint; None for
-            random ones.
-        start: The PEFT folder that a new run starts from, if any.
-        output: The PEFT folder to write at the end, if any.
-    """
-
-    options: LoraOptions
-    rules: tuple[TensorRule, ...]
-    base: HFModel | Path | None
-    start: PeftFolder | None
-    output: AdapterOutput | None
-
-    @property
-    def base_folder(self) -> Path | None:
-        """Folder of the frozen weights; None for random ones."""
-        return self.base.folder if isinstance(self.base, HFModel) else self.base
 
 
 def open_lora(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 
 from checkpoint_conversion.adapters.options import LoraOptions
-from checkpoint_conversion.adapters.peft_folder import PeftFolder
+from checkpoint_conversion.adapters.peft_folder import AdapterOutput, PeftFolder
 from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.hf.model import HFModel
@@ -22,20 +22,32 @@ from megatron_profit.training.checkpoints.hf_weights import Hook, load, load_che
 from megatron_profit.training.process.console import fail, print_rank_0
 
 
-class Plan(Protocol):
-    """The adapters that the flags ask for (`training/arguments/lora_files.py`)."""
+@dataclass(frozen=True)
+class LoraFiles:
+    """The adapters of a run, and the weights that they are for.
+
+    Attributes:
+        options: Options of the adapters.
+        rules: The name table of the model.
+        base: The frozen weights: a HuggingFace model, or the folder of a Megatron checkpoint; None for
+            random ones.
+        start: The PEFT folder that a new run starts from, if any.
+        output: The PEFT folder to write at the end, if any.
+    """
+
+    options: LoraOptions
+    rules: tuple[TensorRule, ...]
+    base: HFModel | Path | None
+    start: PeftFolder | None
+    output: AdapterOutput | None
 
     @property
-    def options(self) -> LoraOptions: ...
-    @property
-    def rules(self) -> tuple[TensorRule, ...]: ...
-    @property
-    def base(self) -> HFModel | Path | None: ...
-    @property
-    def start(self) -> PeftFolder | None: ...
+    def base_folder(self) -> Path | None:
+        """Folder of the frozen weights; None for random ones."""
+        return self.base.folder if isinstance(self.base, HFModel) else self.base
 
 
-def adapter_hook(plan: Plan, args: Namespace) -> Hook:
+def adapter_hook(plan: LoraFiles, args: Namespace) -> Hook:
     """Return a `ModelConfig.pre_wrap_hooks` entry that loads the base and adds the adapters.
 
     It takes `--pretrained-checkpoint` over from Megatron, which would look for the adapters there.
@@ -88,7 +100,7 @@ def load_adapters(folder: PeftFolder, chunks: Sequence[MegatronModule]) -> None:
     print_rank_0(f"> adapters from {folder.weights.folder}, made for {base}, in {seconds:.1f} s")
 
 
-def _tell(plan: Plan, chunks: Sequence[MegatronModule]) -> None:
+def _tell(plan: LoraFiles, chunks: Sequence[MegatronModule]) -> None:
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in parameters) - trained

@@ -29,7 +29,12 @@ from megatron_profit.training.monitoring.guards import EXIT_CODE, Event, Guards,
 from megatron_profit.training.monitoring.metrics_file import MetricsFile
 from megatron_profit.training.monitoring.run_totals import RunTotals
 from megatron_profit.training.monitoring.step_metrics import Interval, StepMetrics
-from megatron_profit.training.process.console import lines_to_print, print_evaluation, print_step
+from megatron_profit.training.process.console import (
+    StepReport,
+    lines_to_print,
+    print_evaluation,
+    print_step,
+)
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import MicroBatchLoss
 
@@ -218,7 +223,7 @@ class RunMonitor(Callback):
         if _COUNT in metrics and metrics[_COUNT].is_integer():
             metrics[_COUNT] = int(metrics[_COUNT])
         if _logs():
-            print_step(step, args.train_iters, metrics, speed, seconds)
+            print_step(StepReport(step, args.train_iters, metrics, speed, seconds))
         if step.iteration % args.log_interval:
             # A line after the first step of a process; the interval goes on.
             return

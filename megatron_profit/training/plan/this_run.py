@@ -17,7 +17,7 @@ from megatron_profit.data.store.cache import tokenizer_files
 from megatron_profit.objectives import Objective, ScheduledObjective
 from megatron_profit.training.arguments.derive import RunSettings, recorded_names
 from megatron_profit.training.arguments.disk import RunFiles
-from megatron_profit.training.arguments.lora_files import LoraFiles
+from megatron_profit.training.checkpoints.adapters import LoraFiles
 from megatron_profit.training.checkpoints.run_record import (
     RunRecord,
     digest_of_arrays,

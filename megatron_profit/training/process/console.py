@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NoReturn
 
 from checkpoint_conversion.errors import printable, warn
@@ -66,78 +67,75 @@ class StrictParser(argparse.ArgumentParser):
         fail(message)
 
 
-def step_line(
-    step: LoggedStep,
-    train_iters: int,
-    metrics: Mapping[str, float],
-    speed: Mapping[str, float],
-    seconds: float,
-) -> str:
-    """Return the line of an interval of steps: the metrics, then learning rate and gradient norm, then speed.
+@dataclass(frozen=True)
+class StepReport:
+    """An interval of steps, as the console tells of it.
 
-    It begins like Megatron's and has its form, `| name: value |`, so that what reads one reads both.
-
-    Args:
+    Attributes:
         step: The last step of the interval.
         train_iters: Steps of the run.
         metrics: Metrics of the interval.
         speed: `run_monitor.throughput`, and the peak memory in GiB.
         seconds: Seconds of a step.
     """
-    values = {**metrics, **step.values}
-    if values.get("loss scale") == 1:
-        del values["loss scale"]
-    return " | ".join(
-        (
-            f" iteration {step.iteration:8}/{train_iters:8}",
-            *(f"{name}: {_shown(value)}" for name, value in values.items()),
-            *(["no optimizer step"] if step.skipped else []),
-            f"tokens/s: {speed['tokens per second']:,.0f} "
-            f"({speed['supervised tokens per second']:,.0f} supervised, "
-            f"{speed['kept tokens per second']:,.0f} kept)",
-            f"TFLOP/s/GPU: {speed['model TFLOP/s per GPU']:.4G}",
-            f"peak memory: {speed['peak memory GiB']:.1f} GiB",
-            f"elapsed time per iteration (ms): {1000 * seconds:.1f}",
-            f"left: {_left(step, train_iters, seconds)} |",
+
+    step: LoggedStep
+    train_iters: int
+    metrics: Mapping[str, float]
+    speed: Mapping[str, float]
+    seconds: float
+
+    def line(self) -> str:
+        """Return one line: the metrics, then learning rate and gradient norm, then speed.
+
+        It begins like Megatron's and has its form, `| name: value |`, so that what reads one reads both.
+        """
+        values, speed = {**self.metrics, **self.step.values}, self.speed
+        if values.get("loss scale") == 1:
+            del values["loss scale"]
+        return " | ".join(
+            (
+                f" iteration {self.step.iteration:8}/{self.train_iters:8}",
+                *(f"{name}: {_shown(value)}" for name, value in values.items()),
+                *(["no optimizer step"] if self.step.skipped else []),
+                f"tokens/s: {speed['tokens per second']:,.0f} "
+                f"({speed['supervised tokens per second']:,.0f} supervised, "
+                f"{speed['kept tokens per second']:,.0f} kept)",
+                f"TFLOP/s/GPU: {speed['model TFLOP/s per GPU']:.4G}",
+                f"peak memory: {speed['peak memory GiB']:.1f} GiB",
+                f"elapsed time per iteration (ms): {1000 * self.seconds:.1f}",
+                f"left: {self._left} |",
+            )
         )
-    )
+
+    def short_line(self) -> str:
+        """Return the line of a quiet run. The time that is left comes early, so that a narrow terminal shows
+        it.
+        """
+        values = {**self.metrics, **self.step.values}
+        parts = [f"step {self.step.iteration}/{self.train_iters}  left {self._left}"]
+        parts += [f"{name} {values[key]:.4g}" for key, name in _SHORT.items() if key in values]
+        if "kept fraction" in values:
+            parts.append(f"kept {values['kept fraction']:.0%}")
+        parts += ["no optimizer step"] if self.step.skipped else []
+        parts.append(f"{self.speed['tokens per second']:,.0f} tokens/s")
+        parts.append(f"{self.speed['peak memory GiB']:.1f} GiB")
+        return "  ".join(parts)
+
+    @property
+    def _left(self) -> datetime.timedelta:
+        """Time until the end of the run, if its steps go on like these."""
+        steps = self.train_iters - self.step.iteration
+        return datetime.timedelta(seconds=round(steps * self.seconds))
 
 
-def short_line(
-    step: LoggedStep,
-    train_iters: int,
-    metrics: Mapping[str, float],
-    speed: Mapping[str, float],
-    seconds: float,
-) -> str:
-    """Return the line of a quiet run; the arguments are the same as for `step_line`.
-
-    The time that is left comes early, so that a narrow terminal shows it.
-    """
-    values = {**metrics, **step.values}
-    parts = [f"step {step.iteration}/{train_iters}  left {_left(step, train_iters, seconds)}"]
-    parts += [f"{name} {values[key]:.4g}" for key, name in _SHORT.items() if key in values]
-    if "kept fraction" in values:
-        parts.append(f"kept {values['kept fraction']:.0%}")
-    parts += ["no optimizer step"] if step.skipped else []
-    parts.append(f"{speed['tokens per second']:,.0f} tokens/s")
-    parts.append(f"{speed['peak memory GiB']:.1f} GiB")
-    return "  ".join(parts)
-
-
-def print_step(
-    step: LoggedStep,
-    train_iters: int,
-    metrics: Mapping[str, float],
-    speed: Mapping[str, float],
-    seconds: float,
-) -> None:
-    """Print the line of an interval of steps; the arguments are the same as for `step_line`."""
+def print_step(report: StepReport) -> None:
+    """Print the line of an interval of steps."""
     quiet = quiet_console()
     if quiet is None:
-        print(step_line(step, train_iters, metrics, speed, seconds), flush=True)
+        print(report.line(), flush=True)
     else:
-        quiet.show_live(short_line(step, train_iters, metrics, speed, seconds))
+        quiet.show_live(report.short_line())
 
 
 def print_evaluation(iteration: int, metrics: Mapping[str, float]) -> None:
@@ -145,11 +143,6 @@ def print_evaluation(iteration: int, metrics: Mapping[str, float]) -> None:
     if quiet_console() is not None:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(f"validation after step {iteration}  {shown}", flush=True)
-
-
-def _left(step: LoggedStep, train_iters: int, seconds: float) -> datetime.timedelta:
-    """Return the time that the remaining steps take."""
-    return datetime.timedelta(seconds=round(seconds * (train_iters - step.iteration)))
 
 
 def _shown(value: float) -> str:

@@ -7,13 +7,12 @@ one more forward pass of each step's rows gives its log-probabilities.
 from __future__ import annotations
 
 from megatron.core.utils import unwrap_model
-from megatron.training import get_args
 from torch import Tensor
 
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.models.lora.transform import adapters_off
 from megatron_profit.training.statistics.external_statistics import StatisticProvider
-from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, keys_of
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, values_in
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
 
@@ -41,16 +40,11 @@ class AdapterOffReference(StatisticProvider):
 
     def before_evaluation(self, context: TrainContext) -> None:
         with adapters_off(unwrap_model(context.model)):
-            batches = range(get_args().eval_iters)
-            tables = [
-                self._lookahead_pass.of_valid_batch(context, b, self._wanted) for b in batches
-            ]
+            tables = self._lookahead_pass.of_valid_batches(context, self._wanted)
         found = [table for table in tables if table is not None]
         self._valid = TokenTable.joined(found) if found else None
 
     def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""
         table = self._train if data == "train" else self._valid
-        if table is None:
-            return None
-        return table.look_up(self._computed, keys_of(batch), batch.labels != -100)
+        return values_in(table, self._computed, batch)

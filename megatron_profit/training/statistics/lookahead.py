@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron.training import get_args
 from torch import Tensor
 
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.objectives import Objective, TokenStatistics
 from megatron_profit.training.statistics.external_statistics import StatisticProvider
-from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, data_group, keys_of
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, data_group, values_in
 from megatron_profit.training.statistics.token_table import TokenTable, draw_of
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
@@ -61,17 +60,12 @@ class Lookahead(StatisticProvider):
     def before_evaluation(self, context: TrainContext) -> None:
         objective = self._loss.current_objective.for_evaluation()
         if objective.lookahead and not self._shares:
-            batches = range(get_args().eval_iters)
-            valid = self._lookahead_pass.of_valid_batch
-            seen = [valid(context, number, _reads(objective)) for number in batches]
+            seen = self._lookahead_pass.of_valid_batches(context, _reads(objective))
             self._tables["valid"] = _decided(seen, objective)
 
     def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return [B, S]; None where no loss is computed."""
-        table = self._tables.get(data)
-        if table is None:
-            return None
-        return table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
+        return values_in(self._tables.get(data), self.statistic, batch)
 
 
 def _reads(objective: Objective) -> frozenset[str]:

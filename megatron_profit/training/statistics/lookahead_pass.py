@@ -106,6 +106,11 @@ def keys_of(batch: Batch) -> Tensor:
     return token_keys(batch.draw_index, batch.position_ids)
 
 
+def values_in(table: TokenTable | None, name: str, batch: Batch) -> Tensor | None:
+    """Return [B, S] of a micro-batch's supervised tokens, 0 elsewhere; None without a table."""
+    return None if table is None else table.look_up(name, keys_of(batch), batch.labels != -100)
+
+
 def data_group() -> dist.ProcessGroup:
     """Return the ranks over which the tokens of a global batch are spread."""
     return mpu.get_data_parallel_group(with_context_parallel=True)
@@ -170,6 +175,13 @@ class LookaheadPass:
         stop = start + args.eval_global_batch_size
         rows = RowRange(self._valid, start, stop, args.eval_micro_batch_size)
         return self._of(context, rows, statistics, "valid")
+
+    def of_valid_batches(
+        self, context: TrainContext, statistics: frozenset[str]
+    ) -> list[TokenTable | None]:
+        """Return the same for each global batch of an evaluation."""
+        batches = range(get_args().eval_iters)
+        return [self.of_valid_batch(context, number, statistics) for number in batches]
 
     def _of(
         self, context: TrainContext, rows: RowRange, statistics: frozenset[str], name: str

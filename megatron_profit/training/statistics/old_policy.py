@@ -26,7 +26,7 @@ from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.training.checkpoints.folder import CheckpointError
 from megatron_profit.training.process.console import print_rank_0
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
-from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, data_group, keys_of
+from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, data_group, values_in
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
 
@@ -117,9 +117,7 @@ class OldPolicy(StatisticProvider):
 
     def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return [B, S] of a training micro-batch; None where no loss is computed."""
-        if self._table is None:
-            return None
-        return self._table.look_up(self.statistic, keys_of(batch), batch.labels != -100)
+        return values_in(self._table, self.statistic, batch)
 
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
         """Put the old policy into a checkpoint inside an outer batch. A collective on the last stage."""

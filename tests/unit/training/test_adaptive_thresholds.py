@@ -45,6 +45,9 @@ class Pass:
     def of_valid_batch(self, context, number, statistics):
         return self.of_next_batches(context, 1, statistics)
 
+    def of_valid_batches(self, context, statistics):
+        return [self.of_valid_batch(context, 0, statistics)]
+
 
 def loss_of(objective, step=0):
     return SimpleNamespace(objective=objective, current_objective=objective.at(step))
@@ -54,7 +57,6 @@ def loss_of(objective, step=0):
 def one_process(monkeypatch):
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     monkeypatch.setattr(lookahead, "data_group", lambda: group)
-    monkeypatch.setattr(lookahead, "get_args", lambda: SimpleNamespace(eval_iters=1))
     monkeypatch.setattr(running_threshold, "data_group", lambda: group)
     monkeypatch.setattr(
         running_threshold, "dist", SimpleNamespace(all_reduce=lambda *_, **__: None)

@@ -19,7 +19,7 @@ from megatron_profit.training.monitoring.guards import Event, GuardOptions, Guar
 from megatron_profit.training.monitoring.metrics_file import read_metrics
 from megatron_profit.training.monitoring.run_monitor import RunMonitor, throughput
 from megatron_profit.training.monitoring.step_metrics import Interval
-from megatron_profit.training.process.console import lines_to_print, step_line
+from megatron_profit.training.process.console import StepReport, lines_to_print
 
 GOOD = Suspect(rank=0, micro_batch=1, loss=2.0, finite=True, records=(0, 1))
 BAD = Suspect(rank=3, micro_batch=2, loss=float("nan"), finite=False, records=(2,))
@@ -90,7 +90,7 @@ def test_the_line_can_be_read_and_parsed(skipped):
         "model TFLOP/s per GPU": 212.44,
         "peak memory GiB": 61.26,
     }
-    line = step_line(step, 600, metrics, speed, 1.5)
+    line = StepReport(step, 600, metrics, speed, 1.5).line()
     assert line == (
         " iteration       12/     600 | lm loss: 6.190432 | objective: -1.234568E-05 | "
         "learning rate: 1E-05 | grad norm: 0.91 | "
@@ -110,7 +110,8 @@ def test_counts_have_all_their_digits():
         ),
         1.0,
     )
-    line = step_line(step, 600, {"supervised tokens": 123456789, "mean p": 0.123456789}, speed, 1.5)
+    metrics = {"supervised tokens": 123456789, "mean p": 0.123456789}
+    line = StepReport(step, 600, metrics, speed, 1.5).line()
     assert "| supervised tokens: 123456789 | mean p: 0.1234568 |" in line
 
 
