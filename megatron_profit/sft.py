@@ -5,6 +5,7 @@ It chooses the device before anything imports Megatron; the rest is in `megatron
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches import DEVICES, activate
 from megatron_profit.megatron_patches.enduring import endure_console
 from megatron_profit.recipe.errors import LaunchError
-from megatron_profit.training.process.console import StrictParser, fail, print_rank_0
+from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.interrupts import end_on_interrupt
 from megatron_profit.training.process.launcher import die_with_launcher
 from megatron_profit.training.process.quiet import begin_quiet
@@ -85,15 +86,14 @@ def start(argv: Sequence[str]) -> str:
     Returns:
         The device that they ask for, "cuda" or "cpu".
     """
-    parser = StrictParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    device = parser.parse_known_args(argv)[0].device
     _stand_in_for_torchrun()
     # Tensor parallelism overlaps communication only with this, and Megatron insists on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
-        return activate(device)
-    except (RuntimeError, ValueError) as error:
+        return activate(parser.parse_known_args(argv)[0].device)
+    except (argparse.ArgumentError, RuntimeError, ValueError) as error:
         fail(error)
 
 

@@ -6,7 +6,8 @@ no longer needs it. It is applied only where the source of these functions is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,18 +106,14 @@ def _refusal(version: str, changed: Sequence[str], patches: Sequence[Patch]) -> 
     )
 
 
-class replaced:
-    """Replaces names of a module by other objects inside the `with` block."""
-
-    def __init__(self, module: Any, **names: Any) -> None:
-        self._module, self._names = module, names
-        self._before: Mapping[str, Any] = {}
-
-    def __enter__(self) -> None:
-        self._before = {name: getattr(self._module, name) for name in self._names}
-        for name, value in self._names.items():
-            setattr(self._module, name, value)
-
-    def __exit__(self, *error: object) -> None:
-        for name, value in self._before.items():
-            setattr(self._module, name, value)
+@contextlib.contextmanager
+def replaced(module: Any, **names: Any) -> Iterator[None]:
+    """Replace names of a module by other objects inside the `with` block."""
+    before = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)

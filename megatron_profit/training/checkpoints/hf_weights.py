@@ -94,17 +94,16 @@ def _check_alias(model: HFModel) -> None:
     """Let the first rank alone compare both copies of tied embeddings in full, and let all ranks fail
     together.
     """
-    if model.alias is None:
-        return
-    outcome: list[ConversionError | None] = [None]
-    if is_first_rank():
+
+    def problem() -> ConversionError | None:
         try:
             model.check_alias()
         except ConversionError as error:
-            outcome = [error]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
+            return error
+        return None
+
+    if model.alias is not None and (found := from_first_rank(problem)) is not None:
+        raise found
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import os
 import sys
@@ -57,14 +56,6 @@ def fail(message: object) -> NoReturn:
         time.sleep(_PATIENCE_SECONDS)
     print(f"megatron-profit-sft: error: {lines_to_print(message)}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-class StrictParser(argparse.ArgumentParser):
-    """Ends the run with one line where a flag has a value that it cannot have."""
-
-    def error(self, message: str) -> NoReturn:
-        """See argparse."""
-        fail(message)
 
 
 @dataclass(frozen=True)
