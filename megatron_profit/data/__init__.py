@@ -2,7 +2,7 @@
 
 ```python
 renderer = ChatRenderer(AutoTokenizer.from_pretrained(path))
-examples, report = build_examples(["train.jsonl"], renderer, seq_length=4096, progress=print)
+examples, report = build_examples(["train.jsonl"], renderer, seq_length=4096)
 dataset = SFTDataset(examples, 4096, num_samples=train_iters * global_batch_size, seed=1234)
 ```
 """

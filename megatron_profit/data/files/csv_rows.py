@@ -6,9 +6,10 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
-from megatron_profit.data.files.bounded import LARGEST_RECORD, open_data
+from megatron_profit.data.files.bounded import LARGEST_RECORD, bounded_lines, open_data
 from megatron_profit.data.files.json_text import decoded
 
 OTHER_CELLS = "a row has another number of cells than the header"
@@ -18,17 +19,18 @@ def csv_rows(path: Path) -> Iterator[tuple[dict[str, str] | BrokenRecord, int]]:
     """Yield the rows of a file by the names in its header, each with its size in characters.
 
     Raises:
-        DataError: The file is not UTF-8, its quotes do not match, a cell is too large, or its header has an
+        DataError: The file is not UTF-8, its quotes do not match, a row is too large, or its header has an
             empty name or one name twice.
     """
     csv.field_size_limit(LARGEST_RECORD)
     with open_data(path) as file:
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        lines = _Lines(file, path)
         rows = csv.reader(lines, strict=True)
         try:
             header = next(rows, [])
             _check(header, path)
             for cells in rows:
+                lines.begin_row()
                 if cells:
                     yield _row(header, cells), sum(map(len, cells))
         except csv.Error as error:
@@ -36,9 +38,34 @@ def csv_rows(path: Path) -> Iterator[tuple[dict[str, str] | BrokenRecord, int]]:
                 f"{path}, line {rows.line_num}: not a CSV file with commas and double quotes ({error}); "
                 "correct the row, or write the data as .jsonl"
             ) from error
-        except UnicodeDecodeError as error:
-            decoded(error.object[error.start :], f"{path}, after line {rows.line_num}")
-            raise
+
+
+class _Lines:
+    """The lines of a file as text with their ends, none longer than a record may be.
+
+    Raises:
+        DataError: The file is not UTF-8, or the lines of a row are too large together.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._row_bytes = 0
+
+    def begin_row(self) -> None:
+        """Count the next lines as another row's."""
+        self._row_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in enumerate(bounded_lines(self._file), 1):
+            where = f"{self._path}, line {number}"
+            self._row_bytes += len(line)
+            if self._row_bytes > LARGEST_RECORD:
+                raise DataError(
+                    f"{where}: its row has more than {LARGEST_RECORD:,} bytes; correct the quotes, or split "
+                    "the row"
+                )
+            # A carriage return alone ends a line as well.
+            yield from io.StringIO(decoded(line, where), newline="")
 
 
 def _check(header: list[str], path: Path) -> None:

@@ -230,9 +230,14 @@ def tokenizer_files(tokenizer: Path) -> list[list[str]]:
 
 @functools.cache
 def _code() -> str:
-    """Return a hash of this package: any change of it may change the written data."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return sha256(repr([(file.name, _hash_file(file)) for file in files]).encode()).hexdigest()
+    """Return a hash of all code of the data: any change of it may change the written data."""
+    return _hash_code(Path(__file__).parents[1])
+
+
+def _hash_code(package: Path) -> str:
+    files = sorted(package.rglob("*.py"))
+    hashes = [(str(file.relative_to(package)), _hash_file(file)) for file in files]
+    return sha256(repr(hashes).encode()).hexdigest()
 
 
 @contextmanager
@@ -266,7 +271,7 @@ def _check_unchanged(states: Sequence[_State]) -> None:
 
 
 def _inner(path: Path) -> list[Path]:
-    """Yield the regular files in a folder, or a file itself."""
+    """Return the regular files in a folder, or a file itself."""
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 

@@ -305,6 +305,20 @@ def test_the_tokenizers_other_templates_and_our_code_count(
     assert len(folders(tmp_path)) == 3
 
 
+def test_a_change_of_any_code_of_the_data_is_another_version(tmp_path):
+    """How a record is read, rendered and masked decides the ids as much as how they are written."""
+    package = tmp_path / "data"
+    shutil.copytree(Path(cache.__file__).parents[1], package)
+    assert cache._hash_code(package) == cache._code()
+    found = {cache._code()}
+    for name in ("chat/masks.py", "render/renderer.py", "files/fields.py", "store/prepare.py"):
+        (package / name).write_text((package / name).read_text() + "# changed\n")
+        found.add(cache._hash_code(package))
+    (package / "files" / "fields.py").rename(package / "chat" / "fields.py")
+    found.add(cache._hash_code(package))
+    assert len(found) == 6
+
+
 def test_the_same_files_under_another_path_are_not_prepared_again(
     prepared, sources, tmp_path, monkeypatch
 ):

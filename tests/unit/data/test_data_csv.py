@@ -8,6 +8,7 @@ import json
 import pytest
 
 from megatron_profit.data.errors import DataError
+from megatron_profit.data.files import bounded, csv_rows
 from megatron_profit.data.files.records import read_records
 
 
@@ -69,3 +70,51 @@ def test_plain_text_is_refused_with_what_to_do(tmp_path):
     (record,) = read_records(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="what the model should write as completion"):
         normalise(record)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_each_end_of_a_line_ends_a_row_outside_of_quotes_and_stays_inside(tmp_path, end):
+    rows = ["prompt,completion", f'"a{end}b",c', 'd,"e,""f"""', f"g,h{end}"]
+    (tmp_path / "a.csv").write_bytes(end.join(rows).encode())
+    assert values(tmp_path / "a.csv") == [
+        {"prompt": f"a{end}b", "completion": "c"},
+        {"prompt": "d", "completion": 'e,"f"'},
+        {"prompt": "g", "completion": "h"},
+    ]
+
+
+def test_a_file_in_another_encoding_is_named_with_the_line(tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt,completion\na,b\nc,é\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv, line 3: not UTF-8"):
+        values(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_bytes("prompt,completion\na,b\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"b\.csv, line 1: .*iconv -f utf-16"):
+        values(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        b"a," + b"x" * 5000 + b"\n",
+        b'a,"' + b"x\n" * 2500 + b'"\n',
+        b"".join(b'"' + b"x" * 900 + b'\n",' for _ in range(5)) + b"b\n",
+    ],
+)
+def test_no_more_of_a_row_is_read_than_a_record_may_have(tmp_path, monkeypatch, row):
+    """A small packed file may hold a line of any length."""
+    for module in (bounded, csv_rows):
+        monkeypatch.setattr(module, "LARGEST_RECORD", 3000)
+    longest = []
+    read = bounded.bounded_lines
+    monkeypatch.setattr(
+        csv_rows, "bounded_lines", lambda file: (longest.append(len(x)) or x for x in read(file))
+    )
+    with gzip.open(tmp_path / "a.csv.gz", "wb") as stream:
+        stream.write(b"prompt,completion\nq,a\n" + row)
+    with pytest.raises(DataError, match=r"line \d+: its row has more than 3,000 bytes; correct"):
+        values(tmp_path / "a.csv.gz")
+    assert max(longest) <= 3001
+    assert sum(longest) <= 2 * 3001
+    with gzip.open(tmp_path / "a.csv.gz", "wb") as stream:
+        stream.write(b"prompt,completion\n" + b"q,a\n" * 2000)
+    assert len(values(tmp_path / "a.csv.gz")) == 2000, "the limit is a row's"
