@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp, wants_color
-from megatron_profit.evaluation.command_line import add_sampling_flags
+from megatron_profit.evaluation.command_line import add_sampling_flags, sampling_of
 from megatron_profit.evaluation.errors import EvaluationError
-from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampling
+from megatron_profit.evaluation.sampling import PRESETS, Sampling
 
 if TYPE_CHECKING:
     from megatron_profit.evaluation.conversation import Conversation
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", default="", metavar="TEXT", help="System message.")
     add("--preset", choices=PRESETS, help="Sampling settings of a paper.")
     add_sampling_flags(parser)
+    parser.set_defaults(samples=1)
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="Of the weights.")
     return parser
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Talk until the input ends; return 1 for input that cannot be used."""
     arguments = build_parser().parse_args(argv)
     try:
-        sampling = sampling_of(arguments)
+        sampling = sampling_of(arguments, "chat")
         talk = open_conversation(arguments.model, arguments.dtype, arguments.system)
         talk.check_system()
     except EvaluationError as error:
@@ -76,13 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(carry_out(talk, line, color=color))
         elif line:
             say(talk, line, sampling, longest, write)
-
-
-def sampling_of(arguments: argparse.Namespace) -> Sampling:
-    """Return the sampling settings of a command line; one sample, greedy by default."""
-    names = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
-    given = {name: getattr(arguments, name) for name in names}
-    return choose_sampling(arguments.preset, "chat", given | {"samples": 1})
 
 
 def open_conversation(model: str, dtype: str, system: str) -> Conversation:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.command_line import (
-    SamplingOfTasks,
     add_evaluation_flags,
     at_least_one,
     labelled_models,
@@ -95,7 +94,7 @@ def write_opencompass(arguments: argparse.Namespace) -> None:
     from megatron_profit.evaluation.opencompass import VERSION, opencompass_settings
 
     file: Path = arguments.opencompass
-    tasks = load_tasks(arguments, SamplingOfTasks(arguments))
+    tasks = load_tasks(arguments)
     text = opencompass_settings(labelled_models(arguments.models), tasks)
     with whole_file(file) as stream:
         stream.write(text.encode())
@@ -113,10 +112,9 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
     from megatron_profit.evaluation.engines.engine import EngineOptions, resolved
 
     models = labelled_models(arguments.models)
-    samplings = SamplingOfTasks(arguments)
     for name in ("batch", "concurrency"):
         at_least_one(arguments, name)
-    tasks = load_tasks(arguments, samplings)
+    tasks = load_tasks(arguments)
     options = resolved(
         EngineOptions(
             name=arguments.engine,

@@ -152,17 +152,16 @@ def check_task_files(options: EvalTasks) -> None:
     Raises:
         ArgumentsError: A package or a task's file is missing, or a file cannot be used.
     """
-    from megatron_profit.evaluation.command_line import SamplingOfTasks, load_tasks
+    from megatron_profit.evaluation.command_line import load_tasks
 
     if not options.is_wanted:
         return
     with _naming(options):
-        given = _settings_of(options)
-        load_tasks(given, SamplingOfTasks(given))
+        load_tasks(_settings_of(options))
 
 
 def _settings_of(options: EvalTasks) -> argparse.Namespace:
-    from megatron_profit.evaluation.command_line import SamplingOfTasks, add_evaluation_flags
+    from megatron_profit.evaluation.command_line import add_evaluation_flags, sampling_of
 
     parser = _Parser(add_help=False, allow_abbrev=False)
     add_evaluation_flags(parser)
@@ -170,7 +169,7 @@ def _settings_of(options: EvalTasks) -> argparse.Namespace:
     if options.eval_tasks is not None:
         given.tasks = options.eval_tasks
     for name in options.names:
-        SamplingOfTasks(given).of(name)
+        sampling_of(given, name)
     return given
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampling
+from megatron_profit.flags import flag_of
 
 if TYPE_CHECKING:
     from megatron_profit.evaluation.questions import Task
@@ -80,23 +81,21 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="Begin again where --out has other answers.")
 
 
-class SamplingOfTasks:
-    """The sampling settings of a command line, for each task."""
+def sampling_of(arguments: argparse.Namespace, task: str) -> Sampling:
+    """Return the sampling settings of a task.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.preset = arguments.preset
-        self.given = {name: getattr(arguments, name) for name in _SAMPLING_FLAGS}
-
-    def of(self, task: str) -> Sampling:
-        """Return the settings of a task."""
-        return choose_sampling(self.preset, task, self.given)
+    Raises:
+        EvaluationError: A value does not fit.
+    """
+    given = {name: getattr(arguments, name) for name in _SAMPLING_FLAGS}
+    return choose_sampling(arguments.preset, task, given)
 
 
 def at_least_one(arguments: argparse.Namespace, name: str) -> int:
     """Return a flag's value, which must be positive."""
     value = getattr(arguments, name)
     if value < 1:
-        raise EvaluationError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        raise EvaluationError(f"{flag_of(name)} is {value}; it must be at least 1")
     return int(value)
 
 
@@ -122,9 +121,7 @@ def labelled_models(given: Sequence[str]) -> dict[str, str]:
     return models
 
 
-def load_tasks(
-    arguments: argparse.Namespace, samplings: SamplingOfTasks
-) -> list[tuple[Task, Sampling]]:
+def load_tasks(arguments: argparse.Namespace) -> list[tuple[Task, Sampling]]:
     """Return the tasks with their settings.
 
     Raises:
@@ -144,7 +141,7 @@ def load_tasks(
     if arguments.limit is not None:
         at_least_one(arguments, "limit")
     for name in names:
-        samplings.of(name)
+        sampling_of(arguments, name)
     tasks = [load_task(name, arguments.data, arguments.limit) for name in names]
     tasks += [
         task_of_file(file, columns, arguments.limit, arguments.answer_pattern)
@@ -153,7 +150,7 @@ def load_tasks(
     found = [task.name for task in tasks]
     if twice := next((name for name in found if found.count(name) > 1), None):
         raise EvaluationError(f"two tasks are called {twice}; rename the --task-file")
-    return [(task, samplings.of(task.name)) for task in tasks]
+    return [(task, sampling_of(arguments, task.name)) for task in tasks]
 
 
 def column_names(given: Sequence[str]) -> dict[str, str]:

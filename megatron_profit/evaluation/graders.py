@@ -154,13 +154,14 @@ def find_letter(text: str) -> str | None:
 def find_pattern(text: str, pattern: str) -> str | None:
     """Return the last match of a regular expression (its group if it has a single one), in lower case.
 
-    For example, the pattern `-?[0-9][0-9,.]*` finds "1234" in "So it is 1,234.".
+    For example, the pattern `-?[0-9][0-9,.]*` finds "1234" in "So it is 1,234.". A match that holds no
+    character of an answer does not count, as the ones of `[0-9]*` between letters.
     """
-    found = list(re.finditer(pattern, answer_part(text), re.IGNORECASE))
-    if not found:
-        return None
-    chosen = found[-1].group(1 if found[-1].re.groups == 1 else 0)
-    return chosen.lower().replace(",", "").rstrip(".")
+    last = None
+    for match in re.finditer(pattern, answer_part(text), re.IGNORECASE):
+        found = match.group(1 if match.re.groups == 1 else 0) or ""
+        last = found.lower().replace(",", "").rstrip(".") or last
+    return last
 
 
 def equal(extracted: str, reference: str) -> bool:

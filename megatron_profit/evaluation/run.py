@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +14,7 @@ from megatron_profit.evaluation.engines import Answer, Engine, Request
 from megatron_profit.evaluation.estimators import Estimate, average_at_k, mean_pass_at_k
 from megatron_profit.evaluation.questions import Question, Task
 from megatron_profit.evaluation.records import Records, Sample
-from megatron_profit.evaluation.sampling import Sampling, as_record
+from megatron_profit.evaluation.sampling import Sampling
 
 _GRADED = ("right", "parsed", "extracted")
 _EVERY_SECONDS = 10
@@ -113,7 +113,7 @@ def settings_of(
         "version": task.version,
         "questions": task.digest,
         "engine": engine,
-        **as_record(sampling),
+        **asdict(sampling),
     }
 
 

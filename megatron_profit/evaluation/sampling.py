@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.flags import flag_of
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,16 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "at least 0 (0 for all tokens)"),
             ("samples", self.samples >= 1, "at least 1"),
-            ("max_new_tokens", (self.max_new_tokens or 1) >= 1, "at least 1"),
-            ("max_new_tokens", self.max_new_tokens != 0, "at least 1"),
+            (
+                "max_new_tokens",
+                self.max_new_tokens is None or self.max_new_tokens >= 1,
+                "at least 1",
+            ),
         ):
             if not holds:
-                flag = "--" + name.replace("_", "-")
-                raise EvaluationError(f"{flag} is {getattr(self, name)}; it must be {rule}")
+                raise EvaluationError(
+                    f"{flag_of(name)} is {getattr(self, name)}; it must be {rule}"
+                )
         if self.samples > 1 and self.is_greedy:
             raise EvaluationError(
                 f"{self.samples} samples at temperature 0 would all be the same; give --temperature or "
@@ -68,36 +73,17 @@ class Sampling:
         return f"{drawn}, {self.samples} sample{'s'[: self.samples > 1]} a question{limit}"
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Settings of a paper.
-
-    Attributes:
-        sampling: The settings.
-        source: Where they come from.
-        exceptions: Task -> fields that differ there.
-    """
-
-    sampling: Sampling
-    source: str
-    exceptions: Mapping[str, Mapping[str, int]]
-
-    def of(self, task: str) -> Sampling:
-        """Return the settings for a task."""
-        return replace(self.sampling, **self.exceptions.get(task, {}))  # type: ignore[arg-type]
-
-
-_AIME_OF_PROFIT = {"samples": 32, "max_new_tokens": 32768}
-_PROFIT = {"aime24": _AIME_OF_PROFIT, "aime25": _AIME_OF_PROFIT}
 PRESETS = {
-    "greedy": Preset(Sampling(), "one greedy answer", {}),
-    "profit-qwen": Preset(
-        Sampling(0.7, 0.8, 20, samples=8, max_new_tokens=8192), "ProFit, Qwen and OLMo", _PROFIT
-    ),
-    "profit-llama": Preset(
-        Sampling(0.6, 0.9, samples=8, max_new_tokens=8192), "ProFit, Llama", _PROFIT
-    ),
-    "psft": Preset(Sampling(0.7, 0.95, samples=32, max_new_tokens=10240), "PSFT", {}),
+    "greedy": Sampling(),
+    "profit-qwen": Sampling(0.7, 0.8, 20, samples=8, max_new_tokens=8192),
+    "profit-llama": Sampling(0.6, 0.9, samples=8, max_new_tokens=8192),
+    "psft": Sampling(0.7, 0.95, samples=32, max_new_tokens=10240),
+}
+# Preset and task -> what differs there.
+_EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    (preset, task): {"samples": 32, "max_new_tokens": 32768}
+    for preset in ("profit-qwen", "profit-llama")
+    for task in ("aime24", "aime25")
 }
 
 
@@ -112,21 +98,32 @@ def choose_sampling(preset: str | None, task: str, given: Mapping[str, Any]) -> 
         given: Fields that the user set.
 
     Raises:
-        EvaluationError: A value does not fit.
+        EvaluationError: A value does not fit, or would change no draw.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if preset is None:
         several = given.get("samples", 1) > 1 and "temperature" not in given
-        start = PRESETS["profit-qwen" if several else "greedy"].sampling
-        start = replace(start, max_new_tokens=None)
+        start = replace(PRESETS["profit-qwen" if several else "greedy"], max_new_tokens=None)
     else:
-        start = PRESETS[preset].of(task)
+        start = replace(PRESETS[preset], **_EXCEPTIONS.get((preset, task), {}))
     if given.get("temperature") == 0:
         given = {"samples": 1} | given
     # One replacement, so that only the settings in force are checked.
-    return replace(start, **given)
+    sampling = replace(start, **given)
+    if sampling.is_greedy:
+        _check_cuts(given)
+    return sampling
 
 
-def as_record(sampling: Sampling) -> dict[str, Any]:
-    """Return the settings for a JSON record."""
-    return asdict(sampling)
+def _check_cuts(given: Mapping[str, Any]) -> None:
+    """Refuse flags that leave tokens out of a draw where each token is the most likely one."""
+    cuts = [
+        f"{flag_of(name)} {given[name]}"
+        for name, neutral in (("top_p", 1), ("top_k", 0))
+        if given.get(name, neutral) != neutral
+    ]
+    if cuts:
+        raise EvaluationError(
+            f"{' and '.join(cuts)} would change no answer at temperature 0; give --temperature, for example "
+            "0.7, or leave them out"
+        )

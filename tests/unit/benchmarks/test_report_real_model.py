@@ -19,7 +19,7 @@ from report_real_model import (
 
 from megatron_profit.commands.evaluate import build_parser
 from megatron_profit.estimates.published import published_config
-from megatron_profit.evaluation.command_line import SamplingOfTasks
+from megatron_profit.evaluation.command_line import sampling_of
 from megatron_profit.evaluation.comparison.plan import Run, read_plan
 from megatron_profit.evaluation.comparison.runs import Outcome
 from megatron_profit.training.arguments.derive import derive
@@ -117,7 +117,7 @@ def test_the_plan_of_the_study_can_be_carried_out(tmp_path, monkeypatch):
     for name in asked:
         command = plan.evaluate_command("gsm8k", name, Path("hf"), Path("out"))
         arguments = build_parser().parse_args(command[4:])
-        assert SamplingOfTasks(arguments).of(arguments.tasks).max_new_tokens
+        assert sampling_of(arguments, arguments.tasks).max_new_tokens
 
 
 def test_curves_are_drawn(outcomes, tmp_path):

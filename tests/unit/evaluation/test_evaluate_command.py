@@ -13,6 +13,7 @@ from megatron_profit.evaluation.engines.engine import Answer
 from megatron_profit.evaluation.engines.model_folder import fingerprint
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.records import read_records_file
+from megatron_profit.evaluation.sampling import choose_sampling
 
 
 class Calculator:
@@ -223,6 +224,11 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, tiny_model, sums, capsys
         ("--top-p 0 --temperature 1", "--top-p is 0.0; it must be above 0"),
         ("--temperature nan", "--temperature is nan; it must be at least 0"),
         ("--top-k -1", "--top-k is -1"),
+        (
+            "--top-p 0.8 --top-k 20",
+            "--top-p 0.8 and --top-k 20 would change no answer at temperature 0",
+        ),
+        ("--preset profit-qwen --temperature 0 --top-k 5", "--top-k 5 would change no answer"),
         ("--max-new-tokens 0", "--max-new-tokens is 0; it must be at least 1"),
         ("--limit 0", "--limit is 0"),
         ("--batch 0", "--batch is 0"),
@@ -231,6 +237,15 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, tiny_model, sums, capsys
 )
 def test_values_that_do_not_fit_are_refused(flags, message, tmp_path, sums, capsys):
     assert message in refused(capsys, tmp_path, "--task-file", sums, *flags.split())
+
+
+def test_a_preset_without_draws_and_neutral_cuts_are_accepted():
+    assert choose_sampling("profit-qwen", "t", {"temperature": 0}).is_greedy
+    assert choose_sampling(None, "t", {"top_p": 1.0, "top_k": 0}).is_greedy
+    drawn = choose_sampling(None, "t", {"samples": 4, "top_k": 5})
+    assert (drawn.temperature, drawn.top_k) == (0.7, 5)
+    assert choose_sampling("profit-llama", "aime24", {}).samples == 32
+    assert choose_sampling("psft", "aime24", {}).max_new_tokens == 10240
 
 
 def test_labels_tell_models_apart(tmp_path):

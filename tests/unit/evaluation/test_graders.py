@@ -12,6 +12,7 @@ from megatron_profit.evaluation.graders import (
     answer_part,
     find_letter,
     find_number,
+    find_pattern,
     grade_expression,
     grade_letter,
     grade_number,
@@ -221,3 +222,20 @@ def test_a_comparison_is_limited_by_its_computing_and_not_by_the_clock(monkeypat
     monkeypatch.setattr(math_verify, "parse", endless)
     assert grade_expression("x + 1", "1 + x").extracted is None
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "found"),
+    [
+        ("-?[0-9][0-9,.]*", "So it is 1,234.", "1234"),
+        ("[0-9]*", "it is 7, I think", "7"),
+        ("x|", "no match", None),
+        ("[,.]+", "a, b.", None),
+        (r"answer: \(([a-d])\)|none", "Answer: (B), none else", "b"),
+        (r"answer: \(([a-d])\)|none", "none", None),
+        (r"answer: ([a-d]?)", "answer: a. answer: ?", "a"),
+        ("(a)(b)?", "A", "a"),
+    ],
+)
+def test_a_match_without_an_answer_in_it_does_not_count(pattern, text, found):
+    assert find_pattern(text, pattern) == found

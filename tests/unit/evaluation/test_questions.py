@@ -123,6 +123,14 @@ def test_own_tasks_grade_numbers_expressions_and_patterns(tmp_path):
         "parsed": True,
         "extracted": "four",
     }
+    file.write_text(json.dumps({"question": "2 + 2?", "answer": "It is 4, say I."}) + "\n")
+    task = task_of_file(file, {}, pattern="[0-9.]*")
+    assert task.questions[0].reference == "4"
+    graded = [
+        task.grade(task.questions[0], text) for text in ("It is 4 I say.", "5 say I", "None.")
+    ]
+    assert [grade["right"] for grade in graded] == [True, False, False]
+    assert [grade["parsed"] for grade in graded] == [True, True, False]
     with pytest.raises(EvaluationError, match="record 1: --answer-pattern 'nine' matches no part"):
         task_of_file(file, {}, pattern="nine")
     with pytest.raises(EvaluationError, match="is no regular expression"):
