@@ -34,6 +34,12 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def number_text(value: float) -> str:
+    """Return a number as a flag's value, as `:g` writes it where that is exact. For example, 1e-05."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.65) -> str:
     """Return `; did you mean X?` with the known name that is spelt most alike, "" if none is near.
 

@@ -84,7 +84,7 @@ def compare(plan_file: Path, out: Path, *, dry_run: bool = False) -> int:
         return 0
 
     def publish(outcomes: Sequence[Outcome], done: int, total: int) -> None:
-        write_results(out, outcomes, plan_file.read_text(), done, total)
+        write_results(out, outcomes, plan.text, done, total)
 
     outcomes = carry_out(plan, out, read_run, lambda line: print(line, flush=True), publish)
     print(f"\n{report(outcomes)}\nwrote {out}")

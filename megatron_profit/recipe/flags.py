@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import Any
 
-from megatron_profit.flags import nearest
+from megatron_profit.flags import nearest, number_text
 from megatron_profit.objectives.registry import is_from_outside
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.training.arguments.command_line import CommandLine, add_arguments
@@ -59,7 +59,7 @@ def words_with(option: str, texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return number_text(value) if isinstance(value, float) else str(value)
 
 
 class Store(argparse.Action):

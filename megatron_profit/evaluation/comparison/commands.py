@@ -58,8 +58,13 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def execute(command: Sequence[str], log: Path) -> None:
+def execute(command: Sequence[str], log: Path, threads: int) -> None:
     """Run a command, whose output goes to a file.
+
+    Args:
+        command: The words of the command.
+        log: The file.
+        threads: Threads of a process, where OMP_NUM_THREADS does not say.
 
     Raises:
         EvaluationError: The command failed or was stopped.
@@ -67,8 +72,7 @@ def execute(command: Sequence[str], log: Path) -> None:
     if _children.stopping:
         raise EvaluationError(_STOPPED)
     begun = time.monotonic()
-    # Several trainings may share the cores.
-    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with log.open("w", encoding="utf-8") as file:
         # A session of its own: a terminal's Ctrl-C comes to this process alone, which ends the command.
         process = subprocess.Popen(

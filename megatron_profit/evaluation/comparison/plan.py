@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.flags import number_text
 
 ALL_WEIGHTS = 0
 # The one evaluation of a plan that does not name several.
@@ -23,6 +24,14 @@ _REQUIRED = ("base", "train", "evaluate", "objectives")
 # Weights may be large.
 _EDGE_BYTES = 1 << 23
 _NAMED_AXES = ("data", "objectives", "evaluate")
+# Words before what is no input of a command: the program's module, and what a run writes.
+_NO_INPUTS = (
+    *("-m", "--out", "--export-hf", "--export-adapter", "--metrics-file", "--save", "--ref-cache"),
+    *("--tensorboard-dir", "--token-report", "--wandb-save-dir"),
+)
+# Where a fingerprint's command names what the run itself has written.
+TRAINED, CHECKPOINTS = Path("hf"), Path("checkpoints")
+_PLACEHOLDERS = {("--load", str(CHECKPOINTS)), ("model", str(TRAINED))}
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Run:
     @property
     def setting(self) -> str:
         """Everything but data and seed, for tables. For example, "dft, lr 1e-05, rank 16"."""
-        rate = "" if self.learning_rate is None else f", lr {self.learning_rate:g}"
+        rate = "" if self.learning_rate is None else f", lr {number_text(self.learning_rate)}"
         rank = f", rank {self.lora_rank}" if self.lora_rank else ""
         return f"{self.objective}{rate}{rank}"
 
@@ -72,7 +81,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison; the fields are the keys of its YAML file.
+    """A comparison; the fields are the keys of its YAML file, besides `text`.
 
     Attributes:
         base: HuggingFace folder that all runs start from.
@@ -90,6 +99,7 @@ class Plan:
         keep_models: Whether the exported models stay when no later stage asks them.
         save_interval: Steps between a training's checkpoints, from which it goes on after an interruption; 0
             for none.
+        text: The file's content.
     """
 
     base: Path
@@ -105,6 +115,7 @@ class Plan:
     jobs: int = 1
     keep_models: bool = False
     save_interval: int = 0
+    text: str = ""
 
     def runs(self) -> list[Run]:
         """Return all runs, each once, in the order in which they are made."""
@@ -137,7 +148,7 @@ class Plan:
             yield Run(data, objective, rate, rank, seed)
 
     def train_command(
-        self, run: Run, export: Path, metrics: Path, checkpoints: Path = Path("checkpoints")
+        self, run: Run, export: Path, metrics: Path, checkpoints: Path = CHECKPOINTS
     ) -> list[str]:
         """Return the command that trains a run, or goes on with it, and exports its last weights."""
         interval = str(self.save_interval)
@@ -150,7 +161,7 @@ class Plan:
             *shlex.split(self.train),
             *shlex.split(self.data[run.data].get("train", "")),
             *shlex.split(self.objectives[run.objective]),
-            *(("--lr", f"{run.learning_rate:g}") if run.learning_rate is not None else ()),
+            *(("--lr", number_text(run.learning_rate)) if run.learning_rate is not None else ()),
             *(("--lora-rank", str(run.lora_rank)) if run.lora_rank else ()),
             *((*places, "--save-interval", interval) if self.save_interval else ()),
             *("--seed", str(run.seed), "--export-hf", str(export), "--metrics-file", str(metrics)),
@@ -184,12 +195,17 @@ def _content(file: Path) -> str:
 
 
 def _inputs(command: Sequence[str]) -> set[Path]:
-    """Return the files and folders that a command names, also as NAME=PLACE, without the program.
+    """Return the files and folders that a command reads, also as NAME=PLACE, without the program.
 
-    The module after `-m` is none, although a checkout has a folder of its name.
+    The module after `-m` is none, although a checkout has a folder of its name. Outputs are none, although an
+    earlier run has written them.
     """
-    named = [part for before, part in pairwise(command) if before != "-m"]
-    places = {part.partition("=")[2] if "=" in part else part for part in named}
+    places = set()
+    for before, part in pairwise(command):
+        name, is_one, value = part.partition("=")
+        flag, place = (name, value) if is_one else (before, part)
+        if flag not in _NO_INPUTS and (flag, place) not in _PLACEHOLDERS:
+            places.add(place)
     return {Path(place) for place in places if place and os.path.exists(place)}
 
 
@@ -207,18 +223,19 @@ def read_plan(file: Path) -> Plan:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_bytes())
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise EvaluationError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise EvaluationError(f"{file}: must be a YAML mapping with {', '.join(_REQUIRED)}")
-    known = [each.name for each in fields(Plan)]
+    known = [each.name for each in fields(Plan) if each.name != "text"]
     for name in content:
         if name not in known:
             raise EvaluationError(f"{file}: unknown key {name!r}; the keys are {', '.join(known)}")
     if missing := [name for name in _REQUIRED if name not in content]:
         raise EvaluationError(f"{file}: {' and '.join(missing)} must be given")
-    return _plan(file, {"data": {"data": {}}} | content)
+    return replace(_plan(file, {"data": {"data": {}}} | content), text=text)
 
 
 def _plan(file: Path, content: Mapping[str, Any]) -> Plan:
@@ -266,6 +283,11 @@ class _Checks:
         if not isinstance(value, kind) or not value:
             words = "text" if kind is str else "a mapping from names"
             raise EvaluationError(f"{self.file}: {name} is {value!r}; it must be {words}")
+        for key in value if isinstance(value, dict) else ():
+            if not isinstance(key, str):
+                raise EvaluationError(
+                    f"{self.file}: {name}: {key!r} is no text; put the name into quotes"
+                )
         return value
 
     def flags(self, name: str, value: Any) -> None:
@@ -279,7 +301,6 @@ class _Checks:
 
     def axes(self, content: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         """Return the numbers of the axes that are given."""
-        # YAML reads 1e-5 as text.
         kinds = {"learning_rates": float, "lora_ranks": int, "seeds": int}
         return {
             name: tuple(self.numbers(content, name, kind))
@@ -321,7 +342,7 @@ class _Checks:
     ) -> tuple[str, ...]:
         """Return the different names of a list, which must all be known."""
         values = content[name]
-        if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
+        if not _is_list_of(values, str) or len(set(values)) < len(values):
             raise EvaluationError(
                 f"{self.file}: {self.where}{name} is {values!r}; it must be a list of different names"
             )
@@ -336,13 +357,25 @@ class _Checks:
     def numbers(self, content: Mapping[str, Any], name: str, kind: type) -> list[Any]:
         """Return the different numbers of a list."""
         values = content[name]
+        # YAML reads 1e-5 as text.
+        raw = (int, float, str) if kind is float else (int, str)
         try:
-            found = [kind(value) for value in values]
-        except (TypeError, ValueError):
+            found = [kind(value) for value in values] if _is_list_of(values, *raw) else []
+        except ValueError:
             found = []
-        wrong = any(isinstance(value, bool) or value < 0 for value in found)
-        if wrong or not found or len(set(found)) < len(values):
+        if (
+            not found
+            or not all(0 <= n < float("inf") for n in found)
+            or len(set(found)) < len(found)
+        ):
+            kinds = "numbers" if kind is float else "whole numbers"
             raise EvaluationError(
-                f"{self.file}: {self.where}{name} is {values!r}; it must be a list of different numbers"
+                f"{self.file}: {self.where}{name} is {values!r}; it must be a list of different {kinds}, "
+                "none below 0"
             )
         return found
+
+
+def _is_list_of(values: Any, *kinds: type) -> bool:
+    """Return whether a value is a list of such values, and not empty. True and false are no numbers."""
+    return isinstance(values, list) and bool(values) and all(type(v) in kinds for v in values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from zlib import crc32
 
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.comparison.commands import execute, seconds_of, stoppable
-from megatron_profit.evaluation.comparison.plan import Plan, Run, Unit, folder_name
+from megatron_profit.evaluation.comparison.plan import TRAINED, Plan, Run, Unit, folder_name
 from megatron_profit.evaluation.errors import EvaluationError
 
 RESULT = "result.json"
@@ -47,6 +48,11 @@ class Outcome:
     right: Mapping[str, Sequence[float]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> str | None:
+        """The run's setting; None for the base."""
+        return None if self.run is None else self.run.setting
 
     def with_more(self, other: Outcome) -> Outcome:
         """Return this outcome with another one's values added."""
@@ -129,11 +135,11 @@ def _digest(plan: Plan, data: str, evaluation: str, model: Path | None = None) -
 
 def _of_unit(plan: Plan, out: Path, read_curves: ReadCurves, unit: Unit) -> Outcome:
     run = unit.run
-    command = plan.train_command(run, Path("hf"), Path("metrics"))
+    command = plan.train_command(run, TRAINED, Path("metrics"))
     folder = out / "runs" / folder_name(run.data, run.setting, run.seed, plan.digest(command))
     model = folder / "hf"
     places = {
-        name: folder / folder_name(name or "evaluation", _digest(plan, run.data, name, Path("hf")))
+        name: folder / folder_name(name or "evaluation", _digest(plan, run.data, name, TRAINED))
         for name in unit.evaluations
     }
     to_ask = [name for name, place in places.items() if not (place / RESULT).exists()]
@@ -156,7 +162,8 @@ def _trained(plan: Plan, run: Run, folder: Path, read_curves: ReadCurves) -> Out
     if not plan.save_interval:
         metrics.unlink(missing_ok=True)
     log = folder / "train.log"
-    execute(plan.train_command(run, folder / "hf", metrics, checkpoints), log)
+    command = plan.train_command(run, folder / "hf", metrics, checkpoints)
+    execute(command, log, _threads(plan.jobs * plan.processes))
     shutil.rmtree(checkpoints, ignore_errors=True)
     curves = {name: values for name, (_, values) in read_curves(metrics).items()}
     return Outcome(
@@ -169,6 +176,11 @@ def _trained(plan: Plan, run: Run, folder: Path, read_curves: ReadCurves) -> Out
     )
 
 
+def _threads(processes: int) -> int:
+    """Return the threads of each of several processes that share this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 def _evaluated(
     plan: Plan, run: Run | None, data: str, evaluation: str, model: Path, folder: Path
 ) -> Outcome:
@@ -177,7 +189,8 @@ def _evaluated(
     def make() -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "evaluate.log"
-        execute(plan.evaluate_command(data, evaluation, model, folder), log)
+        command = plan.evaluate_command(data, evaluation, model, folder)
+        execute(command, log, _threads(plan.jobs))
         results = json.loads((folder / "results.json").read_text())["results"]
         names = {
             result["task"]: ": ".join(filter(None, (evaluation, result["task"])))

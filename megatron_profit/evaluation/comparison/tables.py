@@ -33,17 +33,18 @@ def measures_of(outcomes: Sequence[Outcome]) -> list[Measure]:
 
 def settings_of(outcomes: Sequence[Outcome]) -> list[str]:
     """Return the settings of the runs, in order."""
-    return list(dict.fromkeys(o.run.setting for o in outcomes if o.run is not None))
+    return [name for name in dict.fromkeys(o.setting for o in outcomes) if name is not None]
+
+
+def _of(outcomes: Sequence[Outcome], setting: str | None, data: str) -> list[Outcome]:
+    """Return the outcomes of a setting on a data set, one for each seed; of the base for None."""
+    return [o for o in outcomes if (o.setting, o.data) == (setting, data)]
 
 
 def scores_of(outcomes: Sequence[Outcome], setting: str | None, measure: Measure) -> list[float]:
     """Return one score for each seed of a setting; for the base (None), its one score."""
     data, task = measure
-    return [
-        o.scores[task]
-        for o in outcomes
-        if o.data == data and (o.run.setting if o.run else None) == setting and task in o.scores
-    ]
+    return [o.scores[task] for o in _of(outcomes, setting, data) if task in o.scores]
 
 
 def right_of(
@@ -51,11 +52,7 @@ def right_of(
 ) -> list[list[float]]:
     """Return [Q][seeds] the share of right samples of each question; empty where it is not known."""
     data, task = measure
-    seeds = [
-        o.right[task]
-        for o in outcomes
-        if o.data == data and (o.run.setting if o.run else None) == setting and task in o.right
-    ]
+    seeds = [o.right[task] for o in _of(outcomes, setting, data) if task in o.right]
     return [list(of_question) for of_question in zip(*seeds, strict=True)]
 
 
@@ -128,7 +125,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines += ["", *header("data", "setting", *METRICS.values())]
     for data in dict.fromkeys(data for data, _ in measures):
         for setting in settings_of(outcomes):
-            group = [o for o in outcomes if o.run and (o.data, o.run.setting) == (data, setting)]
+            group = _of(outcomes, setting, data)
             if not group:
                 continue
             cells = [

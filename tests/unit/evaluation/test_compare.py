@@ -1,5 +1,6 @@
 """The comparison: its plan, its runs that are kept, its tables, and input that cannot be used."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import yaml
 from megatron_profit.commands import compare
 from megatron_profit.evaluation.comparison import commands as command_runner
 from megatron_profit.evaluation.comparison import runs as comparison
-from megatron_profit.evaluation.comparison.plan import Run, read_plan
+from megatron_profit.evaluation.comparison.plan import TRAINED, Plan, Run, read_plan
 from megatron_profit.evaluation.comparison.runs import (
     Outcome,
     outcome_of,
@@ -151,7 +152,7 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
             "objectives: sft is .* it must be a text of flags",
         ),
         ({"objective": {"sft": ""}}, "unknown key 'objective'; the keys are base, train"),
-        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it must be a list of different numbers"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it must be a list of different whole numbers"),
         ({"seeds": []}, "seeds is"),
         ({"learning_rates": ["fast"]}, "learning_rates is"),
         ({"lora_ranks": [-1]}, "lora_ranks is"),
@@ -162,7 +163,28 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
         ({"evaluate": {"sums": 5}}, "evaluate: sums is 5; it must be a text of flags"),
         ({"seeds": None, "stages": []}, r"stages is \[\]; it must be a list of mappings"),
         ({"stages": [{"rates": [1]}]}, "stages: 1: unknown key 'rates'; the keys are data"),
-        ({"stages": [{}, {"seeds": [1, 1]}]}, "stages: 2: seeds is .* different numbers"),
+        ({"stages": [{}, {"seeds": [1, 1]}]}, "stages: 2: seeds is .* different whole numbers"),
+        (
+            {"seeds": [True, 2]},
+            r"seeds is \[True, 2\]; it must be a list of different whole numbers",
+        ),
+        ({"seeds": [1, 2.9]}, r"seeds is \[1, 2.9\]"),
+        ({"seeds": "12"}, "seeds is '12'"),
+        ({"seeds": {1: 2}}, "seeds is {1: 2}"),
+        (
+            {"learning_rates": [True]},
+            r"learning_rates is \[True\]; .* different numbers, none below 0",
+        ),
+        ({"learning_rates": [float("nan")]}, r"learning_rates is \[nan\]"),
+        ({"learning_rates": ["inf"]}, r"learning_rates is \['inf'\]"),
+        (
+            {"stages": [{"objectives": [["sft"]]}]},
+            r"objectives is \[\['sft'\]\]; it must be a list",
+        ),
+        ({"evaluate": {1: "--tasks a"}}, "evaluate: 1 is no text; put the name into quotes"),
+        ({"objectives": {False: "--objective sft"}}, "objectives: False is no text"),
+        ({"data": {2024: {"train": "--data a"}}}, "data: 2024 is no text"),
+        ({"text": "a"}, "unknown key 'text'"),
         ({"stages": [{"objectives": ["gce"]}]}, "stages: 1: objectives: there is no 'gce'"),
         ({"stages": [{"objectives": "sft"}]}, "stages: 1: objectives is 'sft'; it must be a list"),
         ({"jobs": True}, "jobs is True; it must be at least 1"),
@@ -208,7 +230,7 @@ def commands(monkeypatch):
     """The commands that are run, each of which leaves the files that the real one leaves."""
     made = []
 
-    def execute(command, log):
+    def execute(command, log, threads):
         made.append(command)
         if "evaluate" in command:
             out = Path(command[command.index("--out") + 1])
@@ -264,6 +286,101 @@ def test_a_digest_follows_from_the_inputs_and_not_from_the_code(plan, tmp_path, 
     assert found.digest(command) == before
     (found.base / "config.json").write_text('{"changed": true}')
     assert found.digest(command) != before
+
+
+def test_a_digest_does_not_follow_from_what_a_run_writes(plan, tmp_path, monkeypatch):
+    """Also where the comparison's own folder, or a file nearby, has the name of a part of the command."""
+    monkeypatch.chdir(tmp_path)
+    found = read_plan(
+        plan(
+            train=f"--data {tmp_path}/train.jsonl --tensorboard-dir curves --token-report=page",
+            objectives={"prift": "--objective prift-prob --ref-cache reference"},
+            save_interval=1,
+        )
+    )
+    run = found.runs()[0]
+    commands = [
+        found.train_command(run, TRAINED, Path("metrics")),
+        found.evaluate_command("data", "", TRAINED, Path("out")),
+    ]
+    before = [found.digest(command) for command in commands]
+    for name in ("out", "hf", "metrics", "checkpoints", "curves", "page", "reference"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(name)
+    assert [found.digest(command) for command in commands] == before
+    (tmp_path / "train.jsonl").write_text("changed")
+    assert found.digest(commands[0]) != before[0]
+
+
+def test_the_digests_of_earlier_comparisons_stay(tmp_path):
+    """A comparison that was made with an earlier version goes on from its folders."""
+    found = Plan(
+        base=Path("/models/base"),
+        train="--train-iters 2",
+        evaluate={"": "--tasks gsm8k"},
+        objectives={"sft": "--objective sft"},
+        data={"data": {}},
+    )
+    run = Run("data", "sft", 1e-5, 16, 3)
+    training = found.train_command(run, TRAINED, Path("metrics"))
+    words = (
+        "-m megatron_profit.sft --hf-model /models/base --train-iters 2 --objective sft --lr 1e-05 "
+    )
+    words += "--lora-rank 16 --seed 3 --export-hf hf --metrics-file metrics"
+    asked = found.evaluate_command("data", "", TRAINED, Path("out"))
+    for command, text in (
+        (training, words),
+        (asked, "-m megatron_profit evaluate model=hf --tasks gsm8k --out out"),
+    ):
+        expected = hashlib.sha256("\0".join(text.split()).encode()).hexdigest()[:12]
+        assert found.digest(command) == expected
+    assert run.setting == "sft, lr 1e-05, rank 16"
+
+
+def test_rates_that_differ_in_a_late_digit_are_other_runs(plan):
+    found = read_plan(
+        plan(learning_rates=["1.2345678e-5", 1.2345679e-5], lora_ranks=[0], seeds=[1])
+    )
+    runs = found.runs()
+    assert [run.setting for run in runs[:2]] == ["sft, lr 1.2345678e-05", "sft, lr 1.2345679e-05"]
+    command = found.train_command(runs[0], Path("hf"), Path("m"))
+    assert float(command[command.index("--lr") + 1]) == 1.2345678e-5
+
+
+def test_the_trainings_at_a_time_share_the_cores(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    given = []
+
+    def execute(command, log, threads):
+        given.append(("evaluate" in command, threads))
+        raise EvaluationError("enough")
+
+    monkeypatch.setattr(comparison, "execute", execute)
+    for jobs, processes in ((1, 1), (2, 3), (5, 4)):
+        found = read_plan(plan(jobs=jobs, processes=processes))
+        for number, step in enumerate((comparison._evaluated, comparison._trained)):
+            place = tmp_path / f"{jobs} {number}"
+            if number:
+                arguments = (found, found.runs()[0], place, None)
+            else:
+                arguments = (found, None, "data", "", tmp_path, place)
+            with pytest.raises(EvaluationError, match="enough"):
+                step(*arguments)
+    assert given == [(True, 12), (False, 12), (True, 6), (False, 2), (True, 2), (False, 1)]
+
+
+def test_the_recorded_plan_is_the_one_that_was_read(plan, commands, tmp_path, monkeypatch):
+    """Somebody may prepare the next comparison in the same file meanwhile."""
+    file = plan(learning_rates=None, lora_ranks=None, seeds=[1])
+    text, execute = file.read_text(), comparison.execute
+
+    def meanwhile(command, log, threads):
+        file.unlink(missing_ok=True)
+        execute(command, log, threads)
+
+    monkeypatch.setattr(comparison, "execute", meanwhile)
+    assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/results.json").read_text())["plan"] == text
 
 
 def test_stages_are_made_in_order_and_each_evaluation_of_a_run_once(plan):
@@ -332,10 +449,10 @@ def test_what_was_finished_before_a_failure_is_published_and_stays(
 ):
     execute = comparison.execute
 
-    def failing(command, log):
+    def failing(command, log, threads):
         if "dft" in command:
             raise EvaluationError("stopped")
-        execute(command, log)
+        execute(command, log, threads)
 
     flags = ["--out", str(tmp_path / "out")]
     file = str(plan(learning_rates=None, lora_ranks=None, seeds=[1], save_interval=4))
@@ -375,9 +492,9 @@ def test_a_stop_ends_the_command_first_and_its_time_is_counted(tmp_path):
         thread.start()
         for _ in range(2):  # no further command begins
             with pytest.raises(EvaluationError, match="stopped; the same command goes on"):
-                command_runner.execute([sys.executable, "-c", code], log)
+                command_runner.execute([sys.executable, "-c", code], log, 1)
         thread.join()
-    command_runner.execute([sys.executable, "-c", ""], tmp_path / "again.log")
+    command_runner.execute([sys.executable, "-c", ""], tmp_path / "again.log", 1)
     cpu, wall = command_runner.seconds_of(log)
     assert cpu > 0
     assert wall > 0
