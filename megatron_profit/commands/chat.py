@@ -17,10 +17,16 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date
 from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp, wants_color
-from megatron_profit.evaluation.command_line import add_sampling_flags, sampling_of
+from megatron_profit.evaluation.command_line import (
+    add_sampling_flags,
+    check_day_is_written,
+    sampling_of,
+    template_day,
+)
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import PRESETS, Sampling
 
@@ -51,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         sampling = sampling_of(arguments, "chat")
-        talk = open_conversation(arguments.model, arguments.dtype, arguments.system)
+        day = template_day(arguments)
+        talk = open_conversation(arguments.model, arguments.dtype, arguments.system, day)
         talk.check_system()
     except EvaluationError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,8 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(talk, line, sampling, longest, write)
 
 
-def open_conversation(model: str, dtype: str, system: str) -> Conversation:
+def open_conversation(model: str, dtype: str, system: str, day: date | None = None) -> Conversation:
     """Load a model for a conversation.
+
+    Args:
+        model: The model's folder.
+        dtype: Of the weights.
+        system: The system message; empty for none.
+        day: Day that the chat template writes if it asks for today's; None for today.
 
     Raises:
         EvaluationError: The folder cannot be used.
@@ -90,9 +103,11 @@ def open_conversation(model: str, dtype: str, system: str) -> Conversation:
     from megatron_profit.evaluation.engines.model_folder import check_model
     from megatron_profit.evaluation.engines.transformers_engine import TransformersEngine
 
-    check_model(model)
-    engine = TransformersEngine(model, resolved(EngineOptions(name="transformers", dtype=dtype)))
-    return Conversation(engine.model, engine.tokenizer, engine.stop_ids, system)
+    written = check_model(model, day or date.today())
+    check_day_is_written(day, [written])
+    options = EngineOptions(name="transformers", dtype=dtype, day=written)
+    engine = TransformersEngine(model, resolved(options))
+    return Conversation(engine.model, engine.template, engine.stop_ids, system)
 
 
 def write(text: str) -> None:

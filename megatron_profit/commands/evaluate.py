@@ -17,7 +17,9 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +29,10 @@ from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.command_line import (
     add_evaluation_flags,
     at_least_one,
+    check_day_is_written,
     labelled_models,
     load_tasks,
+    template_day,
 )
 from megatron_profit.evaluation.errors import EvaluationError
 
@@ -94,6 +98,11 @@ def write_opencompass(arguments: argparse.Namespace) -> None:
     from megatron_profit.evaluation.opencompass import VERSION, opencompass_settings
 
     file: Path = arguments.opencompass
+    if arguments.template_date is not None:
+        raise EvaluationError(
+            "--opencompass: OpenCompass writes today's date where a chat template asks for it; drop "
+            "--template-date"
+        )
     tasks = load_tasks(arguments)
     text = opencompass_settings(labelled_models(arguments.models), tasks)
     with whole_file(file) as stream:
@@ -124,21 +133,40 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
             concurrency=arguments.concurrency,
         )
     )
-    if arguments.server is None:
-        from megatron_profit.evaluation.engines.model_folder import check_model
-
-        for model in models.values():
-            check_model(model)
+    days = days_of(models, arguments)
     results = [
         result
         for label, model in models.items()
-        for result in evaluate_model(label, model, tasks, options, arguments)
+        for result in evaluate_model(
+            label, model, tasks, replace(options, day=days[label]), arguments
+        )
     ]
     by_task = sorted(
         results, key=lambda result: [task.name for task, _ in tasks].index(result.task)
     )
     write_results(arguments.out, by_task, [task for task, _ in tasks])
     return by_task
+
+
+def days_of(models: Mapping[str, str], arguments: argparse.Namespace) -> dict[str, date | None]:
+    """Check the models' folders, and return the day that each chat template writes, by label.
+
+    Raises:
+        EvaluationError: A folder cannot be used, a template needs a day, or the given day is not written.
+    """
+    day = template_day(arguments)
+    if arguments.server is not None:
+        if day is not None:
+            raise EvaluationError(
+                f"--template-date {day}: the server {arguments.server} writes the messages with the model's "
+                "template and its own clock; drop it"
+            )
+        return dict.fromkeys(models)
+    from megatron_profit.evaluation.engines.model_folder import check_model
+
+    days = {label: check_model(model, day) for label, model in models.items()}
+    check_day_is_written(day, days.values())
+    return days
 
 
 def evaluate_model(
@@ -149,7 +177,7 @@ def evaluate_model(
     arguments: argparse.Namespace,
 ) -> list[Result]:
     """Evaluate one model on all tasks; the model is loaded if there is a question to ask."""
-    from megatron_profit.evaluation.engines.engine import choose_engine, description
+    from megatron_profit.evaluation.engines.engine import choose_engine
     from megatron_profit.evaluation.engines.model_folder import fingerprint
     from megatron_profit.evaluation.records import Records
     from megatron_profit.evaluation.run import evaluate, records_file, result_of, settings_of
@@ -158,7 +186,7 @@ def evaluate_model(
     engine: Callable[[], Engine] = cache(lambda: choose_engine(model, options))
     results = []
     for task, sampling in tasks:
-        settings = settings_of(label, identity, task, sampling, description(options))
+        settings = settings_of(label, identity, task, sampling, options)
         file = records_file(arguments.out, label, task.name)
         with Records(file, settings).open(overwrite=arguments.overwrite) as records:
             evaluate(task, sampling, records, engine, label=label)

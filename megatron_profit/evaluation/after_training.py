@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,6 +112,11 @@ def eval_tasks(values: Mapping[str, Any]) -> EvalTasks:
     options = options_of(EvalTasks, values)
     with _naming(options):
         given = _settings_of(options)
+        if given.template_date is not None and values["template_date"] is None:
+            raise EvaluationError(
+                f"--template-date {given.template_date}: the training has none, as its chat template writes "
+                "no date; drop it"
+            )
         if not options.is_wanted:
             for name in ("eval_flags", "eval_tasks_interval"):
                 if values[name]:
@@ -127,7 +132,11 @@ def eval_tasks(values: Mapping[str, Any]) -> EvalTasks:
         raise ArgumentsError("--eval-tasks evaluates the folder of --export-hf, which is missing")
     if options.eval_tasks_interval is not None:
         _check_interval(options, values)
-    return options
+    day = values["template_date"]
+    if day is None:
+        return options
+    # A day in the user's own flags comes later and counts.
+    return replace(options, eval_flags=f"--template-date {shlex.quote(day)} {options.eval_flags}")
 
 
 def _check_interval(options: EvalTasks, values: Mapping[str, Any]) -> None:

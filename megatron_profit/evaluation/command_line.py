@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,18 @@ _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "samples", "max_new_tokens",
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of how an answer is drawn."""
+    """Add the flags of how a question is written and its answer drawn."""
     add = parser.add_argument
     add("--temperature", type=float, help="0: the most likely token at each step.")
     add("--top-p", type=float, help="Draw from the most likely tokens of this probability.")
     add("--top-k", type=int, help="Draw from this many most likely tokens (0: all).")
     add("--max-new-tokens", type=int, help="Longest answer (default: the task's).")
     add("--seed", type=int, help="Seed of the draws (default 1234).")
+    add(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help="The day that a chat template writes which asks for today's.",
+    )
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +95,37 @@ def sampling_of(arguments: argparse.Namespace, task: str) -> Sampling:
     """
     given = {name: getattr(arguments, name) for name in _SAMPLING_FLAGS}
     return choose_sampling(arguments.preset, task, given)
+
+
+def template_day(arguments: argparse.Namespace) -> date | None:
+    """Return the day of --template-date; None without it.
+
+    Raises:
+        EvaluationError: It is no day.
+    """
+    from megatron_profit.data.errors import DataError
+    from megatron_profit.data.render.template_date import parse_day
+
+    try:
+        return parse_day(arguments.template_date)
+    except DataError as error:
+        raise EvaluationError(error) from error
+
+
+def check_day_is_written(day: date | None, written: Iterable[date | None]) -> None:
+    """Refuse a day that no chat template writes.
+
+    Args:
+        day: The day of --template-date.
+        written: The day that each model's template writes, or None.
+
+    Raises:
+        EvaluationError: None of them writes it.
+    """
+    if day is not None and not any(written):
+        raise EvaluationError(
+            f"--template-date {day} is given, but no model's chat template writes a date; drop it"
+        )
 
 
 def at_least_one(arguments: argparse.Namespace, name: str) -> int:

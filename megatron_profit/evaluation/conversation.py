@@ -13,13 +13,15 @@ from megatron_profit.evaluation.sampling import Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from megatron_profit.data.render.template import ChatTemplate
+
 
 @dataclass
 class Conversation:
     """The messages so far, and the tokens of the last answer.
 
     Attributes:
-        model, tokenizer: Of the folder.
+        model, template: Of the folder.
         stop_ids: Tokens that end an answer.
         system: Content of the system message; empty for none.
         messages: The messages after it.
@@ -28,13 +30,18 @@ class Conversation:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
     stop_ids: frozenset[int]
     system: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     turns: int = 0
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the template."""
+        return self.template.tokenizer
 
     def reset(self) -> None:
         """Forget all messages except for the system message."""
@@ -45,7 +52,7 @@ class Conversation:
         from megatron_profit.evaluation.engines.transformers_engine import template_ids
 
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return template_ids(self.tokenizer, [*system, *self.messages])
+        return template_ids(self.template, [*system, *self.messages])
 
     def answer(self, text: str, sampling: Sampling, longest: int) -> Generator[str]:
         """Say something, and yield the model's answer in pieces as it grows.
@@ -123,7 +130,7 @@ class Conversation:
         if not self.system:
             return
         messages = [{"role": "system", "content": self.system}, {"role": "user", "content": "?"}]
-        if self.system.strip() not in template_text(self.tokenizer, messages):
+        if self.system.strip() not in template_text(self.template, messages):
             raise EvaluationError("the model's chat template leaves the system message out")
 
     def pieces(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from megatron_profit.evaluation.engines import Answer, Engine, Request
+from megatron_profit.evaluation.engines.engine import EngineOptions, description
 from megatron_profit.evaluation.estimators import Estimate, average_at_k, mean_pass_at_k
 from megatron_profit.evaluation.questions import Question, Task
 from megatron_profit.evaluation.records import Records, Sample
@@ -103,17 +104,19 @@ def print_line(line: str) -> None:
 
 
 def settings_of(
-    label: str, identity: str, task: Task, sampling: Sampling, engine: str
+    label: str, identity: str, task: Task, sampling: Sampling, options: EngineOptions
 ) -> dict[str, Any]:
     """Return everything that decides the answers, as the records keep it."""
+    day = {} if options.day is None else {"template_date": str(options.day)}
     return {
         "model": label,
         "identity": identity,
         "task": task.name,
         "version": task.version,
         "questions": task.digest,
-        "engine": engine,
+        "engine": description(options),
         **asdict(sampling),
+        **day,
     }
 
 

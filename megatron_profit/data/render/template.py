@@ -54,6 +54,7 @@ class ChatTemplate:
 
     Attributes:
         tokenizer: The tokenizer.
+        day: The day that the template writes; None where it asks for none.
         name: Its name in messages.
     """
 
@@ -81,7 +82,7 @@ class ChatTemplate:
                 "or add chat_template.jinja to the tokenizer's directory"
             )
         check_day(tokenizer, day, self.name)
-        self.tokenizer, self._day = tokenizer, day
+        self.tokenizer, self.day = tokenizer, day
 
     def text(
         self,
@@ -106,9 +107,9 @@ class ChatTemplate:
     ) -> list[str]:
         """Return `text` of several conversations with the same tools, in less time than one by one."""
         options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
-        if self._day is not None:
+        if self.day is not None:
             template = self.tokenizer.get_chat_template(tools=tools)
-            options["chat_template"] = with_day(template, self._day)
+            options["chat_template"] = with_day(template, self.day)
         texts: Any = self.tokenizer.apply_chat_template(conversations, tokenize=False, **options)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"the chat template gave {type(texts).__name__}, not text")

@@ -32,6 +32,16 @@ def parse_day(text: str | None) -> date | None:
         raise DataError(f"--template-date {text} is no day ({error}); write YYYY-MM-DD") from error
 
 
+def writes_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a chat template of the tokenizer asks for today's date."""
+    return any(_CLOCK in template for template in _templates(tokenizer))
+
+
+def _templates(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    found = tokenizer.chat_template
+    return list(found.values()) if isinstance(found, dict) else [str(found)]
+
+
 def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str) -> None:
     """Require a day where a template of the tokenizer writes one, and refuse it elsewhere.
 
@@ -43,9 +53,7 @@ def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str)
     Raises:
         DataError: The day is missing, would be ignored, or cannot be put into the template.
     """
-    found = tokenizer.chat_template
-    templates = list(found.values()) if isinstance(found, dict) else [str(found)]
-    asks = any(_CLOCK in template for template in templates)
+    asks = writes_date(tokenizer)
     if asks and day is None:
         raise DataError(
             f"the chat template of {name} writes today's date, so the same record would be other tokens "
@@ -56,7 +64,7 @@ def check_day(tokenizer: "PreTrainedTokenizerBase", day: date | None, name: str)
             f"--template-date {day} is given, but the chat template of {name} writes no date; drop it"
         )
     if day is not None:
-        for template in templates:
+        for template in _templates(tokenizer):
             if f"{_CLOCK}(" in with_day(template, day):
                 raise DataError(
                     f"the chat template of {name} does not write out the format that it gives to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Protocol
 
 from megatron_profit.evaluation.errors import EvaluationError, require
@@ -69,6 +70,7 @@ class EngineOptions:
         concurrency: Requests at a time to a server.
         retries: Further tries of a request that a server did not answer.
         timeout: Seconds to wait for an answer of a server.
+        day: Day that a chat template writes which asks for today's.
     """
 
     name: str = "auto"
@@ -78,6 +80,7 @@ class EngineOptions:
     concurrency: int = 16
     retries: int = 5
     timeout: float = 600.0
+    day: date | None = None
 
 
 def resolved(options: EngineOptions) -> EngineOptions:
@@ -121,19 +124,16 @@ def choose_engine(model: str, options: EngineOptions) -> Engine:
     """Return the engine that answers for a model.
 
     Args:
-        model: HuggingFace folder; with a server, the server's name of the model.
+        model: HuggingFace folder that `check_model` accepts; with a server, the server's name of the model.
         options: Resolved options.
 
     Raises:
-        EvaluationError: The folder holds no model that can answer, or the engine is not installed.
+        EvaluationError: The engine is not installed, or cannot load the model.
     """
     if options.server is not None:
         from megatron_profit.evaluation.engines.server import ServerEngine
 
         return ServerEngine(model, options)
-    from megatron_profit.evaluation.engines.model_folder import check_model
-
-    check_model(model)
     if options.name == "vllm":
         require("vllm", for_what="--engine vllm", install="vllm")
         from megatron_profit.evaluation.engines.vllm_engine import VllmEngine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from megatron_profit.evaluation.errors import EvaluationError, require
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from megatron_profit.data.render.template import ChatTemplate
 
 ADAPTER = "adapter_config.json"
 _BLOCK_BYTES = 1 << 24
@@ -43,11 +46,18 @@ def base_of(folder: Path) -> Path:
     )
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, day: date | None = None) -> date | None:
     """Check a model's folder before anything is loaded.
 
+    Args:
+        model: The folder.
+        day: Day for a chat template that asks for today's.
+
+    Returns:
+        The day that its chat template writes; None if it asks for none.
+
     Raises:
-        EvaluationError: It is no HuggingFace folder, or has no chat template.
+        EvaluationError: It is no HuggingFace folder, has no chat template, or one that needs a day.
     """
     folder = Path(model)
     base = base_of(folder)
@@ -57,19 +67,24 @@ def check_model(model: str) -> None:
         read_hf_config(base)
         if not any(base.glob("*.safetensors")):
             raise EvaluationError(f"{base}: holds no *.safetensors file; give a model with weights")
-        load_chat_tokenizer(folder)
+        return load_chat_template(folder, day).day
     except (ConversionError, DataError) as error:
         raise EvaluationError(error) from error
 
 
-def load_chat_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder, an adapter's own or its base's, with a chat template.
+def load_chat_template(folder: Path, day: date | None) -> ChatTemplate:
+    """Return the chat template of a folder with its tokenizer, an adapter's own or its base's.
+
+    Args:
+        folder: The folder.
+        day: Day for a template that asks for today's; other templates ignore it.
 
     Raises:
         EvaluationError: There is no chat template.
-        DataError: The tokenizer cannot be loaded.
+        DataError: The tokenizer cannot be loaded, or its template asks for a day and there is none.
     """
-    from megatron_profit.data import load_tokenizer
+    from megatron_profit.data.render.template import ChatTemplate, load_tokenizer
+    from megatron_profit.data.render.template_date import writes_date
 
     own = (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()
     place = folder if own else base_of(folder)
@@ -79,7 +94,7 @@ def load_chat_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{place}: its tokenizer has no chat template, and the questions are asked through it; add "
             "chat_template.jinja (an --export-hf of a run has it), or copy the one of the chat model"
         )
-    return tokenizer
+    return ChatTemplate(tokenizer, day if writes_date(tokenizer) else None)
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -90,7 +105,9 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     base = base_of(folder)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(

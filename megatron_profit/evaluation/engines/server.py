@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -12,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from typing import Any
 
+from checkpoint_conversion.errors import warn
 from megatron_profit.evaluation.engines.engine import (
     Answer,
     EngineOptions,
@@ -23,6 +25,11 @@ from megatron_profit.evaluation.sampling import Sampling
 
 # Too many requests, and faults that may pass.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+# Statuses for a field that the server does not know.
+_UNKNOWN_FIELD = (400, 422)
+# Values that change nothing, in the place of the defaults that a server takes from the model's
+# generation_config.json. These fields are not OpenAI's; vLLM, SGLang and llama.cpp know them.
+_NEUTRAL = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0}
 _LONGEST_BODY = 64 << 20
 _SHOWN = 300
 
@@ -46,6 +53,7 @@ class ServerEngine:
             )
         self.url = f"{base}/v1/chat/completions"
         self.model, self.options = model, options
+        self.neutral: Mapping[str, float] = _NEUTRAL
         self.ended = threading.Event()
         self.sleep: Callable[[float], object] = self.ended.wait
 
@@ -92,7 +100,7 @@ class ServerEngine:
                     break
                 self.sleep(min(2 ** (attempt - 1), 30))
             try:
-                return _answer(self._post(self._body(request, sampling)))
+                return _answer(self._response(self._body(request, sampling)))
             except urllib.error.HTTPError as error:
                 said = error.read(_SHOWN).decode("utf-8", "replace")
                 problem = f"HTTP status {error.code}: {said}"
@@ -118,9 +126,26 @@ class ServerEngine:
         }
         if not sampling.is_greedy:
             body |= {"top_p": sampling.top_p}
-            # Not a field of OpenAI's; vLLM, SGLang and transformers serve know it.
             body |= {"top_k": sampling.top_k} if sampling.top_k else {}
         return body
+
+    def _response(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request with the neutral fields, and without them if the server does not know them."""
+        neutral = self.neutral
+        try:
+            return self._post({**neutral, **body})
+        except urllib.error.HTTPError as error:
+            if error.code not in _UNKNOWN_FIELD or not neutral:
+                raise
+        response = self._post(body)  # another fault is raised again
+        if self.neutral:
+            self.neutral = {}
+            warn(
+                f"{self.url} does not take {', '.join(neutral)}, so its own defaults act on the answers, for "
+                "example the ones of the model's generation_config.json; start it without them if it can",
+                sys.stderr,
+            )
+        return response
 
     def _post(self, body: Mapping[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}

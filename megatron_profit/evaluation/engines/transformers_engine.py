@@ -4,51 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
+from megatron_profit.data.render.template import ChatTemplate
 from megatron_profit.evaluation.engines.decoding import Row, decode
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
-from megatron_profit.evaluation.engines.model_folder import load_chat_tokenizer, load_model
+from megatron_profit.evaluation.engines.model_folder import load_chat_template, load_model
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+def template_text(template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> str:
     """Return the text of messages with a generation prompt, as the chat template writes it.
 
     Raises:
         EvaluationError: The template cannot render them.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+        return template.text([dict(message) for message in messages], prompt=True)
     except Exception as error:  # whatever a template raises
         raise EvaluationError(
             f"the model's chat template cannot write the messages: {error}"
         ) from error
-    return str(text)
 
 
-def template_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
-) -> list[int]:
+def template_ids(template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Return the token ids of `template_text`.
 
     Raises:
         EvaluationError: The template cannot render the messages.
     """
-    # The template writes the special tokens.
-    text = template_text(tokenizer, messages)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    (encoding,) = template.encode([template_text(template, messages)])
+    return list(encoding.ids)
 
 
 class TransformersEngine:
@@ -60,8 +50,8 @@ class TransformersEngine:
     """
 
     def __init__(self, model: str, options: EngineOptions) -> None:
-        disable_progress_bar()
-        self.tokenizer = load_chat_tokenizer(Path(model))
+        self.template = load_chat_template(Path(model), options.day)
+        self.tokenizer = self.template.tokenizer
         self.model = load_model(Path(model), DTYPES[options.dtype])
         self.batch = options.batch
         self.stop_ids = self._stop_ids()
@@ -72,10 +62,6 @@ class TransformersEngine:
         ends = ends if isinstance(ends, list) else [ends]
         return frozenset(i for i in (*ends, self.tokenizer.eos_token_id) if i is not None)
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of messages, rendered by the model's chat template."""
-        return template_ids(self.tokenizer, messages)
-
     def answers(
         self, requests: Sequence[Request], sampling: Sampling
     ) -> Iterator[tuple[Request, Answer]]:
@@ -84,7 +70,7 @@ class TransformersEngine:
         for request in requests:
             key = repr(request.messages)
             if key not in prompts:
-                prompts[key] = self.prompt_ids(request.messages)
+                prompts[key] = template_ids(self.template, request.messages)
         # The longest first: a batch that does not fit into memory fails at once.
         ordered = sorted(requests, key=lambda r: -len(prompts[repr(r.messages)]))
         rows = [self._row(prompts[repr(r.messages)], r, sampling) for r in ordered]

@@ -9,11 +9,7 @@ from typing import Any
 
 from checkpoint_conversion.hf.folder import read_json_object
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
-from megatron_profit.evaluation.engines.model_folder import (
-    ADAPTER,
-    base_of,
-    load_chat_tokenizer,
-)
+from megatron_profit.evaluation.engines.model_folder import ADAPTER, base_of, load_chat_template
 from megatron_profit.evaluation.engines.transformers_engine import template_ids
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
@@ -39,7 +35,7 @@ class VllmEngine:
 
         folder = Path(model)
         base = base_of(folder)
-        self.tokenizer = load_chat_tokenizer(folder)
+        self.template = load_chat_template(folder, options.day)
         self.adapter: Any = None
         settings: dict[str, Any] = {"model": str(base), "dtype": options.dtype}
         if base != folder:
@@ -70,7 +66,7 @@ class VllmEngine:
                 for request in part
             ]
             prompts = [
-                {"prompt_token_ids": template_ids(self.tokenizer, request.messages)}
+                {"prompt_token_ids": template_ids(self.template, request.messages)}
                 for request in part
             ]
             try:

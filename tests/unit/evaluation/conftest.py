@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,17 @@ def tiny_model(tmp_path_factory):
     """The HuggingFace folder of a tiny model with random weights and a chat template."""
     data = sorted((REPOSITORY / "examples" / "data").glob("*.jsonl"))
     return make_tiny_model(tmp_path_factory.mktemp("evaluation") / "tiny", data)
+
+
+@pytest.fixture(scope="session")
+def dated_model(tiny_model, tmp_path_factory):
+    """The same model with a chat template that writes today's date, as Llama 3.2's does."""
+    folder = tmp_path_factory.mktemp("dated") / "dated"
+    shutil.copytree(tiny_model, folder)
+    template = folder / "chat_template.jinja"
+    begin = "{{- '<|im_start|>system\\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}"
+    template.write_text(begin + template.read_text())
+    return folder
 
 
 @pytest.fixture

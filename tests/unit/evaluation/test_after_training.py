@@ -30,6 +30,7 @@ VALUES = {
     "eval_iters": 1,
     "valid_data": ["a.jsonl"],
     "valid_split": None,
+    "template_date": None,
 }
 DURING = {"eval_tasks": "mawps", "eval_tasks_interval": 20, "eval_tasks_limit": 7}
 
@@ -43,6 +44,16 @@ def test_the_export_is_evaluated_by_the_command_that_users_have():
         *("--tasks", "mawps, svamp", "--data", "my data", "--out", "/runs/a/hf-evaluation"),
     ]
     assert not eval_tasks(VALUES).is_wanted
+
+
+def test_the_questions_have_the_day_of_the_training():
+    values = VALUES | {"eval_tasks": "mawps", "template_date": "2026-02-03"}
+    words = eval_tasks(values).command(Path("hf"), Path("out"))
+    assert words[words.index("--template-date") + 1] == "2026-02-03"
+    other = eval_tasks(values | {"eval_flags": "--template-date 2027-01-01"})
+    words = other.command(Path("hf"), Path("out"))
+    days = [words[at + 1] for at, word in enumerate(words) if word == "--template-date"]
+    assert days == ["2026-02-03", "2027-01-01"], "the last one counts"
 
 
 def test_a_file_of_ones_own_is_a_task_too():
@@ -83,6 +94,10 @@ def test_an_evaluation_during_the_training_leaves_the_gpu_alone(monkeypatch):
         (
             {"eval_tasks": "mawps", "eval_flags": "--server http://h"},
             "--server http://h does not have the weights of this run",
+        ),
+        (
+            {"eval_tasks": "mawps", "eval_flags": "--template-date 2027-01-01"},
+            "--template-date 2027-01-01: the training has none",
         ),
         ({"eval_tasks_interval": 20}, "--eval-tasks-interval is about --eval-tasks"),
         (DURING | {"eval_tasks_interval": 0}, "--eval-tasks-interval and .* must be at least 1"),

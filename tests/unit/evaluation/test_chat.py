@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from datetime import date
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
     assert chat.main([str(tmp_path), "--top-p", "2"]) == 1
     assert "--top-p is 2.0" in capsys.readouterr().err
+
+
+def test_a_template_that_asks_for_today_gets_one_day_for_the_conversation(dated_model, tiny_model):
+    talk = chat.open_conversation(str(dated_model), "float32", "", date(2026, 2, 3))
+    talk.messages = [{"role": "user", "content": "hi"}]
+    assert "Today: 03 Feb 2026<|im_end|>" in talk.tokenizer.decode(talk.prompt_ids())
+    talk = chat.open_conversation(str(dated_model), "float32", "")
+    assert talk.template.day is not None
+    with pytest.raises(EvaluationError, match="--template-date 2026-02-03 is given, but no model"):
+        chat.open_conversation(str(tiny_model), "float32", "", date(2026, 2, 3))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ import torch
 from make_tiny_model import TinyShape, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+from megatron_profit.data import DataError
 from megatron_profit.evaluation.engines.decoding import Row, decode, draw, probabilities
 from megatron_profit.evaluation.engines.engine import EngineOptions, Request, resolved
 from megatron_profit.evaluation.engines.model_folder import load_model
-from megatron_profit.evaluation.engines.transformers_engine import TransformersEngine
+from megatron_profit.evaluation.engines.transformers_engine import (
+    TransformersEngine,
+    template_ids,
+)
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.questions import task_of_file
 from megatron_profit.evaluation.sampling import Sampling
@@ -69,7 +74,18 @@ def test_a_prompt_is_the_chat_template_byte_for_byte(engine, tiny_model, sums):
     for question in task_of_file(sums, {}).questions:
         asked = [{"role": "user", "content": question.doc["question"]}]
         expected = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-        assert engine.prompt_ids(question.messages) == list(expected)
+        assert template_ids(engine.template, question.messages) == list(expected)
+
+
+def test_a_template_that_asks_for_today_gets_the_day_of_the_options(dated_model, tiny_model):
+    engine = TransformersEngine(str(dated_model), replace(OPTIONS, day=date(2026, 2, 3)))
+    asked = [{"role": "user", "content": "2 + 2?"}]
+    text = engine.tokenizer.decode(template_ids(engine.template, asked))
+    assert text.startswith("<|im_start|>system\nToday: 03 Feb 2026<|im_end|>\n")
+    with pytest.raises(DataError, match=r"writes today's date.*--template-date"):
+        TransformersEngine(str(dated_model), OPTIONS)
+    plain = TransformersEngine(str(tiny_model), replace(OPTIONS, day=date(2026, 2, 3)))
+    assert plain.template.day is None
 
 
 def test_greedy_answers_are_transformers_own_at_any_batch_size(engine, tiny_model, sums):
@@ -78,7 +94,7 @@ def test_greedy_answers_are_transformers_own_at_any_batch_size(engine, tiny_mode
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     expected = {}
     for request in requests_of(task):
-        ids = torch.tensor([engine.prompt_ids(request.messages)])
+        ids = torch.tensor([template_ids(engine.template, request.messages)])
         output = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.size(1) :]
         expected[request.place] = tokenizer.decode(output, skip_special_tokens=True)
     for batch in (1, 2, 3, 64):

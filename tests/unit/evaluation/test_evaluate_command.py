@@ -248,6 +248,62 @@ def test_a_preset_without_draws_and_neutral_cuts_are_accepted():
     assert choose_sampling("psft", "aime24", {}).max_new_tokens == 10240
 
 
+def test_the_day_of_a_template_is_asked_for_and_recorded(
+    run, dated_model, tiny_model, tmp_path, capsys
+):
+    models = [f"dated={dated_model}", f"plain={tiny_model}"]
+    assert run(Calculator(), models=models) == 1
+    assert "writes today's date" in (message := capsys.readouterr().err)
+    assert "--template-date 2" in message
+    assert not (tmp_path / "out").exists()
+    day = ("--template-date", "2026-02-03")
+    assert run(Calculator(), *day, models=models) == 0
+    settings = {
+        label: read_records_file(tmp_path / "out" / label / "sums.jsonl")[0]
+        for label in ("dated", "plain")
+    }
+    assert settings["dated"]["template_date"] == "2026-02-03"
+    assert "template_date" not in settings["plain"], "records without it stay valid"
+    assert run(Calculator(), "--template-date", "2026-02-04", models=models) == 1
+    assert "template_date was '2026-02-03' and is '2026-02-04'" in capsys.readouterr().err
+    assert run(Calculator(), *day) == 1
+    assert "no model's chat template writes a date; drop it" in capsys.readouterr().err
+    assert run(Calculator(), "--template-date", "tomorrow") == 1
+    assert "--template-date tomorrow is no day" in capsys.readouterr().err
+    assert run(Calculator(), *day, "--server", "http://127.0.0.1:9") == 1
+    assert "its own clock; drop it" in capsys.readouterr().err
+    assert run(Calculator(), *day, "--opencompass", str(tmp_path / "a.py")) == 1
+    assert "OpenCompass writes today's date" in capsys.readouterr().err
+
+
+def test_records_of_an_earlier_version_go_on(run, tiny_model, tmp_path):
+    """Their settings line, as it was written before this test."""
+    assert run(Calculator(limit=3)) == 1
+    file = tmp_path / "out" / "tiny" / "sums.jsonl"
+    lines = file.read_text().splitlines()
+    settings = json.loads(lines[0])
+    earlier = {
+        "kind": "settings",
+        "model": "tiny",
+        "identity": fingerprint(str(tiny_model)),
+        "task": "sums",
+        "version": settings["version"],
+        "questions": settings["questions"],
+        "engine": settings["engine"],
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "samples": 1,
+        "max_new_tokens": None,
+        "seed": 1234,
+    }
+    assert settings == earlier
+    file.write_text("\n".join([json.dumps(earlier), *lines[1:], ""]))
+    second = Calculator()
+    assert run(second) == 0
+    assert len(second.asked) == 2
+
+
 def test_labels_tell_models_apart(tmp_path):
     (tmp_path / "a=b").mkdir()
     found = command.labelled_models(["runs/profit/hf", "base=Qwen/Qwen3", str(tmp_path / "a=b")])

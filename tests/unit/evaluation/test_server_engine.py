@@ -98,8 +98,36 @@ def test_requests_carry_messages_and_settings(serve):
     assert isinstance(seed, int)
     assert body.pop("messages")[0]["role"] == "user"
     settings = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "max_tokens": 16}
-    assert body == {"model": "the-model", **settings}
+    neutral = {"repetition_penalty": 1.0, "min_p": 0.0}
+    assert body == {"model": "the-model", **settings, **neutral}
     assert len({body["seed"] for _, body in server.bodies[1:]} | {seed}) == 6
+
+
+def test_defaults_of_the_server_do_not_act(serve):
+    engine, server = serve(repeat)
+    list(engine.answers(REQUESTS[:2], Sampling(temperature=0.7, top_p=0.95)))
+    list(engine.answers(REQUESTS[:2], Sampling()))
+    neutral = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0}
+    assert all(neutral.items() <= body.items() for _, body in server.bodies)
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_server_that_does_not_know_the_neutral_fields_is_asked_without_them(
+    serve, capsys, status
+):
+    def strict(number, body):
+        known = {"model", "messages", "max_tokens", "temperature", "seed", "top_p"}
+        return repeat(number, body) if body.keys() <= known else (status, b"unexpected fields")
+
+    engine, server = serve(strict, concurrency=1)
+    assert len(list(engine.answers(REQUESTS, Sampling(temperature=1.0)))) == 6
+    assert len(server.bodies) == 7
+    assert capsys.readouterr().err.count("does not take top_k, repetition_penalty, min_p") == 1
+    engine, server = serve(strict, concurrency=1)
+    with pytest.raises(EvaluationError, match=r"unexpected fields.*and the sampling flags"):
+        list(engine.answers(REQUESTS, Sampling(temperature=1.0, top_k=20)))
+    assert len(server.bodies) == 2
+    assert capsys.readouterr().err == "", "the fault was another one"
 
 
 def test_cut_answers_and_thoughts_are_told(serve):

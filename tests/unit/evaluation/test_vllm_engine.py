@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from datetime import date
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -122,3 +124,10 @@ def test_a_model_that_vllm_refuses_is_named(tiny_model, monkeypatch):
     monkeypatch.setattr(Model, "refused", True)
     with pytest.raises(EvaluationError, match=r"vLLM cannot load .*tiny: no such model"):
         VllmEngine(str(tiny_model), OPTIONS)
+
+
+def test_the_day_of_a_template_reaches_vllm(dated_model):
+    engine = VllmEngine(str(dated_model), replace(OPTIONS, day=date(2026, 2, 3)))
+    list(engine.answers(REQUESTS, Sampling()))
+    text = AutoTokenizer.from_pretrained(dated_model).decode(Model.calls[0][0]["prompt_token_ids"])
+    assert "Today: 03 Feb 2026" in text
