@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_profit.evaluation.errors import EvaluationError
-from megatron_profit.flags import ArgumentsError, flag, options_of
+from megatron_profit.flags import ArgumentsError, flag, flag_of, options_of
 
 # Set by torchrun; an engine would take the process for a rank of several.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Name of the export in the results.
+_LABEL = "trained"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class EvalTasks:
             *further: Flags after the user's, which they replace.
         """
         return [
-            *(sys.executable, "-m", "megatron_profit", "evaluate", f"trained={export.absolute()}"),
+            *(sys.executable, "-m", "megatron_profit", "evaluate", f"{_LABEL}={export.absolute()}"),
             *(("--tasks", self.eval_tasks) if self.eval_tasks else ()),
             *shlex.split(self.eval_flags),
             *("--out", str(out.absolute()), *further),
@@ -120,8 +123,7 @@ def eval_tasks(values: Mapping[str, Any]) -> EvalTasks:
         if not options.is_wanted:
             for name in ("eval_flags", "eval_tasks_interval"):
                 if values[name]:
-                    flag = "--" + name.replace("_", "-")
-                    raise ArgumentsError(f"{flag} is about --eval-tasks, which is missing")
+                    raise ArgumentsError(f"{flag_of(name)} is about --eval-tasks, which is missing")
             return options
         check_names(options.names)
         if given.server is not None:
@@ -175,6 +177,10 @@ def _settings_of(options: EvalTasks) -> argparse.Namespace:
     parser = _Parser(add_help=False, allow_abbrev=False)
     add_evaluation_flags(parser)
     given = parser.parse_args(shlex.split(options.eval_flags))
+    if given.tasks:
+        raise EvaluationError(
+            f"--tasks {given.tasks}: name tasks with --eval-tasks, which is checked"
+        )
     if options.eval_tasks is not None:
         given.tasks = options.eval_tasks
     for name in options.names:
@@ -210,12 +216,30 @@ def environment_of_engine(*, on_cpu: bool = False) -> dict[str, str]:
     return environment | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
 
 
+def are_of_other_weights(results: Path, export: Path) -> bool:
+    """Return whether results hold answers of another state of the weights than the export."""
+    from megatron_profit.evaluation.engines.model_folder import fingerprint
+    from megatron_profit.evaluation.records import read_records_file
+
+    files = sorted((results / _LABEL).glob("*.jsonl"))
+    try:
+        known = {read_records_file(file)[0].get("identity") for file in files}
+    except EvaluationError:
+        return False  # damaged: the evaluation says so
+    return bool(known) and known != {fingerprint(str(export))}
+
+
 def become_evaluation(options: EvalTasks, export: Path) -> NoReturn:
     """Replace this process by the evaluation of the export, which frees all of its memory.
 
-    The exit code of the process is the evaluation's.
+    Answers of the same weights are kept. Answers of an earlier state of the run, which has gone on since, are
+    asked again. The exit code of the process is the evaluation's.
     """
-    command = options.command(export, results_of(export))
+    results = results_of(export)
+    again = are_of_other_weights(results, export)
+    if again:
+        print(f"> {results} holds answers of other weights, which are asked again")
+    command = options.command(export, results, *(("--overwrite",) if again else ()))
     # The libraries write what they still hold when a process ends, and this one has no end.
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_profit.evaluation.command_line import add_evaluation_flags
 from megatron_profit.flags import nearest
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
+from megatron_profit.recipe.flags import words_with
 
 
 def evaluation_words(section: Any) -> list[str]:
@@ -59,6 +60,12 @@ def _flag(name: str, value: Any, known: Mapping[str, argparse.Action]) -> list[s
             raise LaunchError(f"{name} is {value!r}; it must be true or false")
         return [option] if value else []
     values = value if isinstance(value, list) else [value]
+    several = action.nargs is not None or isinstance(action, argparse._AppendAction)
+    if len(values) > 1 and not several:
+        raise LaunchError(f"{name} has {value!r}; it takes one value")
     if any(isinstance(item, dict | list | bool) or item is None for item in values):
         raise LaunchError(f"{name} has {value!r}; it must be a value or a list of values")
-    return [option, *map(str, values)]
+    texts = list(map(str, values))
+    if action.nargs is None:  # several values are the flag several times, as of --task-file
+        return [word for text in texts for word in words_with(option, [text])]
+    return [*words_with(option, texts)]

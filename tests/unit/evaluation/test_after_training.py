@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_profit.evaluation import after_training
 from megatron_profit.evaluation.after_training import (
+    are_of_other_weights,
     check_task_files,
     environment_of_engine,
     eval_tasks,
     results_of,
 )
+from megatron_profit.evaluation.engines.model_folder import fingerprint
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.training.checkpoints.keep_options import (
     KeepOptions,
@@ -54,6 +57,30 @@ def test_the_questions_have_the_day_of_the_training():
     words = other.command(Path("hf"), Path("out"))
     days = [words[at + 1] for at, word in enumerate(words) if word == "--template-date"]
     assert days == ["2026-02-03", "2027-01-01"], "the last one counts"
+
+
+def test_answers_of_other_weights_are_asked_again_and_of_the_same_kept(tmp_path, monkeypatch):
+    """A run that goes on replaces its export; one whose evaluation was interrupted does not change it."""
+    export = tmp_path / "hf"
+    export.mkdir()
+    (export / "model.safetensors").write_bytes(b"first")
+    records = results_of(export) / "trained" / "mawps.jsonl"
+    assert not are_of_other_weights(results_of(export), export)
+    records.parent.mkdir(parents=True)
+    identity = fingerprint(str(export))
+    records.write_text(json.dumps({"kind": "settings", "identity": identity}) + "\n")
+    started = []
+    monkeypatch.setattr(after_training.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(after_training.os, "execve", lambda *call: started.append(call[1]))
+    options = eval_tasks(VALUES | {"eval_tasks": "mawps"})
+    after_training.become_evaluation(options, export)
+    assert "--overwrite" not in started[-1]
+    (export / "model.safetensors").write_bytes(b"second")
+    after_training.become_evaluation(options, export)
+    assert started[-1][-1] == "--overwrite"
+    records.write_text("damaged")
+    after_training.become_evaluation(options, export)
+    assert "--overwrite" not in started[-1], "the evaluation names the damage"
 
 
 def test_a_file_of_ones_own_is_a_task_too():
@@ -99,6 +126,11 @@ def test_an_evaluation_during_the_training_leaves_the_gpu_alone(monkeypatch):
             {"eval_tasks": "mawps", "eval_flags": "--template-date 2027-01-01"},
             "--template-date 2027-01-01: the training has none",
         ),
+        (
+            {"eval_tasks": "mawps", "eval_flags": "--tasks svamp"},
+            "--tasks svamp: name tasks with --eval-tasks, which is checked",
+        ),
+        ({"eval_flags": "--task-file a.jsonl --tasks svamp"}, "--tasks svamp: name tasks with"),
         ({"eval_tasks_interval": 20}, "--eval-tasks-interval is about --eval-tasks"),
         (DURING | {"eval_tasks_interval": 0}, "--eval-tasks-interval and .* must be at least 1"),
         (DURING | {"eval_tasks_limit": 0}, "--eval-tasks-limit must be at least 1"),
