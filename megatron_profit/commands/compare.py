@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine.output import whole_file
+from megatron_profit.evaluation.command_line import check_out
 from megatron_profit.evaluation.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def compare(plan_file: Path, out: Path, *, dry_run: bool = False) -> int:
                 command = plan.evaluate_command(unit.run.data, name, Path("HF"), Path("OUT"))
                 print(shlex.join(command))
         return 0
+
+    check_out(out)
 
     def publish(outcomes: Sequence[Outcome], done: int, total: int) -> None:
         write_results(out, outcomes, plan.text, done, total)

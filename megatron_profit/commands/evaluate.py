@@ -30,6 +30,7 @@ from megatron_profit.evaluation.command_line import (
     add_evaluation_flags,
     at_least_one,
     check_day_is_written,
+    check_out,
     labelled_models,
     load_tasks,
     template_day,
@@ -121,6 +122,7 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
     from megatron_profit.evaluation.engines.engine import EngineOptions, resolved
 
     models = labelled_models(arguments.models)
+    check_out(arguments.out)
     for name in ("batch", "concurrency"):
         at_least_one(arguments, name)
     tasks = load_tasks(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from megatron.core import mpu
@@ -53,8 +54,12 @@ def run(argv: Sequence[str], device: str) -> None:
     """
     parser = argparse.ArgumentParser("python -m megatron_profit.logits", allow_abbrev=False)
     parser.add_argument("--tokens", required=True, help="file of torch.save: token ids [N, S]")
-    parser.add_argument("--logits", required=True, help="file to write: fp32 [N, S, vocabulary]")
+    parser.add_argument(
+        "--logits", required=True, type=Path, help="file to write: fp32 [N, S, vocabulary]"
+    )
     own, flags = parser.parse_known_args(argv)
+    if not own.logits.parent.is_dir() or own.logits.is_dir():
+        parser.error(f"--logits {own.logits}: name a file in a folder that exists")
     tokens = torch.load(own.tokens, weights_only=True)
     chunks = build_model([*flags, "--seq-length", str(tokens.size(1))], device)
     result = logits(chunks, tokens)

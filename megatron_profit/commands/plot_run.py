@@ -38,9 +38,9 @@ PANELS = (
     ("Supervised tokens per second", {"supervised tokens per second": "supervised"}),
 )
 _COLUMNS = 3
-# Entries of a run's folder.
 # Groups of curves in TensorBoard.
 _GROUPS = ("train", "validation", "speed", "tokens")
+# Entries of a run's folder.
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 # Names in the metrics file that differ from Megatron's names in TensorBoard.
 _RENAMED = {"grad norm": "grad-norm", "learning rate": "learning-rate", "loss scale": "loss-scale"}

@@ -14,6 +14,8 @@ from megatron_profit.estimates.run_shape import RunShape, ShapeError
 
 # Flags that the parser needs and that have no meaning for an estimate.
 _UNIMPORTANT = {"--data": "none.jsonl", "--lr": "1e-5", "--train-iters": "1", "--objective": "sft"}
+# Flags of which each says how long a run is.
+_SPANS = {"--train-iters", "--epochs", "--train-samples"}
 
 
 def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunShape:
@@ -33,12 +35,14 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_profit.training.arguments.derive import derive
 
-    if model is not None and "--hf-model" in argv:
+    given = {word.partition("=")[0] for word in argv}
+    if model is not None and "--hf-model" in given:
         raise ShapeError("--model and --hf-model contradict each other; give one of them")
     argv, config = list(argv), None
-    spans = ("--epochs", "--train-samples") if "--train-iters" not in argv else ()
+    if given & _SPANS:
+        given |= _SPANS
     for flag, value in _UNIMPORTANT.items():
-        if flag not in argv and not (flag == "--train-iters" and any(s in argv for s in spans)):
+        if flag not in given:
             argv += [flag, value]
     if model is not None:
         argv += ["--hf-model", model]

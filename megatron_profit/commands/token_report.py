@@ -287,6 +287,8 @@ def check_output(path: Path | None, overwrite: bool) -> None:
         return
     if not path.parent.is_dir():
         raise ReportError(f"--out {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ReportError(f"--out {path} is a folder; name a file in it")
     if path.exists() and not overwrite:
         raise ReportError(f"--out {path} exists; give --overwrite to replace it")
 

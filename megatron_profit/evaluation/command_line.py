@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint_conversion.engine.output import nearest_existing
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampling
 from megatron_profit.flags import flag_of
@@ -126,6 +128,19 @@ def check_day_is_written(day: date | None, written: Iterable[date | None]) -> No
         raise EvaluationError(
             f"--template-date {day} is given, but no model's chat template writes a date; drop it"
         )
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder of results that can neither be written to nor made.
+
+    Raises:
+        EvaluationError: Names the place and the remedy.
+    """
+    place = nearest_existing(out)
+    if not place.is_dir():
+        raise EvaluationError(f"--out {out}: {place} is a file; name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise EvaluationError(f"--out {out}: {place} cannot be written to; name another folder")
 
 
 def at_least_one(arguments: argparse.Namespace, name: str) -> int:

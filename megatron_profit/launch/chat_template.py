@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from checkpoint_conversion.engine.output import write_file
-from checkpoint_conversion.engine.regular_files import read_regular
+from checkpoint_conversion.engine.regular_files import MOST_JSON, read_regular
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import BUILT_IN_TEMPLATES
@@ -21,7 +21,8 @@ _SETTINGS = "tokenizer_config.json"
 # Other places of a template, which the new one replaces.
 _OTHERS = ("chat_template.json",)
 _LARGEST = 2**20  # bytes
-_WEIGHTS = ".safetensors"
+# Weights, in formats that an export does not copy either.
+_WEIGHTS = ".safetensors .bin .pt .pth .ckpt .gguf .onnx .h5 .msgpack .pkl".split()
 
 CHATML = """\
 {%- for message in messages %}
@@ -52,21 +53,28 @@ def with_template(model: Path, template: str, folder: Path) -> Path:
 
     Args:
         model: The model's folder.
-        template: A file, or the name of a built-in template: chatml.
+        template: A file, or the name of a built-in template: chatml or llama3.
         folder: The folder to make.
 
     Raises:
-        LaunchError: The template cannot be read, or the tokenizer lacks the tokens of a built-in one.
+        LaunchError: The template cannot be read, the tokenizer lacks the tokens of a built-in one, or a file
+            of the model is too large to be copied.
     """
     text = _text(model, template)
-    folder.mkdir(parents=True, exist_ok=True)
     ours = (TEMPLATE, _SETTINGS, *_OTHERS)
     files = {f.name: f for f in model.iterdir() if f.name not in ours and f.is_file()}
+    for file in files.values():
+        if file.suffix not in _WEIGHTS and (size := file.stat().st_size) > MOST_JSON:
+            raise LaunchError(
+                f"--chat-template: the folder with the template has copies of all files but weights, and "
+                f"{file} has {size:,} bytes (at most {MOST_JSON:,}); move it out of the model's folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
         if entry.is_symlink() and entry.name not in files:  # of another model
             entry.unlink()
     for name, file in sorted(files.items()):
-        if file.suffix == _WEIGHTS:
+        if file.suffix in _WEIGHTS:
             _link(folder / name, file.resolve())
         else:  # an export copies these, and follows no link out of the folder
             write_file(folder / name, read_regular(file))

@@ -223,7 +223,7 @@ def _fit(
         if was_told or not prepared.cut or seq_length >= limit:
             return planned, prepared
         # A record that the first ones did not tell of is longer.
-        lengths = replace(lengths, longest=prepared.longest)
+        lengths = replace(lengths, longest=prepared.longest - 1)
 
 
 def _saves(request: Request, saved_every: int, nbytes: int) -> list[str]:

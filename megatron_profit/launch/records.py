@@ -100,7 +100,7 @@ class PreparedRows:
 
     Attributes:
         rows: Rows of an epoch.
-        longest: Positions of the longest record before it was cut.
+        longest: Token ids of the longest record before it was cut, one more than its positions.
         cut: Records that lose their end.
         records: Records of an epoch.
         summary: A line about them.

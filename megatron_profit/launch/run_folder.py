@@ -30,7 +30,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints and metrics."""
+        """Checkpoints."""
         return self.path / "checkpoints"
 
     @property

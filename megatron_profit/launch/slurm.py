@@ -202,6 +202,8 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
             raise LaunchError(f"{flag} follows from the job; drop it")
     request = read_request([*flags, "--nnodes", *nodes])
     run = folder_of(request)
+    if not str(run.path).isprintable():
+        raise LaunchError(f"--run is {str(run.path)!r}; a job's script cannot name such a folder")
     file = run.path / "job.sbatch"
     python, container, setup = sys.executable, [], exports()
     if options.container is not None:
@@ -210,7 +212,7 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
     own = ["--rank-logs", "--max-restarts", str(options.max_restarts)]
     command = [*container, shlex.join([python, "-m", "megatron_profit", "sft", *flags, *own])]
     text = _SCRIPT.format(
-        file=file,
+        file=shlex.quote(str(file)),
         directives="\n".join(_directives(options, run)),
         folder=shlex.quote(str(folder)),
         exports=setup,
@@ -230,10 +232,13 @@ def _directives(options: argparse.Namespace, run: RunFolder) -> Iterator[str]:
         "--account": options.account,
         "--time": options.time,
         "--signal": f"B:USR1@{_WARNING_SECONDS}",
-        "--output": run.path / "job-%j.log",
+        # Slurm replaces signs after a percent sign; two stand for one.
+        "--output": f"{str(run.path).replace('%', '%%')}/job-%j.log",
         "--open-mode": "append",
     }
-    yield from (f"#SBATCH {name}={value}" for name, value in values.items() if value is not None)
+    for name, value in values.items():
+        if value is not None:
+            yield f"#SBATCH {name}={shlex.quote(str(value))}"  # sbatch reads quotes as a shell does
     yield from ("#SBATCH --exclusive", "#SBATCH --requeue")
     yield from (f"#SBATCH {option}" for option in options.sbatch)
 

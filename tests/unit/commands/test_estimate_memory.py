@@ -41,6 +41,17 @@ def run_of(model: str, gpus: int, *flags: str):
     return read_run([*BASE, *" ".join(flags).split()], gpus, model)
 
 
+def test_a_flag_is_known_in_either_spelling():
+    flags = (
+        "--objective=profit --prob-threshold=0.1 --threshold-direction=higher --epochs=2 --lr=3e-5"
+    )
+    args = run_of("Qwen3-0.6B", 1, flags).args
+    assert (args.objective, args.prob_threshold, args.lr) == ("profit", ["0.1"], 3e-5)
+    assert (args.epochs, args.train_iters) == (2.0, None)
+    with pytest.raises(ShapeError, match="--model and --hf-model contradict each other"):
+        read_run([*BASE, "--hf-model=models/a"], 1, "Qwen3-0.6B")
+
+
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_parameters_are_those_of_the_checkpoint(model):
     config = published_config(model)

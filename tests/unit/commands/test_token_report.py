@@ -57,6 +57,7 @@ def test_both_kinds_of_checkpoint_give_the_same_page(folders, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--out", "absent/r.html"], "the folder absent does not exist"),
+        (["--out", ".", "--overwrite"], "--out . is a folder; name a file in it"),
         (["--terminal", "--records", "7"], "there are only 3 records"),
         (["--terminal", "--records", "1"], "none of the chosen records can be used"),
         (["--terminal", "--records", "a"], "'a' is neither a number nor a range"),

@@ -534,6 +534,13 @@ def test_a_failure_names_the_command_and_its_error(plan, tmp_path, capsys):
     assert "evaluate.log): error: there is no task 'nonsense'" in message
 
 
+def test_an_out_that_is_a_file_is_refused_before_the_first_run(plan, commands, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert compare.main([str(plan()), "--out", str(tmp_path / "out")]) == 1
+    assert "is a file; name a folder" in capsys.readouterr().err
+    assert commands == []
+
+
 def test_a_dry_run_prints_the_commands(plan, tmp_path, capsys):
     assert compare.main([str(plan()), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 32

@@ -248,6 +248,17 @@ def test_a_preset_without_draws_and_neutral_cuts_are_accepted():
     assert choose_sampling("psft", "aime24", {}).max_new_tokens == 10240
 
 
+def test_an_out_that_is_a_file_is_refused_before_a_model_is_loaded(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    engine = Calculator()
+    for out in (tmp_path / "file", tmp_path / "file" / "results"):
+        assert run(engine, "--out", str(out)) == 1
+        assert (
+            f"--out {out}: {tmp_path / 'file'} is a file; name a folder" in capsys.readouterr().err
+        )
+    assert engine.asked == []
+
+
 def test_the_day_of_a_template_is_asked_for_and_recorded(
     run, dated_model, tiny_model, tmp_path, capsys
 ):

@@ -8,6 +8,8 @@ import types
 import jinja2
 import pytest
 
+from checkpoint_conversion.engine.regular_files import MOST_JSON
+from checkpoint_conversion.hf.writer import artifacts
 from megatron_profit.launch.chat_template import CHATML, with_template
 from megatron_profit.recipe.errors import LaunchError
 
@@ -32,6 +34,24 @@ def test_the_folder_links_to_the_model_and_has_the_template(model, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert (folder / "model.safetensors").is_symlink()
     assert not (folder / "chat_template.json").exists()
+
+
+def test_weights_of_other_formats_are_links_whatever_their_size(model, tmp_path):
+    for name in ("pytorch_model.bin", "model-q4.gguf", "tf_model.h5"):
+        with (model / name).open("wb") as file:
+            file.truncate(MOST_JSON + 1)
+    folder = with_template(model, "chatml", tmp_path / "model")
+    assert (folder / "model-q4.gguf").is_symlink()
+    names = [file.name for file in artifacts(folder)]
+    assert not {"pytorch_model.bin", "model-q4.gguf", "tf_model.h5"} & set(names), "not exported"
+
+
+def test_a_large_file_of_another_kind_is_named_before_anything_is_written(model, tmp_path):
+    with (model / "corpus.tar").open("wb") as file:
+        file.truncate(MOST_JSON + 1)
+    with pytest.raises(LaunchError, match=r"corpus\.tar has 100,000,001 bytes .*; move it out"):
+        with_template(model, "chatml", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_links_to_a_file_that_the_model_no_longer_has_go(model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 
 import pytest
@@ -115,6 +116,23 @@ def test_a_container_sees_the_hubs_cache_where_ids_are_given(cluster, monkeypatc
 def test_values_that_no_job_can_have_are_one_line(cluster, capsys, words, message):
     assert slurm.main([*words, "--dry-run", *JOB]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_with_spaces_and_signs_is_one_value(cluster, capsys):
+    """Slurm reads the lines of its options with a shell's quotes, and replaces %j and the like."""
+    words = [*JOB[:-1], "runs/my 50%a run"]
+    assert slurm.main(["--dry-run", *words]) == 0
+    text = capsys.readouterr().out
+    options = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert all(len(words) == 1 for words in options)
+    assert ["--output=runs/my 50%%a run/job-%j.log"] in options
+    assert ["--job-name=my 50%a run"] in options
+    assert "sbatch 'runs/my 50%a run/job.sbatch'\n" in text
+
+
+def test_a_folder_whose_name_would_end_a_line_of_the_script_is_refused(cluster, capsys):
+    assert slurm.main(["--dry-run", *JOB[:-1], "a\nrm -r b"]) == 2
+    assert "a job's script cannot name such a folder" in capsys.readouterr().err
 
 
 def test_restarts_are_the_jobs(cluster, capsys):
