@@ -10,6 +10,7 @@ import codecs
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -197,31 +198,20 @@ def _line(line: bytes, path: Path, number: int, first: bool) -> RawRecord:
             raise
         not_utf8 = isinstance(error.__cause__, UnicodeDecodeError)
         reason = TOO_LARGE if too_large else NOT_UTF8 if not_utf8 else NOT_JSON
-        return RawRecord({}, str(path), number, "line", BrokenRecord(reason, str(error)))
+        return _record(BrokenRecord(reason, str(error)), path, number, "line")
     return _record(value, path, number, "line", objects, len(line))
 
 
 def _read_csv(path: Path, _: Wanted) -> Iterator[RawRecord]:
     for number, (row, size) in enumerate(csv_rows(path), start=1):
-        if isinstance(row, BrokenRecord):
-            yield RawRecord({}, str(path), number, "record", row)
-        else:
-            yield _record(row, path, number, "record", size=size)
+        yield _record(row, path, number, "record", size=size)
 
 
 def _read_parquet(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
-    import pyarrow
-
     from megatron_profit.data.files.tables import parquet_batches
 
-    try:
+    with _whole(path, "a readable parquet file", ".jsonl"):
         yield from _rows(path, parquet_batches(path, wanted))
-    except DataError:
-        raise
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise DataError(
-            f"{path}: not a readable parquet file ({error}); write it again, or convert it to .jsonl"
-        ) from error
 
 
 def _read_arrow(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
@@ -229,18 +219,24 @@ def _read_arrow(path: Path, wanted: Wanted) -> Iterator[RawRecord]:
 
 
 def _arrow_batches(path: Path, wanted: Wanted) -> Iterator[Any]:
-    import pyarrow
-
     from megatron_profit.data.files.tables import arrow_batches
 
-    try:
+    with _whole(path, "an arrow file of the datasets library", ".parquet"):
         yield from arrow_batches(path, wanted)
+
+
+@contextmanager
+def _whole(path: Path, kind: str, other: str) -> Iterator[None]:
+    """Raise a DataError where the block finds that a file is not of its kind; `other` is another format."""
+    import pyarrow
+
+    try:
+        yield
     except DataError:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(
-            f"{path}: not an arrow file of the datasets library ({error}); write it again, or "
-            "convert it to .parquet"
+            f"{path}: not {kind} ({error}); write it again, or convert it to {other}"
         ) from error
 
 
@@ -279,10 +275,7 @@ def _rows(path: Path, tables: Iterable[Any]) -> Iterator[RawRecord]:
             rows = _values(part) if sizes[0] <= LARGEST_RECORD else [_too_large(sizes[0])]
             for row, size in zip(rows, sizes, strict=True):
                 number += 1
-                if isinstance(row, BrokenRecord):
-                    yield RawRecord({}, str(path), number, "record", row)
-                else:
-                    yield _record(row, path, number, "record", size=size)
+                yield _record(row, path, number, "record", size=size)
 
 
 def _too_large(size: int) -> BrokenRecord:
@@ -335,21 +328,26 @@ def _record(
     objects: "_Objects | None" = None,
     size: int = 0,
 ) -> RawRecord:
+    """Return a value, or the reason why there is none, as the record at a place."""
+    if (broken := _problem(value, objects)) is not None:
+        return RawRecord({}, str(path), number, unit, broken)
+    if objects is None:  # a row of a table, which has every field of the schema, used or not
+        value = {name: without_nulls(item) for name, item in value.items()}
+    return RawRecord(value, str(path), number, unit, size=size)
+
+
+def _problem(value: Any, objects: "_Objects | None") -> BrokenRecord | None:
+    """Return why a value is no record; None if it is one."""
+    if isinstance(value, BrokenRecord):
+        return value
     name = objects.named_twice(value) if objects else None
     if name is not None:
-        broken = BrokenRecord(NAMED_TWICE, f"{shown(name)} stands twice in one object")
-        return RawRecord({}, str(path), number, unit, broken)
+        return BrokenRecord(NAMED_TWICE, f"{shown(name)} stands twice in one object")
     if _nests_deeper(value, _DEEPEST):
-        broken = BrokenRecord(
-            TOO_DEEP, f"lists and objects stand in each other over {_DEEPEST} deep"
-        )
-        return RawRecord({}, str(path), number, unit, broken)
-    if isinstance(value, dict):
-        if objects is None:  # a row of a table, which has every field of the schema, used or not
-            value = {name: without_nulls(item) for name, item in value.items()}
-        return RawRecord(value, str(path), number, unit, size=size)
-    found = BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
-    return RawRecord({}, str(path), number, unit, found)
+        return BrokenRecord(TOO_DEEP, f"lists and objects stand in each other over {_DEEPEST} deep")
+    if not isinstance(value, dict):
+        return BrokenRecord(NOT_AN_OBJECT, f"{type(value).__name__} {shown(value)}")
+    return None
 
 
 def _nests_deeper(value: Any, limit: int) -> bool:

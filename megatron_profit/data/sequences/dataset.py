@@ -44,8 +44,6 @@ class SFTDataset:
         seed: int = 0,
         shuffle: bool = True,
         packing: bool = False,
-        pad_id: int = 0,
-        pad_multiple: int = 1,
         groups: Sequence[Group] | None = None,
         epochs: int | None = None,
         period: int | None = None,
@@ -60,10 +58,6 @@ class SFTDataset:
             seed: Chooses the orders, in [0, 2^64).
             shuffle: False keeps the order of the files in every epoch.
             packing: Several examples to a row.
-            pad_id: Token where there is none of an example. No label is there, and no position of an
-                example attends to it.
-            pad_multiple: Each example of a row is padded to a multiple of it, e.g. twice the
-                context-parallel size. That padding belongs to the example's segment.
             groups: Examples to draw from and how often; None for all of them once an epoch.
             epochs: Rows after this many epochs have no label; None for epochs without end.
             period: Rows of one evaluation, None for training data. Every period starts again with the first
@@ -73,8 +67,6 @@ class SFTDataset:
         Raises:
             ValueError: No examples, an example that does not fit, or an argument out of range.
         """
-        if pad_multiple < 1 or seq_length % pad_multiple:
-            raise ValueError(f"pad_multiple {pad_multiple} does not divide seq_length {seq_length}")
         longest = int(np.diff(examples.offsets).max(initial=0))
         if longest > seq_length + 1:
             raise ValueError(
@@ -83,14 +75,16 @@ class SFTDataset:
             )
         if groups is None:
             groups = [Group(np.arange(len(examples)))]
-        lengths = -(-examples.positions // pad_multiple) * pad_multiple
         self.order = RowOrder(
-            lengths, groups, capacity=seq_length, packing=packing, seed=seed, shuffle=shuffle
+            examples.positions,
+            groups,
+            capacity=seq_length,
+            packing=packing,
+            seed=seed,
+            shuffle=shuffle,
         )
         self.examples = examples
         self.seq_length = seq_length
-        self.pad_id = pad_id
-        self.pad_multiple = pad_multiple
         self.epochs = epochs
         self._resize(num_samples, period)
 
@@ -118,7 +112,7 @@ class SFTDataset:
 
         Returns:
             Five tensors [S] int64.
-            tokens: Ids; `pad_id` in padding.
+            tokens: Ids; 0 in padding, to which no position of an example attends.
             labels: The next token of the same example where it is supervised, else -100.
             position_ids: Position in the segment; 0 where one begins.
             example_index: The example that the token belongs to, -1 in padding.
@@ -131,10 +125,10 @@ class SFTDataset:
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"row {index} of {self.num_samples}")
-        row = _RowBuilder(self.seq_length, self.pad_id)
+        row = _RowBuilder(self.seq_length)
         for example, sample in zip(*self._members(index), strict=True):
             ids_L, supervised_L = self.examples[example]
-            row.append(ids_L, supervised_L, int(example), int(sample), self.pad_multiple)
+            row.append(ids_L, supervised_L, int(example), int(sample))
         return row.tensors()
 
     def _members(self, index: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -149,9 +143,9 @@ class SFTDataset:
 class _RowBuilder:
     """The tensors of one row, filled example by example."""
 
-    def __init__(self, seq_length: int, pad_id: int) -> None:
+    def __init__(self, seq_length: int) -> None:
         self._end = 0
-        self._tokens_S = np.full(seq_length, pad_id, dtype=np.int64)
+        self._tokens_S = np.zeros(seq_length, dtype=np.int64)
         self._labels_S = np.full(seq_length, IGNORED_LABEL, dtype=np.int64)
         self._position_S = np.empty(seq_length, dtype=np.int64)
         self._record_S = np.full(seq_length, -1, dtype=np.int64)
@@ -163,7 +157,6 @@ class _RowBuilder:
         supervised_L: npt.NDArray[np.uint8],
         record: int,
         sample: int,
-        pad_multiple: int,
     ) -> None:
         count = len(ids_L) - 1
         part = slice(self._end, self._end + count)
@@ -171,7 +164,7 @@ class _RowBuilder:
         self._labels_S[part] = np.where(supervised_L[1:], ids_L[1:], IGNORED_LABEL)
         self._record_S[part] = record
         self._sample_S[part] = sample
-        self._segment(-(-count // pad_multiple) * pad_multiple)
+        self._segment(count)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         import torch

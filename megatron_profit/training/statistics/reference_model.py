@@ -204,7 +204,6 @@ def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
         endless,
         shuffle=False,
         packing=args.packing,
-        pad_multiple=dataset.pad_multiple,
         period=endless,
     )
 

@@ -62,7 +62,7 @@ def test_labels_are_the_next_supervised_tokens(renderer, write_lines):
     file = write_lines([{"messages": messages}])
     examples, report = build_examples(file, renderer, 64)
     ids, supervised = examples[0]
-    row = SFTDataset(examples, 64, 1, pad_id=5)[0]
+    row = SFTDataset(examples, 64, 1)[0]
     assert {key: (value.dtype, tuple(value.shape)) for key, value in row.items()} == {
         "tokens": (torch.int64, (64,)),
         "labels": (torch.int64, (64,)),
@@ -72,7 +72,7 @@ def test_labels_are_the_next_supervised_tokens(renderer, write_lines):
     }
     tokens, labels = row["tokens"].tolist(), row["labels"].tolist()
     for t in range(64):
-        assert tokens[t] == (ids[t] if t < len(ids) - 1 else 5)
+        assert tokens[t] == (ids[t] if t < len(ids) - 1 else 0)
         trained = t + 1 < len(ids) and supervised[t + 1]
         assert labels[t] == (ids[t + 1] if trained else -100)
     assert sum(label != -100 for label in labels) == report.supervised_tokens
@@ -97,7 +97,7 @@ def test_a_record_of_one_id_more_than_the_row_fits_and_longer_ones_are_cut(rende
 def test_pad_that_equals_the_end_leaves_the_end_trained(make_tokenizer, templates, write_lines):
     tokenizer = make_tokenizer(templates.chatml, pad_token="<|im_end|>")
     examples, _ = build_examples(write_lines([pair("q", "a")]), ChatRenderer(tokenizer), 32)
-    row = SFTDataset(examples, 32, 1, pad_id=tokenizer.pad_token_id)[0]
+    row = SFTDataset(examples, 32, 1)[0]
     end = tokenizer.eos_token_id
     assert (row["labels"] == end).sum() == 1
     assert row["labels"][row["tokens"] == end].eq(-100).all()
