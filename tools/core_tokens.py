@@ -112,7 +112,10 @@ def measure(model: str, data: Path, count: int) -> dict[str, Any]:
     Raises:
         DataError, ReportError: A file or the model cannot be used.
     """
-    from megatron_profit.commands.token_report import chosen_records, load_model
+    import torch
+
+    from megatron_profit.commands.token_report import chosen_records
+    from megatron_profit.evaluation.engines.model_folder import load_model
     from megatron_profit.token_report import score_records
 
     tokenizer = load_tokenizer(Path(model))
@@ -126,7 +129,9 @@ def measure(model: str, data: Path, count: int) -> dict[str, Any]:
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    scored = score_records(load_model(model, "float32"), tokenizer, records, {}, progress=show)
+    scored = score_records(
+        load_model(Path(model), torch.float32), tokenizer, records, {}, progress=show
+    )
     for record in scored:
         mine = record.supervised.numpy()
         pieces = [piece for piece, is_mine in zip(record.pieces, mine, strict=True) if is_mine]

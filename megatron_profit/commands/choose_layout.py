@@ -24,6 +24,7 @@ from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.published import PUBLISHED, published_config
 from megatron_profit.estimates.run_shape import ShapeError
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
+from megatron_profit.flags import flag_of
 from megatron_profit.launch.plan_layout import (
     flags_of_choice,
     wish_of_flags,
@@ -73,7 +74,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("gpus", "gpus_per_node", "gpu_memory"):
         if not getattr(options, name) >= 1:
             raise LaunchError(
-                f"--{name.replace('_', '-')} is {getattr(options, name):g}; it must be at least 1"
+                f"{flag_of(name)} is {getattr(options, name):g}; it must be at least 1"
             )
 
 
@@ -90,7 +91,7 @@ def _print(options: argparse.Namespace, given: dict[str, Given]) -> int:
     wish = wish_of_flags(given, model, positions, rows, "global_batch_size" in given)
     cluster = Cluster(options.gpus, options.gpu_memory, min(options.gpus_per_node, options.gpus))
     choice = choose(wish, cluster)
-    flags = [Given.of(f"--{n.replace('_', '-')}", v) for n, v in flags_of_choice(choice).items()]
+    flags = [Given.of(flag_of(name), value) for name, value in flags_of_choice(choice).items()]
     print(shlex.join(words_of(flags)))
     settings = {"bf16": not given.get("fp16"), **vars(choice.run.args)}
     size = checkpoint_bytes(settings, saved_parameters(choice.run))

@@ -47,8 +47,6 @@ from megatron_profit.objectives import Objective, build_objective, objective_opt
 from megatron_profit.objectives.thresholds import ThresholdObjective
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_profit.token_report import TokenRecord
 
 OBJECTIVES = (
@@ -132,7 +130,11 @@ def chosen_records(
         DataError: a file cannot be read, or its first record is in no known format.
     """
     found, read = [], 0
-    everything = ((source, record) for source in sources for record in source_records(source))
+    everything = (
+        (source, record)
+        for source in sources
+        for record in read_records(source.path, source.split, is_read(source.layout))
+    )
     stop = max(part.stop for part in positions)
     for read, (source, record) in enumerate(islice(everything, stop), 1):
         chosen = any(read - 1 in part for part in positions)
@@ -182,14 +184,6 @@ def left_out(what: str) -> None:
     print(f"left out {escaped(what)}", file=sys.stderr)
 
 
-def source_records(source: DataSource) -> Iterator[RawRecord]:
-    """Return the records of a source in the order of its files."""
-    wanted = is_read(source.layout)
-    return (
-        record for file in source.files() for record in read_records(file, source.split, wanted)
-    )
-
-
 @contextmanager
 def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
     """Convert the Megatron checkpoint to a HuggingFace folder that exists inside the block only."""
@@ -197,32 +191,6 @@ def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
         out = Path(scratch) / "hf"
         megatron_to_hf(megatron, template, out, progress=sys.stderr)
         yield str(out)
-
-
-def load_model(folder: str, dtype: str) -> torch.nn.Module:
-    """Return a transformers model for evaluation, on the GPU if there is one.
-
-    Raises:
-        ReportError: transformers cannot load the folder.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            # A config.json may name kernels of somebody's repository.
-            attn_implementation="sdpa",
-        )
-    except Exception as error:  # whatever transformers raises for a config.json that it cannot use
-        raise ReportError(f"{folder} cannot be loaded: {error}") from error
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -318,6 +286,9 @@ def make_report(arguments: argparse.Namespace) -> None:
     Raises:
         ReportError, DataError, ConversionError: for input that cannot be used; the message says what to do.
     """
+    import torch
+
+    from megatron_profit.evaluation.engines.model_folder import load_model
     from megatron_profit.token_report import score_records
 
     check_output(arguments.out, arguments.overwrite)
@@ -342,15 +313,14 @@ def make_report(arguments: argparse.Namespace) -> None:
         if arguments.megatron
         else nullcontext(arguments.model)
     )
+    dtype, reference = getattr(torch, arguments.dtype), arguments.ref_model
     with source as model_folder:
         scored = score_records(
-            load_model(model_folder, arguments.dtype),
+            load_model(Path(model_folder), dtype),
             tokenizer,
             records,
             objectives,
-            ref_model=load_model(arguments.ref_model, arguments.dtype)
-            if arguments.ref_model
-            else None,
+            ref_model=load_model(Path(reference), dtype) if reference else None,
             seed=arguments.seed,
             progress=lambda line: print(line, file=sys.stderr),
         )

@@ -24,7 +24,7 @@ class Estimate:
     high: float
 
 
-def average_at_k(right: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate:
+def average_at_k(right: Sequence[Sequence[float]]) -> Estimate:
     """Return avg@k: the mean over questions of the share of samples that are right.
 
     The interval covers the questions and, since each question brings its samples, the draws of its samples
@@ -33,7 +33,6 @@ def average_at_k(right: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate
 
     Args:
         right: [Q][S] whether each sample is right; a mean of several samples is allowed too.
-        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: There is no question.
@@ -43,7 +42,7 @@ def average_at_k(right: Sequence[Sequence[float]], *, seed: int = 0) -> Estimate
     if value in (0.0, 1.0):
         tail = 1 - ((1 - LEVEL) / 2) ** (1 / len(means))
         return Estimate(value, 0.0 if value == 0 else 1 - tail, tail if value == 0 else 1.0)
-    return Estimate(value, *interval(means, seed=seed))
+    return Estimate(value, *interval(means))
 
 
 def question_means(right: Sequence[Sequence[float]]) -> np.ndarray:
@@ -53,9 +52,9 @@ def question_means(right: Sequence[Sequence[float]]) -> np.ndarray:
     return np.array([sum(samples) / len(samples) for samples in right])
 
 
-def bootstrap_means(values: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Return [draws] means of samples of the values with replacement."""
-    generator = np.random.default_rng(seed)
+def bootstrap_means(values: np.ndarray, *, draws: int = DRAWS) -> np.ndarray:
+    """Return [draws] means of samples of the values with replacement, the same ones each time."""
+    generator = np.random.default_rng(0)
     size, means = len(values), np.empty(draws)
     at_a_time = max(1, 4_000_000 // size)
     for start in range(0, draws, at_a_time):
@@ -65,10 +64,10 @@ def bootstrap_means(values: np.ndarray, *, draws: int = DRAWS, seed: int = 0) ->
     return means
 
 
-def interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+def interval(values: np.ndarray) -> tuple[float, float]:
     """Return the bootstrap's confidence interval of the mean of [Q] values."""
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(bootstrap_means(values, seed=seed), [tail, 100 - tail])
+    low, high = np.percentile(bootstrap_means(values), [tail, 100 - tail])
     return float(low), float(high)
 
 
@@ -113,13 +112,12 @@ class PairedDifference:
 
 
 def paired_difference(
-    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], *, seed: int = 0
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]
 ) -> PairedDifference:
     """Compare two models on the same questions in the same order.
 
     Args:
         first, second: [Q][S] whether each sample is right; a mean of several samples is allowed too.
-        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: The questions differ in number.
@@ -129,7 +127,7 @@ def paired_difference(
     gains = question_means(first) - question_means(second)
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     single = all(len(samples) == 1 and samples[0] in (0, 1) for samples in (*first, *second))
-    low, high = interval(gains, seed=seed) if gains.any() else (0.0, 0.0)
+    low, high = interval(gains) if gains.any() else (0.0, 0.0)
     p_value = mcnemar(better, worse) if single else None
     return PairedDifference(float(gains.mean()), low, high, better, worse, p_value)
 

@@ -109,24 +109,19 @@ def load_task(name: str, folders: Sequence[Path], limit: int | None = None) -> T
         EvaluationError: The file is missing, cannot be read, or lacks a column.
     """
     config = _read_yaml(TASKS / f"{name}.yaml")
-    file = find_file(name, folders)
+    file = _find_file(config, folders)
     return _task(config, _records(file, config["metadata"]["columns"]), limit)
 
 
-def find_file(name: str, folders: Sequence[Path]) -> Path:
-    """Return the file of a task of the package, in the first folder that has it.
-
-    Raises:
-        EvaluationError: No folder has it; the message tells its source and columns.
-    """
-    config = _read_yaml(TASKS / f"{name}.yaml")
+def _find_file(config: Mapping[str, Any], folders: Sequence[Path]) -> Path:
+    """Return the file of a task of the package, in the first folder that has it."""
     stem = Path(config["dataset_kwargs"]["data_files"]["test"]).stem
     for folder in folders:
         for suffix in SUFFIXES:
             if (folder / f"{stem}{suffix}").is_file():
                 return folder / f"{stem}{suffix}"
     raise EvaluationError(
-        f"the task {name} needs the file {stem}.jsonl (or .json, .parquet, .csv) in "
+        f"the task {config['task']} needs the file {stem}.jsonl (or .json, .parquet, .csv) in "
         f"{' or '.join(map(str, folders))}; give its folder with --data. "
         f"Source: {config['metadata']['source']}; columns: {', '.join(config['metadata']['columns'])}"
     )

@@ -148,17 +148,16 @@ def evaluate(
     begin = f", {there:,} of them are there" if there else ""
     show(f"{label} on {task.name}: {asked:,} answers{begin}")
     longest = sampling.max_new_tokens or task.longest_answer
-    requests = {}
-    for question, number in missing:
-        request = Request(question.messages, (task.name, question.number, number), longest)
-        requests[request.place] = (request, question)
+    requests = [
+        Request(question.messages, (task.name, question.number, number), longest)
+        for question, number in missing
+    ]
+    questions = {question.number: question for question in task.questions}
     if requests:
         progress = Progress(f"{label} on {task.name}", len(requests), show)
-        for request, answer in engine().answers([r for r, _ in requests.values()], sampling):
-            records.add(
-                requests[request.place][1],
-                graded(task, requests[request.place][1], request.place[2], answer),
-            )
+        for request, answer in engine().answers(requests, sampling):
+            _, number, sample = request.place
+            records.add(questions[number], graded(task, questions[number], sample, answer))
             progress.add(answer.tokens)
     records.finish(task)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_profit.estimates.saving import save_seconds
+from megatron_profit.flags import flag_of
 from megatron_profit.launch.plan_layout import PlannedLayout
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.flags import Given
@@ -110,7 +111,7 @@ def derived_flags(
     if planned.on_gpus and not {"bf16", "fp16"} & given.keys():
         flags.add("--bf16")
     for name, value in planned.flags.items():
-        flags.add(f"--{name.replace('_', '-')}", value)
+        flags.add(flag_of(name), value)
     flags.add("--load", str(run.checkpoints))
     flags.add("--save", str(run.checkpoints))
     flags.add("--save-interval", saved_every)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.errors import ConversionError, printable
+from megatron_profit.data.errors import DataError
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import front_parser, read_request
@@ -94,13 +95,7 @@ def launch(words: Sequence[str]) -> int:
 
         ready = prepare(request)
         return _run(ready)
-    except (LaunchError, ConversionError, OSError) as error:
-        return _refuse(error)
-    except ValueError as error:
-        from megatron_profit.data import DataError  # takes long to import
-
-        if not isinstance(error, DataError):
-            raise
+    except (LaunchError, ConversionError, DataError, OSError) as error:
         return _refuse(error)
 
 

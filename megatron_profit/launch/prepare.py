@@ -18,7 +18,7 @@ from megatron_profit.data.options import DataOptions, check_first_records
 from megatron_profit.estimates.layouts import Layout, run_shape
 from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
-from megatron_profit.flags import ArgumentsError
+from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.launch import hub
 from megatron_profit.launch.chat_template import with_template
 from megatron_profit.launch.derive import (
@@ -101,7 +101,7 @@ class Launch:
                 flags.append(given.get(dest, flag))
         unset: tuple[Any, ...] = (None, [], "1", "auto", False, 0)
         front = {
-            f"--{name.replace('_', '-')}": value
+            flag_of(name): value
             for name, value in vars(self.request.front).items()
             if name not in ("model", "config", "dry_run", "run") and value not in unset
         }
@@ -182,8 +182,7 @@ def _data_settings(
     request: Request, data: Mapping[str, list[str]], seq_length: int
 ) -> dict[str, Any]:
     """Return the arguments for `DataOptions.from_flags`."""
-    given = {name: flag.value for name, flag in request.given.items()}
-    return {**request.table.defaults, **given, **data, "seq_length": seq_length}
+    return {**request.table.defaults, **request.values, **data, "seq_length": seq_length}
 
 
 @contextlib.contextmanager
@@ -209,8 +208,7 @@ def _fit(
 ) -> tuple[PlannedLayout, PreparedRows]:
     """Return layout and prepared data, for rows in which the records and the GPUs' memory fit."""
     limit, packing = model.positions, request.value("packing")
-    given = {name: flag.value for name, flag in request.given.items()}
-    kept = {**run.remembered(request), **given}
+    kept = {**run.remembered(request), **request.values}
     lengths = sample_lengths(DataOptions.from_flags(settings), tokenizer, limit)
     while True:
         seq_length = kept.get("seq_length") or row_length(lengths, limit, packing)
@@ -237,7 +235,7 @@ def _saves(request: Request, saved_every: int, nbytes: int) -> list[str]:
 
 def _checkpoint_bytes(request: Request, model: Model, planned: PlannedLayout) -> int:
     """Return the size of a checkpoint, of the adapters alone where the run trains adapters."""
-    given = {name: flag.value for name, flag in request.given.items()}
+    given = request.values
     settings = {"bf16": planned.on_gpus and not given.get("fp16"), **planned.flags, **given}
     wish = wish_of_flags(request.given, model.architecture, planned.seq_length, planned.rows, True)
     return checkpoint_bytes(settings, saved_parameters(run_shape(wish, Layout(), 1)))

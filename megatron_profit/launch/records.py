@@ -32,14 +32,10 @@ class Lengths:
     Attributes:
         mean: Their mean.
         longest: The longest.
-        records: The number of records that were looked at.
-        all: Whether they are all records.
     """
 
     mean: float
     longest: int
-    records: int
-    all: bool
 
 
 def sample_lengths(options: Any, tokenizer: Path, limit: int) -> Lengths:
@@ -60,13 +56,11 @@ def sample_lengths(options: Any, tokenizer: Path, limit: int) -> Lengths:
 
     preparation = replace(options.preparation, seq_length=limit)
     lengths: list[int] = []
-    is_all = True
     for source in options.train:
         chunks = tokenize_records([source], tokenizer, preparation, DataReport())
         for chunk in itertools.islice(chunks, _CHUNKS):
             lengths += (length - 1 for length in chunk.whole)
-        is_all = is_all and next(chunks, None) is None
-    return Lengths(sum(lengths) / len(lengths), max(lengths), len(lengths), is_all)
+    return Lengths(sum(lengths) / len(lengths), max(lengths))
 
 
 def row_length(lengths: Lengths, limit: int, packing: bool) -> int:

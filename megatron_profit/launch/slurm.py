@@ -21,6 +21,7 @@ from pathlib import Path
 
 from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.errors import printable
+from megatron_profit.flags import flag_of
 from megatron_profit.launch.hub import is_hub_name
 from megatron_profit.launch.processes import exports
 from megatron_profit.launch.run_folder import RunFolder, folder_of
@@ -168,7 +169,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, least in limits.items():
         if getattr(options, name) < least:
             raise LaunchError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}"
+                f"{flag_of(name)} is {getattr(options, name)}; it must be at least {least}"
             )
     if not _TIME.fullmatch(options.time):
         raise LaunchError(

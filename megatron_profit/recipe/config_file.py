@@ -286,7 +286,7 @@ def _entry_of(flag: str) -> str:
 def _flags_of(section: str) -> Iterable[str]:
     return (
         *_SHORT[section].values(),
-        *(f"--{name.replace('_', '-')}" for name in _ALIKE[section]),
+        *(flag_of(name) for name in _ALIKE[section]),
     )
 
 

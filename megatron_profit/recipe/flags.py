@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import Any
 
-from megatron_profit.flags import nearest, number_text
+from megatron_profit.flags import flag_of, nearest, number_text
 from megatron_profit.objectives.registry import is_from_outside
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.training.arguments.command_line import CommandLine, add_arguments
@@ -133,16 +133,11 @@ def _listed() -> Mapping[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def own_parser() -> argparse.ArgumentParser:
-    """Return a parser of this project's flags of the training."""
-    return add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-
-
 def _options_of_objectives() -> frozenset[str]:
     from megatron_profit.objectives import objective_names, objective_options
 
     options = (option for name in objective_names() for option in objective_options(name))
-    return frozenset(f"--{option.name.replace('_', '-')}" for option in options)
+    return frozenset(flag_of(option.name) for option in options)
 
 
 class FlagTable:
@@ -153,7 +148,7 @@ class FlagTable:
         # The first spelling of each argument's flag.
         self._spelling: dict[str, str] = {}
         self.defaults: dict[str, Any] = {}
-        own = own_parser()._actions
+        own = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))._actions
         for action in own:
             for option in action.option_strings:
                 self._add_own(option, action)

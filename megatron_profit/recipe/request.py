@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import printable
-from megatron_profit.flags import ArgumentsError, nearest
+from megatron_profit.flags import ArgumentsError, flag_of, nearest
 from megatron_profit.recipe.config_file import WITHOUT, find_config, read_config
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.recipe.flags import FlagTable, Given
@@ -144,6 +144,11 @@ class Request:
         return self.given[name].value if name in self.given else self.table.defaults.get(name)
 
     @property
+    def values(self) -> dict[str, Any]:
+        """The values of the training's flags that were given, by argument."""
+        return {name: flag.value for name, flag in self.given.items()}
+
+    @property
     def nodes(self) -> int:
         """Nodes of the run: the fewest that it starts with."""
         return int(self.front.nnodes.partition(":")[0])
@@ -201,9 +206,7 @@ def _check_machines(request: Request) -> None:
     for name, least in limits.items():
         value = getattr(front, name)
         if value is not None and not value >= least:
-            raise LaunchError(
-                f"--{name.replace('_', '-')} is {value:g}; it must be at least {least}"
-            )
+            raise LaunchError(f"{flag_of(name)} is {value:g}; it must be at least {least}")
     fewest, _, most = front.nnodes.partition(":")
     if not _NODES.fullmatch(front.nnodes) or not 1 <= int(fewest) <= int(most or fewest):
         raise LaunchError(f"--nnodes is {front.nnodes!r}; it must be a number such as 2, or 1:4")

@@ -25,10 +25,10 @@ def test_rows_grow_to_the_positions_of_the_longest_record(monkeypatch, ids, posi
     monkeypatch.setattr(prepare, "prepare_rows", prepare_rows)
     monkeypatch.setattr(prepare, "plan_layout", plan_layout)
     monkeypatch.setattr(prepare, "wish_of_flags", lambda given, model, length, rows, exact: length)
-    monkeypatch.setattr(prepare, "sample_lengths", lambda *_: Lengths(100.0, 1000, 9, False))
+    monkeypatch.setattr(prepare, "sample_lengths", lambda *_: Lengths(100.0, 1000))
     monkeypatch.setattr(prepare.DataOptions, "from_flags", lambda settings: None)
     monkeypatch.setattr(RunFolder, "remembered", lambda self, request: {})
-    request = SimpleNamespace(given={}, value=lambda name: True)
+    request = SimpleNamespace(given={}, values={}, value=lambda name: True)
     model = SimpleNamespace(positions=40960, architecture={})
     prepare._fit(request, model, {}, Path("tokenizer"), None, RunFolder(Path("run")))
     assert asked == [1024, positions]
