@@ -24,10 +24,10 @@ _REQUIRED = ("base", "train", "evaluate", "objectives")
 # Weights may be large.
 _EDGE_BYTES = 1 << 23
 _NAMED_AXES = ("data", "objectives", "evaluate")
-# Words before what is no input of a command: the program's module, and what a run writes.
+# Words whose value is no input of a command: the program's module, and places that a run writes to.
 _NO_INPUTS = (
     *("-m", "--out", "--export-hf", "--export-adapter", "--metrics-file", "--save", "--ref-cache"),
-    *("--tensorboard-dir", "--token-report", "--wandb-save-dir"),
+    *("--data-cache", "--tensorboard-dir", "--token-report", "--wandb-save-dir"),
 )
 # Where a fingerprint's command names what the run itself has written.
 TRAINED, CHECKPOINTS = Path("hf"), Path("checkpoints")

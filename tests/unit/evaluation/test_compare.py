@@ -293,7 +293,8 @@ def test_a_digest_does_not_follow_from_what_a_run_writes(plan, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     found = read_plan(
         plan(
-            train=f"--data {tmp_path}/train.jsonl --tensorboard-dir curves --token-report=page",
+            train=f"--data {tmp_path}/train.jsonl --tensorboard-dir curves --token-report=page "
+            "--data-cache cache",
             objectives={"prift": "--objective prift-prob --ref-cache reference"},
             save_interval=1,
         )
@@ -304,7 +305,7 @@ def test_a_digest_does_not_follow_from_what_a_run_writes(plan, tmp_path, monkeyp
         found.evaluate_command("data", "", TRAINED, Path("out")),
     ]
     before = [found.digest(command) for command in commands]
-    for name in ("out", "hf", "metrics", "checkpoints", "curves", "page", "reference"):
+    for name in ("out", "hf", "metrics", "checkpoints", "curves", "page", "reference", "cache"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(name)
     assert [found.digest(command) for command in commands] == before
