@@ -19,8 +19,9 @@ from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
-from megatron_profit.estimates.layouts import Cluster, NoLayoutError, choose
+from megatron_profit.estimates.layouts import NoLayoutError, choose
 from megatron_profit.estimates.parameter_counts import saved_parameters
+from megatron_profit.estimates.possible_layouts import Cluster
 from megatron_profit.estimates.published import PUBLISHED, published_config
 from megatron_profit.estimates.run_shape import ShapeError
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save

@@ -11,18 +11,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from checkpoint_conversion.families.olmo2 import LAYER_SPEC
+from megatron_profit.flags import flag_of
 
-_UNEVEN = (
-    "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-)
-_UNKNOWN = (
-    "fp8",
-    "fp4",
-    "optimizer_cpu_offload",
-    "cpu_offloading",
-    "fine_grained_activation_offloading",
+# Arguments that the estimates do not know.
+UNKNOWN = (
+    *("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers"),
+    *("decoder_last_pipeline_num_layers", "fp8", "fp4", "optimizer_cpu_offload"),
+    *("cpu_offloading", "fine_grained_activation_offloading"),
 )
 
 
@@ -57,11 +52,10 @@ class RunShape:
     fused: bool = True
 
     def __post_init__(self) -> None:
-        for name in (*_UNEVEN, *_UNKNOWN):
+        for name in UNKNOWN:
             if getattr(self.args, name, None):
-                flag = "--" + name.replace("_", "-")
                 raise ShapeError(
-                    f"{flag} is not known to the estimate; leave it out for an upper bound"
+                    f"{flag_of(name)} is not known to the estimate; leave it out for an upper bound"
                 )
         if self.args.optimizer != "adam":
             raise ShapeError(

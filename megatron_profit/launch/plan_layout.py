@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_profit.estimates.communication import step_flops
-from megatron_profit.estimates.layouts import (
-    GIB,
-    Choice,
-    Cluster,
-    Layout,
-    NoLayoutError,
-    Wish,
-    choose,
-    run_shape,
-)
-from megatron_profit.estimates.memory import estimate
+from megatron_profit.estimates.layouts import Choice, NoFitError, NoLayoutError, choose
+from megatron_profit.estimates.memory import GIB, estimate
 from megatron_profit.estimates.parameter_counts import stage_parameters
-from megatron_profit.estimates.run_shape import ShapeError
+from megatron_profit.estimates.possible_layouts import ASSUMED, Cluster, Layout, Wish, run_shape
+from megatron_profit.estimates.run_shape import UNKNOWN, ShapeError
+from megatron_profit.flags import flag_of
 from megatron_profit.launch.machine import Machine
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.flags import Given
 from megatron_profit.recipe.request import Request
 
 # Arguments that the estimates of memory and time read, if they are given.
-_ESTIMATED = (
-    *(
-        *Layout.__dataclass_fields__,
-        "lora_rank",
-        "lora_targets",
-        "lora_dropout",
-        "fp16",
-        "optimizer",
-        "use_precision_aware_optimizer",
-    ),
-    *("accumulate_allreduce_grads_in_fp32", "main_grads_dtype", "grad_reduce_in_bf16"),
-    *("recompute_modules", "distribute_saved_activations", "objective_backward", "fp8", "fp4"),
-    *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
-    *("pipeline_model_parallel_layout", "optimizer_cpu_offload", "cpu_offloading"),
-    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-)
+_ESTIMATED = (*Layout.__dataclass_fields__, *ASSUMED, *UNKNOWN, "recompute_activations")
 _MODEL_PARALLEL = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
 )
@@ -116,7 +94,7 @@ def plan_layout(request: Request, wish: Wish, machine: Machine, may_shorten: boo
         line = f"layout: as the flags say, on {cluster}"
         return replace(_given(wish, processes, cluster.gpus), on_gpus=True, lines=(line,))
     try:
-        choice, wish = _fitting(wish, cluster, may_shorten)
+        choice, wish = _fitting(_without(wish, request), cluster, may_shorten)
     except NoLayoutError as error:
         raise LaunchError(str(error)) from error
     except ShapeError as error:
@@ -187,11 +165,20 @@ def _cluster(request: Request, machine: Machine, processes: int) -> Cluster | No
     return Cluster(gpus, memory, min(processes, gpus))
 
 
+def _without(wish: Wish, request: Request) -> Wish:
+    """Return a request whose layouts leave out the flags of --without, as the run does."""
+    defaults = {flag_of(name): (name, value) for name, value in asdict(Layout()).items()}
+    defaults["--bf16"] = ("bf16", False)
+    del defaults["--global-batch-size"]  # the wish has its rows
+    left_out = dict(defaults[flag] for flag in request.front.without if flag in defaults)
+    return replace(wish, decided={**left_out, **wish.decided})
+
+
 def _fitting(wish: Wish, cluster: Cluster, may_shorten: bool) -> tuple[Choice, Wish]:
     """Return the layout for the longest rows that fit."""
     try:
         return choose(wish, cluster), wish
-    except NoLayoutError:
+    except NoFitError:
         shorter = wish.seq_length // 2
         while may_shorten and shorter >= _SHORTEST_TRIED:
             rows = wish.rows if wish.exact_rows else wish.rows * (wish.seq_length // shorter)
@@ -206,11 +193,15 @@ def _fitting(wish: Wish, cluster: Cluster, may_shorten: bool) -> tuple[Choice, W
 def flags_of_choice(choice: Choice) -> dict[str, Any]:
     """Return the arguments of a layout by name.
 
-    With replicas, gradients and parameters are sent while the GPUs compute, and checkpoints fit every layout.
+    With the distributed optimizer, checkpoints fit every layout. With replicas as well, gradients and
+    parameters are sent while the GPUs compute.
     """
-    names = ("overlap_grad_reduce", "overlap_param_gather", "dist_ckpt_optim_fully_reshardable")
-    more = dict.fromkeys(names, True) if choice.layout.use_distributed_optimizer else {}
-    return {**choice.layout.flags(), **more}
+    flags = choice.layout.flags()
+    if choice.layout.use_distributed_optimizer:
+        flags["dist_ckpt_optim_fully_reshardable"] = True
+        if choice.run.dp * choice.run.cp > 1:
+            flags |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    return flags
 
 
 def _check_world(sizes: Mapping[str, int], world: int) -> int:
@@ -228,9 +219,8 @@ def _check_world(sizes: Mapping[str, int], world: int) -> int:
 
 def _given(wish: Wish, processes: int, world: int) -> PlannedLayout:
     """Return the layout that the flags give, without an estimate."""
-    decided = wish.decided or {}
-    replica = _check_world({name: decided.get(name, 1) for name in _MODEL_PARALLEL}, world)
-    micro = decided.get("micro_batch_size", 1)
+    replica = _check_world({name: wish.decided.get(name, 1) for name in _MODEL_PARALLEL}, world)
+    micro = wish.decided.get("micro_batch_size", 1)
     step = world // replica * micro
     rows = wish.rows if wish.exact_rows else math.ceil(wish.rows / step) * step
     flags = {"micro_batch_size": micro, "global_batch_size": rows}

@@ -15,8 +15,8 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.model_card.base import HubId
 from megatron_profit.data.options import DataOptions, check_first_records
-from megatron_profit.estimates.layouts import Layout, run_shape
 from megatron_profit.estimates.parameter_counts import saved_parameters
+from megatron_profit.estimates.possible_layouts import Layout, run_shape
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.launch import hub

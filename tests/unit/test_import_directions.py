@@ -82,7 +82,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "megatron_profit.estimates": (
         *("checkpoint_conversion.adapters", "checkpoint_conversion.progress"),
-        *("checkpoint_conversion.families", "megatron_profit.ops"),
+        *("checkpoint_conversion.families", "megatron_profit.flags", "megatron_profit.ops"),
     ),
     "megatron_profit.models.lora": ("megatron", "checkpoint_conversion"),
     "megatron_profit.models": ("megatron",),

@@ -1,0 +1,116 @@
+"""`--layout auto` keeps the given flags of a layout, and shortens rows only where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoint_conversion.families import family_for
+from megatron_profit.estimates.published import published_config
+from megatron_profit.launch.machine import Machine
+from megatron_profit.launch.plan_layout import plan_layout, wish_of_flags
+from megatron_profit.recipe.check import check_command_line
+from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.flags import Given, words_of
+from megatron_profit.recipe.request import read_request
+
+DATA = Path(__file__).resolve().parents[3] / "examples" / "data" / "arithmetic_chatty.jsonl"
+
+
+def plan(flags: str, model: str = "Qwen3-4B", gpus: int = 8, rows: int = 32, positions: int = 8192):
+    """Return the planned layout, whose flags the training's checks have accepted."""
+    config = published_config(model)
+    words = ["--model", "m", "--data", "d.jsonl", "--gpus", str(gpus), "--gpu-memory", "79.6"]
+    request = read_request([*words, "--dry-run", *flags.split()])
+    architecture = family_for(config).megatron_arguments(config)
+    exact = "global_batch_size" in request.given
+    wish = wish_of_flags(request.given, architecture, positions, rows, exact)
+    planned = plan_layout(request, wish, Machine((), "", 2, 20), may_shorten=True)
+    table, given = request.table, dict(request.given)
+    for name, value in {**planned.flags, "seq_length": planned.seq_length}.items():
+        given.setdefault(name, Given.of(f"--{name.replace('_', '-')}", value))
+    left_out = {table.dest(option) for option in request.front.without}
+    words = words_of(flag for name, flag in given.items() if name not in left_out | {"data"})
+    words += [*("--hf-model", "m", "--data", str(DATA), "--objective", "sft", "--lr", "1e-5")]
+    check_command_line([*words, "--train-iters", "1"], gpus, "cuda", config)
+    return planned
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--micro-batch-size 2", {"micro_batch_size": 2}),
+        ("--micro-batch-size 3", {"micro_batch_size": 3, "global_batch_size": 36}),
+        ("--recompute-granularity selective", {"recompute_granularity": "selective"}),
+        ("--recompute-activations", {"recompute_granularity": "selective"}),
+        ("--recompute-modules mlp", {"recompute_granularity": "selective"}),
+        ("--recompute-method block", {"recompute_granularity": "full", "recompute_num_layers": 1}),
+        ("--recompute-num-layers 2", {"recompute_method": "uniform", "recompute_num_layers": 2}),
+        ("--tensor-model-parallel-size 8 --sequence-parallel", {"sequence_parallel": True}),
+        ("--tensor-model-parallel-size 4 --distribute-saved-activations", {}),
+        ("--expert-model-parallel-size 1 --expert-tensor-parallel-size 1", {}),
+        (
+            "--account-for-loss-in-pipeline-split --pipeline-model-parallel-size 1",
+            {"account_for_loss_in_pipeline_split": True},
+        ),
+        (
+            "--num-virtual-stages-per-pipeline-rank 3 --pipeline-model-parallel-size 2",
+            {"pipeline_model_parallel_size": 2},
+        ),
+        ("--use-precision-aware-optimizer --exp-avg-dtype bf16", {}),
+    ],
+)
+def test_a_given_flag_of_a_layout_is_kept_and_rows_stay_as_long_as_they_are(flags, expected):
+    planned = plan(flags)
+    assert planned.seq_length == 8192
+    assert expected.items() <= planned.flags.items()
+
+
+@pytest.mark.parametrize("flag", ["--use-distributed-optimizer", "--sequence-parallel"])
+def test_one_gpu_takes_switches_that_need_several_to_matter(flag):
+    planned = plan(flag, "Qwen3-0.6B", gpus=1)
+    assert planned.seq_length == 8192
+    assert "overlap_grad_reduce" not in planned.flags, "there is no other GPU to send to"
+
+
+def test_experts_may_be_split_themselves():
+    planned = plan("--expert-tensor-parallel-size 2", "Qwen3-30B-A3B", gpus=16)
+    assert planned.flags["expert_tensor_parallel_size"] == 2
+
+
+def test_tensor_parallelism_over_nodes_is_taken_where_it_is_given():
+    assert (
+        "tensor 16"
+        in plan("--tensor-model-parallel-size 16", "OLMo-2-1124-7B", 16, positions=4096).lines[0]
+    )
+
+
+def test_flags_that_are_left_out_are_left_out_of_the_estimate_too():
+    shared = "--tensor-model-parallel-size 8 --micro-batch-size 1"
+    assert "sequence parallel" in plan(shared).lines[0]
+    planned = plan(f"{shared} --without=--sequence-parallel --without=--recompute-granularity")
+    assert "sequence parallel" not in planned.lines[0]
+    assert "no recomputation" in planned.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--micro-batch-size 3 --global-batch-size 32", "with --micro-batch-size 3; give another"),
+        ("--recompute-granularity selective --recompute-method block", "drop one of these flags"),
+        ("--recompute-num-layers 0", "--recompute-num-layers is 0; it must be at least 1"),
+        (
+            "--pipeline-model-parallel-size 5 --decoder-first-pipeline-num-layers 8",
+            "--decoder-first-pipeline-num-layers is not known to the estimate",
+        ),
+    ],
+)
+def test_flags_that_no_layout_can_have_are_named_and_no_row_is_shortened(flags, message):
+    with pytest.raises(LaunchError, match=message):
+        plan(flags)
+
+
+def test_rows_that_do_not_fit_become_shorter():
+    planned = plan("--micro-batch-size 1", "Qwen3-14B", gpus=4, positions=32768)
+    assert planned.seq_length == 8192
