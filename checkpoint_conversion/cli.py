@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from checkpoint_conversion.engine.dtypes import CHOICES, DType
 from checkpoint_conversion.engine.workers import peak_memory
@@ -62,6 +63,11 @@ def add_output_options(parser: argparse.ArgumentParser, required: bool = True) -
         metavar="N",
         help="threads that read and write (default: one per core, at most 8)",
     )
+
+
+def output_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the options of `add_output_options`, besides --out, by name."""
+    return {n: getattr(options, n) for n in ("dtype", "overwrite", "check_finite", "workers")}
 
 
 def part_bytes(shape: Sequence[int], dtype: DType) -> int:

@@ -9,6 +9,7 @@ from checkpoint_conversion.hf.carried import description
 from checkpoint_conversion.hf.writer import TensorSpec
 
 if TYPE_CHECKING:
+    from checkpoint_conversion.adapters.peft_folder import AdapterOutput
     from checkpoint_conversion.hf_to_megatron import ImportPlan
     from checkpoint_conversion.megatron_to_hf import ExportPlan
 
@@ -51,3 +52,9 @@ def print_export(plan: ExportPlan, workers: int) -> None:
         print(description(plan.carried))
     count = f"{len(plan.checkpoint.rules)} tensors -> {len(plan.all_tensors)} tensors"
     cli.print_totals(count, plan.nbytes, workers, parts)
+
+
+def print_adapters(output: AdapterOutput) -> None:
+    """Print the tensors of a PEFT folder."""
+    rows = ((name, list(t.shape), t.dtype.name) for name, t in output.tensors.items())
+    cli.print_table(("adapter", "shape", "dtype"), rows)

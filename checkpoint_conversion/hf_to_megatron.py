@@ -136,12 +136,9 @@ def main() -> int:
     plan = hf_to_megatron(
         options.hf,
         options.out,
-        dtype=options.dtype,
-        overwrite=options.overwrite,
-        check_finite=options.check_finite,
         allow_pickle=options.allow_pickle,
-        workers=options.workers,
         progress=sys.stderr,
+        **cli.output_options(options),
     )
     print(
         f"{len(plan.tensors)} tensors, {human(plan.nbytes)}, written to {options.out}; train "

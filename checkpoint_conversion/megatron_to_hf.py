@@ -15,15 +15,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from checkpoint_conversion import cli
 from checkpoint_conversion.adapters.saved import saved_adapters
-from checkpoint_conversion.dry_run import print_export
+from checkpoint_conversion.dry_run import print_adapters, print_export
 from checkpoint_conversion.engine.dtypes import chosen_dtype
 from checkpoint_conversion.engine.output import check_apart, whole_folder, write_files
-from checkpoint_conversion.engine.raw_files import OpenFiles
-from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
+from checkpoint_conversion.engine.workers import worker_count
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config
 from checkpoint_conversion.hf.carried import (
@@ -34,7 +33,6 @@ from checkpoint_conversion.hf.carried import (
     description,
     read_notes,
 )
-from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.hf.folder import HFTensor, read_hf_config
 from checkpoint_conversion.hf.model import rules_in
 from checkpoint_conversion.hf.plan import (
@@ -54,12 +52,13 @@ from checkpoint_conversion.hf.writer import (
     TensorSpec,
     artifacts,
     copy_artifacts,
+    write_tensors,
 )
 from checkpoint_conversion.model_card.card import card_files
 from checkpoint_conversion.model_card.facts import read_facts
 from checkpoint_conversion.model_card.hub import FLAG, check_upload, upload
 from checkpoint_conversion.model_card.next_steps import next_steps
-from checkpoint_conversion.progress import ProgressLine, human
+from checkpoint_conversion.progress import human
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.reader import open_checkpoint
 from checkpoint_conversion.torch_dist.saved_arguments import check_checkpoint_matches
@@ -114,10 +113,8 @@ def plan_export(
     """
     chosen = chosen_dtype(dtype)
     template = Path(hf_template)
-    config = read_hf_config(template)
-    if not ignore_arguments:
-        check_checkpoint_matches(Path(megatron), config, template, iteration)
-    checkpoint = _open(find_checkpoint(megatron, iteration), config, template, base, any_base)
+    folder, config = _matched(megatron, template, iteration, ignore_arguments)
+    checkpoint = _open(folder, config, template, base, any_base)
     tensors = tensor_specs(
         checkpoint.rules, lambda rule: chosen or checkpoint.dtypes[rule.megatron]
     )
@@ -133,6 +130,16 @@ def plan_export(
     stops = plan_stop_tokens(template, written, trained_turn_end(checkpoint.folder))
     cards = card_files(read_facts(checkpoint.folder), template)
     return ExportPlan(checkpoint, template, stops, tensors, weight_map, carried, noted, cards)
+
+
+def _matched(
+    megatron: str | Path, template: Path, iteration: str | int | None, ignore_arguments: bool
+) -> tuple[Path, Config]:
+    """Return the folder of a checkpoint and the content of the template's config.json, which it fits."""
+    config = read_hf_config(template)
+    if not ignore_arguments:
+        check_checkpoint_matches(Path(megatron), config, template, iteration)
+    return find_checkpoint(megatron, iteration), config
 
 
 def _open(
@@ -220,45 +227,6 @@ def megatron_to_hf(
     return plan
 
 
-def write_tensors(
-    checkpoint: ModelSource,
-    tensors: Mapping[str, TensorSpec],
-    writer: HFWriter,
-    check_finite: bool = False,
-    workers: int | None = None,
-    progress: TextIO | None = None,
-) -> None:
-    """Write all tensors of a checkpoint to their places in a HuggingFace folder.
-
-    Args:
-        checkpoint: The checkpoint.
-        tensors: The tensors to write, by HuggingFace name.
-        writer: Writes them.
-        check_finite, workers, progress: As in `megatron_to_hf`.
-    """
-    chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
-    buffers = Buffers()
-    counter = ProgressLine(
-        len(tensors), sum(tensor.nbytes for tensor in tensors.values()), progress
-    )
-    with OpenFiles() as files:
-
-        def export(chunk: TensorChunk) -> None:
-            dtype = tensors[chunk.piece.hf[0]].dtype
-            data = buffers.first(chunk.elements * dtype.itemsize)
-            row_bytes = len(data) // chunk.rows
-            checkpoint.read_into(chunk, dtype, data, files, check_finite)
-            for source, start, rows in chunk.layout:
-                part, data = data[: rows * row_bytes], data[rows * row_bytes :]
-                writer.write_at(chunk.piece.hf[source], start * row_bytes, part)
-                counter.add(chunk.piece.hf[source], len(part))
-
-        run_all(export, chunks, worker_count(workers))
-        checkpoint.check_rest(files)
-        writer.flush()
-        counter.finish()
-
-
 def export_adapter(
     megatron: str | Path,
     hf_template: str | Path,
@@ -266,38 +234,42 @@ def export_adapter(
     *,
     iteration: str | int | None = None,
     dtype: str = "source",
+    ignore_arguments: bool = False,
     overwrite: bool = False,
     check_finite: bool = False,
     workers: int | None = None,
     progress: TextIO | None = None,
+    base: str | Path | None = None,
+    any_base: bool = False,
     dry_run: bool = False,
 ) -> AdapterOutput:
     """Write the adapters of a checkpoint as a PEFT folder.
 
     Args:
-        megatron, hf_template, iteration, dtype, overwrite, check_finite, workers, progress: As in
-            `megatron_to_hf`.
-        out: Folder to write; it appears whole or not at all.
+        megatron, hf_template, out, iteration, dtype, ignore_arguments, overwrite, check_finite, workers,
+            progress, base, any_base: As in `megatron_to_hf`. The PEFT folder names the template as its base.
         dry_run: Check everything and write nothing.
 
     Returns:
         The output.
 
     Raises:
-        ConversionError: The checkpoint holds no adapters, or cannot be converted.
+        ConversionError: The checkpoint holds no adapters or ones of another base, or cannot be converted.
     """
-    from checkpoint_conversion.adapters.export import open_adapters, plan_adapter_export
+    from checkpoint_conversion.adapters.export import check_base, open_adapters
+    from checkpoint_conversion.adapters.peft_folder import plan_adapter_output
 
-    template, folder = Path(hf_template), find_checkpoint(megatron, iteration)
-    config, saved = read_hf_config(template), saved_adapters(folder)
+    template = Path(hf_template)
+    folder, config = _matched(megatron, template, iteration, ignore_arguments)
+    saved = saved_adapters(folder)
     if saved is None:
         raise ConversionError(
             f"{folder} holds whole weights and no adapters; leave --export-adapter out"
         )
+    check_base(folder, saved, template, None if base is None else Path(base), any_base)
     adapters = open_adapters(folder, config, saved.options)
-    output = plan_adapter_export(
-        adapters, saved.options, config, template, Path(out), chosen_dtype(dtype), overwrite
-    )
+    kind = chosen_dtype(dtype) or next(iter(adapters.dtypes.values()))
+    output = plan_adapter_output(out, template, config, saved.options, kind, overwrite)
     output = replace(output, notes=card_files(read_facts(folder), template, is_adapter=True))
     if dry_run:
         return output
@@ -327,13 +299,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--base",
         metavar="DIR",
-        help="Megatron checkpoint that the adapters of the checkpoint are merged into (default: the "
-        "weights of --hf-template)",
+        help="Megatron checkpoint that the adapters of the checkpoint were trained on and are merged into "
+        "(default: the weights of --hf-template)",
     )
     add(
         "--any-base",
         action="store_true",
-        help="merge adapters into a base that is not the one they were trained on",
+        help="take a base that is not the one that the adapters were trained on",
     )
     add(
         "--export-adapter", metavar="DIR", help="PEFT folder to write from a checkpoint of adapters"
@@ -360,6 +332,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.out is None and options.export_adapter is None:
         parser.error("give --out DIR, or --export-adapter DIR for a checkpoint of adapters")
+    for flag, value in (
+        ("--max-shard-size", options.max_shard_size),
+        ("--any-carried", options.any_carried),
+    ):
+        if options.out is None and value:
+            parser.error(f"{flag} is about --out, which is missing")
     if options.push_public and options.push_to_hub is None:
         parser.error(f"--push-public is about {FLAG}, which is missing")
     if options.out is not None and options.export_adapter is not None:
@@ -377,18 +355,20 @@ def main() -> int:
     return 0
 
 
+def _source_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that say which checkpoint is exported, and what it must fit, by name."""
+    names = ("iteration", "ignore_arguments", "base", "any_base")
+    return {name: getattr(options, name) for name in names}
+
+
 def _export_model(options: argparse.Namespace) -> None:
     chosen = {
-        "iteration": options.iteration,
-        "dtype": options.dtype,
+        **_source_options(options),
         "max_shard_size": options.max_shard_size,
-        "ignore_arguments": options.ignore_arguments,
-        "base": options.base,
-        "any_base": options.any_base,
         "any_carried": options.any_carried,
     }
     if options.dry_run:
-        plan = plan_export(options.megatron, options.hf_template, **chosen)
+        plan = plan_export(options.megatron, options.hf_template, dtype=options.dtype, **chosen)
         print_export(plan, worker_count(options.workers))
         if plan.stops.added is not None:
             print(plan.stops)
@@ -397,11 +377,9 @@ def _export_model(options: argparse.Namespace) -> None:
         options.megatron,
         options.hf_template,
         options.out,
-        overwrite=options.overwrite,
-        check_finite=options.check_finite,
-        workers=options.workers,
         progress=sys.stderr,
         **chosen,
+        **cli.output_options(options),
     )
     if plan.carried:
         print(description(plan.carried))
@@ -423,17 +401,13 @@ def _export_adapter(options: argparse.Namespace) -> None:
         options.megatron,
         options.hf_template,
         options.export_adapter,
-        iteration=options.iteration,
-        dtype=options.dtype,
-        overwrite=options.overwrite,
-        check_finite=options.check_finite,
-        workers=options.workers,
         progress=sys.stderr,
         dry_run=options.dry_run,
+        **_source_options(options),
+        **cli.output_options(options),
     )
     if options.dry_run:
-        rows = ((name, list(t.shape), t.dtype.name) for name, t in output.tensors.items())
-        cli.print_table(("adapter", "shape", "dtype"), rows)
+        print_adapters(output)
         return
     print(
         f"{len(output.tensors)} tensors of adapters, {human(output.nbytes)}, written to "

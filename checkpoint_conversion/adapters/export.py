@@ -10,9 +10,7 @@ from pathlib import Path
 
 from checkpoint_conversion.adapters.merge import MergedWeights, merged
 from checkpoint_conversion.adapters.options import LoraOptions, adapter_rules
-from checkpoint_conversion.adapters.peft_folder import AdapterOutput, plan_adapter_output
 from checkpoint_conversion.adapters.saved import SavedAdapters, digest_of_weights
-from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf.model import open_hf_model, rules_in
@@ -36,6 +34,27 @@ def open_adapters(checkpoint: Path, config: Config, options: LoraOptions) -> Meg
     )
 
 
+def check_base(
+    checkpoint: Path, saved: SavedAdapters, template: Path, base: Path | None, any_base: bool
+) -> Path:
+    """Return the folder of the base of a checkpoint of adapters, after a comparison with the noted hash.
+
+    Args:
+        checkpoint, saved, template, base, any_base: As in `open_merged`.
+
+    Raises:
+        ConversionError: The base is another one.
+    """
+    folder = template if base is None else find_checkpoint(base)
+    if not any_base and digest_of_weights(folder) != saved.digest:
+        raise ConversionError(
+            f"{folder} is not the base of the adapters in {checkpoint}, which were trained on {saved.base}; "
+            "give that (--hf-template for a HuggingFace folder, --base for a Megatron checkpoint), or "
+            "--any-base"
+        )
+    return folder
+
+
 def open_merged(
     checkpoint: Path,
     saved: SavedAdapters,
@@ -57,13 +76,7 @@ def open_merged(
     Raises:
         ConversionError: The base is another one, or a folder cannot be used.
     """
-    folder = template if base is None else find_checkpoint(base)
-    if not any_base and digest_of_weights(folder) != saved.digest:
-        raise ConversionError(
-            f"{folder} is not the base of the adapters in {checkpoint}, which were trained on {saved.base}; "
-            "give that (--hf-template for a HuggingFace folder, --base for a Megatron checkpoint), or "
-            "--any-base"
-        )
+    folder = check_base(checkpoint, saved, template, base, any_base)
     adapters = open_adapters(checkpoint, config, saved.options)
     model = (
         open_hf_model(template)
@@ -71,30 +84,3 @@ def open_merged(
         else open_checkpoint(folder, rules_in(template, config))
     )
     return merged(model, adapters, saved.options.scale)
-
-
-def plan_adapter_export(
-    checkpoint: MegatronCheckpoint,
-    options: LoraOptions,
-    config: Config,
-    template: Path,
-    out: Path,
-    dtype: DType | None,
-    overwrite: bool,
-) -> AdapterOutput:
-    """Check that the adapters of a checkpoint can be written to a PEFT folder.
-
-    Args:
-        checkpoint: The checkpoint of adapters.
-        options: Their options.
-        config: The content of the model's config.json.
-        template: Its folder.
-        out: The folder to write.
-        dtype: The dtype to write; None for the checkpoint's.
-        overwrite: Whether an earlier output may be replaced.
-
-    Raises:
-        ConversionError: As `plan_adapter_output`.
-    """
-    kept = next(iter(checkpoint.dtypes.values()))
-    return plan_adapter_output(out, template, config, options, dtype or kept, overwrite)

@@ -14,13 +14,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.engine.output import sync_file, write_file
-from checkpoint_conversion.engine.raw_files import NewFile, writing
+from checkpoint_conversion.engine.raw_files import NewFile, OpenFiles, writing
 from checkpoint_conversion.engine.regular_files import CHAT_TEMPLATES, open_regular
+from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.hf.folder import (
     ADAPTER_WEIGHTS,
     CONFIG,
@@ -29,7 +31,9 @@ from checkpoint_conversion.hf.folder import (
     WEIGHTS,
     HFTensor,
 )
+from checkpoint_conversion.hf.source import ModelSource
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, StopTokens
+from checkpoint_conversion.progress import ProgressLine
 
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -218,6 +222,50 @@ class HFWriter:
         new.resize(8 + len(text) + end)
         for name in names:
             self._places[name] = (new, 8 + len(text) + header[name]["data_offsets"][0])
+
+
+def write_tensors(
+    checkpoint: ModelSource,
+    tensors: Mapping[str, TensorSpec],
+    writer: HFWriter,
+    check_finite: bool = False,
+    workers: int | None = None,
+    progress: TextIO | None = None,
+) -> None:
+    """Write all tensors of a checkpoint to their places in a HuggingFace folder.
+
+    Args:
+        checkpoint: The checkpoint.
+        tensors: The tensors to write, by HuggingFace name.
+        writer: Writes them.
+        check_finite: Refuse NaN and infinity.
+        workers: Number of threads; None for one per core, at most 8.
+        progress: Stream for progress lines.
+
+    Raises:
+        ConversionError: A file cannot be read or written, or a value is outside the range of its dtype.
+    """
+    chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
+    buffers = Buffers()
+    counter = ProgressLine(
+        len(tensors), sum(tensor.nbytes for tensor in tensors.values()), progress
+    )
+    with OpenFiles() as files:
+
+        def export(chunk: TensorChunk) -> None:
+            dtype = tensors[chunk.piece.hf[0]].dtype
+            data = buffers.first(chunk.elements * dtype.itemsize)
+            row_bytes = len(data) // chunk.rows
+            checkpoint.read_into(chunk, dtype, data, files, check_finite)
+            for source, start, rows in chunk.layout:
+                part, data = data[: rows * row_bytes], data[rows * row_bytes :]
+                writer.write_at(chunk.piece.hf[source], start * row_bytes, part)
+                counter.add(chunk.piece.hf[source], len(part))
+
+        run_all(export, chunks, worker_count(workers))
+        checkpoint.check_rest(files)
+        writer.flush()
+        counter.finish()
 
 
 def copy_artifacts(template: Path, folder: Path, stops: StopTokens) -> None:

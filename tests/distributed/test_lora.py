@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from checkpoint_conversion.adapters.peft_folder import open_peft_folder, plan_adapter_output
 from checkpoint_conversion.engine.dtypes import F32
 from checkpoint_conversion.hf.folder import read_hf_config
-from checkpoint_conversion.megatron_to_hf import write_tensors
+from checkpoint_conversion.hf.writer import write_tensors
 from megatron_profit.commands.plot_run import read_curves
 
 SCRIPT = Path(__file__).parent / "save_logits.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_megatron_to_hf import save_run
 from transformers import AutoModelForCausalLM
 
 from checkpoint_conversion.adapters.merge import merged
-from checkpoint_conversion.adapters.options import ALL_LINEAR, LoraOptions, projections, resolved
+from checkpoint_conversion.adapters.options import (
+    ALL_LINEAR,
+    LoraOptions,
+    adapter_rules,
+    projections,
+    resolved,
+)
 from checkpoint_conversion.adapters.peft_folder import open_peft_folder, plan_adapter_output
+from checkpoint_conversion.adapters.saved import digest_of_weights, noted_options
 from checkpoint_conversion.engine.dtypes import DTYPES, F32
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
@@ -26,8 +35,8 @@ from checkpoint_conversion.hf.folder import (
     read_hf_config,
 )
 from checkpoint_conversion.hf.model import expected_shapes, open_hf_model
-from checkpoint_conversion.hf.writer import HFWriter, TensorSpec
-from checkpoint_conversion.megatron_to_hf import write_tensors
+from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, write_tensors
+from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENS = torch.arange(1, 25)[None]
@@ -199,3 +208,61 @@ def test_targets_and_ranks_that_do_not_fit_are_named(qwen3):
 def test_the_scale_is_alpha_over_rank_or_over_its_root():
     assert LoraOptions(16, 32, ("q_proj",)).scale == 2
     assert LoraOptions(16, 32, ("q_proj",), rslora=True).scale == 8
+
+
+def checkpoint_of_adapters(folder: Path, hf: Path, base: Path) -> Path:
+    """Write the checkpoint of a run that trained adapters of a model on the weights of a folder."""
+    options = LoraOptions(2, 4, ("q_proj",))
+    rules = adapter_rules(_rules(hf), options)
+    save_run(folder, {rule.megatron: torch.randn(rule.megatron_shape) for rule in rules})
+    notes = {"path": str(base), "digest": digest_of_weights(base)}
+    run = {"lora": noted_options(options), "base": notes}
+    (folder / "iter_0000007" / "megatron_profit.json").write_text(
+        json.dumps({"iteration": 7, "run": run})
+    )
+    return folder
+
+
+def test_a_peft_folder_is_written_for_its_own_base_alone(make_qwen3, tmp_path, run_command):
+    """The hash is the one of the weights: a model of the same shapes would give another function."""
+    hf, other, out = make_qwen3(), make_qwen3("other"), tmp_path / "adapter"
+    run = checkpoint_of_adapters(tmp_path / "run", hf, hf)
+    to_adapter = ("megatron_to_hf", "--megatron", run, "--export-adapter", out, "--hf-template")
+    refused = run_command(*to_adapter, other)
+    assert refused.code == 2
+    assert f"{other} is not the base of the adapters in {run / 'iter_0000007'}" in refused.err
+    assert not out.exists()
+    assert run_command(*to_adapter, other, "--dry-run").code == 2
+    assert run_command(*to_adapter, hf).code == 0
+    assert run_command(*to_adapter, other, "--any-base", "--overwrite").code == 0
+
+
+def test_the_base_of_a_peft_folder_may_be_a_megatron_checkpoint(make_qwen3, tmp_path, run_command):
+    hf = make_qwen3()
+    hf_to_megatron(hf, tmp_path / "base")
+    run = checkpoint_of_adapters(tmp_path / "run", hf, tmp_path / "base" / "release")
+    command = ("megatron_to_hf", "--megatron", run, "--hf-template", hf)
+    command += ("--export-adapter", tmp_path / "adapter")
+    assert "is not the base of the adapters" in run_command(*command).err
+    assert run_command(*command, "--base", tmp_path / "base").code == 0
+
+
+def test_an_adapter_of_another_architecture_is_refused_by_the_saved_arguments(
+    make_qwen3, tmp_path, run_command
+):
+    hf = make_qwen3()
+    run = checkpoint_of_adapters(tmp_path / "run", hf, hf)
+    arguments = argparse.Namespace(rotary_base=10_000)
+    torch.save({"args": arguments, "iteration": 7}, run / "iter_0000007" / "common.pt")
+    command = ("megatron_to_hf", "--megatron", run, "--hf-template", hf)
+    command += ("--export-adapter", tmp_path / "adapter")
+    assert "rotary_base is 10000 in the checkpoint and 500000" in run_command(*command).err
+    assert run_command(*command, "--ignore-arguments").code == 0
+
+
+@pytest.mark.parametrize("flags", [("--max-shard-size", "1MB"), ("--any-carried",)])
+def test_flags_of_merged_weights_are_refused_for_adapters_alone(run_command, flags):
+    folders = ("--megatron", "m", "--hf-template", "hf", "--export-adapter", "adapter")
+    result = run_command("megatron_to_hf", *folders, *flags)
+    assert result.code == 2
+    assert f"{flags[0]} is about --out, which is missing" in result.err

@@ -23,7 +23,7 @@ from checkpoint_conversion.engine.dtypes import F32
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import ADAPTER, ADAPTER_WEIGHTS, read_hf_config
 from checkpoint_conversion.hf.model import expected_shapes
-from checkpoint_conversion.megatron_to_hf import write_tensors
+from checkpoint_conversion.hf.writer import write_tensors
 
 JOINED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 EACH = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
