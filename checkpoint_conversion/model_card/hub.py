@@ -23,13 +23,14 @@ def check_upload(name: str, *, public: bool = False) -> str:
 
     Args:
         name: Id of the repository; without an owner it is the token's.
-        public: Whether everybody may read it.
+        public: Whether everybody may read it; a repository that is there must be so already.
 
     Returns:
         The id with its owner.
 
     Raises:
-        ConversionError: The hub cannot be reached, there is no token, or it may not write there.
+        ConversionError: The hub cannot be reached, there is no token, or it may not write there. Or the
+            repository is there, and public or private against the wish.
     """
     import huggingface_hub
 
@@ -48,10 +49,16 @@ def check_upload(name: str, *, public: bool = False) -> str:
     api = huggingface_hub.HfApi()
     repo = name if "/" in name else f"{_call(name, api.whoami)['name']}/{name}"
     _call(repo, api.create_repo, repo_id=repo, private=not public, exist_ok=True)
-    if not public and not _call(repo, api.repo_info, repo_id=repo).private:
+    is_private = _call(repo, api.repo_info, repo_id=repo).private
+    if not public and not is_private:
         raise ConversionError(
             f"{FLAG} {repo}: everybody can read this repository; give --push-public to upload there, or "
             "name another one, which will be private"
+        )
+    if public and is_private:
+        raise ConversionError(
+            f"{FLAG} {repo}: this repository is private, and --push-public changes none that is there; make "
+            "it public in its settings on the hub, drop --push-public, or name another one"
         )
     return repo
 

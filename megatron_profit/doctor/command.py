@@ -9,6 +9,7 @@ The flags are the ones of `megatron-profit sft`. The exit code is 1 if there is 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,19 +63,30 @@ def findings(words: Sequence[str]) -> Iterator[Finding]:
     if request is not None:
         yield from _of_run(request)
     elif front.model is not None:
-        yield from _of_model(front.model)
+        day = given["template_date"].value if "template_date" in given else None
+        yield from _of_model(front.model, front.chat_template, day)
         yield note("data", "none were named; --data FILE examines them and the loss")
     else:
         yield from examined("disk", lambda: machine_checks.check_disk(_RUNS, {}, 1))
         yield note("model", "none was named; --model ID --data FILE examines them and the loss")
 
 
-def _of_model(name: str) -> Iterator[Finding]:
+def _of_model(name: str, template: str | None, day: str | None) -> Iterator[Finding]:
+    """Yield the findings on a model, with the chat template and the day that the flags give, if they do."""
+    from megatron_profit.launch.chat_template import with_template
     from megatron_profit.launch.hub import find_model
 
     folder = find_model(name)
     yield from examined("model", lambda: data_checks.check_model(folder))
-    yield from examined("tokenizer", lambda: data_checks.check_tokenizer(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def tokenizer() -> Iterator[Finding]:
+            place = folder
+            if template is not None:
+                place = with_template(folder, template, Path(temporary))
+            yield from data_checks.check_tokenizer(place, day)
+
+        yield from examined("tokenizer", tokenizer)
 
 
 def _of_run(request: Request) -> Iterator[Finding]:
@@ -83,7 +95,8 @@ def _of_run(request: Request) -> Iterator[Finding]:
     from megatron_profit.launch.run_folder import folder_of
 
     run = folder_of(request)
-    yield from _of_model(request.model)
+    template, day = request.front.chat_template, request.value("template_date")
+    yield from _of_model(request.model, template, day)
     launches: list[Any] = []
 
     def layout() -> Iterator[Finding]:

@@ -50,15 +50,21 @@ def check_checkpoints(checkpoints: Path, model: Path) -> Iterator[Finding]:
     yield ok("checkpoint", f"{checkpoints} is of this model; the run goes on from there")
 
 
-def check_tokenizer(folder: Path) -> Iterator[Finding]:
-    """Yield whether tokenizer and chat template can be used, and which token ends an answer."""
+def check_tokenizer(folder: Path, day: str | None = None) -> Iterator[Finding]:
+    """Yield whether tokenizer and chat template can be used, and which token ends an answer.
+
+    Args:
+        folder: Folder of the model.
+        day: The day that the template writes, as --template-date gives it.
+    """
     from megatron_profit.data import ChatRenderer, load_tokenizer
     from megatron_profit.data.errors import DataError
+    from megatron_profit.data.render.template_date import parse_day
 
     tokenizer = load_tokenizer(folder)
     yield ok("tokenizer", f"{type(tokenizer).__name__} with {len(tokenizer):,} tokens")
     try:
-        end = ChatRenderer(tokenizer).markers.end_id
+        end = ChatRenderer(tokenizer, day=parse_day(day)).markers.end_id
     except DataError as error:
         yield fault("template", f"{error}; or give one with --chat-template FILE")
         return

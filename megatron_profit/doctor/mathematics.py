@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf.folder import read_hf_config
 from megatron_profit.doctor.findings import Finding, fault, note, ok
 from megatron_profit.launch.machine import this_machine
 from megatron_profit.recipe.flags import words_of
@@ -59,6 +61,7 @@ _LEFT_OUT = (
         "early_stop",
     ),
     *("lr_warmup", "objective", "pretrained_checkpoint", "log_", "psft", "ref_", "exit_"),
+    *("push_", "moe_aux_loss", "moe_router_load_balancing", "moe_z_loss"),
 )
 # Rotary bases of published models.
 _BASES = (10_000, 100_000, 500_000, 1_000_000, 10_000_000)
@@ -154,7 +157,7 @@ def megatron_result(launch: Launch) -> Result:
     """Return the numbers of one training step with the run's flags.
 
     Raises:
-        RuntimeError: The step fails; the message is its last line.
+        RuntimeError: The step fails; the message has the first line that names an error.
     """
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
@@ -169,12 +172,12 @@ def megatron_result(launch: Launch) -> Result:
         steps = [json.loads(line) for line in lines]
         step = next((s for s in steps if s["kind"] == "train"), None)
     if step is None or step.get("lm loss") is None:
-        raise RuntimeError(f"one step of the training fails: {_last_error(answer.stderr)}")
+        raise RuntimeError(f"one step of the training fails: {_first_error(answer.stderr)}")
     return Result(step["lm loss"], step.get("grad norm"))
 
 
 def one_step(launch: Launch) -> list[str]:
-    """Return the flags of one step of plain SFT at the run's layout."""
+    """Return the flags of one step of plain SFT at the run's layout, without a loss that balances experts."""
     table = launch.request.table
     kept = [
         flag
@@ -183,18 +186,18 @@ def one_step(launch: Launch) -> list[str]:
         and flag.option not in table.of_objectives
     ]
     words = [*words_of(kept), "--objective", "sft", "--train-iters", "1"]
-    experts = any(flag.option.startswith("--expert") for flag in launch.flags)
+    (folder,) = (flag.value for flag in launch.flags if table.dest(flag.option) == "hf_model")
+    config = read_hf_config(Path(folder))
+    experts = family_for(config).megatron_arguments(config).get("num_experts")
     return [*words, *(["--moe-aux-loss-coeff", "0"] if experts else [])]
 
 
-def _last_error(text: str) -> str:
+def _first_error(text: str) -> str:
     lines = [line for line in text.splitlines() if "error" in line.lower()]
     return (lines or text.splitlines() or ["it printed no reason"])[0].strip()
 
 
 def _parameters(folder: Path) -> int:
-    from checkpoint_conversion.families import family_for
-    from checkpoint_conversion.hf.folder import read_hf_config
     from checkpoint_conversion.hf.model import expected_shapes
 
     rules = family_for(read_hf_config(folder)).tensor_rules(read_hf_config(folder))

@@ -140,6 +140,13 @@ def test_a_repository_that_everybody_reads_needs_a_word(hub):
     assert check_upload("me/model", public=True) == "me/model"
 
 
+def test_a_private_repository_is_not_taken_for_a_public_one(hub):
+    hub.private["me/model"] = True
+    with pytest.raises(ConversionError, match="this repository is private, and --push-public"):
+        check_upload("me/model", public=True)
+    assert hub.private == {"me/model": True}
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,10 @@ from peft import LoraConfig, get_peft_model
 from megatron_profit.doctor import command, data_checks, machine_checks, mathematics
 from megatron_profit.doctor.findings import Verdict, examined, fault, ok
 from megatron_profit.doctor.mathematics import Result, check_rotary_base, compared
+from megatron_profit.estimates.published import published_config
+from megatron_profit.recipe.check import check_command_line
+from megatron_profit.recipe.flags import Given
+from megatron_profit.recipe.request import read_request
 
 DATA = Path(__file__).resolve().parents[3] / "examples" / "data" / "arithmetic_chatty.jsonl"
 
@@ -73,6 +79,58 @@ def test_a_template_that_ends_a_turn_with_ordinary_text_is_a_warning(copy):
     assert [f.verdict for f in found if "no token stops the trained model" in f.text] == [
         Verdict.WARNING
     ]
+
+
+@pytest.fixture
+def examined_model(copy, tmp_path, monkeypatch, capsys):
+    """Runs the command with a model alone, and returns the lines on its template."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine_checks, "_PROBE_BYTES", 8 << 20)
+
+    def run(*flags: str) -> tuple[int, str]:
+        code = command.main(["--model", str(copy), *flags])
+        lines = capsys.readouterr().out.splitlines()
+        return code, "\n".join(x for x in lines if x.split()[1] in ("template", "tokenizer"))
+
+    return run
+
+
+def test_a_given_template_is_the_one_that_is_examined(copy, examined_model):
+    (copy / "chat_template.jinja").unlink()
+    code, lines = examined_model()
+    assert code == 1
+    assert "FAULT   template" in lines
+    code, lines = examined_model("--chat-template", "chatml")
+    assert code == 0, lines
+    assert "a turn ends with <|im_end|>" in lines
+    assert "FAULT" in examined_model("--chat-template", "llama3")[1], "its tokens are missing"
+
+
+def test_a_given_day_is_written_into_the_template(copy, examined_model):
+    template = copy / "chat_template.jinja"
+    template.write_text("{{- strftime_now('%d %B %Y') }}" + template.read_text())
+    assert "FAULT   template" in examined_model()[1]
+    code, lines = examined_model("--template-date", "2026-11-28")
+    assert code == 0, lines
+
+
+def test_one_step_neither_exports_nor_uploads_nor_balances_experts(tmp_path):
+    """A family's default adds the balancing loss, also where no flag of experts is given."""
+    words = ["--model", "m", "--data", str(DATA), "--lr", "1e-5", "--epochs", "1"]
+    words += ["--seq-length", "64", "--micro-batch-size", "1", "--expert-tensor-parallel-size", "1"]
+    words += [*("--export-hf", "x", "--push-to-hub", "me/x", "--push-public"), "--save", "y"]
+    balanced = ["--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.1"]
+    for name, more in (("Qwen3-0.6B", []), ("Qwen3-30B-A3B", []), ("Qwen3-30B-A3B", balanced)):
+        config = published_config(name)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        request = read_request([*words, *more])
+        flags = [*request.given.values(), Given.of("--hf-model", str(tmp_path))]
+        step = mathematics.one_step(SimpleNamespace(request=request, flags=flags))
+        check_command_line(step, 1, "cpu", config)
+        text = " ".join(step)
+        assert not re.findall(r"--(export-hf|push\S*|save|moe-z\S*)", text)
+        assert ("--moe-aux-loss-coeff 0" in text) == ("num_experts" in config)
+        assert "0.1" not in text
 
 
 def test_missing_weights_are_a_fault(copy):
