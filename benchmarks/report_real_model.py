@@ -145,8 +145,11 @@ def trainings(outcomes: Sequence[Outcome]) -> str:
 def core_table(core: Mapping[str, Any]) -> str:
     """Return the probabilities of core and other tokens."""
     lines = header("tokens", "number", "mean p", "95 % interval", "median", "p >= 0.1", "p >= 0.5")
-    for name in ("core", core_tokens.REST, *core_tokens.CORE):
+    names = ("core", core_tokens.REST, *core_tokens.CORE)
+    for name in (name for name in names if core["groups"][name]["tokens"]):
         group = core["groups"][name]
+        if not group["tokens"]:
+            continue
         low, high = group["interval"]
         kept = [f"{100 * group['kept'][tau]:.1f} %" for tau in ("0.1", "0.5")]
         interval = f"{low:.3f} to {high:.3f}"

@@ -18,6 +18,8 @@ from checkpoint_conversion.hf.chunks import TRANSFER_BYTES
 from checkpoint_conversion.progress import human
 
 DRY_RUN = "check everything and print each tensor; read no data, write nothing"
+# Defaults that mean the flag's absence.
+_WITHOUT: tuple[object, ...] = ("", (), [], argparse.SUPPRESS)
 IGNORE_ARGUMENTS = "do not compare the arguments that the checkpoint keeps with config.json"
 
 
@@ -28,7 +30,7 @@ class FlagHelp(argparse.RawDescriptionHelpFormatter):
         text, default = action.help or "", action.default
         if action.required and action.option_strings:
             mark = "required"
-        elif default in (None, False, "", (), [], argparse.SUPPRESS) or "default" in text:
+        elif default is None or default is False or default in _WITHOUT or "default" in text:
             return text
         else:
             mark = "default " + ("on" if default is True else "%(default)s")

@@ -102,7 +102,7 @@ def read_prompts(file: str | Path) -> list[str]:
         ConversionError: For a file that cannot be read or holds none.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"{file}: {error}") from error
     prompts = [line for line in lines if line.strip()]

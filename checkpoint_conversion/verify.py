@@ -82,7 +82,7 @@ def verify(
 ) -> Report:
     """Compare a HuggingFace folder with another one, or with a Megatron checkpoint.
 
-    RowRange that pad a Megatron vocabulary are not compared.
+    Rows that pad a Megatron vocabulary are not compared.
 
     Args:
         hf: HuggingFace folder.
@@ -206,13 +206,16 @@ class _Count:
     elements: int = 0
     of: int = 0
     largest: float = 0.0
+    nan: int = 0
 
     def differences(self, name: str) -> Iterator[Difference]:
         if self.dtypes:
             yield Difference(name, "dtype", self.dtypes)
         if self.elements:
-            detail = f"{self.elements} of {self.of}, by up to {self.largest:.3g}"
-            yield Difference(name, "values", detail)
+            parts = [f"{self.elements} of {self.of}"]
+            parts += [f"by up to {self.largest:.3g}"] * (self.elements > self.nan)
+            parts += [f"NaN in {self.nan}"] * (self.nan > 0)
+            yield Difference(name, "values", ", ".join(parts))
 
 
 def _compare(pairs: Iterator[RowRange], counter: ProgressLine) -> list[Difference]:
@@ -230,9 +233,12 @@ def _compare(pairs: Iterator[RowRange], counter: ProgressLine) -> list[Differenc
         bits = bits_of[left.dtype.itemsize]
         different = left.view(bits) != right.view(bits)
         if different.any():
-            distance = (left[different].float() - right[different].float()).abs().max().item()
-            count.elements += int(different.sum())
-            count.largest = max(count.largest, distance)
+            distances = (left[different].float() - right[different].float()).abs()
+            known = distances[~distances.isnan()]
+            count.elements += len(distances)
+            count.nan += len(distances) - len(known)
+            if len(known):
+                count.largest = max(count.largest, known.max().item())
     return [found for name, count in counts.items() for found in count.differences(name)]
 
 
@@ -262,8 +268,12 @@ def main() -> int:
     options = parser.parse_args()
     if len(options.hf) > 2:
         parser.error("--hf takes one or two folders")
-    if options.iteration is not None and options.megatron is None:
-        parser.error("--iteration is a checkpoint's; give --megatron, or drop it")
+    for name in ("iteration", "ignore_arguments"):
+        if getattr(options, name) and options.megatron is None:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is a checkpoint's; give --megatron, or drop it")
+    if options.ignore_arguments and options.logits:
+        parser.error("--ignore-arguments is about comparing tensors; drop it, or --logits")
     for name in ("prompts", "tolerance"):
         if getattr(options, name) is not None and not options.logits:
             parser.error(f"--{name} is for logits; give --logits, or drop it")

@@ -42,10 +42,10 @@ def read_questions(file: Path) -> list[dict[str, Any]]:
     """
     questions: list[dict[str, Any]] = []
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            message = {"role": "user", "content": record["question"] + SUFFIX}
-            questions.append({"prompt": [message], "reference": reference_of(record["answer"])})
+        with file.open(encoding="utf-8") as lines:
+            for record in map(json.loads, lines):
+                message = {"role": "user", "content": record["question"] + SUFFIX}
+                questions.append({"prompt": [message], "reference": reference_of(record["answer"])})
     except OSError as error:
         raise EvaluationError(f"{file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

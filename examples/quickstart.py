@@ -426,7 +426,8 @@ def ask(folder: Path) -> tuple[int, int, int, int]:
     set_verbosity_error()  # it would advise to install kernels of GPUs
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    records = [json.loads(line)["messages"] for line in HELD_OUT.read_text().splitlines()]
+    with HELD_OUT.open(encoding="utf-8") as lines:
+        records = [json.loads(line)["messages"] for line in lines]
     inputs = tokenizer.apply_chat_template(
         [record[:-1] for record in records],
         add_generation_prompt=True,

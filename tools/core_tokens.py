@@ -82,9 +82,12 @@ def summary(prob: Sequence[np.ndarray]) -> dict[str, Any]:
     The interval of the mean is the bootstrap over records, since the tokens of a record are not independent.
 
     Args:
-        prob: The probabilities of the group's tokens in each record; a record may have none.
+        prob: The probabilities of the group's tokens in each record; a record may have none. If all have
+            none, the number of tokens is the only number.
     """
     everything = np.concatenate(prob)
+    if not len(everything):
+        return {"tokens": 0}
     sums = np.array([[p.sum(), len(p)] for p in prob])
     drawn = np.random.default_rng(0).integers(len(prob), size=(DRAWS, len(prob)))
     totals = sums[drawn].sum(axis=1)
@@ -156,6 +159,8 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
     edges = np.linspace(0, 1, BINS + 1)
     for name, colour in (("core", "#0072B2"), (REST, "#D55E00")):
         group = report["groups"][name]
+        if not group["tokens"]:
+            continue
         share = 100 * np.array(group["histogram"]) / group["tokens"]
         label = f"{name}: mean {group['mean p']:.3f}, {group['tokens']:,} tokens"
         axis.stairs(share, edges, color=colour, lw=1.8, label=label)
@@ -191,6 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(report, arguments.figure)
     for name in ("core", REST, *CORE):
         group = report["groups"][name]
+        if not group["tokens"]:
+            print(f"{name}: no tokens")
+            continue
         low, high = group["interval"]
         print(
             f"{name}: mean p {group['mean p']:.3f} ({low:.3f} to {high:.3f}), {group['tokens']:,} tokens"

@@ -32,6 +32,18 @@ _LLAMA3 = {
 }
 
 
+def text_part(config: Config) -> Config | None:
+    """Return the part `text_config` of a config.json; None where it has none, or null.
+
+    Raises:
+        ConversionError: It is no object.
+    """
+    text = config.get(TEXT)
+    if text is not None and not isinstance(text, dict):
+        raise ConversionError(f"config.json has {TEXT}={str(text)[:40]!r}; an object is needed")
+    return text
+
+
 def text_config(config: Config) -> Config:
     """Return the configuration of the language model: of a model with images, the part `text_config`.
 
@@ -41,11 +53,9 @@ def text_config(config: Config) -> Config:
     Raises:
         ConversionError: `text_config` is no object.
     """
-    text = config.get(TEXT)
+    text = text_part(config)
     if text is None:
         return config
-    if not isinstance(text, dict):
-        raise ConversionError(f"config.json has {TEXT}={str(text)[:40]!r}; an object is needed")
     whole = {key: config.get(key) for key in ("tie_word_embeddings", "quantization_config")}
     return {**text, **{key: value for key, value in whole.items() if value is not None}}
 

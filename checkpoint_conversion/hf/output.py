@@ -66,13 +66,17 @@ class HFOutput(ModelSizes):
         stops = plan_stop_tokens(self.template, self.stops.config, turn_end)
         return replace(self, stops=stops)
 
-    def noting(self, notes: Notes) -> HFOutput:
+    def noting(self, notes: Notes, checkpoint: Path | None = None) -> HFOutput:
         """Return this output with notes that the tensors it copies are compared with.
+
+        Args:
+            notes: The notes.
+            checkpoint: The checkpoint that they are from; None if they were made of the template.
 
         Raises:
             ConversionError: The notes list other tensors than the template has.
         """
-        check_names(self.template, self.carried, notes, self.template)
+        check_names(self.template, self.carried, notes, checkpoint or self.template)
         return replace(self, carried_notes=notes)
 
     @contextlib.contextmanager

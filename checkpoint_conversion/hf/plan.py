@@ -12,7 +12,7 @@ from typing import Any
 from checkpoint_conversion.engine.dtypes import F32, DType
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, TensorRule
-from checkpoint_conversion.families.config import TEXT
+from checkpoint_conversion.families.config import TEXT, text_part
 from checkpoint_conversion.hf.folder import INDEX, HFTensor, read_header, read_weight_map
 from checkpoint_conversion.hf.model import known_name
 from checkpoint_conversion.hf.writer import (
@@ -98,7 +98,7 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
         nbytes[tensor.dtype] += tensor.nbytes
     name = nbytes.most_common(1)[0][0].torch
     keys = [key for key in _DTYPE_KEYS if key in config]
-    text = config.get(TEXT, {})
+    text = text_part(config) or {}
     in_text = [key for key in _DTYPE_KEYS if key in text]
     found = {**config, **dict.fromkeys(keys or ([] if in_text else ["dtype"]), name)}
     return {**found, TEXT: {**text, **dict.fromkeys(in_text, name)}} if in_text else found

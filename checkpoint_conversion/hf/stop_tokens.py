@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config
-from checkpoint_conversion.families.config import TEXT, text_config
+from checkpoint_conversion.families.config import TEXT, text_config, text_part
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -111,7 +111,7 @@ def trained_turn_end(checkpoint: Path) -> int | None:
 
 def _with_stop_ids(config: Config, ids: Any) -> Config:
     """Put stop tokens where a config.json has them: at the top, or in the part of the language model."""
-    text = config.get(TEXT)
+    text = text_part(config)
     if _KEY in config or text is None or _KEY not in text:
         return {**config, _KEY: ids}
     return {**config, TEXT: {**text, _KEY: ids}}

@@ -73,9 +73,16 @@ class RunFiles:
             tell(f"> in an export, {stops}")
         return self if self.export is None else replace(self, export=self.export.stopping_at(token))
 
-    def with_carried(self, notes: Notes) -> RunFiles:
-        """Return these files with an export that compares the tensors it copies with notes on them."""
-        return self if self.export is None else replace(self, export=self.export.noting(notes))
+    def with_carried(self, notes: Notes, start: Path | None) -> RunFiles:
+        """Return these files with an export that compares the tensors it copies with notes on them.
+
+        Args:
+            notes: The notes.
+            start: The checkpoint that the run starts from, which the notes may come from.
+        """
+        return (
+            self if self.export is None else replace(self, export=self.export.noting(notes, start))
+        )
 
 
 def open_files(settings: RunSettings) -> RunFiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from checkpoint_conversion.families import family_for
@@ -91,29 +92,33 @@ def open_run(settings: RunSettings) -> RunPlan:
     if is_first_rank():
         record = describe_run(settings, files, data)
         _check_record(record, settings, data, resumed)
-        carried = _note_carried(settings, flags, resumed)
-        files = files.with_carried(carried)
+        start = _start(flags, resumed)
+        carried = _note_carried(settings, start)
+        files = files.with_carried(carried, start)
     if settings.save is not None:
         hold_new(settings.save)
     resume_wandb_run(settings.values, resumed)
     return RunPlan(settings, files, data, record, carried, _repository(settings))
 
 
-def _note_carried(settings: RunSettings, flags: CheckpointFlags, resumed: Resumed | None) -> Notes:
+def _start(flags: CheckpointFlags, resumed: Resumed | None) -> Path | None:
+    """Return the folder of the checkpoint that the run starts from; None without one."""
+    start = flags.load if flags.finetune else flags.start
+    if resumed is not None:
+        start = resumed.folder
+    return None if start is None else find_checkpoint(start)
+
+
+def _note_carried(settings: RunSettings, start: Path | None) -> Notes:
     """Return the notes on the tensors of the model's folder that are not trained, and tell of them.
 
     Raises:
         ConversionError: One is missing or has changed since the checkpoint that the run starts from.
     """
     tensors = carried_in(settings.hf_model, family_for(settings.config))
-    start = flags.load if flags.finetune else flags.start
-    if resumed is not None:
-        start = resumed.folder
     if tensors:
         print_rank_0(f"> {description(tensors)}")
-    return notes_at_start(
-        settings.hf_model, tensors, None if start is None else find_checkpoint(start)
-    )
+    return notes_at_start(settings.hf_model, tensors, start)
 
 
 def _repository(settings: RunSettings) -> str | None:

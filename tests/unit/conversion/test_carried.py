@@ -13,7 +13,7 @@ from test_megatron_to_hf import assert_same_tensors
 from tiny_gated_delta_net import make_model
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf.carried import NOTES, notes_at_start
+from checkpoint_conversion.hf.carried import NOTES, notes_at_start, read_notes
 from checkpoint_conversion.hf.model import open_hf_model
 from checkpoint_conversion.hf.output import plan_output
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
@@ -127,6 +127,16 @@ def test_the_export_of_a_run_copies_what_was_noted_at_its_start(tmp_path, hf):
     ):
         pass
     assert not (tmp_path / "again").exists()
+
+
+def test_an_export_that_lacks_noted_tensors_names_the_checkpoint(tmp_path, make_qwen3, converted):
+    """Another model than the checkpoint's; the template has no notes that a message could name."""
+    notes = read_notes(converted / "release")
+    output = plan_output(tmp_path / "out", make_qwen3("other"), torch.bfloat16)
+    with pytest.raises(
+        ConversionError, match=rf"no tensor .* which {converted / 'release' / NOTES}"
+    ):
+        output.noting(notes, converted / "release")
 
 
 def test_the_commands_tell_of_carried_tensors(tmp_path, hf, run_command):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_megatron_to_hf import assert_same_tensors, save_run, trained
 from tiny_families import make_family
 
+from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.engine import dtypes, raw_files
 from checkpoint_conversion.engine.values import converted
 from checkpoint_conversion.engine.workers import run_all
@@ -53,6 +55,20 @@ def test_neither_direction_imports_torch(make_qwen3, tmp_path):
     result = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
     assert result.stdout == "[]\n[]\n"
     assert_same_tensors(hf, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("default", "mark"),
+    [
+        *((0, "(default 0)"), (0.0, "(default 0.0)"), (True, "(default on)"), ("a", "(default a)")),
+        *((None, ""), (False, ""), ("", ""), ([], "")),
+    ],
+)
+def test_help_names_a_default_also_if_it_is_0(default, mark):
+    parser = argparse.ArgumentParser(formatter_class=FlagHelp)
+    parser.add_argument("--flag", default=default, help="words")
+    (line,) = (line for line in parser.format_help().splitlines() if "words" in line)
+    assert line.partition("words")[2].strip() == mark
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -12,6 +12,7 @@ from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify
 
 K_PROJ = "model.layers.2.self_attn.k_proj.weight"
+NORM = "model.norm.weight"
 
 
 def _change(folder, change):
@@ -56,6 +57,22 @@ def test_bits_are_compared_not_values(make_qwen3, one, other, equal):
     assert (_found(verify(*folders)) == []) is equal
 
 
+@pytest.mark.parametrize(
+    ("changes", "detail"),
+    [
+        ([float("nan"), 0.5], "2 of 64, by up to 0.5, NaN in 1"),
+        ([0.5, float("nan"), float("nan")], "3 of 64, by up to 0.5, NaN in 2"),
+        ([float("nan")], "1 of 64, NaN in 1"),
+        ([float("inf"), 0.5], "2 of 64, by up to inf"),
+    ],
+)
+def test_the_largest_difference_is_of_numbers_and_nan_is_counted(make_qwen3, changes, detail):
+    folders = make_qwen3("a"), make_qwen3("b")
+    for folder, values in zip(folders, ([0.0] * len(changes), changes), strict=True):
+        _change(folder, lambda t, new=values: t[NORM][: len(new)].copy_(torch.tensor(new)))
+    assert _found(verify(*folders)) == [(NORM, "values", detail)]
+
+
 def test_another_dtype_is_a_difference(qwen3, tmp_path):
     hf_to_megatron(qwen3, tmp_path / "megatron", dtype="bf16")
     report = verify(qwen3, megatron=tmp_path / "megatron")
@@ -96,6 +113,11 @@ def test_what_cannot_be_read_is_an_error(qwen3, tmp_path, run_command):
         (("--logits", "--tolerance", "-1"), "--tolerance -1 must be a finite number"),
         (("--logits", "--tolerance", "nan"), "--tolerance nan must be a finite number"),
         (("--iteration", "3"), "--iteration is a checkpoint's; give --megatron"),
+        (("--ignore-arguments",), "--ignore-arguments is a checkpoint's; give --megatron"),
+        (
+            ("--megatron", "m", "--logits", "--ignore-arguments"),
+            "--ignore-arguments is about comparing tensors; drop it, or --logits",
+        ),
     ],
 )
 def test_options_without_effect_are_refused(qwen3, run_command, options, message):

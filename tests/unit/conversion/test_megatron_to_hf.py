@@ -171,6 +171,16 @@ def test_iterations(make_qwen3, tmp_path):
         megatron_to_hf(run, first, tmp_path / "none", iteration=3)
 
 
+def test_a_part_of_the_language_model_that_is_null_is_none(qwen3, tmp_path):
+    save_run(tmp_path / "run", trained(qwen3))
+    write_config(qwen3, lambda config: config.update(text_config=None))
+    megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["text_config"] is None
+    write_config(qwen3, lambda config: config.update(text_config=5))
+    with pytest.raises(ConversionError, match="text_config='5'; an object is needed"):
+        megatron_to_hf(tmp_path / "run", qwen3, tmp_path / "again")
+
+
 @pytest.mark.parametrize("old_style", [False, True])
 def test_the_configuration_names_the_written_dtype(make_qwen3, tmp_path, old_style):
     hf = make_qwen3(old_style=old_style)

@@ -62,6 +62,16 @@ def test_data_that_cannot_be_used_are_named(data, tmp_path, capsys):
     assert "line 1: must be an object with question and answer" in capsys.readouterr().err
 
 
+def test_separators_within_a_text_do_not_end_a_record(data):
+    """JSON allows U+2028, U+2029 and U+0085 in a text as they are."""
+    question = "one\u2028two\u2029three\u0085four"
+    record = {"question": question, "answer": "1\n#### 1"}
+    text = json.dumps(record, ensure_ascii=False)
+    data.write_text(f"{text}\n{text}\n", encoding="utf-8")
+    questions = grpo_after_sft.read_questions(data)
+    assert [q["prompt"][0]["content"].startswith(question) for q in questions] == [True, True]
+
+
 @pytest.fixture(params=["tiny", "real"])
 def model(request, tmp_path):
     """A tiny random model, and the small real one where its package is installed."""

@@ -101,8 +101,21 @@ def test_the_interval_is_over_records_and_the_shares_count_the_threshold_itself(
     assert sum(found["histogram"]) == 3
 
 
-def test_the_figure_is_drawn(tmp_path):
-    group = summary([np.array([0.1, 0.9])])
-    report = {"model": "m", "groups": {"core": group, "rest": group}}
+@pytest.mark.parametrize("rest", [[np.array([0.1, 0.9])], [np.array([]), np.array([])]])
+def test_the_figure_is_drawn_also_without_a_token_of_a_kind(tmp_path, rest):
+    report = {"model": "m", "groups": {"core": summary([np.array([0.1, 0.9])])}}
+    report["groups"]["rest"] = summary(rest)
     core_tokens.draw(report, tmp_path / "core.png")
     assert (tmp_path / "core.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_kind_without_a_token_has_no_other_number(tmp_path, monkeypatch, capsys):
+    groups = dict.fromkeys(("core", "rest", "number", "name"), summary([np.array([0.25])]))
+    groups["operator"] = summary([np.array([])])
+    monkeypatch.setattr(core_tokens, "measure", lambda *_: {"model": "m", "groups": groups})
+    out = tmp_path / "core.json"
+    assert core_tokens.main(["--model", "m", "--data", "d", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["groups"]["operator"] == {"tokens": 0}
+    printed = capsys.readouterr().out
+    assert "operator: no tokens" in printed
+    assert "name: mean p 0.250" in printed
