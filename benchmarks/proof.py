@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,8 +155,10 @@ def _child(
 
 def _kill(process: Any) -> None:
     if process.is_alive():
-        with suppress(ProcessLookupError):
+        try:
             os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not yet made a group of its own
+            process.kill()
     process.join()
 
 

@@ -14,18 +14,19 @@ model, not a measurement.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import io
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from checkpoint_conversion.errors import ConversionError
 from megatron_profit.commands.run_shape import read_run
+from megatron_profit.data.errors import DataError
 from megatron_profit.estimates.communication import Machine, sent_bytes, step_time
 from megatron_profit.estimates.memory import GIB, estimate
 from megatron_profit.estimates.run_shape import RunShape, ShapeError
+from megatron_profit.flags import ArgumentsError
 
 
 def describe(run: RunShape, machine: Machine) -> str:
@@ -142,11 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         node_bandwidth=options.node_bandwidth,
         network_bandwidth=options.network_bandwidth,
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's import prints
-        from megatron_profit.flags import ArgumentsError
-    from checkpoint_conversion.errors import ConversionError
-    from megatron_profit.data import DataError
-
     try:
         if options.table:
             print(table(machine))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import time
 
 import gpu_proof
@@ -61,6 +63,14 @@ def test_a_process_that_takes_too_long_is_killed(tmp_path):
     children = proof.Children("cpu", no_imports, tmp_path)
     with pytest.raises(proof.StepFailure, match="cut off after 0 s"):
         children.run("one", 0.3, time.sleep, 600)
+
+
+def test_a_process_without_a_group_of_its_own_is_killed_as_well():
+    """It has just been forked, where the time is used up from the start."""
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    process.start()
+    proof._kill(process)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_no_process_outlives_the_deadline_of_the_proof(tmp_path):
