@@ -6,13 +6,10 @@ read twice. The checksums of the parts are then joined into the checksum of the 
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Hashable
 
-from isal.isal_zlib import crc32  # ten times as fast as zlib's
-
-_POLYNOMIAL = 0xEDB88320  # CRC-32's polynomial; bit 31 is x^0
+from isal.isal_zlib import crc32, crc32_combine  # ten times as fast as zlib's
 
 
 class PartialChecksums[Entry: Hashable]:
@@ -62,34 +59,5 @@ def _joined(parts: dict[int, tuple[int, int]]) -> int | None:
     for start, (length, own) in sorted(parts.items()):
         if start != end:
             return None
-        checksum, end = joined(checksum, own, length), start + length
+        checksum, end = crc32_combine(checksum, own, length), start + length
     return checksum
-
-
-def joined(first: int, second: int, length: int) -> int:
-    """Return the checksum of two consecutive runs of bytes; the second has `length` bytes."""
-    for bit, image in enumerate(_shifted_bits(length)):
-        if first >> bit & 1:
-            second ^= image
-    return second
-
-
-@functools.lru_cache(maxsize=256)
-def _shifted_bits(nbytes: int) -> tuple[int, ...]:
-    """Return the image of each checksum bit when `nbytes` bytes follow: its product with x^(8 nbytes)."""
-    shift, power, bits = 1 << 31, 1 << 30, 8 * nbytes
-    while bits:
-        if bits & 1:
-            shift = _product(power, shift)
-        power, bits = _product(power, power), bits >> 1
-    return tuple(_product(shift, 1 << bit) for bit in range(32))
-
-
-def _product(one: int, other: int) -> int:
-    """Multiply two polynomials over GF(2), modulo the polynomial of CRC-32; the lowest power is bit 31."""
-    result = 0
-    for bit in range(31, -1, -1):
-        if one >> bit & 1:
-            result ^= other
-        other = other >> 1 ^ (_POLYNOMIAL if other & 1 else 0)
-    return result
