@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from checkpoint_conversion import cli
 from checkpoint_conversion.adapters.saved import saved_adapters
+from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.carried import Notes, notes_on, read_notes
 from checkpoint_conversion.hf.chunks import CHUNK_BYTES
@@ -146,28 +147,28 @@ def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[RowRange]:
             "HuggingFace folders"
         )
     checkpoint = open_checkpoint(folder, model.rules)
-    for rule in checkpoint.rules:
-        for chunk in checkpoint.chunks(rule):
+    chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
+    with OpenFiles() as files:
+        for chunk in chunks:
             dtype = TORCH[checkpoint.dtypes[chunk.key].name]
-            values = read_chunk(checkpoint, chunk, dtype).view(chunk.rows, -1)
+            values = read_chunk(checkpoint, chunk, dtype, files).view(chunk.rows, -1)
             for source, start, rows in chunk.layout:
                 tensor = model.tensors[chunk.piece.hf[source]]
-                yield RowRange(tensor.name, _read(tensor, start, rows), values[:rows])
+                yield RowRange(tensor.name, _read(tensor, start, rows, files), values[:rows])
                 values = values[rows:]
 
 
 def _rows_of_folders(left: HFModel, right: HFModel, skipped: set[str]) -> Iterator[RowRange]:
-    for name in left.names():
-        if name in skipped:
-            continue
-        one, other = left.tensors[name], right.tensors[name]
-        step = max(1, CHUNK_BYTES // one.row_bytes)
-        for start in range(0, one.shape[0], step):
-            rows = min(step, one.shape[0] - start)
-            yield RowRange(name, _read(one, start, rows), _read(other, start, rows))
+    with OpenFiles() as files:
+        for name in (name for name in left.names() if name not in skipped):
+            one, other = left.tensors[name], right.tensors[name]
+            step = max(1, CHUNK_BYTES // one.row_bytes)
+            for start in range(0, one.shape[0], step):
+                part = start, min(step, one.shape[0] - start), files
+                yield RowRange(name, _read(one, *part), _read(other, *part))
 
 
-def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
+def _read(tensor: HFTensor, start: int, rows: int, files: OpenFiles) -> torch.Tensor:
     """Return rows of a tensor as a matrix."""
     import torch
 
@@ -175,7 +176,7 @@ def _read(tensor: HFTensor, start: int, rows: int) -> torch.Tensor:
 
     width = tensor.row_bytes // TORCH[tensor.dtype].itemsize
     result = torch.empty((rows, width), dtype=TORCH[tensor.dtype])
-    tensor.read_rows(start, rows, tensor_bytes(result))
+    tensor.read_rows_from(files, start, rows, tensor_bytes(result))
     return result
 
 

@@ -6,7 +6,6 @@ streams it: the memory is that of a few runs of rows and of some A factors.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ _KEPT = 16
 
 
 def read_float32(
-    weights: Weights, chunk: TensorChunk, files: OpenFiles | None, finite: bool = False
+    weights: Weights, chunk: TensorChunk, files: OpenFiles, finite: bool = False
 ) -> np.ndarray:
     """Return the values of a chunk of a matrix, [rows, columns] float32."""
     data = memoryview(bytearray(chunk.elements * F32.itemsize))
@@ -105,14 +104,14 @@ class MergedWeights:
         chunk: TensorChunk,
         dtype: DType,
         into: memoryview,
-        files: OpenFiles | None = None,
+        files: OpenFiles,
         finite: bool = False,
     ) -> None:
         """Read the merged values of a chunk in a dtype, as bytes.
 
         Args:
             into: A buffer of the size of the chunk.
-            files: Files that stay open for the next call.
+            files: Open files, which stay open for the next call.
             finite: Refuse NaN and infinity.
 
         Raises:
@@ -122,14 +121,13 @@ class MergedWeights:
         if not any(chunk.piece.hf[part.source] in self._factors for part in parts):
             self.base.read_into(chunk, dtype, into, files, finite)
             return
-        with contextlib.nullcontext(files) if files else OpenFiles() as files:
-            values = read_float32(self.base, chunk, files, finite)
-            first = 0
-            for source, start, rows in parts:
-                weight = chunk.piece.hf[source]
-                if weight in self._factors:
-                    values[first : first + rows] += self._delta(weight, start, rows, files)
-                first += rows
+        values = read_float32(self.base, chunk, files, finite)
+        first = 0
+        for source, start, rows in parts:
+            weight = chunk.piece.hf[source]
+            if weight in self._factors:
+                values[first : first + rows] += self._delta(weight, start, rows, files)
+            first += rows
         data = memoryview(values).cast("B")
         deliver(data, F32, into, dtype, chunk.key, finite)
         if dtype == F32:

@@ -85,24 +85,19 @@ class HFTensor:
         rows = math.prod(self.shape[: axes + 1])
         return replace(self, shape=(rows, *self.shape[axes + 1 :]))
 
-    def read_rows(self, start: int, rows: int, into: memoryview) -> None:
+    def read_rows_from(self, files: OpenFiles, start: int, rows: int, into: memoryview) -> None:
         """Read rows [start, start + rows) into a buffer of that size.
 
         Raises:
             ConversionError: When the file has become shorter.
         """
-        with OpenFiles() as files:
-            self.read_rows_from(files, start, rows, into)
-
-    def read_rows_from(self, files: OpenFiles, start: int, rows: int, into: memoryview) -> None:
-        """Read rows like `read_rows`, from files that stay open."""
         offset = self.offset + start * self.row_bytes
         files.read(self.file, offset, into[: rows * self.row_bytes], self.name)
 
-    def rows(self, start: int, rows: int) -> bytearray:
-        """Return the bytes of rows [start, start + rows)."""
+    def rows(self, files: OpenFiles, start: int, rows: int) -> bytearray:
+        """Return the bytes of rows [start, start + rows); raises like `read_rows_from`."""
         buffer = bytearray(rows * self.row_bytes)
-        self.read_rows(start, rows, memoryview(buffer))
+        self.read_rows_from(files, start, rows, memoryview(buffer))
         return buffer
 
 

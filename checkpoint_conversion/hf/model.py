@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -97,45 +96,45 @@ class HFModel:
             return
         alias, original = (self.tensors[name] for name in self.family.tied_alias)
         step = max(1, CHUNK_BYTES // original.row_bytes)
-        for start in range(0, original.shape[0], step):
-            span = start, min(step, original.shape[0] - start)
-            if alias.dtype != original.dtype or alias.rows(*span) != original.rows(*span):
-                raise ConversionError(
-                    f"{alias.file}: {alias.name} differs from {original.name}, but config.json ties "
-                    "them (tie_word_embeddings): set it to false, or remove the tensor not meant"
-                )
+        with OpenFiles() as files:
+            for start in range(0, original.shape[0], step):
+                span = files, start, min(step, original.shape[0] - start)
+                if alias.dtype != original.dtype or alias.rows(*span) != original.rows(*span):
+                    raise ConversionError(
+                        f"{alias.file}: {alias.name} differs from {original.name}, but config.json ties "
+                        "them (tie_word_embeddings): set it to false, or remove the tensor not meant"
+                    )
 
     def read_into(
         self,
         chunk: TensorChunk,
         dtype: DType,
         into: memoryview,
-        files: OpenFiles | None = None,
+        files: OpenFiles,
         finite: bool = False,
     ) -> None:
         """Read the values of a chunk in a dtype, as bytes.
 
         Args:
             into: A buffer of the size of the chunk.
-            files: Files that stay open for the next call.
+            files: Open files, which stay open for the next call.
             finite: Refuse NaN and infinity.
 
         Raises:
             ConversionError: When a value is outside the range of the dtype, or a file was
                 truncated.
         """
-        with contextlib.nullcontext(files) if files else OpenFiles() as files:
-            for source, start, rows in chunk.layout:
-                tensor = self.tensors[chunk.piece.hf[source]]
-                kind = DTYPES[tensor.dtype]
-                size = rows * tensor.row_bytes // kind.itemsize * dtype.itemsize
-                part, into = into[:size], into[size:]
-                data = part if kind == dtype else memoryview(bytearray(rows * tensor.row_bytes))
-                tensor.read_rows_from(files, start, rows, data)
-                if finite or kind != dtype:
-                    from checkpoint_conversion.engine.values import deliver  # needs numpy
+        for source, start, rows in chunk.layout:
+            tensor = self.tensors[chunk.piece.hf[source]]
+            kind = DTYPES[tensor.dtype]
+            size = rows * tensor.row_bytes // kind.itemsize * dtype.itemsize
+            part, into = into[:size], into[size:]
+            data = part if kind == dtype else memoryview(bytearray(rows * tensor.row_bytes))
+            tensor.read_rows_from(files, start, rows, data)
+            if finite or kind != dtype:
+                from checkpoint_conversion.engine.values import deliver  # needs numpy
 
-                    deliver(data, kind, part, dtype, f"{tensor.file}: {tensor.name}", finite)
+                deliver(data, kind, part, dtype, f"{tensor.file}: {tensor.name}", finite)
 
 
 def open_hf_model(folder: str | Path, allow_pickle: bool = False) -> HFModel:

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from checkpoint_conversion.engine.raw_files import write_at, writing
+from checkpoint_conversion.engine.raw_files import OpenFiles, write_at, writing
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families.family import Shape, StackedSlice, TensorRule
 from checkpoint_conversion.hf.chunks import CHUNK_BYTES, TensorChunk
@@ -119,13 +119,13 @@ def read_shard(model: HFModel, rules: Rules, shard: Shard) -> None:
             range of the dtype, or a truncated file.
     """
     done = 0
-    for block in rules.blocks(shard):
-        chunk = block.chunk
-        values = read_chunk(model, chunk, shard.values.dtype).view(
-            chunk.rows, *chunk.rule.piece_shape[1:]
-        )
-        block.values.copy_(values[(slice(None), *block.window)])
-        done += chunk.rows
+    with OpenFiles() as files:
+        for block in rules.blocks(shard):
+            chunk = block.chunk
+            values = read_chunk(model, chunk, shard.values.dtype, files)
+            values = values.view(chunk.rows, *chunk.rule.piece_shape[1:])
+            block.values.copy_(values[(slice(None), *block.window)])
+            done += chunk.rows
     shard.values[done:].zero_()
 
 

@@ -24,7 +24,7 @@ class Weights(Protocol):
         chunk: TensorChunk,
         dtype: DType,
         into: memoryview,
-        files: OpenFiles | None = None,
+        files: OpenFiles,
         finite: bool = False,
     ) -> None:
         """Read the values of a chunk in a dtype, as bytes, into a buffer of its size."""

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from checkpoint_conversion.engine.dtypes import DTYPES, TORCH_DTYPES, DType
+from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.chunks import TensorChunk
+from checkpoint_conversion.hf.source import Weights
 
 TORCH = {name: getattr(torch, dtype.torch) for name, dtype in DTYPES.items()}
 
 
-class WeightReader(Protocol):
-    """A reader of chunks: a HuggingFace model or a Megatron checkpoint."""
-
-    def read_into(self, chunk: TensorChunk, dtype: DType, into: memoryview) -> None: ...
-
-
-def read_chunk(source: WeightReader, chunk: TensorChunk, dtype: torch.dtype) -> torch.Tensor:
+def read_chunk(
+    source: Weights, chunk: TensorChunk, dtype: torch.dtype, files: OpenFiles
+) -> torch.Tensor:
     """Read the values of a chunk in a dtype; shape `chunk.sizes`.
 
     Raises:
         ConversionError: When a value is outside the range of the dtype, or a file was truncated.
     """
     result = torch.empty(chunk.sizes, dtype=dtype)
-    source.read_into(chunk, from_torch(dtype), tensor_bytes(result))
+    source.read_into(chunk, from_torch(dtype), tensor_bytes(result), files)
     return result
 
 

@@ -6,7 +6,6 @@ it reads only the bytes that are asked for, at their place in the file.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -79,14 +78,14 @@ class MegatronCheckpoint:
         chunk: TensorChunk,
         dtype: DType,
         into: memoryview,
-        files: OpenFiles | None = None,
+        files: OpenFiles,
         finite: bool = False,
     ) -> None:
         """Read the values of a chunk in a dtype, as bytes.
 
         Args:
             into: A buffer of the size of the chunk.
-            files: Files that stay open for the next call.
+            files: Open files, which stay open for the next call.
             finite: Refuse NaN and infinity.
 
         Raises:
@@ -97,8 +96,7 @@ class MegatronCheckpoint:
         data = into
         if kind != dtype:
             data = memoryview(bytearray(chunk.elements * kind.itemsize))
-        with contextlib.nullcontext(files) if files else OpenFiles() as files:
-            self._assemble(chunk, kind, data, files)
+        self._assemble(chunk, kind, data, files)
         if finite or kind != dtype:
             from checkpoint_conversion.engine.values import deliver  # needs numpy
 
