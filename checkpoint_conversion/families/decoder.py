@@ -9,12 +9,12 @@ local layers in a checkpoint. The norm before a linear layer is part of that lay
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint_conversion.families.config import ConfigReader, Rope
-from checkpoint_conversion.families.family import LAYERS, Shape, TensorRule
+from checkpoint_conversion.families.family import LAYERS, Config, Family, Shape, TensorRule
 from checkpoint_conversion.families.layouts import Layout, grouped_qkv, stacked_rows
 
 
@@ -274,3 +274,29 @@ def model_rules(model: Decoder, layers: Iterable[TensorRule]) -> tuple[TensorRul
         table = {"lm_head.weight": (model.vocab, model.hidden)}
         rules.append(TensorRule("output_layer.weight", table, vocabulary=True))
     return tuple(rules)
+
+
+def dense_family(
+    architecture: str,
+    model_type: str,
+    read: Callable[[Config], Decoder],
+    layer: Callable[[Decoder], list[Part]],
+    arguments: Mapping[str, Any] | None = None,
+) -> Family:
+    """Return a family whose layers are all alike.
+
+    Args:
+        architecture, model_type: As in `Family`.
+        read: Reads the sizes in a config.json, and refuses features that Megatron-Core lacks.
+        layer: Gives the name table of a layer.
+        arguments: Megatron arguments that differ from the ones of `decoder_arguments`.
+    """
+
+    def megatron_arguments(config: Config) -> dict[str, Any]:
+        return {**decoder_arguments(read(config)), **(arguments or {})}
+
+    def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
+        model = read(config)
+        return model_rules(model, stacked(model, layer(model)))
+
+    return Family((architecture,), model_type, megatron_arguments, tensor_rules)

@@ -5,19 +5,16 @@ Names: transformers/models/llama/modeling_llama.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.families.decoder import (
     Decoder,
+    Part,
     attention,
-    decoder_arguments,
+    dense_family,
     dense_mlp,
-    model_rules,
     read_decoder,
-    stacked,
 )
-from checkpoint_conversion.families.family import Config, Family, TensorRule
+from checkpoint_conversion.families.family import Config
 
 
 def _decoder(config: Config) -> Decoder:
@@ -26,15 +23,8 @@ def _decoder(config: Config) -> Decoder:
     return read_decoder(ConfigReader(config, "Llama", required, defaults, llama3_rope=True))
 
 
-def megatron_arguments(config: Config) -> dict[str, Any]:
-    """Return the Megatron arguments of a configuration; see `Family`."""
-    return decoder_arguments(_decoder(config))
+def _layer(model: Decoder) -> list[Part]:
+    return [*attention(model), *dense_mlp(model)]
 
 
-def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
-    """Return the name table of a configuration; see `Family`."""
-    model = _decoder(config)
-    return model_rules(model, stacked(model, [*attention(model), *dense_mlp(model)]))
-
-
-LLAMA = Family(("LlamaForCausalLM",), "llama", megatron_arguments, tensor_rules)
+LLAMA = dense_family("LlamaForCausalLM", "llama", _decoder, _layer)

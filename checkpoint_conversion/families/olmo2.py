@@ -5,20 +5,16 @@ Names: transformers/models/olmo2/modeling_olmo2.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.families.decoder import (
     Decoder,
     Part,
-    decoder_arguments,
+    dense_family,
     gated_mlp,
-    model_rules,
     projections,
     read_decoder,
-    stacked,
 )
-from checkpoint_conversion.families.family import Config, Family, TensorRule
+from checkpoint_conversion.families.family import Config
 
 # Megatron's `--spec`: the module and the function that give the layers. Megatron-Core has none like these.
 LAYER_SPEC = ("megatron_profit.models.olmo2", "layer_spec")
@@ -29,14 +25,7 @@ def _decoder(config: Config) -> Decoder:
     return read_decoder(ConfigReader(config, "OLMo-2", required, {"rms_norm_eps": 1e-5}))
 
 
-def megatron_arguments(config: Config) -> dict[str, Any]:
-    """Return the Megatron arguments of a configuration; see `Family`."""
-    return {**decoder_arguments(_decoder(config)), "spec": list(LAYER_SPEC)}
-
-
-def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
-    """Return the name table of a configuration; see `Family`."""
-    model = _decoder(config)
+def _layer(model: Decoder) -> list[Part]:
     hidden = (model.hidden,)
     norms = [
         Part("self_attention.q_norm.weight", {"self_attn.q_norm.weight": (model.q,)}),
@@ -44,7 +33,7 @@ def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
         Part("self_attention.post_layernorm.weight", {"post_attention_layernorm.weight": hidden}),
         Part("mlp.post_layernorm.weight", {"post_feedforward_layernorm.weight": hidden}),
     ]
-    return model_rules(model, stacked(model, [*projections(model), *gated_mlp(model), *norms]))
+    return [*projections(model), *gated_mlp(model), *norms]
 
 
-OLMO2 = Family(("Olmo2ForCausalLM",), "olmo2", megatron_arguments, tensor_rules)
+OLMO2 = dense_family("Olmo2ForCausalLM", "olmo2", _decoder, _layer, {"spec": list(LAYER_SPEC)})
