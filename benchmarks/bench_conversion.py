@@ -33,16 +33,11 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.model import expected_shapes
 from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, parse_size, split_by_size
 from checkpoint_conversion.torch_dist.writer import RELEASE
+from megatron_profit.estimates.published import published_config
 
 NAME = "conversion"
-# hidden size, MLP size, layers, attention heads, tied
-SIZES = {
-    "0.6B": (1024, 3072, 28, 16, True),
-    "1.7B": (2048, 6144, 28, 16, True),
-    "4B": (2560, 9728, 36, 32, True),
-    "8B": (4096, 12288, 36, 32, False),
-    "14B": (5120, 17408, 40, 40, False),
-}
+# config.json of each size.
+SIZES = {size: published_config(f"Qwen3-{size}") for size in ("0.6B", "1.7B", "4B", "8B", "14B")}
 
 
 @dataclass(frozen=True)
@@ -105,22 +100,7 @@ class _PeakSampler(threading.Thread):
 
 def make_model(folder: Path, size: str) -> int:
     """Make a bf16 model of random weights; return the bytes of its tensors."""
-    hidden, mlp, layers, heads, tied = SIZES[size]
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
-    }
+    config = {**SIZES[size], "torch_dtype": "bfloat16"}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shapes = expected_shapes(family_for(config).tensor_rules(config))

@@ -11,14 +11,12 @@ alone, on lists of texts in memory, is the bound. All run in one process and one
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import datasets
 import numpy as np
-import tokenizers
-import transformers
+import torch
+from benchmarking import environment, write_results
 from transformers import PreTrainedTokenizerBase
 
 from megatron_profit.data import (
@@ -45,11 +43,13 @@ from megatron_profit.data.store.examples import collect
 from megatron_profit.data.store.prepare import file_names, tokenize_records
 
 SYNTHETIC = 1_000_000
+PACKAGES = ("datasets", "tokenizers", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, and write it with its JSON."""
-    arguments = _arguments(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _arguments(words)
     datasets.disable_progress_bars()
     layout = ColumnMapping.of_columns(arguments.data_columns)
     renderer = ChatRenderer(load_tokenizer(arguments.tokenizer))
@@ -58,24 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = DataSource(str(path), _layout_for(path, layout))
         files.append(_measure_file(source, renderer, arguments))
     lengths = synthetic_lengths(arguments.synthetic, arguments.seq_length)
-    result = {
-        "date": date.today().isoformat(),
-        "machine": _machine(),
+    record = {
+        "environment": environment(torch.device("cpu"), PACKAGES),
+        "command": shlex.join(["python", "benchmarks/bench_data.py", *words]),
         "seq_length": arguments.seq_length,
         "files": files,
         "synthetic": _measure_packing(lengths, arguments.seq_length),
     }
-    text = _markdown(result)
-    print(text)
+    body = _markdown(record)
+    print(body)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        name = f"{result['date']}-data"
-        (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (arguments.out / f"{name}.md").write_text(text)
+        write_results(arguments.out, "data", record, "Data preparation", body)
     return 0
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
@@ -200,27 +197,10 @@ def _fastest(runs: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     return best
 
 
-def _machine() -> dict[str, Any]:
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "datasets": datasets.__version__,
-        "tokenizers": tokenizers.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def _markdown(result: dict[str, Any]) -> str:
-    machine, synthetic = result["machine"], result["synthetic"]
+    synthetic = result["synthetic"]
     lines = [
-        f"# Data preparation, {result['date']}",
-        "",
-        f"{machine['cpu']}, one core; Python {machine['python']}, tokenizers {machine['tokenizers']}, "
-        f"transformers {machine['transformers']}, datasets {machine['datasets']}. CPU time, fastest run.",
-        f"Rows of {result['seq_length']:,} positions.",
+        f"One core, CPU time, fastest run. Rows of {result['seq_length']:,} positions.",
         "",
         "| file | records | tokens | tokens/s: chat file to ids and mask | tokens/s: `datasets.map`, bare "
         "tokenizer | tokens/s: tokenizer alone | time over `datasets.map` | time over tokenizer alone | "

@@ -7,9 +7,13 @@ import sys
 
 import bench_conversion
 
+from megatron_profit.estimates.published import published_config
+
 
 def test_a_tiny_size(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench_conversion.SIZES, "tiny", (64, 96, 2, 16, True))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    tiny = {**published_config("Qwen3-0.6B"), **sizes}
+    monkeypatch.setitem(bench_conversion.SIZES, "tiny", tiny)
     arguments = ["--sizes", "tiny", "--scratch", str(tmp_path / "scratch"), "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--out", str(tmp_path / "results")])
     bench_conversion.main()
