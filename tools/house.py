@@ -32,11 +32,9 @@ COMMANDS = (
 )
 # One file for each paper.
 ANY_NUMBER_OF_FILES = "megatron_profit/objectives"
-MOST_OFTEN_PER_10_000 = {
-    **dict.fromkeys(
-        ("beside", "behind", "those of", "that of", "what is", "what it", "nothing"), 3.0
-    )
-}
+MOST_OFTEN_PER_10_000 = dict.fromkeys(
+    ("beside", "behind", "those of", "that of", "what is", "what it", "nothing"), 3.0
+)
 LEAST_OFTEN_PER_10_000 = {"for example": 8.0}
 # The package whose rooms are checked for circles.
 _HALL = "megatron_profit.training."

@@ -49,6 +49,11 @@ from checkpoint_conversion.cli import FlagHelp
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
 BYTES = 256
+# Dimensions that two ranks can share.
+SHARED = (
+    *("hidden_size", "intermediate_size", "num_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 # The end of a family whose language model comes with a vision tower.
 VISION = "-vision"
 # The beginning of the classes' names in transformers.
@@ -96,14 +101,7 @@ class TinyShape:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family is {self.family!r}; it can be {', '.join(FAMILIES)}")
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        ):
+        for name in SHARED:
             self._require_multiple(name, 2, "so that two ranks can share it")
         self._require_multiple("vocab_size", 4, "so that four ranks can share it")
         if not self.initializer_range > 0:
@@ -388,15 +386,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--family", choices=FAMILIES, default=defaults.family, help="the model's architecture"
     )
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    ):
+    for name in ("vocab_size", *SHARED):
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=int,

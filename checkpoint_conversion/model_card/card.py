@@ -48,7 +48,7 @@ def card_files(facts: Facts | None, base: Path, *, is_adapter: bool = False) -> 
 
 def _card(facts: Facts, folder: Path, licence: Licence, is_adapter: bool) -> str:
     base, name = _base(facts, folder)
-    objective = _line(facts.part("objective").get("name", "sft"))
+    objective = printable(facts.part("objective").get("name", "sft"))
     trained = _code(name)
     if is_adapter:
         trained = f"Low-rank adapters for {trained}, trained"
@@ -84,7 +84,7 @@ def _base(facts: Facts, folder: Path) -> tuple[HubId | None, str]:
     """Return the base on the hub, if it is known, and the name to call it by."""
     model = facts.part("model")
     known = HubId.noted(model.get("base"), model.get("revision")) or HubId.of_path(folder)
-    return known, known.id if known else _line(model.get("folder") or folder.absolute().name)
+    return known, known.id if known else printable(model.get("folder") or folder.absolute().name)
 
 
 def _is_derived(facts: Facts) -> bool:
@@ -310,15 +310,11 @@ def _value(value: Any) -> str:
     return _plain(value)
 
 
-def _line(value: Any) -> str:
-    return printable(value)
-
-
 def _plain(value: Any) -> str:
     """Return a text in which Markdown and HTML see no mark."""
-    return "".join(f"\\{c}" if c in "\\`*_[]|<>#" else c for c in _line(value))
+    return "".join(f"\\{c}" if c in "\\`*_[]|<>#" else c for c in printable(value))
 
 
 def _code(value: Any) -> str:
     """Return a text as code, which cannot end the code or the cell of a table."""
-    return f"`{_line(value).replace('`', chr(39)).replace('|', '/')}`"
+    return f"`{printable(value).replace('`', chr(39)).replace('|', '/')}`"
