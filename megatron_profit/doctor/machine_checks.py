@@ -28,6 +28,8 @@ _SHARED_SYSTEMS = (
     *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cephfs", "fuse.juicefs", "wekafs"),
     *("9p", "fuse.glusterfs", "fuse.s3fs", "fuse.gcsfuse", "panfs", "pvfs2", "cifs", "virtiofs"),
 )
+# Seconds that a process may take to import and compile what it is asked about.
+_PATIENCE_SECONDS = 600
 # Libraries with their places in torch.
 _ASK = """
 import torch
@@ -99,9 +101,13 @@ def check_gpus() -> Iterator[Finding]:
 
 def _run_python(code: str) -> tuple[str, str | None]:
     """Run code in a process of its own; return its output, and the last line of its error if it fails."""
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600
-    )
+    command = [sys.executable, "-c", code]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"there was no answer in {_PATIENCE_SECONDS} seconds"
     failure = answer.stderr.strip().rpartition("\n")[2] if answer.returncode else None
     return answer.stdout, failure
 
@@ -111,7 +117,10 @@ def _driver() -> str:
     if tool is None:
         return "unknown (no nvidia-smi)"
     query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "unknown (nvidia-smi does not answer)"
     return answer.stdout.strip().partition("\n")[0] or "unknown"
 
 

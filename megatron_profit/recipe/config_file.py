@@ -106,6 +106,7 @@ _TOP = {"model": "--model", "chat_template": "--chat-template"}
 SECTIONS = (*_TOP, *_SHORT, "evaluate", "megatron")
 # Sections that may be one value: the entry that it stands for.
 _ONE_VALUE = {"data": "train", "objective": "name", "layout": "mode"}
+# Values that stand for false.
 _NONE = {"recompute": ("none",)}
 # Flags with a value that is derived: true asks for it, false for none.
 DERIVED_VALUES = ("--export-hf", "--tensorboard-dir")
@@ -252,9 +253,7 @@ def _entries(
             raise LaunchError(f"there is no entry {name!r}{nearest(str(name), known)}")
         if item is None:
             raise LaunchError(f"{name} has no value; give one, or drop the line")
-        if item in _NONE.get(name, ()):
-            continue
-        yield known[name], item
+        yield known[name], False if item in _NONE.get(name, ()) else item
 
 
 def _known(section: str, table: FlagTable) -> Mapping[str, str]:

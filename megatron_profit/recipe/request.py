@@ -192,6 +192,8 @@ def _check(request: Request) -> None:
     for option in front.without:
         if option not in request.table.options:
             raise LaunchError(f"{WITHOUT}={option} names no flag; write it with its dashes")
+        if request.table.dest(option) in given:
+            raise LaunchError(f"{option} is given, and {WITHOUT}={option} leaves it out; drop one")
     try:
         refuse_ignored(request.table.command_line(given))
     except ArgumentsError as error:

@@ -63,6 +63,7 @@ MISTAKES = {
     "--model M --data D --chat-template nowhere.jinja": "there is no such file, and the built-in templates",
     "--model M --data D --chat-template chatlm": "did you mean chatml?",
     "--model M --data D --without=--epoch": "--without=--epoch names no flag",
+    "--model M --data D --bf16 --without=--bf16": "--bf16 is given, and --without=--bf16 leaves it out",
     "--model M --data nowhere.jsonl": "nowhere.jsonl: does not exist",
     "--model M --data M/chats.csv": "model/chats.csv: does not exist",
     "--model M --data X": "unknown suffix '.xml'",

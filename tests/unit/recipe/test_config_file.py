@@ -102,6 +102,12 @@ def test_several_files_may_be_named_one_by_one(tmp_path):
     assert (request.model, request.given["lr"].value) == ("m", 1.0)
 
 
+def test_no_recomputation_is_a_choice_that_the_layout_keeps(tmp_path):
+    for none in ("none", "false"):
+        text = f"layout: {{mode: auto, recompute: {none}}}\n"
+        assert words(tmp_path, text) == ["--layout", "auto", "--without=--recompute-granularity"]
+
+
 def test_false_keeps_a_flag_from_being_derived(tmp_path):
     text = "data: {packing: false}\nrun: {export: false}\nmegatron: {overlap-param-gather: false}\n"
     assert words(tmp_path, text) == [
