@@ -148,7 +148,7 @@ def _processes(request: Request, machine: Machine) -> int:
             f"--gpus {front.gpus} need {here} on this node, and {len(machine.gpus)} are visible; --dry-run "
             "prints the command for such a machine"
         )
-    return min(here, 8) if front.dry_run and nodes == 1 and here > 8 else here
+    return here
 
 
 def _cluster(request: Request, machine: Machine, processes: int) -> Cluster | None:

@@ -20,6 +20,7 @@ from megatron_profit.training.arguments.refused import refuse_ignored
 BUILT_IN_TEMPLATES = ("chatml", "llama3")
 _NODES = re.compile(r"\d+(:\d+)?")
 _ENDPOINT = re.compile(r"([\w.-]+|\[[\da-fA-F:.%]+\])(:\d{1,5})?")
+_GPUS_OF_NODE = 8
 _EXAMPLE = "megatron-profit sft --model Qwen/Qwen3-0.6B-Base --data chats.jsonl"
 
 
@@ -176,7 +177,23 @@ def read_request(argv: Sequence[str]) -> Request:
         raise LaunchError(f"{' and '.join(missing)} {verb} missing; for example: {_EXAMPLE}")
     request = Request(front.model, given, front, table)
     _check(request)
+    _spread_over_nodes(front)
     return request
+
+
+def _spread_over_nodes(front: argparse.Namespace) -> None:
+    """Take more GPUs than a node has, which only a dry run can plan for, as several nodes.
+
+    The printed command then has words in the place of the node and the port that nobody knows yet.
+    """
+    if not front.dry_run or front.nnodes != "1" or (front.gpus or 0) <= _GPUS_OF_NODE:
+        return
+    nodes, rest = divmod(front.gpus, _GPUS_OF_NODE)
+    if rest:
+        raise LaunchError(
+            f"--gpus {front.gpus} are no whole nodes of {_GPUS_OF_NODE}; give a multiple, or --nnodes"
+        )
+    front.nnodes, front.rdzv_endpoint = str(nodes), front.rdzv_endpoint or "HOST:PORT"
 
 
 def _check(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from checkpoint_conversion.families import family_for
 from megatron_profit.estimates.published import published_config
 from megatron_profit.launch.machine import Machine
 from megatron_profit.launch.plan_layout import plan_layout, wish_of_flags
+from megatron_profit.launch.processes import launcher
+from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.check import check_command_line
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.flags import Given, words_of
@@ -114,3 +117,14 @@ def test_flags_that_no_layout_can_have_are_named_and_no_row_is_shortened(flags, 
 def test_rows_that_do_not_fit_become_shorter():
     planned = plan("--micro-batch-size 1", "Qwen3-14B", gpus=4, positions=32768)
     assert planned.seq_length == 8192
+
+
+def test_a_dry_run_plans_for_nodes_of_eight_gpus(tmp_path):
+    planned = plan("--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2", gpus=64)
+    assert planned.processes == 8
+    words = "--model m --data d.jsonl --gpus 64 --gpu-memory 80 --dry-run --run r".split()
+    request = read_request(words)
+    command = shlex.join(launcher(request, planned.processes, RunFolder(tmp_path)))
+    assert "--nproc-per-node 8 --nnodes 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT" in command
+    with pytest.raises(LaunchError, match="--gpus 12 are no whole nodes of 8; give a multiple"):
+        read_request([*words, "--gpus", "12"])
