@@ -23,6 +23,13 @@ from megatron_profit.training.arguments.command_line import CommandLine, add_arg
 _KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "text": str}
 _SWITCHES = {"true": True, "false": False}
 _OTHER = "other"
+# Arguments of which a run has one.
+_ONE_OF: tuple[frozenset[str], ...] = (
+    frozenset({"epochs", "train_iters", "train_samples"}),
+    frozenset({"lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"}),
+    frozenset({"prob_threshold", "threshold_quantile", "keep_fraction"}),
+    frozenset({"bf16", "fp16"}),
+)
 
 
 @dataclass(frozen=True)
@@ -223,19 +230,32 @@ class FlagTable:
                 given[option[2:].replace("-", "_")] = Given(option, values, values or True)
         return given
 
-    def without_options_of_another(self, later: Sequence[str], words: Sequence[str]) -> list[str]:
-        """Return flags without the options of their objective, if later flags name another one.
+    def kept_of_earlier(
+        self, words: Sequence[str], later: Sequence[str], left_out: Iterable[str] = ()
+    ) -> list[str]:
+        """Return the flags of an earlier source that a later one leaves in force.
 
-        For example, `--objective dft` after a file with `--objective profit --prob-threshold 0.1`.
+        A later one replaces the options of another objective, and flags that exclude its own. For example,
+        after a file with `--objective profit --prob-threshold 0.1 --epochs 2`, both `--objective dft` and
+        `--threshold-quantile 0.3` drop the threshold, and `--train-iters 10` drops the epochs.
+
+        Args:
+            words: The earlier flags.
+            later: The later flags.
+            left_out: The later source's flags of `--without`.
         """
-        chosen = vars(self._parser.parse_known_args(list(later))[0]).get("objective")
         found, rest = self._parser.parse_known_args(list(words))
         flags: dict[str, Given] = vars(found)
-        before = flags.get("objective")
-        if chosen is None or before is None or chosen.value == before.value:
+        chosen: dict[str, Given] = vars(self._parser.parse_known_args(list(later))[0])
+        dropped = {self.dest(option) for option in left_out if option in self.options}
+        dropped = dropped.union(*(group for group in _ONE_OF if group & chosen.keys()))
+        names = [each["objective"].value for each in (chosen, flags) if "objective" in each]
+        if len(set(names)) == 2:
+            options = {*self.of_objectives, "--objective", "--objective-schedule"}
+            dropped |= {name for name, flag in flags.items() if flag.option in options}
+        if not dropped & flags.keys():
             return list(words)
-        left_out = {*self.of_objectives, before.option, "--objective-schedule"}
-        return [*words_of(f for f in flags.values() if f.option not in left_out), *rest]
+        return [*words_of(flag for name, flag in flags.items() if name not in dropped), *rest]
 
     def has_outside_objective(self, given: Mapping[str, Given]) -> bool:
         """Return whether flags ask for an objective from outside, whose options are flags too."""

@@ -167,8 +167,12 @@ def read_request(argv: Sequence[str]) -> Request:
     sources = [read_config(find_config(file), table, options) for file in files]
     front, rest = argparse.Namespace(), list[str]()
     for words in (*sources, list(argv)):
+        earlier = list(getattr(front, "without", ()))
         _, flags = parser.parse_known_args(words, front)
-        rest = [*table.without_options_of_another(flags, rest), *flags]
+        left_out = front.without[len(earlier) :]
+        given = {option for option in map(_option_of, flags) if option in table.options}
+        rest = [*table.kept_of_earlier(rest, flags, left_out), *flags]
+        front.without = [option for option in earlier if option not in given] + left_out
     given = table.parse(rest, options)
     missing = [f"--{name}" for name in ("model",) if getattr(front, name) is None]
     missing += ["--data"] * ("data" not in given)
@@ -179,6 +183,10 @@ def read_request(argv: Sequence[str]) -> Request:
     _check(request)
     _spread_over_nodes(front)
     return request
+
+
+def _option_of(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def _spread_over_nodes(front: argparse.Namespace) -> None:

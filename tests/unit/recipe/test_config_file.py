@@ -8,7 +8,7 @@ import pytest
 
 from megatron_profit.recipe.config_file import as_config, read_config
 from megatron_profit.recipe.errors import LaunchError
-from megatron_profit.recipe.flags import FlagTable
+from megatron_profit.recipe.flags import FlagTable, words_of
 from megatron_profit.recipe.request import front_parser, read_request
 
 FRONT = frozenset(front_parser()._option_string_actions)
@@ -100,6 +100,38 @@ def test_several_files_may_be_named_one_by_one(tmp_path):
     files = [f"--config={tmp_path}/{number}.yaml" for number in range(2)]
     request = read_request(files)
     assert (request.model, request.given["lr"].value) == ("m", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "words", "left_out"),
+    [
+        ("training: {epochs: 2}", "--train-iters 10", ["--train-iters", "10"], []),
+        ("training: {warmup_fraction: 0.1}", "--lr-warmup-iters 3", ["--lr-warmup-iters", "3"], []),
+        (
+            "objective: {name: profit, prob_threshold: 0.1}",
+            "--threshold-quantile 0.3",
+            ["--objective", "profit", "--threshold-quantile", "0.3"],
+            [],
+        ),
+        ("objective: {name: profit, prob_threshold: 0.1}", "--objective dft", None, []),
+        (
+            "layout: {distributed_optimizer: true}",
+            "--without=--use-distributed-optimizer",
+            [],
+            None,
+        ),
+        ("layout: {distributed_optimizer: false}", "--use-distributed-optimizer", None, []),
+        ("run: {export: false}", "--export-hf=x", ["--export-hf", "x"], []),
+        ("layout: {recompute: full}", "--without=--recompute-granularity", [], None),
+    ],
+)
+def test_a_later_source_replaces_what_it_excludes(tmp_path, earlier, later, words, left_out):
+    (tmp_path / "a.yaml").write_text(f"model: m\ndata: d\n{earlier}\n")
+    request = read_request([f"--config={tmp_path}/a.yaml", *later.split()])
+    expected = later.split() if words is None else words
+    assert words_of(f for n, f in request.given.items() if n != "data") == expected
+    gone = [later.partition("=")[2]] if left_out is None else left_out
+    assert request.front.without == gone
 
 
 def test_no_recomputation_is_a_choice_that_the_layout_keeps(tmp_path):
