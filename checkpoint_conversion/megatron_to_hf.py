@@ -393,7 +393,9 @@ def _export_model(options: argparse.Namespace) -> None:
         f"AutoModelForCausalLM.from_pretrained({options.out!r})"
     )
     if plan.notes:
-        print("\n".join(next_steps(Path(options.out), plan.template)))
+        facts = read_facts(plan.checkpoint.folder)
+        steps = next_steps(Path(options.out), plan.template, day=facts and facts.day)
+        print("\n".join(steps))
 
 
 def _export_adapter(options: argparse.Namespace) -> None:
@@ -415,7 +417,9 @@ def _export_adapter(options: argparse.Namespace) -> None:
         f"{options.export_adapter!r})"
     )
     if output.notes:
-        steps = next_steps(output.folder, Path(options.hf_template), is_adapter=True)
+        facts = read_facts(find_checkpoint(options.megatron, options.iteration))
+        base, rank = Path(options.hf_template), output.options.rank
+        steps = next_steps(output.folder, base, day=facts and facts.day, rank=rank)
         print("\n".join(steps))
 
 

@@ -34,6 +34,12 @@ class Facts:
     totals: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def day(self) -> str | None:
+        """The day that the chat template wrote in training, if one was given."""
+        day = self.part("data").get("template_date")
+        return day if isinstance(day, str) else None
+
     def part(self, name: str) -> Mapping[str, Any]:
         """Return a part of the record; empty where the run did not note it."""
         return self.run.get(name, {})

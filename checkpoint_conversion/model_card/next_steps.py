@@ -7,33 +7,45 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _COMMAND = "megatron-profit"
+# vLLM reserves memory for ranks of adapters that are powers of two, from this one on.
+_LEAST_RANK = 8
 
 
 def next_steps(
-    export: Path, base: Path, data: Sequence[str] = (), *, is_adapter: bool = False
+    export: Path,
+    base: Path,
+    data: Sequence[str] = (),
+    *,
+    day: str | None = None,
+    rank: int | None = None,
 ) -> list[str]:
     """Return lines of commands that talk with an exported model, evaluate, serve and look into it.
 
     Args:
         export: The exported folder.
         base: HuggingFace folder of its base.
-        data: Chat files to show the tokens of; without any, the last command is left out.
-        is_adapter: Whether the export holds adapters alone.
+        data: A chat file to show the tokens of, and the training's flags about its records; without any, the
+            last command is left out.
+        day: The day of the training's --template-date, if it has one.
+        rank: Rank of the adapters that the export holds alone; None for a whole model.
     """
+    dated = [] if day is None else ["--template-date", day]
     commands = [
         [_COMMAND, "chat", str(export)],
         [
             *(_COMMAND, "evaluate", f"base={base}", f"trained={export}"),
-            *("--tasks", "gsm8k", "--data", "data/eval"),
+            *("--tasks", "gsm8k", "--data", "data/eval", *dated),
         ],
         ["vllm", "serve", str(export)],
     ]
-    if is_adapter:
-        modules = ["--enable-lora", "--lora-modules", f"trained={export}"]
+    if rank is not None:
+        space = max(_LEAST_RANK, 1 << (rank - 1).bit_length())
+        modules = ["--enable-lora", "--max-lora-rank", str(space)]
+        modules += ["--lora-modules", f"trained={export}"]
         commands[-1] = ["vllm", "serve", str(base), *modules]
     elif data:
         page = export.with_name(f"{export.name}-tokens.html")
         commands.append(
-            [_COMMAND, "report", "--model", str(export), "--data", data[0], "--out", str(page)]
+            [_COMMAND, "report", "--model", str(export), "--data", *data, "--out", str(page)]
         )
     return [f"> next, with {export}:", *(f"    {shlex.join(command)}" for command in commands)]

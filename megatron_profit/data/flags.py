@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_profit.data.files.sources import COLUMNS
 
@@ -105,3 +107,25 @@ def add_rendering_flags(group: argparse._ActionsContainer) -> None:
         help="Special tokens of the tokenizer that texts of records may hold, as tokens; a record with "
         "another one is left out.",
     )
+
+
+def rendering_words(values: Mapping[str, Any]) -> list[str]:
+    """Return the flags of `add_rendering_flags` that have another value than their default, as words.
+
+    Args:
+        values: The arguments by name. For example, `data_columns` ["prompt=question"] gives `--data-columns
+            prompt=question`.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_rendering_flags(parser)
+    words: list[str] = []
+    for action in parser._actions:
+        value = values[action.dest]
+        if value == action.default:
+            continue
+        if isinstance(action, argparse.BooleanOptionalAction):
+            words.append(action.option_strings[not value])
+        else:
+            items = value if isinstance(value, list) else [value]
+            words += [action.option_strings[0], *map(str, items)]
+    return words

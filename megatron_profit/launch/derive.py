@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,42 @@ class Model:
         return f"{self.folder} ({self.parameters / 1e9:.3g} billion parameters, {self.positions:,} positions)"
 
 
+@dataclass(frozen=True)
+class Intervals:
+    """Steps between evaluations, and between checkpoints.
+
+    Attributes:
+        evaluation, save: The given numbers, or derived ones.
+    """
+
+    evaluation: int
+    save: int
+
+    @classmethod
+    def of(cls, request: Request, steps: int, saved_every: int) -> Intervals:
+        """Return the intervals of a run.
+
+        A given interval that the training wants to be a multiple of `--eval-interval` is one, and so is a
+        derived `--save-interval` where checkpoints are kept by an evaluation. For example, 103 steps have an
+        evaluation every 20, and then checkpoints every 100.
+
+        Args:
+            request: The command line.
+            steps: Steps of the run.
+            saved_every: Steps between two checkpoints by their time.
+        """
+        given, by_evaluation = request.values, "keep_best" in request.given
+        multiples = ["eval_tasks_interval", *(["save_interval"] if by_evaluation else [])]
+        shared = math.gcd(*(given[name] for name in multiples if name in given))
+        wanted = max(1, steps // _EVALUATIONS)
+        divisors = (number for number in range(min(wanted, shared), 0, -1) if shared % number == 0)
+        evaluation = given.get("eval_interval", next(divisors, wanted))
+        compared = given.get("eval_tasks_interval", evaluation)
+        if by_evaluation and compared > 0:
+            saved_every = max(saved_every // compared, 1) * compared
+        return cls(evaluation, given.get("save_interval", saved_every))
+
+
 class _Flags:
     """The flags of a run in the order of the command: derived ones, and given ones in their places."""
 
@@ -82,8 +119,7 @@ def derived_flags(
     data: Mapping[str, list[str]],
     planned: PlannedLayout,
     run: RunFolder,
-    steps: int,
-    saved_every: int,
+    intervals: Intervals,
 ) -> list[Given]:
     """Return all flags of the training.
 
@@ -93,8 +129,7 @@ def derived_flags(
         data: Paths of the data, by argument: `data`, and `valid_data` where it is given.
         planned: The layout.
         run: The run's folder.
-        steps: Steps of the run.
-        saved_every: Steps between two checkpoints.
+        intervals: Steps between evaluations and checkpoints.
     """
     flags, given = _Flags(request), request.given
     flags.put("--hf-model", str(model.folder))
@@ -114,11 +149,11 @@ def derived_flags(
         flags.add(flag_of(name), value)
     flags.add("--load", str(run.checkpoints))
     flags.add("--save", str(run.checkpoints))
-    flags.add("--save-interval", saved_every)
+    flags.add("--save-interval", intervals.save)
     if "--save" not in request.front.without:
         flags.add("--keep-last", _KEEP_LAST)
     if {"valid_data", "valid_split"} & given.keys():
-        flags.add("--eval-interval", max(1, steps // _EVALUATIONS))
+        flags.add("--eval-interval", intervals.evaluation)
     flags.add("--metrics-file", str(run.metrics))
     if not request.front.verbose:
         flags.add("--quiet")

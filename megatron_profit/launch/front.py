@@ -121,7 +121,7 @@ def _run(ready: Launch) -> int:
     if ready.request.front.dry_run:
         print(command)
         return 0
-    goes_on = ready.run.goes_on
+    goes_on = ready.run.is_resumed(ready.request)
     if not goes_on:
         _write_files(ready)
     resumes = "goes on from its newest checkpoint" if goes_on else "starts"

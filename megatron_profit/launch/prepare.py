@@ -22,6 +22,7 @@ from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.launch import hub
 from megatron_profit.launch.chat_template import with_template
 from megatron_profit.launch.derive import (
+    Intervals,
     Model,
     derived_flags,
     objective_defaults,
@@ -137,7 +138,8 @@ def prepare(request: Request) -> Launch:
     step_seconds = planned.row_seconds * planned.rows
     checkpoint = _checkpoint_bytes(request, model, planned)
     saved_every = save_interval(step_seconds, steps, checkpoint)
-    flags = derived_flags(request, model, data, planned, run, steps, saved_every)
+    intervals = Intervals.of(request, steps, saved_every)
+    flags = derived_flags(request, model, data, planned, run, intervals)
     ranks = planned.processes * request.nodes
     check_command_line(words_of(flags), ranks, "cuda" if planned.on_gpus else "cpu", config)
     return Launch(
@@ -151,7 +153,7 @@ def prepare(request: Request) -> Launch:
         checkpoint=checkpoint,
         lines=[
             *_lines(model, planned, rows, steps),
-            *_saves(request, saved_every, checkpoint),
+            *_saves(request, intervals.save, checkpoint),
         ],
     )
 
@@ -224,12 +226,10 @@ def _fit(
         lengths = replace(lengths, longest=prepared.longest - 1)
 
 
-def _saves(request: Request, saved_every: int, nbytes: int) -> list[str]:
+def _saves(request: Request, steps: int, nbytes: int) -> list[str]:
     """Return a line about the run's checkpoints, if it writes any."""
     if "--save" in request.front.without:
         return []
-    given = request.given.get("save_interval")
-    steps = saved_every if given is None else given.value
     return [f"checkpoints: every {steps:,} steps; one takes {describe_save(nbytes)}"]
 
 

@@ -73,6 +73,12 @@ class RunFolder:
         """Whether there is a checkpoint to resume from."""
         return (self.checkpoints / "latest_checkpointed_iteration.txt").is_file()
 
+    def is_resumed(self, request: Request) -> bool:
+        """Return whether a command line goes on from the checkpoints here."""
+        place = Path(request.values.get("load", self.checkpoints))
+        is_own = place.absolute() == self.checkpoints.absolute()
+        return self.goes_on and is_own and "--load" not in request.front.without
+
     def check_place(self) -> None:
         """Refuse a folder that can neither be written to nor made.
 
@@ -89,7 +95,7 @@ class RunFolder:
 
     def remembered(self, request: Request) -> dict[str, Any]:
         """Return values of flags that a run to be resumed was started with, by argument."""
-        if not (self.goes_on and self.config.is_file()):
+        if not (self.is_resumed(request) and self.config.is_file()):
             return {}
         parser, table = front_parser(), request.table
         try:

@@ -37,6 +37,11 @@ _CPUS_PER_GPU = 8
 _NOT_MOUNTED = re.compile(r"[,:\s]")
 # A node that has ended must not take the others with it while they write their parts of a checkpoint. Slurm
 # signals the script alone (B:), so that it knows of the limit and hands the signal to the job's steps.
+# Flags that a job cannot repeat, with the remedy.
+_ONCE = {
+    "overwrite": "remove the old run's folder yourself, or give another --run",
+    "ckpt_step": "begin a new run from that checkpoint with --pretrained-checkpoint and another --run",
+}
 _SCRIPT = """\
 #!/usr/bin/env bash
 # Written by `megatron-profit slurm`. Submit it with: sbatch {file}
@@ -202,6 +207,11 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
         if any(word.partition("=")[0] == flag for word in flags):
             raise LaunchError(f"{flag} follows from the job; drop it")
     request = read_request([*flags, "--nnodes", *nodes])
+    for name, remedy in _ONCE.items():
+        if name in request.given:
+            raise LaunchError(
+                f"{flag_of(name)} would act again each time that the job is started again; {remedy}"
+            )
     run = folder_of(request)
     if not str(run.path).isprintable():
         raise LaunchError(f"--run is {str(run.path)!r}; a job's script cannot name such a folder")

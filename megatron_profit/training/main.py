@@ -29,6 +29,7 @@ from checkpoint_conversion.model_card.facts import Facts, read_facts
 from checkpoint_conversion.model_card.hub import upload
 from checkpoint_conversion.model_card.next_steps import next_steps
 from megatron_profit.data import DataError, load_tokenizer
+from megatron_profit.data.flags import rendering_words
 from megatron_profit.evaluation.after_training import become_evaluation, results_of
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches.callbacks import Callback, RunFailure, register
@@ -227,11 +228,13 @@ def _export(plan: RunPlan, chunks: list[MegatronModule], keeper: Retention) -> N
             "-m checkpoint_conversion.megatron_to_hf --megatron DIR --hf-template "
             f"{plan.settings.hf_model} {folder} DIR"
         )
-    data = [source.path for source in plan.files.data.train]
+    values = plan.settings.values
+    day, data = values["template_date"], [*values["data"][:1], *rendering_words(values)]
     if merged is not None:
-        print_rank_0("\n".join(next_steps(merged.folder, base, data)))
+        print_rank_0("\n".join(next_steps(merged.folder, base, data, day=day)))
     if adapters is not None:
-        print_rank_0("\n".join(next_steps(adapters.folder, base, is_adapter=True)))
+        rank = adapters.options.rank
+        print_rank_0("\n".join(next_steps(adapters.folder, base, day=day, rank=rank)))
 
 
 def _publish(plan: RunPlan) -> None:

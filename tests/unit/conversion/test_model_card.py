@@ -258,5 +258,15 @@ def test_the_next_steps_can_be_pasted():
     assert lines[0] == "> next, with runs/my run/hf:"
     assert lines[1].strip() == "megatron-profit chat 'runs/my run/hf'"
     assert [line.split()[1] for line in lines[1:]] == ["chat", "evaluate", "serve", "report"]
-    adapter = next_steps(Path("out"), Path("Qwen3-4B"), is_adapter=True)
-    assert adapter[-1].strip() == "vllm serve Qwen3-4B --enable-lora --lora-modules trained=out"
+    for rank, space in ((4, 8), (16, 16), (20, 32)):
+        adapter = next_steps(Path("out"), Path("Qwen3-4B"), rank=rank)
+        assert adapter[-1].strip() == (
+            f"vllm serve Qwen3-4B --enable-lora --max-lora-rank {space} --lora-modules trained=out"
+        )
+
+
+def test_the_next_steps_write_the_day_and_read_the_records_of_the_training():
+    data = ["chats.jsonl", "--data-columns", "prompt=question", "--template-date", "2026-01-02"]
+    lines = next_steps(Path("hf"), Path("base"), data, day="2026-01-02")
+    assert lines[2].endswith("--template-date 2026-01-02")
+    assert " ".join(data) in lines[-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_profit.launch.derive import Model, derived_flags
+from megatron_profit.launch.derive import Intervals, Model, derived_flags
 from megatron_profit.launch.plan_layout import PlannedLayout
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.objectives import build_objective
@@ -20,7 +20,8 @@ def flags(given: str) -> dict:
     request = read_request(["--model", "m", "--data", "d.jsonl", *given.split()])
     data = {"data": ["d.jsonl"]}
     model = Model(Path("m"), {}, 1)
-    found = derived_flags(request, model, data, LAYOUT, RunFolder(Path("runs/x")), 10, 5)
+    intervals = Intervals.of(request, 10, 5)
+    found = derived_flags(request, model, data, LAYOUT, RunFolder(Path("runs/x")), intervals)
     return request.table.parse(words_of(found))
 
 
@@ -65,3 +66,23 @@ def test_a_run_of_wandb_is_named_after_the_folder():
 def test_what_is_not_wanted_is_not_derived():
     found = flags("--without=--export-hf --without=--save")
     assert not {"export_hf", "save", "keep_last"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "saved_every", "expected"),
+    [
+        ("", 103, 103, (20, 103)),
+        ("--keep-best objective", 103, 103, (20, 100)),
+        ("--keep-best objective", 103, 7, (20, 20)),
+        ("--keep-best objective --save-interval 100", 1000, 50, (100, 100)),
+        ("--keep-best objective --save-interval 30", 103, 50, (15, 30)),
+        ("--save-interval 30", 103, 50, (20, 30)),
+        ("--eval-tasks-interval 10", 103, 103, (10, 103)),
+        ("--eval-tasks-interval 10 --keep-best gsm8k", 103, 37, (10, 30)),
+        ("--eval-interval 7 --keep-best objective", 103, 50, (7, 49)),
+    ],
+)
+def test_derived_intervals_divide_as_the_training_wants(given, steps, saved_every, expected):
+    request = read_request(["--model", "m", "--data", "d.jsonl", *given.split()])
+    found = Intervals.of(request, steps, saved_every)
+    assert (found.evaluation, found.save) == expected

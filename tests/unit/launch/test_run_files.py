@@ -24,7 +24,7 @@ def ready(tmp_path):
         lines=(),
         words=["-m", "megatron_profit.sft"],
         config="model: new\n",
-        request=SimpleNamespace(front=SimpleNamespace(dry_run=False)),
+        request=SimpleNamespace(front=SimpleNamespace(dry_run=False, without=[]), values={}),
         run=RunFolder(tmp_path / "run"),
         processes=1,
         machine=SimpleNamespace(cores=1),
@@ -110,3 +110,21 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_a_run_is_named_after_model_objective_and_data(model, name):
     request = read_request(["--model", model, "--data", "x/chats.jsonl.gz"])
     assert folder_of(request).path.name == name
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_resumed"),
+    [
+        ("", True),
+        ("--load RUN/checkpoints", True),
+        ("--load other", False),
+        ("--without=--load --overwrite", False),
+    ],
+)
+def test_a_run_goes_on_where_its_own_checkpoints_are_loaded(tmp_path, flags, is_resumed):
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+    words = flags.replace("RUN", str(tmp_path)).split()
+    request = read_request(["--model", "m", "--data", "d.jsonl", *words])
+    assert run.is_resumed(request) is is_resumed

@@ -140,6 +140,12 @@ def test_restarts_are_the_jobs(cluster, capsys):
     assert "--max-restarts follows from the job" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--overwrite", "--ckpt-step=3"])
+def test_what_a_job_that_starts_again_would_repeat_is_refused(cluster, capsys, flag):
+    assert slurm.main([*JOB, flag]) == 2
+    assert "would act again each time that the job is started again" in capsys.readouterr().err
+
+
 def test_each_gpu_has_cores(cluster, capsys):
     assert slurm.main(["--dry-run", "--gpus-per-node", "4", *JOB]) == 0
     assert "#SBATCH --cpus-per-task=32\n" in capsys.readouterr().out
