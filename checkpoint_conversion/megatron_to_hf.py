@@ -394,7 +394,9 @@ def _export_model(options: argparse.Namespace) -> None:
     )
     if plan.notes:
         facts = read_facts(plan.checkpoint.folder)
-        steps = next_steps(Path(options.out), plan.template, day=facts and facts.day)
+        steps = next_steps(
+            Path(options.out), plan.template, day=None if facts is None else facts.day
+        )
         print("\n".join(steps))
 
 
@@ -419,7 +421,7 @@ def _export_adapter(options: argparse.Namespace) -> None:
     if output.notes:
         facts = read_facts(find_checkpoint(options.megatron, options.iteration))
         base, rank = Path(options.hf_template), output.options.rank
-        steps = next_steps(output.folder, base, day=facts and facts.day, rank=rank)
+        steps = next_steps(output.folder, base, day=None if facts is None else facts.day, rank=rank)
         print("\n".join(steps))
 
 

@@ -170,9 +170,9 @@ def read_request(argv: Sequence[str]) -> Request:
         earlier = list(getattr(front, "without", ()))
         _, flags = parser.parse_known_args(words, front)
         left_out = front.without[len(earlier) :]
-        given = {option for option in map(_option_of, flags) if option in table.options}
+        named = set(map(_option_of, flags))
         rest = [*table.kept_of_earlier(rest, flags, left_out), *flags]
-        front.without = [option for option in earlier if option not in given] + left_out
+        front.without = [option for option in earlier if option not in named] + left_out
     given = table.parse(rest, options)
     missing = [f"--{name}" for name in ("model",) if getattr(front, name) is None]
     missing += ["--data"] * ("data" not in given)
