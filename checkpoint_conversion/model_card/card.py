@@ -267,10 +267,11 @@ def _results(facts: Facts) -> str:
         return "No metrics were recorded."
     steps = facts.totals.get("last_steps")
     span = " to ".join(dict.fromkeys(map(_value, steps if isinstance(steps, list) else [])))
-    columns = {f"training, step {span}": last}
-    columns |= (
-        {f"validation, after step {facts.step:,}": facts.evaluation} if facts.evaluation else {}
-    )
+    columns = {
+        f"training, step {span}": last,
+        f"validation, after step {facts.step:,}": facts.evaluation,
+    }
+    columns = {header: found for header, found in columns.items() if found}
     rows = (
         (_plain(n), *(_value(found[n]) if n in found else "" for found in columns.values()))
         for n in names

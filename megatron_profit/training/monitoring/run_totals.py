@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.distributed as dist
 
@@ -37,12 +37,18 @@ class RunTotals:
     last_steps: list[int] = field(default_factory=list)
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
-        """Go on from the totals that the checkpoint of `step` holds; without whole ones, count from there."""
+        """Go on from the totals that the checkpoint of `step` holds; without whole ones, count from there.
+
+        The metrics of the last log line come back too: a run that has no step left prints no other line.
+        """
         counts = {name: saved.get(name) for name in ("since", *_COUNTS)}
         if any(type(count) is not int for count in counts.values()):
             self.since = step
             return
         vars(self).update(counts)
+        last, steps = saved.get("last"), saved.get("last_steps")
+        if _are_metrics(last) and _are_steps(steps):
+            self.last, self.last_steps = dict(last), list(steps)
 
     def add(self, *, tokens: float, supervised: float, kept: float) -> None:
         """Count the tokens of a step in which the weights changed."""
@@ -64,6 +70,14 @@ class RunTotals:
     def to_json(self) -> dict[str, Any]:
         """Return the totals as JSON values, for a checkpoint that names its step by itself."""
         return {name: value for name, value in asdict(self).items() if name != "step"}
+
+
+def _are_metrics(value: Any) -> TypeGuard[Mapping[str, float]]:
+    return isinstance(value, Mapping) and all(type(number) is float for number in value.values())
+
+
+def _are_steps(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and [type(step) for step in value] == [int, int]
 
 
 _COUNTS = ("tokens", "supervised_tokens", "kept_tokens")

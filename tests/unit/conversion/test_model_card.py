@@ -169,6 +169,13 @@ def test_an_earlier_record_gives_a_card_with_what_it_knows(base):
     assert card(Facts(7, {}), base)
 
 
+def test_a_table_of_results_has_no_empty_column(base):
+    without_training = card(Facts(7, RUN, {}, {"lm loss": 0.9}), base)
+    assert "| metric | validation, after step 7 |" in without_training
+    assert "training, step" not in without_training
+    assert "| metric | training, step 21 to 25 |" in card(Facts(25, RUN, TOTALS), base)
+
+
 def test_names_cannot_end_a_table_or_the_metadata(base):
     hostile = "a`|<b>\n---\nlicense: mit"
     run = {

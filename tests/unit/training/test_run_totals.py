@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -38,3 +39,28 @@ def test_the_last_line_keeps_finite_metrics():
     totals.note_line({"lm loss": 0.5, "objective": math.nan}, 3, 4)
     assert (totals.last, totals.last_steps) == ({"lm loss": 0.5}, [3, 4])
     assert "step" not in totals.to_json(), "the checkpoint names its step by itself"
+
+
+def test_a_finished_run_that_is_started_again_has_its_last_line():
+    totals = counted()
+    totals.note_line({"lm loss": 0.5}, 1, 2)
+    resumed = RunTotals()
+    resumed.restore(json.loads(json.dumps(totals.to_json())), step=2)
+    assert (resumed.last, resumed.last_steps) == ({"lm loss": 0.5}, [1, 2])
+    resumed.note_line({"objective": 0.25}, 3, 4)
+    assert (resumed.last, resumed.last_steps) == ({"objective": 0.25}, [3, 4])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"last": {"lm loss": 0.5}},
+        {"last": {"lm loss": "0.5"}, "last_steps": [1, 2]},
+        {"last": {"lm loss": 0.5}, "last_steps": ["1", 2]},
+        {"last": [0.5], "last_steps": [1, 2]},
+    ],
+)
+def test_a_damaged_last_line_does_not_come_back_and_the_counts_do(line):
+    resumed = RunTotals()
+    resumed.restore(counted().to_json() | {"last": None, "last_steps": None} | line, step=2)
+    assert (resumed.last, resumed.last_steps, resumed.tokens) == ({}, [], 150)
