@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.errors import ConversionError
 from megatron_profit.megatron_patches.callbacks import RunFailure, callbacks
 from megatron_profit.megatron_patches.enduring import reason
 from megatron_profit.megatron_patches.patch import Patch
@@ -44,13 +45,13 @@ def _write_own_files(folder: Path, iteration: int) -> None:
     """
     import torch
 
-    failed: OSError | None = None
+    failed: ConversionError | OSError | None = None
     folder_made = functools.partial(folder.mkdir, parents=True, exist_ok=True)
     writes = [functools.partial(each.with_checkpoint, folder, iteration) for each in callbacks()]
     for write in (folder_made, *writes):
         try:
             write()
-        except OSError as error:
+        except (ConversionError, OSError) as error:
             failed = failed or error
     everyone: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, reason(failed) if failed else None)

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from checkpoint_conversion.errors import ConversionError
 from megatron_profit.megatron_patches import saving
 from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.saving import _WithReason, reason_of_all_ranks
@@ -41,12 +42,25 @@ def test_a_result_that_is_a_failure_gets_the_reason_of_what_failed():
     assert str(results.get()) == "OSError 28, No space left on device: f"
 
 
+def full_disk():
+    raise OSError(errno.ENOSPC, "", "small")
+
+
+def full_disk_of_a_conversion():
+    """As `write_file`, which names its file."""
+    try:
+        full_disk()
+    except OSError as error:
+        raise ConversionError("small: the disk is full") from error
+
+
+@pytest.mark.parametrize("fail", [full_disk, full_disk_of_a_conversion])
 def test_a_file_that_cannot_be_written_does_not_keep_later_callbacks_from_their_collectives(
-    monkeypatch, tmp_path
+    monkeypatch, tmp_path, fail
 ):
     class Full(Callback):
         def with_checkpoint(self, folder, iteration):
-            raise OSError(errno.ENOSPC, "", "small")
+            fail()
 
     class Gathers(Callback):
         iteration = None
