@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +22,9 @@ from checkpoint_conversion.progress import human
 _SPARE_BYTES = 16 << 20  # for headers, metadata and tokenizer
 # A file next to the output's files. It says which command wrote them, and their sizes.
 MARKER = ".checkpoint_conversion.json"
+# Age at which an unfinished file is a dead writer's, on whatever machine it ran.
+_STALE_SECONDS = 24 * 3600
+_UNFINISHED = ".unfinished"
 
 
 @contextlib.contextmanager
@@ -122,13 +128,15 @@ def whole_file(file: Path) -> Iterator[BinaryIO]:
     """Yield a stream into a new file, which takes the name `file` when the block ends without an error.
 
     The stream never writes through a link: somebody else may write into the folder too. A link in the
-    place of `file` is replaced, not followed.
+    place of `file` is replaced, not followed. Processes of several machines may write the same file at
+    the same time; the last one to finish counts.
 
     Raises:
         OSError: The file cannot be written.
     """
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
+    _remove_stale(file)
+    # A name of its own: another writer must neither remove this file nor find its name taken.
+    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with os.fdopen(os.open(unfinished, flags, 0o666), "wb") as stream:
         try:
@@ -139,6 +147,14 @@ def whole_file(file: Path) -> Iterator[BinaryIO]:
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
+
+
+def _remove_stale(file: Path) -> None:
+    """Remove what writers of a file have left that died long ago."""
+    for left_over in file.parent.glob(f".{glob.escape(file.name)}.*{_UNFINISHED}"):
+        with contextlib.suppress(OSError):  # another writer has removed it
+            if time.time() - left_over.lstat().st_mtime > _STALE_SECONDS:
+                left_over.unlink()
 
 
 def sync_file(file: Path) -> None:
@@ -258,6 +274,21 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _is_file(entry: Path) -> bool:
     return entry.is_symlink() or not entry.is_dir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that an interruption leaves no part of it under its name.
+
+    The next removal of the same folder removes what an interrupted one has left.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    removed = folder.with_name(f".{folder.name}.removed")
+    _remove(removed)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(removed)
+    _remove(removed)
 
 
 def _claim(partial: Path) -> contextlib.ExitStack:
