@@ -279,16 +279,19 @@ def _is_file(entry: Path) -> bool:
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that an interruption leaves no part of it under its name.
 
-    The next removal of the same folder removes what an interrupted one has left.
+    What an interruption or an error leaves has another name, and the next removal of the same folder
+    removes it.
 
     Raises:
-        OSError: It cannot be removed.
+        OSError: It cannot be taken away from its name.
     """
     removed = folder.with_name(f".{folder.name}.removed")
-    _remove(removed)
+    with contextlib.suppress(OSError):
+        _remove(removed)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(removed)
-    _remove(removed)
+    with contextlib.suppress(OSError):
+        _remove(removed)
 
 
 def _claim(partial: Path) -> contextlib.ExitStack:

@@ -26,20 +26,25 @@ is so far.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp
+from checkpoint_conversion.engine.lock import lock_file
 from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.errors import ConversionError, warn
 from megatron_profit.evaluation.command_line import check_out
 from megatron_profit.evaluation.errors import EvaluationError
 
 if TYPE_CHECKING:
     from megatron_profit.commands.plot_run import Curve
     from megatron_profit.evaluation.comparison.runs import Outcome
+
+LOCK = ".in_use"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,14 +89,36 @@ def compare(plan_file: Path, out: Path, *, dry_run: bool = False) -> int:
                 print(shlex.join(command))
         return 0
 
-    check_out(out)
-
     def publish(outcomes: Sequence[Outcome], done: int, total: int) -> None:
         write_results(out, outcomes, plan.text, done, total)
 
-    outcomes = carry_out(plan, out, read_run, lambda line: print(line, flush=True), publish)
+    with _held(out):
+        outcomes = carry_out(plan, out, read_run, lambda line: print(line, flush=True), publish)
     print(f"\n{report(outcomes)}\nwrote {out}")
     return 0
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Make the folder of results, and keep other comparisons out of it inside the block.
+
+    Raises:
+        EvaluationError: It cannot be made, or another comparison is writing there.
+    """
+    check_out(out)
+    with contextlib.ExitStack() as held:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            is_locked = held.enter_context(lock_file(out / LOCK, patience=0))
+        except BlockingIOError as error:
+            raise EvaluationError(
+                f"--out {out}: another comparison is writing there; wait for it, or give another --out"
+            ) from error
+        except (ConversionError, OSError) as error:
+            raise EvaluationError(f"--out {out} cannot be used: {error}") from error
+        if not is_locked:
+            warn(f"{out} is on a file system without locks; a second comparison is not kept out of it")
+        yield
 
 
 def write_results(

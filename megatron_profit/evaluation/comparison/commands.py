@@ -15,7 +15,9 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.parent_death import die_with_parent
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TAIL_LINES = 15
 _STOPPED = "stopped; the same command goes on from here"
 
@@ -39,18 +41,19 @@ _children = _Children()
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the commands inside the block.
+    """Let SIGINT, SIGTERM and SIGHUP end the commands inside the block.
 
-    A command gets SIGTERM, at which a training saves. Then `execute` raises. Outside of the main thread the
-    block changes no handler, because Python does not allow it.
+    A command gets SIGTERM, at which a training saves. Then `execute` raises. An ignored signal stays ignored,
+    as under nohup. Outside of the main thread the block changes no handler, because Python does not allow it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        for number in before:
-            signal.signal(number, _children.stop)
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, _children.stop)
         yield
     finally:
         _children.stopping = False
@@ -59,7 +62,7 @@ def stoppable() -> Iterator[None]:
 
 
 def execute(command: Sequence[str], log: Path, threads: int) -> None:
-    """Run a command, whose output goes to a file.
+    """Run a command, whose output goes to a file; it ends with this process, however that ends.
 
     Args:
         command: The words of the command.
@@ -76,7 +79,12 @@ def execute(command: Sequence[str], log: Path, threads: int) -> None:
     with log.open("w", encoding="utf-8") as file:
         # A session of its own: a terminal's Ctrl-C comes to this process alone, which ends the command.
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
         )
         _children.running.add(process)
         if _children.stopping:  # the signal came in between

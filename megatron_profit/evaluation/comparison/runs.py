@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.engine.output import remove_folder, whole_file
 from megatron_profit.evaluation.comparison.commands import execute, seconds_of, stoppable
 from megatron_profit.evaluation.comparison.plan import TRAINED, Plan, Run, Unit, folder_name
 from megatron_profit.evaluation.errors import EvaluationError
@@ -149,7 +148,7 @@ def _of_unit(plan: Plan, out: Path, read_curves: ReadCurves, unit: Unit) -> Outc
     for name, place in places.items():
         outcome = outcome.with_more(_evaluated(plan, run, run.data, name, model, place))
     if unit.is_last and not plan.keep_models:
-        shutil.rmtree(model, ignore_errors=True)
+        remove_folder(model)
     return outcome
 
 
@@ -158,13 +157,13 @@ def _trained(plan: Plan, run: Run, folder: Path, read_curves: ReadCurves) -> Out
     metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     # Left from an interruption just after the export.
-    shutil.rmtree(folder / "hf", ignore_errors=True)
+    remove_folder(folder / "hf")
     if not plan.save_interval:
         metrics.unlink(missing_ok=True)
     log = folder / "train.log"
     command = plan.train_command(run, folder / "hf", metrics, checkpoints)
     execute(command, log, _threads(plan.jobs * plan.processes))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    remove_folder(checkpoints)
     curves = {name: values for name, (_, values) in read_curves(metrics).items()}
     return Outcome(
         run,

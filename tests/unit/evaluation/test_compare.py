@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from checkpoint_conversion.engine.lock import lock_file
 from megatron_profit.commands import compare
 from megatron_profit.evaluation.comparison import commands as command_runner
 from megatron_profit.evaluation.comparison import runs as comparison
@@ -477,7 +479,8 @@ def test_what_was_finished_before_a_failure_is_published_and_stays(
     assert "finished" not in (tmp_path / "out/results.md").read_text()
 
 
-def test_a_stop_ends_the_command_first_and_its_time_is_counted(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_stop_ends_the_command_first_and_its_time_is_counted(tmp_path, number):
     code = (
         "import signal; signal.signal(15, lambda *_: exit(0)); print(1, flush=True); signal.pause()"
     )
@@ -486,7 +489,7 @@ def test_a_stop_ends_the_command_first_and_its_time_is_counted(tmp_path):
     def stop():
         while not log.exists() or not log.read_text():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     with command_runner.stoppable():
         thread = threading.Thread(target=stop)
@@ -500,6 +503,71 @@ def test_a_stop_ends_the_command_first_and_its_time_is_counted(tmp_path):
     assert cpu > 0
     assert wall > 0
     assert command_runner.seconds_of(tmp_path / "absent.log") == [0.0, 0.0]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command_runner.stoppable():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_ends_with_a_comparison_that_is_killed(tmp_path):
+    log = tmp_path / "train.log"
+    training = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from megatron_profit.evaluation.comparison.commands import execute\n"
+        f"execute([sys.executable, '-c', {training!r}], Path({str(log)!r}), 1)"
+    )
+    comparing = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        _wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
+        command = Path("/proc", log.read_text().strip(), "cmdline")
+        assert training.encode() in command.read_bytes()
+    finally:
+        comparing.kill()
+        comparing.wait()
+    _wait_until(lambda: not command.exists() or not command.read_bytes())  # gone, or a zombie
+
+
+def _wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_two_comparisons_do_not_work_in_one_folder(plan, commands, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with lock_file(out / compare.LOCK):
+        assert compare.main([str(plan()), "--out", str(out)]) == 1
+    assert "another comparison is writing there; wait for it, or" in capsys.readouterr().err
+    assert commands == []
+    (out / compare.LOCK).symlink_to(tmp_path / "elsewhere")
+    assert compare.main([str(plan()), "--out", str(out)]) == 1
+    assert "cannot be used: " in capsys.readouterr().err
+    assert commands == []
+
+
+def test_a_model_whose_removal_is_interrupted_is_not_asked_later(
+    plan, commands, tmp_path, monkeypatch
+):
+    flags = ["--out", str(tmp_path / "out")]
+    few = {"learning_rates": None, "lora_ranks": None, "seeds": [1], "objectives": {"sft": ""}}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        compare.main([str(plan(**few)), *flags])
+    made = len(commands)
+    assert compare.main([str(plan(**few, evaluate="--tasks ifeval")), *flags]) == 0
+    again = ["evaluate" if "evaluate" in command else "train" for command in commands[made:]]
+    assert again == ["evaluate", "train", "evaluate"]
+    assert not list((tmp_path / "out").rglob("*hf*"))
 
 
 def test_differences_are_paired_and_missing_cells_stay_empty():
