@@ -117,7 +117,9 @@ def _held(out: Path) -> Iterator[None]:
         except (ConversionError, OSError) as error:
             raise EvaluationError(f"--out {out} cannot be used: {error}") from error
         if not is_locked:
-            warn(f"{out} is on a file system without locks; a second comparison is not kept out of it")
+            warn(
+                f"{out} is on a file system without locks; a second comparison is not kept out of it"
+            )
         yield
 
 

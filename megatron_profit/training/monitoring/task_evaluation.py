@@ -7,8 +7,8 @@ evaluation at that step, so that logs, `--keep-best` and `--early-stop` know the
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,16 +16,20 @@ from pathlib import Path
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
+from checkpoint_conversion.engine.output import remove_folder
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.evaluation.after_training import EvalTasks, environment_of_engine
 from megatron_profit.megatron_patches.callbacks import Callback, RunFailure
 from megatron_profit.parent_death import die_with_parent
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
+from megatron_profit.training.process.exit_signals import signal_has_come
 from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 
 LOG = "evaluate.log"
-# The other ranks wait in a collective, which must not take longer than its time limit.
-_LOOK_EVERY_SECONDS = 20
+# The other ranks wait in a collective, which must not take longer than its time limit. And a run that gets a
+# signal has only some seconds to save.
+_LOOK_EVERY_SECONDS = 2
+_SIGNAL = "a signal ends the run"
 
 
 @dataclass
@@ -55,9 +59,20 @@ class TaskEvaluation(Callback):
         return self._scores
 
     def _evaluate(self, iteration: int) -> Mapping[str, float]:
+        """Return the scores; none if the evaluation fails, or if a signal ends the run before its end."""
+        scores, problem = ({}, _SIGNAL) if signal_has_come() else self._asked(iteration)
+        if problem:
+            warn_rank_0(f"the tasks were not evaluated after step {iteration}: {problem}")
+        _log(iteration, scores)
+        return scores
+
+    def _asked(self, iteration: int) -> tuple[dict[str, float], str | None]:
+        """Return the score of each task, and why there are none, or None."""
         out = self.folder / f"step_{iteration:07}"
         model = out / "model"
         try:
+            if is_first_rank():  # an earlier process may have ended while it removed this folder
+                remove_folder(model)
             self.export_to(model)
         except (ConversionError, OSError) as error:
             # Not all ranks have met it, so the others wait for this one.
@@ -68,15 +83,11 @@ class TaskEvaluation(Callback):
         print_rank_0(
             f"> evaluating {', '.join(self.options.metrics)}; its progress is in {out / LOG}"
         )
-        while from_first_rank(lambda: _goes_on(process)):
-            pass
-        scores, problem = from_first_rank(lambda: _scores_in(out, process))
+        has_ended = _has_ended(process)
         if is_first_rank():
-            shutil.rmtree(model, ignore_errors=True)
-        if problem:
-            warn_rank_0(f"the tasks were not evaluated after step {iteration}: {problem}")
-        _log(iteration, scores)
-        return scores
+            with contextlib.suppress(OSError):
+                remove_folder(model)
+        return from_first_rank(lambda: _scores_in(out, process)) if has_ended else ({}, _SIGNAL)
 
     def _start(self, model: Path, out: Path) -> subprocess.Popen[bytes]:
         with (out / LOG).open("wb") as log:
@@ -87,6 +98,28 @@ class TaskEvaluation(Callback):
                 env=environment_of_engine(on_cpu=True),
                 preexec_fn=die_with_parent,
             )
+
+
+def _has_ended(process: subprocess.Popen[bytes] | None) -> bool:
+    """Wait for the process of the first rank, and return whether it came to its end.
+
+    A signal at any rank ends it before that: the run has to save before it is killed.
+    """
+    while from_first_rank(lambda: _goes_on(process)):
+        if signal_has_come():
+            from_first_rank(lambda: _end(process))
+            return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    assert process is not None
+    process.terminate()
+    try:
+        process.wait(_LOOK_EVERY_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _goes_on(process: subprocess.Popen[bytes] | None) -> bool:

@@ -127,6 +127,11 @@ class ExitSignals(Callback):
         return int(largest.item())
 
 
+def signal_has_come() -> bool:
+    """Return whether any rank has received a signal that ends the run. All ranks call this together."""
+    return any(get_signal_handler().signals_received())
+
+
 def _last_words(received: signal.Signals) -> str:
     args = get_args()
     done = f"> stopped by {received.name} after iteration {args.curr_iteration + 1} of {args.train_iters}"

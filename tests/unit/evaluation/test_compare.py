@@ -560,9 +560,10 @@ def test_a_model_whose_removal_is_interrupted_is_not_asked_later(
 ):
     flags = ["--out", str(tmp_path / "out")]
     few = {"learning_rates": None, "lora_ranks": None, "seeds": [1], "objectives": {"sft": ""}}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        compare.main([str(plan(**few)), *flags])
+        with pytest.raises(KeyboardInterrupt):
+            compare.main([str(plan(**few)), *flags])
     made = len(commands)
     assert compare.main([str(plan(**few, evaluate="--tasks ifeval")), *flags]) == 0
     again = ["evaluate" if "evaluate" in command else "train" for command in commands[made:]]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_profit.training import main
-from megatron_profit.training.process import interrupts
+from megatron_profit.training.process import exit_signals, interrupts
 from megatron_profit.training.process.exit_signals import ExitSignals
 
 SAVED = 5
@@ -177,6 +178,14 @@ def test_ctrl_c_before_anything_is_imported_ends_with_one_line():
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == line
         assert process.returncode == 130
+
+
+def test_a_long_wait_can_ask_whether_a_signal_has_come(monkeypatch):
+    with DistributedSignalHandler(signal.SIGUSR2) as handler:
+        monkeypatch.setattr(exit_signals, "get_signal_handler", lambda: handler)
+        assert not exit_signals.signal_has_come()
+        signal.raise_signal(signal.SIGUSR2)
+        assert exit_signals.signal_has_come()
 
 
 def test_an_end_of_megatron_without_an_exit_code_is_an_error(capsys):
