@@ -60,7 +60,8 @@ class RunRecord:
         data: `digest` of the tokenised training examples, their number (`examples`), `supervised_tokens`,
             the `sources` (paths), their `files` with digests, and the flags that decide which rows are drawn,
             such as `seq_length` and `packing`.
-        validation: The same for the validation data.
+        validation: The same for the validation data, and `eval_tasks_limit` and `eval_flags` if --keep-best
+            names a task.
         tokenizer: `digest` of the files of the tokenizer, the chat template among them, and `turn_end_id`,
             the token that training teaches to end a turn with; exports stop there.
         seed: `seed`.

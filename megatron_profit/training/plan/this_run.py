@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from hashlib import file_digest
@@ -62,7 +63,7 @@ def describe_run(settings: RunSettings, files: RunFiles, data: SFTData) -> RunRe
             "weights": [source.weight for source in options.train],
             "num_samples": [source.num_samples for source in options.train],
         },
-        validation=_validation(values, options, data),
+        validation={**_validation(values, options, data), **evaluation_of_tasks(settings)},
         tokenizer={
             "digest": digest_of_json(tokenizer_files(settings.hf_model)),
             "turn_end_id": data.turn_end,
@@ -180,6 +181,20 @@ def _content(prepared: TokenizedData, sources: Iterable[DataSource]) -> dict[str
 def _rows(values: Mapping[str, Any]) -> Mapping[str, Any]:
     names = ("seq_length", "packing", "too_long", "train_on", "train_think", "template_date")
     return _chosen(values, names)
+
+
+def evaluation_of_tasks(settings: RunSettings) -> dict[str, Any]:
+    """Return the settings that decide a task's score, if checkpoints are compared by one; else {}.
+
+    Other tasks, which are evaluated too, do not change it.
+    """
+    tasks = settings.eval_tasks
+    if settings.keep.keep_best not in tasks.metrics:
+        return {}
+    return {
+        "eval_tasks_limit": tasks.eval_tasks_limit,
+        "eval_flags": shlex.split(settings.values["eval_flags"]),
+    }
 
 
 def _validation(values: Mapping[str, Any], options: DataOptions, data: SFTData) -> dict[str, Any]:

@@ -143,6 +143,22 @@ def test_validation_data_may_change_unless_checkpoints_are_compared_by_them(resu
         resume(now, keep_best="lm loss")
 
 
+def test_other_questions_are_named_where_checkpoints_are_compared_by_a_task(resume):
+    then, now = (
+        changed(validation={"eval_tasks_limit": limit, "eval_flags": flags})
+        for limit, flags in ((50, []), (200, ["--samples", "8"]))
+    )
+    told = "--eval-tasks-limit 200 (was 50), --eval-flags --samples 8 (was none)"
+    with pytest.raises(CheckpointError) as error:
+        resume(now, record=then.to_json(), keep_best="mawps")
+    assert f"{told}. Give the old ones, accept the change with --allow-change validation" in str(
+        error.value
+    )
+    (line,) = resume(now, record=then.to_json(), keep_best="mawps", allow_change=["validation"])
+    assert line.endswith(told)
+    assert resume(now, keep_best="mawps") == [], "a checkpoint of an earlier version"
+
+
 def test_the_rest_is_one_line_with_old_and_new_values(resume):
     now = changed(model={"digest": "m2"}, versions={"torch": "2.16.0"})
     (line,) = resume(now)

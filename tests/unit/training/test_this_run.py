@@ -1,15 +1,20 @@
-"""Weights are told from others without reading all of them."""
+"""The record of a run: weights are told from others without reading all of them; evaluations of tasks."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from megatron_profit.training.plan.this_run import digest_of_weights
+from megatron_profit.evaluation.after_training import EvalTasks
+from megatron_profit.training.checkpoints.keep_options import KeepOptions
+from megatron_profit.training.checkpoints.run_record import RunRecord
+from megatron_profit.training.plan.this_run import digest_of_weights, evaluation_of_tasks
 
 
 def weights(folder: Path, seed: int) -> Path:
@@ -29,3 +34,32 @@ def test_a_copy_is_the_same_and_other_weights_of_the_same_shape_are_not(tmp_path
 def test_files_smaller_than_a_block_have_a_digest(tmp_path):
     save_file({"w": np.zeros(3)}, tmp_path / "model.safetensors")
     assert digest_of_weights(tmp_path) != digest_of_weights(tmp_path.parent)
+
+
+def settings_of(keep_best: str, limit: int = 50, flags: str = "") -> SimpleNamespace:
+    tasks = EvalTasks("gsm8k,mawps", flags, eval_tasks_interval=10, eval_tasks_limit=limit)
+    values = {"eval_flags": flags}
+    return SimpleNamespace(
+        keep=KeepOptions(keep_last=1, keep_best=keep_best), eval_tasks=tasks, values=values
+    )
+
+
+def test_checkpoints_are_not_compared_by_scores_of_different_evaluations():
+    def record(keep_best: str, **changes: Any) -> RunRecord:
+        return RunRecord(validation=evaluation_of_tasks(settings_of(keep_best, **changes)))
+
+    few, many = record("mawps"), record("mawps", limit=200)
+    (difference,) = many.differences(few)
+    assert vars(difference) == {
+        "part": "validation",
+        "setting": "eval_tasks_limit",
+        "saved": 50,
+        "now": 200,
+    }
+    draws = record("mawps", flags="--samples 8  --data 'my data'")
+    (difference,) = draws.differences(few)
+    assert difference.now == ["--samples", "8", "--data", "my data"]
+    spaced = record("mawps", flags="--samples 8 --data 'my data'")
+    assert draws.differences(spaced) == ()
+    assert many.differences(RunRecord()) == (), "a checkpoint of an earlier version"
+    assert record("lm loss").validation == {}, "scores of tasks do not decide"
