@@ -214,7 +214,12 @@ def make_room(folder: Path) -> None:
 
 
 def prune(
-    save: Path, latest: int, keep_last: int, metric: str | None, protected: Container[int]
+    save: Path,
+    latest: int,
+    keep_last: int,
+    metric: str | None,
+    protected: Container[int],
+    counted: Container[int],
 ) -> Iterator[Path]:
     """Remove the checkpoints that are not kept.
 
@@ -225,14 +230,20 @@ def prune(
         keep_last: Number of the newest that stay.
         metric: The best by this metric stays, if there is one.
         protected: Iterations that stay.
+        counted: Iterations whose checkpoints the run has made or goes on from. Other whole checkpoints, as
+            of a run that went further before it went back, stay and do not count.
 
     Yields:
         The removed folders.
     """
-    own = [saved for saved in saved_in(save) if saved.is_own]
+    own = [
+        saved
+        for saved in saved_in(save)
+        if saved.is_own and (saved.iteration in counted or not saved.is_complete)
+    ]
     complete = [saved for saved in own if saved.is_complete]
     kept = {latest, *(saved.iteration for saved in complete[:keep_last])}
-    best_one = best(save, metric) if metric is not None else None
+    best_one = best(save, metric, counted) if metric is not None else None
     if best_one is not None:
         kept.add(best_one.iteration)
     for saved in own:
@@ -252,16 +263,19 @@ def drop_replaced(folder: Path) -> None:
     remove_checkpoint(folder.with_name(folder.name + _ASIDE))
 
 
-def best(save: Path, metric: str) -> Saved | None:
+def best(save: Path, metric: str, counted: Container[int]) -> Saved | None:
     """Return the complete checkpoint with the best evaluation; None where there is none.
 
-    Of equals, the earliest counts.
+    Of equals, the earliest counts. `counted` is as for `prune`.
     """
     sign = better(metric)
     candidates = [
         saved
         for saved in reversed(saved_in(save))
-        if saved.is_own and saved.is_complete and math.isfinite(saved.validation(metric))
+        if saved.iteration in counted
+        and saved.is_own
+        and saved.is_complete
+        and math.isfinite(saved.validation(metric))
     ]
     return max(candidates, key=lambda saved: sign * saved.validation(metric), default=None)
 

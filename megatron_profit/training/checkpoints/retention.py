@@ -36,6 +36,7 @@ from megatron_profit.training.checkpoints.folder import (
     read_json,
     restore_backup,
     same_folder,
+    saved_in,
     write_json,
 )
 from megatron_profit.training.checkpoints.keep_options import KeepOptions
@@ -48,6 +49,8 @@ from megatron_profit.training.process.console import fail, print_rank_0, warn_ra
 from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 
 _FORMAT = 1
+# The key of a marker with the iterations whose checkpoints led to it, its own included.
+_COURSE = "course"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class Retention(Callback):
         self._progress = None if options.keep_best is None else EarlyStopState(options.keep_best)
         self._evaluated: tuple[int, Mapping[str, float]] = (-1, {})
         self._resumed_from: frozenset[int] = frozenset()
+        # Iterations whose checkpoints in --save this run has made or goes on from.
+        self._counted: set[int] = set()
 
     def before_training(self, iteration: int) -> None:
         """Continue from the state in the loaded checkpoint.
@@ -131,6 +136,8 @@ class Retention(Callback):
         load = Path(args.load)
         if same_folder(load, args.save):
             self._resumed_from = frozenset({iteration})
+            self._counted = from_first_rank(lambda: _saved_course(load, iteration))
+            self._tell_of_others(load)
         file = folder_of(load, iteration) / MARKER
         self._totals.restore(from_first_rank(lambda: _saved_totals(file)), iteration)
         if self._progress is None:
@@ -139,6 +146,22 @@ class Retention(Callback):
         if saved is not None and saved.metric == self._progress.metric:
             self._progress = saved
             self._stop_if_patience_has_ended(iteration)
+
+    def _tell_of_others(self, save: Path) -> None:
+        """Tell of checkpoints that do not count, because the run has gone back before them."""
+        if not is_first_rank() or self._options == KeepOptions():
+            return
+        others = [
+            saved.iteration
+            for saved in reversed(saved_in(save))
+            if saved.is_own and saved.is_complete and saved.iteration not in self._counted
+        ]
+        if others:
+            print_rank_0(
+                f"> checkpoints in {save} that this run does not go on from: "
+                f"{', '.join(map(str, others))}; until it writes them again, they stay and do not count for "
+                "--keep-last and --keep-best"
+            )
 
     def _replace_run(self, save: Path) -> None:
         """Only now that the weights are loaded: until here, a failure leaves the old run as it was."""
@@ -157,7 +180,8 @@ class Retention(Callback):
         save = get_args().save
         if save and is_first_rank():
             here = Saved(iteration, folder_of(Path(save), iteration))
-            if here.is_own and not (here.folder / VALIDATION).exists():
+            is_counted = iteration in self._counted and here.is_own
+            if is_counted and not (here.folder / VALIDATION).exists():
                 _note(here.folder / VALIDATION, metrics)
         if self._progress is None:
             return
@@ -176,10 +200,18 @@ class Retention(Callback):
     def with_checkpoint(self, folder: Path, iteration: int) -> None:
         if not is_first_rank():
             return
+        there = {saved.iteration for saved in saved_in(folder.parent)}
+        self._counted = self._counted & there | {iteration}
         progress = None if self._progress is None else asdict(self._progress)
-        content = {"format": _FORMAT, STEP: iteration, "progress": progress}
-        notes = {TOTALS: self._totals.to_json(), RUN: self._record.to_json()}
-        write_json(folder / MARKER, {**content, **notes})
+        content = {
+            "format": _FORMAT,
+            STEP: iteration,
+            "progress": progress,
+            _COURSE: sorted(self._counted),
+            TOTALS: self._totals.to_json(),
+            RUN: self._record.to_json(),
+        }
+        write_json(folder / MARKER, content)
         write_notes(folder, self._carried)
         at, metrics = self._evaluated
         if at == iteration:
@@ -193,7 +225,8 @@ class Retention(Callback):
             drop_replaced(folder_of(save, iteration))
             if options.keep_last is not None:
                 removed = prune(
-                    save, iteration, options.keep_last, options.keep_best, self._resumed_from
+                    *(save, iteration, options.keep_last, options.keep_best),
+                    *(self._resumed_from, self._counted),
                 )
                 for folder in removed:
                     print_rank_0(f"> removed {folder} (--keep-last {options.keep_last})")
@@ -219,7 +252,7 @@ class Retention(Callback):
         """
         assert self._progress is not None
         save, metric = get_args().save, self._progress.metric
-        found = from_first_rank(lambda: best(Path(save), metric))
+        found = from_first_rank(lambda: best(Path(save), metric, self._counted))
         if found is None:
             raise ConversionError(
                 f"no checkpoint in {save} has an evaluation with a finite {metric}"
@@ -270,6 +303,20 @@ def _saved_totals(file: Path) -> Mapping[str, Any]:
     """Return the totals in the marker of a checkpoint; empty where it has none."""
     saved = read_json(file).get(TOTALS)
     return saved if isinstance(saved, Mapping) else {}
+
+
+def _saved_course(load: Path, iteration: int) -> set[int]:
+    """Return the iterations of the checkpoints that led to one, its own included.
+
+    A checkpoint of an earlier version does not say: all that are not newer count.
+    """
+    file = folder_of(load, iteration) / MARKER
+    course = read_json(file).get(_COURSE)
+    if course is None:
+        return {saved.iteration for saved in saved_in(load) if saved.iteration <= iteration}
+    if not isinstance(course, list) or any(type(number) is not int for number in course):
+        raise CheckpointError(f"{file} is damaged: its {_COURSE} is {course!r}")
+    return {*course, iteration}
 
 
 def _saved_progress(file: Path) -> EarlyStopState | None:

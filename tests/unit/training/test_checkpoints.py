@@ -60,6 +60,10 @@ def add(whole: Path, save: Path, iteration: int, **metrics: float) -> Path:
     return folder
 
 
+# All iterations are of one run.
+ALL = range(100)
+
+
 def iterations(save: Path) -> list[int]:
     return sorted(int(folder.name[5:]) for folder in save.glob("iter_*"))
 
@@ -219,7 +223,7 @@ def test_a_broken_evaluation_is_named(whole, tmp_path):
     folder = add(whole, tmp_path, 2, lm_loss=1.0)
     (folder / VALIDATION).write_text('{"lm loss": 1.')
     with pytest.raises(CheckpointError, match=rf"{VALIDATION}: broken JSON"):
-        best(tmp_path, "lm loss")
+        best(tmp_path, "lm loss", ALL)
 
 
 def test_what_a_dead_save_left_is_skipped_with_a_warning(run):
@@ -299,18 +303,32 @@ def test_the_newest_the_best_and_the_protected_stay(whole, tmp_path):
     losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: float("nan"), 12: 5.0}
     for iteration, loss in losses.items():
         add(whole, tmp_path, iteration, lm_loss=loss, mean_p=loss / 10)
-    assert best(tmp_path, "lm loss").iteration == 4, "the earlier of two equals"
-    assert best(tmp_path, "mean p").iteration == 12
-    removed = list(prune(tmp_path, 12, 2, "lm loss", {2}))
+    assert best(tmp_path, "lm loss", ALL).iteration == 4, "the earlier of two equals"
+    assert best(tmp_path, "mean p", ALL).iteration == 12
+    removed = list(prune(tmp_path, 12, 2, "lm loss", {2}, ALL))
     assert iterations(tmp_path) == [2, 4, 10, 12]
     assert [folder.name for folder in removed] == ["iter_0000008", "iter_0000006"]
+
+
+def test_checkpoints_of_a_run_that_went_back_neither_count_nor_go(whole, run):
+    """The run made 2, 4, 6, went back to 2 and made 3 and 5."""
+    for iteration in (2, 4, 6):
+        write_json(run / f"iter_{iteration:07}" / VALIDATION, {"lm loss": 1 / iteration})
+    for iteration in (3, 5):
+        add(whole, run, iteration, lm_loss=iteration)
+    course = {2, 3, 5}
+    assert best(run, "lm loss", course).iteration == 2
+    list(prune(run, 5, 2, None, (), course))
+    assert iterations(run) == [3, 4, 5, 6]
+    list(prune(run, 6, 1, None, (), ALL))
+    assert iterations(run) == [6]
 
 
 def test_only_what_this_entry_wrote_is_removed(whole, run, tmp_path_factory):
     (run / "iter_0000002" / MARKER).unlink()
     elsewhere = add(whole, tmp_path_factory.mktemp("elsewhere"), 1)
     (run / "iter_0000001").symlink_to(elsewhere)
-    list(prune(run, 6, 1, None, ()))
+    list(prune(run, 6, 1, None, (), ALL))
     assert iterations(run) == [1, 2, 6]
     assert elsewhere.is_dir()
 
@@ -320,14 +338,14 @@ def test_what_may_be_being_written_stays_and_what_died_goes(run):
         folder = run / f"iter_{iteration:07d}"
         folder.mkdir()
         write_json(folder / MARKER, {"iteration": iteration})
-    list(prune(run, 6, 1, None, ()))
+    list(prune(run, 6, 1, None, (), ALL))
     assert iterations(run) == [6, 8]
 
 
 def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_whole(run, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        list(prune(run, 6, 1, None, ()))
+        list(prune(run, 6, 1, None, (), ALL))
     assert problem_of(run / "iter_0000004") is not None
 
 

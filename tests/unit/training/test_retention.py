@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,8 +22,11 @@ from megatron_profit.training.checkpoints.folder import (
 from megatron_profit.training.checkpoints.keep_options import KeepOptions, keep_options
 from megatron_profit.training.checkpoints.retention import (
     EarlyStopState,
+    Retention,
     _prepare,
 )
+from megatron_profit.training.checkpoints.run_record import RunRecord
+from megatron_profit.training.monitoring.run_totals import RunTotals
 
 SETTINGS = {
     "keep_last": None,
@@ -132,15 +137,87 @@ def save(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def keeper(save, monkeypatch):
+    """keeper(iteration, **options): of the first rank of a run that goes on in `save`."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(retention, "from_first_rank", lambda function: function())
+    args = SimpleNamespace(overwrite=False, save=str(save), load=str(save), train_iters=99)
+    monkeypatch.setattr(retention, "get_args", lambda: args)
+
+    def make(iteration: int, **options: object) -> Retention:
+        made = Retention(KeepOptions(**options), RunRecord(), RunTotals())
+        made.before_training(iteration)
+        return made
+
+    return make
+
+
+def written(keeper: Retention, save: Path, iteration: int, loss: float) -> None:
+    """Write a checkpoint as Megatron's loop lets the run write it, after the evaluation of its step."""
+    folder = save / f"iter_{iteration:07d}"
+    keeper.after_evaluation(iteration, {"lm loss": loss})
+    folder.mkdir(exist_ok=True)
+    keeper.with_checkpoint(folder, iteration)
+    for name in (".metadata", "metadata.json"):
+        (folder / name).write_bytes(b"")
+    keeper.after_checkpoint(iteration)
+
+
+def iterations(save: Path) -> list[int]:
+    return sorted(int(folder.name[5:]) for folder in save.glob("iter_*"))
+
+
+def test_a_run_that_went_back_forgets_the_checkpoints_after_that_until_it_writes_them_again(
+    keeper, save, capsys
+):
+    (save / "iter_0000003" / VALIDATION).write_text('{"lm loss": 0.5}')
+    (save / "iter_0000002" / VALIDATION).unlink()
+    flags = {"keep_last": 1, "keep_best": "lm loss"}
+    first = keeper(1, **flags)
+    told = "that this run does not go on from: 2, 3; until it writes them again, they stay"
+    assert told in capsys.readouterr().out
+    assert first.best().iteration == 1
+    first.after_evaluation(2, {"lm loss": 9.0})
+    assert not (save / "iter_0000002" / VALIDATION).exists(), "it is of other weights"
+    written(first, save, 4, 0.75)
+    assert first.best().iteration == 4
+    assert iterations(save) == [1, 2, 3, 4], "1 is the one that the run resumed from"
+
+    again = keeper(4, **flags)
+    assert "does not go on from: 2, 3;" in capsys.readouterr().out
+    written(again, save, 3, 2.0)
+    assert again.best().iteration == 4
+    written(again, save, 5, 0.9)
+    assert iterations(save) == [2, 4, 5], "3 is the run's own now"
+
+
+def test_a_run_that_went_back_and_forth_counts_what_led_to_its_checkpoint(keeper, save):
+    written(keeper(3, keep_last=9), save, 4, 1.0)
+    written(keeper(1, keep_last=9), save, 5, 0.5)
+    for resumed, course in ((4, [1, 2, 3, 4]), (5, [1, 5])):
+        assert retention._saved_course(save, resumed) == set(course)
+    assert keeper(4, keep_last=9, keep_best="lm loss").best().iteration == 1
+
+
+@pytest.mark.parametrize("course", [{}, [1, "2"], 3])
+def test_a_damaged_course_of_a_checkpoint_is_named(save, course):
+    write_json(save / "iter_0000003" / MARKER, {"course": course})
+    with pytest.raises(CheckpointError, match=f"{MARKER} is damaged: its course is"):
+        retention._saved_course(save, 3)
+
+
 @pytest.mark.parametrize("text", ['{"lm loss": ', "[1.0]", "\xff", "[" * 100_000])
 def test_nothing_is_removed_while_it_cannot_be_told_which_checkpoint_is_the_best(save, text):
     broken = save / "iter_0000001" / VALIDATION
     broken.write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=f"{VALIDATION}: .*; correct it or remove it"):
-        list(prune(save, 3, 1, "lm loss", ()))
+        list(prune(save, 3, 1, "lm loss", (), {1, 2, 3}))
     assert len(list(save.glob("iter_*"))) == 3
     broken.unlink()
-    assert [folder.name for folder in prune(save, 3, 1, "lm loss", ())] == ["iter_0000001"]
+    assert [folder.name for folder in prune(save, 3, 1, "lm loss", (), {1, 2, 3})] == [
+        "iter_0000001"
+    ]
     assert math.isnan(Saved(1, save / "iter_0000001").validation("lm loss"))
 
 
