@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 from checkpoint_conversion.engine.output import write_file
@@ -23,6 +24,8 @@ _OTHERS = ("chat_template.json",)
 _LARGEST = 2**20  # bytes
 # Weights, in formats that an export does not copy either.
 _WEIGHTS = ".safetensors .bin .pt .pth .ckpt .gguf .onnx .h5 .msgpack .pkl".split()
+# End of the name of a link that a node is about to put in its place.
+_UNFINISHED = ".unfinished"
 
 CHATML = """\
 {%- for message in messages %}
@@ -71,8 +74,9 @@ def with_template(model: Path, template: str, folder: Path) -> Path:
             )
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
-        if entry.is_symlink() and entry.name not in files:  # of another model
-            entry.unlink()
+        is_old = entry.name not in files and not entry.name.endswith(_UNFINISHED)
+        if entry.is_symlink() and is_old:  # of another model
+            entry.unlink(missing_ok=True)
     for name, file in sorted(files.items()):
         if file.suffix in _WEIGHTS:
             _link(folder / name, file.resolve())
@@ -92,7 +96,7 @@ def _link(link: Path, file: Path) -> None:
     """Make a link, in the place of another one. Other nodes may be reading through it."""
     if link.is_symlink() and os.readlink(link) == str(file):
         return
-    new = link.with_name(f".{link.name}.{os.getpid()}")
+    new = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}")
     new.symlink_to(file)
     new.replace(link)
 

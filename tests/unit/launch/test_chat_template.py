@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -61,6 +62,21 @@ def test_links_to_a_file_that_the_model_no_longer_has_go(model, tmp_path):
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [
         "model-00001-of-00001.safetensors"
     ]
+
+
+def test_two_nodes_that_make_the_same_link_do_not_disturb_each_other(model, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    symlink_to, others = Path.symlink_to, iter(["the other node"])
+
+    def both(link, file):
+        symlink_to(link, file)
+        for _ in others:
+            with_template(model, "chatml", folder)
+
+    monkeypatch.setattr(Path, "symlink_to", both)
+    with_template(model, "chatml", folder)
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert not list(folder.glob("*.unfinished"))
 
 
 def test_a_file_may_hold_the_template(model, tmp_path):
