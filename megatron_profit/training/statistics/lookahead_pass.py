@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,6 +111,15 @@ def values_in(table: TokenTable | None, name: str, batch: Batch) -> Tensor | Non
     return None if table is None else table.look_up(name, keys_of(batch), batch.labels != -100)
 
 
+def micro_batch_multiple(context: TrainContext) -> int:
+    """Return the number of which a pass's micro-batches should be a multiple; 1 without a virtual pipeline.
+
+    The interleaved schedule takes micro-batches in groups. It refuses fewer than a group, and a last group
+    that is smaller than the pipeline.
+    """
+    return context.config.microbatch_group_size_per_vp_stage if len(context.model) > 1 else 1
+
+
 def data_group() -> dist.ProcessGroup:
     """Return the ranks over which the tokens of a global batch are spread."""
     return mpu.get_data_parallel_group(with_context_parallel=True)
@@ -160,10 +169,14 @@ class LookaheadPass:
         """
         args = get_args()
         assert self._train is not None, "the data sets are not built"
-        start = args.consumed_train_samples
-        stop = start + count * get_current_global_batch_size()
-        rows = RowRange(self._train, start, stop, args.micro_batch_size)
-        return self._of(context, rows, statistics, "train")
+        size, start = get_current_global_batch_size(), args.consumed_train_samples
+        micro_batches = size // (args.micro_batch_size * mpu.get_data_parallel_world_size())
+        # The schedule of a step takes the micro-batches of one global batch, but perhaps not of several.
+        divides = micro_batches % micro_batch_multiple(context) == 0
+        length = count * size if divides else size
+        starts = range(start, start + count * size, length)
+        parts = [RowRange(self._train, at, at + length, args.micro_batch_size) for at in starts]
+        return _joined([self._of(context, part, statistics, "train") for part in parts])
 
     def of_valid_batch(
         self, context: TrainContext, number: int, statistics: frozenset[str]
@@ -190,6 +203,12 @@ class LookaheadPass:
             return statistics_of(self.providers, statistics, batch, name)
 
         return score_rows(context, rows, statistics, self._loss, keys_of, external)
+
+
+def _joined(tables: Sequence[TokenTable | None]) -> TokenTable | None:
+    """Return the tokens of several passes; None on ranks whose passes have none."""
+    found = [table for table in tables if table is not None]
+    return TokenTable.joined(found) if found else None
 
 
 def score_rows(

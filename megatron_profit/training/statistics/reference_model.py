@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 import uuid
 from argparse import Namespace
@@ -39,7 +40,12 @@ from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.ranks import from_first_rank
 from megatron_profit.training.statistics.adapter_off import AdapterOffReference
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
-from megatron_profit.training.statistics.lookahead_pass import RowRange, data_group, score_rows
+from megatron_profit.training.statistics.lookahead_pass import (
+    RowRange,
+    data_group,
+    micro_batch_multiple,
+    score_rows,
+)
 from megatron_profit.training.step.batch import Batch
 from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
@@ -161,14 +167,14 @@ class ReferenceModel(StatisticProvider):
         examples = dataset.examples
         stride = args.micro_batch_size * mpu.get_data_parallel_world_size()
         rows = _all_rows(dataset, args)
-        stop = -(-rows.order.rows_until(1) // stride) * stride
+        unit = stride * micro_batch_multiple(context)
         group = data_group()
         last_stage = mpu.is_pipeline_last_stage(ignore_virtual=True)
         writes = last_stage and mpu.get_tensor_model_parallel_rank() == 0 and group.rank() == 0
         values = np.full(int(examples.offsets[-1]), np.nan, dtype=np.float32) if writes else None
-        for start in range(0, stop, stride * _MICRO_BATCHES):
-            print_rank_0(f"> reference {self._in_words}: {name} row {start:,} of {stop:,}")
-            end = min(start + stride * _MICRO_BATCHES, stop)
+        needed = rows.order.rows_until(1)
+        for start, end in _parts(needed, unit, stride * _MICRO_BATCHES):
+            print_rank_0(f"> reference {self._in_words}: {name} row {start:,} of {needed:,}")
             part = RowRange(rows, start, end, args.micro_batch_size)
             wanted = frozenset({self.computed})
             table = score_rows(context, part, wanted, self._loss, lambda b: _places(b, examples))
@@ -187,6 +193,19 @@ class ReferenceLowerMass(ReferenceModel):
 
     statistic = "ref_lower_mass"
     computed = "lower_mass"
+
+
+def _parts(rows: int, unit: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row and the end of each pass over rows 0 to `rows` - 1; empty rows fill the last one.
+
+    Args:
+        rows: Number of rows.
+        unit: Each pass takes a multiple of so many rows.
+        length: Rows of a pass, unless one unit is longer.
+    """
+    step, stop = max(length // unit, 1) * unit, math.ceil(rows / unit) * unit
+    for start in range(0, stop, step):
+        yield start, min(start + step, stop)
 
 
 def _places(batch: Batch, examples: Examples) -> Tensor:

@@ -96,3 +96,15 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(computed, tmp_path, monkeypa
     assert "take 12 bytes" in capsys.readouterr().err
     usage.free = 12
     assert computed(train=SFTDataset(examples(1, 2, 3), 4, 1)) == ["train"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 127, 129, 641])
+@pytest.mark.parametrize(("stride", "group"), [(1, 1), (4, 1), (1, 2), (4, 2), (2, 3), (1, 8), (1, 96)])
+def test_each_pass_has_whole_groups_of_micro_batches_and_all_together_all_rows(rows, stride, group):
+    """As the interleaved schedule wants them; without it a group is one micro-batch."""
+    unit = stride * group
+    parts = list(reference_model._parts(rows, unit, 64 * stride))
+    assert all(start < end and (end - start) % unit == 0 for start, end in parts)
+    assert [start for start, _ in parts[1:]] == [end for _, end in parts[:-1]]
+    assert (parts[0][0], rows <= parts[-1][1] < rows + unit) == (0, True)
+    assert all(end - start <= max(64 * stride, unit) for start, end in parts)
