@@ -11,7 +11,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+# The other ranks wait in a collective, which must not take longer than its time limit.
+_LOOK_EVERY_SECONDS = 20
+
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from torch.distributed import Store
 
 
@@ -46,3 +51,31 @@ def from_first_rank[T](function: Callable[[], T]) -> T:
     found: list[Any] = [function() if is_first_rank() else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def from_first_rank_in_time[T](function: Callable[[], T]) -> T:
+    """Return what `from_first_rank` does, of a function that may take longer than a collective may.
+
+    The first rank tells the others every few seconds that it goes on. For example, NCCL ends a run after 10
+    minutes in a collective, and the files of a large model take longer to read.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(function) if is_first_rank() else None
+        while from_first_rank(lambda: _goes_on(running)):
+            pass
+        return from_first_rank(lambda: _result_of(running))
+
+
+def _goes_on(running: Future[Any] | None) -> bool:
+    """Wait a while for the end of a function, and return whether it still runs."""
+    from concurrent.futures import wait
+
+    assert running is not None
+    return not wait([running], _LOOK_EVERY_SECONDS).done
+
+
+def _result_of[T](running: Future[T] | None) -> T:
+    assert running is not None
+    return running.result()

@@ -37,7 +37,7 @@ from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.models.lora.transform import adapters_off, base_parameters
 from megatron_profit.training.checkpoints.hf_weights import load
 from megatron_profit.training.process.console import fail, print_rank_0
-from megatron_profit.training.process.ranks import from_first_rank
+from megatron_profit.training.process.ranks import from_first_rank, from_first_rank_in_time
 from megatron_profit.training.statistics.adapter_off import AdapterOffReference
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
 from megatron_profit.training.statistics.lookahead_pass import (
@@ -116,7 +116,7 @@ class ReferenceModel(StatisticProvider):
         """Find the values, or compute them. A collective of all ranks, at the first call."""
         if self._values:
             return
-        folders = from_first_rank(self._folders)
+        folders = from_first_rank_in_time(self._folders)
         # What --valid-split sets aside are examples of the training data: one file holds both.
         makers = {folder: name for name, folder in reversed(folders.items())}
         missing = self._missing(makers)

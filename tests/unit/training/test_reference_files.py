@@ -24,7 +24,8 @@ def computed(monkeypatch, tmp_path):
     monkeypatch.setattr(reference_model, "get_args", lambda: args)
     monkeypatch.setattr(reference_model, "_identity", lambda model, notes: ["a model"])
     monkeypatch.setattr(reference_model, "_common", set)
-    monkeypatch.setattr(reference_model, "from_first_rank", lambda function: function())
+    for name in ("from_first_rank", "from_first_rank_in_time"):
+        monkeypatch.setattr(reference_model, name, lambda function: function())
     monkeypatch.setattr(reference_model, "_weights_of", lambda *_: nullcontext())
 
     def run(**datasets):
