@@ -87,9 +87,31 @@ def lora_options(values: Mapping[str, Any], config: Config) -> LoraOptions | Non
         options = LoraOptions(
             flags.lora_rank, alpha, targets, flags.lora_dropout or 0.0, flags.lora_rslora
         )
-        return resolved(family_for(config).tensor_rules(config), options)
+        options = resolved(family_for(config).tensor_rules(config), options)
     except ConversionError as error:
         raise ArgumentsError(f"--lora-rank {flags.lora_rank}: {error}") from error
+    _check_experts(options, values, config)
+    return options
+
+
+def _check_experts(options: LoraOptions, values: Mapping[str, Any], config: Config) -> None:
+    """Refuse adapters of experts alone where experts have process groups of their own.
+
+    Megatron then has an optimizer without parameters for the rest of the model, and cannot save it.
+    """
+    ep, tp = values["expert_model_parallel_size"], values["tensor_model_parallel_size"]
+    etp = values["expert_tensor_parallel_size"] or tp
+    if ep == 1 and etp == tp:
+        return
+    made = projections(family_for(config).tensor_rules(config), options)
+    if all("expert" in projection.a.axes for projection in made):
+        kind = "model" if ep > 1 else "tensor"
+        name = f"expert_{kind}_parallel_size"
+        raise ArgumentsError(
+            f"--lora-targets {' '.join(options.targets)} gives adapters to experts alone, and with "
+            f"{flag_of(name)} {values[name]} Megatron cannot save their optimizer; add a projection of the "
+            f"attention, for example q_proj, or drop {flag_of(name)}"
+        )
 
 
 def active_parameters(options: LoraOptions, values: Mapping[str, Any], config: Config) -> int:

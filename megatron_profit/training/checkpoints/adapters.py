@@ -62,11 +62,8 @@ def adapter_hook(plan: LoraFiles, args: Namespace) -> Hook:
         try:
             _load_base(plan.base, chunks)
             adapt(chunks, plan.rules, plan.options, args.seed)
-            if args.use_distributed_optimizer and not any(True for _ in adapter_shards(chunks)):
-                raise ConversionError(
-                    "a pipeline rank has no layer with adapters, and the distributed optimizer cannot save a "
-                    "rank that trains nothing; give each rank a layer, or drop --use-distributed-optimizer"
-                )
+            if args.use_distributed_optimizer:
+                _check_each_rank_trains(chunks)
             if plan.start is not None:
                 load_adapters(plan.start, chunks)
         except ConversionError as error:
@@ -75,6 +72,23 @@ def adapter_hook(plan: LoraFiles, args: Namespace) -> Hook:
         return chunks
 
     return hook
+
+
+def _check_each_rank_trains(chunks: Sequence[MegatronModule]) -> None:
+    """Refuse a rank without adapters for one of Megatron's two optimizers. A collective.
+
+    Experts that have process groups of their own have an optimizer of their own, too.
+    """
+    trained = (p for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+    own = {getattr(parameter, "allreduce", True) for parameter in trained}
+    of_all: list[set[bool]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_all, own)
+    if missing := set().union(*of_all) - own:
+        where = "" if not own else " outside of experts" if True in missing else " of experts"
+        raise ConversionError(
+            f"a pipeline rank has no layer with adapters{where}, and the distributed optimizer cannot save a "
+            "rank that trains none; give each rank such a layer, or drop --use-distributed-optimizer"
+        )
 
 
 def _load_base(base: HFModel | Path | None, chunks: Sequence[MegatronModule]) -> None:

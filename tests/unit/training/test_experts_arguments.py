@@ -100,6 +100,33 @@ def test_a_dense_model_has_no_experts(flags):
         parse(flags, 2, DENSE)
 
 
+EXPERTS_ALONE = "--lora-rank 4 --lora-targets gate_proj up_proj down_proj"
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "flag"),
+    [
+        ("--expert-model-parallel-size 2", 2, "--expert-model-parallel-size 2"),
+        (f"{TP} --expert-tensor-parallel-size 1", 2, "--expert-tensor-parallel-size 1"),
+    ],
+)
+def test_adapters_of_experts_alone_need_experts_without_groups_of_their_own(
+    layout, world_size, flag
+):
+    """Megatron would train, and end at the first checkpoint: its optimizer of the rest has no parameters."""
+    remedy = f"with {flag} .* add a projection of the attention, .* or drop {flag[:-2]}"
+    with pytest.raises(ArgumentsError, match=remedy):
+        parse(f"{EXPERTS_ALONE} {layout}", world_size)
+    parse(f"{EXPERTS_ALONE} q_proj {layout}", world_size)
+    some_dense = {**MOE, "mlp_only_layers": [0]}
+    parse(f"{EXPERTS_ALONE} {layout}", world_size, some_dense)
+
+
+def test_adapters_of_experts_alone_train_in_the_groups_of_the_model():
+    parse(EXPERTS_ALONE)
+    parse(f"{EXPERTS_ALONE} {TP} --expert-tensor-parallel-size 2", 2)
+
+
 def test_the_balancing_weighs_what_its_coefficient_says():
     config = SimpleNamespace(grad_scale_func=None)
     scale_balancing(config, 0.25)
