@@ -41,11 +41,12 @@ from megatron_profit.training.checkpoints.folder import (
 )
 from megatron_profit.training.checkpoints.keep_options import KeepOptions
 from megatron_profit.training.checkpoints.run_record import RunRecord
-from megatron_profit.training.checkpoints.save_folder import clear_save_folder, names_of
+from megatron_profit.training.checkpoints.save_folder import JOB, clear_save_folder, names_of
 from megatron_profit.training.checkpoints.save_lock import hold_still
 from megatron_profit.training.checkpoints.size import check_space
 from megatron_profit.training.monitoring.run_totals import RunTotals
 from megatron_profit.training.process.console import fail, print_rank_0, warn_rank_0
+from megatron_profit.training.process.launcher import job_id
 from megatron_profit.training.process.ranks import from_first_rank, is_first_rank
 
 _FORMAT = 1
@@ -208,6 +209,7 @@ class Retention(Callback):
             STEP: iteration,
             "progress": progress,
             _COURSE: sorted(self._counted),
+            JOB: job_id(),
             TOTALS: self._totals.to_json(),
             RUN: self._record.to_json(),
         }

@@ -6,21 +6,28 @@ first rank of a run looks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 from megatron_profit.megatron_patches.loggers import has_curves
 from megatron_profit.training.checkpoints.folder import (
+    MARKER,
     CheckpointError,
     backups_in,
+    read_json,
     remove_checkpoint,
     same_folder,
     saved_in,
 )
 from megatron_profit.training.monitoring.metrics_file import SUPERSEDED
 from megatron_profit.training.process.console import warn_rank_0
+from megatron_profit.training.process.launcher import job_id
 
+# Key of a checkpoint's marker: torchrun's id of the job that wrote it.
+JOB = "torchrun_id"
 METRICS = "metrics.jsonl"
 WANDB_RUN = "wandb_run.json"
 # Files of a run besides its checkpoints; the last two are Megatron's, for W&B and --log-progress.
@@ -70,11 +77,7 @@ def check_save_folder(
             f"--save {save} holds a run already ({names_of(held)}); to go on with it, give --load {save}; to "
             "replace it, give --overwrite; or name another folder"
         )
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        raise CheckpointError(
-            f"--save {save} holds checkpoints ({names_of(held)}), and this is a restart by torchrun, which "
-            f"does not repeat --overwrite; to go on with them, give --load {save} in place of it"
-        )
+    _refuse_restart(save, held)
     own = _own(save)
     foreign = [folder for folder in held if folder not in own]
     if foreign:
@@ -82,6 +85,30 @@ def check_save_folder(
             f"--save {save} holds checkpoints that this entry has not written ({names_of(foreign)}), and "
             "--overwrite removes only its own; remove them yourself, or name another folder"
         )
+
+
+def _refuse_restart(save: Path, held: list[Path]) -> None:
+    """Refuse to overwrite what an earlier start of the same job by torchrun has written."""
+    remedy = f"does not repeat --overwrite; to go on with them, give --load {save} in place of it"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        raise CheckpointError(
+            f"--save {save} holds checkpoints ({names_of(held)}), and this is a restart by torchrun, which "
+            f"{remedy}"
+        )
+    job = job_id()
+    same = [folder for folder in held if job is not None and _job_of(folder) == job]
+    if same:
+        raise CheckpointError(
+            f"--save {save} holds checkpoints ({names_of(same)}) with the --rdzv-id of this job, {job}, so "
+            f"this is a restart, which {remedy}; to replace them with a new job, give another --rdzv-id"
+        )
+
+
+def _job_of(folder: Path) -> Any:
+    """Return torchrun's id of the job that wrote a checkpoint; None where it is unknown."""
+    with contextlib.suppress(CheckpointError):
+        return read_json(folder / MARKER).get(JOB)
+    return None
 
 
 def tell_of_other_curves(folder: str) -> None:

@@ -100,7 +100,9 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(computed, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 127, 129, 641])
-@pytest.mark.parametrize(("stride", "group"), [(1, 1), (4, 1), (1, 2), (4, 2), (2, 3), (1, 8), (1, 96)])
+@pytest.mark.parametrize(
+    ("stride", "group"), [(1, 1), (4, 1), (1, 2), (4, 2), (2, 3), (1, 8), (1, 96)]
+)
 def test_each_pass_has_whole_groups_of_micro_batches_and_all_together_all_rows(rows, stride, group):
     """As the interleaved schedule wants them; without it a group is one micro-batch."""
     unit = stride * group

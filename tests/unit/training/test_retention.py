@@ -235,3 +235,9 @@ def test_without_space_a_checkpoint_that_was_to_be_replaced_is_as_it_was(save, m
     assert _prepare(new, 2**60) is not None
     assert not new.exists(), "an empty folder is no checkpoint"
     assert _prepare(new, 10) is None
+
+
+def test_a_checkpoint_notes_the_job_that_wrote_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "4711")
+    Retention(KeepOptions(), RunRecord(), RunTotals()).with_checkpoint(tmp_path, 3)
+    assert json.loads((tmp_path / MARKER).read_text())["torchrun_id"] == "4711"

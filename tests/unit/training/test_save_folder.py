@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,34 @@ def test_a_restart_by_torchrun_does_not_overwrite_what_its_own_job_has_written(r
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(CheckpointError, match=f"give --load {run} in place"):
         check_save_folder(run, None, overwrite=True)
+
+
+def test_a_restart_that_torchrun_does_not_count_is_known_by_the_id_of_the_job(run, monkeypatch):
+    """A node starts its ranks again, with a count of 0, when another node of the job has come back."""
+    (run / "iter_0000006" / MARKER).write_text('{"torchrun_id": "4711"}')
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "4711")
+    with pytest.raises(CheckpointError) as error:
+        check_save_folder(run, None, overwrite=True)
+    for part in ("(iter_0000006) with the --rdzv-id", "4711", f"--load {run}", "another --rdzv-id"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrote", "runs"),
+    [("4711", "4712"), ("4711", None), (None, "4711"), ("none", "none"), (None, None), ("", "")],
+)
+def test_another_job_or_one_without_an_id_overwrites(run, monkeypatch, wrote, runs):
+    (run / "iter_0000006" / MARKER).write_text(json.dumps({"torchrun_id": wrote}))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if runs is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", runs)
+    check_save_folder(run, None, overwrite=True)
+
+
+def test_a_broken_marker_is_overwritten(run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "4711")
+    (run / "iter_0000006" / MARKER).write_text("{")
+    check_save_folder(run, None, overwrite=True)
 
 
 def test_nothing_of_a_replaced_run_is_left_and_nothing_else_is_touched(run, tmp_path):
