@@ -4,14 +4,15 @@
 #
 #   MODEL=Qwen3-32B DATA=chats.jsonl RUN=/shared/run NNODES=2 RDZV_ENDPOINT=node0:29400 examples/multi_node.sh
 #
-# RDZV_ENDPOINT is the address of one of the nodes and a free port on it. MODEL, DATA and RUN are in folders that all
-# nodes see. When a process or a node is lost, torchrun waits for its return and starts all again from the newest
-# checkpoint, at most MAX_RESTARTS times; what of this has been seen is in docs/scaling.md. What each process prints is
-# in RUN/logs/HOST, too.
+# RDZV_ENDPOINT is the address of the node whose name sorts first as text (node10 comes before node9), and a free port
+# on it: torchrun puts rank 0 there, and an evaluation or upload after the training needs the rendezvous until its end.
+# MODEL, DATA and RUN are in folders that all nodes see. When a process or a node is lost, torchrun waits for its return
+# and starts all again from the newest checkpoint, at most MAX_RESTARTS times; what of this has been seen is in
+# docs/scaling.md. What each process prints is in RUN/logs/HOST, too.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-: "${RDZV_ENDPOINT:?set it to the address of one of the nodes and a port, for instance node0:29400}"
+: "${RDZV_ENDPOINT:?set it to the address of the node whose name sorts first and a port, for instance node0:29400}"
 MODEL=${MODEL:-Qwen3-32B}
 NNODES=${NNODES:-2}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}

@@ -52,7 +52,8 @@ cd {folder}
 {exports}
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from the job by itself
 
-read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# torchrun puts rank 0 on the node whose name sorts first as text; the rendezvous must live as long as rank 0.
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST" | LC_ALL=C sort)
 out_of_time=false
 trap 'out_of_time=true; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 

@@ -92,7 +92,7 @@ json.dump(sys.argv[1:], open({str(tmp_path / "torchrun.json")!r}, "w"))
         "torchrun": torchrun,
         "megatron-profit": f"#!/bin/sh\nexport PYTHONPATH={EXAMPLES.parent}\n"
         f'exec {sys.executable} -m megatron_profit "$@"\n',
-        "scontrol": f"#!/bin/sh\n{record}[ $1 = requeue ] || printf 'node-a\\nnode-b\\n'\n",
+        "scontrol": f"#!/bin/sh\n{record}[ $1 = requeue ] || printf 'node-b\\nnode-a\\n'\n",
         "srun": '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n',
         "scancel": f"#!/bin/sh\n{record}kill -USR1 $(cat {tmp_path}/step)\n",
     }

@@ -15,8 +15,8 @@ JOB = [
     *("--", "sft", "--model", "Qwen/Qwen3-32B", "--data", "my chats.jsonl", "--run", "runs/big"),
 ]
 STUBS = {
-    # Like a job of many nodes: a reader of the first line alone must not end the writer.
-    "scontrol": "echo node-a\nseq -f node-%g 20000",
+    # Like a job of many nodes, in Slurm's order: a reader of the first line alone must not end the writer.
+    "scontrol": "seq -f node%g 9 20000",
     "srun": 'shift\nprintf "%s|" "$@"',
     "sbatch": 'echo "submitted $1"',
 }
@@ -50,7 +50,7 @@ def test_the_job_starts_the_command_on_each_node(cluster, capfd):
     assert "submitted runs/big/job.sbatch" in capfd.readouterr().out
     environment = {
         **os.environ,
-        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_NODELIST": "node[9-20000]",
         "SLURM_JOB_ID": "12345",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "64",
@@ -62,7 +62,7 @@ def test_the_job_starts_the_command_on_each_node(cluster, capfd):
     assert words[4:-1] == [
         *("--model", "Qwen/Qwen3-32B", "--data", "my chats.jsonl", "--run", "runs/big"),
         *("--rank-logs", "--max-restarts", "3"),
-        *("--nnodes", "2", "--rdzv-id", "12345", "--rdzv-endpoint", "node-a:22345"),
+        *("--nnodes", "2", "--rdzv-id", "12345", "--rdzv-endpoint", "node10:22345"),
     ]
 
 
