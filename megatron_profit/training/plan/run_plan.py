@@ -68,7 +68,9 @@ def plan_run(argv: Sequence[str], device: str) -> RunPlan:
         ArgumentsError: The flags cannot be used. No file but config.json has been opened.
         CheckpointError, ConversionError, DataError: A checkpoint, a model or the data cannot be used.
     """
-    return open_run(derive(argv, device, world_size()))
+    settings = derive(argv, device, world_size())
+    check_same_flags(settings.given, device)
+    return open_run(settings)
 
 
 def open_run(settings: RunSettings) -> RunPlan:
@@ -77,7 +79,6 @@ def open_run(settings: RunSettings) -> RunPlan:
     Raises:
         ArgumentsError, CheckpointError, ConversionError, DataError: As `plan_run`.
     """
-    check_same_flags(settings.given)
     flags = CheckpointFlags.of(settings.values)
     if is_first_rank():
         check_task_files(settings.eval_tasks)

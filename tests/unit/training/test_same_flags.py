@@ -27,14 +27,14 @@ def check(monkeypatch):
     monkeypatch.setattr(same_flags, "shared_store", lambda: store)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    same_flags.check_same_flags(FLAGS)
+    same_flags.check_same_flags(FLAGS, "cuda")
     monkeypatch.setenv("RANK", "1")
     return same_flags.check_same_flags
 
 
 def test_the_same_flags_and_other_places_are_right(check):
-    check({**FLAGS, "data": ["/there/chats.jsonl"]})
-    check({**FLAGS, "data": ["chats.jsonl"]})
+    check({**FLAGS, "data": ["/there/chats.jsonl"]}, "cuda")
+    check({**FLAGS, "data": ["chats.jsonl"]}, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,18 @@ def test_the_same_flags_and_other_places_are_right(check):
 )
 def test_other_flags_are_refused(check, others, message):
     with pytest.raises(ArgumentsError, match=message):
-        check(others)
+        check(others, "cuda")
+
+
+def test_a_node_without_its_gpus_is_refused(check):
+    """--device auto chooses the CPU there, and no flag tells."""
+    with pytest.raises(ArgumentsError, match="device is cpu on this node and cuda on the first"):
+        check(FLAGS, "cpu")
+    with pytest.raises(ArgumentsError, match="^--device is 'cpu' on this node and not given on"):
+        check({**FLAGS, "device": "cpu"}, "cpu")
 
 
 def test_one_process_has_nobody_to_compare_with(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr(same_flags, "shared_store", None)
-    same_flags.check_same_flags(FLAGS)
+    same_flags.check_same_flags(FLAGS, "cuda")
