@@ -35,6 +35,7 @@ from megatron_profit.training.arguments.parallel_layout import check_layout
 from megatron_profit.training.arguments.platform import check_kernels, platform_settings
 from megatron_profit.training.arguments.refused import (
     OTHER_ARCHITECTURES,
+    check_cuda_graphs,
     check_given,
     check_reference,
 )
@@ -210,6 +211,7 @@ def derive(
     from megatron_profit.training.statistics.providers import check_providers  # imports Megatron
 
     check_providers(settings.objective, settings.values, settings.given)
+    check_cuda_graphs(settings.values)  # --cuda-graph-modules are read by Megatron's parser alone
     return settings
 
 

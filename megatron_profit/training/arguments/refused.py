@@ -49,6 +49,9 @@ _REFUSED = {
     ),
     "defer_embedding_wgrad_compute": "the objective computes the output layer's gradient itself",
     "overlap_moe_expert_parallel_comm": "the forward step has no schedule plan",
+    "enable_cuda_graph": "give --cuda-graph-impl local",
+    "external_cuda_graph": "give --cuda-graph-impl transformer_engine",
+    "cuda_graph_scope_deprecated": "give --cuda-graph-modules",
     "optimizer_cuda_graph": "a guard decides between the gradient and the optimizer's update",
     "perform_rl_step": "this entry trains on data sets",
     "dataloader_type": "the order of the records is drawn from --seed",
@@ -70,6 +73,8 @@ _REFUSED = {
         "--use-distributed-optimizer",
     ),
 }
+# Modules with which Megatron's graph of a layer holds attention. Without any it holds the whole layer.
+_WITH_ATTENTION = {"transformer_engine": {"attn"}, "local": {"attn", "mlp", "moe"}}
 # Flags of an architecture that no family of this project has. config.json decides the model.
 OTHER_ARCHITECTURES = (
     *expert_flags.ARCHITECTURE,
@@ -148,6 +153,35 @@ def _check_token_report(given: Mapping[str, Any]) -> None:
         raise ArgumentsError(
             f"--token-report {folder} is written at evaluations, and there are none; give --valid-data "
             "or --valid-split"
+        )
+
+
+def check_cuda_graphs(values: Mapping[str, Any]) -> None:
+    """Refuse CUDA graphs of parts that do not compute the same in each micro-batch.
+
+    Raises:
+        ArgumentsError: The graph holds the objective, or an attention that goes by the records of its rows.
+    """
+    graphs = values["cuda_graph_impl"]
+    modules = {getattr(module, "name", module) for module in values["cuda_graph_modules"]}
+    if "full_iteration" in {graphs, *modules}:
+        raise ArgumentsError(
+            "a CUDA graph of the full iteration cannot be recorded: the objective waits for the number of "
+            "supervised tokens; give --cuda-graph-impl local or transformer_engine"
+        )
+    if graphs == "none":
+        return
+    by_records = "--packing" if values["packing"] else ""
+    if values["context_parallel_size"] > 1 and values["transformer_impl"] == "local":
+        by_records = by_records or "--context-parallel-size without Transformer Engine"
+    if by_records and (modules <= {"full"} or modules & _WITH_ATTENTION[graphs]):
+        other = "moe_router" if values["num_experts"] else "mlp"
+        choice = (
+            "" if other in _WITH_ATTENTION[graphs] else f", or give --cuda-graph-modules {other}"
+        )
+        raise ArgumentsError(
+            f"--cuda-graph-impl {graphs} would record attention, and with {by_records} attention goes by the "
+            f"records of each row; drop one of the two{choice}"
         )
 
 

@@ -762,6 +762,42 @@ def test_guards_that_cannot_work_are_refused(parse, flags, named):
         parse(*flags.split())
 
 
+PACKED = "with --packing attention goes by the records of each row"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--cuda-graph-impl full_iteration", "of the full iteration cannot be recorded"),
+        ("--cuda-graph-modules full_iteration", "of the full iteration cannot be recorded"),
+        ("--cuda-graph-impl transformer_engine", f"{PACKED}.* give --cuda-graph-modules mlp"),
+        ("--cuda-graph-impl transformer_engine --cuda-graph-modules attn mlp", PACKED),
+        ("--cuda-graph-impl local", f"{PACKED}; drop one of the two$"),
+        ("--cuda-graph-impl local --cuda-graph-modules full", PACKED),
+        ("--cuda-graph-impl local --cuda-graph-modules mlp", PACKED),
+        ("--enable-cuda-graph", "--enable-cuda-graph cannot be used here: give --cuda-graph-impl"),
+        ("--external-cuda-graph", "--external-cuda-graph cannot be used here: give --cuda-graph-i"),
+        ("--cuda-graph-scope attn", "--cuda-graph-scope cannot be used here: give --cuda-graph-m"),
+    ],
+)
+def test_cuda_graphs_that_cannot_be_recorded_are_refused(parse, flags, message):
+    with pytest.raises(ArgumentsError, match=message):
+        parse(*flags.split())
+
+
+def test_cuda_graphs_of_rows_of_one_record_or_of_other_parts_are_accepted(parse):
+    for flags in (
+        "--cuda-graph-impl local --no-packing",
+        "--cuda-graph-impl transformer_engine --no-packing",
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules mlp",
+        "--cuda-graph-impl local --cuda-graph-modules moe_router",
+    ):
+        parse(*flags.split())
+    split = "--cuda-graph-impl local --no-packing --context-parallel-size 2"
+    with pytest.raises(ArgumentsError, match="with --context-parallel-size without Transformer"):
+        parse(*split.split(), world_size=2)
+
+
 def test_megatrons_reruns_are_off_unless_asked_for(parse):
     assert parse().values["rerun_mode"] == "disabled"
     assert parse("--rerun-mode", "validate_results").values["rerun_mode"] == "validate_results"

@@ -55,7 +55,7 @@ def test_a_node_without_its_gpus_is_refused(check):
     """--device auto chooses the CPU there, and no flag tells."""
     with pytest.raises(ArgumentsError, match="device is cpu on this node and cuda on the first"):
         check(FLAGS, "cpu")
-    with pytest.raises(ArgumentsError, match="^--device is 'cpu' on this node and not given on"):
+    with pytest.raises(ArgumentsError, match=r"^--device is 'cpu' on this node and not given on"):
         check({**FLAGS, "device": "cpu"}, "cpu")
 
 
