@@ -15,6 +15,7 @@ from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches import DEVICES, activate
 from megatron_profit.megatron_patches.enduring import endure_console
 from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.training.arguments.platform import check_restarts
 from megatron_profit.training.process.console import fail, print_rank_0
 from megatron_profit.training.process.interrupts import end_on_interrupt
 from megatron_profit.training.process.launcher import die_with_launcher
@@ -66,12 +67,15 @@ def help_text(argv: Sequence[str]) -> str | None:
 
 
 def refuse_early(argv: Sequence[str]) -> None:
-    """End the process where the command line is wrong in a way that shows without torch and Megatron."""
+    """End the process where the command line, or torchrun's, is wrong in a way that shows without torch and
+    Megatron.
+    """
     from megatron_profit.recipe.check import check_command_line
 
     try:
+        check_restarts()
         check_command_line(argv, world_size())
-    except (LaunchError, ConversionError) as error:
+    except (ArgumentsError, LaunchError, ConversionError) as error:
         fail(error)
 
 

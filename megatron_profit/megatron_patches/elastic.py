@@ -23,6 +23,7 @@ def _begin_each_attempt_with_an_empty_store() -> None:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return store
         # Compares the number of ranks too: a node that joins or leaves is no failure, and does not count.
+        # Where several nodes may restart, `check_restarts` of the entry refuses this store.
         attempt, ranks = (os.environ[n] for n in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
         return PrefixStore(f"attempt_{attempt}_of_{ranks}", store)
 

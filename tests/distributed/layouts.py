@@ -26,6 +26,7 @@ _FLAGS = {
     "pp4": "--pipeline-model-parallel-size 4",
     "uneven": "--decoder-first-pipeline-num-layers 1",
     "vpp2": "--num-layers-per-virtual-pipeline-stage 1",
+    "group3": "--microbatch-group-size-per-virtual-pipeline-stage 3",
     "cp2": "--context-parallel-size 2",
     "cp4": "--context-parallel-size 4",
     "ep2": "--expert-model-parallel-size 2",

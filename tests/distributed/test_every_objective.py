@@ -52,7 +52,7 @@ RUNS = [
     ("asft", "2 tp2 sp mb4"),
     ("stm", "2 mb2 sharded"),
     ("stm", "2 pp2 vpp2 mb2"),
-    ("rho1", "2 pp2 vpp2 mb1"),
+    ("rho1", "2 pp2 vpp2 group3 mb1"),
     ("rho1", "4 tp2 pp2 sp mb2"),
     ("rho1", "4 pp2 cp2 mb2"),
 ]

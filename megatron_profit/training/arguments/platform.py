@@ -1,8 +1,9 @@
-"""Megatron arguments that the device and the installed libraries decide."""
+"""Megatron arguments that the device and the installed libraries decide, and the start by torchrun."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,26 @@ def platform_settings(device: str, local: bool = False) -> tuple[dict[str, Any],
     if local or importlib.util.find_spec("transformer_engine") is None:
         return dict(_LOCAL_LAYERS), suggested
     return {}, suggested
+
+
+def check_restarts() -> None:
+    """Refuse restarts on several nodes where torchrun shares its own store with the ranks.
+
+    The ranks tell the attempts in that store apart by the number of restarts (`store-of-each-attempt`). But a
+    node that starts again because another one has lost a rank does not count it, so they would not meet.
+
+    Raises:
+        ArgumentsError: Names the variable that ends the sharing.
+    """
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    own, all_ranks = (os.environ.get(name, "1") for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if shares and own != all_ranks and restarts != "0":
+        raise ArgumentsError(
+            f"torchrun's --max-restarts {restarts} on several nodes needs "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun on each node: without it "
+            "ranks do not find each other after a restart; set it, or give torchrun --max-restarts 0"
+        )
 
 
 def check_kernels(values: Mapping[str, Any], device: str) -> None:
