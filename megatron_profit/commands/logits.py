@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -23,6 +23,7 @@ from megatron.training.training import setup_model_and_optimizer
 
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.flags import ArgumentsError
+from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.models.layer_specs import layer_spec
 from megatron_profit.models.record_spans import context_parallel_index, rotary_angles
 from megatron_profit.training.arguments.command_line import provider_of
@@ -36,6 +37,7 @@ from megatron_profit.training.checkpoints.hf_weights import load_hook
 from megatron_profit.training.process.console import fail
 from megatron_profit.training.process.ranks import world_size
 from megatron_profit.training.process.shutdown import end_communication
+from megatron_profit.training.statistics.lookahead_pass import micro_batch_multiple
 from megatron_profit.training.step.batch import get_batch
 
 # Settings of a training run of no steps: no optimizer is built, and none is loaded.
@@ -132,18 +134,21 @@ def logits(chunks: Sequence[MegatronModule], tokens: torch.Tensor) -> torch.Tens
         output = model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.spans)
         return output, lambda output, non_loss_data: _whole(output, args.vocab_size)
 
+    # The last row comes again until the schedule takes the number of rows.
+    multiple = micro_batch_multiple(TrainContext(list(chunks), get_model_config(chunks[0])))
+    rows = torch.cat([tokens, tokens[-1:].expand(-len(tokens) % multiple, -1)])
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(tokens) for _ in chunks] if len(chunks) > 1 else iter(tokens),
+        data_iterator=[iter(rows) for _ in chunks] if len(chunks) > 1 else iter(rows),
         model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(tokens),
+        num_microbatches=len(rows),
         seq_length=args.seq_length,
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
     )
     has_output = any(unwrap_model(chunk).post_process for chunk in chunks)
-    return torch.cat(outputs) if has_output else None
+    return torch.cat(outputs)[: len(tokens)] if has_output else None
 
 
 def _is_first_with_output() -> bool:

@@ -16,6 +16,10 @@ LAYOUTS = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "tp2-sp": (2, TP_SP),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-vpp2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "cp2": (2, "--context-parallel-size 2"),
     "cp2-pp2": (4, "--context-parallel-size 2 --pipeline-model-parallel-size 2"),
@@ -83,7 +87,7 @@ def test_logits_of_every_family(ranks, tmp_path, family, world_size, flags):
 
 
 def compare_logits(ranks, tmp_path, model, world_size, flags):
-    tokens = torch.randint(0, 508, (2, 48), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 508, (3, 48), generator=torch.Generator().manual_seed(0))
     torch.save(tokens, tmp_path / "tokens.pt")
     # Padding the vocabulary to a multiple of 16 per rank must not show either.
     ranks(

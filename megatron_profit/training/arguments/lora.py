@@ -101,7 +101,7 @@ def _check_experts(options: LoraOptions, values: Mapping[str, Any], config: Conf
     """
     ep, tp = values["expert_model_parallel_size"], values["tensor_model_parallel_size"]
     etp = values["expert_tensor_parallel_size"] or tp
-    if ep == 1 and etp == tp:
+    if (ep == 1 and etp == tp) or not values["save"]:
         return
     made = projections(family_for(config).tensor_rules(config), options)
     if all("expert" in projection.a.axes for projection in made):
@@ -110,7 +110,7 @@ def _check_experts(options: LoraOptions, values: Mapping[str, Any], config: Conf
         raise ArgumentsError(
             f"--lora-targets {' '.join(options.targets)} gives adapters to experts alone, and with "
             f"{flag_of(name)} {values[name]} Megatron cannot save their optimizer; add a projection of the "
-            f"attention, for example q_proj, or drop {flag_of(name)}"
+            f"attention, for example q_proj, or drop {flag_of(name)}, or --save"
         )
 
 

@@ -116,15 +116,16 @@ def test_adapters_of_experts_alone_need_experts_without_groups_of_their_own(
     """Megatron would train, and end at the first checkpoint: its optimizer of the rest has no parameters."""
     remedy = f"with {flag} .* add a projection of the attention, .* or drop {flag[:-2]}"
     with pytest.raises(ArgumentsError, match=remedy):
-        parse(f"{EXPERTS_ALONE} {layout}", world_size)
-    parse(f"{EXPERTS_ALONE} q_proj {layout}", world_size)
+        parse(f"{EXPERTS_ALONE} {layout} --save run", world_size)
+    parse(f"{EXPERTS_ALONE} {layout}", world_size)
+    parse(f"{EXPERTS_ALONE} q_proj {layout} --save run", world_size)
     some_dense = {**MOE, "mlp_only_layers": [0]}
-    parse(f"{EXPERTS_ALONE} {layout}", world_size, some_dense)
+    parse(f"{EXPERTS_ALONE} {layout} --save run", world_size, some_dense)
 
 
 def test_adapters_of_experts_alone_train_in_the_groups_of_the_model():
-    parse(EXPERTS_ALONE)
-    parse(f"{EXPERTS_ALONE} {TP} --expert-tensor-parallel-size 2", 2)
+    parse(f"{EXPERTS_ALONE} --save run")
+    parse(f"{EXPERTS_ALONE} {TP} --expert-tensor-parallel-size 2 --save run", 2)
 
 
 def test_the_balancing_weighs_what_its_coefficient_says():
