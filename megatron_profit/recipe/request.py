@@ -86,7 +86,9 @@ def front_parser() -> argparse.ArgumentParser:
         help="Nodes; the same command starts on each (default 1).",
     )
     group.add_argument(
-        "--rdzv-endpoint", metavar="HOST:PORT", help="A node and a free port, where the nodes meet."
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="The node whose name sorts first, where rank 0 is, and a free port: there the nodes meet.",
     )
     group.add_argument(
         "--rdzv-id", metavar="NAME", help="Name of the run among the nodes (default: its folder)."
