@@ -21,7 +21,8 @@ _BRACE = re.compile(r"[{}]")
 _SIGN = r"(?:(?<![\d)}])(?<![\d)}]\s)-|(?<==\s)-\s)?"
 _CURRENCY = r"\\?[$€£¥₹]\s?"
 _DIGITS = r"(?:(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-_FRACTION = r"\\[dt]?frac\{-?\d+\}\{\d+\}"
+# TeX needs no braces around one digit: \frac34.
+_FRACTION = r"\\[cdt]?frac\s?(?:\{-?\d+\}|\d)\s?(?:\{\d+\}|\d)"
 # An integer and a fraction: 2 1/2.
 _MIXED = rf"\d+(?:\s\d+\s?/\s?\d+|\s?{_FRACTION})"
 _POWER_OF_TEN = r"(?:[eE]|\s?(?:\\times|\\cdot|[*x])\s?10\s?\^\s?\{?)([+-]?\d+)\}?"
@@ -32,9 +33,14 @@ _NUMBER = re.compile(
 _WITH_UNIT = re.compile(
     rf"({_NUMBER.pattern})\.?(?:(?:\s[A-Za-z]|[A-Za-z]{{2}})[A-Za-z\s./]*(?:\^\{{?[23]\}}?|[²³])?)?"
 )
-_STATED = re.compile(r"(?:####|answer\s*(?:is|:))\s*:?", re.IGNORECASE)
+# Words that an answer follows, or a heading of them. Markdown may stand around the words.
+_STATED = re.compile(
+    r"^[ \t]*[#*_]+[ \t]*(?:(?:the|my|final)[ \t]+)*answer[*_ \t]*$"
+    r"|(?:####|answer[\s*_]*(?:is|:))[*_]*\s*:?",
+    re.IGNORECASE | re.MULTILINE,
+)
 # A calculation before its result: "48 + 24 = ".
-_CALCULATION = re.compile(r"\A(?:(?:[\s\d.,$()+\-*/÷x%]|\\[a-z]++)*+=)+")
+_CALCULATION = re.compile(r"\A(?:(?:[\s\d.,$()\[\]{}^+\-*/÷x%]|\\(?:[a-z]++|[,;!()\[\]]))*+=)+")
 _LETTER = re.compile(r"(?<![A-Za-z])\(?\**([A-D])\**\)?(?![A-Za-z])")
 # Characters that mean the same as others.
 _PLAIN = str.maketrans(
@@ -110,10 +116,15 @@ def is_number(text: str) -> bool:
 
 
 def _statements(text: str) -> list[str]:
-    """Return the rests of the lines after "####" or "answer is", the last one first."""
+    """Return the text after each "####" or "answer is", up to the end of its line, the last one first."""
     # A model that repeats itself may write thousands.
     ends = [match.end() for match in _STATED.finditer(text)][-_MOST_STATEMENTS:]
-    return [text[end : end + _LONGEST_STATEMENT].split("\n")[0] for end in reversed(ends)]
+    return [_first_line(text[end : end + _LONGEST_STATEMENT]) for end in reversed(ends)]
+
+
+def _first_line(text: str) -> str:
+    """Return the first line with a letter or a digit; a line before it may hold marks alone, as "$$"."""
+    return next((line for line in text.split("\n") if any(map(str.isalnum, line))), "")
 
 
 def _bare(text: str) -> str:

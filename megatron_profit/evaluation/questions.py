@@ -279,6 +279,12 @@ def _question(inner: Any, number: int, doc: Mapping[str, Any]) -> Question:
         # The engine applies the model's template.
         chat_template=lambda messages, add_generation_prompt: json.dumps(messages),
     )
-    target = inner.doc_to_target(doc)
-    reference = target if isinstance(target, str) else ""
-    return Question(number, tuple(json.loads(history)), reference, doc)
+    return Question(number, tuple(json.loads(history)), _reference_text(inner, doc), doc)
+
+
+def _reference_text(inner: Any, doc: Mapping[str, Any]) -> str:
+    """Return the reference as text; lm-eval would read one such as "[-2,7]" as a list of Python."""
+    from lm_eval.utils import apply_template
+
+    template = inner.config.doc_to_target
+    return apply_template(template, dict(doc)) if isinstance(template, str) else ""

@@ -72,6 +72,21 @@ from megatron_profit.evaluation.graders import (
         (r"\boxed{2 1/2}", "2 1/2"),
         (r"\boxed{2.5}", "2 1/2"),
         (r"\boxed{50\%}", "0.5"),
+        ("One may think the answer is 5. No.\n\n**Final Answer:**\n42", "42"),
+        ("**Answer:**\n\n42 apples, since 12 of 54 are gone.", "42"),
+        ("The **answer** is **42**, of 54", "42"),
+        ("__Answer__: 42, of 54", "42"),
+        ("The answer is 5? No.\n### Final Answer\n\n42, of 54", "42"),
+        ("**Answer**\n42, of 54", "42"),
+        ("Answer:\n$$\n42\n$$\nThere were 54.", "42"),
+        ("Answer:\n\\[\n42\n\\]\nThere were 54.", "42"),
+        ("Answer:\n- 42 apples of 54", "42"),
+        (r"The answer is \frac34, of 5", "0.75"),
+        (r"The answer is -\dfrac{3}4, of 5", "-0.75"),
+        (r"It is 2\frac 12", "2.5"),
+        ("Answer: 2^3 = 8", "8"),
+        ("Answer: $2^{3} + 1 = 9$", "9"),
+        (r"Answer: \(2 \times 3 = 6\), of 7", "6"),
     ],
 )
 def test_right_numbers_in_another_form_are_right(text, reference):
@@ -164,6 +179,9 @@ def test_other_expressions_are_wrong(text, reference):
         ("Answer: A\nWait.\nAnswer: D", "D"),
         ("A molecule is small.", None),
         ("Answer: I think B", "B"),
+        ("**Answer:**\n\nC) Paris is the capital", "C"),
+        ("## Answer\n\n(B), since A is too small", "B"),
+        ("**Answer**: **D**, not A", "D"),
         ("<think>ANSWER: A", None),
     ],
 )
@@ -184,7 +202,14 @@ def test_braces_without_a_partner_end_no_box():
 
 @pytest.mark.parametrize(
     "text",
-    [r"\boxed{" * 20_000, "answer is " * 10_000, r"answer is \xx" + r"\xx" * 20_000, "1/" * 20_000],
+    [
+        r"\boxed{" * 20_000,
+        "answer is " * 10_000,
+        "answer " + "* " * 50_000,
+        "#" * 100_000,
+        r"answer is \xx" + r"\xx" * 20_000,
+        "1/" * 20_000,
+    ],
 )
 def test_a_model_that_repeats_itself_is_graded(text):
     assert not grade_number(text, "7").right

@@ -102,6 +102,15 @@ def test_a_limit_chooses_the_same_questions_each_time(tmp_path):
     assert load_task("mawps", [tmp_path]).digest != load_task("mawps", [tmp_path], 10).digest
 
 
+@pytest.mark.parametrize("answer", ["[-2,7]", "[1, 2]", "(0,1]", "[x]", "['a']", "[", "12", "0.50"])
+def test_a_reference_is_the_text_of_the_file(tmp_path, answer):
+    """lm-eval reads one that looks like a list of Python as a list."""
+    file = tmp_path / "exam.jsonl"
+    file.write_text(json.dumps({"question": "?", "answer": answer}) + "\n")
+    (question,) = task_of_file(file, {}).questions
+    assert question.reference == answer
+
+
 def test_own_tasks_grade_numbers_expressions_and_patterns(tmp_path):
     file = tmp_path / "exam.v2.jsonl"
     rows = [("1,000", "999 + 1"), ("so 2.\n#### 2", "1 + 1"), ("\\boxed{x^2}", "x x"), (3, "1 + 2")]
