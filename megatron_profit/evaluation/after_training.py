@@ -62,13 +62,16 @@ class EvalTasks:
         return [name.strip() for name in (self.eval_tasks or "").split(",") if name.strip()]
 
     @property
-    def metrics(self) -> list[str]:
-        """The tasks whose scores an evaluation during the training has."""
-        if self.eval_tasks_interval is None:
-            return []
+    def tasks(self) -> list[str]:
+        """The names of all tasks, also of the ones that a --task-file brings."""
         from megatron_profit.evaluation.questions import name_of_file
 
         return [*self.names, *map(name_of_file, _settings_of(self).task_file)]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The tasks whose scores an evaluation during the training has."""
+        return self.tasks if self.eval_tasks_interval is not None else []
 
     def command(self, export: Path, out: Path, *further: str) -> list[str]:
         """Return the command that evaluates an export.
@@ -216,17 +219,33 @@ def environment_of_engine(*, on_cpu: bool = False) -> dict[str, str]:
     return environment | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
 
 
-def are_of_other_weights(results: Path, export: Path) -> bool:
-    """Return whether results hold answers of another state of the weights than the export."""
+def remove_answers_of_other_weights(options: EvalTasks, export: Path) -> list[Path]:
+    """Remove the answers to these tasks that another state of the weights than the export's has given.
+
+    Answers of the same weights stay, also where only some of the tasks have them. Answers to other tasks, and
+    files that are damaged or that another process writes, stay too: the evaluation names the latter.
+
+    Returns:
+        The removed files.
+    """
+    from checkpoint_conversion.engine.lock import lock_file
     from megatron_profit.evaluation.engines.model_folder import fingerprint
     from megatron_profit.evaluation.records import read_records_file
+    from megatron_profit.evaluation.run import records_file
 
-    files = sorted((results / _LABEL).glob("*.jsonl"))
-    try:
-        known = {read_records_file(file)[0].get("identity") for file in files}
-    except EvaluationError:
-        return False  # damaged: the evaluation says so
-    return bool(known) and known != {fingerprint(str(export))}
+    files = [records_file(results_of(export), _LABEL, task) for task in options.tasks]
+    known = [file for file in files if file.exists()]
+    identity = fingerprint(str(export)) if known else ""
+    removed = []
+    for file in known:
+        with (
+            contextlib.suppress(EvaluationError, BlockingIOError),
+            lock_file(file.with_suffix(".lock"), patience=0),
+        ):
+            if read_records_file(file)[0].get("identity") != identity:
+                file.unlink()
+                removed.append(file)
+    return removed
 
 
 def become_evaluation(options: EvalTasks, export: Path) -> NoReturn:
@@ -236,10 +255,10 @@ def become_evaluation(options: EvalTasks, export: Path) -> NoReturn:
     asked again. The exit code of the process is the evaluation's.
     """
     results = results_of(export)
-    again = are_of_other_weights(results, export)
-    if again:
-        print(f"> {results} holds answers of other weights, which are asked again")
-    command = options.command(export, results, *(("--overwrite",) if again else ()))
+    if removed := remove_answers_of_other_weights(options, export):
+        names = ", ".join(file.stem for file in removed)
+        print(f"> {results} held answers of other weights, which are asked again: {names}")
+    command = options.command(export, results)
     # The libraries write what they still hold when a process ends, and this one has no end.
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -230,6 +230,18 @@ def read_sources(
     return tuple(sources)
 
 
+def places_of_entries(dataset_info: str, names: Iterable[str]) -> list[Path]:
+    """Return the files and folders of the entries with these names; a name without an entry has none.
+
+    Raises:
+        DataError: The dataset_info.json cannot be read.
+    """
+    entries, folder = _read_info(dataset_info)
+    found = [entries[name] for name in names if isinstance(entries.get(name), dict)]
+    files = [entry.get("file_name") for entry in found]
+    return [folder / file for file in files if isinstance(file, str)]
+
+
 def _nearest_first(name: str, entries: Mapping[str, Any]) -> list[str]:
     """Return the entries, first the ones that are spelt nearly like `name`, also with other capitals."""
     near = {entry.lower(): entry for entry in entries}

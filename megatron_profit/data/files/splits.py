@@ -60,7 +60,7 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
     if not path.exists():
         found = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
         raise DataError(f"{path}: {found} (data files are looked for from {Path.cwd()})")
-    if path.is_dir() and not _is_dataset(path):
+    if path.is_dir() and not is_dataset(path):
         inner = _files_inside(path)
         if not inner:
             folders = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
@@ -107,7 +107,7 @@ def not_data(path: Path) -> list[str]:
 
     Entries that data sets usually have next to their data are not listed.
     """
-    if not path.is_dir() or _is_dataset(path):
+    if not path.is_dir() or is_dataset(path):
         return []
     data = _files_inside(path)
     others = sorted(file.name for file in path.iterdir() if file not in data)
@@ -150,7 +150,7 @@ def _splits_inside(path: Path, split: Split) -> dict[str, str]:
     of pieces, such as abc-00000-of-00003.parquet, count as splits only if a word in one of them says so, or
     if `split` is one of them.
     """
-    if _is_dataset(path):
+    if is_dataset(path):
         return {name: name for name in saved_splits(path)}
     if not path.is_dir():
         return {}
@@ -211,7 +211,7 @@ def choose_split(names: Iterable[str], path: Path, split: Split) -> str:
 
 def _how_to_choose(path: Path, name: str) -> str:
     folder = f"the folder of one, e.g. {path / name}"
-    place = folder if _is_dataset(path) else "the files to read"
+    place = folder if is_dataset(path) else "the files to read"
     return f'name {place}, or an entry of a dataset_info.json with "split": "{name}"'
 
 
@@ -243,7 +243,8 @@ def _as_word(split: str) -> str:
     return _SPLITS.get(split.lower(), split)
 
 
-def _is_dataset(path: Path) -> bool:
+def is_dataset(path: Path) -> bool:
+    """Return whether `save_to_disk` of the datasets library wrote a folder."""
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 

@@ -14,6 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_profit.data.errors import DataError
+from megatron_profit.data.files.sources import places_of_entries
+from megatron_profit.data.files.splits import is_dataset
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.flags import number_text
 
@@ -177,12 +180,22 @@ class Plan:
         ]
 
     def digest(self, command: Sequence[str]) -> str:
-        """Return a fingerprint of a command and of the files that it names, the base's included."""
+        """Return a fingerprint of a command and of the files that it names, the base's included.
+
+        Raises:
+            EvaluationError: The file of --dataset-info cannot be read.
+        """
         parts = [part for part in command if part != sys.executable]
-        for file in sorted(_inputs(command)):
-            entries = sorted(file.iterdir()) if file.is_dir() else [file]
-            parts += [f"{entry} {_content(entry)}" for entry in entries if entry.is_file()]
+        for file in sorted(_inputs(command) | _described_inputs(command)):
+            parts += [f"{entry} {_content(entry)}" for entry in _entries(file) if entry.is_file()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _entries(place: Path) -> list[Path]:
+    """Return a file, or the entries of a folder; a saved data set has its splits in folders of its own."""
+    if not place.is_dir():
+        return [place]
+    return sorted(place.rglob("*") if is_dataset(place) else place.iterdir())
 
 
 def _content(file: Path) -> str:
@@ -200,13 +213,29 @@ def _inputs(command: Sequence[str]) -> set[Path]:
     The module after `-m` is none, although a checkout has a folder of its name. Outputs are none, although an
     earlier run has written them.
     """
-    places = set()
+    places = {
+        value
+        for flag, value in _flags_with_values(command)
+        if flag not in _NO_INPUTS and (flag, value) not in _PLACEHOLDERS
+    }
+    return {Path(place) for place in places if place and os.path.exists(place)}
+
+
+def _flags_with_values(command: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each word with the one before it, or the two parts of NAME=VALUE."""
     for before, part in pairwise(command):
         name, is_one, value = part.partition("=")
-        flag, place = (name, value) if is_one else (before, part)
-        if flag not in _NO_INPUTS and (flag, place) not in _PLACEHOLDERS:
-            places.add(place)
-    return {Path(place) for place in places if place and os.path.exists(place)}
+        yield (name, value) if is_one else (before, part)
+
+
+def _described_inputs(command: Sequence[str]) -> set[Path]:
+    """Return the data of the entries of a --dataset-info that a command names."""
+    infos = [value for flag, value in _flags_with_values(command) if flag == "--dataset-info"]
+    try:
+        places = [place for info in infos for place in places_of_entries(info, command)]
+    except DataError as error:
+        raise EvaluationError(error) from error
+    return {place for place in places if place.exists()}
 
 
 def folder_name(*parts: object) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from isal.isal_zlib import crc32
 
+from checkpoint_conversion.engine.regular_files import check_model_folder, open_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
 from megatron_profit.data.errors import DataError
@@ -65,10 +66,12 @@ def check_model(model: str, day: date | None = None) -> date | None:
         require("peft", for_what=f"the adapter {folder}", install="peft")
     try:
         read_hf_config(base)
+        for place in dict.fromkeys((folder, base)):
+            check_model_folder(place)
         if not any(base.glob("*.safetensors")):
             raise EvaluationError(f"{base}: holds no *.safetensors file; give a model with weights")
         return load_chat_template(folder, day).day
-    except (ConversionError, DataError) as error:
+    except (ConversionError, DataError, OSError) as error:
         raise EvaluationError(error) from error
 
 
@@ -129,14 +132,30 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def fingerprint(model: str) -> str:
-    """Return a digest of a model's content, all weights included: a training may change any of them."""
+    """Return a digest of a model's content, all weights included: a training may change any of them.
+
+    Raises:
+        EvaluationError: A file is missing where a link leads, cannot be read, or is a pipe or the like.
+    """
     digest = hashlib.sha256()
     folder = Path(model)
     for place in dict.fromkeys((folder, base_of(folder))):
-        for file in sorted(entry for entry in place.iterdir() if entry.suffix in _CONTENT):
-            checksum = 0
-            with file.open("rb") as stream:
-                while block := stream.read(_BLOCK_BYTES):
-                    checksum = crc32(block, checksum)
-            digest.update(f"{file.name} {file.stat().st_size} {checksum}\0".encode())
+        for file in sorted(place.iterdir()):
+            if file.suffix in _CONTENT and not file.is_dir():
+                digest.update(f"{file.name} {_size_and_checksum(file)}\0".encode())
     return digest.hexdigest()[:16]
+
+
+def _size_and_checksum(file: Path) -> str:
+    size = checksum = 0
+    try:
+        with open(open_regular(file), "rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                size, checksum = size + len(block), crc32(block, checksum)
+    except ConversionError as error:
+        raise EvaluationError(error) from error
+    except OSError as error:
+        raise EvaluationError(
+            f"{file}: {error.strerror}; fetch the model again, or remove this file"
+        ) from error
+    return f"{size} {checksum}"

@@ -23,8 +23,9 @@ from megatron_profit.evaluation.engines.engine import (
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
-# Too many requests, and faults that may pass.
-_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+# Too many requests, and further refusals that may pass; faults of the server, from 500 on, may pass too.
+_PASSING = (408, 409, 425, 429)
+_SERVER_FAULT = 500
 # Statuses for a field that the server does not know.
 _UNKNOWN_FIELD = (400, 422)
 # Values that change nothing, in the place of the defaults that a server takes from the model's
@@ -104,7 +105,7 @@ class ServerEngine:
             except urllib.error.HTTPError as error:
                 said = error.read(_SHOWN).decode("utf-8", "replace")
                 problem = f"HTTP status {error.code}: {said}"
-                if error.code not in _PASSING:
+                if error.code < _SERVER_FAULT and error.code not in _PASSING:
                     raise EvaluationError(
                         f"{self.url} refuses {place} ({problem}); check --server, the model's name "
                         f"{self.model!r} and the sampling flags"

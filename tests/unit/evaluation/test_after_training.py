@@ -8,7 +8,6 @@ import pytest
 
 from megatron_profit.evaluation import after_training
 from megatron_profit.evaluation.after_training import (
-    are_of_other_weights,
     check_task_files,
     environment_of_engine,
     eval_tasks,
@@ -59,28 +58,42 @@ def test_the_questions_have_the_day_of_the_training():
     assert days == ["2026-02-03", "2027-01-01"], "the last one counts"
 
 
-def test_answers_of_other_weights_are_asked_again_and_of_the_same_kept(tmp_path, monkeypatch):
+def test_answers_of_other_weights_are_asked_again_and_of_the_same_kept(
+    tmp_path, monkeypatch, capsys
+):
     """A run that goes on replaces its export; one whose evaluation was interrupted does not change it."""
     export = tmp_path / "hf"
     export.mkdir()
     (export / "model.safetensors").write_bytes(b"first")
-    records = results_of(export) / "trained" / "mawps.jsonl"
-    assert not are_of_other_weights(results_of(export), export)
-    records.parent.mkdir(parents=True)
-    identity = fingerprint(str(export))
-    records.write_text(json.dumps({"kind": "settings", "identity": identity}) + "\n")
+    folder = results_of(export) / "trained"
+    folder.mkdir(parents=True)
+
+    def answered(task):
+        settings = {"kind": "settings", "identity": fingerprint(str(export))}
+        (folder / f"{task}.jsonl").write_text(json.dumps(settings) + "\n")
+
+    def answers():
+        return sorted(file.stem for file in folder.glob("*.jsonl"))
+
     started = []
     monkeypatch.setattr(after_training.atexit, "_run_exitfuncs", lambda: None)
     monkeypatch.setattr(after_training.os, "execve", lambda *call: started.append(call[1]))
-    options = eval_tasks(VALUES | {"eval_tasks": "mawps"})
+    asked = {"eval_tasks": "mawps,svamp", "eval_flags": "--task-file exam.jsonl"}
+    options = eval_tasks(VALUES | asked)
+    for task in ("mawps", "svamp", "exam", "gsm8k"):
+        answered(task)
     after_training.become_evaluation(options, export)
-    assert "--overwrite" not in started[-1]
+    assert answers() == ["exam", "gsm8k", "mawps", "svamp"]
+    assert capsys.readouterr().out == ""
     (export / "model.safetensors").write_bytes(b"second")
+    answered("mawps")  # the evaluation of the new weights was interrupted after this task
     after_training.become_evaluation(options, export)
-    assert started[-1][-1] == "--overwrite"
-    records.write_text("damaged")
+    assert answers() == ["gsm8k", "mawps"], "gsm8k is no task any more"
+    assert "are asked again: svamp, exam" in capsys.readouterr().out
+    (folder / "svamp.jsonl").write_text("damaged")
     after_training.become_evaluation(options, export)
-    assert "--overwrite" not in started[-1], "the evaluation names the damage"
+    assert answers() == ["gsm8k", "mawps", "svamp"], "the evaluation names the damage"
+    assert not any("--overwrite" in command for command in started)
 
 
 def test_a_file_of_ones_own_is_a_task_too():

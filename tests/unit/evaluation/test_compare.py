@@ -315,6 +315,32 @@ def test_a_digest_does_not_follow_from_what_a_run_writes(plan, tmp_path, monkeyp
     assert found.digest(commands[0]) != before[0]
 
 
+def test_a_digest_follows_from_data_that_the_command_does_not_name_itself(plan, tmp_path):
+    """The splits of a saved data set lie in folders, and entries of a dataset_info.json name files."""
+    saved = tmp_path / "saved" / "train" / "data.arrow"
+    described = tmp_path / "described" / "chats" / "a.jsonl"
+    other = described.with_name("b.jsonl")
+    for file in (saved, described, other):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("first")
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    info = tmp_path / "described" / "dataset_info.json"
+    entries = {"a": {"file_name": "chats/a.jsonl"}, "b": {"file_name": "chats/b.jsonl"}, "c": 1}
+    info.write_text(json.dumps(entries))
+    for flags in (f"--dataset-info {info}", f"--dataset-info={info.parent}"):
+        found = read_plan(plan(train=f"--data {tmp_path}/saved a {flags}"))
+        command = found.train_command(found.runs()[0], TRAINED, Path("metrics"))
+        digests = [found.digest(command)]
+        for file in (saved, described, other):
+            file.write_text(file.read_text() + " changed")
+            digests.append(found.digest(command))
+        assert len(set(digests)) == 3
+        assert digests[2] == digests[3], "no flag names the entry b"
+    info.write_text("{")
+    with pytest.raises(EvaluationError, match=r"--dataset-info .* cannot be read as JSON"):
+        found.digest(command)
+
+
 def test_the_digests_of_earlier_comparisons_stay(tmp_path):
     """A comparison that was made with an earlier version goes on from its folders."""
     found = Plan(

@@ -1,6 +1,7 @@
 """The command: results, resume, several models, and input that cannot be used."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from checkpoint_conversion.engine.lock import lock_file
 from megatron_profit.commands import evaluate as command
 from megatron_profit.evaluation.engines import engine as engines
 from megatron_profit.evaluation.engines.engine import Answer
-from megatron_profit.evaluation.engines.model_folder import fingerprint
+from megatron_profit.evaluation.engines.model_folder import check_model, fingerprint
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.records import read_records_file
 from megatron_profit.evaluation.sampling import choose_sampling
@@ -335,6 +336,23 @@ def test_the_identity_of_a_model_covers_all_of_its_weights(tmp_path):
     weights[len(weights) // 2] = 1
     (folder / "model.safetensors").write_bytes(weights)
     assert fingerprint(str(folder)) != before
+
+
+def test_a_model_folder_with_a_broken_entry_is_refused_with_its_name(tiny_model, tmp_path):
+    """Downloads leave links without a file; a pipe would wait for ever."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    known = fingerprint(str(folder))
+    (folder / "extra.json").mkdir()
+    assert fingerprint(str(folder)) == known, "a folder is no part of the model"
+    (folder / "merges.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(EvaluationError, match=r"merges\.txt: No such file .*fetch the model again"):
+        fingerprint(str(folder))
+    (folder / "merges.txt").unlink()
+    os.mkfifo(folder / "merges.txt")
+    for examine in (fingerprint, check_model):
+        with pytest.raises(EvaluationError, match=r"merges\.txt is a pipe"):
+            examine(str(folder))
 
 
 def test_pass_at_the_number_of_samples_is_shown(run, tmp_path, capsys):

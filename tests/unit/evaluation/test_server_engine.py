@@ -147,7 +147,16 @@ def test_an_answer_stopped_unless_its_length_ended_it(serve, reason, stopped):
 
 
 @pytest.mark.parametrize(
-    "fault", [(500, b"busy"), (429, b""), (None, b""), (200, b"{not json"), (200, {"choices": []})]
+    "fault",
+    [
+        (500, b"busy"),
+        (501, b""),
+        (529, b"overloaded"),
+        (429, b""),
+        (None, b""),
+        (200, b"{not json"),
+        (200, {"choices": []}),
+    ],
 )
 def test_a_fault_that_passes_is_tried_again(serve, fault):
     engine, _ = serve(lambda number, body: fault if number <= 2 else repeat(number, body))
