@@ -54,9 +54,10 @@ from checkpoint_conversion.hf.writer import (
     copy_artifacts,
     write_tensors,
 )
-from checkpoint_conversion.model_card.card import card_files
+from checkpoint_conversion.model_card.base import HubId
+from checkpoint_conversion.model_card.card import base_on_hub, card_files
 from checkpoint_conversion.model_card.facts import read_facts
-from checkpoint_conversion.model_card.hub import FLAG, check_upload, upload
+from checkpoint_conversion.model_card.hub import FLAG, check_named_base, check_upload, upload
 from checkpoint_conversion.model_card.next_steps import next_steps
 from checkpoint_conversion.progress import human
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
@@ -101,12 +102,13 @@ def plan_export(
     base: str | Path | None = None,
     any_base: bool = False,
     any_carried: bool = False,
+    base_id: HubId | None = None,
 ) -> ExportPlan:
     """Check a checkpoint against a template; no tensor is read.
 
     Args:
         megatron, hf_template, iteration, dtype, max_shard_size, ignore_arguments, base, any_base,
-            any_carried: As in `megatron_to_hf`.
+            any_carried, base_id: As in `megatron_to_hf`.
 
     Raises:
         ConversionError: For anything that cannot be converted.
@@ -128,7 +130,7 @@ def plan_export(
     artifacts(template)
     written = for_older_readers(with_dtype(config, tensors))
     stops = plan_stop_tokens(template, written, trained_turn_end(checkpoint.folder))
-    cards = card_files(read_facts(checkpoint.folder), template)
+    cards = card_files(read_facts(checkpoint.folder), template, base_id=base_id)
     return ExportPlan(checkpoint, template, stops, tensors, weight_map, carried, noted, cards)
 
 
@@ -176,6 +178,7 @@ def megatron_to_hf(
     base: str | Path | None = None,
     any_base: bool = False,
     any_carried: bool = False,
+    base_id: HubId | None = None,
 ) -> ExportPlan:
     """Convert a Megatron torch_dist checkpoint to a HuggingFace folder.
 
@@ -197,6 +200,7 @@ def megatron_to_hf(
         any_base: Merge adapters into another base than the run noted, too.
         any_carried: Take the carried tensors of the template, for example its vision tower, even if the
             checkpoint notes other ones.
+        base_id: The base on the hub for the model card; None for the one that the run noted.
 
     Returns:
         The plan that was carried out.
@@ -214,6 +218,7 @@ def megatron_to_hf(
         base=base,
         any_base=any_base,
         any_carried=any_carried,
+        base_id=base_id,
     )
     sources = [plan.template, plan.checkpoint.folder]
     with (
@@ -241,22 +246,24 @@ def export_adapter(
     progress: TextIO | None = None,
     base: str | Path | None = None,
     any_base: bool = False,
+    base_id: HubId | None = None,
     dry_run: bool = False,
 ) -> AdapterOutput:
     """Write the adapters of a checkpoint as a PEFT folder.
 
     Args:
         megatron, hf_template, out, iteration, dtype, ignore_arguments, overwrite, check_finite, workers,
-            progress, base, any_base: As in `megatron_to_hf`. The PEFT folder names the template as its base.
+            progress, base, any_base, base_id: As in `megatron_to_hf`. The PEFT folder names the template as
+            its base.
         dry_run: Check everything and write nothing.
 
     Returns:
         The output.
 
     Raises:
-        ConversionError: The checkpoint holds no adapters or ones of another base, or cannot be converted.
+        ConversionError: The checkpoint holds no adapters, or ones of another model, or cannot be converted.
     """
-    from checkpoint_conversion.adapters.export import check_base, open_adapters
+    from checkpoint_conversion.adapters.export import check_base, check_named_model, open_adapters
     from checkpoint_conversion.adapters.peft_folder import plan_adapter_output
 
     template = Path(hf_template)
@@ -266,11 +273,14 @@ def export_adapter(
         raise ConversionError(
             f"{folder} holds whole weights and no adapters; leave --export-adapter out"
         )
-    check_base(folder, saved, template, None if base is None else Path(base), any_base)
+    found = check_base(folder, saved, template, None if base is None else Path(base), any_base)
+    if base is not None and not any_base:
+        check_named_model(template, config, found)
     adapters = open_adapters(folder, config, saved.options)
     kind = chosen_dtype(dtype) or next(iter(adapters.dtypes.values()))
     output = plan_adapter_output(out, template, config, saved.options, kind, overwrite)
-    output = replace(output, notes=card_files(read_facts(folder), template, is_adapter=True))
+    notes = card_files(read_facts(folder), template, is_adapter=True, base_id=base_id)
+    output = replace(output, notes=notes)
     if dry_run:
         return output
     with output.writer() as (_, writer):
@@ -317,6 +327,13 @@ def _parser() -> argparse.ArgumentParser:
         "notes other ones",
     )
     add(
+        "--base-model-id",
+        type=HubId.parse,
+        metavar="ID",
+        help="id of the base on the hub, as ID or ID@REVISION, for the model card and uploaded adapters "
+        "(default: the one that the run noted, or the place of --hf-template in the hub's cache)",
+    )
+    add(
         FLAG,
         metavar="ID",
         help="upload the output to this repository of the hub (--out; without it --export-adapter); a new "
@@ -332,33 +349,41 @@ def main() -> int:
     options = parser.parse_args()
     if options.out is None and options.export_adapter is None:
         parser.error("give --out DIR, or --export-adapter DIR for a checkpoint of adapters")
-    for flag, value in (
-        ("--max-shard-size", options.max_shard_size),
-        ("--any-carried", options.any_carried),
-    ):
-        if options.out is None and value:
-            parser.error(f"{flag} is about --out, which is missing")
+    for name in ("max_shard_size", "any_carried"):
+        if options.out is None and getattr(options, name):
+            parser.error(f"--{name.replace('_', '-')} is about --out, which is missing")
     if options.push_public and options.push_to_hub is None:
         parser.error(f"--push-public is about {FLAG}, which is missing")
     if options.out is not None and options.export_adapter is not None:
         check_apart(Path(options.out), Path(options.export_adapter))
+    base = _base_of_uploaded_adapters(options)
     repository = None
     if options.push_to_hub is not None and not options.dry_run:
         repository = check_upload(options.push_to_hub, public=options.push_public)
+    if options.out is not None:
+        if options.export_adapter is not None:
+            _export_adapter(options, check_only=True)
+        _export_model(options)
     if options.export_adapter is not None:
         _export_adapter(options)
-    if options.out is not None:
-        _export_model(options)
     if repository is not None:
-        folder = Path(options.out or options.export_adapter)
-        print(f"uploaded: {upload(folder, repository)}")
+        print(f"uploaded: {upload(Path(options.out or options.export_adapter), repository, base)}")
     return 0
+
+
+def _base_of_uploaded_adapters(options: argparse.Namespace) -> HubId | None:
+    """Return the base that uploaded adapters name; None for whole weights, or without an upload."""
+    if options.push_to_hub is None or options.out is not None:
+        return None
+    facts = read_facts(find_checkpoint(options.megatron, options.iteration))
+    known = options.base_model_id or base_on_hub(facts, Path(options.hf_template))
+    return check_named_base(known, options.hf_template)
 
 
 def _source_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that say which checkpoint is exported, and what it must fit, by name."""
     names = ("iteration", "ignore_arguments", "base", "any_base")
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in names} | {"base_id": options.base_model_id}
 
 
 def _export_model(options: argparse.Namespace) -> None:
@@ -400,16 +425,18 @@ def _export_model(options: argparse.Namespace) -> None:
         print("\n".join(steps))
 
 
-def _export_adapter(options: argparse.Namespace) -> None:
+def _export_adapter(options: argparse.Namespace, *, check_only: bool = False) -> None:
     output = export_adapter(
         options.megatron,
         options.hf_template,
         options.export_adapter,
         progress=sys.stderr,
-        dry_run=options.dry_run,
+        dry_run=options.dry_run or check_only,
         **_source_options(options),
         **cli.output_options(options),
     )
+    if check_only:
+        return
     if options.dry_run:
         print_adapters(output)
         return

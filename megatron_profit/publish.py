@@ -9,6 +9,7 @@ from typing import Any
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.model_card.base import HubId
+from checkpoint_conversion.model_card.hub import check_named_base
 from megatron_profit.flags import ArgumentsError, flag, options_of
 
 
@@ -34,6 +35,22 @@ class Publication:
         """Return the folder to upload."""
         return Path(values["export_hf"] or values["export_adapter"])
 
+    def base(self, hf_model: str | Path) -> HubId | None:
+        """Return the base on the hub, as it was named or by its place in the hub's cache, if it is known."""
+        return (
+            HubId.parse(self.base_model_id) if self.base_model_id else HubId.of_path(Path(hf_model))
+        )
+
+    def base_of_adapters(self, values: Mapping[str, Any]) -> HubId | None:
+        """Return the base that uploaded adapters name; None for a whole model, or without an upload.
+
+        Raises:
+            ConversionError: It is not known.
+        """
+        if self.push_to_hub is None or values["export_hf"]:
+            return None
+        return check_named_base(self.base(values["hf_model"]), values["hf_model"])
+
 
 def publication(values: Mapping[str, Any]) -> Publication:
     """Return the checked options of the flags; the hub is not asked.
@@ -57,4 +74,8 @@ def publication(values: Mapping[str, Any]) -> Publication:
             f"--push-to-hub {options.push_to_hub} uploads the folder of --export-hf or --export-adapter; "
             "give one of them"
         )
+    try:
+        options.base_of_adapters(values)
+    except ConversionError as error:
+        raise ArgumentsError(error) from error
     return options

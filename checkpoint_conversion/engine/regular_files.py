@@ -60,6 +60,20 @@ def read_regular(file: str | Path, most: int = MOST_JSON) -> bytes:
     return content
 
 
+def check_readable(file: Path) -> None:
+    """Refuse a file that cannot be opened or is not a regular one, before any work.
+
+    Raises:
+        ConversionError: Names the file.
+    """
+    try:
+        os.close(open_regular(file))
+    except OSError as error:
+        raise ConversionError(
+            f"{file} cannot be read: {error.strerror}; change its permissions, or remove it"
+        ) from error
+
+
 def open_to_append(file: Path) -> int:
     """Return a descriptor to read a file and write at its end; a missing file is made.
 

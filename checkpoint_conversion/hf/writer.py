@@ -19,7 +19,11 @@ from typing import Any, Protocol, TextIO
 from checkpoint_conversion.engine.dtypes import DType
 from checkpoint_conversion.engine.output import sync_file, write_file
 from checkpoint_conversion.engine.raw_files import NewFile, OpenFiles, writing
-from checkpoint_conversion.engine.regular_files import CHAT_TEMPLATES, open_regular
+from checkpoint_conversion.engine.regular_files import (
+    CHAT_TEMPLATES,
+    check_readable,
+    open_regular,
+)
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.chunks import TensorChunk
@@ -298,7 +302,7 @@ def artifacts(template: Path) -> list[Path]:
     """Return the files of a template that `copy_artifacts` copies.
 
     Raises:
-        ConversionError: For a link that leaves the template.
+        ConversionError: For a link that leaves the template, and a file that cannot be read.
     """
     entries = [*template.iterdir(), *(template / CHAT_TEMPLATES).glob("*.jinja")]
     files = [
@@ -307,7 +311,8 @@ def artifacts(template: Path) -> list[Path]:
         if entry.name != CONFIG and not _NOT_COPIED.fullmatch(entry.name) and not entry.is_dir()
     ]
     for file in files:
-        _check_link(file, template)
+        check_link(file, template)
+        check_readable(file)
     return files
 
 
@@ -316,11 +321,14 @@ def _copy(file: Path, target: Path) -> None:
         shutil.copyfileobj(source, copy)
 
 
-def _check_link(file: Path, template: Path) -> None:
+def check_link(file: Path, template: Path) -> None:
     """Refuse a link to a file outside of the template.
 
     The HuggingFace cache is made of links: `snapshots/<revision>/<file>` points into `blobs` of the
     same repository, which is allowed.
+
+    Raises:
+        ConversionError: Names the link and its target.
     """
     target = Path(os.path.realpath(file))
     if not target.exists():

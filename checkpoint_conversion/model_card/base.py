@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.engine.regular_files import read_regular
+from checkpoint_conversion.engine.regular_files import (
+    check_readable,
+    open_regular,
+    read_regular,
+)
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf.writer import artifacts
+from checkpoint_conversion.hf.writer import check_link
 
 CARD = "README.md"
 # The name of a repository in the hub's cache, and the ids that the hub takes.
@@ -30,7 +34,7 @@ _TEXTS = (
     ("apache license version 2.0", ("apache-2.0", "")),
     ("mit license", ("mit", "")),
 )
-_MOST_TEXT = 1 << 20  # bytes of a card or a licence
+_MOST_TEXT = 1 << 20  # bytes of a card or a licence that are looked at
 _BEGINNING = 4000  # characters that tell which licence it is
 
 
@@ -97,14 +101,29 @@ class Licence:
     link: str
     files: tuple[Path, ...]
 
+    def texts(self) -> dict[str, bytes]:
+        """Return the content of the files by name.
+
+        Raises:
+            ConversionError: A file is larger than any text of a licence.
+        """
+        return {file.name: read_regular(file) for file in self.files}
+
 
 def licence_of(folder: Path) -> Licence:
     """Return the licence of a model folder, by its card, else by the text of its licence file.
 
     Raises:
-        ConversionError: A licence file is a link that leaves the folder.
+        ConversionError: A licence file is a link that leaves the folder, or cannot be read.
     """
-    files = tuple(f for f in artifacts(folder) if _LICENCE_FILE.fullmatch(f.name))
+    files = tuple(
+        entry
+        for entry in sorted(folder.iterdir())
+        if _LICENCE_FILE.fullmatch(entry.name) and not entry.is_dir()
+    )
+    for file in files:
+        check_link(file, folder)
+        check_readable(file)
     texts = [f for f in files if f.name.lower().startswith("licen")]
     stated = _front_matter(folder / CARD)
     link = texts[0].name if texts else _text(stated.get("license_link"))
@@ -117,7 +136,7 @@ def licence_of(folder: Path) -> Licence:
 
 def _recognised(file: Path) -> tuple[str, str]:
     """Return id and name of the licence whose text a file holds."""
-    text = read_regular(file, _MOST_TEXT).decode(errors="replace")[:_BEGINNING]
+    text = _start_of(file)[:_BEGINNING]
     words = " ".join(re.findall(r"[\w.]+", text.lower()))
     return next((known for start, known in _TEXTS if start in words), ("other", "of-the-base"))
 
@@ -127,12 +146,17 @@ def _front_matter(card: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
-        text = read_regular(card, _MOST_TEXT).decode(errors="replace")
-        match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", _start_of(card), re.DOTALL)
         content = yaml.safe_load(match[1]) if match else None
     except (ConversionError, OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _start_of(file: Path) -> str:
+    """Return the first MiB of a file as text."""
+    with open(open_regular(file), "rb") as stream:
+        return stream.read(_MOST_TEXT).decode(errors="replace")
 
 
 def _text(value: Any) -> str:

@@ -12,19 +12,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.engine.regular_files import read_regular
 from checkpoint_conversion.errors import printable
 from checkpoint_conversion.model_card.base import CARD, HubId, Licence, licence_of
 from checkpoint_conversion.model_card.facts import RANDOM, Facts
 
 _PROGRAM = "megatron_profit"
-_MOST_LICENCE = 1 << 20  # bytes
 _UNKNOWN = "not recorded"
 # Licences whose ids say it all.
 _COMMON = ("apache-2.0", "mit", "unknown")
 
 
-def card_files(facts: Facts | None, base: Path, *, is_adapter: bool = False) -> dict[str, bytes]:
+def card_files(
+    facts: Facts | None, base: Path, *, is_adapter: bool = False, base_id: HubId | None = None
+) -> dict[str, bytes]:
     """Return the files that an export gets besides its model: the card and, for adapters, the licence.
 
     The export of a whole model copies the licence of its base with the base's other files.
@@ -33,21 +33,26 @@ def card_files(facts: Facts | None, base: Path, *, is_adapter: bool = False) -> 
         facts: The facts of the training; None for weights that no run has trained: they get no card.
         base: HuggingFace folder of the base.
         is_adapter: Whether the export holds adapters alone.
+        base_id: The base on the hub; None for the one that the facts or the folder tell.
 
     Raises:
-        ConversionError: A licence file is too large or leaves the folder.
+        ConversionError: A licence file is too large, leaves the folder or cannot be read.
     """
     if facts is None:
         return {}
     licence = licence_of(base)
-    files = {CARD: _card(facts, base, licence, is_adapter).encode()}
+    known = base_id or base_on_hub(facts, base)
+    files = {CARD: _card(facts, known, base, licence, is_adapter).encode()}
     if is_adapter:
-        files |= {file.name: read_regular(file, _MOST_LICENCE) for file in licence.files}
+        files |= licence.texts()
     return files
 
 
-def _card(facts: Facts, folder: Path, licence: Licence, is_adapter: bool) -> str:
-    base, name = _base(facts, folder)
+def _card(
+    facts: Facts, base: HubId | None, folder: Path, licence: Licence, is_adapter: bool
+) -> str:
+    noted = facts.part("model").get("folder")
+    name = base.id if base else printable(noted or folder.absolute().name)
     objective = printable(facts.part("objective").get("name", "sft"))
     trained = _code(name)
     if is_adapter:
@@ -80,11 +85,10 @@ def _card(facts: Facts, folder: Path, licence: Licence, is_adapter: bool) -> str
     return "\n\n".join(sections) + "\n"
 
 
-def _base(facts: Facts, folder: Path) -> tuple[HubId | None, str]:
-    """Return the base on the hub, if it is known, and the name to call it by."""
-    model = facts.part("model")
-    known = HubId.noted(model.get("base"), model.get("revision")) or HubId.of_path(folder)
-    return known, known.id if known else printable(model.get("folder") or folder.absolute().name)
+def base_on_hub(facts: Facts | None, folder: Path) -> HubId | None:
+    """Return the base on the hub, as the facts note it or by the place of its folder, if it is known."""
+    model = {} if facts is None else facts.part("model")
+    return HubId.noted(model.get("base"), model.get("revision")) or HubId.of_path(folder)
 
 
 def _is_derived(facts: Facts) -> bool:

@@ -5,15 +5,21 @@ All that can be wrong is looked at before the export is made: network, token, na
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import ConversionError, printable
+from checkpoint_conversion.hf.folder import ADAPTER, read_json_object
 from checkpoint_conversion.model_card.base import HubId
 
 FLAG = "--push-to-hub"
 _ON = ("1", "true", "yes", "on")
+_BASE_NAME = "base_model_name_or_path"
 # Files of the converter, which mean something in their place only.
 _NOT_UPLOADED = (".*",)
 
@@ -63,8 +69,31 @@ def check_upload(name: str, *, public: bool = False) -> str:
     return repo
 
 
-def upload(folder: Path, repo: str) -> str:
+def check_named_base(base: HubId | None, folder: str | Path) -> HubId:
+    """Return the id of the base of adapters, which an upload names in place of its folder.
+
+    Args:
+        base: The id; None where it is unknown.
+        folder: The folder of the base.
+
+    Raises:
+        ConversionError: It is unknown.
+    """
+    if base is None:
+        raise ConversionError(
+            f"{FLAG} would upload adapters whose base is {folder}, a folder of this machine; give the base's "
+            "id on the hub with --base-model-id OWNER/NAME"
+        )
+    return base
+
+
+def upload(folder: Path, repo: str, base: HubId | None = None) -> str:
     """Upload an exported folder in one commit; return the address of the repository.
+
+    Args:
+        folder: The export.
+        repo: Id of the repository, as `check_upload` returns it.
+        base: The base of adapters, which the uploaded PEFT folder names; the export itself keeps its folder.
 
     Raises:
         ConversionError: It did not get there; the folder stays, and the message says how to try again.
@@ -73,19 +102,38 @@ def upload(folder: Path, repo: str) -> str:
 
     api = huggingface_hub.HfApi()
     try:
-        _call(
-            repo,
-            api.upload_folder,
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=f"{folder.name}, trained with megatron_profit",
-            ignore_patterns=list(_NOT_UPLOADED),
-        )
+        with _named_base(folder, base) as place:
+            _call(
+                repo,
+                api.upload_folder,
+                repo_id=repo,
+                folder_path=place,
+                commit_message=f"{folder.name}, trained with megatron_profit",
+                ignore_patterns=list(_NOT_UPLOADED),
+            )
     except ConversionError as error:
-        raise ConversionError(
-            f"{error}. The export is whole in {folder}; upload it with: hf upload {repo} {folder}"
-        ) from error
+        remedy = f"upload it with: hf upload {repo} {folder}"
+        if base is not None:
+            remedy = f"change {_BASE_NAME} in its {ADAPTER} to {base.id}, and {remedy}"
+        raise ConversionError(f"{error}. The export is whole in {folder}; {remedy}") from error
     return f"{api.endpoint}/{repo}"
+
+
+@contextlib.contextmanager
+def _named_base(folder: Path, base: HubId | None) -> Iterator[Path]:
+    """Yield an export, or for adapters a temporary folder of links to it whose options name the base's id."""
+    if base is None:
+        yield folder
+        return
+    content = {**read_json_object(folder / ADAPTER), _BASE_NAME: base.id}
+    if base.revision:
+        content["revision"] = base.revision
+    with tempfile.TemporaryDirectory() as name:
+        for file in folder.iterdir():
+            (Path(name) / file.name).symlink_to(file.absolute())
+        (Path(name) / ADAPTER).unlink()
+        (Path(name) / ADAPTER).write_text(json.dumps(content, indent=2) + "\n")
+        yield Path(name)
 
 
 def is_offline() -> bool:

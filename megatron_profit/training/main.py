@@ -242,9 +242,10 @@ def _publish(plan: RunPlan) -> None:
     if plan.repository is None:
         return
     try:
-        folder = plan.settings.publication.folder(plan.settings.values)
+        asked, values = plan.settings.publication, plan.settings.values
+        folder, base = asked.folder(values), asked.base_of_adapters(values)
         print_rank_0(f"> uploading {folder} to {plan.repository}")
-        print_rank_0(f"> uploaded: {upload(folder, plan.repository)}")
+        print_rank_0(f"> uploaded: {upload(folder, plan.repository, base)}")
     except ConversionError as error:
         fail(error)
 

@@ -16,6 +16,7 @@ from checkpoint_conversion.hf.carried import Notes
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.hf.output import HFOutput, plan_output
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
+from checkpoint_conversion.model_card.base import licence_of
 from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.data import DataOptions
 from megatron_profit.flags import ArgumentsError, flag_of
@@ -189,7 +190,9 @@ def plan_export(settings: Mapping[str, Any]) -> HFOutput | None:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((half[name] for name in half if settings[name]), torch.float32)
     overwrite = _replaces_exports(settings)
-    return plan_output(settings["export_hf"], settings["hf_model"], dtype, overwrite)
+    output = plan_output(settings["export_hf"], settings["hf_model"], dtype, overwrite)
+    licence_of(output.template)  # the model card names it after the last step
+    return output
 
 
 def _replaces_exports(settings: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.adapters.export import first_difference
 from checkpoint_conversion.adapters.options import LoraOptions
 from checkpoint_conversion.adapters.peft_folder import (
     PeftFolder,
@@ -19,8 +20,10 @@ from checkpoint_conversion.adapters.saved import (
 )
 from checkpoint_conversion.engine.dtypes import chosen_dtype
 from checkpoint_conversion.engine.output import check_apart
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
+from checkpoint_conversion.model_card.base import licence_of
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.flags import ArgumentsError, flag_of
@@ -57,8 +60,11 @@ def open_lora(
         output = plan_adapter_output(
             values["export_adapter"], values["hf_model"], config, options, dtype, overwrite
         )
+        licence_of(Path(values["hf_model"])).texts()  # copied after the last step
     rules = family_for(config).tensor_rules(config)
     files = LoraFiles(options, rules, _open_base(values), start, output)
+    if output is not None and isinstance(files.base, Path):
+        _check_named_base(files.base, output.base, config)
     if values["finetune"]:
         _check_finetuned(files, values["load"])
     return files
@@ -135,6 +141,32 @@ def _open_base(values: Mapping[str, Any]) -> HFModel | Path | None:
             "--load"
         )
     return None
+
+
+def _check_named_base(base: Path, named: Path, config: Config) -> None:
+    """Refuse a PEFT folder that would name another model than its adapters are for.
+
+    Args:
+        base: The Megatron checkpoint with the frozen weights.
+        named: The HuggingFace folder that the PEFT folder names.
+        config: The content of its config.json.
+    """
+    remedy = (
+        "leave --export-adapter out and write merged weights with --export-hf, or convert that checkpoint "
+        "with checkpoint_conversion.megatron_to_hf and give the result as --hf-model"
+    )
+    try:
+        name = first_difference(named, config, base)
+    except ConversionError as error:
+        raise ArgumentsError(
+            f"--export-adapter would name --hf-model {named} as the base, and its weights cannot be compared "
+            f"with --pretrained-checkpoint {base}: {error}; {remedy}"
+        ) from error
+    if name is not None:
+        raise ArgumentsError(
+            f"--export-adapter would name --hf-model {named} as the base, and the frozen weights of "
+            f"--pretrained-checkpoint {base} have another {name}; {remedy}"
+        )
 
 
 def _saved(folder: str | Path | None) -> SavedAdapters | None:

@@ -121,8 +121,8 @@ def _reference(settings: RunSettings, files: RunFiles) -> Path | None:
 
 def _base(settings: RunSettings) -> dict[str, Any]:
     """Return the names of the run's base, and the first weights if they are not the base's."""
-    folder, named = settings.hf_model, settings.publication.base_model_id
-    base = HubId.parse(named) if named else HubId.of_path(folder)
+    folder = settings.hf_model
+    base = settings.publication.base(folder)
     return {
         "base": base and base.id,
         "revision": base and base.revision,

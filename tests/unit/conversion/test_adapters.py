@@ -247,6 +247,75 @@ def test_the_base_of_a_peft_folder_may_be_a_megatron_checkpoint(make_qwen3, tmp_
     assert run_command(*command, "--base", tmp_path / "base").code == 0
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.1.self_attn.v_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.norm.weight",
+    ],
+)
+def test_a_peft_folder_does_not_name_another_model_than_its_base(
+    make_qwen3, tmp_path, run_command, tensor
+):
+    """The base went on from the template: all tensors but one are still equal."""
+    hf, continued = make_qwen3(), make_qwen3("hg")
+    weights = load_file(continued / WEIGHTS)
+    assert all(torch.equal(w, load_file(hf / WEIGHTS)[n]) for n, w in weights.items())
+    weights[tensor] += 0.5
+    save_file(weights, continued / WEIGHTS, metadata={"format": "pt"})
+    hf_to_megatron(continued, tmp_path / "base")
+    run = checkpoint_of_adapters(tmp_path / "run", hf, tmp_path / "base" / "release")
+    command = ("megatron_to_hf", "--megatron", run, "--base", tmp_path / "base")
+    command += ("--export-adapter", tmp_path / "adapter", "--hf-template")
+    refused = run_command(*command, hf)
+    assert refused.code == 2
+    assert f"would name {hf} as its base" in refused.err
+    assert f"another {tensor}; write merged weights (--out)" in refused.err
+    assert not (tmp_path / "adapter").exists()
+    assert run_command(*command, continued).code == 0
+    assert run_command(*command, hf, "--any-base", "--overwrite").code == 0
+    assert run_command(*command[:5], "--out", tmp_path / "m", "--hf-template", hf).code == 0
+
+
+def test_a_base_that_was_converted_in_another_dtype_is_the_templates(
+    make_qwen3, tmp_path, run_command
+):
+    hf = make_qwen3()
+    hf_to_megatron(hf, tmp_path / "base", dtype="bf16")
+    run = checkpoint_of_adapters(tmp_path / "run", hf, tmp_path / "base" / "release")
+    command = (
+        "megatron_to_hf",
+        "--megatron",
+        run,
+        "--base",
+        tmp_path / "base",
+        "--hf-template",
+        hf,
+    )
+    assert run_command(*command, "--export-adapter", tmp_path / "adapter").code == 0
+
+
+def test_both_outputs_are_checked_before_either_is_written(make_qwen3, tmp_path, run_command):
+    """Else the same command fails the second time, since one of its outputs is there."""
+    hf, out, adapter = make_qwen3(), tmp_path / "out", tmp_path / "adapter"
+    run = checkpoint_of_adapters(tmp_path / "run", hf, hf)
+    command = ("megatron_to_hf", "--megatron", run, "--hf-template", hf)
+    command += ("--out", out, "--export-adapter", adapter)
+    for filled, other in ((out, adapter), (adapter, out)):
+        filled.mkdir()
+        (filled / "notes.txt").write_text("mine")
+        refused = run_command(*command)
+        assert refused.code == 2
+        assert f"{filled} is not empty" in refused.err
+        assert not other.exists()
+        (filled / "notes.txt").unlink()
+        filled.rmdir()
+    assert run_command(*command).code == 0
+    assert (out / WEIGHTS).exists()
+    assert (adapter / ADAPTER_WEIGHTS).exists()
+
+
 def test_an_adapter_of_another_architecture_is_refused_by_the_saved_arguments(
     make_qwen3, tmp_path, run_command
 ):

@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.model_card.base import HubId
 from checkpoint_conversion.model_card.hub import check_upload, upload
 
 
@@ -123,6 +124,26 @@ def test_a_new_repository_is_private_and_gets_the_export_without_hidden_files(hu
     assert upload(export, "me/model").endswith("/me/model")
     assert hub.files.keys() == {"README.md", "model.safetensors"}
     assert hub.files["model.safetensors"] == b"weights"
+
+
+def test_uploaded_adapters_name_their_base_on_the_hub(hub, export):
+    """A folder of this machine tells nobody else which model the adapters belong to."""
+    options = {"base_model_name_or_path": "/home/me/base", "r": 4}
+    (export / "adapter_config.json").write_text(json.dumps(options))
+    check_upload("me/adapters")
+    upload(export, "me/adapters", HubId("Qwen/Qwen3-4B", "1cfa9a7"))
+    assert hub.files.keys() == {"README.md", "model.safetensors", "adapter_config.json"}
+    assert json.loads(hub.files["adapter_config.json"]) == {
+        "base_model_name_or_path": "Qwen/Qwen3-4B",
+        "r": 4,
+        "revision": "1cfa9a7",
+    }
+    assert json.loads((export / "adapter_config.json").read_text()) == options
+    upload(export, "me/adapters", HubId("Qwen/Qwen3-4B"))
+    assert "revision" not in json.loads(hub.files["adapter_config.json"])
+    hub.refuses = "/preupload/main"
+    with pytest.raises(ConversionError, match=r"change .* to Qwen/Qwen3-4B, and upload it with"):
+        upload(export, "me/adapters", HubId("Qwen/Qwen3-4B"))
 
 
 def test_a_name_without_an_owner_is_the_tokens(hub):

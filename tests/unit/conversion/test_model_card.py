@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,39 @@ def test_llamas_terms_are_kept(base):
     text = files["README.md"].decode()
     assert "Built with Llama." in text
     assert metadata(text)["license_link"] == "LICENSE"
+
+
+def test_long_texts_of_a_licence_are_known_by_their_beginning(base):
+    (base / "README.md").write_text("---\nlicense: mit\n---\n" + "x" * (2 << 20))
+    (base / "NOTICE").write_text("notice " * (1 << 18))
+    assert licence_of(base).id == "mit"
+    (base / "README.md").unlink()
+    (base / "LICENSE").write_text(APACHE + "x" * (2 << 20))
+    assert licence_of(base).id == "apache-2.0"
+    files = card_files(FACTS, base, is_adapter=True)
+    assert len(files["NOTICE"]) == 7 << 18
+    assert len(files["LICENSE"]) == len(APACHE) + (2 << 20)
+
+
+def test_of_a_base_with_foreign_links_only_the_licence_is_looked_at(base, tmp_path):
+    """A folder of adapters takes no other file of the base."""
+    (tmp_path / "elsewhere.txt").write_text(APACHE)
+    (base / "vocab.txt").symlink_to(tmp_path / "elsewhere.txt")
+    (base / "license").mkdir()
+    assert licence_of(base).id == "apache-2.0"
+    (base / "NOTICE").symlink_to(tmp_path / "elsewhere.txt")
+    with pytest.raises(ConversionError, match=r"NOTICE is a link to .*elsewhere\.txt, outside"):
+        licence_of(base)
+    (base / "NOTICE").unlink()
+    os.mkfifo(base / "NOTICE")
+    with pytest.raises(ConversionError, match="NOTICE is a pipe"):
+        licence_of(base)
+
+
+def test_a_base_that_is_named_is_the_cards(base):
+    text = card(FACTS, base, base_id=HubId("me/own", "v2"))
+    assert metadata(text)["base_model"] == "me/own"
+    assert rows(text)["revision of the base"] == ["`v2`"]
 
 
 def test_a_folder_of_the_hubs_cache_tells_id_and_revision(tmp_path):

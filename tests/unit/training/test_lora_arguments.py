@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_arguments import CONFIG
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.training.arguments.derive import RunSettings, derive
 from megatron_profit.training.arguments.disk import RunFiles, open_files
@@ -131,6 +134,39 @@ def test_operations_leave_out_gradients_of_frozen_weights(parse):
     attention = whole(settings, 2) - whole(settings, 2, 0, tokens)
     expected = 4 * weights * tokens + attention + 6 * settings.lora_active_parameters * tokens
     assert counted == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_adapter_names_the_model_of_its_frozen_weights(parse, tmp_path):
+    """A converted checkpoint of the folder is the same model; one that was trained further is not."""
+    hf = tmp_path / "hf"
+    (hf / "config.json").unlink()
+    hf.rmdir()
+    Qwen3ForCausalLM(Qwen3Config(**CONFIG)).save_pretrained(hf)
+    hf_to_megatron(hf, tmp_path / "base")
+    flags = f"--lora-rank 4 --export-adapter {tmp_path / 'own'} --pretrained-checkpoint "
+    flags += str(tmp_path / "base")
+    assert parse(flags)[1].lora.output is not None
+    weights = load_file(hf / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"] += 1
+    save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ArgumentsError, match=r"have another model\.layers\.3\.mlp\.down_proj\.weight"
+    ):
+        parse(flags)
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(ArgumentsError, match=r"cannot be compared .* leave --export-adapter out"):
+        parse(flags)
+
+
+def test_a_licence_that_cannot_be_copied_is_named_before_the_training(parse, tmp_path):
+    (tmp_path / "elsewhere").write_text("terms")
+    (tmp_path / "hf" / "tokens.txt").symlink_to(tmp_path / "elsewhere")
+    export = f"--lora-rank 4 --export-adapter {tmp_path / 'own'} {RANDOM}"
+    assert parse(export)[1].lora.output is not None, "adapters take no other file of the base"
+    (tmp_path / "hf" / "LICENSE").symlink_to(tmp_path / "elsewhere")
+    for flags in (export, f"--export-hf {tmp_path / 'merged'} {RANDOM}"):
+        with pytest.raises(ConversionError, match=r"LICENSE is a link to .*elsewhere, outside"):
+            parse(flags)
 
 
 def test_exports_of_adapters_count_where_exports_are_asked_for(parse, tmp_path):
