@@ -60,14 +60,17 @@ def _tool(tool: Any) -> dict[str, Any]:
     """Return the tool with its outer object, which some data sets leave out; models were trained with it."""
     if not isinstance(tool, dict):
         raise BrokenRecord(WRONG_TYPE, f"a tool is {shown(tool)}, not an object")
-    if "type" in tool and "function" not in tool:  # one of another kind
+    is_flat = "function" not in tool
+    if is_flat and (tool.get("type") or "function") != "function":  # one of another kind
         return tool
-    function = read(tool.get("function", tool))
+    # OpenAI's Responses API has the type next to the name.
+    flat = {key: value for key, value in tool.items() if key != "type"}
+    function = flat if is_flat else read(tool["function"])
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BrokenRecord(MISSING_FIELD, f"a tool has no name: {shown(tool)}")
     if isinstance(function.get("parameters"), str):
         function = {**function, "parameters": read(function["parameters"]) or {}}
-    outer = tool if "function" in tool else {}
+    outer = {} if is_flat else tool
     return {"type": "function", **outer, "function": function}
 
 

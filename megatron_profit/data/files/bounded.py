@@ -82,6 +82,22 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
 
 
+def bounded_lines_of_any_end(file: IO[bytes]) -> Iterator[bytes]:
+    r"""Yield the lines of a file with their ends: \n, \r\n, or \r alone.
+
+    A line longer than `LARGEST_RECORD` is the last one, and only one byte more than that of it is returned.
+    """
+    rest = b""
+    while block := file.read(BLOCK):
+        # The last one may go on, or its \r be followed by a \n.
+        *lines, rest = (rest + block).splitlines(keepends=True)
+        yield from lines
+        if len(rest) > LARGEST_RECORD:
+            break
+    if rest:
+        yield rest[: LARGEST_RECORD + 1]
+
+
 def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
     """Yield the lines of a file with their ends.
 

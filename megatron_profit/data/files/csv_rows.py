@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
-from megatron_profit.data.files.bounded import LARGEST_RECORD, bounded_lines, open_data
+from megatron_profit.data.files.bounded import (
+    LARGEST_RECORD,
+    bounded_lines_of_any_end,
+    open_data,
+)
 from megatron_profit.data.files.json_text import decoded
 
 OTHER_CELLS = "a row has another number of cells than the header"
@@ -56,7 +59,7 @@ class _Lines:
         self._row_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        for number, line in enumerate(bounded_lines(self._file), 1):
+        for number, line in enumerate(bounded_lines_of_any_end(self._file), 1):
             where = f"{self._path}, line {number}"
             self._row_bytes += len(line)
             if self._row_bytes > LARGEST_RECORD:
@@ -64,8 +67,7 @@ class _Lines:
                     f"{where}: its row has more than {LARGEST_RECORD:,} bytes; correct the quotes, or split "
                     "the row"
                 )
-            # A carriage return alone ends a line as well.
-            yield from io.StringIO(decoded(line, where), newline="")
+            yield decoded(line, where, is_start=number == 1)
 
 
 def _check(header: list[str], path: Path) -> None:

@@ -36,14 +36,19 @@ def broken_json(path: str | Path, line: int, column: int, message: str, rest: st
     )
 
 
-def decoded(data: bytes, where: str) -> str:
-    """Return UTF-8 as text, without a byte order mark.
+def decoded(data: bytes, where: str, *, is_start: bool = True) -> str:
+    """Return UTF-8 as text, without a byte order mark at the start of a file.
+
+    Args:
+        data: The bytes.
+        where: Their place, for the error.
+        is_start: Whether a mark may stand first; elsewhere U+FEFF is a character of the text.
 
     Raises:
         DataError: It is in another encoding; a `UnicodeDecodeError` is its cause.
     """
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig" if is_start else "utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(where, data, error.start) from error
 

@@ -37,7 +37,7 @@ from megatron_profit.data.render.renderer import (
 from megatron_profit.data.render.template import load_tokenizer
 from megatron_profit.data.report import DataReport, Finding, Found, SourceCounts
 from megatron_profit.data.store.examples import ExampleBatch, Examples, collect
-from megatron_profit.data.store.tasks import _CHUNK_RECORDS, Task, tasks_of
+from megatron_profit.data.store.tasks import CHUNK_BYTES, CHUNK_RECORDS, Task, tasks_of
 from megatron_profit.parent_death import die_with_parent
 
 NOTHING_SUPERVISED = "no supervised token is left within the sequence length"
@@ -133,7 +133,7 @@ def tokenize_records(
     loaded = _load_renderer(renderer, preparation) if isinstance(renderer, Path) else renderer
     report.turn_end_id = loaded.markers.end_id
     tell = _Ticker(progress, report)
-    tasks = tasks_of(sources)
+    tasks = tasks_of(sources, each_turn=preparation.training.turns == "each")
     if isinstance(renderer, Path) and workers > 1:
         chunks = _parallel(tasks, renderer, preparation, workers)
     else:
@@ -253,8 +253,11 @@ class _Worker:
     ) -> list[list[_Example | BrokenRecord]]:
         """Return the examples of each record, or why there are none."""
         talks_of = [self.renderer.training.examples(talk) for _, talk in talks]
-        # A conversation of many turns may give many examples, so not all of them are held as tokens at once.
-        batches = itertools.batched(itertools.chain(*talks_of), _CHUNK_RECORDS)
+        # Whole examples, and what the tokenizer notes on them, are held for one batch at a time; the parts
+        # that fit into a row are held for the whole task.
+        largest = max((record.size for record, _ in talks), default=0)
+        count = max(1, min(CHUNK_RECORDS, CHUNK_BYTES // max(1, largest)))
+        batches = itertools.batched(itertools.chain(*talks_of), count)
         rendered = itertools.chain.from_iterable(map(self.renderer.render_all, batches))
         return [[self._cut(next(rendered)) for _ in inner] for inner in talks_of]
 

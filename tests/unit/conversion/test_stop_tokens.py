@@ -11,6 +11,7 @@ import pytest
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens, trained_turn_end
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 END_OF_TEXT, TURN_END = 151643, 151645
 BASE = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "vocab_size": 151936}
 
@@ -35,6 +36,7 @@ def test_the_end_of_a_turn_comes_before_the_stop_tokens_of_a_base(template):
     assert stops.ids == (TURN_END, END_OF_TEXT)
     assert "names 151645, the token" in str(stops)
     assert str(stops).endswith("stops at [151645, 151643]")
+    assert f"\n    {stops}\n" in (REPOSITORY / "docs" / "conversion.md").read_text()
 
 
 @pytest.mark.parametrize("known", [TURN_END, [END_OF_TEXT, TURN_END]])

@@ -128,7 +128,7 @@ def test_whatever_changes_the_result_is_prepared_anew(prepared, sources, tokeniz
 
 
 def test_several_processes_give_the_same_examples(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_CHUNK_RECORDS", 50)
+    monkeypatch.setattr(tasks, "CHUNK_RECORDS", 50)
     alone = prepared()
     together = prepared(folder=tmp_path / "other", workers=2)
     assert same(alone, together)

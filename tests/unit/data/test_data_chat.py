@@ -115,6 +115,27 @@ def test_reasoning_under_other_names(fields):
     assert message == {**ANSWER, "reasoning_content": "why"}
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "function", **TOOL["function"]},
+        {"type": None, **TOOL["function"]},
+        {"type": "function", "name": "add", "parameters": "{}"},
+        {"type": "function", "function": json.dumps(TOOL["function"])},
+    ],
+)
+def test_flat_tools_are_functions(given):
+    """OpenAI's Responses API has the type next to the name."""
+    assert conversation_of({"messages": [ANSWER], "tools": [given]}).tools == [TOOL]
+
+
+def test_a_tool_of_another_kind_stays_and_a_function_needs_a_name():
+    other = {"type": "web_search", "user_location": {"city": "Rome"}}
+    assert conversation_of({"messages": [ANSWER], "tools": [other]}).tools == [other]
+    with pytest.raises(BrokenRecord, match="a tool has no name"):
+        conversation_of({"messages": [ANSWER], "tools": [{"type": "function", "parameters": {}}]})
+
+
 @pytest.mark.parametrize("record", [{}, {"question": "q", "answer": "a"}, {"prompt": "p"}])
 def test_unknown_format_names_place_keys_and_known_formats(record):
     with pytest.raises(DataError) as error:

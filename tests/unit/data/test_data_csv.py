@@ -104,10 +104,13 @@ def test_no_more_of_a_row_is_read_than_a_record_may_have(tmp_path, monkeypatch, 
     """A small packed file may hold a line of any length."""
     for module in (bounded, csv_rows):
         monkeypatch.setattr(module, "LARGEST_RECORD", 3000)
+    monkeypatch.setattr(bounded, "BLOCK", 100)
     longest = []
-    read = bounded.bounded_lines
+    read = bounded.bounded_lines_of_any_end
     monkeypatch.setattr(
-        csv_rows, "bounded_lines", lambda file: (longest.append(len(x)) or x for x in read(file))
+        csv_rows,
+        "bounded_lines_of_any_end",
+        lambda file: (longest.append(len(x)) or x for x in read(file)),
     )
     with gzip.open(tmp_path / "a.csv.gz", "wb") as stream:
         stream.write(b"prompt,completion\nq,a\n" + row)
@@ -118,3 +121,28 @@ def test_no_more_of_a_row_is_read_than_a_record_may_have(tmp_path, monkeypatch, 
     with gzip.open(tmp_path / "a.csv.gz", "wb") as stream:
         stream.write(b"prompt,completion\n" + b"q,a\n" * 2000)
     assert len(values(tmp_path / "a.csv.gz")) == 2000, "the limit is a row's"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_the_limit_is_a_rows_whatever_ends_it(tmp_path, monkeypatch, end, block):
+    for module in (bounded, csv_rows):
+        monkeypatch.setattr(module, "LARGEST_RECORD", 50)
+    monkeypatch.setattr(bounded, "BLOCK", block)
+    cells = [f'"{number}{end}x"' for number in range(20)]
+    rows = ["prompt,completion", *(f"{cell},answer" for cell in cells)]
+    (tmp_path / "a.csv").write_bytes(end.join(rows).encode())
+    expected = [{"prompt": f"{n}{end}x", "completion": "answer"} for n in range(20)]
+    assert values(tmp_path / "a.csv") == expected
+    (tmp_path / "a.csv").write_bytes(end.join([*rows, "x" * 60, "y"]).encode())
+    with pytest.raises(DataError, match=r"line 42: its row has more than 50 bytes"):
+        values(tmp_path / "a.csv")
+
+
+def test_only_the_first_line_loses_a_byte_order_mark(tmp_path):
+    text = '\ufeffprompt,completion\n"a\n\ufeffb",\ufeffc\n\ufeffd,e\n'
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    assert values(tmp_path / "a.csv") == [
+        {"prompt": "a\n\ufeffb", "completion": "\ufeffc"},
+        {"prompt": "\ufeffd", "completion": "e"},
+    ]

@@ -156,7 +156,7 @@ def test_nothing_usable_says_why(renderer, write_lines):
 def test_progress_is_told_about_every_two_seconds(renderer, write_lines, monkeypatch):
     clock = iter(np.arange(0.0, 100.0, 0.5))
     monkeypatch.setattr(prepare.time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(tasks, "_CHUNK_RECORDS", 1)
+    monkeypatch.setattr(tasks, "CHUNK_RECORDS", 1)
     told = []
     sources = [DataSource(str(write_lines([pair("q", "a")] * 12)))]
     settings, report = prepare.Preparation(32), prepare.DataReport()

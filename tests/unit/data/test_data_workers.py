@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_profit.data import DataError, DataOptions, RawRecord
+from megatron_profit.data import ColumnMapping, DataError, DataOptions, RawRecord
 from megatron_profit.data.store import tasks
 
 # Prepares with two workers, and says so when their first results have come.
@@ -73,9 +73,29 @@ def test_large_records_go_to_the_workers_a_few_at_a_time():
         return [[record.size for record in batch] for batch in tasks._batches(raw)]
 
     assert sizes(*[1] * 300) == [[1] * 128, [1] * 128, [1] * 44]
-    large = tasks._CHUNK_BYTES
+    large = tasks.CHUNK_BYTES
     assert sizes(1, large, large // 2, large // 2, 3) == [[1, large], [large // 2] * 2, [3]]
     assert sizes() == []
+
+
+def test_conversations_go_to_the_workers_by_the_size_of_their_examples():
+    """With `--train-on each`, a conversation of 100 turns gives 100 examples of up to all of its tokens."""
+    messages = [{"role": "user"}, {"role": "assistant"}] * 100
+    forms = [
+        {"messages": messages},
+        {"conversations": json.dumps(messages).replace("role", "from"), "tools": []},
+        {"talk": json.dumps(messages)},
+        {"history": [["a", "b"]] * 200, "output": "x"},
+    ]
+    size = tasks.CHUNK_BYTES // 400 + 1
+    for value in forms:
+        raw = [RawRecord(value, "a", number, "line", size=size) for number in range(8)]
+        assert [len(batch) for batch in tasks._batches(raw, each_turn=True)] == [2] * 4
+        assert [len(batch) for batch in tasks._batches(raw)] == [8]
+    short = [RawRecord({"output": "[x"}, "a", number, "line", size=size) for number in range(8)]
+    assert [len(batch) for batch in tasks._batches(short, each_turn=True)] == [8]
+    task = tasks.Task(0, 0, ColumnMapping(), raw, each_turn=True)
+    assert task.size == 8 * 200 * size
 
 
 @pytest.mark.parametrize("workers", [0, -1, 10**6, 10**40])
