@@ -24,6 +24,7 @@ from checkpoint_conversion.engine.dtypes import chosen_dtype
 from checkpoint_conversion.engine.output import check_apart, whole_folder, write_files
 from checkpoint_conversion.engine.workers import worker_count
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.export_flags import export_parser
 from checkpoint_conversion.families import Config
 from checkpoint_conversion.hf.carried import (
     Notes,
@@ -46,7 +47,6 @@ from checkpoint_conversion.hf.plan import (
 from checkpoint_conversion.hf.source import ModelSource
 from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
 from checkpoint_conversion.hf.writer import (
-    DEFAULT_SHARD_SIZE,
     HFWriter,
     ModelSizes,
     TensorSpec,
@@ -288,64 +288,9 @@ def export_adapter(
     return output
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=cli.program("checkpoint_conversion.megatron_to_hf"), formatter_class=cli.FlagHelp
-    )
-    add = parser.add_argument
-    add("--megatron", required=True, metavar="DIR", help="Megatron save folder")
-    add(
-        "--hf-template", required=True, metavar="DIR", help="HuggingFace folder to take the rest of"
-    )
-    cli.add_output_options(parser, required=False)
-    add("--iteration", metavar="N", help="a number or 'release' (default: latest)")
-    add("--dry-run", action="store_true", help=cli.DRY_RUN)
-    add(
-        "--max-shard-size",
-        metavar="SIZE",
-        help=f"such as 5GB (default: as the template's index, else {DEFAULT_SHARD_SIZE})",
-    )
-    add("--ignore-arguments", action="store_true", help=cli.IGNORE_ARGUMENTS)
-    add(
-        "--base",
-        metavar="DIR",
-        help="Megatron checkpoint that the adapters of the checkpoint were trained on and are merged into "
-        "(default: the weights of --hf-template)",
-    )
-    add(
-        "--any-base",
-        action="store_true",
-        help="take a base that is not the one that the adapters were trained on",
-    )
-    add(
-        "--export-adapter", metavar="DIR", help="PEFT folder to write from a checkpoint of adapters"
-    )
-    add(
-        "--any-carried",
-        action="store_true",
-        help="take the vision tower and other untrained tensors of --hf-template, even if the checkpoint "
-        "notes other ones",
-    )
-    add(
-        "--base-model-id",
-        type=HubId.parse,
-        metavar="ID",
-        help="id of the base on the hub, as ID or ID@REVISION, for the model card and uploaded adapters "
-        "(default: the one that the run noted, or the place of --hf-template in the hub's cache)",
-    )
-    add(
-        FLAG,
-        metavar="ID",
-        help="upload the output to this repository of the hub (--out; without it --export-adapter); a new "
-        "repository is for you alone",
-    )
-    add("--push-public", action="store_true", help="let everybody read what is uploaded")
-    return parser
-
-
 def main() -> int:
     """Run the command; return its exit code."""
-    parser = _parser()
+    parser = export_parser()
     options = parser.parse_args()
     if options.out is None and options.export_adapter is None:
         parser.error("give --out DIR, or --export-adapter DIR for a checkpoint of adapters")
@@ -417,12 +362,8 @@ def _export_model(options: argparse.Namespace) -> None:
         f"written to {options.out}; use it with: "
         f"AutoModelForCausalLM.from_pretrained({options.out!r})"
     )
-    if plan.notes:
-        facts = read_facts(plan.checkpoint.folder)
-        steps = next_steps(
-            Path(options.out), plan.template, day=None if facts is None else facts.day
-        )
-        print("\n".join(steps))
+    if (facts := read_facts(plan.checkpoint.folder)) is not None:
+        print("\n".join(next_steps(Path(options.out), plan.template, day=facts.day)))
 
 
 def _export_adapter(options: argparse.Namespace, *, check_only: bool = False) -> None:
