@@ -141,8 +141,6 @@ class ThresholdObjective(SignalObjective):
             raise ValueError(
                 f"{name}={given!r} is an empty interval; give the lower threshold first."
             )
-        if wanted == 2 and name == "threshold_quantile" and values[0] == values[1]:
-            raise ValueError(f"{name}={given!r} keeps no token; give two different quantiles.")
         object.__setattr__(self, name, values)
 
     def _check_scope(self) -> None:

@@ -231,10 +231,6 @@ def test_thresholds_are_parsed(given_value, parsed):
             "empty interval; give the lower threshold first",
         ),
         (
-            {"threshold_direction": "middle", "threshold_quantile": [0.5, 0.5]},
-            "keeps no token; give two different quantiles",
-        ),
-        (
             {"threshold_direction": "random", "prob_threshold": 0.3},
             "prob_threshold=0.3 has no meaning.*set keep_fraction",
         ),
