@@ -1,4 +1,4 @@
-r"""Write the tables and figures of docs/real_model.md from the results of the study.
+r"""Write the tables and figures of docs/real_model.md, and README's table, from the results of the study.
 
     python benchmarks/report_real_model.py
     python benchmarks/report_real_model.py --results runs/real_model/results.json --core runs/core_tokens.json
@@ -35,6 +35,7 @@ from megatron_profit.evaluation.presentation.report import header, row
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = REPOSITORY / "docs" / "real_model.md"
+README = REPOSITORY / "README.md"
 IMAGES = REPOSITORY / "docs" / "images"
 STUDY, CORE = "real-model", "core-tokens"
 BASELINE = "sft"
@@ -78,6 +79,11 @@ def blocks(
         found["differences"] = differences(outcomes)
         found["trainings"] = trainings(outcomes) + CURVES_FIGURE
     return found
+
+
+def readme_blocks(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Return the part of README that follows from the results: the scores on the first data set."""
+    return {"scores": scores([o for o in outcomes if o.data == outcomes[0].data])}
 
 
 def state(study: Mapping[str, Any]) -> str:
@@ -234,15 +240,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.write(file.read_bytes())
     study, outcomes = read_study(newest(STUDY))
     core = json.loads(newest(CORE).read_text(encoding="utf-8"))
-    page = with_blocks(PAGE.read_text(encoding="utf-8"), blocks(study, outcomes, core))
-    with whole_file(PAGE) as stream:
-        stream.write(page.encode())
+    parts = {PAGE: blocks(study, outcomes, core), README: readme_blocks(outcomes)}
+    for page, content in parts.items():
+        text = with_blocks(page.read_text(encoding="utf-8"), content)
+        with whole_file(page) as stream:
+            stream.write(text.encode())
     if any(outcome.run is not None for outcome in outcomes):
         first = next(o.data for o in outcomes if o.run is not None)
         draw_comparison([o for o in outcomes if o.data == first], IMAGES / "real_model.png")
         draw_curves(outcomes, IMAGES / "real_model_curves.png")
     core_tokens.draw(core, IMAGES / "core_tokens.png")
-    print(f"wrote {PAGE.relative_to(REPOSITORY)}")
+    print("wrote " + " and ".join(str(page.relative_to(REPOSITORY)) for page in parts))
     return 0
 
 

@@ -9,11 +9,13 @@ import report_real_model as report
 from report_real_model import (
     CORE,
     PAGE,
+    README,
     REPOSITORY,
     STUDY,
     blocks,
     newest,
     read_study,
+    readme_blocks,
     with_blocks,
 )
 
@@ -33,6 +35,8 @@ def committed():
 def test_the_tables_of_the_page_follow_from_the_results():
     page = PAGE.read_text(encoding="utf-8")
     assert with_blocks(page, committed()) == page, "run python benchmarks/report_real_model.py"
+    text, (_, outcomes) = README.read_text(encoding="utf-8"), read_study(newest(STUDY))
+    assert with_blocks(text, readme_blocks(outcomes)) == text, "run the same command"
 
 
 def test_every_figure_of_the_findings_is_in_a_table():
