@@ -17,14 +17,13 @@ from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.hf.output import HFOutput, plan_output
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
 from checkpoint_conversion.model_card.base import licence_of
-from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.data import DataOptions
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.arguments.lora_files import check_whole_weights, open_lora
 from megatron_profit.training.arguments.refused import reference_is_base
 from megatron_profit.training.checkpoints.adapters import LoraFiles
-from megatron_profit.training.checkpoints.folder import same_folder
+from megatron_profit.training.checkpoints.folder import holds_checkpoint, same_folder
 from megatron_profit.training.checkpoints.save_folder import METRICS
 
 
@@ -121,9 +120,9 @@ def check_named_checkpoints(settings: Mapping[str, Any]) -> None:
     load = settings["load"]
     for name in ("load", *(["pretrained_checkpoint"] if settings["lora_rank"] is None else [])):
         folder = settings[name]
-        if not folder or _holds_checkpoint(folder):
+        if not folder or holds_checkpoint(folder):
             continue
-        is_new = same_folder(load, settings["save"]) if name == "load" else _holds_checkpoint(load)
+        is_new = same_folder(load, settings["save"]) if name == "load" else holds_checkpoint(load)
         if not is_new:
             raise ArgumentsError(
                 f"no checkpoint in {flag_of(name)} {folder}; without the flag, the run starts from the "
@@ -131,14 +130,10 @@ def check_named_checkpoints(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _holds_checkpoint(folder: str | None) -> bool:
-    return folder is not None and (Path(folder) / TRACKER).is_file()
-
-
 def open_hf_weights(settings: Mapping[str, Any]) -> HFModel | None:
     """Return the HuggingFace weights to start from; None to start from a checkpoint or random weights."""
     check_whole_weights(settings)
-    if any(map(_holds_checkpoint, (settings["load"], settings["pretrained_checkpoint"]))):
+    if any(map(holds_checkpoint, (settings["load"], settings["pretrained_checkpoint"]))):
         return None
     if settings["random_init"]:
         return None
@@ -205,7 +200,7 @@ def _goes_on(settings: Mapping[str, Any]) -> bool:
     Then the folder that it exported before holds an earlier state of the same run.
     """
     load = settings["load"]
-    return same_folder(load, settings["save"]) and _holds_checkpoint(load)
+    return same_folder(load, settings["save"]) and holds_checkpoint(load)
 
 
 def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:

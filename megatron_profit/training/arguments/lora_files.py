@@ -25,9 +25,9 @@ from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.model_card.base import licence_of
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
-from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.training.checkpoints.adapters import LoraFiles
+from megatron_profit.training.checkpoints.folder import holds_checkpoint
 
 # Options that a folder to start from and the flags must share.
 _SHARED = ("rank", "alpha", "targets", "rslora")
@@ -121,7 +121,7 @@ def _check_finetuned(files: LoraFiles, load: str | None) -> None:
 def _open_base(values: Mapping[str, Any]) -> HFModel | Path | None:
     """Return the frozen weights; they are read at every start, also at a resume."""
     load, pretrained = values["load"], values["pretrained_checkpoint"]
-    if load and (Path(load) / TRACKER).is_file() and _saved(load) is None:
+    if holds_checkpoint(load) and _saved(load) is None:
         raise ArgumentsError(
             f"--load {load} holds whole weights and no adapters; start from them with "
             "--pretrained-checkpoint"
@@ -171,6 +171,6 @@ def _check_named_base(base: Path, named: Path, config: Config) -> None:
 
 def _saved(folder: str | Path | None) -> SavedAdapters | None:
     """Return the notes of the adapters in the latest checkpoint of a folder, if there are any."""
-    if not folder or not (Path(folder) / TRACKER).is_file():
+    if folder is None or not holds_checkpoint(folder):
         return None
     return saved_adapters(find_checkpoint(folder))

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.torch_dist.saved_arguments import SavedRun, read_saved_run
-from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.training.checkpoints.folder import (
     CheckpointError,
     Inspect,
     check_named,
     folder_of,
+    holds_checkpoint,
     problem_of,
     read_tracker,
     same_folder,
@@ -125,7 +125,7 @@ def choose_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None]
             decided = _wait_for(flags.load)
         if named := str(flags.step or decided):
             return _resumed(flags, named, check)
-    if flags.start is not None and (flags.start / TRACKER).is_file():
+    if flags.start is not None and holds_checkpoint(flags.start):
         check(read_saved_run(flags.start))
     return None
 
@@ -208,7 +208,7 @@ def check_checkpoints(flags: CheckpointFlags, check: Callable[[SavedRun], None])
             if inspect is not None:
                 check_named(flags.load, flags.step, inspect)
     for folder, step in ((flags.load, flags.step), (flags.start, None)):
-        if folder is not None and (folder / TRACKER).is_file():
+        if folder is not None and holds_checkpoint(folder):
             check(read_saved_run(folder, step))
             break
 

@@ -81,6 +81,11 @@ def same_folder(load: str | Path | None, save: str | Path | None) -> bool:
     return Path(load).resolve() == Path(save).resolve()
 
 
+def holds_checkpoint(folder: str | Path | None) -> bool:
+    """Return whether a folder has a tracker file, which names the checkpoint that is read."""
+    return bool(folder and (Path(folder) / TRACKER).is_file())
+
+
 def saved_in(save: Path) -> list[Saved]:
     """Return the checkpoints of a save folder, newest first, whole or not."""
     found = ((entry, _NAME.fullmatch(entry.name)) for entry in save.iterdir() if entry.is_dir())
