@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
 def bounded_lines_of_any_end(file: IO[bytes]) -> Iterator[bytes]:
     r"""Yield the lines of a file with their ends: \n, \r\n, or \r alone.
 
-    A line longer than `LARGEST_RECORD` is the last one, and only one byte more than that of it is returned.
+    A line longer than `LARGEST_RECORD` is the last one, cut one byte after that limit.
     """
     rest = b""
     while block := file.read(BLOCK):
