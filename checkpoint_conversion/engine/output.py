@@ -211,6 +211,16 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def problem_of_place(folder: Path) -> str | None:
+    """Say why a folder can neither be written to nor made, and the remedy; None where it can."""
+    place = nearest_existing(folder)
+    if not place.is_dir():
+        return f"{place} is a file; name a folder"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"{place} cannot be written to; name another folder"
+    return None
+
+
 def _check_space(out: Path, needed: int) -> None:
     existing = nearest_existing(out)
     free = shutil.disk_usage(existing).free

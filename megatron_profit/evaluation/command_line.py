@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint_conversion.engine.output import nearest_existing
+from checkpoint_conversion.engine.output import problem_of_place
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import PRESETS, Sampling, choose_sampling
 from megatron_profit.flags import flag_of
@@ -136,11 +135,8 @@ def check_out(out: Path) -> None:
     Raises:
         EvaluationError: Names the place and the remedy.
     """
-    place = nearest_existing(out)
-    if not place.is_dir():
-        raise EvaluationError(f"--out {out}: {place} is a file; name a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise EvaluationError(f"--out {out}: {place} cannot be written to; name another folder")
+    if (problem := problem_of_place(out)) is not None:
+        raise EvaluationError(f"--out {out}: {problem}")
 
 
 def at_least_one(arguments: argparse.Namespace, name: str) -> int:

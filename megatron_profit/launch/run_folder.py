@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.engine.output import nearest_existing, write_file
+from checkpoint_conversion.engine.output import problem_of_place, write_file
 from megatron_profit.launch.hub import plain_id
 from megatron_profit.recipe.config_file import read_config
 from megatron_profit.recipe.errors import LaunchError
@@ -85,13 +84,8 @@ class RunFolder:
         Raises:
             LaunchError: Names the place and the remedy.
         """
-        place = nearest_existing(self.path)
-        if not place.is_dir():
-            raise LaunchError(f"--run {self.path}: {place} is a file; name a folder")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise LaunchError(
-                f"--run {self.path}: {place} cannot be written to; name another folder"
-            )
+        if (problem := problem_of_place(self.path)) is not None:
+            raise LaunchError(f"--run {self.path}: {problem}")
 
     def remembered(self, request: Request) -> dict[str, Any]:
         """Return values of flags that a run to be resumed was started with, by argument."""
