@@ -12,6 +12,7 @@ import torch
 
 from checkpoint_conversion.engine.output import nearest_existing
 from checkpoint_conversion.errors import ConversionError, warning
+from checkpoint_conversion.families import CHANGEABLE_ARGUMENTS
 from checkpoint_conversion.hf.carried import Notes
 from checkpoint_conversion.hf.model import HFModel, open_hf_model
 from checkpoint_conversion.hf.output import HFOutput, plan_output
@@ -214,15 +215,24 @@ def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:
     folder = values["ref_hf_model"] or values["hf_model"]
     try:
         model = open_hf_model(folder)
-        same = model.family.megatron_arguments(model.config) == settings.architecture
+        arguments = model.family.megatron_arguments(model.config)
     except ConversionError as error:
         raise ArgumentsError(
             f"the weights of the reference model {folder} cannot be used: {error}; give another folder "
             "with --ref-hf-model"
         ) from error
-    if not same:
+    # An instruction-tuned model may be made for more positions than its base, for example.
+    free = CHANGEABLE_ARGUMENTS - {"vocab_size"}
+    own = settings.architecture
+    differing = [
+        f"{name} is {arguments.get(name)} and not {own.get(name)}"
+        for name in sorted({*own, *arguments} - free)
+        if arguments.get(name) != own.get(name)
+    ]
+    if differing:
         raise ArgumentsError(
-            f"--ref-hf-model {folder} has another architecture than --hf-model {values['hf_model']}; "
-            "the reference is computed with the model that is trained, so both must be alike"
+            f"--ref-hf-model {folder} has another architecture than --hf-model {values['hf_model']}: "
+            f"{'; '.join(differing)}. The reference is computed with the model that is trained, so both must "
+            "be alike; name another model"
         )
     return model, Path(values["ref_cache"] or Path(values["save"]) / "ref_log_prob")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from make_tiny_model import TinyShape, make_tiny_model
 
@@ -51,7 +54,21 @@ def test_refused(models, flags, message):
 
 def test_another_architecture_is_refused(models):
     flags = ["--objective", "stm", "--ref-cache", "x", "--ref-hf-model", models / "deeper"]
-    with pytest.raises(ArgumentsError, match="has another architecture"):
+    with pytest.raises(ArgumentsError, match=r"another architecture .*: num_layers is 4 and not 2"):
+        read(models, *flags)
+
+
+def test_a_reference_for_more_positions_is_the_same_architecture(models, tmp_path):
+    """As Qwen3-0.6B and Qwen3-0.6B-Base; another rotary base is another function of the same weights."""
+    folder = shutil.copytree(models / "model", tmp_path / "tuned")
+    flags = ["--objective", "stm", "--ref-cache", "x", "--ref-hf-model", folder]
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read(models, *flags)[0].folder == folder
+    config["rope_parameters"]["rope_theta"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArgumentsError, match=r"another architecture .*: rotary_base is "):
         read(models, *flags)
 
 
