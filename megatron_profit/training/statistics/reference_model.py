@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import math
 import shutil
+import time
 import uuid
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
@@ -52,6 +53,8 @@ from megatron_profit.training.step.objective_loss import ObjectiveLoss
 # Micro-batches of each rank between two writes to the file.
 _MICRO_BATCHES = 64
 _VERSION = "2"
+# Seconds that a network file system may take to show a machine the files of another one.
+_PATIENCE_SECONDS = 90
 
 
 class ReferenceModel(StatisticProvider):
@@ -117,6 +120,7 @@ class ReferenceModel(StatisticProvider):
         if self._values:
             return
         folders = from_first_rank_in_time(self._folders)
+        _wait_for(self._folder)  # before hours of work that one machine alone could read
         # What --valid-split sets aside are examples of the training data: one file holds both.
         makers = {folder: name for name, folder in reversed(folders.items())}
         missing = self._missing(makers)
@@ -126,6 +130,7 @@ class ReferenceModel(StatisticProvider):
                 for folder in missing:
                     self._compute(context, makers[folder], folder)
         for name, folder in folders.items():
+            _wait_for(folder / self._file)
             self._values[name] = np.memmap(folder / self._file, dtype=np.float32, mode="r")
 
     def _folders(self) -> dict[str, Path]:
@@ -264,6 +269,18 @@ def _digest(about: list[str], examples: Examples) -> str:
     for part in (examples.ids, examples.supervised, examples.offsets):
         digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()[:24]
+
+
+def _wait_for(place: Path) -> None:
+    """Wait until this machine sees a file or folder that another one has made."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while not place.exists():
+        if time.monotonic() > end:
+            fail(
+                f"a machine does not see {place}, which another one has made; --ref-cache must be on a file "
+                "system that all machines share"
+            )
+        time.sleep(0.2)
 
 
 def _common(found: list[Path]) -> set[Path]:

@@ -1,5 +1,6 @@
 """The files of a reference model's numbers: one for each set of examples, and never a damaged one."""
 
+import itertools
 import os
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -71,6 +72,20 @@ def test_numbers_that_another_machine_misses_are_computed_again(computed, tmp_pa
     monkeypatch.setattr(reference_model, "_common", lambda found: set())
     assert computed(train=data) == ["train"]
     assert len(list(tmp_path.glob("*/ref_log_prob.float32"))) == 1
+
+
+def test_a_machine_waits_for_what_another_one_has_written(computed, monkeypatch, capsys):
+    """A network file system shows it late; with a disk of its own the machine never sees it."""
+    write, unseen = reference_model._write, []
+    monkeypatch.setattr(reference_model, "_write", lambda *values: unseen.append(values))
+    seconds = itertools.count(0, 60)
+    clock = SimpleNamespace(monotonic=seconds.__next__, sleep=lambda _: write(*unseen.pop()))
+    monkeypatch.setattr(reference_model, "time", clock)
+    assert computed(train=SFTDataset(examples(1, 2, 3), 4, 1)) == ["train"]
+    clock.sleep = lambda _: None
+    with pytest.raises(SystemExit):
+        computed(train=SFTDataset(examples(1, 2, 4), 4, 1))
+    assert "ref_log_prob.float32, which another one has made" in capsys.readouterr().err
 
 
 def test_a_model_is_known_by_the_content_of_its_files(tmp_path):
