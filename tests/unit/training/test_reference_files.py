@@ -20,8 +20,8 @@ def examples(*ids):
 
 @pytest.fixture
 def computed(monkeypatch, tmp_path):
-    """computed(**data sets): the names of those whose numbers are computed, and the reference."""
-    args = SimpleNamespace(params_dtype="torch.float32", vocab_size=9)
+    """computed(FP8, **data sets): the names of those whose numbers are computed, and the reference."""
+    args = SimpleNamespace(params_dtype="torch.float32", vocab_size=9, fp8=None, fp4=None)
     monkeypatch.setattr(reference_model, "get_args", lambda: args)
     monkeypatch.setattr(reference_model, "_identity", lambda model, notes: ["a model"])
     monkeypatch.setattr(reference_model, "_common", set)
@@ -29,7 +29,8 @@ def computed(monkeypatch, tmp_path):
         monkeypatch.setattr(reference_model, name, lambda function: function())
     monkeypatch.setattr(reference_model, "_weights_of", lambda *_: nullcontext())
 
-    def run(**datasets):
+    def run(precision=None, **datasets):
+        args.fp8 = precision
         reference = ReferenceModel(None, tmp_path, None, datasets)
         names = []
 
@@ -54,6 +55,13 @@ def test_records_set_aside_of_the_training_data_are_scored_once(computed, tmp_pa
     assert computed(**both) == []
     assert computed(train=SFTDataset(train, 4, 1), valid=SFTDataset(other, 4, 1)) == ["valid"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_precision_has_numbers_of_its_own(computed):
+    data = SFTDataset(examples(1, 2, 3), 4, 1)
+    for precision in (None, "e4m3", "hybrid"):
+        assert computed(precision, train=data) == ["train"]
+        assert computed(precision, train=data) == []
 
 
 def test_damaged_numbers_are_computed_again(computed, tmp_path, capsys):
