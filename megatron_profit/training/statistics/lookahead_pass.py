@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from megatron.training.training import (
@@ -169,7 +169,7 @@ class LookaheadPass:
         """
         args = get_args()
         assert self._train is not None, "the data sets are not built"
-        size, start = get_current_global_batch_size(), args.consumed_train_samples
+        size, start = get_current_running_global_batch_size(), args.consumed_train_samples
         micro_batches = size // (args.micro_batch_size * mpu.get_data_parallel_world_size())
         # The schedule of a step takes the micro-batches of one global batch, but perhaps not of several.
         divides = micro_batches % micro_batch_multiple(context) == 0

@@ -20,7 +20,8 @@ def passes(monkeypatch):
     """Return the rows of each pass over `count` global batches of 6 micro-batches, and the joined table."""
     args = SimpleNamespace(consumed_train_samples=24, micro_batch_size=2)
     monkeypatch.setattr(lookahead_pass, "get_args", lambda: args)
-    monkeypatch.setattr(lookahead_pass, "get_current_global_batch_size", lambda: 12)
+    # --decrease-batch-size-if-needed has made it 12, where a ramp is at 13.
+    monkeypatch.setattr(lookahead_pass, "get_current_running_global_batch_size", lambda: 12)
     monkeypatch.setattr(lookahead_pass.mpu, "get_data_parallel_world_size", lambda: 1)
 
     def run(count: int, chunks: int, group: int, is_last_stage: bool = True):
