@@ -15,12 +15,12 @@ N, H, V = 1023, 252, 5007
 PROFIT = build_objective("profit", threshold_direction="higher", prob_threshold=1e-4)
 
 
-def run(function, dtype, **options):
-    generator = torch.Generator("cuda").manual_seed(0)
-    settings = {"generator": generator, "device": "cuda", "dtype": torch.float64}
+def run(function, dtype, device="cuda", **options):
+    generator = torch.Generator(device).manual_seed(0)
+    settings = {"generator": generator, "device": device, "dtype": torch.float64}
     hidden = torch.randn(N, H, **settings).bfloat16().to(dtype).requires_grad_()
     weight = (torch.randn(V, H, **settings) / 8).bfloat16().to(dtype).requires_grad_()
-    labels = torch.randint(V, (N,), generator=generator, device="cuda")
+    labels = torch.randint(V, (N,), generator=generator, device=device)
     labels[::7] = -100
     output = function(hidden, weight, labels, PROFIT, **options)
     output.loss.backward(torch.randn(N, **settings).to(output.loss.dtype))
@@ -72,6 +72,15 @@ def test_the_gradient_of_the_weight_is_added_to_main_grad(main_dtype):
     assert not through_autograd.any()
     error = (buffers[0].double() / 2 - exact).norm()
     assert error <= (1.05 if main_dtype == torch.float32 else 2) * (dense - exact).norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_may_be_on_another_than_the_current_device():
+    options = {"implementation": "triton", "chunk_vocab": 999}
+    here = run(linear_objective, torch.bfloat16, **options)
+    there = run(linear_objective, torch.bfloat16, device="cuda:1", **options)
+    for ours, others in zip(here, there, strict=True):
+        assert torch.equal(ours.cpu(), others.cpu())
 
 
 def test_peak_memory_is_chunks_and_not_tokens_times_vocabulary():

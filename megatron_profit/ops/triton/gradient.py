@@ -9,6 +9,7 @@ logits. Offsets are int64: rows x columns may exceed 2**31.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,20 +33,21 @@ def block_gradient_(
     num_rows, width = grad.shape
     logits, rows = (grad, None) if source is None else source
     step = min(_STEP, triton.next_power_of_2(width))
-    _gradient_kernel[(num_rows, triton.cdiv(width, step))](
-        logits,
-        rows,
-        grad,
-        column,
-        coefficient,
-        at_target,
-        max_logit,
-        sum_exp,
-        width,
-        logits.stride(0),
-        grad.stride(0),
-        STEP=step,
-    )
+    with torch.cuda.device_of(grad):  # Triton starts a kernel on the current device
+        _gradient_kernel[(num_rows, triton.cdiv(width, step))](
+            logits,
+            rows,
+            grad,
+            column,
+            coefficient,
+            at_target,
+            max_logit,
+            sum_exp,
+            width,
+            logits.stride(0),
+            grad.stride(0),
+            STEP=step,
+        )
 
 
 @triton.jit

@@ -34,22 +34,23 @@ def block_statistics(
     num_rows, width = logits.shape
     num_parts = triton.cdiv(width, _PART_COLUMNS)
     parts = logits.new_empty(num_parts, fields.size, num_rows, dtype=torch.float32)
-    _statistics_kernel[(num_rows, num_parts)](
-        logits,
-        column,
-        target,
-        parts,
-        num_rows,
-        width,
-        logits.stride(0),
-        NUM_FIELDS=fields.size,
-        ENTROPY=_index(fields.entropy),
-        SQUARES=_index(fields.sum_squared_prob),
-        ABOVE=_index(fields.above),
-        LOWER=_index(fields.lower),
-        PART_COLUMNS=_PART_COLUMNS,
-        STEP=min(_STEP, triton.next_power_of_2(width)),
-    )
+    with torch.cuda.device_of(logits):  # Triton starts a kernel on the current device
+        _statistics_kernel[(num_rows, num_parts)](
+            logits,
+            column,
+            target,
+            parts,
+            num_rows,
+            width,
+            logits.stride(0),
+            NUM_FIELDS=fields.size,
+            ENTROPY=_index(fields.entropy),
+            SQUARES=_index(fields.sum_squared_prob),
+            ABOVE=_index(fields.above),
+            LOWER=_index(fields.lower),
+            PART_COLUMNS=_PART_COLUMNS,
+            STEP=min(_STEP, triton.next_power_of_2(width)),
+        )
     if fields.top is not None:
         parts[:, fields.top] = -torch.inf
         count = min(TOP_K, width)
