@@ -76,6 +76,12 @@ def load_objective(name: str) -> type[Objective]:
             f"objective {name!r} is {cls!r}; it must be a dataclass that extends "
             "megatron_profit.objectives.Objective."
         )
+    # `dataclass` puts the defaults in the place of the fields.
+    if loose := [option for option, value in vars(cls).items() if isinstance(value, Field)]:
+        raise ValueError(
+            f"objective {name!r} has the option {', '.join(loose)} and is no dataclass by itself, so that "
+            "the option would be ignored; decorate the class with @dataclass(frozen=True)."
+        )
     # The import may have registered the class, under this name or under one of its own.
     return cls if name in _OBJECTIVES else register_objective(name)(cls)
 

@@ -228,6 +228,12 @@ def _options_by_name() -> dict[str, dict[str, Field[Any]]]:
 def _flag_keywords(owners: Mapping[str, Field[Any]]) -> dict[str, Any]:
     """Return the keywords of `add_argument` for an option, which several objectives may share."""
     (first, option), *others = owners.items()
+    if plain := [name for name, its_option in owners.items() if "help" not in its_option.metadata]:
+        raise ValueError(
+            f"the field {option.name} of objective {' and '.join(plain)} says nothing of its flag; declare "
+            f'it as {option.name}: float = option("help", default=…, type=float), from '
+            "megatron_profit.objectives"
+        )
     for other, its_option in others:
         if _form(its_option) != _form(option):
             raise ValueError(

@@ -3,6 +3,7 @@
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from megatron_profit.objectives import (
     load_objective,
     objective_names,
     objective_options,
+    option,
     registry,
 )
+from megatron_profit.objectives.sft import SFT
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 OWN = "own_objective:FocalLoss"
@@ -73,9 +76,12 @@ def test_an_objective_with_a_statistic_of_its_own():
             "own_objective:Missing",
             "cannot be loaded: module 'own_objective' has no attribute 'Miss",
         ),
+        ("undecorated:Loss", "has the option gamma and is no dataclass by itself"),
         ("pathlib:Path", "must be a dataclass that extends megatron_profit.objectives.Objective"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(name, message):
+def test_what_cannot_be_loaded_is_named(name, message, monkeypatch):
+    undecorated = SimpleNamespace(Loss=type("Loss", (SFT,), {"gamma": option("a factor")}))
+    monkeypatch.setitem(sys.modules, "undecorated", undecorated)
     with pytest.raises(ValueError, match=message):
         load_objective(name)

@@ -367,6 +367,15 @@ def test_options_that_clash_are_refused(parse, outside_objective, name, form, me
         parse()
 
 
+def test_a_field_that_is_no_option_is_named(parse, outside_objective):
+    fields = [("sharpness", float, 2.0)]
+    registry.register_objective("plain")(
+        make_dataclass("Plain", fields, bases=(Objective,), frozen=True)
+    )
+    with pytest.raises(ArgumentsError, match="field sharpness of objective plain says nothing"):
+        parse()
+
+
 @pytest.mark.parametrize("spelling", [("0.3", "0.7"), ("0.3,0.7",), ("0.3 0.7",)])
 def test_two_thresholds_in_any_spelling(parse, spelling):
     arguments = parse(objective=("--prob-threshold", *spelling, "--threshold-direction", "middle"))
