@@ -160,13 +160,17 @@ class MicroBatchLoss:
         output_weight: torch.Tensor | None,
         labels: torch.Tensor,
         loss_mask: torch.Tensor | None,
+        scale_logits: Callable[[torch.Tensor], torch.Tensor],
         **_: Any,
     ) -> torch.Tensor:
         """Compute the loss of each token [B, S] in fp32.
 
         Inputs are hidden states [S, B, H] and labels [B, S]. Under sequence parallelism S is split over the
-        group. A loss mask [B, S] of zeros and ones is optional.
+        group. A loss mask [B, S] of zeros and ones is optional. `scale_logits` multiplies by the constant of
+        `--use-mup`.
         """
+        # A factor on the logits is the same factor on the hidden states.
+        hidden_states = scale_logits(hidden_states)
         # The weight is used without a call of its module, whose hooks wait for the all-gather of
         # parameters under --overlap-param-gather.
         for hook in output_layer._forward_pre_hooks.values():
