@@ -94,9 +94,14 @@ def _check_balancing(settings: Mapping[str, Any], normalization: str) -> None:
                 f"--moe-router-load-balancing-type {kind} routes otherwise than the model was trained "
                 f"to; it can be {', '.join(_BALANCING)}"
             )
-    if normalization == "kept" and any(coefficients) and kinds != ["none"]:
-        raise ArgumentsError(
-            f"--moe-aux-loss-coeff {coefficients[0]}: where the loss is divided by the kept tokens, the "
-            "objective would decide how strongly the router is balanced; use --objective-normalization "
-            "supervised, or --moe-aux-loss-coeff 0"
-        )
+    losses = {}
+    if kinds != ["none"]:
+        losses["--moe-aux-loss-coeff"] = next(filter(None, coefficients), 0)
+    losses["--moe-z-loss-coeff"] = settings["moe_z_loss_coeff"]
+    for flag, coefficient in losses.items():
+        if normalization == "kept" and coefficient:
+            raise ArgumentsError(
+                f"{flag} {coefficient}: where the loss is divided by the kept tokens, the objective would "
+                "decide how much this loss of the router weighs; use --objective-normalization supervised, "
+                f"or {flag} 0"
+            )

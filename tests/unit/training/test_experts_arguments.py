@@ -83,6 +83,11 @@ def test_layouts_and_choices_of_training_are_accepted(flags, world_size):
         ("--moe-router-load-balancing-type sinkhorn", 1, ("sinkhorn", "aux_loss")),
         ("--moe-grouped-gemm", 1, ("--moe-grouped-gemm", "Transformer Engine")),
         ("--objective-normalization kept", 1, ("0.02", "--moe-aux-loss-coeff 0")),
+        (
+            "--objective-normalization kept --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0.001",
+            1,
+            ("0.001", "--moe-z-loss-coeff 0"),
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(flags, world_size, named):
