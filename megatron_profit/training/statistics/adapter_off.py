@@ -15,30 +15,39 @@ from megatron_profit.training.statistics.external_statistics import StatisticPro
 from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, values_in
 from megatron_profit.training.statistics.token_table import TokenTable
 from megatron_profit.training.step.batch import Batch
+from megatron_profit.training.step.objective_loss import ObjectiveLoss
 
 
 class AdapterOffReference(StatisticProvider):
     """Gives `ref_log_prob` of the frozen base, or another statistic of it.
 
     Args:
+        loss: The loss of the run; a warm-up of plain SFT in it needs no pass.
         lookahead_pass: Sees the rows of the run.
         computed: The statistic of the kernel; it is given under the name `ref_` and its own.
     """
 
     statistic = "ref_log_prob"
 
-    def __init__(self, lookahead_pass: LookaheadPass, computed: str = "log_prob") -> None:
+    def __init__(
+        self, loss: ObjectiveLoss, lookahead_pass: LookaheadPass, computed: str = "log_prob"
+    ) -> None:
         self.statistic = f"ref_{computed}"
-        self._lookahead_pass, self._computed = lookahead_pass, computed
+        self._loss, self._lookahead_pass, self._computed = loss, lookahead_pass, computed
         self._wanted = frozenset({computed})
         self._train: TokenTable | None = None
         self._valid: TokenTable | None = None
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
+        if self.statistic not in self._loss.current_objective.needed_statistics:
+            return
         with adapters_off(unwrap_model(context.model)):
             self._train = self._lookahead_pass.of_next_batches(context, 1, self._wanted)
 
     def before_evaluation(self, context: TrainContext) -> None:
+        objective = self._loss.current_objective.for_evaluation()
+        if self.statistic not in objective.needed_statistics:
+            return
         with adapters_off(unwrap_model(context.model)):
             tables = self._lookahead_pass.of_valid_batches(context, self._wanted)
         found = [table for table in tables if table is not None]

@@ -95,7 +95,7 @@ class ReferenceModel(StatisticProvider):
     def from_run(cls, run: RunParts) -> StatisticProvider:
         """Return the reference model of a run; where none was opened, it is the frozen base of adapters."""
         if run.reference is None:
-            return AdapterOffReference(run.lookahead_pass, cls.computed)
+            return AdapterOffReference(run.loss, run.lookahead_pass, cls.computed)
         return cls(*run.reference, run.loss, run.datasets)
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
