@@ -67,6 +67,8 @@ _REFUSED = {
     "trust_remote_code": "code in a model folder is not run",
     "exit_signal_handler_for_training": "SIGTERM saves a checkpoint and ends the run",
     "hybrid_context_parallel": "--context-parallel-size splits every row alike",
+    "tensor_parallel_num_weight_shards": "the objective reads the output layer's weight, of which each rank "
+    "would hold a part; use --tensor-model-parallel-size or --use-distributed-optimizer",
     **dict.fromkeys(
         ("use_torch_fsdp2", "use_megatron_fsdp"),
         "the objective reads the output layer's weight, which FSDP shards; use "

@@ -169,6 +169,11 @@ class MicroBatchLoss:
         group. A loss mask [B, S] of zeros and ones is optional. `scale_logits` multiplies by the constant of
         `--use-mup`.
         """
+        if (parts := getattr(output_layer, "gtp_remat_size", 1)) > 1:
+            raise ValueError(
+                f"--tensor-parallel-num-weight-shards splits the output layer's weight into {parts} parts, "
+                "and the objective would take one for the whole vocabulary; drop the flag"
+            )
         # A factor on the logits is the same factor on the hidden states.
         hidden_states = scale_logits(hidden_states)
         # The weight is used without a call of its module, whose hooks wait for the all-gather of

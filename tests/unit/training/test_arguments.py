@@ -203,6 +203,11 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--split", "1,0,0"), 1, ("--split", "--data")),
         (("--use-torch-fsdp2",), 1, ("--use-torch-fsdp2", "--use-distributed-optimizer")),
         (
+            ("--tensor-parallel-num-weight-shards", "2"),
+            2,
+            ("--tensor-parallel-num-weight-shards", "--tensor-model-parallel-size"),
+        ),
+        (
             ("--non-persistent-save-interval", "5"),
             1,
             ("--non-persistent-save-interval", "--keep-last"),
