@@ -47,6 +47,8 @@ _REFUSED = {
         ),
         "the loss is computed by --objective, in fp32",
     ),
+    "fp8_output_proj": "the objective multiplies with the output layer's weight itself, in the dtype of the "
+    "parameters",
     "defer_embedding_wgrad_compute": "the objective computes the output layer's gradient itself",
     "overlap_moe_expert_parallel_comm": "the forward step has no schedule plan",
     "enable_cuda_graph": "give --cuda-graph-impl local",
@@ -54,6 +56,9 @@ _REFUSED = {
     "cuda_graph_scope_deprecated": "give --cuda-graph-modules",
     "optimizer_cuda_graph": "a guard decides between the gradient and the optimizer's update",
     "perform_rl_step": "this entry trains on data sets",
+    "phase_transition_iterations": "each phase would begin with the first record again; give --exit-interval "
+    "to end a run early",
+    "freeze_all_layers": "no weight would be trained",
     "dataloader_type": "the order of the records is drawn from --seed",
     **dict.fromkeys(
         ("non_persistent_save_interval", "non_persistent_ckpt_type"),
