@@ -59,6 +59,7 @@ _REFUSED = {
     "phase_transition_iterations": "each phase would begin with the first record again; give --exit-interval "
     "to end a run early",
     "freeze_all_layers": "no weight would be trained",
+    "inprocess_restart": "a process trains once; torchrun's --max-restarts starts the processes again",
     "dataloader_type": "the order of the records is drawn from --seed",
     **dict.fromkeys(
         ("non_persistent_save_interval", "non_persistent_ckpt_type"),

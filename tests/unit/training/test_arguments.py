@@ -203,6 +203,7 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--split", "1,0,0"), 1, ("--split", "--data")),
         (("--use-torch-fsdp2",), 1, ("--use-torch-fsdp2", "--use-distributed-optimizer")),
         (("--fp8-output-proj",), 1, ("--fp8-output-proj", "dtype of the parameters")),
+        (("--inprocess-restart",), 1, ("--inprocess-restart", "--max-restarts")),
         (("--freeze-all-layers",), 1, ("--freeze-all-layers", "no weight")),
         (
             ("--phase-transition-iterations", "3,6"),
