@@ -9,6 +9,7 @@ its checksum; a damaged file is computed again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import math
 import shutil
@@ -297,7 +298,10 @@ def _write(folder: Path, file: str, values: np.ndarray) -> None:
         with CheckedFiles(unfinished) as files:
             files.append(file, values)
             files.finish()
-        if not folder.exists():  # another run may have written the same
-            unfinished.rename(folder)
+        unfinished.rename(folder)
+    except OSError as error:
+        # Another run has written the same; a network file system may not show it yet.
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -3,6 +3,7 @@
 import itertools
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,6 +95,15 @@ def test_a_machine_waits_for_what_another_one_has_written(computed, monkeypatch,
     with pytest.raises(SystemExit):
         computed(train=SFTDataset(examples(1, 2, 4), 4, 1))
     assert "ref_log_prob.float32, which another one has made" in capsys.readouterr().err
+
+
+def test_another_run_may_have_written_the_same(tmp_path, monkeypatch):
+    """Which a network file system does not show yet."""
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    for value in (1, 2):
+        reference_model._write(tmp_path / "a", "b", np.full(3, value, dtype=np.float32))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["a"]
+    assert np.fromfile(tmp_path / "a" / "b", dtype=np.float32).tolist() == [1, 1, 1]
 
 
 def test_a_model_is_known_by_the_content_of_its_files(tmp_path):
