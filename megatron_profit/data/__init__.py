@@ -1,7 +1,7 @@
 """Chat records -> token ids and the mask of the tokens that the model must produce -> a data set of rows.
 
 ```python
-renderer = ChatRenderer(AutoTokenizer.from_pretrained(path))
+renderer = ChatRenderer(load_tokenizer(path))
 examples, report = build_examples(["train.jsonl"], renderer, seq_length=4096)
 dataset = SFTDataset(examples, 4096, num_samples=train_iters * global_batch_size, seed=1234)
 ```

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a HuggingFace folder; code in the folder is not run.
+    """Return the tokenizer of a HuggingFace folder as its tokenizer.json describes it.
+
+    `AutoTokenizer` would choose a class by config.json and tokenizer_config.json. Some classes split text in
+    their own way, whatever the file says: for example `GPT2Tokenizer` (SmolLM2), or `Qwen2Tokenizer` (the
+    language model of Qwen3.5 alone). Code in the folder is not run.
 
     Raises:
         DataError: The folder does not exist, lacks tokenizer.json, or the tokenizer cannot be loaded.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one with a tokenizer and a chat template")
@@ -36,9 +40,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         )
     escape_logs("transformers")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         tokenizer("text", verbose=False)  # some settings are first looked at here
     except Exception as error:  # the tokenizers library raises bare Exceptions
         size = f"tokenizer.json has {file.stat().st_size:,} bytes"
