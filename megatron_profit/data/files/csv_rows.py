@@ -1,4 +1,4 @@
-"""Rows of a CSV file with a header. An empty cell is an absent field; other cells are text."""
+"""Rows of a CSV file with a header. An empty cell is a null; other cells are text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_profit.data.files.json_text import decoded
 OTHER_CELLS = "a row has another number of cells than the header"
 
 
-def csv_rows(path: Path) -> Iterator[tuple[dict[str, str] | BrokenRecord, int]]:
+def csv_rows(path: Path) -> Iterator[tuple[dict[str, str | None] | BrokenRecord, int]]:
     """Yield the rows of a file by the names in its header, each with its size in characters.
 
     Raises:
@@ -78,7 +78,7 @@ def _check(header: list[str], path: Path) -> None:
         )
 
 
-def _row(header: list[str], cells: list[str]) -> dict[str, str] | BrokenRecord:
+def _row(header: list[str], cells: list[str]) -> dict[str, str | None] | BrokenRecord:
     if len(cells) != len(header):
         return BrokenRecord(OTHER_CELLS, f"{len(cells)} cells, the header has {len(header)}")
-    return {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+    return {name: cell or None for name, cell in zip(header, cells, strict=True)}

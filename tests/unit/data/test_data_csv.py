@@ -7,8 +7,10 @@ import json
 
 import pytest
 
-from megatron_profit.data.errors import DataError
+from megatron_profit.data.chat.conversations import normalise
+from megatron_profit.data.errors import BrokenRecord, DataError
 from megatron_profit.data.files import bounded, csv_rows
+from megatron_profit.data.files.fields import MISSING_FIELD
 from megatron_profit.data.files.records import read_records
 
 
@@ -32,14 +34,23 @@ def test_a_csv_file_gives_the_records_of_json_lines(tmp_path):
     assert [row["prompt"] for row in packed] == [row["prompt"] for row in rows]
 
 
-def test_an_empty_cell_is_an_absent_field_and_a_short_row_is_left_out(tmp_path):
+def test_an_empty_cell_is_null_and_a_short_row_is_left_out(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text("instruction,input,output\nAdd.,,2\nAdd.,1\nAdd.,1 + 1,2\n")
     records = list(read_records(file))
-    assert records[0].value == {"instruction": "Add.", "output": "2"}
+    assert records[0].value == {"instruction": "Add.", "input": None, "output": "2"}
     assert records[1].broken is not None
     assert records[1].broken.detail == "2 cells, the header has 3"
     assert records[2].where.endswith("a.csv, record 3")
+
+
+@pytest.mark.parametrize("row", ["a,", ",b", ","])
+def test_an_empty_cell_in_the_first_row_is_no_unknown_format(tmp_path, row):
+    (tmp_path / "a.csv").write_text(f"prompt,completion\n{row}\na,b\n")
+    first, second = read_records(tmp_path / "a.csv")
+    with pytest.raises(BrokenRecord, match=MISSING_FIELD):
+        normalise(first)
+    assert len(normalise(second).messages) == 2
 
 
 @pytest.mark.parametrize(
