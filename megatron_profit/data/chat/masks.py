@@ -35,8 +35,10 @@ _MASK = "mask"
 _DETAILS = ("train_detail", "training_detail")
 MESSAGE_FIELDS = (*FIELDS, _MASKED, _MASK, *_DETAILS)
 
-# A name that may say so in the words of yet another trainer.
-_LIKE_A_MASK = re.compile(r"loss|mask|train|weight|learn|superv|ignore|exclu|skip", re.IGNORECASE)
+# A name that may say so in the words of yet another trainer. `label` is KTO's, false for an unwanted answer.
+_LIKE_A_MASK = re.compile(
+    r"loss|mask|train|weight|learn|superv|ignore|exclu|skip|^label$", re.IGNORECASE
+)
 
 # Of these names, the ones that exclude where they are true; a mask may in either case.
 _EXCLUDES = re.compile(r"mask|ignore|exclu|skip|no_?loss|untrain", re.IGNORECASE)

@@ -98,6 +98,7 @@ def test_a_field_of_the_record_that_looks_like_a_mask_leaves_it_out():
         {"skip": True},
         {"loss_masked": True},
         {"assistant_mask": False},
+        {"label": False},
     ):
         with pytest.raises(BrokenRecord) as error:
             read({**talk(), **fields})
@@ -108,6 +109,10 @@ def test_a_field_of_the_record_that_looks_like_a_mask_leaves_it_out():
         {"training_step": 0},
         {"is_train": True},
         {"skip": False},
+        {"label": True},
+        {"label": 0},
+        {"label": "spam"},
+        {"labels": [0, 1]},
     ):
         assert read({**talk(), **fields}).unread == set(fields)
 
