@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from checkpoint_conversion.errors import printable
 from checkpoint_conversion.model_card.hub import last_cause
+from megatron_profit.data.files.splits import is_data_file
 from megatron_profit.flags import nearest
 from megatron_profit.recipe.errors import LaunchError
 
@@ -145,9 +146,9 @@ def _data_folder(found: HubId, folder: Path) -> Path:
         raise LaunchError(
             f"--data {found.repo}: has no folder {found.inner} with data files ({_known()})"
         )
-    if any(file.match(kind) for file in folder.iterdir() for kind in _DATA_FILES):
+    if any(map(is_data_file, folder.iterdir())):
         return folder
-    inner = sorted({f.parent for kind in _DATA_FILES for f in folder.rglob(kind) if f.is_file()})
+    inner = sorted({file.parent for file in folder.rglob("*") if is_data_file(file)})
     if len(inner) == 1:
         return inner[0]
     if folder / _USUAL_FOLDER in inner:

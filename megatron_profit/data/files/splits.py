@@ -120,11 +120,12 @@ def not_data(path: Path) -> list[str]:
 
 
 def _files_inside(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if suffix_of(file) and file.is_file() and file.name not in _DESCRIPTIONS
-    )
+    return sorted(filter(is_data_file, folder.iterdir()))
+
+
+def is_data_file(path: Path) -> bool:
+    """Return whether a file holds records, judged by its name; dataset_infos.json, for example, does not."""
+    return bool(suffix_of(path)) and path.is_file() and path.name not in _DESCRIPTIONS
 
 
 def _of_split(files: list[Path], folder: Path, split: Split) -> list[Path]:

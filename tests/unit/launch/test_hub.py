@@ -35,7 +35,9 @@ def cache(tmp_path, monkeypatch):
     add("model", "some/model", "main", "a" * 40, {"config.json": "new"})
     add("model", "some/model", "v1", "b" * 40, {"config.json": "old"})
     record = '{"prompt": "a", "completion": "b"}\n'
-    add("dataset", "some/chats", "main", "c" * 40, {"data/train-00000-of-00001.jsonl": record})
+    # Older data sets describe themselves in a JSON file next to the folder of their data.
+    files = {"data/train-00000-of-00001.jsonl": record, "dataset_infos.json": "{}"}
+    add("dataset", "some/chats", "main", "c" * 40, files)
     files = {"main/train.jsonl": record, "extra/train.jsonl": record, "README.md": "#"}
     add("dataset", "some/sets", "main", "d" * 40, files)
     return tmp_path
