@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from checkpoint_conversion.engine.lock import lock_file
 from checkpoint_conversion.engine.raw_files import writing
-from checkpoint_conversion.engine.regular_files import read_regular
+from checkpoint_conversion.engine.regular_files import kind_of, read_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.progress import human
 
@@ -132,8 +132,11 @@ def whole_file(file: Path) -> Iterator[BinaryIO]:
     the same time; the last one to finish counts.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written, or something else has its name, for example /dev/null.
     """
+    with contextlib.suppress(FileNotFoundError):
+        if (kind := kind_of(file.stat().st_mode)) is not None:
+            raise OSError(f"{file} is {kind}; name a file")
     _remove_stale(file)
     # A name of its own: another writer must neither remove this file nor find its name taken.
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from checkpoint_conversion.cli import FlagHelp, wants_color
-from checkpoint_conversion.engine.output import whole_file
+from checkpoint_conversion.engine.output import problem_of_place, whole_file
 from checkpoint_conversion.errors import ConversionError, escaped
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
@@ -257,6 +257,10 @@ def check_output(path: Path | None, overwrite: bool) -> None:
         raise ReportError(f"--out {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise ReportError(f"--out {path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise ReportError(f"--out {path} is a pipe or a device; name a file")
+    if (problem := problem_of_place(path.parent)) is not None:
+        raise ReportError(f"--out {path}: {problem}")
     if path.exists() and not overwrite:
         raise ReportError(f"--out {path} exists; give --overwrite to replace it")
 

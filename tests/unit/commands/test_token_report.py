@@ -74,6 +74,16 @@ def test_errors_name_the_remedy(folders, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_to_is_said_first(folders, tmp_path, capsys, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    flags = ["--model", "absent", "--out", tmp_path / "pipe", "--overwrite"]
+    assert run(folders, *flags) == 1
+    assert "pipe is a pipe or a device; name a file" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run(folders, "--model", "absent", "--out", tmp_path / "r.html") == 1
+    assert f"{tmp_path} cannot be written to; name another folder" in capsys.readouterr().err
+
+
 def test_a_range_may_reach_beyond_the_last_record(folders, tmp_path):
     out = tmp_path / "r.html"
     assert run(folders, "--model", folders / "hf", "--records", "0-19", "--out", out) == 0

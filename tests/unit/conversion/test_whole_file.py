@@ -24,6 +24,20 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
     assert [left.name for left in tmp_path.iterdir()] == ["command.sh"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="pipe is a pipe; name a file"), whole_file(pipe):
+        pass
+    assert pipe.is_fifo()
+    (tmp_path / "link").symlink_to(os.devnull)
+    with (
+        pytest.raises(OSError, match="link is a device; name a file"),
+        whole_file(tmp_path / "link"),
+    ):
+        pass
+
+
 def test_the_rest_of_a_writer_that_died_long_ago_is_removed_and_a_younger_one_stays(tmp_path):
     old, young, other = (
         tmp_path / f".{name}.unfinished" for name in ("a[1].0123", "a[1].4567", "a1.89ab")
