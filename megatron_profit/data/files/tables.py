@@ -34,6 +34,8 @@ _MOST_ENTRIES = 2**26
 _UNPACKED = 2**30
 # Approximate bytes of a Python object besides its content.
 _OBJECT = 64
+# Encodings of texts that pyarrow cannot read as dictionaries, see `parquet_batches`.
+_DELTA = frozenset({"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"})
 # Parquet's types of values of any length.
 _LONG = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
 _NESTED = (
@@ -59,7 +61,8 @@ def parquet_batches(path: Path, wanted: Wanted) -> Iterator[pyarrow.RecordBatch]
     file's statistics do not say that.
 
     Raises:
-        DataError: It is no regular file, or a column has more entries than are read at once.
+        DataError: It is no regular file, or a column has more entries than are read at once, or an encoding
+            that is not read.
         pyarrow.ArrowException, OSError, ValueError: It is damaged, or cannot be read.
     """
     check_regular(path)
@@ -136,9 +139,20 @@ def _filled(columns: list[pyarrow.parquet.ColumnChunkMetaData]) -> bool | None:
 def _rows_at_once(
     path: Path, leaves: list[tuple[pyarrow.DataType, pyarrow.parquet.ColumnChunkMetaData]]
 ) -> int:
-    """Return how many rows of a column can be unpacked at once, by the sizes in the file's footer."""
+    """Return how many rows of a column can be unpacked at once, by the sizes in the file's footer.
+
+    Raises:
+        DataError: It has more entries than are read at once, or an encoding that is not read.
+    """
     dense = 1
     for kind, column in leaves:
+        if column.physical_type == "BYTE_ARRAY" and (
+            found := _DELTA.intersection(column.encodings)
+        ):
+            raise DataError(
+                f"{path}: the column {shown(column.path_in_schema)} has the encoding {min(found)}, which is "
+                "not read; write the file again without it, e.g. with to_parquet of pandas or datasets"
+            )
         if column.num_values > _MOST_ENTRIES:
             raise DataError(
                 f"{path}: the column {shown(column.path_in_schema)} has {column.num_values:,} "

@@ -124,6 +124,21 @@ def test_a_damaged_column_that_nothing_reads_stops_nothing(tmp_path):
     assert [record.value["output"] for record in wanted] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_an_encoding_that_is_not_read_is_named_with_the_remedy(tmp_path, encoding):
+    path = tmp_path / "a.parquet"
+    table = far_table(other=["x", "y", "z"])
+    for column in ("output", "other"):
+        options = {"use_dictionary": False, "column_encoding": {column: encoding}}
+        pyarrow.parquet.write_table(table, path, **options)
+        wanted = read_records(path, wanted=["instruction", "output"].__contains__)
+        if column == "other":  # its statistics tell that it has values
+            assert [record.value["output"] for record in wanted] == ["a", "b", "c"]
+        else:
+            with pytest.raises(DataError, match=rf"'output' has the encoding {encoding}.*write"):
+                list(wanted)
+
+
 @every_kind
 def test_fields_that_are_null_throughout_are_read(write, kind):
     talk = [{"role": "user", "content": "q", "name": None, "parts": [{"a": [None, None]}, None]}]
