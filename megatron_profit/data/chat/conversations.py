@@ -5,7 +5,8 @@ can continue and count. Where the first record of a file is in a format that is 
 refused.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,8 @@ THOUGHTS_NEVER_END = "an answer begins with <think> and never ends its thoughts"
 NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
 UNKNOWN_FORMAT = "the format is not known"
 TWO_LISTS = "a record has both tools and functions"
+PREFERENCES = "the answer stands in two fields, chosen and rejected"
+NOT_TEXT = "a text stands for a picture, a video or a sound"
 
 # Fields that are read in each format; `functions` is OpenAI's older name of the tools.
 _EVERY_RECORD = frozenset({"system", "tools", "functions"})
@@ -49,6 +52,10 @@ _RECORD_FIELDS = {
     "alpaca": _EVERY_RECORD | {"instruction", "input", "output", "history"},
     "completion": _EVERY_RECORD | {"prompt", "completion"},
 }
+
+# Fields of pictures and the like, for which such a word stands in a text, and nothing at inference would.
+_MEDIA = re.compile("<(image|video|audio)>")
+_MEDIA_FIELDS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 FORMATS = (
     "alpaca (instruction, input, output; optional system, history, tools)",
@@ -116,6 +123,7 @@ def normalise(record: RawRecord, layout: ColumnMapping | None = None) -> Convers
     named = layout.columns.values()
     masks.check_record({k: item for k, item in record.value.items() if k not in named})
     turns = _READERS[kind](value)
+    _check_elsewhere(record.value, turns)
     unread = value.keys() - _RECORD_FIELDS[kind] | layout.unnamed(record.value)
     unread |= {f"messages.{name}" for turn in turns for name in turn.unread}
     if value.get("system") and turns and turns[0].message["role"] == "system":
@@ -131,6 +139,20 @@ def normalise(record: RawRecord, layout: ColumnMapping | None = None) -> Convers
     )
     _check(conversation)
     return conversation
+
+
+def _check_elsewhere(fields: dict[str, Any], turns: Sequence[Turn]) -> None:
+    """Refuse a record whose answer, or a part of whose question, stands in fields that are not read."""
+    given = {name for name, value in fields.items() if value not in (None, "", [])}
+    if given >= {"chosen", "rejected"} and turns and turns[-1].message["role"] != "assistant":
+        raise BrokenRecord(
+            PREFERENCES,
+            f"the last message is the {turns[-1].message['role']}'s; add the one in chosen to the messages",
+        )
+    if media := sorted(given & _MEDIA_FIELDS):
+        found = _MEDIA.search("\n".join(turn.message["content"] for turn in turns))
+        if found:
+            raise BrokenRecord(NOT_TEXT, f"{found[0]} stands for what is in {shown(media[0])}")
 
 
 def _format(value: dict[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ def turns_of(value):
     return [(m["role"], m["content"]) for m in conversation_of(value).messages]
 
 
+QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
@@ -228,6 +229,37 @@ def test_broken_records_have_a_reason(record, reason):
         conversation_of(record)
     assert error.value.reason == reason
     assert error.value.detail.isprintable()
+
+
+PICTURED = {"role": "user", "content": "<image>\nWho is it?"}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [ANSWER, QUESTION], "chosen": ANSWER, "rejected": ANSWER}, chat.PREFERENCES),
+        ({"messages": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]}, chat.PREFERENCES),
+        ({"messages": [PICTURED, ANSWER], "images": ["a.jpg"]}, chat.NOT_TEXT),
+        ({"instruction": "<audio>", "output": "a", "audio": {"path": "a.wav"}}, chat.NOT_TEXT),
+    ],
+)
+def test_a_record_of_which_a_part_stands_elsewhere_is_left_out(record, reason):
+    with pytest.raises(BrokenRecord) as error:
+        conversation_of(record)
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("turns", "others"),
+    [
+        ([QUESTION, ANSWER], {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION]}),
+        ([PICTURED, ANSWER], {}),
+        ([PICTURED, ANSWER], {"images": []}),
+        ([QUESTION, ANSWER], {"image": "a.jpg"}),
+    ],
+)
+def test_other_pictures_and_preferences_count_as_unread(turns, others):
+    assert conversation_of({"messages": turns, **others}).unread == set(others)
 
 
 @pytest.mark.parametrize(
