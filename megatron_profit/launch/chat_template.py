@@ -115,6 +115,7 @@ def _text(model: Path, template: str) -> str:
         return BUILT_IN[template]
     file = Path(template).expanduser()
     try:
-        return read_regular(file, _LARGEST).decode()
+        # A byte order mark would stand before each conversation.
+        return read_regular(file, _LARGEST).decode("utf-8-sig")
     except (OSError, ConversionError, UnicodeDecodeError) as error:
         raise LaunchError(f"--chat-template {file}: cannot be read ({error})") from error

@@ -86,6 +86,12 @@ def test_a_file_may_hold_the_template(model, tmp_path):
     assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_template(model, tmp_path):
+    (tmp_path / "own.jinja").write_text("\ufeff{{ bos_token }}", encoding="utf-8")
+    folder = with_template(model, str(tmp_path / "own.jinja"), tmp_path / "model")
+    assert (folder / "chat_template.jinja").read_text() == "{{ bos_token }}"
+
+
 def test_chatml_needs_its_tokens(model, tmp_path):
     (model / "tokenizer.json").write_text("{}")
     with pytest.raises(LaunchError, match=r"has no token <\|im_start\|> or <\|im_end\|>"):
