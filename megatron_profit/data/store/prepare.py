@@ -94,7 +94,8 @@ def build_examples(
 
     Raises:
         ValueError: `seq_length` < 1.
-        DataError: A file cannot be read, its first record is in no known format, or no record is usable.
+        DataError: A file cannot be read, its first record is in no known format, or no record of a file is
+            usable.
     """
     names = [files] if isinstance(files, str | Path) else files
     sources = [DataSource(str(name)) for name in names]
@@ -125,8 +126,8 @@ def tokenize_records(
         progress: Called with a line of text about every two seconds.
 
     Raises:
-        DataError: A file cannot be read, its first record is in no known format, no record is usable, or the
-            tokenizer cannot be used.
+        DataError: A file cannot be read, its first record is in no known format, no record of a source is
+            usable, or the tokenizer cannot be used.
     """
     report.sources = [SourceCounts(source.path) for source in sources]
     # Loaded here first, so that a tokenizer that cannot be used is reported once and with its reason.
@@ -151,8 +152,9 @@ def tokenize_records(
             report.keep(chunk.lengths, chunk.whole, chunk.truncated)
             yield chunk
         tell()
-    if not report.kept:
-        raise DataError("no record can be used for training:", *str(report).splitlines())
+    if useless := [source.path for source in report.sources if not source.kept]:
+        of = f" of {', '.join(useless)}" if report.kept else ""
+        raise DataError(f"no record{of} can be used for training:", *str(report).splitlines())
 
 
 def file_names(files: Iterable[Sequence[Path]]) -> list[str]:

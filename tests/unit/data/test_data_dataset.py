@@ -149,6 +149,12 @@ def test_nothing_usable_says_why(renderer, write_lines):
         DataError, match=r"no record can be used(.|\n)*skipped 3: there is no assist"
     ):
         build_examples(write_lines([{"messages": []}] * 3), renderer, 32)
+    good = write_lines([pair("q", "a")], "good.jsonl")
+    useless = write_lines([{"messages": []}] * 3, "useless.jsonl")
+    with pytest.raises(
+        DataError, match=r"no record of .*/useless\.jsonl can be used(.|\n)*3: there"
+    ):
+        build_examples([good, useless], renderer, 32)
     with pytest.raises(ValueError, match="seq_length must be at least 1, got 0"):
         build_examples(write_lines([pair("q", "a")]), renderer, 0)
 
