@@ -122,6 +122,12 @@ def _header(template: ChatTemplate, probe: _Probe, question_end: str) -> str:
     A think block belongs to the turn, not to the header: other answers may be written with another one.
     """
     beginnings = [probe.prompt, probe.before_earlier, probe.before_last]
+    if {beginning.strip() for beginning in beginnings} == {question_end.strip()}:
+        raise DataError(
+            f"the chat template of {template.name} writes no header before what the assistant says: its text "
+            f"follows {question_end!r}, the end of a question, as in Mistral's templates. So nothing marks "
+            "where an answer begins; use a template that begins each answer with a header of its own"
+        )
     bracket = _common_prefix(beginnings)
     header = thoughts.without_tags(bracket.removeprefix(question_end))
     if not header.strip() or not bracket.startswith(question_end):

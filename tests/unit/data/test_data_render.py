@@ -235,6 +235,20 @@ def test_useless_templates_are_refused_at_once(make_tokenizer, templates, find, 
         ChatRenderer(tokenizer)
 
 
+@pytest.mark.parametrize("space", ["", " "])
+def test_answers_right_after_the_question_are_named(make_tokenizer, space):
+    # Mistral's: no header tells the model to answer.
+    template = """\
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{- '[INST] ' + message.content + ' [/INST]' }}
+{%- else %}{{- 'SPACE' + message.content + '</s>' }}{%- endif %}
+{%- endfor %}"""
+    with pytest.raises(
+        DataError, match=r"follows ' \[/INST\]', the end of a question.*header of its"
+    ):
+        ChatRenderer(make_tokenizer(template.replace("SPACE", space)))
+
+
 def test_tokenizers_without_template_or_offsets_are_refused(make_tokenizer, templates):
     with pytest.raises(DataError, match="has no chat template"):
         ChatRenderer(make_tokenizer(None))
