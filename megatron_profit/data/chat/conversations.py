@@ -195,7 +195,14 @@ def _completed(prompt: Any, completion: Any) -> list[Turn]:
     if lists[0] is None or lists[1] is None:
         return exchange(text(prompt), text(completion))
     context = [replace(turn, trained=False) for turn in read_messages(lists[0])]
-    return joined(context + read_messages(lists[1]))
+    answer = read_messages(lists[1])
+    meeting = [turn.message["role"] for turn in (*context[-1:], *answer[:1])]
+    if meeting == ["assistant", "assistant"]:
+        raise BrokenRecord(
+            masks.UNCLEAR,
+            "the completion goes on with the answer that the prompt begins; write the whole answer in it",
+        )
+    return joined(context + answer)
 
 
 def _messages_of(value: Any) -> list[Any] | None:

@@ -231,3 +231,9 @@ def test_prompt_and_completion():
     talk = normalise(record(prompt=[*turns, turns[0]], completion=[turns[1]]))
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     assert talk.untrained == {0, 1, 2}, "what leads to the completion is context"
+
+
+def test_a_completion_of_an_answer_that_the_prompt_begins_is_left_out():
+    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "It is"}]
+    with pytest.raises(BrokenRecord, match="write the whole answer"):
+        normalise(record(prompt=prompt, completion=[{"role": "assistant", "content": " 2."}]))
