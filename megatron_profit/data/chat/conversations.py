@@ -125,6 +125,7 @@ def normalise(record: RawRecord, layout: ColumnMapping | None = None) -> Convers
     turns = _READERS[kind](value)
     _check_elsewhere(record.value, turns)
     unread = value.keys() - _RECORD_FIELDS[kind] | layout.unnamed(record.value)
+    unread -= masks.heeded(record.value)
     unread |= {f"messages.{name}" for turn in turns for name in turn.unread}
     if value.get("system") and turns and turns[0].message["role"] == "system":
         unread.add("system")

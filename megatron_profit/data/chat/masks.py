@@ -109,6 +109,14 @@ def check_record(fields: Mapping[str, Any]) -> None:
         raise BrokenRecord(UNCLEAR, f"the record's mask is {shown(fields[_MASK])}; write weight")
 
 
+def heeded(fields: Mapping[str, Any]) -> set[str]:
+    """Return the fields of a record that `check_record` has read as "it is trained".
+
+    For example, a weight of 1 is one of them, and a weight of 0.5 is none.
+    """
+    return {name for name in (*FIELDS, _MASKED) if _value(fields.get(name)) is (name != _MASKED)}
+
+
 def _may_exclude(name: str, value: Any) -> bool:
     """Return whether a field of the record may leave out some of it, if it is a mask at all."""
     if isinstance(value, bool):

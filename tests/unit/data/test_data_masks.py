@@ -148,6 +148,7 @@ def test_a_whole_record_may_be_excluded(record):
         assert error.value.reason == masks.UNCLEAR
     measured = read({**record, "loss": 0.83, "mask": "User"})
     assert measured.unread == {"loss", "mask"}, "another thing by that name"
+    assert read({**record, "weight": 1.0, "train": "true", "masked": False}).unread == frozenset()
 
 
 def test_a_column_that_is_named_for_something_else_is_no_mask():
