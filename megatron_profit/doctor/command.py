@@ -112,8 +112,9 @@ def _of_run(request: Request) -> Iterator[Finding]:
     model = Path(values["hf_model"])
     needed = _needed(values, launch)
     yield from examined("disk", lambda: machine_checks.check_disk(run.path, needed, request.nodes))
-    load = Path(values.get("load", run.checkpoints))
-    yield from examined("checkpoint", lambda: data_checks.check_checkpoints(load, model))
+    if "load" in values:
+        load = Path(values["load"])
+        yield from examined("checkpoint", lambda: data_checks.check_checkpoints(load, model))
     train = _training_data({**request.table.defaults, **values}, model)
     yield from examined("data", lambda: data_checks.check_data(train, model))
     if request.nodes > 1:

@@ -147,7 +147,8 @@ def derived_flags(
         flags.add("--bf16")
     for name, value in planned.flags.items():
         flags.add(flag_of(name), value)
-    flags.add("--load", str(run.checkpoints))
+    if run.loads_own(request):
+        flags.add("--load", str(run.saved(request)))
     flags.add("--save", str(run.checkpoints))
     flags.add("--save-interval", intervals.save)
     if "--save" not in request.front.without:

@@ -124,10 +124,9 @@ def _run(ready: Launch) -> int:
     goes_on = ready.run.is_resumed(ready.request)
     if not goes_on:
         _write_files(ready)
-    resumes = "goes on from its newest checkpoint" if goes_on else "starts"
-    tell(
-        f"run: {ready.run.path} {resumes}; the same command resumes it. Command ({ready.run.command}):"
-    )
+    begins = "goes on from its newest checkpoint" if goes_on else "starts"
+    resumes = "; the same command resumes it" * ready.run.loads_own(ready.request)
+    tell(f"run: {ready.run.path} {begins}{resumes}. Command ({ready.run.command}):")
     print(command, flush=True)
     code = start(ready.words, ready.processes, ready.machine.cores)
     if goes_on and code != REFUSED:  # the training has compared the flags with the run's

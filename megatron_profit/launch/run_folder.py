@@ -67,16 +67,21 @@ class RunFolder:
         """The run as a shell script."""
         return self.path / "command.sh"
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is a checkpoint to resume from."""
-        return (self.checkpoints / "latest_checkpointed_iteration.txt").is_file()
+    def saved(self, request: Request) -> Path:
+        """Return the folder of a command line's checkpoints: the one of --save, else the run's own."""
+        return Path(request.values.get("save", self.checkpoints))
+
+    def loads_own(self, request: Request) -> bool:
+        """Return whether a command line goes on from the checkpoints that it writes, once there are any."""
+        saved, given = self.saved(request), request.values
+        is_own = Path(given.get("load", saved)).absolute() == saved.absolute()
+        left_out = {"--load", "--save"} & set(request.front.without)
+        return is_own and not left_out and "overwrite" not in given
 
     def is_resumed(self, request: Request) -> bool:
-        """Return whether a command line goes on from the checkpoints here."""
-        place = Path(request.values.get("load", self.checkpoints))
-        is_own = place.absolute() == self.checkpoints.absolute()
-        return self.goes_on and is_own and "--load" not in request.front.without
+        """Return whether a command line goes on from checkpoints that are there."""
+        tracker = self.saved(request) / "latest_checkpointed_iteration.txt"
+        return self.loads_own(request) and tracker.is_file()
 
     def check_place(self) -> None:
         """Refuse a folder that can neither be written to nor made.

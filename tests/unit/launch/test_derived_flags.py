@@ -69,6 +69,21 @@ def test_what_is_not_wanted_is_not_derived():
 
 
 @pytest.mark.parametrize(
+    ("given", "load"),
+    [
+        ("", "runs/x/checkpoints"),
+        ("--save other", "other"),
+        ("--save other --load third", "third"),
+        ("--overwrite", None),
+        ("--without=--save", None),
+    ],
+)
+def test_a_run_loads_the_checkpoints_that_it_writes(given, load):
+    found = flags(given)
+    assert (found["load"].value if "load" in found else None) == load
+
+
+@pytest.mark.parametrize(
     ("given", "steps", "saved_every", "expected"),
     [
         ("", 103, 103, (20, 103)),

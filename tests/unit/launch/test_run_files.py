@@ -119,6 +119,10 @@ def test_a_run_is_named_after_model_objective_and_data(model, name):
         ("--load RUN/checkpoints", True),
         ("--load other", False),
         ("--without=--load --overwrite", False),
+        ("--overwrite", False),
+        ("--without=--save", False),
+        ("--save RUN/elsewhere", False),
+        ("--save RUN/checkpoints", True),
     ],
 )
 def test_a_run_goes_on_where_its_own_checkpoints_are_loaded(tmp_path, flags, is_resumed):
