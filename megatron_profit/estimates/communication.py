@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_profit.estimates.memory import gradient_bytes
-from megatron_profit.estimates.parameter_counts import stage_parameters
+from megatron_profit.estimates.parameter_counts import trained_parameters, whole_model
 from megatron_profit.estimates.run_shape import LayerKind, RunShape
 
 
@@ -95,6 +95,11 @@ def _forwards(run: RunShape) -> int:
     return 2 if run.args.recompute_granularity == "full" else 1
 
 
+def _is_frozen(run: RunShape) -> bool:
+    """Return whether adapters are trained in place of the weights."""
+    return run.args.lora_rank is not None
+
+
 def _ring(ranks: int) -> float:
     """Return the part of a gathered tensor that each rank sends."""
     return (ranks - 1) / ranks
@@ -112,7 +117,7 @@ def _tensor(
     """
     unit = run.tokens * run.args.hidden_size * run.bytes_per_number * _ring(run.tp)
     if run.args.sequence_parallel:
-        forward, backward, entry, output = 2, 3, 2, 2.0
+        forward, backward, entry, output = 2, 3 - _is_frozen(run), 2, 2.0
     else:
         forward, backward, entry, output = 2, 2, 2, 2 * supervised_share
     pair = forward * _forwards(run) + backward
@@ -135,14 +140,15 @@ def _pipeline(run: RunShape, stage: int) -> float:
     """Return the bytes of pipeline parallelism.
 
     Activations go to the next chunk of the model and their gradients to the one before. The gradient of
-    tied embeddings is sent too.
+    tied embeddings is sent too, unless they are frozen.
     """
     if run.pp == 1:
         return 0
     unit = run.tokens * run.args.hidden_size * run.bytes_per_number / run.sequence_split
     sends = 2 * run.virtual_stages - (stage == 0) - (stage == run.pp - 1)
     sent = run.micro_batches * sends * unit
-    if not run.args.untie_embeddings_and_output_weights and stage in (0, run.pp - 1):
+    is_tied = not (run.args.untie_embeddings_and_output_weights or _is_frozen(run))
+    if is_tied and stage in (0, run.pp - 1):
         sent += (
             run.args.padded_vocab_size / run.tp * run.args.hidden_size * gradient_bytes(run.args)
         )
@@ -183,7 +189,7 @@ def _data(run: RunShape, stage: int) -> float:
     Gradients are scattered and parameters gathered. Without the distributed optimizer, gradients are
     all-reduced.
     """
-    parameters = stage_parameters(run, stage)
+    parameters = trained_parameters(run, stage)
     gradient = gradient_bytes(run.args)
     distributed = run.args.use_distributed_optimizer
     each = gradient + run.bytes_per_number if distributed else 2 * gradient
@@ -194,40 +200,48 @@ def _data(run: RunShape, stage: int) -> float:
 def step_flops(run: RunShape) -> float:
     """Return the operations of a step over all GPUs, recomputation included.
 
-    Every row is taken as one record without padding.
+    Every row is taken as one record without padding. Frozen weights have no gradient; the products between
+    the tokens of a row have both of theirs.
     """
-    args, hidden = run.args, run.args.hidden_size
+    args, hidden, is_frozen = run.args, run.args.hidden_size, _is_frozen(run)
     passes = _forwards(run) + 2
-    layer = 0.0
+    projections, others = 0.0, 0.0
     for kind in run.kinds:
         mlp = 3 * hidden * args.ffn_hidden_size
         if kind.experts:
             inner = args.moe_ffn_hidden_size * args.moe_router_topk
             inner += args.moe_shared_expert_intermediate_size or 0
             mlp = 3 * hidden * inner + hidden * args.num_experts
-        layer += 2 * mlp + (_state_flops(run) if kind.state else _attention_flops(run))
+        of_mixer, between = _state_flops(run) if kind.state else _attention_flops(run)
+        projections += 2 * mlp + of_mixer
+        others += between
+    if is_frozen:
+        adapters = trained_parameters(whole_model(run), 0)
+        share = args.moe_router_topk / args.num_experts if args.num_experts else 0
+        others += 2 * (adapters.dense + share * adapters.experts)
     # The linear objective computes the logits of kept tokens twice if it does not keep them.
-    output = (
-        2 * hidden * args.padded_vocab_size * (4 if args.objective_backward == "recompute" else 3)
-    )
+    products = (4 if args.objective_backward == "recompute" else 3) - is_frozen
+    output = 2 * hidden * args.padded_vocab_size * products
     tokens = args.seq_length * args.micro_batch_size * run.dp * run.micro_batches
-    return tokens * (layer * passes + output)
+    return tokens * (projections * (passes - is_frozen) + others * passes + output)
 
 
-def _attention_flops(run: RunShape) -> float:
-    """Return the operations of attention for a token, forward."""
+def _attention_flops(run: RunShape) -> tuple[float, float]:
+    """Return the operations of attention for a token, forward: of its projections, and between tokens."""
     queries = run.query_size * (3 if run.args.attention_output_gate else 2)
     projections = run.args.hidden_size * (queries + 2 * run.key_value_size)
     # Causal attention: queries meet half of the row's keys, in two products.
-    return 2 * projections + 4 * run.query_size * run.args.seq_length / 2
+    return 2 * projections, 4 * run.query_size * run.args.seq_length / 2
 
 
-def _state_flops(run: RunShape) -> float:
-    """Return the operations of a Gated DeltaNet for a token, forward; the rule as Megatron counts it."""
+def _state_flops(run: RunShape) -> tuple[float, float]:
+    """Return the operations of a Gated DeltaNet for a token, forward: of its projections, and of the
+    convolution and the rule, as Megatron counts it.
+    """
     args, keys, values = run.args, run.state_keys, run.state_values
     projections = args.hidden_size * (2 * keys + 3 * values + 2 * args.linear_num_value_heads)
     convolution = args.linear_conv_kernel_dim * (2 * keys + values)
-    return 2 * (projections + convolution + 4 * values * args.linear_value_head_dim)
+    return 2 * projections, 2 * (convolution + 4 * values * args.linear_value_head_dim)
 
 
 def step_time(run: RunShape, machine: Machine) -> StepTime:

@@ -111,6 +111,11 @@ def trained_parameters(run: RunShape, stage: int) -> Parameters:
 
 def saved_parameters(run: RunShape) -> int:
     """Return the parameters that a checkpoint holds over all ranks: the model's, or its adapters' alone."""
+    return trained_parameters(whole_model(run), 0).total
+
+
+def whole_model(run: RunShape) -> RunShape:
+    """Return the run on one rank, which holds the whole model."""
     sizes = dict.fromkeys(
         (
             *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
@@ -125,9 +130,7 @@ def saved_parameters(run: RunShape) -> int:
         ),
         False,
     )
-    return trained_parameters(
-        RunShape(Namespace(**{**vars(run.args), **sizes, **splits}), 1), 0
-    ).total
+    return RunShape(Namespace(**{**vars(run.args), **sizes, **splits}), 1)
 
 
 def stage_parameters(run: RunShape, stage: int) -> Parameters:

@@ -66,6 +66,27 @@ def test_operations_are_six_for_each_parameter_and_token_and_those_of_attention(
     )
 
 
+def test_frozen_weights_have_no_gradient_to_compute_or_to_send():
+    """Adapters are 40 layers of four projections of attention and three of the MLP."""
+    inner = 2 * (5120 + 5120) + 2 * (5120 + 1024) + 3 * (5120 + 17408)
+    adapters, frozen = 40 * 16 * inner, 14768307200 - 151936 * 5120
+    attention = 12 * 40 * 5120 * 4096 / 2
+    operations = 32 * 4096 * (4 * frozen + attention + 6 * adapters)
+    assert step_flops(run_of(1, "--lora-rank 16")) == pytest.approx(operations, rel=1e-3)
+    replicas = run_of(8, "--lora-rank 16 --use-distributed-optimizer")
+    assert sent_bytes(replicas, 0).data == adapters * 6 * 7 / 8
+    split = run_of(4, "--lora-rank 16 --tensor-model-parallel-size 4 --sequence-parallel")
+    assert sent_bytes(split, 0).tensor == 32 * (40 * 8 + 4) * STREAM * 3 / 4
+
+
+def test_of_the_adapters_of_experts_a_token_meets_its_own():
+    few, many = (
+        step_flops(run_of(1, f"--lora-rank {rank} --lora-targets down_proj", "Qwen3-30B-A3B"))
+        for rank in (16, 32)
+    )
+    assert many - few == 32 * 4096 * 6 * 48 * 8 * 16 * (2048 + 768)
+
+
 def test_groups_that_leave_the_node_take_the_network():
     machine = Machine(node_bandwidth=100.0, network_bandwidth=10.0)
     assert machine.seconds(1000, reach=8) == 10
