@@ -12,7 +12,7 @@ from megatron_profit.estimates.layouts import Choice, NoFitError, NoLayoutError,
 from megatron_profit.estimates.memory import GIB, estimate
 from megatron_profit.estimates.parameter_counts import stage_parameters
 from megatron_profit.estimates.possible_layouts import ASSUMED, Cluster, Layout, Wish, run_shape
-from megatron_profit.estimates.run_shape import UNKNOWN, ShapeError
+from megatron_profit.estimates.run_shape import UNKNOWN, RunShape, ShapeError
 from megatron_profit.flags import flag_of
 from megatron_profit.launch.machine import Machine
 from megatron_profit.recipe.errors import LaunchError
@@ -23,6 +23,16 @@ from megatron_profit.recipe.request import Request
 _ESTIMATED = (*Layout.__dataclass_fields__, *ASSUMED, *UNKNOWN, "recompute_activations")
 _MODEL_PARALLEL = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+)
+# The ones among them that say what a replica keeps in memory, whatever number of processes share it.
+_OF_A_REPLICA = (
+    *("bf16", "fp16", "accumulate_allreduce_grads_in_fp32", "main_grads_dtype"),
+    *("grad_reduce_in_bf16", "objective_backward", "recompute_modules"),
+    *("lora_rank", "lora_targets", "lora_dropout"),
+)
+_LAYOUT_OF_A_REPLICA = (
+    *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+    "use_distributed_optimizer",
 )
 # Shortest rows that are tried where longer ones do not fit the GPUs.
 _SHORTEST_TRIED = 1024
@@ -233,10 +243,11 @@ def _without_gpus(request: Request, wish: Wish, machine: Machine, processes: int
     Raises:
         LaunchError: The model does not fit the memory.
     """
-    planned = _given(wish, processes, processes * request.nodes)
-    layout = Layout(**planned.flags)  # one process; several hold more in all
-    run = replace(run_shape(replace(wish, decided={"bf16": False}), layout, 1), fused=False)
-    needed = sum(memory.total - memory.runtime for memory in estimate(run)) / GIB
+    world = processes * request.nodes
+    planned = _given(wish, processes, world)
+    run = _whole_replicas(wish, planned, world)
+    (memory,) = estimate(run)
+    needed = (memory.total - memory.runtime) * run.dp / request.nodes / GIB
     if needed > machine.memory:
         raise LaunchError(
             f"there is no GPU here, and a training of this model takes about {needed:.0f} GiB of memory, of "
@@ -244,11 +255,24 @@ def _without_gpus(request: Request, wish: Wish, machine: Machine, processes: int
             "(--gpus N --gpu-memory GIB --dry-run shows its layout)"
         )
     seconds = step_flops(run) / planned.rows / (_CORE_FLOPS * machine.cores)
+    precision = next((name for name in ("bf16", "fp16") if getattr(run.args, name)), "fp32")
     line = (
-        f"layout: {processes} CPU process{'es' * (processes > 1)} (there is no GPU), in fp32; needs about "
-        f"{needed:.1f} of {machine.memory:.0f} GiB"
+        f"layout: {processes} CPU process{'es' * (processes > 1)} (there is no GPU), in {precision}; needs "
+        f"about {needed:.1f} of {machine.memory:.0f} GiB"
     )
     return replace(planned, row_seconds=seconds, lines=(line,))
+
+
+def _whole_replicas(wish: Wish, planned: PlannedLayout, world: int) -> RunShape:
+    """Return the run with each replica in one process. Processes that share a replica hold as much in all."""
+    decided = wish.decided
+    layout = {name: decided[name] for name in _LAYOUT_OF_A_REPLICA if name in decided}
+    if decided.get("recompute_activations"):
+        layout["recompute_granularity"] = "selective"
+    own = {"bf16": False, **{name: decided[name] for name in _OF_A_REPLICA if name in decided}}
+    replicas = world // math.prod(decided.get(name, 1) for name in _MODEL_PARALLEL)
+    run = run_shape(replace(wish, decided=own), Layout(**planned.flags, **layout), replicas)
+    return replace(run, fused=False)
 
 
 def slow_warning(planned: PlannedLayout, steps: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -117,6 +118,33 @@ def test_flags_that_no_layout_can_have_are_named_and_no_row_is_shortened(flags, 
 def test_rows_that_do_not_fit_become_shorter():
     planned = plan("--micro-batch-size 1", "Qwen3-14B", gpus=4, positions=32768)
     assert planned.seq_length == 8192
+
+
+def gib_on_a_cpu(flags: str) -> tuple[float, str]:
+    """Return the memory that a plan for a CPU names, and its line."""
+    config = published_config("Qwen3-0.6B")
+    model = family_for(config).megatron_arguments(config)
+    request = read_request(["--model", "m", "--data", "d.jsonl", *flags.split()])
+    wish = wish_of_flags(request.given, model, 512, 4, exact_rows=False)
+    (line,) = plan_layout(request, wish, Machine((), "", 2, 100), may_shorten=False).lines
+    return float(re.search(r"needs about (\S+) of 100 GiB", line)[1]), line
+
+
+def test_a_laptop_needs_what_the_flags_leave_in_memory():
+    whole, line = gib_on_a_cpu("")
+    assert "in fp32" in line
+    assert gib_on_a_cpu("--lora-rank 16")[0] < whole / 2, "the base has neither gradients nor state"
+    assert gib_on_a_cpu("--recompute-granularity full --recompute-method uniform")[0] < whole
+    assert "in bf16" in gib_on_a_cpu("--bf16")[1]
+    assert gib_on_a_cpu("--optimizer sgd")[0] == whole, "an upper bound"
+
+
+def test_replicas_on_a_laptop_hold_a_model_each():
+    whole, _ = gib_on_a_cpu("")
+    assert gib_on_a_cpu("--nproc-per-node 2")[0] == pytest.approx(2 * whole, rel=0.02)
+    shared, _ = gib_on_a_cpu("--nproc-per-node 2 --tensor-model-parallel-size 2")
+    assert shared == whole
+    assert whole < gib_on_a_cpu("--nproc-per-node 2 --use-distributed-optimizer")[0] < 2 * whole
 
 
 def test_a_dry_run_plans_for_nodes_of_eight_gpus(tmp_path):
