@@ -210,13 +210,14 @@ def _fit(
 ) -> tuple[PlannedLayout, PreparedRows]:
     """Return layout and prepared data, for rows in which the records and the GPUs' memory fit."""
     limit, packing = model.positions, request.value("packing")
-    kept = {**run.remembered(request), **request.values}
+    given = {**run.remembered(request), **request.given}
+    kept = {name: flag.value for name, flag in given.items()}
     lengths = sample_lengths(DataOptions.from_flags(settings), tokenizer, limit)
     while True:
         seq_length = kept.get("seq_length") or row_length(lengths, limit, packing)
         rows = kept.get("global_batch_size") or rows_of_step(lengths, seq_length, packing)
         exact = "global_batch_size" in kept
-        wish = wish_of_flags(request.given, model.architecture, seq_length, rows, exact)
+        wish = wish_of_flags(given, model.architecture, seq_length, rows, exact)
         planned = plan_layout(request, wish, machine, may_shorten="seq_length" not in kept)
         prepared = prepare_rows({**settings, "seq_length": planned.seq_length}, tokenizer, tell)
         was_told = "seq_length" in kept or planned.seq_length < seq_length

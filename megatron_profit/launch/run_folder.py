@@ -7,18 +7,20 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from checkpoint_conversion.engine.output import problem_of_place, write_file
 from megatron_profit.launch.hub import plain_id
 from megatron_profit.recipe.config_file import read_config
 from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.flags import Given
 from megatron_profit.recipe.request import Request, front_parser
 
 _RUNS = Path("runs")
 _LONGEST_NAME = 100
-# Flags that a run keeps when it is resumed, although they were derived.
-_KEPT = ("seq_length", "global_batch_size")
+# Flags that a run keeps when it is resumed, although they were derived: its rows, and the form of its
+# optimizer's state, which loads with the same one only. The switch was left out where it was off.
+_KEPT = ("--seq-length", "--global-batch-size", "--use-distributed-optimizer")
+_SWITCH = _KEPT[-1]
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class RunFolder:
         if (problem := problem_of_place(self.path)) is not None:
             raise LaunchError(f"--run {self.path}: {problem}")
 
-    def remembered(self, request: Request) -> dict[str, Any]:
-        """Return values of flags that a run to be resumed was started with, by argument."""
+    def remembered(self, request: Request) -> dict[str, Given]:
+        """Return flags that a run to be resumed was started with, by argument."""
         if not (self.is_resumed(request) and self.config.is_file()):
             return {}
         parser, table = front_parser(), request.table
@@ -102,7 +104,9 @@ class RunFolder:
             given = table.parse(parser.parse_known_args(words)[1])
         except LaunchError:  # of another version; the values are derived again
             return {}
-        return {name: given[name].value for name in _KEPT if name in given}
+        names = [table.dest(flag) for flag in _KEPT if flag not in request.front.without]
+        off = {table.dest(_SWITCH): Given.of(_SWITCH, False)}
+        return {name: flag for name, flag in {**off, **given}.items() if name in names}
 
     def write(self, command: Sequence[str], config: str, setup: str = "") -> None:
         """Write the files that say how the run is started.

@@ -132,3 +132,24 @@ def test_a_run_goes_on_where_its_own_checkpoints_are_loaded(tmp_path, flags, is_
     words = flags.replace("RUN", str(tmp_path)).split()
     request = read_request(["--model", "m", "--data", "d.jsonl", *words])
     assert run.is_resumed(request) is is_resumed
+
+
+@pytest.mark.parametrize(
+    ("layout", "more", "expected"),
+    [
+        ("distributed_optimizer: true", "", True),
+        ("tensor: 8", "", False),
+        ("tensor: 8", "--without=--use-distributed-optimizer", None),
+    ],
+)
+def test_a_resumed_run_keeps_its_rows_and_the_form_of_its_optimizer(
+    tmp_path, layout, more, expected
+):
+    """On another number of GPUs another optimizer would be derived, which cannot load the state."""
+    run = RunFolder(tmp_path)
+    with_checkpoint(run)
+    run.config.write_text(f"training: {{global_batch_size: 4, lr: 1e-5}}\nlayout: {{{layout}}}\n")
+    kept = run.remembered(read_request([*COMMAND, *more.split()]))
+    values = {name: flag.value for name, flag in kept.items()}
+    assert values.pop("use_distributed_optimizer", None) is expected
+    assert values == {"global_batch_size": 4}
