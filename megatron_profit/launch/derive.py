@@ -22,6 +22,13 @@ _REGULARISATION = {"--clip-grad": "1.0", "--weight-decay": "0"}
 _WARMUP = "0.1"
 _THRESHOLD, _DIRECTION = "0.1", "higher"
 _KEEP_LAST = "2"
+# Derived flags that the training refuses next to a given one, and one that it refuses without another.
+_REFUSED_WITH = {
+    "--keep-last": "save_retain_interval",
+    "--global-batch-size": "step_batch_size_schedule",
+    "--overlap-param-gather": "save_params_interval",
+}
+_NEEDS = {"--overlap-param-gather": "--overlap-grad-reduce"}
 # Time between two checkpoints: half an hour, or 50 times what writing one takes.
 _SAVE_SECONDS, _SAVE_FACTOR = 1800.0, 50
 _EVALUATIONS = 5
@@ -69,7 +76,8 @@ class Intervals:
 
         A given interval that the training wants to be a multiple of `--eval-interval` is one, and so is a
         derived `--save-interval` where checkpoints are kept by an evaluation. For example, 103 steps have an
-        evaluation every 20, and then checkpoints every 100.
+        evaluation every 20, and then checkpoints every 100. A given `--save-retain-interval` is a multiple of
+        the derived `--save-interval`.
 
         Args:
             request: The command line.
@@ -83,8 +91,10 @@ class Intervals:
         divisors = (number for number in range(min(wanted, shared), 0, -1) if shared % number == 0)
         evaluation = given.get("eval_interval", next(divisors, wanted))
         compared = given.get("eval_tasks_interval", evaluation)
-        if by_evaluation and compared > 0:
-            saved_every = max(saved_every // compared, 1) * compared
+        unit = compared if by_evaluation and compared > 0 else 1
+        retained = given.get("save_retain_interval") or 0  # which every number divides
+        possible = range(saved_every - saved_every % unit, 0, -unit)
+        saved_every = next((number for number in possible if retained % number == 0), unit)
         return cls(evaluation, given.get("save_interval", saved_every))
 
 
@@ -100,12 +110,13 @@ class _Flags:
         self._flags[self._request.table.dest(option)] = Given.of(option, value)
 
     def add(self, option: str, value: Any = True) -> None:
-        """Put a flag as it was given, else with this value, unless it is not wanted."""
-        table = self._request.table
-        if option in self._request.front.without or option not in table.options:
+        """Put a flag as it was given, else with this value, unless it is not wanted or would be refused."""
+        table, given = self._request.table, self._request.given
+        left_out = {option, _NEEDS.get(option)} & set(self._request.front.without)
+        if left_out or option not in table.options or _REFUSED_WITH.get(option) in given:
             return
         dest = table.dest(option)
-        self._flags[dest] = self._request.given.get(dest) or Given.of(option, value)
+        self._flags[dest] = given.get(dest) or Given.of(option, value)
 
     def all(self) -> list[Given]:
         """Return all flags: first the ones that were put, then the other given ones."""

@@ -13,7 +13,8 @@ from megatron_profit.objectives import build_objective
 from megatron_profit.recipe.flags import words_of
 from megatron_profit.recipe.request import read_request
 
-LAYOUT = PlannedLayout({"micro_batch_size": 1}, 256, 4, 1, 0.0, False, ())
+SPLIT = {"micro_batch_size": 1, "global_batch_size": 4, "overlap_grad_reduce": True}
+LAYOUT = PlannedLayout({**SPLIT, "overlap_param_gather": True}, 256, 4, 1, 0.0, False, ())
 
 
 def flags(given: str) -> dict:
@@ -69,6 +70,20 @@ def test_what_is_not_wanted_is_not_derived():
 
 
 @pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ("--save-retain-interval 100", "keep_last"),
+        ("--step-batch-size-schedule 0:8", "global_batch_size"),
+        ("--save-params-interval 5", "overlap_param_gather"),
+        ("--without=--overlap-grad-reduce", "overlap_param_gather"),
+    ],
+)
+def test_what_the_training_refuses_next_to_a_given_flag_is_not_derived(given, refused):
+    assert refused in flags("")
+    assert refused not in flags(given)
+
+
+@pytest.mark.parametrize(
     ("given", "load"),
     [
         ("", "runs/x/checkpoints"),
@@ -92,6 +107,8 @@ def test_a_run_loads_the_checkpoints_that_it_writes(given, load):
         ("--keep-best objective --save-interval 100", 1000, 50, (100, 100)),
         ("--keep-best objective --save-interval 30", 103, 50, (15, 30)),
         ("--save-interval 30", 103, 50, (20, 30)),
+        ("--save-retain-interval 100", 103, 67, (20, 50)),
+        ("--save-retain-interval 120 --keep-best objective", 103, 67, (20, 60)),
         ("--eval-tasks-interval 10", 103, 103, (10, 103)),
         ("--eval-tasks-interval 10 --keep-best gsm8k", 103, 37, (10, 30)),
         ("--eval-interval 7 --keep-best objective", 103, 50, (7, 49)),
