@@ -281,13 +281,26 @@ def _places(request: Request) -> Iterator[Path]:
     if _from_hub(request):
         yield _hub_home()
     if not is_hub_name(request.model, "model"):
-        yield Path(request.model)
+        yield from _with_links(Path(request.model))
     yield from (Path(file).parent for file in request.front.config or ())
-    for flag in request.given.values():
-        for text in flag.texts:
-            path = Path(text).expanduser()
-            if path.is_absolute() or path.exists():
-                yield path if path.is_dir() else path.parent
+    texts = [text for flag in request.given.values() for text in flag.texts]
+    for text in (*texts, *filter(None, [request.front.chat_template])):
+        path = Path(text).expanduser()
+        if path.is_absolute() or path.exists():
+            yield from _with_links(path)
+
+
+def _with_links(path: Path) -> Iterator[Path]:
+    """Yield a folder, or a file's, and the folders to which links lead, as the ones of the hub's cache do."""
+    path = path.expanduser()
+    yield _folder(path)
+    entries = path.iterdir() if path.is_dir() else [path]
+    yield from {_folder(entry.resolve()) for entry in entries if entry.is_symlink()}
+
+
+def _folder(path: Path) -> Path:
+    """Return a folder itself, or the folder of a file."""
+    return path if path.is_dir() else path.parent
 
 
 def _homes(request: Request, run: RunFolder, folder: Path) -> str:

@@ -90,6 +90,23 @@ def test_a_container_sees_the_folders_that_the_command_names(cluster, capsys):
     assert "HF_HOME" not in text
 
 
+def test_a_container_sees_the_chat_template_and_what_links_of_the_model_lead_to(cluster, capsys):
+    """A folder of the hub's cache holds links to the files of another one."""
+    for name in ("blobs", "elsewhere", "snapshot", "templates", "work"):
+        (cluster / name).mkdir()
+    (cluster / "snapshot" / "folder").symlink_to("../elsewhere")
+    (cluster / "blobs" / "1f").touch()
+    (cluster / "snapshot" / "model.safetensors").symlink_to("../blobs/1f")
+    (cluster / "templates" / "own.jinja").touch()
+    os.chdir(cluster / "work")
+    own = ["--container", "image.sqsh", "--nodes", "1", "--dry-run", "--", "sft"]
+    more = ["--data", "chats.jsonl", "--chat-template", f"{cluster}/templates/own.jinja"]
+    assert slurm.main([*own, "--model", "../snapshot", *more]) == 0
+    named = ("blobs", "elsewhere", "snapshot", "templates", "work")
+    expected = [cluster / name for name in named]
+    assert mounts_of(capsys.readouterr().out) == [f"{place}:{place}" for place in expected]
+
+
 def test_a_container_sees_the_hubs_cache_where_ids_are_given(cluster, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", "/shared/hf")
     own = ["--container", "image.sqsh", "--nodes", "1", "--dry-run", "--", "sft"]
