@@ -214,6 +214,13 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
                 f"{flag_of(name)} would act again each time that the job is started again; {remedy}"
             )
     run = folder_of(request)
+    if "load" in request.given and not run.loads_own(request):
+        load = request.value("load")
+        raise LaunchError(
+            f"--load {load} would be refused when the job is started again, because the run then has "
+            f"checkpoints of its own; start from there with --pretrained-checkpoint {load}, and from "
+            "adapters with --lora-adapter and a PEFT folder of them"
+        )
     if not str(run.path).isprintable():
         raise LaunchError(f"--run is {str(run.path)!r}; a job's script cannot name such a folder")
     file = run.path / "job.sbatch"

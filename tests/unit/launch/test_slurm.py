@@ -163,6 +163,12 @@ def test_what_a_job_that_starts_again_would_repeat_is_refused(cluster, capsys, f
     assert "would act again each time that the job is started again" in capsys.readouterr().err
 
 
+def test_checkpoints_that_a_job_which_starts_again_would_not_load_are_refused(cluster, capsys):
+    assert slurm.main([*JOB, "--load", "other", "--finetune"]) == 2
+    assert "start from there with --pretrained-checkpoint other" in capsys.readouterr().err
+    assert slurm.main(["--dry-run", *JOB, "--load", "runs/big/checkpoints"]) == 0
+
+
 def test_each_gpu_has_cores(cluster, capsys):
     assert slurm.main(["--dry-run", "--gpus-per-node", "4", *JOB]) == 0
     assert "#SBATCH --cpus-per-task=32\n" in capsys.readouterr().out
