@@ -257,12 +257,10 @@ def _lines(model: Model, planned: PlannedLayout, rows: PreparedRows, steps: int)
     records = rows.records * planned.rows / max(rows.rows, 1)
     lines = [f"model: {model}", f"data: {rows.summary}", *planned.lines]
     about = datetime.timedelta(seconds=60 * math.ceil(seconds / 60))
-    lines.append(
-        f"length: {steps:,} steps of {planned.rows} rows, about {records:.0f} records each; by the "
-        f"estimates at most {about}"
-        if planned.on_gpus and seconds
-        else f"length: {steps:,} steps of {planned.rows} rows, about {records:.0f} records each"
-    )
+    length = f"length: {steps:,} steps of {planned.rows} rows, about {records:.0f} records each"
+    if planned.on_gpus and seconds:
+        length += f"; about {about} by the estimates, on GPUs like the H100"
+    lines.append(length)
     if rows.cut:
         lines.append(
             f"warning: {rows.cut:,} records are longer than a row of {planned.seq_length:,} positions and "
