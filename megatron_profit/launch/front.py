@@ -131,6 +131,7 @@ def _run(ready: Launch) -> int:
     code = start(ready.words, ready.processes, ready.machine.cores)
     if goes_on and code != REFUSED:  # the training has compared the flags with the run's
         _write_files(ready)
-    if code == 0 and (ready.run.export / "config.json").is_file():
-        tell(f"the trained model is in {ready.run.export}")
+    export = ready.run.exported(ready.request)
+    if code == 0 and export is not None and (export / "config.json").is_file():
+        tell(f"the trained model is in {export}")
     return code

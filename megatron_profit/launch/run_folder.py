@@ -73,6 +73,11 @@ class RunFolder:
         """Return the folder of a command line's checkpoints: the one of --save, else the run's own."""
         return Path(request.values.get("save", self.checkpoints))
 
+    def exported(self, request: Request) -> Path | None:
+        """Return the folder of a command line's export: --export-hf's, else the run's own, if any."""
+        own = None if "--export-hf" in request.front.without else self.export
+        return Path(request.values["export_hf"]) if "export_hf" in request.given else own
+
     def loads_own(self, request: Request) -> bool:
         """Return whether a command line goes on from the checkpoints that it writes, once there are any."""
         saved, given = self.saved(request), request.values

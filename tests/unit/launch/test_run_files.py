@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +26,7 @@ def ready(tmp_path):
         lines=(),
         words=["-m", "megatron_profit.sft"],
         config="model: new\n",
-        request=SimpleNamespace(front=SimpleNamespace(dry_run=False, without=[]), values={}),
+        request=read_request(COMMAND),
         run=RunFolder(tmp_path / "run"),
         processes=1,
         machine=SimpleNamespace(cores=1),
@@ -132,6 +134,24 @@ def test_a_run_goes_on_where_its_own_checkpoints_are_loaded(tmp_path, flags, is_
     words = flags.replace("RUN", str(tmp_path)).split()
     request = read_request(["--model", "m", "--data", "d.jsonl", *words])
     assert run.is_resumed(request) is is_resumed
+
+
+@pytest.mark.parametrize(
+    ("flags", "export"),
+    [("", "hf"), ("--export-hf other", "other"), ("--without=--export-hf", None)],
+)
+def test_the_export_that_is_named_at_the_end_is_the_commands(
+    flags, export, ready, monkeypatch, capsys
+):
+    """RUN/hf may hold an earlier one."""
+    monkeypatch.chdir(ready.run.path.parent)
+    for name in ("run/hf", "other"):
+        Path(name).mkdir(parents=True)
+        Path(name, "config.json").touch()
+    ready.request = read_request([*COMMAND, *flags.split()])
+    assert started(ready, monkeypatch, 0) == 0
+    named = re.findall(r"> the trained model is in (?:\S*/)?(\S+)", capsys.readouterr().out)
+    assert named == ([] if export is None else [export])
 
 
 @pytest.mark.parametrize(
