@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoint_conversion.adapters.in_transformers import ALONE, LANGUAGE_MODEL
 from checkpoint_conversion.adapters.options import (
     A_END,
     ALL_LINEAR,
     B_END,
+    PREFIX,
     LoraOptions,
     adapter_rules,
     resolved,
@@ -100,9 +102,9 @@ def open_peft_folder(folder: str | Path, config: Config) -> PeftFolder:
         )
     from checkpoint_conversion.adapters.joined_experts import joined_experts  # needs numpy
 
-    tensors = read_header(folder / ADAPTER_WEIGHTS)
     family = family_for(config)
     rules = family.tensor_rules(config)
+    tensors = _named_as_in(rules, read_header(folder / ADAPTER_WEIGHTS))
     joined = joined_experts(folder, tensors, rules)
     separate = (name for name in tensors.keys() - joined.names if name.endswith((A_END, B_END)))
     found = {target_of(weight_of(name)) for name in separate}
@@ -115,6 +117,28 @@ def open_peft_folder(folder: str | Path, config: Config) -> PeftFolder:
     check_tensors(folder, tensors, expected_shapes(own), source)
     base = str(content.get("base_model_name_or_path") or "an unnamed model")
     return PeftFolder(options, HFModel(folder, config, family, own, tensors, None), base)
+
+
+def _named_as_in(
+    rules: Iterable[TensorRule], tensors: Mapping[str, HFTensor]
+) -> Mapping[str, HFTensor]:
+    """Return the tensors by the names of the model's folder.
+
+    They were trained on transformers' language model alone, and the folder has a vision tower, or the other
+    way round.
+    """
+    ours = any(name.startswith(LANGUAGE_MODEL) for rule in rules for name in rule.hf)
+    theirs = any(name.startswith(PREFIX + LANGUAGE_MODEL) for name in tensors)
+    if ours == theirs:
+        return tensors
+    old, new = (LANGUAGE_MODEL, ALONE) if theirs else (ALONE, LANGUAGE_MODEL)
+    named = {
+        name: f"{PREFIX}{new}{name.removeprefix(PREFIX + old)}"
+        if name.startswith(PREFIX + old)
+        else name
+        for name in tensors
+    }
+    return {named[name]: replace(tensor, name=named[name]) for name, tensor in tensors.items()}
 
 
 def _check_options(file: Path, content: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from megatron_profit.doctor.findings import Finding, fault, note, ok
@@ -112,7 +113,7 @@ def check_mathematics(launch: Launch, train: Any, rows: int) -> Iterator[Finding
                 "mathematics", "the loss with adapters is not compared: PEFT is not installed"
             )
             return
-        add_adapters(model, values["lora_adapter"])
+        with_adapters(model, values["lora_adapter"])  # in place
     found = transformers_result(model, records, gradient and not lora)
     yield compared(megatron, found, precision, str(launch.processes))
     yield from check_rotary_base(model, plain_text(Path(values["hf_model"])))
@@ -227,13 +228,6 @@ def load_model(folder: Path, device: str) -> Any:
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     return model.to(device).eval()
-
-
-def add_adapters(model: Any, folder: str) -> None:
-    """Add the adapters of a PEFT folder to transformers' model, in place."""
-    from peft import PeftModel
-
-    PeftModel.from_pretrained(model, folder)
 
 
 def transformers_result(model: Any, records: Sequence[Record], gradient: bool) -> Result:

@@ -73,7 +73,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.evaluation": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.hf", "megatron_profit.data", "megatron_profit.token_report"),
-        *("megatron_profit.flags", "megatron_profit.parent_death"),
+        *("checkpoint_conversion.adapters", "megatron_profit.flags"),
+        "megatron_profit.parent_death",
     ),
     "checkpoint_conversion": (),
     "megatron_profit.publish": (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from isal.isal_zlib import crc32
 
+from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.engine.regular_files import check_model_folder, open_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
@@ -123,9 +124,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             attn_implementation="sdpa",
         )
         if base != folder:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+            model = with_adapters(model, folder).merge_and_unload()
     except Exception as error:  # whatever the libraries raise for a folder that they cannot use
         raise EvaluationError(f"{folder} cannot be loaded: {error}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,8 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_megatron_to_hf import save_run
-from transformers import AutoModelForCausalLM
+from tiny_gated_delta_net import make_model as make_delta_net
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.adapters.merge import merged
 from checkpoint_conversion.adapters.options import (
     ALL_LINEAR,
@@ -103,6 +105,48 @@ def test_peft_opens_a_folder_that_was_written_here(make_qwen3, make_adapter, tmp
         expected = PeftModel.from_pretrained(base, folder.weights.folder)(TOKENS).logits
     assert torch.equal(logits, expected)
     assert open_peft_folder(tmp_path / "own", config).options == folder.options
+
+
+def test_adapters_of_a_model_with_a_vision_tower_work_on_its_language_model_too(tmp_path):
+    """Its folder, and so an exported adapter, has the names of the whole model."""
+    hf = make_delta_net(tmp_path / "model", "qwen3.5-vision")
+    whole = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32)
+    options = LoraConfig(
+        r=3,
+        target_modules=["q_proj", "in_proj_qkv"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    trained = get_peft_model(whole, options)
+    trained.save_pretrained(tmp_path / "adapter")
+    opened = open_peft_folder(tmp_path / "adapter", read_hf_config(hf))
+    assert all("language_model" in name for name in opened.weights.tensors)
+
+    def language_model() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+
+    adapted = with_adapters(language_model(), tmp_path / "adapter")
+    with torch.no_grad():
+        expected = trained(input_ids=TOKENS).logits
+        assert torch.equal(adapted(TOKENS).logits, expected)
+        assert not torch.allclose(language_model()(TOKENS).logits, expected, atol=1e-2)
+
+    adapted.save_pretrained(
+        tmp_path / "alone"
+    )  # as a trainer of the language model alone writes it
+    names = load_file(tmp_path / "alone" / ADAPTER_WEIGHTS).keys()
+    assert not any("language_model" in name for name in names)
+    again = open_peft_folder(tmp_path / "alone", read_hf_config(hf))
+    assert again.weights.tensors.keys() == opened.weights.tensors.keys()
+
+
+def test_adapters_that_would_have_no_effect_are_refused(make_qwen3, make_adapter):
+    hf = make_qwen3()
+    file = make_adapter(hf) / ADAPTER_WEIGHTS
+    save_file({f"base_model.model.other.{k}": v for k, v in load_file(file).items()}, file)
+    base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    with pytest.raises(ConversionError, match="they would have no effect"):
+        with_adapters(base, file.parent)
 
 
 def test_an_adapter_of_some_projections_keeps_its_targets(make_qwen3, make_adapter):

@@ -212,7 +212,7 @@ def test_the_loss_is_the_one_with_the_adapters_that_a_run_starts_from(model, tmp
     merged, loaded = peft.merge_and_unload(), mathematics.load_model(model, "cpu")
     records = [(np.arange(1, 20, dtype=np.int32), np.ones(19, np.uint8))]
     plain = mathematics.transformers_result(loaded, records, False).loss
-    mathematics.add_adapters(loaded, str(tmp_path / "adapter"))
+    mathematics.with_adapters(loaded, str(tmp_path / "adapter"))
     found = mathematics.transformers_result(loaded, records, False).loss
     assert found == pytest.approx(mathematics.transformers_result(merged, records, False).loss)
     assert found != pytest.approx(plain, rel=1e-4)
