@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.errors import printable
+from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 from checkpoint_conversion.model_card.base import CARD, HubId, Licence, licence_of
 from checkpoint_conversion.model_card.facts import RANDOM, Facts
 
 _PROGRAM = "megatron_profit"
 _UNKNOWN = "not recorded"
+# The class of transformers that loads an export: of a model with a vision tower, its language model alone.
+_TEXT_CLASS = "AutoModelForCausalLM"
 # Licences whose ids say it all.
 _COMMON = ("apache-2.0", "mit", "unknown")
 
@@ -67,7 +70,7 @@ def _card(
         f"{trained} on chats with the objective {_code(objective)} of {_PROGRAM}, on Megatron-Core. The "
         "program that trained it wrote this card.",
         "## Use",
-        _use(name, is_adapter),
+        _use(name, is_adapter, _class_of(folder) if is_adapter else _TEXT_CLASS),
         "## Training",
         _table(("", ""), _training(facts, base, name)),
         "## Data",
@@ -131,20 +134,26 @@ def _licence_metadata(licence: Licence) -> dict[str, str]:
     return found
 
 
-def _use(base: str, is_adapter: bool) -> str:
+def _class_of(folder: Path) -> str:
+    """Return the class of transformers whose modules have the names of an adapter for this model."""
+    has_vision = "text_config" in read_json_object(folder / CONFIG)
+    return "AutoModelForImageTextToText" if has_vision else _TEXT_CLASS
+
+
+def _use(base: str, is_adapter: bool, kind: str) -> str:
     """Return lines of Python that load the model; FOLDER is this folder or its id on the hub."""
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines = [f"from transformers import {kind}, AutoTokenizer", ""]
     if is_adapter:
         lines[0:0] = ["from peft import PeftModel"]
         lines += [
             f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
-            f'base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")',
+            f'base = {kind}.from_pretrained({base!r}, dtype="auto")',
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:
         lines += [
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-            'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")',
+            f'model = {kind}.from_pretrained("FOLDER", dtype="auto")',
         ]
     lines += [
         'chat = [{"role": "user", "content": "Hello"}]',

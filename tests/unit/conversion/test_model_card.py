@@ -149,6 +149,16 @@ def test_adapters_name_their_base_and_bring_its_licence(base):
     assert rows(text)["adapters"] == ["rank 16, alpha 32, targets q\\_proj"]
 
 
+def test_an_adapter_is_opened_on_the_class_whose_names_it_has(base):
+    """PEFT goes by names: on the language model alone, adapters of the whole model would do nothing."""
+    for config, kind in (("{}", "CausalLM"), ('{"text_config": {}}', "ImageTextToText")):
+        (base / "config.json").write_text(config)
+        text = card_files(FACTS, base, is_adapter=True)["README.md"].decode()
+        assert f"from transformers import AutoModelFor{kind}, AutoTokenizer\n" in text
+        assert f"base = AutoModelFor{kind}.from_pretrained" in text
+        assert "AutoModelForCausalLM.from_pretrained" in card(FACTS, base), "a merged model"
+
+
 def test_weights_that_no_run_has_trained_have_no_card(base, tmp_path):
     assert card_files(None, base) == {}
     assert read_facts(tmp_path) is None
