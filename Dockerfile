@@ -21,7 +21,8 @@ COPY checkpoint_conversion checkpoint_conversion
 COPY megatron_profit megatron_profit
 COPY examples examples
 COPY tools tools
-RUN python -m pip install --no-cache-dir .
+# flash-linear-attention has the kernels of Qwen3.5; it takes the torch and Triton that are there.
+RUN python -m pip install --no-cache-dir . 'flash-linear-attention>=0.4'
 
 # No package was replaced. The second command prints the functions that the project changes and does not know in
 # these versions, if there are any.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,15 @@ def test_torch_and_transformer_engine_are_among_the_packages_that_stay(tmp_path)
     order = [words[0] for words in instructions() if words[0] in ("ENV", "COPY")]
     assert order[0] == "ENV", "the constraint comes before the installation"
     assert ["ENV", "PIP_CONSTRAINT=/opt/kept.txt"] in instructions()
+
+
+def test_the_kernels_that_the_image_lacks_are_installed_in_the_projects_versions():
+    """All of the extra `gpu` but Transformer Engine, which the image has."""
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    extra = tomllib.loads(text)["project"]["optional-dependencies"]["gpu"]
+    (line,) = (line for line in DOCKERFILE.read_text().splitlines() if "install --no-cache" in line)
+    _, _, installed = line.partition("--no-cache-dir . ")
+    assert shlex.split(installed) == [p for p in extra if not p.startswith("transformer-engine")]
 
 
 def test_hadolint_finds_no_fault():
