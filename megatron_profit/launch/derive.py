@@ -180,7 +180,8 @@ def objective_defaults(request: Request) -> dict[str, str]:
     """Return the objective by its flag, with the options of ProFit that do not follow from given ones."""
     if request.value("objective") not in (None, "profit"):
         return {"--objective": request.value("objective")}
-    derived = {"--objective": "profit", "--threshold-direction": _DIRECTION}
+    direction = "random" if "keep_fraction" in request.given else _DIRECTION
+    derived = {"--objective": "profit", "--threshold-direction": direction}
     others = {"threshold_quantile", "keep_fraction"} & request.given.keys()
     if not others and request.value("threshold_direction") in (None, "higher", "lower"):
         derived["--prob-threshold"] = _THRESHOLD

@@ -115,7 +115,7 @@ def plan_layout(request: Request, wish: Wish, machine: Machine, may_shorten: boo
     rows = choice.layout.global_batch_size
     if rows > wish.rows:
         lines.append(
-            f"a step has {rows} rows, not {wish.rows}: one for each replica. --global-batch-size sets it"
+            f"a step has {rows} rows, not {wish.rows}: as many for each replica. --global-batch-size sets it"
         )
     return PlannedLayout(
         flags=flags_of_choice(choice),

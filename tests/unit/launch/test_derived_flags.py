@@ -40,6 +40,7 @@ def flags(given: str) -> dict:
             "--threshold-direction random --keep-fraction 0.7",
             {"threshold_direction": "random", "keep_fraction": 0.7},
         ),
+        ("--keep-fraction 0.7", {"threshold_direction": "random", "keep_fraction": 0.7}),
         (
             "--threshold-direction middle --prob-threshold 0.1 0.5",
             {"threshold_direction": "middle", "prob_threshold": ("0.1", "0.5")},
