@@ -28,7 +28,8 @@ _PAGE = re.compile(
     r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(?:datasets/)?(?P<id>[\w./-]+?)"
     r"(?:/tree/(?P<revision>[\w.-]+)(?P<inner>(?:/[\w.-]+)*))?/?"
 )
-_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", *_TERMS)
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *_TERMS)
+_WEIGHTS = "*.safetensors"
 _JSON = tuple(f"*.{kind}" for kind in ("json", "jsonl", "ndjson"))
 _DATA_FILES = (
     *(*_JSON, *(f"{kind}.{packed}" for kind in _JSON for packed in ("gz", "zst"))),
@@ -62,8 +63,12 @@ class HubId:
         return f"hf download {self.repo}{kind}{revision}"
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, weights: bool = True) -> Path:
     """Return the folder of a model: a local one, or one of the hub's cache, downloaded if it is not there.
+
+    Args:
+        name: The folder, or the id on the hub.
+        weights: Whether the weights are downloaded too.
 
     Raises:
         LaunchError: There is no such model, or it can be neither read nor downloaded.
@@ -81,7 +86,7 @@ def find_model(name: str) -> Path:
             f"--model {printable(name)}: there is no such folder, and it is no id of the hub (such as "
             "Qwen/Qwen3-0.6B-Base)"
         )
-    return _snapshot(found, _MODEL_FILES, ["*/*"])
+    return _snapshot(found, (*_SMALL_FILES, *[_WEIGHTS] * weights), ["*/*"])
 
 
 def find_data(name: str) -> str:

@@ -119,7 +119,7 @@ def prepare(request: Request) -> Launch:
     if not request.front.dry_run:
         run.check_place()
     _check_objective(request)
-    folder = hub.find_model(request.model)
+    folder = hub.find_model(request.model, weights=not request.front.dry_run)
     config = read_hf_config(folder)
     architecture = family_for(config).megatron_arguments(config)
     model = Model(folder, architecture, parameters_of(architecture))

@@ -104,7 +104,8 @@ def front_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="Print the command and its layout; start and write nothing.",
+        help="Print the command and its layout; start nothing, and write nothing but the caches of the data "
+        "and of the hub, without weights.",
     )
     group.add_argument(
         "--verbose",

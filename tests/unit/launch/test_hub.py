@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_profit.launch.hub import find_data, find_model, parse_id
+from megatron_profit.launch.prepare import prepare
 from megatron_profit.recipe.errors import LaunchError
+from megatron_profit.recipe.request import read_request
 
 
 @pytest.fixture
@@ -47,6 +49,23 @@ def test_a_model_is_found_in_the_cache_by_its_revision(cache):
     assert (find_model("some/model") / "config.json").read_text() == "new"
     assert (find_model("some/model@v1") / "config.json").read_text() == "old"
     assert (find_model("some/model@" + "b" * 40) / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("flag", [[], ["--dry-run"]])
+def test_a_dry_run_downloads_no_weights(cache, monkeypatch, flag):
+    """A laptop shows the layout of a cluster for a model that its disk does not hold."""
+    asked = []
+
+    def download(repo, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    request = read_request(["--model", "Qwen/Qwen3-235B-A22B", "--data", "d.jsonl", *flag])
+    with pytest.raises(LaunchError, match="the hub cannot be reached"):
+        prepare(request)
+    assert "*.json" in asked
+    assert ("*.safetensors" in asked) == (not flag)
 
 
 def test_a_folder_here_comes_before_an_id(cache):
