@@ -7,6 +7,7 @@ if weights, tokens, masks, positions, layout and divisor are right.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from megatron_profit.doctor.findings import Finding, fault, note, ok
 from megatron_profit.launch.machine import this_machine
+from megatron_profit.launch.processes import ENVIRONMENT, launcher
 from megatron_profit.recipe.flags import words_of
 
 if TYPE_CHECKING:
@@ -162,10 +164,10 @@ def megatron_result(launch: Launch) -> Result:
     """
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
-        command = [sys.executable, "-m", "torch.distributed.run", *launch.torchrun]
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun_words(launch)]
         command += [*one_step(launch), "--metrics-file", str(metrics)]
         threads = str(max(1, launch.machine.cores // launch.processes))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        environment = {"OMP_NUM_THREADS": threads, **ENVIRONMENT, **os.environ}
         answer = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment
         )
@@ -175,6 +177,13 @@ def megatron_result(launch: Launch) -> Result:
     if step is None or step.get("lm loss") is None:
         raise RuntimeError(f"one step of the training fails: {_first_error(answer.stderr)}")
     return Result(step["lm loss"], step.get("grad norm"))
+
+
+def torchrun_words(launch: Launch) -> list[str]:
+    """Return torchrun's words for one try, which leaves no log in the run's folder."""
+    changes = {"max_restarts": 0, "rank_logs": False}
+    front = argparse.Namespace(**{**vars(launch.request.front), **changes})
+    return launcher(replace(launch.request, front=front), launch.processes, launch.run)
 
 
 def one_step(launch: Launch) -> list[str]:

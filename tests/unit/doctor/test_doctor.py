@@ -19,6 +19,7 @@ from megatron_profit.doctor import command, data_checks, machine_checks, mathema
 from megatron_profit.doctor.findings import Verdict, examined, fault, ok
 from megatron_profit.doctor.mathematics import Result, check_rotary_base, compared
 from megatron_profit.estimates.published import published_config
+from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.check import check_command_line
 from megatron_profit.recipe.flags import Given
 from megatron_profit.recipe.request import read_request
@@ -131,6 +132,13 @@ def test_one_step_neither_exports_nor_uploads_nor_balances_experts(tmp_path):
         assert not re.findall(r"--(export-hf|push\S*|save|moe-z\S*)", text)
         assert ("--moe-aux-loss-coeff 0" in text) == ("num_experts" in config)
         assert "0.1" not in text
+
+
+def test_one_step_is_tried_once_and_leaves_no_log_in_the_folder_of_the_run(tmp_path):
+    words = "--model m --data d.jsonl --rank-logs --max-restarts 3 --nproc-per-node 2".split()
+    launch = SimpleNamespace(request=read_request(words), processes=2, run=RunFolder(tmp_path))
+    text = " ".join(mathematics.torchrun_words(launch))
+    assert text.startswith("--nproc-per-node 2 --standalone --signals-to-handle")
 
 
 def test_missing_weights_are_a_fault(copy):
