@@ -39,6 +39,7 @@ from megatron_profit.launch.plan_layout import (
 )
 from megatron_profit.launch.processes import launcher, tell
 from megatron_profit.launch.records import (
+    Lengths,
     PreparedRows,
     prepare_rows,
     row_length,
@@ -210,21 +211,58 @@ def _fit(
 ) -> tuple[PlannedLayout, PreparedRows]:
     """Return layout and prepared data, for rows in which the records and the GPUs' memory fit."""
     limit, packing = model.positions, request.value("packing")
-    given = {**run.remembered(request), **request.given}
-    kept = {name: flag.value for name, flag in given.items()}
+    remembered = run.remembered(request)
+    given = {**remembered, **request.given}
+    told = given["seq_length"].value if "seq_length" in given else None
     lengths = sample_lengths(DataOptions.from_flags(settings), tokenizer, limit)
     while True:
-        seq_length = kept.get("seq_length") or row_length(lengths, limit, packing)
-        rows = kept.get("global_batch_size") or rows_of_step(lengths, seq_length, packing)
-        exact = "global_batch_size" in kept
-        wish = wish_of_flags(given, model.architecture, seq_length, rows, exact)
-        planned = plan_layout(request, wish, machine, may_shorten="seq_length" not in kept)
+        seq_length = told or row_length(lengths, limit, packing)
+        planned = planned_rows(request, remembered, model, lengths, seq_length, machine)
         prepared = prepare_rows({**settings, "seq_length": planned.seq_length}, tokenizer, tell)
-        was_told = "seq_length" in kept or planned.seq_length < seq_length
-        if was_told or not prepared.cut or seq_length >= limit:
+        is_settled = told or planned.seq_length < seq_length
+        if is_settled or not prepared.cut or seq_length >= limit:
             return planned, prepared
         # A record that the first ones did not tell of is longer.
         lengths = replace(lengths, longest=prepared.longest - 1)
+
+
+def planned_rows(
+    request: Request,
+    remembered: Mapping[str, Given],
+    model: Model,
+    lengths: Lengths,
+    seq_length: int,
+    machine: Machine,
+) -> PlannedLayout:
+    """Return the layout of a run, and the rows of its step.
+
+    A run to be resumed is planned as at its start, so that it has the same layout on the same GPUs. On
+    others, it keeps what is remembered of it, and the layout follows.
+
+    Args:
+        request: The command line.
+        remembered: Flags that a run to be resumed was started with; none for a new run.
+        model: The model.
+        lengths: Lengths of the records.
+        seq_length: Positions of a row.
+        machine: The machine here.
+    """
+    may_shorten = "seq_length" not in {**remembered, **request.given}
+    usual = rows_of_step(lengths, seq_length, request.value("packing"))
+
+    def plan(given: Mapping[str, Given]) -> PlannedLayout:
+        exact = "global_batch_size" in given
+        rows = given["global_batch_size"].value if exact else usual
+        wish = wish_of_flags(given, model.architecture, seq_length, rows, exact)
+        return plan_layout(request, wish, machine, may_shorten)
+
+    planned = plan(request.given)
+    is_as_before = all(
+        planned.flags.get(name, False) == flag.value
+        for name, flag in remembered.items()
+        if name != "seq_length"
+    )
+    return planned if is_as_before else plan({**remembered, **request.given})
 
 
 def _saves(request: Request, steps: int, nbytes: int) -> list[str]:

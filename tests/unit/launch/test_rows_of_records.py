@@ -1,13 +1,18 @@
-"""The length of rows, where a record is longer than the first ones told."""
+"""The length of rows, where a record is longer than the first ones told, and the rows of a resumed run."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from checkpoint_conversion.families import family_for
+from megatron_profit.estimates.published import published_config
 from megatron_profit.launch import prepare
+from megatron_profit.launch.machine import Machine
 from megatron_profit.launch.records import Lengths, PreparedRows
 from megatron_profit.launch.run_folder import RunFolder
+from megatron_profit.recipe.flags import Given
+from megatron_profit.recipe.request import read_request
 
 
 @pytest.mark.parametrize(("ids", "positions"), [(2049, 2048), (2050, 4096)])
@@ -32,3 +37,22 @@ def test_rows_grow_to_the_positions_of_the_longest_record(monkeypatch, ids, posi
     model = SimpleNamespace(positions=40960, architecture={})
     prepare._fit(request, model, {}, Path("tokenizer"), None, RunFolder(Path("run")))
     assert asked == [1024, positions]
+
+
+def test_a_resumed_run_has_the_layout_of_its_start_on_the_same_gpus():
+    """A step of 4 rows was made larger for the replicas. For exactly so many rows, others would be faster."""
+    config = published_config("Qwen3-8B")
+    model = SimpleNamespace(architecture=family_for(config).megatron_arguments(config))
+
+    def plan(gpus, remembered):
+        flags = f"--model m --data d.jsonl --dry-run --gpu-memory 79.6 --gpus {gpus}"
+        request = read_request(flags.split())
+        some = (Lengths(843.0, 2637), 8192, Machine((), "", 2, 20))
+        return prepare.planned_rows(request, remembered, model, *some)
+
+    first = plan(16, {})
+    assert first.rows > 4
+    kept = [("--global-batch-size", first.rows), ("--use-distributed-optimizer", True)]
+    remembered = {flag[2:].replace("-", "_"): Given.of(flag, value) for flag, value in kept}
+    assert plan(16, remembered).flags == first.flags
+    assert plan(64, remembered).rows == first.rows
