@@ -54,8 +54,9 @@ class RunShape:
     def __post_init__(self) -> None:
         for name in UNKNOWN:
             if getattr(self.args, name, None):
+                flag = f"--{name}-format" if name in ("fp8", "fp4") else flag_of(name)
                 raise ShapeError(
-                    f"{flag_of(name)} is not known to the estimate; leave it out for an upper bound"
+                    f"{flag} is not known to the estimate; leave it out for an upper bound"
                 )
         if self.args.optimizer != "adam":
             raise ShapeError(

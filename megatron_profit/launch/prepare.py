@@ -16,7 +16,7 @@ from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.model_card.base import HubId
 from megatron_profit.data.options import DataOptions, check_first_records
 from megatron_profit.estimates.parameter_counts import saved_parameters
-from megatron_profit.estimates.possible_layouts import Layout, run_shape
+from megatron_profit.estimates.possible_layouts import Layout, Wish, run_shape
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.launch import hub
@@ -275,8 +275,11 @@ def _saves(request: Request, steps: int, nbytes: int) -> list[str]:
 def _checkpoint_bytes(request: Request, model: Model, planned: PlannedLayout) -> int:
     """Return the size of a checkpoint, of the adapters alone where the run trains adapters."""
     given = request.values
-    settings = {"bf16": planned.on_gpus and not given.get("fp16"), **planned.flags, **given}
-    wish = wish_of_flags(request.given, model.architecture, planned.seq_length, planned.rows, True)
+    half = planned.on_gpus and not given.get("fp16") and "--bf16" not in request.front.without
+    settings = {"bf16": half, **planned.flags, **given}
+    names = ("lora_rank", "lora_targets")
+    adapters: dict[str, Any] = {name: given[name] for name in names if name in given}
+    wish = Wish(model.architecture, planned.seq_length, planned.rows, decided=adapters)
     return checkpoint_bytes(settings, saved_parameters(run_shape(wish, Layout(), 1)))
 
 

@@ -248,7 +248,7 @@ def test_a_command_line_is_estimated_as_it_is(capsys, tmp_path):
         (("--model", "Qwen9"), ("Qwen9", "Qwen3-14B")),
         (("--model", "Qwen3-14B", "--hf-model", "x"), ("--model", "--hf-model")),
         (("--model", "Qwen3-14B", "--tensor-model-parallel-size", "3"), ("3", "40")),
-        (("--model", "Qwen3-14B", "--fp8-format", "hybrid"), ("--fp8", "leave it out")),
+        (("--model", "Qwen3-14B", "--fp8-format", "hybrid"), ("--fp8-format", "leave it out")),
         (("--model", "Qwen3-14B", "--optimizer", "sgd"), ("sgd", "adam")),
         (("--hf-model", "nowhere"), ("nowhere",)),
     ],

@@ -1,4 +1,4 @@
-"""The length of rows, where a record is longer than the first ones told, and the rows of a resumed run."""
+"""The length of rows, where a record is longer than the first ones told; a resumed run; checkpoints."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from checkpoint_conversion.families import family_for
 from megatron_profit.estimates.published import published_config
 from megatron_profit.launch import prepare
 from megatron_profit.launch.machine import Machine
+from megatron_profit.launch.plan_layout import PlannedLayout, parameters_of
 from megatron_profit.launch.records import Lengths, PreparedRows
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.flags import Given
@@ -56,3 +57,23 @@ def test_a_resumed_run_has_the_layout_of_its_start_on_the_same_gpus():
     remembered = {flag[2:].replace("-", "_"): Given.of(flag, value) for flag, value in kept}
     assert plan(16, remembered).flags == first.flags
     assert plan(64, remembered).rows == first.rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "bytes_of_a_parameter"),
+    [
+        ("", 14),
+        ("--optimizer sgd --layout given", 10),
+        ("--fp8-format hybrid --layout given", 14),
+        ("--decoder-first-pipeline-num-layers 1 --layout given", 14),
+        ("--without=--bf16", 12),
+    ],
+)
+def test_a_checkpoint_is_counted_also_where_the_layout_is_not(flags, bytes_of_a_parameter):
+    config = published_config("Qwen3-0.6B")
+    architecture = family_for(config).megatron_arguments(config)
+    model = SimpleNamespace(architecture=architecture)
+    planned = PlannedLayout({}, 8192, 4, 8, 0.0, True, ())
+    request = read_request(["--model", "m", "--data", "d.jsonl", *flags.split()])
+    size = prepare._checkpoint_bytes(request, model, planned)
+    assert size == bytes_of_a_parameter * parameters_of(architecture)
