@@ -14,6 +14,7 @@ from pathlib import Path
 from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.engine.regular_files import MOST_JSON, read_regular
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.folder import read_json_object
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import BUILT_IN_TEMPLATES
 
@@ -84,7 +85,7 @@ def with_template(model: Path, template: str, folder: Path) -> Path:
             write_file(folder / name, read_regular(file))
     settings = model / _SETTINGS
     if settings.is_file():
-        content = json.loads(read_regular(settings))
+        content = read_json_object(settings)
         content.pop("chat_template", None)
         text_of_settings = json.dumps(content, indent=2, ensure_ascii=False)
         write_file(folder / _SETTINGS, text_of_settings.encode())

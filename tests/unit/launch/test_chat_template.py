@@ -10,6 +10,7 @@ import jinja2
 import pytest
 
 from checkpoint_conversion.engine.regular_files import MOST_JSON
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.writer import artifacts
 from megatron_profit.launch.chat_template import CHATML, with_template
 from megatron_profit.recipe.errors import LaunchError
@@ -53,6 +54,13 @@ def test_a_large_file_of_another_kind_is_named_before_anything_is_written(model,
     with pytest.raises(LaunchError, match=r"corpus\.tar has 100,000,001 bytes .*; move it out"):
         with_template(model, "chatml", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1, "a": 2}'])
+def test_broken_settings_of_the_tokenizer_are_named(model, tmp_path, text):
+    (model / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ConversionError, match=r"tokenizer_config\.json"):
+        with_template(model, "chatml", tmp_path / "model")
 
 
 def test_links_to_a_file_that_the_model_no_longer_has_go(model, tmp_path):
