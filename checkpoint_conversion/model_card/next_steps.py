@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _COMMAND = "megatron-profit"
-# vLLM reserves memory for ranks of adapters that are powers of two, from this one on.
-_LEAST_RANK = 8
+# vLLM reserves memory for ranks of adapters that are powers of two, from this one to this one.
+_LEAST_RANK, _LARGEST_RANK = 8, 512
 
 
 def next_steps(
@@ -42,7 +42,8 @@ def next_steps(
         space = max(_LEAST_RANK, 1 << (rank - 1).bit_length())
         modules = ["--enable-lora", "--max-lora-rank", str(space)]
         modules += ["--lora-modules", f"trained={export}"]
-        commands[-1] = ["vllm", "serve", str(base), *modules]
+        served = ["vllm", "serve", str(base), *modules]
+        commands[-1:] = [served] if rank <= _LARGEST_RANK else []
     elif data:
         page = export.with_name(f"{export.name}-tokens.html")
         commands.append(

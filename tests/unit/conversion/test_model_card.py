@@ -314,6 +314,7 @@ def test_the_next_steps_can_be_pasted():
         assert adapter[-1].strip() == (
             f"vllm serve Qwen3-4B --enable-lora --max-lora-rank {space} --lora-modules trained=out"
         )
+    assert "vllm" not in "".join(next_steps(Path("out"), Path("Qwen3-4B"), rank=1024)), "its limit"
 
 
 def test_the_next_steps_write_the_day_and_read_the_records_of_the_training():
