@@ -92,19 +92,28 @@ def start(argv: Sequence[str]) -> str:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    _stand_in_for_torchrun()
     # Tensor parallelism overlaps communication only with this, and Megatron insists on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
+        _stand_in_for_torchrun()
         return activate(parser.parse_known_args(argv)[0].device)
     except (argparse.ArgumentError, RuntimeError, ValueError) as error:
         fail(error)
 
 
 def _stand_in_for_torchrun() -> None:
-    """Let a single process run without torchrun, which sets these variables."""
+    """Let a single process run without torchrun, which sets these variables.
+
+    Raises:
+        ValueError: Another program has set some of them, so that the process would wait for others.
+    """
     if "RANK" in os.environ:
         return
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"WORLD_SIZE is {processes} in the environment, and RANK is missing; unset WORLD_SIZE for a run "
+            "of one process, or start all of them with torchrun"
+        )
     # Nobody else has to know the port, so the store may take any free one at the moment when it opens.
     variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**variables, "MASTER_PORT": 0}.items():

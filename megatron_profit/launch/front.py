@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 REQUIRED = ("model", "data")
 # Exit code for bad input.
 REFUSED = 2
+_IN_A_RANK = (
+    "--model and --config start all processes of a run, and RANK is set in the environment, as in one of "
+    "these processes; unset RANK (some clusters set it), or give torchrun -m megatron_profit.sft the flag "
+    "--hf-model"
+)
 _USAGE = "megatron-profit sft --model ID --data FILE… [flags], or --config FILE"
 _DESCRIPTION = """\
 Train a model on chats. --model and --data are enough; all other flags follow from model, data and machine,
@@ -46,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         return 0
     if is_plain(words):
+        if {"--model", "--config"} & _flags_of(words):
+            return _refuse(LaunchError(_IN_A_RANK))
         from megatron_profit.sft import main as train
 
         train()
@@ -82,8 +89,12 @@ def help_text(words: Sequence[str]) -> str | None:
 
 def is_plain(words: Sequence[str]) -> bool:
     """Return whether a command line is for the training entry itself: under torchrun, or with --hf-model."""
-    flags = {word.partition("=")[0] for word in words}
+    flags = _flags_of(words)
     return "RANK" in os.environ or ("--hf-model" in flags and not {"--model", "--config"} & flags)
+
+
+def _flags_of(words: Sequence[str]) -> set[str]:
+    return {word.partition("=")[0] for word in words}
 
 
 def launch(words: Sequence[str]) -> int:

@@ -226,6 +226,20 @@ def test_a_command_with_hf_model_is_the_training_entry(words, monkeypatch):
     assert front.is_plain(["--model", "y"])
 
 
+def test_a_command_for_all_processes_is_refused_in_one_of_them(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    assert front.main(["--model", "m", "--data", "d.jsonl"]) == 2
+    assert "unset RANK" in capsys.readouterr().err
+
+
+def test_one_process_does_not_wait_for_others_that_the_environment_names(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SystemExit):
+        sft.start(["--device", "cpu"])
+    assert "WORLD_SIZE is 4 in the environment, and RANK is missing" in capsys.readouterr().err
+
+
 SLURM_MISTAKES = {
     "--nodes 2": "the command of each node is missing",
     "--nodes 2 -- data --data D": "the command of each node is missing",
