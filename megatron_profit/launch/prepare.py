@@ -59,6 +59,8 @@ _FOLLOWING = (
     *("hf_model", "base_model_id", "load", "save", "export_hf", "tensorboard_dir", "metrics_file"),
     "quiet",
 )
+# Flags that are about one start. A file for --config that repeats them would replace the run, or go back.
+_OF_ONE_START = ("overwrite", "ckpt_step")
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Launch:
         flags = []
         for flag in self.flags:
             dest = table.dest(flag.option) if flag.option in table.options else flag.option
-            if dest not in _FOLLOWING or dest in given:
+            if dest not in _OF_ONE_START and (dest not in _FOLLOWING or dest in given):
                 flags.append(given.get(dest, flag))
         unset: tuple[Any, ...] = (None, [], "1", "auto", False, 0)
         front = {

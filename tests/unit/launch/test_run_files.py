@@ -95,6 +95,17 @@ def test_the_written_file_is_read_as_the_same_request(more, tmp_path):
     assert vars(again.front) == front_flags
 
 
+@pytest.mark.parametrize("flag", ["--overwrite", "--ckpt-step=3"])
+def test_the_written_file_does_not_repeat_what_one_start_was_about(flag, tmp_path):
+    """A start from the file would replace the run that it says how to go on with."""
+    request = read_request([*COMMAND, flag])
+    flags = list(request.given.values())
+    launch = Launch(request, SimpleNamespace(), RunFolder(tmp_path), flags, (), 1, 1, 1, ())
+    (tmp_path / "config.yaml").write_text(launch.config)
+    again = read_request(["--config", str(tmp_path / "config.yaml")])
+    assert again.given.keys() == {"data"}
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match="file is a file; name a folder"):
