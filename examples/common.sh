@@ -12,7 +12,8 @@
 # tokens each they are 3.3 rows of 8,192, hence 4. The run says at its start what a step of your records holds, how
 # large a checkpoint is and how long writing it takes. The two newest checkpoints stay.
 #
-# and by flags: whatever follows a script's name is passed to the training, and wins over what is said here.
+# and by flags: whatever follows a script's name is passed to the training, and wins over what is said here. The layout
+# is chosen without these flags: rows, their length and a layout of your own are the variables above.
 # The same command again resumes from the newest checkpoint in RUN.
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
