@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.flags import ArgumentsError, flag, flag_of, options_of
 
-# Set by torchrun; an engine would take the process for a rank of several.
+# Set by torchrun; an engine would take the process for a rank of several, and with an older torch wait for
+# the store of torchrun in place of its own.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_TORCHRUN = "TORCHELASTIC_"
 
 # Name of the export in the results.
 _LABEL = "trained"
@@ -210,7 +212,11 @@ def environment_of_engine(*, on_cpu: bool = False) -> dict[str, str]:
     Args:
         on_cpu: Whether GPUs are hidden from it.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER and not name.startswith(_OF_TORCHRUN)
+    }
     if (
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
         and environment.get("OMP_NUM_THREADS") == "1"

@@ -112,9 +112,10 @@ def test_an_evaluation_during_the_training_leaves_the_gpu_alone(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     environment = environment_of_engine(on_cpu=True)
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert not {"RANK", "OMP_NUM_THREADS"} & environment.keys()
+    assert not {"RANK", "OMP_NUM_THREADS", "TORCHELASTIC_USE_AGENT_STORE"} & environment.keys()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert environment_of_engine()["OMP_NUM_THREADS"] == "3", "torchrun has not set it"
 
