@@ -35,7 +35,7 @@ from megatron_profit.recipe.flags import FlagTable, Given, words_of
 
 # GiB of a GPU of "80 GB", as torch gives it.
 _USUAL_MEMORY = 79.6
-# Rows of a step, and positions of a row, where no flag gives them.
+# Rows of a step, and positions of a row (or all that the model has), where no flag gives them.
 _ROWS, _POSITIONS = 4, 8192
 
 
@@ -88,7 +88,10 @@ def _print(options: argparse.Namespace, given: dict[str, Given]) -> int:
     )
     model = family_for(config).megatron_arguments(config)
     rows = given["global_batch_size"].value if "global_batch_size" in given else _ROWS
-    positions = given["seq_length"].value if "seq_length" in given else _POSITIONS
+    limit = model["max_position_embeddings"]
+    positions = given["seq_length"].value if "seq_length" in given else min(_POSITIONS, limit)
+    if positions > limit:
+        raise LaunchError(f"--seq-length {positions} is above the {limit} positions of the model")
     wish = wish_of_flags(given, model, positions, rows, "global_batch_size" in given)
     cluster = Cluster(options.gpus, options.gpu_memory, min(options.gpus_per_node, options.gpus))
     choice = choose(wish, cluster)
