@@ -6,13 +6,14 @@ place in any order, so no tensor has to be complete in memory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -256,20 +257,35 @@ def write_tensors(
     )
     with OpenFiles() as files:
 
-        def export(chunk: TensorChunk) -> None:
-            dtype = tensors[chunk.piece.hf[0]].dtype
-            data = buffers.first(chunk.elements * dtype.itemsize)
-            row_bytes = len(data) // chunk.rows
-            checkpoint.read_into(chunk, dtype, data, files, check_finite)
-            for source, start, rows in chunk.layout:
-                part, data = data[: rows * row_bytes], data[rows * row_bytes :]
-                writer.write_at(chunk.piece.hf[source], start * row_bytes, part)
-                counter.add(chunk.piece.hf[source], len(part))
+        def export(whole: TensorChunk) -> None:
+            for chunk, dtype in _by_dtype(whole, tensors):
+                data = buffers.first(chunk.elements * dtype.itemsize)
+                row_bytes = len(data) // chunk.rows
+                checkpoint.read_into(chunk, dtype, data, files, check_finite)
+                for source, start, rows in chunk.layout:
+                    part, data = data[: rows * row_bytes], data[rows * row_bytes :]
+                    writer.write_at(chunk.piece.hf[source], start * row_bytes, part)
+                    counter.add(chunk.piece.hf[source], len(part))
 
         run_all(export, chunks, worker_count(workers))
         checkpoint.check_rest(files)
         writer.flush()
         counter.finish()
+
+
+def _by_dtype(
+    chunk: TensorChunk, tensors: Mapping[str, TensorSpec]
+) -> Iterator[tuple[TensorChunk, DType]]:
+    """Cut a chunk where the dtype to write changes.
+
+    For example, a template may hold a layer's keys in fp32 and its queries in bf16.
+    """
+    dtypes = [tensors[name].dtype for name in chunk.piece.hf]
+    start = chunk.start
+    for dtype, blocks in itertools.groupby(chunk.layout, lambda block: dtypes[block.source]):
+        rows = sum(block.rows for block in blocks)
+        yield replace(chunk, start=start, rows=rows), dtype
+        start += rows
 
 
 def copy_artifacts(template: Path, folder: Path, stops: StopTokens) -> None:

@@ -14,11 +14,13 @@ import torch.distributed.checkpoint as dcp
 from conversion_helpers import VOCABULARY, expected_megatron, read_hf, write_config
 from hostile_files import Steps
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.folder import WEIGHTS
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
 from checkpoint_conversion.torch_dist import reader as megatron_reader
@@ -141,6 +143,18 @@ def test_any_chunk_grid_with_padding_and_optimizer(make_qwen3, tmp_path, grid, t
     hf = make_qwen3(tied=tied)
     save_run(tmp_path / "run", trained(hf, tied), step=GRIDS[grid])
     megatron_to_hf(tmp_path / "run", hf, tmp_path / "back")
+    assert_same_tensors(hf, tmp_path / "back")
+
+
+def test_a_template_of_several_dtypes_in_one_megatron_tensor(make_qwen3, tmp_path):
+    """Some programs save in fp32 what they trained, for example the keys and not the queries."""
+    hf = make_qwen3(dtype=torch.bfloat16)
+    tensors = load_file(hf / WEIGHTS)
+    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.2.mlp.gate_proj.weight"):
+        tensors[name] = tensors[name].float()
+    save_file(tensors, hf / WEIGHTS, metadata={"format": "pt"})
+    hf_to_megatron(hf, tmp_path / "megatron", dtype="bf16")
+    megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
     assert_same_tensors(hf, tmp_path / "back")
 
 
