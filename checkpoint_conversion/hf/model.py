@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from checkpoint_conversion.engine.dtypes import DTYPES, DType
+from checkpoint_conversion.engine.dtypes import DTYPES, F32, DType
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import Config, Family, TensorRule, family_for
@@ -55,8 +55,8 @@ class HFModel:
 
     @cached_property
     def dtypes(self) -> Mapping[str, DType]:
-        """The dtype of each rule's tensors, by key; raises as `dtype_of`."""
-        return {rule.megatron: self.dtype_of(rule) for rule in self.rules}
+        """The dtype of each rule's tensors, by key; fp32, which holds all values, if they have several."""
+        return {rule.megatron: self._common_dtype(rule) for rule in self.rules}
 
     @property
     def padding(self) -> int:
@@ -85,6 +85,10 @@ class HFModel:
                     f"{first.dtype}, and both go into {rule.megatron}; choose one with --dtype"
                 )
         return DTYPES[first.dtype]
+
+    def _common_dtype(self, rule: TensorRule) -> DType:
+        dtypes = {self.tensors[name].dtype for piece in rule.pieces() for name in piece.hf}
+        return F32 if len(dtypes) > 1 else DTYPES[dtypes.pop()]
 
     def check_alias(self) -> None:
         """Check that a second copy of a tied tensor holds the same bytes.

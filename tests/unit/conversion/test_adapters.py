@@ -340,6 +340,22 @@ def test_a_base_that_was_converted_in_another_dtype_is_the_templates(
     assert run_command(*command, "--export-adapter", tmp_path / "adapter").code == 0
 
 
+@pytest.mark.parametrize("flags", [("--dry-run",), (), ("--dtype", "bf16")])
+def test_a_base_of_several_dtypes_in_one_megatron_tensor(make_qwen3, tmp_path, run_command, flags):
+    hf = make_qwen3(dtype=torch.bfloat16)
+    weights = load_file(hf / WEIGHTS)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    weights[name] = weights[name].float() * (1 + 1e-4)
+    save_file(weights, hf / WEIGHTS, metadata={"format": "pt"})
+    run = checkpoint_of_adapters(tmp_path / "run", hf, hf)
+    command = ("megatron_to_hf", "--megatron", run, "--hf-template", hf, "--out", tmp_path / "out")
+    result = run_command(*command, *flags)
+    assert result.code == 0, result.err
+    if flags != ("--dry-run",):
+        written = load_file(tmp_path / "out" / WEIGHTS)[name]
+        assert torch.equal(written, weights[name].bfloat16() if flags else weights[name])
+
+
 def test_both_outputs_are_checked_before_either_is_written(make_qwen3, tmp_path, run_command):
     """Else the same command fails the second time, since one of its outputs is there."""
     hf, out, adapter = make_qwen3(), tmp_path / "out", tmp_path / "adapter"
