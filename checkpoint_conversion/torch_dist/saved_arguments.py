@@ -23,6 +23,22 @@ from checkpoint_conversion.torch_dist.reader import (
 )
 
 _PLAIN = (bool, int, float, str, type(None))
+# Names that Megatron-Core had for arguments before 0.19.
+_OLDER_NAMES = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+}
+# Arguments that change what the layers compute, and the shape of no tensor. A model has them only where its
+# family gives them.
+_OF_OTHER_MODELS = (
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "qk_l2_norm"),
+    *("rotary_interleaved", "rotary_seq_len_interpolation_factor", "no_rope_freq", "mrope_section"),
+    *("window_size", "softmax_type", "squared_relu", "quick_geglu", "glu_linear_offset"),
+    *("activation_func_clamp_value", "use_mup", "moe_mlp_glu_interleave_size"),
+    *("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor"),
+    "moe_apply_probs_on_input",
+)
+_UNSET = (None, False, 0, "vanilla")
 
 
 def check_checkpoint_matches(
@@ -50,8 +66,8 @@ class SavedRun(NamedTuple):
     Attributes:
         folder: The checkpoint.
         iteration: Its number of steps, as it is recorded; None where there is none.
-        arguments: The plain arguments by name: numbers, texts, truth values, None, and lists of these. Empty
-            for a checkpoint without arguments.
+        arguments: The plain arguments by name: numbers, texts, truth values, None, and lists and tuples of
+            these. Empty for a checkpoint without arguments.
     """
 
     folder: Path
@@ -80,7 +96,10 @@ def read_saved_run(folder: Path, iteration: str | int | None = None) -> SavedRun
 def check_architecture(
     saved: Mapping[str, Any], expected: Mapping[str, Any], checkpoint: Path, hf_folder: Path
 ) -> None:
-    """Check the arguments of a checkpoint against a model's, where both have them.
+    """Check the arguments of a checkpoint against a model's.
+
+    An argument of the model that the checkpoint does not have is no difference. An argument of other models,
+    such as a window of attention, must not be set.
 
     Args:
         saved: The arguments in the checkpoint.
@@ -150,21 +169,26 @@ def _common_state(checkpoint: Path) -> Any:
 
 def _is_plain(value: Any) -> bool:
     return type(value) in _PLAIN or (
-        isinstance(value, list) and all(type(item) in _PLAIN for item in value)
+        isinstance(value, list | tuple) and all(type(item) in _PLAIN for item in value)
     )
 
 
 def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    ours, theirs = _comparable(saved), _comparable(expected)
+    layers = expected["num_layers"]
+    ours, theirs = _comparable(saved, layers), _comparable(expected, layers)
     for name in theirs:
         if name in ours and ours[name] != theirs[name]:
             yield _difference(name, ours[name], theirs[name])
+    for name in _OF_OTHER_MODELS:
+        if name not in theirs and ours.get(name) not in _UNSET:
+            yield _difference(name, ours[name], "not set")
 
 
-def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that decide the model.
+def _comparable(arguments: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Return the arguments that decide the model, in one form for all versions and spellings.
 
-    Without grouped queries, Megatron gives every head a group.
+    Without grouped queries, Megatron gives every head a group. Experts in every N-th layer can be given as N
+    or as a mark for each layer.
     """
     kept = {
         name: value
@@ -173,6 +197,12 @@ def _comparable(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not kept.pop("group_query_attention", True) and "num_attention_heads" in kept:
         kept["num_query_groups"] = kept["num_attention_heads"]
+    for older, name in _OLDER_NAMES.items():
+        if older in kept:
+            kept.setdefault(name, kept.pop(older))
+    every = kept.get("moe_layer_freq")
+    if type(every) is int and every > 0:
+        kept["moe_layer_freq"] = [int(layer % every == 0) for layer in range(layers)]
     return kept
 
 

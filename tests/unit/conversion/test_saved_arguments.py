@@ -19,6 +19,7 @@ from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf, plan_export
 from checkpoint_conversion.torch_dist.saved_arguments import (
+    check_architecture,
     check_checkpoint_matches,
     read_saved_run,
 )
@@ -43,7 +44,7 @@ def _state(**arguments):
         "exit_signal": signal.SIGTERM,
         "function": torch.nn.functional.silu,
         "skipped": {1, 2},
-        "window": (1, 2),
+        "window": (1, {2}),
     }
     return {
         "args": argparse.Namespace(**arguments, **special),
@@ -165,6 +166,36 @@ def test_without_grouped_queries_each_head_is_a_group(qwen3, tmp_path, heads):
         return
     with pytest.raises(ConversionError, match=r"num_query_groups is 4 .* 2 by"):
         _check(tmp_path, qwen3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"norm_epsilon": 1e-5}, "layernorm_epsilon is 1e-05 .* 1e-06 by"),
+        ({"apply_layernorm_1p": True}, "layernorm_zero_centered_gamma is True .* not set by"),
+        ({"rotary_interleaved": True}, "rotary_interleaved is True"),
+        ({"window_size": (4096, 0)}, r"window_size is \(4096, 0\)"),
+        ({"softmax_type": "off-by-one"}, "softmax_type is off-by-one"),
+        ({"moe_layer_freq": 2}, r"moe_layer_freq is \[1, 0, 1\] .* \[1, 1, 1\] by"),
+        ({"norm_epsilon": 1e-6, "apply_layernorm_1p": False, "softmax_type": "vanilla"}, None),
+        ({"rotary_interleaved": False, "window_size": None, "glu_linear_offset": 0.0}, None),
+        ({"moe_layer_freq": [1, 1, 1]}, None),
+    ],
+)
+def test_arguments_of_other_models_versions_and_spellings(tmp_path, changed, message):
+    """They change what the layers compute, and no tensor's name or shape."""
+    expected = {"num_layers": 3, "layernorm_epsilon": 1e-6, "moe_layer_freq": 1}
+    saved = {k: v for k, v in expected.items() if k != "layernorm_epsilon"} | changed
+    if message is None:
+        check_architecture(saved, expected, tmp_path, tmp_path)
+        return
+    with pytest.raises(ConversionError, match=message):
+        check_architecture(saved, expected, tmp_path, tmp_path)
+
+
+def test_a_zero_centred_norm_that_the_family_has_is_no_difference(tmp_path):
+    expected = {"num_layers": 3, "layernorm_zero_centered_gamma": True}
+    check_architecture({**expected, "apply_layernorm_1p": False}, expected, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(
