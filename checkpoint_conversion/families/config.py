@@ -48,7 +48,7 @@ def text_config(config: Config) -> Config:
     """Return the configuration of the language model: of a model with images, the part `text_config`.
 
     `tie_word_embeddings` and `quantization_config` belong to the whole model. transformers reads them at the
-    top, whatever the part says: it writes its default there.
+    top, whatever the part says: it writes its default there. Without the first at the top, nothing is tied.
 
     Raises:
         ConversionError: `text_config` is no object.
@@ -56,8 +56,9 @@ def text_config(config: Config) -> Config:
     text = text_part(config)
     if text is None:
         return config
-    whole = {key: config.get(key) for key in ("tie_word_embeddings", "quantization_config")}
-    return {**text, **{key: value for key, value in whole.items() if value is not None}}
+    quantization = config.get("quantization_config") or text.get("quantization_config")
+    whole = {"tie_word_embeddings": config.get("tie_word_embeddings")}
+    return {**text, **whole, "quantization_config": quantization}
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,9 @@ def test_what_the_whole_model_has_is_read_at_the_top(tmp_path):
         assert arguments["untie_embeddings_and_output_weights"] == (not tied)
     with pytest.raises(ConversionError, match="quantization_config="):
         family_for({**config, "quantization_config": {"quant_method": "fp8"}})
+    config["text_config"]["tie_word_embeddings"] = True
+    del config["tie_word_embeddings"]
+    assert family_for(config).megatron_arguments(config)["untie_embeddings_and_output_weights"]
     with pytest.raises(ConversionError, match="must have a text_config"):
         family_for({key: value for key, value in config.items() if key != "text_config"})
 
