@@ -271,8 +271,8 @@ def _why_no_weights(folder: Path) -> str:
     pickled = sorted(file.name for kind in ("*.bin", "*.pth", "*.pt") for file in folder.glob(kind))
     if pickled:
         return (
-            f"only pickled weights ({pickled[0]}); give --allow-pickle to read a pytorch_model.bin "
-            "(nothing in it is run), or make safetensors with "
+            f"only pickled weights ({pickled[0]}); a conversion to Megatron reads a pytorch_model.bin with "
+            "--allow-pickle (nothing in it is run), and everything else needs safetensors: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     return f"no weights: neither {WEIGHTS} nor {INDEX}"

@@ -109,6 +109,11 @@ def read_metadata(folder: Path) -> Metadata:
 def _check_format(folder: Path) -> None:
     """Check that metadata.json has the few words that are known, and no others."""
     file = folder / "metadata.json"
+    if not file.exists():
+        raise ConversionError(
+            f"{file}: missing; the checkpoint was not saved in full, or not in the format torch_dist; take "
+            "another one"
+        )
     content = read_json_object(file)
     backend = content.get("sharded_backend")
     if backend != "torch_dist":
