@@ -149,4 +149,5 @@ def open_merged(
         if base is None
         else open_checkpoint(folder, rules_in(template, config))
     )
-    return merged(model, adapters, saved.options.scale)
+    rules = family_for(config).tensor_rules(config)
+    return merged(model, adapters, saved.options.scale, rules)

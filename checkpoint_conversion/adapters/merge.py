@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +67,7 @@ class MergedWeights:
     adapters: ModelSource
     scale: float
     _factors: Mapping[str, tuple[_Place, tuple[_Place, ...]]]
+    _named: Mapping[str, Mapping[tuple[int, ...], _Place]]
     _kept: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -117,14 +118,15 @@ class MergedWeights:
         Raises:
             ConversionError: When a file cannot be read, or a value is outside the range of the dtype.
         """
-        parts = chunk.layout
-        if not any(chunk.piece.hf[part.source] in self._factors for part in parts):
+        own = self._with_own_names(chunk)
+        parts = own.layout
+        if not any(own.piece.hf[part.source] in self._factors for part in parts):
             self.base.read_into(chunk, dtype, into, files, finite)
             return
         values = read_float32(self.base, chunk, files, finite)
         first = 0
         for source, start, rows in parts:
-            weight = chunk.piece.hf[source]
+            weight = own.piece.hf[source]
             if weight in self._factors:
                 values[first : first + rows] += self._delta(weight, start, rows, files)
             first += rows
@@ -132,6 +134,14 @@ class MergedWeights:
         deliver(data, F32, into, dtype, chunk.key, finite)
         if dtype == F32:
             into[:] = data
+
+    def _with_own_names(self, chunk: TensorChunk) -> TensorChunk:
+        """Return the chunk under the names that adapters have: of each expert, whatever form the base has."""
+        places = self._named.get(chunk.key)
+        if places is None:
+            return chunk
+        place = places[chunk.piece.index]
+        return TensorChunk(place.rule, place.piece, chunk.start, chunk.rows)
 
     def _delta(self, weight: str, start: int, rows: int, files: OpenFiles) -> np.ndarray:
         """Return rows of scale * B A, in PEFT's order of operations."""
@@ -156,8 +166,18 @@ class MergedWeights:
         return values
 
 
-def merged(base: ModelSource, adapters: ModelSource, scale: float) -> MergedWeights:
-    """Return a model with adapters merged in; `scale` is the factor of B A."""
+def merged(
+    base: ModelSource, adapters: ModelSource, scale: float, rules: Iterable[TensorRule]
+) -> MergedWeights:
+    """Return a model with adapters merged in.
+
+    Args:
+        base: The model.
+        adapters: The adapters.
+        scale: The factor of B A.
+        rules: The name table that the adapters are made of. The base may have another one, with the experts
+            of a layer in one tensor.
+    """
     places: dict[str, list[_Place]] = {}
     for rule in adapters.rules:
         for piece in rule.pieces():
@@ -168,4 +188,10 @@ def merged(base: ModelSource, adapters: ModelSource, scale: float) -> MergedWeig
         for name, of_a in places.items()
         if factor_b(name) != name
     }
-    return MergedWeights(base, adapters, scale, factors)
+    usual = {rule.megatron: rule for rule in rules}
+    named = {
+        rule.megatron: {piece.index: _Place(own, piece) for piece in own.pieces()}
+        for rule in base.rules
+        if (own := usual.get(rule.megatron)) is not None and own.hf != rule.hf
+    }
+    return MergedWeights(base, adapters, scale, factors, named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_megatron_to_hf import save_run
 from tiny_gated_delta_net import make_model as make_delta_net
+from tiny_gated_delta_net import pack_experts
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from checkpoint_conversion.adapters.in_transformers import with_adapters
@@ -66,7 +68,7 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
 def write_merged(hf: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
     """Merge through the readers and writers of a conversion."""
     model, folder = open_hf_model(hf), open_peft_folder(adapter, read_hf_config(hf))
-    weights = merged(model, folder.weights, folder.options.scale)
+    weights = merged(model, folder.weights, folder.options.scale, model.rules)
     tensors = {
         name: TensorSpec(shape, DTYPES[model.tensors[name].dtype])
         for name, shape in expected_shapes(model.rules).items()
@@ -254,9 +256,11 @@ def test_the_scale_is_alpha_over_rank_or_over_its_root():
     assert LoraOptions(16, 32, ("q_proj",), rslora=True).scale == 8
 
 
-def checkpoint_of_adapters(folder: Path, hf: Path, base: Path) -> Path:
+def checkpoint_of_adapters(
+    folder: Path, hf: Path, base: Path, targets: tuple[str, ...] = ("q_proj",)
+) -> Path:
     """Write the checkpoint of a run that trained adapters of a model on the weights of a folder."""
-    options = LoraOptions(2, 4, ("q_proj",))
+    options = LoraOptions(2, 4, targets)
     rules = adapter_rules(_rules(hf), options)
     save_run(folder, {rule.megatron: torch.randn(rule.megatron_shape) for rule in rules})
     notes = {"path": str(base), "digest": digest_of_weights(base)}
@@ -338,6 +342,41 @@ def test_a_base_that_was_converted_in_another_dtype_is_the_templates(
         hf,
     )
     assert run_command(*command, "--export-adapter", tmp_path / "adapter").code == 0
+
+
+@pytest.mark.parametrize("has_base", [False, True])
+def test_adapters_of_experts_are_merged_in_whatever_form_the_template_stores_the_experts(
+    tmp_path, run_command, has_base
+):
+    single = make_delta_net(tmp_path / "single", "qwen3-next")
+    packed = make_delta_net(tmp_path / "packed", "qwen3-next-packed")
+    hf_to_megatron(single, tmp_path / "base")
+    run, found = tmp_path / "run", []
+    torch.manual_seed(1)
+    for hf in (single, packed):
+        base = tmp_path / "base" / "release" if has_base else hf
+        checkpoint_of_adapters(run, single, base, ("gate_proj", "down_proj", "q_proj"))
+        torch.manual_seed(1)
+        command = (
+            "megatron_to_hf",
+            "--megatron",
+            run,
+            "--hf-template",
+            hf,
+            "--max-shard-size",
+            "1GB",
+        )
+        flags = ("--base", tmp_path / "base") if has_base else ()
+        assert run_command(*command, "--out", tmp_path / f"{hf.name}-out", *flags).code == 0
+        if hf == single:
+            pack_experts(tmp_path / "single-out")
+        found.append(load_file(tmp_path / f"{hf.name}-out" / WEIGHTS))
+        shutil.rmtree(run)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    before = load_file(packed / WEIGHTS)
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert not torch.equal(before[name], found[1][name])
 
 
 @pytest.mark.parametrize("flags", [("--dry-run",), (), ("--dtype", "bf16")])
