@@ -84,10 +84,9 @@ def compare_logits(
     Raises:
         ConversionError: When a side cannot be computed.
     """
-    for folder in [hf] if other_hf is None else [hf, other_hf]:
-        family_for(read_hf_config(folder))
+    entries = min(map(_vocabulary, [hf] if other_hf is None else [hf, other_hf]))
     checkpoint = None if megatron is None else find_checkpoint(megatron, iteration)
-    tokens, lengths = _tokenise(hf, prompts)
+    tokens, lengths = _tokenise(hf, prompts, entries)
     if other_hf is not None:
         right = _by_transformers(other_hf, tokens, lengths)
     else:
@@ -133,8 +132,16 @@ def _compare(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> LogitsReport
     )
 
 
-def _tokenise(hf: str | Path, prompts: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-    """Return ids [N, S] padded on the right with 0, and the length of each prompt."""
+def _vocabulary(hf: str | Path) -> int:
+    """Return the number of tokens of a model."""
+    config = read_hf_config(hf)
+    return family_for(config).megatron_arguments(config)["vocab_size"]
+
+
+def _tokenise(
+    hf: str | Path, prompts: Sequence[str], entries: int
+) -> tuple[torch.Tensor, list[int]]:
+    """Return ids [N, S] below `entries`, padded on the right with 0, and the length of each prompt."""
     from transformers import AutoTokenizer
 
     try:
@@ -144,6 +151,17 @@ def _tokenise(hf: str | Path, prompts: Sequence[str]) -> tuple[torch.Tensor, lis
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ConversionError(f"{hf}: its tokenizer cannot be loaded: {error}") from error
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ConversionError(
+                f"{hf}: its tokenizer makes no token of {prompt[:40]!r}; tokenizer.json is missing or "
+                "incomplete, or give other --prompts"
+            )
+        if max(row) >= entries:
+            raise ConversionError(
+                f"{hf}: its tokenizer makes token {max(row)} of {prompt[:40]!r}, and the model has {entries} "
+                "tokens; give the tokenizer of this model, or other --prompts"
+            )
     tokens = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     for target, row in zip(tokens, rows, strict=True):
         target[: len(row)] = torch.tensor(row)

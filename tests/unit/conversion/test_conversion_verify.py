@@ -7,7 +7,9 @@ import torch
 from conversion_helpers import write_config
 from safetensors.torch import load_file, save_file
 
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.logits import compare_logits
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify
 
@@ -124,6 +126,19 @@ def test_options_without_effect_are_refused(qwen3, run_command, options, message
     result = run_command("verify", "--hf", qwen3, qwen3, *options)
     assert result.code == 2
     assert message in result.err
+
+
+def test_logits_need_a_tokenizer_of_the_model(qwen3):
+    """The folder of a partial download, and one with the tokenizer of a larger vocabulary."""
+    write_config(qwen3, lambda config: config.update(vocab_size=3))
+    with pytest.raises(ConversionError, match="makes token 4 of 'one three', and the model has 3"):
+        compare_logits(qwen3, qwen3, prompts=["one three"])
+    (qwen3 / "tokenizer.json").unlink()
+    (qwen3 / "tokenizer_config.json").unlink()
+    with pytest.raises(
+        ConversionError, match=r"no token of 'one three'; tokenizer\.json is missing"
+    ):
+        compare_logits(qwen3, qwen3, prompts=["one three"])
 
 
 def test_a_missing_checkpoint_is_found_before_logits_are_computed(qwen3, tmp_path, run_command):
