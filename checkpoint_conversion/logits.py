@@ -22,6 +22,7 @@ import torch
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.transformers_model import load_language_model
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 
@@ -172,18 +173,8 @@ def _by_transformers(
     hf: str | Path, tokens: torch.Tensor, lengths: Sequence[int]
 ) -> Iterator[torch.Tensor]:
     """Yield the logits [length, vocabulary] of each prompt, fp32."""
-    from transformers import AutoModelForCausalLM
-
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            hf,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            # A config.json may name kernels of somebody's repository, so this names torch's.
-            attn_implementation="sdpa",
-        )
+        model = load_language_model(hf, torch.float32)
     except Exception as error:  # a bad config.json can raise any class of error
         raise ConversionError(f"{hf}: transformers cannot load it: {error}") from error
     for row, length in zip(tokens, lengths, strict=True):

@@ -39,7 +39,7 @@ from checkpoint_conversion.hf.model import rules_in
 from checkpoint_conversion.hf.plan import (
     COMMAND,
     files_of,
-    for_older_readers,
+    for_every_reader,
     in_fp32_as_in,
     tensor_specs,
     with_dtype,
@@ -128,7 +128,7 @@ def plan_export(
         check_names(template, carried, noted, checkpoint.folder)
     weight_map = files_of(template, {**tensors, **carried}, max_shard_size)
     artifacts(template)
-    written = for_older_readers(with_dtype(config, tensors))
+    written = for_every_reader(with_dtype(config, tensors))
     stops = plan_stop_tokens(template, written, trained_turn_end(checkpoint.folder))
     cards = card_files(read_facts(checkpoint.folder), template, base_id=base_id)
     return ExportPlan(checkpoint, template, stops, tensors, weight_map, carried, noted, cards)

@@ -17,7 +17,7 @@ from checkpoint_conversion.hf.model import row_views, rules_in
 from checkpoint_conversion.hf.plan import (
     COMMAND,
     files_of,
-    for_older_readers,
+    for_every_reader,
     in_fp32_as_in,
     tensor_specs,
     with_dtype,
@@ -126,7 +126,7 @@ def plan_output(
     tensors = in_fp32_as_in(template, tensor_specs(rules, lambda _: kind))
     weight_map = files_of(template, {**tensors, **carried})
     artifacts(template)
-    written = for_older_readers(with_dtype(config, tensors))
+    written = for_every_reader(with_dtype(config, tensors))
     stops = plan_stop_tokens(template, written, None)
     output = HFOutput(folder, template, stops, rules, tensors, weight_map, overwrite, carried)
     check_output(folder, [template], overwrite, COMMAND, output.nbytes)

@@ -26,6 +26,7 @@ from checkpoint_conversion.hf.writer import (
 # The command recorded in a folder, whichever way it was written; --overwrite replaces its outputs.
 COMMAND = "megatron_to_hf"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_TIED = "tie_word_embeddings"
 
 
 def files_of(
@@ -104,12 +105,15 @@ def with_dtype(config: Config, tensors: Mapping[str, TensorSpec]) -> dict[str, A
     return {**found, TEXT: {**text, **dict.fromkeys(in_text, name)}} if in_text else found
 
 
-def for_older_readers(config: Config) -> dict[str, Any]:
-    """Copy the rotary base and scaling to where readers before transformers 5 look.
+def for_every_reader(config: Config) -> dict[str, Any]:
+    """Copy values to the other places where some readers look for them.
 
     transformers 5 writes `rope_parameters` alone. transformers 4.57 and programs that follow it look
     for `rope_theta` and `rope_scaling` next to it. Without the first they compute with 10,000; without
     the second they do not scale.
+
+    `AutoModelForCausalLM` takes the language model out of a model with images, and looks for
+    `tie_word_embeddings` in its part of the file. Without it, it draws a random output layer.
     """
     rope = config.get("rope_parameters") or {}
     found = dict(config)
@@ -117,4 +121,8 @@ def for_older_readers(config: Config) -> dict[str, Any]:
         found["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         found["rope_scaling"] = {k: value for k, value in rope.items() if k != "rope_theta"}
+    text = text_part(config)
+    if text is not None:
+        tied = bool(config.get(_TIED))
+        found[TEXT] = text if tied == bool(text.get(_TIED)) else {**text, _TIED: tied}
     return found

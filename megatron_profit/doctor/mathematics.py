@@ -27,6 +27,7 @@ import numpy.typing as npt
 from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.hf.transformers_model import load_language_model
 from megatron_profit.doctor.findings import Finding, fault, note, ok
 from megatron_profit.launch.machine import this_machine
 from megatron_profit.launch.processes import ENVIRONMENT, launcher
@@ -229,14 +230,10 @@ def _device(parameters: int) -> tuple[str, bool] | None:
 def load_model(folder: Path, device: str) -> Any:
     """Return transformers' model in fp32; no code of the folder is run."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    return model.to(device).eval()
+    return load_language_model(folder, torch.float32).to(device).eval()
 
 
 def transformers_result(model: Any, records: Sequence[Record], gradient: bool) -> Result:

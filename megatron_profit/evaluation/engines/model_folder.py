@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from isal.isal_zlib import crc32
 
@@ -13,6 +13,7 @@ from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.engine.regular_files import check_model_folder, open_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
+from checkpoint_conversion.hf.transformers_model import load_language_model
 from megatron_profit.data.errors import DataError
 from megatron_profit.evaluation.errors import EvaluationError, require
 
@@ -108,21 +109,12 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         EvaluationError: transformers or PEFT cannot load it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     base = base_of(folder)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            # A config.json may name kernels of somebody's repository.
-            attn_implementation="sdpa",
-        )
+        model = load_language_model(base, dtype)
         if base != folder:
             model = with_adapters(model, folder).merge_and_unload()
     except Exception as error:  # whatever the libraries raise for a folder that they cannot use

@@ -17,7 +17,7 @@ from checkpoint_conversion.families.layouts import (
     stacked_rows,
 )
 from checkpoint_conversion.hf.folder import read_hf_config
-from checkpoint_conversion.hf.plan import for_older_readers
+from checkpoint_conversion.hf.plan import for_every_reader
 
 # Qwen3-0.6B as published, without what does not matter here.
 CONFIG = {
@@ -261,10 +261,20 @@ def test_a_rotary_embedding_may_be_given_in_both_forms():
             {"rope_parameters": {**SCALING, "rope_theta": 5e5}},
             {"rope_theta": 5e5, "rope_scaling": SCALING},
         ),
+        ({"text_config": {"vocab_size": 9}}, {}),
+        ({"text_config": None, "tie_word_embeddings": True}, {}),
+        (
+            {"text_config": {"vocab_size": 9}, "tie_word_embeddings": True},
+            {"text_config": {"vocab_size": 9, "tie_word_embeddings": True}},
+        ),
+        (
+            {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False},
+            {"text_config": {"tie_word_embeddings": False}},
+        ),
     ],
 )
-def test_an_export_says_the_rotary_embedding_in_the_older_form_too(config, added):
-    assert for_older_readers(config) == config | added
+def test_an_export_says_a_value_wherever_a_reader_looks_for_it(config, added):
+    assert for_every_reader(config) == config | added
 
 
 def test_layers_with_and_without_experts():

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion_helpers import assert_equal, read_hf, read_megatron
+from conversion_helpers import assert_equal, read_hf, read_megatron, write_config
 from safetensors.torch import load_file, save_file
 from test_megatron_to_hf import assert_same_tensors, save_run
 from tiny_gated_delta_net import LINEAR, MODELS, make_model, megatron_tensors
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
@@ -17,6 +18,7 @@ from checkpoint_conversion.families.layouts import grouped_gated_qkv, part_of
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.output import plan_output
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
+from checkpoint_conversion.hf.transformers_model import load_language_model
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify
@@ -285,6 +287,20 @@ def test_what_the_whole_model_has_is_read_at_the_top(tmp_path):
     assert family_for(config).megatron_arguments(config)["untie_embeddings_and_output_weights"]
     with pytest.raises(ConversionError, match="must have a text_config"):
         family_for({key: value for key, value in config.items() if key != "text_config"})
+
+
+def test_tied_embeddings_of_a_published_folder_are_tied_in_its_language_model_too(tmp_path):
+    """Published files have `tie_word_embeddings` at the top. AutoModelForCausalLM reads it in the part."""
+    hf = make_model(tmp_path / "hf", "qwen3.5-vision-tied")
+    write_config(hf, lambda config: config["text_config"].pop("tie_word_embeddings"))
+    hf_to_megatron(hf, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        expected = AutoModelForImageTextToText.from_pretrained(hf)(tokens).logits
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+        for model in (opened, load_language_model(hf, torch.float32)):
+            torch.testing.assert_close(model(tokens).logits, expected)
 
 
 def test_values_that_transformers_leaves_out_of_the_text_config_have_its_defaults():
