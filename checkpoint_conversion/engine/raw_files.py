@@ -10,8 +10,9 @@ import contextlib
 import ctypes
 import errno
 import os
+import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from checkpoint_conversion.engine.regular_files import open_regular
@@ -62,7 +63,7 @@ class OpenFiles:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = open_regular(file)
+                self._descriptors[file] = _opened(lambda: open_regular(file))
             return self._descriptors[file]
 
 
@@ -78,7 +79,8 @@ class NewFile:
         self.path = path
         self.end = 0  # end of the bytes that were appended
         self._small = bytearray()
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._descriptor = _opened(lambda: os.open(path, flags, 0o666))
         self._lock = threading.Lock()
         self._waiting = 0
 
@@ -131,6 +133,21 @@ class NewFile:
                 self._waiting = 0
         if begins and _sync_file_range is not None:
             _sync_file_range(self._descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)  # 0, 0: the whole file
+
+
+def _opened(open_file: Callable[[], int]) -> int:
+    """Open a file. If the process has as many open as it may, raise its limit to the system's and try again.
+
+    A checkpoint has two files for each rank that saved it, and the usual limit is 1,024.
+    """
+    try:
+        return open_file()
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return open_file()
 
 
 def write_at(descriptor: int, offset: int, data: memoryview) -> None:
