@@ -8,6 +8,7 @@ from conversion_helpers import write_config
 from safetensors.torch import load_file, save_file
 
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.hf.transformers_model import load_language_model
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.logits import compare_logits
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
@@ -139,6 +140,15 @@ def test_logits_need_a_tokenizer_of_the_model(qwen3):
         ConversionError, match=r"no token of 'one three'; tokenizer\.json is missing"
     ):
         compare_logits(qwen3, qwen3, prompts=["one three"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_lacks_a_tensor_is_not_filled_with_random_values(make_qwen3, tied):
+    hf = make_qwen3(tied=tied)
+    assert load_language_model(hf, torch.float32).config.tie_word_embeddings is tied
+    _change(hf, lambda tensors: tensors.pop(NORM if tied else "lm_head.weight"))
+    with pytest.raises(ConversionError, match=r"no tensor .*\(1 are missing\).* random values"):
+        load_language_model(hf, torch.float32)
 
 
 def test_a_missing_checkpoint_is_found_before_logits_are_computed(qwen3, tmp_path, run_command):
