@@ -188,7 +188,7 @@ def merged(
         for name, of_a in places.items()
         if factor_b(name) != name
     }
-    usual = {rule.megatron: rule for rule in rules}
+    usual = {own.megatron: own for rule in rules for own in (rule, *rule.per_layer())}
     named = {
         rule.megatron: {piece.index: _Place(own, piece) for piece in own.pieces()}
         for rule in base.rules

@@ -1,22 +1,28 @@
 """Qwen3-MoE (Qwen3MoeForCausalLM): Qwen3's attention; experts in all or in some of the layers.
 
 The names are the ones in the published checkpoints. `save_pretrained` of transformers 5 writes them
-too, although it holds the experts fused in memory
-(transformers/models/qwen3_moe/modeling_qwen3_moe.py).
+too, although it holds a layer's experts in two tensors in memory
+(transformers/models/qwen3_moe/modeling_qwen3_moe.py). A program that saves the model's state dict by
+itself writes these two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from checkpoint_conversion.families.config import ConfigReader
 from checkpoint_conversion.families.decoder import (
+    Decoder,
+    Part,
     attention,
     decoder_arguments,
     dense_mlp,
     model_rules,
     one_by_one,
+    packed_experts,
     qk_norms,
     read_decoder,
     router,
@@ -124,8 +130,12 @@ def expert_arguments(experts: Experts) -> dict[str, Any]:
     }
 
 
-def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
+def tensor_rules(
+    config: Config, experts_of: Callable[[Decoder, int, int], list[Part]] = separate_experts
+) -> tuple[TensorRule, ...]:
     """Return the name table of a configuration; see `Family`.
+
+    `experts_of` gives the names of the experts.
 
     If only some layers have experts, the layers are not alike, and each layer has its own tensors.
     """
@@ -133,7 +143,7 @@ def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
     model, experts = read_decoder(read), read_experts(read)
     shared = [*attention(model), *qk_norms(model)]
     count, ffn = experts.count, experts.ffn
-    sparse = [*shared, *router(model, count), *separate_experts(model, count, ffn)]
+    sparse = [*shared, *router(model, count), *experts_of(model, count, ffn)]
     if all(experts.layers):
         return model_rules(model, stacked(model, sparse))
     dense = [*shared, *dense_mlp(model)]
@@ -141,4 +151,10 @@ def tensor_rules(config: Config) -> tuple[TensorRule, ...]:
     return model_rules(model, one_by_one(model, layers))
 
 
-QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), "qwen3_moe", megatron_arguments, tensor_rules)
+QWEN3_MOE = Family(
+    ("Qwen3MoeForCausalLM",),
+    "qwen3_moe",
+    megatron_arguments,
+    tensor_rules,
+    other_forms=(partial(tensor_rules, experts_of=packed_experts),),
+)

@@ -13,6 +13,7 @@ import torch
 from conversion_helpers import assert_equal, read_hf, read_megatron
 from test_megatron_to_hf import assert_same_tensors, save_run
 from tiny_families import FAMILIES, LAYERS, make_family, megatron_tensors
+from tiny_gated_delta_net import pack_experts
 from transformers import AutoModelForCausalLM
 
 from checkpoint_conversion.families import family_for
@@ -21,6 +22,7 @@ from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify
 
+FORMS = ("single", "packed")
 SCRIPT = Path(__file__).parent / "megatron_core_logits.py"
 
 
@@ -33,6 +35,26 @@ def test_contents_and_round_trip(tmp_path, name):
     assert not verify(hf, megatron=tmp_path / "megatron").differences
     megatron_to_hf(tmp_path / "megatron", hf, tmp_path / "back")
     assert_same_tensors(hf, tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-moe-mixed"])
+def test_experts_of_a_layer_in_two_tensors(tmp_path, name):
+    """As a program writes them that saves the state dict of transformers 5 by itself."""
+    single, packed = (make_family(tmp_path / form, name) for form in FORMS)
+    pack_experts(packed)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in read_hf(packed)
+    for hf in (single, packed):
+        hf_to_megatron(hf, tmp_path / f"{hf.name}-megatron")
+    one, other = (read_megatron(tmp_path / f"{f}-megatron" / "release")[0] for f in FORMS)
+    assert_equal(one, other)
+    for source, template in (FORMS, FORMS[::-1]):
+        back = tmp_path / f"{template}-back"
+        megatron_to_hf(tmp_path / f"{source}-megatron", tmp_path / template, back)
+        assert_same_tensors(tmp_path / template, back)
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        models = map(AutoModelForCausalLM.from_pretrained, (single, packed))
+        assert torch.equal(*(model(tokens).logits for model in models))
 
 
 # Two of three layers in a chunk, an odd number of rows, a part of the columns.

@@ -123,7 +123,9 @@ def pack_experts(folder: Path) -> None:
         experts.setdefault(layer, {})[own] = tensors.pop(name)
     for layer, own in experts.items():
         parts = {
-            part: torch.stack([own[f"{number}.{part}_proj.weight"] for number in range(EXPERTS)])
+            part: torch.stack(
+                [own[f"{number}.{part}_proj.weight"] for number in range(len(own) // 3)]
+            )
             for part in ("gate", "up", "down")
         }
         gate_up = torch.cat([parts["gate"], parts["up"]], dim=1)
