@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.errors import printable
+from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 from checkpoint_conversion.model_card.base import CARD, HubId, Licence, licence_of
 from checkpoint_conversion.model_card.facts import RANDOM, Facts
@@ -39,8 +39,14 @@ def card_files(
         base_id: The base on the hub; None for the one that the facts or the folder tell.
 
     Raises:
-        ConversionError: A licence file is too large, leaves the folder or cannot be read.
+        ConversionError: A licence file is too large, leaves the folder or cannot be read. Or there is
+            a `base_id`, and no facts.
     """
+    if facts is None and base_id is not None:
+        raise ConversionError(
+            f"--base-model-id {base_id} is for the model card, and weights that no run has trained get none; "
+            "drop the flag"
+        )
     if facts is None:
         return {}
     licence = licence_of(base)

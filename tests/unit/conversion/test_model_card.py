@@ -161,6 +161,10 @@ def test_an_adapter_is_opened_on_the_class_whose_names_it_has(base):
 
 def test_weights_that_no_run_has_trained_have_no_card(base, tmp_path):
     assert card_files(None, base) == {}
+    with pytest.raises(
+        ConversionError, match="--base-model-id Qwen/Qwen3-4B is for the model card"
+    ):
+        card_files(None, base, base_id=HubId("Qwen/Qwen3-4B"))
     assert read_facts(tmp_path) is None
 
 
