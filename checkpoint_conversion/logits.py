@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint_conversion.adapters.saved import check_comparable
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
@@ -87,6 +88,8 @@ def compare_logits(
     """
     entries = min(map(_vocabulary, [hf] if other_hf is None else [hf, other_hf]))
     checkpoint = None if megatron is None else find_checkpoint(megatron, iteration)
+    if checkpoint is not None:
+        check_comparable(checkpoint)
     tokens, lengths = _tokenise(hf, prompts, entries)
     if other_hf is not None:
         right = _by_transformers(other_hf, tokens, lengths)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from checkpoint_conversion import cli
-from checkpoint_conversion.adapters.saved import saved_adapters
+from checkpoint_conversion.adapters.saved import check_comparable
 from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.carried import Notes, notes_on, read_notes
@@ -141,11 +141,7 @@ def _carried(model: HFModel, noted: Notes, other: Path) -> Iterator[Difference]:
 def _rows_of_checkpoint(model: HFModel, folder: Path) -> Iterator[RowRange]:
     from checkpoint_conversion.hf.torch_tensors import TORCH, read_chunk
 
-    if saved_adapters(folder) is not None:
-        raise ConversionError(
-            f"{folder} holds adapters and no weights; merge them with megatron_to_hf and compare the two "
-            "HuggingFace folders"
-        )
+    check_comparable(folder)
     checkpoint = open_checkpoint(folder, model.rules)
     chunks = (chunk for rule in checkpoint.rules for chunk in checkpoint.chunks(rule))
     with OpenFiles() as files:

@@ -71,6 +71,19 @@ def saved_adapters(checkpoint: Path) -> SavedAdapters | None:
         ) from error
 
 
+def check_comparable(checkpoint: Path) -> None:
+    """Refuse a checkpoint of adapters, which cannot be compared with a model.
+
+    Raises:
+        ConversionError: It holds adapters, or its notes are damaged.
+    """
+    if saved_adapters(checkpoint) is not None:
+        raise ConversionError(
+            f"{checkpoint} holds adapters and no weights; merge them with megatron_to_hf and compare the two "
+            "HuggingFace folders"
+        )
+
+
 def digest_of_weights(folder: Path) -> str:
     """Return a hash that identifies the weights of a model, also after its files were copied.
 

@@ -271,6 +271,15 @@ def checkpoint_of_adapters(
     return folder
 
 
+@pytest.mark.parametrize("flags", [(), ("--logits",)])
+def test_a_checkpoint_of_adapters_cannot_be_compared(make_qwen3, tmp_path, run_command, flags):
+    hf = make_qwen3()
+    run = checkpoint_of_adapters(tmp_path / "run", hf, hf)
+    result = run_command("verify", "--hf", hf, "--megatron", run, *flags)
+    assert (result.code, result.out) == (2, "")
+    assert "holds adapters and no weights; merge them with megatron_to_hf" in result.err
+
+
 def test_a_peft_folder_is_written_for_its_own_base_alone(make_qwen3, tmp_path, run_command):
     """The hash is the one of the weights: a model of the same shapes would give another function."""
     hf, other, out = make_qwen3(), make_qwen3("other"), tmp_path / "adapter"
