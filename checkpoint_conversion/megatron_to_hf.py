@@ -45,7 +45,12 @@ from checkpoint_conversion.hf.plan import (
     with_dtype,
 )
 from checkpoint_conversion.hf.source import ModelSource
-from checkpoint_conversion.hf.stop_tokens import StopTokens, plan_stop_tokens, trained_turn_end
+from checkpoint_conversion.hf.stop_tokens import (
+    GENERATION_CONFIG,
+    StopTokens,
+    plan_stop_tokens,
+    trained_turn_end,
+)
 from checkpoint_conversion.hf.writer import (
     HFWriter,
     ModelSizes,
@@ -386,6 +391,11 @@ def _export_adapter(options: argparse.Namespace, *, check_only: bool = False) ->
         f"{options.export_adapter}; use them with: PeftModel.from_pretrained(model, "
         f"{options.export_adapter!r})"
     )
+    if GENERATION_CONFIG in output.notes:
+        print(
+            f"{GENERATION_CONFIG} of {options.export_adapter} names the token that ends a turn in training, "
+            "which the base's does not name: give it to the program that generates"
+        )
     if output.notes:
         facts = read_facts(find_checkpoint(options.megatron, options.iteration))
         base, rank = Path(options.hf_template), output.options.rank

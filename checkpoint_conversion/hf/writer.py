@@ -27,6 +27,7 @@ from checkpoint_conversion.engine.regular_files import (
 )
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families import Config
 from checkpoint_conversion.hf.chunks import TensorChunk
 from checkpoint_conversion.hf.folder import (
     ADAPTER_WEIGHTS,
@@ -310,8 +311,12 @@ def copy_artifacts(template: Path, folder: Path, stops: StopTokens) -> None:
             _copy(file, target)
         sync_file(target)
     for name, content in written.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        write_file(folder / name, f"{text}\n".encode())
+        write_file(folder / name, json_text(content))
+
+
+def json_text(content: Config) -> bytes:
+    """Return the bytes of a JSON file of a model folder."""
+    return f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode()
 
 
 def artifacts(template: Path) -> list[Path]:

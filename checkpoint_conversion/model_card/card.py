@@ -14,6 +14,8 @@ from typing import Any
 
 from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
+from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, plan_stop_tokens
+from checkpoint_conversion.hf.writer import json_text
 from checkpoint_conversion.model_card.base import CARD, HubId, Licence, licence_of
 from checkpoint_conversion.model_card.facts import RANDOM, Facts
 
@@ -28,9 +30,10 @@ _COMMON = ("apache-2.0", "mit", "unknown")
 def card_files(
     facts: Facts | None, base: Path, *, is_adapter: bool = False, base_id: HubId | None = None
 ) -> dict[str, bytes]:
-    """Return the files that an export gets besides its model: the card and, for adapters, the licence.
+    """Return the files that an export gets besides its model.
 
-    The export of a whole model copies the licence of its base with the base's other files.
+    They are the card and, for adapters, the licence of the base and the stop tokens that training has taught.
+    A whole model has these two among its other files.
 
     Args:
         facts: The facts of the training; None for weights that no run has trained: they get no card.
@@ -54,7 +57,16 @@ def card_files(
     files = {CARD: _card(facts, known, base, licence, is_adapter).encode()}
     if is_adapter:
         files |= licence.texts()
+        if (generation := _generation(facts, base)) is not None:
+            files[GENERATION_CONFIG] = json_text(generation)
     return files
+
+
+def _generation(facts: Facts, base: Path) -> Mapping[str, Any] | None:
+    """Return generation_config.json with the token that ends a turn; None where the base's own names it."""
+    token = facts.part("tokenizer").get("turn_end_id")
+    config = read_json_object(base / CONFIG)
+    return plan_stop_tokens(base, config, token if type(token) is int else None).generation
 
 
 def _card(
@@ -76,7 +88,7 @@ def _card(
         f"{trained} on chats with the objective {_code(objective)} of {_PROGRAM}, on Megatron-Core. The "
         "program that trained it wrote this card.",
         "## Use",
-        _use(name, is_adapter, _class_of(folder) if is_adapter else _TEXT_CLASS),
+        _use_adapters(facts, name, folder) if is_adapter else _use(_WHOLE),
         "## Training",
         _table(("", ""), _training(facts, base, name)),
         "## Data",
@@ -146,22 +158,38 @@ def _class_of(folder: Path) -> str:
     return "AutoModelForImageTextToText" if has_vision else _TEXT_CLASS
 
 
-def _use(base: str, is_adapter: bool, kind: str) -> str:
-    """Return lines of Python that load the model; FOLDER is this folder or its id on the hub."""
-    lines = [f"from transformers import {kind}, AutoTokenizer", ""]
-    if is_adapter:
-        lines[0:0] = ["from peft import PeftModel"]
-        lines += [
+def _use_adapters(facts: Facts, base: str, folder: Path) -> str:
+    """Return lines of Python that load adapters on their base, and stop where their training ended a turn."""
+    kind, stops = _class_of(folder), []
+    classes = f"{kind}, AutoTokenizer"
+    if _generation(facts, folder) is not None:
+        classes += ", GenerationConfig"
+        stops = ['base.generation_config = GenerationConfig.from_pretrained("FOLDER")']
+    return _use(
+        (
+            "from peft import PeftModel",
+            f"from transformers import {classes}",
+            "",
             f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
             f'base = {kind}.from_pretrained({base!r}, dtype="auto")',
+            *stops,
             'model = PeftModel.from_pretrained(base, "FOLDER")',
-        ]
-    else:
-        lines += [
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-            f'model = {kind}.from_pretrained("FOLDER", dtype="auto")',
-        ]
-    lines += [
+        )
+    )
+
+
+_WHOLE = (
+    f"from transformers import {_TEXT_CLASS}, AutoTokenizer",
+    "",
+    'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    f'model = {_TEXT_CLASS}.from_pretrained("FOLDER", dtype="auto")',
+)
+
+
+def _use(loading: Iterable[str]) -> str:
+    """Return lines of Python that use the model; FOLDER is this folder or its id on the hub."""
+    lines = [
+        *loading,
         'chat = [{"role": "user", "content": "Hello"}]',
         "inputs = tokenizer.apply_chat_template(",
         '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"',

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
+
 _COMMAND = "megatron-profit"
 # vLLM reserves memory for ranks of adapters that are powers of two, from this one to this one.
 _LEAST_RANK, _LARGEST_RANK = 8, 512
@@ -42,6 +44,8 @@ def next_steps(
         space = max(_LEAST_RANK, 1 << (rank - 1).bit_length())
         modules = ["--enable-lora", "--max-lora-rank", str(space)]
         modules += ["--lora-modules", f"trained={export}"]
+        if (export / GENERATION_CONFIG).exists():  # it stops where the training ended a turn
+            modules += ["--generation-config", str(export)]
         served = ["vllm", "serve", str(base), *modules]
         commands[-1:] = [served] if rank <= _LARGEST_RANK else []
     elif data:

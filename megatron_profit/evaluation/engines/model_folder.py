@@ -13,6 +13,7 @@ from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.engine.regular_files import check_model_folder, open_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
+from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
 from checkpoint_conversion.hf.transformers_model import load_language_model
 from megatron_profit.data.errors import DataError
 from megatron_profit.evaluation.errors import EvaluationError, require
@@ -109,6 +110,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         EvaluationError: transformers or PEFT cannot load it.
     """
     import torch
+    from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -117,6 +119,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         model = load_language_model(base, dtype)
         if base != folder:
             model = with_adapters(model, folder).merge_and_unload()
+            if (folder / GENERATION_CONFIG).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever the libraries raise for a folder that they cannot use
         raise EvaluationError(f"{folder} cannot be loaded: {error}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

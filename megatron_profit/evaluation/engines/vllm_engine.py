@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.hf.folder import read_json_object
+from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.model_folder import ADAPTER, base_of, load_chat_template
 from megatron_profit.evaluation.engines.transformers_engine import template_ids
@@ -43,6 +44,8 @@ class VllmEngine:
 
             self.adapter = LoRARequest("adapter", 1, str(folder))
             settings |= {"enable_lora": True, "max_lora_rank": _space_for_rank(folder)}
+            if (folder / GENERATION_CONFIG).is_file():
+                settings["generation_config"] = str(folder)
         try:
             self.llm = LLM(trust_remote_code=False, **settings)
         except (ValueError, RuntimeError, OSError) as error:

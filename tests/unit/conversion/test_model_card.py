@@ -208,6 +208,19 @@ def test_names_cannot_end_a_table_or_the_metadata(base):
     assert "<b>" not in text.replace("`a'/<b>", "")
 
 
+def test_adapters_bring_the_stop_tokens_that_their_base_does_not_name(base):
+    """A base model stops at the end of a text, and its training in chats ends a turn with another token."""
+    (base / "generation_config.json").write_text('{"eos_token_id": 5, "top_p": 0.9}')
+    loading = 'GenerationConfig.from_pretrained("FOLDER")'
+    for token, expected in ((7, {"eos_token_id": [7, 5], "top_p": 0.9}), (5, None), (None, None)):
+        run = {**RUN, "tokenizer": {"turn_end_id": token}}
+        files = card_files(Facts(25, run), base, is_adapter=True)
+        found = files.get("generation_config.json")
+        assert (None if found is None else json.loads(found)) == expected
+        assert (loading in files["README.md"].decode()) is (expected is not None)
+    assert "generation_config.json" not in card_files(Facts(25, run), base)
+
+
 @pytest.mark.parametrize(
     ("card_of_base", "licence", "expected"),
     [
@@ -319,6 +332,11 @@ def test_the_next_steps_can_be_pasted():
             f"vllm serve Qwen3-4B --enable-lora --max-lora-rank {space} --lora-modules trained=out"
         )
     assert "vllm" not in "".join(next_steps(Path("out"), Path("Qwen3-4B"), rank=1024)), "its limit"
+
+
+def test_a_served_adapter_stops_as_its_folder_says(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert f"--generation-config {tmp_path}" in next_steps(tmp_path, Path("base"), rank=8)[-1]
 
 
 def test_the_next_steps_write_the_day_and_read_the_records_of_the_training():

@@ -238,3 +238,5 @@ def test_an_adapter_answers_as_its_merged_model(tiny_model, tmp_path, sums):
         for folder in (tmp_path / "adapter", tmp_path / "merged", tiny_model)
     ]
     assert texts[0] == texts[1] != texts[2]
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    assert TransformersEngine(str(tmp_path / "adapter"), OPTIONS).stop_ids >= {7, 5}

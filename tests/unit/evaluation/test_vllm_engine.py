@@ -92,6 +92,10 @@ def test_an_adapter_is_a_request_on_its_base_with_its_own_template(tiny_model, t
     engine = VllmEngine(make_adapter(tiny_model, tmp_path / "adapter"), OPTIONS)
     assert Model.made["model"] == str(tiny_model)
     assert Model.made["enable_lora"]
+    assert "generation_config" not in Model.made
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    engine = VllmEngine(str(tmp_path / "adapter"), OPTIONS)
+    assert Model.made["generation_config"] == str(tmp_path / "adapter")
     list(engine.answers(REQUESTS, Sampling()))
     assert Model.calls[2] == ("adapter", 1, str(tmp_path / "adapter"))
     assert [prompt["prompt_token_ids"] for prompt in Model.calls[0]] == prompts_of(tiny_model)
