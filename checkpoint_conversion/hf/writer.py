@@ -24,6 +24,7 @@ from checkpoint_conversion.engine.regular_files import (
     CHAT_TEMPLATES,
     check_readable,
     open_regular,
+    read_regular,
 )
 from checkpoint_conversion.engine.workers import Buffers, run_all, worker_count
 from checkpoint_conversion.errors import ConversionError
@@ -49,6 +50,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
     r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)"
+)
+_OF_TOKENIZER = re.compile(
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template)\b.*"
+    r"|tokenizer_config\.json"
 )
 
 
@@ -335,6 +340,23 @@ def artifacts(template: Path) -> list[Path]:
         check_link(file, template)
         check_readable(file)
     return files
+
+
+def tokenizer_files(template: Path) -> dict[str, bytes]:
+    """Return the files of a template's tokenizer and its chat template, by name.
+
+    Returns:
+        None of them, if one leaves the template or cannot be read: a part of them could be another tokenizer.
+    """
+    found = {}
+    for file in sorted(template.iterdir()):
+        if _OF_TOKENIZER.fullmatch(file.name) and not _NOT_COPIED.fullmatch(file.name):
+            try:
+                check_link(file, template)
+                found[file.name] = read_regular(file)
+            except (ConversionError, OSError):
+                return {}
+    return found
 
 
 def _copy(file: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, plan_stop_tokens
-from checkpoint_conversion.hf.writer import json_text
+from checkpoint_conversion.hf.writer import json_text, tokenizer_files
 from checkpoint_conversion.model_card.base import CARD, HubId, Licence, licence_of
 from checkpoint_conversion.model_card.facts import RANDOM, Facts
 
@@ -32,8 +32,8 @@ def card_files(
 ) -> dict[str, bytes]:
     """Return the files that an export gets besides its model.
 
-    They are the card and, for adapters, the licence of the base and the stop tokens that training has taught.
-    A whole model has these two among its other files.
+    They are the card and, for adapters, the licence of the base, the tokenizer with the chat template of the
+    training, and the stop tokens that training has taught. A whole model has these among its other files.
 
     Args:
         facts: The facts of the training; None for weights that no run has trained: they get no card.
@@ -56,7 +56,7 @@ def card_files(
     known = base_id or base_on_hub(facts, base)
     files = {CARD: _card(facts, known, base, licence, is_adapter).encode()}
     if is_adapter:
-        files |= licence.texts()
+        files |= licence.texts() | tokenizer_files(base)
         if (generation := _generation(facts, base)) is not None:
             files[GENERATION_CONFIG] = json_text(generation)
     return files
@@ -162,6 +162,7 @@ def _use_adapters(facts: Facts, base: str, folder: Path) -> str:
     """Return lines of Python that load adapters on their base, and stop where their training ended a turn."""
     kind, stops = _class_of(folder), []
     classes = f"{kind}, AutoTokenizer"
+    tokenizer = "FOLDER" if tokenizer_files(folder) else base
     if _generation(facts, folder) is not None:
         classes += ", GenerationConfig"
         stops = ['base.generation_config = GenerationConfig.from_pretrained("FOLDER")']
@@ -170,7 +171,7 @@ def _use_adapters(facts: Facts, base: str, folder: Path) -> str:
             "from peft import PeftModel",
             f"from transformers import {classes}",
             "",
-            f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
+            f"tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})",
             f'base = {kind}.from_pretrained({base!r}, dtype="auto")',
             *stops,
             'model = PeftModel.from_pretrained(base, "FOLDER")',

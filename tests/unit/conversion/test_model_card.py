@@ -208,6 +208,23 @@ def test_names_cannot_end_a_table_or_the_metadata(base):
     assert "<b>" not in text.replace("`a'/<b>", "")
 
 
+def test_adapters_bring_the_tokenizer_and_the_chat_template_of_their_training(base):
+    """The base on the hub may have another template, or none."""
+    ours = ("tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja")
+    for name in (*ours, "trainer_state.json", "tokenizer.py"):
+        (base / name).write_text(name)
+    files = card_files(FACTS, base, is_adapter=True)
+    assert files.keys() == {"README.md", "LICENSE", *ours}
+    assert files["chat_template.jinja"] == b"chat_template.jinja"
+    assert "AutoTokenizer.from_pretrained('FOLDER')" in files["README.md"].decode()
+    assert card_files(FACTS, base).keys() == {"README.md"}
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.json").symlink_to(__file__)
+    files = card_files(FACTS, base, is_adapter=True)
+    assert files.keys() == {"README.md", "LICENSE"}
+    assert "AutoTokenizer.from_pretrained('Qwen/Qwen3-14B-Base')" in files["README.md"].decode()
+
+
 def test_adapters_bring_the_stop_tokens_that_their_base_does_not_name(base):
     """A base model stops at the end of a text, and its training in chats ends a turn with another token."""
     (base / "generation_config.json").write_text('{"eos_token_id": 5, "top_p": 0.9}')
