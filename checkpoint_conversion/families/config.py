@@ -166,7 +166,11 @@ class ConfigReader:
                 fractions[f"{key}.{_FRACTION}"] = rope.get(_FRACTION)
         theta = self._agreed(self._numbers(thetas))
         if theta is None:
-            raise self.refused("rope_theta", None, "a positive number")
+            raise self.refused(
+                "rope_theta",
+                None,
+                "a positive number (transformers takes 10000 here: write it down)",
+            )
         fraction = self._agreed(self._numbers(fractions)) or self.rotary_fraction or 1.0
         if fraction > 1:
             raise self.refused(_FRACTION, fraction, "a number above 0, up to 1")

@@ -124,7 +124,7 @@ def test_every_argument_is_one_of_megatron():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1, "x": 2}}, "'x': 2"),
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "0.5"),
-        ({"rope_theta": None}, "rope_theta=None"),
+        ({"rope_theta": None}, "rope_theta=None; .*transformers takes 10000 here: write it down"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quant_method"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
