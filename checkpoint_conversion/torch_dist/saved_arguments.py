@@ -188,7 +188,7 @@ def _comparable(arguments: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return the arguments that decide the model, in one form for all versions and spellings.
 
     Without grouped queries, Megatron gives every head a group. Experts in every N-th layer can be given as N
-    or as a mark for each layer.
+    or as a mark for each layer. Where all layers have experts, there is no dense one with a size.
     """
     kept = {
         name: value
@@ -203,6 +203,8 @@ def _comparable(arguments: Mapping[str, Any], layers: int) -> dict[str, Any]:
     every = kept.get("moe_layer_freq")
     if type(every) is int and every > 0:
         kept["moe_layer_freq"] = [int(layer % every == 0) for layer in range(layers)]
+    if "num_experts" in kept and kept.get("moe_layer_freq") == [1] * layers:
+        kept.pop("ffn_hidden_size", None)
     return kept
 
 

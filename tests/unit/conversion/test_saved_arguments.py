@@ -7,6 +7,7 @@ import enum
 import signal
 import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -176,6 +177,7 @@ def test_without_grouped_queries_each_head_is_a_group(qwen3, tmp_path, heads):
         ({"rotary_interleaved": True}, "rotary_interleaved is True"),
         ({"window_size": (4096, 0)}, r"window_size is \(4096, 0\)"),
         ({"softmax_type": "off-by-one"}, "softmax_type is off-by-one"),
+        ({"moe_layer_freq": 0}, r"moe_layer_freq is 0 .* \[1, 1, 1\] by"),
         ({"moe_layer_freq": 2}, r"moe_layer_freq is \[1, 0, 1\] .* \[1, 1, 1\] by"),
         ({"norm_epsilon": 1e-6, "apply_layernorm_1p": False, "softmax_type": "vanilla"}, None),
         ({"rotary_interleaved": False, "window_size": None, "glu_linear_offset": 0.0}, None),
@@ -191,6 +193,20 @@ def test_arguments_of_other_models_versions_and_spellings(tmp_path, changed, mes
         return
     with pytest.raises(ConversionError, match=message):
         check_architecture(saved, expected, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("every", "is_refused"), [(1, False), ([1, 1, 1], False), (2, True)])
+def test_the_size_of_dense_layers_counts_where_there_are_some(tmp_path, every, is_refused):
+    """Trainers give it as they like for a model whose layers all have experts."""
+    expected = {"num_layers": 3, "num_experts": 4, "moe_layer_freq": every, "ffn_hidden_size": 96}
+    check_architecture(expected, expected, tmp_path, tmp_path)
+    context = (
+        pytest.raises(ConversionError, match="ffn_hidden_size is 256")
+        if is_refused
+        else nullcontext()
+    )
+    with context:
+        check_architecture({**expected, "ffn_hidden_size": 256}, expected, tmp_path, tmp_path)
 
 
 def test_a_zero_centred_norm_that_the_family_has_is_no_difference(tmp_path):
