@@ -61,6 +61,12 @@ _WITHOUT_EFFECT = frozenset(
         *_OF_JOINED,
     )
 )
+# Projections of experts whose adapters PEFT opens where it joins them.
+_OPENED_OF_EXPERTS: tuple[set[str], ...] = (
+    set(),
+    {"down_proj"},
+    {"gate_proj", "up_proj", "down_proj"},
+)
 # Starts that leave the weights of the base as they are.
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -258,6 +264,12 @@ class AdapterOutput(TensorSizes):
             of_experts, of_others = _targets(self.rules, True), _targets(self.rules, False)
             options = for_peft_with_experts(self.options) if of_experts else self.options
             write_files(partial, {**self.notes, ADAPTER: _config_text(options, self.base)})
+        if of_experts not in _OPENED_OF_EXPERTS:
+            warn(
+                f"{self.folder}: its adapters of experts are on {', '.join(sorted(of_experts))}; PEFT with "
+                "transformers 5 opens only those on down_proj alone, or on gate_proj, up_proj and down_proj: "
+                "there, use merged weights"
+            )
         if both := sorted(of_experts & of_others):
             warn(
                 f"{self.folder}: {', '.join(both)} have adapters in layers with experts and in others, and "

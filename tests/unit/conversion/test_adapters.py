@@ -151,6 +151,23 @@ def test_adapters_that_would_have_no_effect_are_refused(make_qwen3, make_adapter
         with_adapters(base, file.parent)
 
 
+@pytest.mark.parametrize(
+    ("targets", "warned", "found"),
+    [
+        (("gate_proj", "up_proj"), "are on gate_proj, up_proj; PEFT", "have other names"),
+        (("gate_proj", "up_proj", "down_proj"), "in silence", "leaves out .*shared_expert"),
+    ],
+)
+def test_adapters_that_peft_leaves_out_are_an_error(tmp_path, run_command, targets, warned, found):
+    """It joins the adapters of experts, and then drops the shared expert's, which have the same names."""
+    hf = make_delta_net(tmp_path / "hf", "qwen3-next")
+    run = checkpoint_of_adapters(tmp_path / "run", hf, hf, targets)
+    command = ("megatron_to_hf", "--megatron", run, "--hf-template", hf)
+    assert warned in run_command(*command, "--export-adapter", tmp_path / "adapter").out
+    with pytest.raises(ConversionError, match=found):
+        with_adapters(AutoModelForCausalLM.from_pretrained(hf), tmp_path / "adapter")
+
+
 def test_an_adapter_of_some_projections_keeps_its_targets(make_qwen3, make_adapter):
     hf = make_qwen3()
     options = open_peft_folder(
