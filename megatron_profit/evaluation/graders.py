@@ -20,7 +20,11 @@ _BRACE = re.compile(r"[{}]")
 # A dash is a sign unless it subtracts (5 - 3), spans (10-12), or begins an item of a list.
 _SIGN = r"(?:(?<![\d)}])(?<![\d)}]\s)-|(?<==\s)-\s)?"
 _CURRENCY = r"\\?[$€£¥₹]\s?"
-_DIGITS = r"(?:(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+# Thousands may be separated: 1,000, and in other countries 1'000 or a space that breaks no line.
+_GROUP = (
+    "(?:,|\\{,\\}|\\\\,|['\N{RIGHT SINGLE QUOTATION MARK}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}])"
+)
+_DIGITS = rf"(?:(?:\d{{1,3}}(?:{_GROUP}\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![A-Za-z])\.\d+)"
 # TeX needs no braces around one digit: \frac34.
 _FRACTION = r"\\[cdt]?frac\s?(?:\{-?\d+\}|\d)\s?(?:\{\d+\}|\d)"
 # An integer and a fraction: 2 1/2.
@@ -31,7 +35,7 @@ _NUMBER = re.compile(
     rf"(?:{_MIXED}|{_FRACTION}|{_DIGITS}(?:\s?/\s?\d+|{_POWER_OF_TEN})?)(?:\s?\\?%)?"
 )
 _WITH_UNIT = re.compile(
-    rf"({_NUMBER.pattern})\.?(?:(?:\s[A-Za-z]|[A-Za-z]{{2}})[A-Za-z\s./]*(?:\^\{{?[23]\}}?|[²³])?)?"
+    rf"({_NUMBER.pattern})\.?(?:(?:\s[A-Za-z]|[A-Za-z]{{2}})[A-Za-z\s./]*(?:\^\{{?[23]\}}?|[²³])?|\s?[€£¥₹])?"
 )
 # Words that an answer follows, or a heading of them. Markdown may stand around the words.
 _STATED = re.compile(
@@ -45,13 +49,16 @@ _LETTER = re.compile(r"(?<![A-Za-z])\(?\**([A-D])\**\)?(?![A-Za-z])")
 # Characters that mean the same as others.
 _PLAIN = str.maketrans(
     {"\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "*", "\N{NO-BREAK SPACE}": " "}
-    | {"¼": " 1/4", "½": " 1/2", "¾": " 3/4"}
+    | {"¼": " 1/4", "½": " 1/2", "¾": " 3/4", "°": r"^\circ"}
     | {chr(ord("\N{FULLWIDTH DIGIT ZERO}") + digit): str(digit) for digit in range(10)}
 )
-# An answer that is a word and no formula.
-_TEXT = re.compile(
-    r"\\(?:text|textbf|mathrm)\s*\{\s*([A-Za-z][A-Za-z\s]*)\}|([A-Za-z]{3,}[A-Za-z\s]*)"
+# An answer that is words, or the letter of a choice, and no formula.
+_WORDS = re.compile(
+    r"\\(?:text|textbf|mathrm)\s*\{\s*\(?([^\W\d_](?:[^\W\d_]|\s)*)\)?\s*\}"
+    r"|\(?([^\W\d_])\)?|([^\W\d_]{3}(?:[^\W\d_]|\s)*)"
 )
+# Of a text that is more than a formula: a word, or where a formula begins or ends.
+_NO_FORMULA = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}|\$|\\[()\[\]]")
 _LONGEST_ANSWER = 1000
 # Computing time of one comparison.
 _MOST_SECONDS = 5.0
@@ -135,7 +142,7 @@ def _bare(text: str) -> str:
 
 def _plain(number: str) -> str:
     """Return a number without currency, and in the form that math-verify reads."""
-    number = re.sub(_CURRENCY, "", number)
+    number = re.sub(rf"{_CURRENCY}|(?<=\d){_GROUP}(?=\d{{3}})", "", number)
     number = re.sub(_POWER_OF_TEN, r"\\times10^{\1}", number)
     if mixed := re.fullmatch(r"(.*?)(\d+)\s(\d+\s?/\s?\d+)", number):
         return f"{mixed[1]}({mixed[2]}+{mixed[3]})"
@@ -143,12 +150,33 @@ def _plain(number: str) -> str:
 
 
 def find_expression(text: str) -> str | None:
-    """Return the final expression of an answer: boxed, or as math-verify finds it."""
+    """Return the final expression of an answer: boxed, after "answer is", or as math-verify finds it."""
     part = answer_part(text).translate(_PLAIN)
     if boxed := last_boxed(part):
         return boxed
+    for stated in map(_without_marks, _statements(part)):
+        if stated and not _NO_FORMULA.search(stated) and stated.count("(") == stated.count(")"):
+            return stated
     found = _parsed(part)
     return str(found[-1]) if found else None
+
+
+def find_words(text: str) -> str | None:
+    """Return the words of an answer: boxed, after "answer is" up to the first mark, or the last line."""
+    part = answer_part(text)
+    if boxed := last_boxed(part):
+        return boxed
+    stated = [
+        re.split(r"[.,;:]|\)(?!\s*\})|\s\(", statement.strip())[0]
+        for statement in _statements(part)
+    ]
+    last_line = part.strip().rpartition("\n")[2][: _LONGEST_STATEMENT + 1]
+    return next(filter(_words_of, map(_without_marks, (*stated, last_line))), None)
+
+
+def _without_marks(text: str) -> str:
+    """Return a text without Markdown and TeX's signs around it, and without the sentence's end."""
+    return re.sub(r"^(?:[*_$\s]|\\[(\[])+|(?:[*_$\s.]|\\[)\]])+$", "", text)
 
 
 def find_letter(text: str) -> str | None:
@@ -181,26 +209,30 @@ def equal(extracted: str, reference: str) -> bool:
     For example, "0.5" and "\\frac{1}{2}" are. Units and a percent sign may stand after a number.
     """
     extracted, reference = extracted.translate(_PLAIN), reference.translate(_PLAIN)
+    if is_number(extracted) and is_number(reference):
+        extracted, reference = _plain(extracted), _plain(reference)
+        if extracted[0] == reference[0] == "-":  # math-verify does not read -5 % as a percentage
+            extracted, reference = extracted[1:], reference[1:]
     if _same_text(extracted, reference):
         return True
     if len(extracted) > _LONGEST_ANSWER:
         return False
-    names = _name_in(extracted), _name_in(reference)
-    if any(names):  # math-verify sees no difference between two names
-        return names[0] == names[1]
+    words = _words_of(extracted), _words_of(reference)
+    if all(words):  # math-verify takes them for products of letters
+        return words[0] == words[1]
     from math_verify import verify
 
     gold = _parsed(f"\\boxed{{{reference}}}")
     found = _parsed(f"\\boxed{{{extracted}}}")
     with _limited():
-        return bool(gold and found and verify(gold, found, timeout_seconds=None, strict=False))
+        return bool(gold and found and verify(gold, found, timeout_seconds=None, strict=True))
     return False
 
 
-def _name_in(answer: str) -> str | None:
-    r"""Return the words of an answer that is a text, for example `\text{Evelyn}`, None for another."""
-    found = _TEXT.fullmatch(answer.strip().strip("$"))
-    return " ".join((found[1] or found[2]).casefold().split()) if found else None
+def _words_of(answer: str) -> str | None:
+    r"""Return the words of an answer such as `\text{Evelyn}`, "Evelyn", `\text{(C)}` or "C", or None."""
+    found = _WORDS.fullmatch(_without_marks(answer))
+    return " ".join((found[1] or found[2] or found[3]).casefold().split()) if found else None
 
 
 def _same_text(first: str, second: str) -> bool:
@@ -253,8 +285,9 @@ def grade_number(text: str, reference: str) -> Grade:
 
 
 def grade_expression(text: str, reference: str) -> Grade:
-    """Grade a problem whose answer is an expression, as in MATH."""
-    return _graded(find_expression(text), reference, equal)
+    """Grade a problem whose answer is an expression, as in MATH, or words."""
+    find = find_words if _words_of(reference) else find_expression
+    return _graded(find(text), reference, equal)
 
 
 def grade_letter(text: str, reference: str) -> Grade:

@@ -87,6 +87,14 @@ from megatron_profit.evaluation.graders import (
         ("Answer: 2^3 = 8", "8"),
         ("Answer: $2^{3} + 1 = 9$", "9"),
         (r"Answer: \(2 \times 3 = 6\), of 7", "6"),
+        ("It costs 1'234.50 francs.", "1234.5"),
+        ("It costs 1\N{NARROW NO-BREAK SPACE}234\N{THIN SPACE}567 euros.", "1234567"),
+        ("It costs Rs.500", "500"),
+        ("\\boxed{18\N{EURO SIGN}}", "18"),
+        ("\\boxed{18 \N{EURO SIGN}}", "18"),
+        ("\\boxed{90\N{DEGREE SIGN}}", "90"),
+        (r"\boxed{-5\%}", "-5"),
+        ("It changed by -5%.", "-0.05"),
     ],
 )
 def test_right_numbers_in_another_form_are_right(text, reference):
@@ -149,6 +157,26 @@ def test_an_answer_without_a_number_has_none(text):
         (r"\boxed{p - q}", "p - q"),
         (r"Hence $x = \frac{3}{4}$.", "3/4"),
         (r"\boxed{1{,}000}", "1000"),
+        (r"\boxed{2 1/2}", "2.5"),
+        ("\\boxed{90\N{DEGREE SIGN}}", r"90^\circ"),
+        (r"\boxed{\text{C}}", r"\text{(C)}"),
+        (r"\boxed{C}", r"\text{(C)}"),
+        ("The answer is (3, 4).", "(3,4)"),
+        ("**Answer:** [1, 2]", "[1,2]"),
+        ("The answer is 1/2.", r"\frac{1}{2}"),
+        (r"The answer is $\frac{1}{2}$, or half of it.", r"\frac{1}{2}"),
+        ("The answer is x + 1.", "x+1"),
+        ("The answer is **Paris**.", "Paris"),
+        ("The answer is Paris, the capital of France.", "Paris"),
+        ("**New York City**", r"\text{New York City}"),
+        ("#### no", "No"),
+        (r"\boxed{Yes.}", "Yes"),
+        ("The answer is (B) 5 km.", "B"),
+        (r"The answer is $\text{(C)}$.", r"\text{(C)}"),
+        (
+            "Answer: Z\N{LATIN SMALL LETTER U WITH DIAERESIS}rich",
+            "Z\N{LATIN SMALL LETTER U WITH DIAERESIS}rich",
+        ),
     ],
 )
 def test_right_expressions_are_right(text, reference):
@@ -161,6 +189,12 @@ def test_right_expressions_are_right(text, reference):
         (r"\boxed{(0,1)}", "[0,1]"),
         (r"\boxed{q - p}", "p - q"),
         (r"\boxed{\text{Ann}}", r"\text{Evelyn}"),
+        (r"\boxed{B}", "C"),
+        (r"\boxed{\text{(B)}}", r"\text{(C)}"),
+        (r"\boxed{2n}", "2k"),
+        (r"\boxed{2 1/2}", "21/2"),
+        ("The answer is Berlin.", "Paris"),
+        ("The answer is (B), not (C).", "C"),
     ],
 )
 def test_other_expressions_are_wrong(text, reference):
@@ -214,6 +248,7 @@ def test_braces_without_a_partner_end_no_box():
 def test_a_model_that_repeats_itself_is_graded(text):
     assert not grade_number(text, "7").right
     assert not grade_letter(text, "A").right
+    assert not grade_expression(text, "Paris").right
 
 
 @pytest.mark.parametrize("text", [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"])
