@@ -69,7 +69,7 @@ class EngineOptions:
         dtype: float32, bfloat16, or auto: bfloat16 where the device computes in it.
         concurrency: Requests at a time to a server.
         retries: Further tries of a request that a server did not answer.
-        timeout: Seconds to wait for an answer of a server.
+        timeout: Seconds to wait for an answer of a server, and a second more for each 5 tokens of its limit.
         day: Day that a chat template writes which asks for today's.
     """
 

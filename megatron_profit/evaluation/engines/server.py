@@ -32,6 +32,8 @@ _UNKNOWN_FIELD = (400, 422)
 # generation_config.json. These fields are not OpenAI's; vLLM, SGLang and llama.cpp know them.
 _NEUTRAL = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0}
 _LONGEST_BODY = 64 << 20
+# Tokens per second of a slow server. A response comes when its answer is whole.
+_SLOW = 5
 _SHOWN = 300
 
 
@@ -103,8 +105,7 @@ class ServerEngine:
             try:
                 return _answer(self._response(self._body(request, sampling)))
             except urllib.error.HTTPError as error:
-                said = error.read(_SHOWN).decode("utf-8", "replace")
-                problem = f"HTTP status {error.code}: {said}"
+                problem = f"HTTP status {error.code}: {_said(error)}"
                 if error.code < _SERVER_FAULT and error.code not in _PASSING:
                     raise EvaluationError(
                         f"{self.url} refuses {place} ({problem}); check --server, the model's name "
@@ -153,9 +154,18 @@ class ServerEngine:
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.options.timeout) as response:
+        seconds = self.options.timeout + body["max_tokens"] / _SLOW
+        with urllib.request.urlopen(request, timeout=seconds) as response:
             content = response.read(_LONGEST_BODY)
         return json.loads(content)
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """Return the start of a fault's text, as much as the server sends of it."""
+    try:
+        return error.read(_SHOWN).decode("utf-8", "replace")
+    except (OSError, HTTPException):
+        return ""
 
 
 def _answer(response: Mapping[str, Any]) -> Answer:
@@ -165,12 +175,14 @@ def _answer(response: Mapping[str, Any]) -> Answer:
         ValueError, KeyError, TypeError, IndexError: It has another form.
     """
     choice = response["choices"][0]
-    message = choice["message"]
+    message = dict(choice["message"])
     text = message.get("content") or ""
+    if not isinstance(text, str):
+        raise ValueError(f"the content of the response is {type(text).__name__} and no text")
     # Servers with a reasoning parser keep the thoughts apart.
     if thoughts := message.get("reasoning_content") or message.get("reasoning"):
         text = f"<think>{thoughts}</think>{text}"
-    tokens = (response.get("usage") or {}).get("completion_tokens")
+    tokens = dict(response.get("usage") or {}).get("completion_tokens")
     if not isinstance(tokens, int):
         raise ValueError("the response tells no usage.completion_tokens")
     return Answer(text, tokens, choice.get("finish_reason") != "length")

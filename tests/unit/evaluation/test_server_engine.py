@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -44,6 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         status, content = self.server.reply(number, body)
         if status is None:  # the server ends the connection in the middle
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            return
+        if content is None:  # and here in the middle of a fault's text
+            self.wfile.write(b"HTTP/1.1 %d X\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n" % status)
             return
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
@@ -155,12 +159,30 @@ def test_an_answer_stopped_unless_its_length_ended_it(serve, reason, stopped):
         (429, b""),
         (None, b""),
         (200, b"{not json"),
+        (500, None),
         (200, {"choices": []}),
+        (200, {"choices": [{"message": "4"}]}),
+        chat([{"type": "text", "text": "4"}]),
     ],
 )
 def test_a_fault_that_passes_is_tried_again(serve, fault):
     engine, _ = serve(lambda number, body: fault if number <= 2 else repeat(number, body))
     assert len(list(engine.answers(REQUESTS, Sampling()))) == 6
+
+
+def test_a_longer_answer_may_take_longer(serve, monkeypatch):
+    waits = []
+
+    def urlopen(request, timeout):
+        waits.append(timeout)
+        raise OSError
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    engine, _ = serve(repeat, retries=0, timeout=600)
+    for longest in (1024, 32768):
+        with pytest.raises(EvaluationError, match="did not answer"):
+            list(engine.answers([replace(REQUESTS[0], longest=longest)], Sampling()))
+    assert waits == [600 + 1024 / 5, 600 + 32768 / 5]
 
 
 def test_a_server_that_stops_in_the_middle_keeps_what_was_answered(serve):
