@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-_THINK, _END_OF_THINK = "<think>", "</think>"
+THINK, _END_OF_THINK = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"[{}]")
 # A dash is a sign unless it subtracts (5 - 3), spans (10-12), or begins an item of a list.
@@ -79,11 +79,8 @@ class Grade:
 
 
 def answer_part(text: str) -> str:
-    """Return the text after the model's thoughts; empty if the thoughts have no end."""
-    _, end, rest = text.rpartition(_END_OF_THINK)
-    if end:
-        return rest
-    return "" if _THINK in text else text
+    """Return the text after the model's thoughts, without further ones that have no end."""
+    return text.rpartition(_END_OF_THINK)[2].partition(THINK)[0]
 
 
 def last_boxed(text: str) -> str | None:

@@ -12,6 +12,7 @@ from megatron_profit.evaluation.engines.decoding import Row, decode
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.model_folder import load_chat_template, load_model
 from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.evaluation.graders import THINK
 from megatron_profit.evaluation.sampling import Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +42,15 @@ def template_ids(template: ChatTemplate, messages: Sequence[Mapping[str, str]]) 
     return list(encoding.ids)
 
 
+def begin_of_answers(template: ChatTemplate) -> str:
+    """Return "<think>" where the prompt already opens the thoughts, as Qwen3-Thinking's does, else "".
+
+    Written before an answer, it tells thoughts that were cut from an answer without thoughts.
+    """
+    prompt = template_text(template, [{"role": "user", "content": "?"}])
+    return THINK if prompt.rstrip().endswith(THINK) else ""
+
+
 class TransformersEngine:
     """Answers in a batch that the next questions join as others end, those with the longest prompts first.
 
@@ -52,6 +62,7 @@ class TransformersEngine:
     def __init__(self, model: str, options: EngineOptions) -> None:
         self.template = load_chat_template(Path(model), options.day)
         self.tokenizer = self.template.tokenizer
+        self.begin = begin_of_answers(self.template)
         self.model = load_model(Path(model), DTYPES[options.dtype])
         self.batch = options.batch
         self.stop_ids = self._stop_ids()
@@ -98,4 +109,4 @@ class TransformersEngine:
 
     def _answer(self, row: Row) -> Answer:
         text = self.tokenizer.decode(row.ids, skip_special_tokens=True)
-        return Answer(text, len(row.ids), row.stopped)
+        return Answer(self.begin + text, len(row.ids), row.stopped)

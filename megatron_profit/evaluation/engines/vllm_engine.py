@@ -11,7 +11,7 @@ from checkpoint_conversion.hf.folder import read_json_object
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.model_folder import ADAPTER, base_of, load_chat_template
-from megatron_profit.evaluation.engines.transformers_engine import template_ids
+from megatron_profit.evaluation.engines.transformers_engine import begin_of_answers, template_ids
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
@@ -37,6 +37,7 @@ class VllmEngine:
         folder = Path(model)
         base = base_of(folder)
         self.template = load_chat_template(folder, options.day)
+        self.begin = begin_of_answers(self.template)
         self.adapter: Any = None
         settings: dict[str, Any] = {"model": str(base), "dtype": options.dtype}
         if base != folder:
@@ -80,10 +81,8 @@ class VllmEngine:
                 raise EvaluationError(f"vLLM cannot answer: {error}") from error
             for request, output in zip(part, outputs, strict=True):
                 best = output.outputs[0]
-                yield (
-                    request,
-                    Answer(best.text, len(best.token_ids), best.finish_reason != "length"),
-                )
+                text, stopped = self.begin + best.text, best.finish_reason != "length"
+                yield request, Answer(text, len(best.token_ids), stopped)
 
 
 def _space_for_rank(folder: Path) -> int:

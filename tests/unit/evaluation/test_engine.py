@@ -3,6 +3,7 @@
 import functools
 import math
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from datetime import date
@@ -86,6 +87,19 @@ def test_a_template_that_asks_for_today_gets_the_day_of_the_options(dated_model,
         TransformersEngine(str(dated_model), OPTIONS)
     plain = TransformersEngine(str(tiny_model), replace(OPTIONS, day=date(2026, 2, 3)))
     assert plain.template.day is None
+
+
+def test_thoughts_that_the_prompt_opens_are_told_from_an_answer(engine, tiny_model, sums, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "thinks")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    requests = requests_of(task_of_file(sums, {}))
+    thinks = TransformersEngine(str(folder), OPTIONS)
+    found = answers_of(thinks, requests, GREEDY, 8)
+    assert all(answer.text.startswith("<think>") for answer in found.values())
+    assert not any(
+        a.text.startswith("<think>") for a in answers_of(engine, requests, GREEDY, 8).values()
+    )
 
 
 def test_greedy_answers_are_transformers_own_at_any_batch_size(engine, tiny_model, sums):

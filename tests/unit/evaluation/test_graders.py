@@ -260,6 +260,7 @@ def test_a_tower_of_powers_is_a_wrong_answer(text):
 def test_thoughts_are_no_answer():
     assert answer_part("<think>a</think>b<think>c</think>d") == "d"
     assert answer_part("a") == "a"
+    assert answer_part("<think>a</think>b<think>c") == "b"
     assert find_number("<think>1</think>2") == "2"
 
 
