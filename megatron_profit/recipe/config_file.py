@@ -22,6 +22,7 @@ from megatron_profit.objectives.registry import is_from_outside
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.evaluate_section import evaluation_words
 from megatron_profit.recipe.flags import FlagTable, Given, words_with
+from megatron_profit.yaml_names import NamesOnceLoader, RepeatedNameError
 
 _LARGEST = 2**20  # bytes
 _RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -116,22 +117,10 @@ WITHOUT = "--without"
 _FRONT_SWITCHES = ("--verbose", "--rank-logs")
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads values as they are written, and refuses a name that stands twice in a section.
-
-    The last one would win in silence. YAML 1.1 would read `1:4` as 64, `010` as 8 and `no` as false.
-    """
+class _Loader(NamesOnceLoader):
+    """Reads values as they are written: YAML 1.1 would read `1:4` as 64, `010` as 8 and `no` as false."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See yaml."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                line = node.start_mark.line + 1
-                raise LaunchError(f"{name!r} stands twice in the section of line {line}; drop one")
-        return super().construct_mapping(node, deep)
 
 
 for _tag, _form, _first in (
@@ -206,7 +195,7 @@ def _load(path: Path) -> dict[Any, Any]:
     except (OSError, ConversionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise LaunchError(f"--config {path}: cannot be read ({reason})") from error
-    except LaunchError as error:
+    except (LaunchError, RepeatedNameError) as error:
         raise LaunchError(f"--config {path}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise LaunchError(f"--config {path}: not YAML: {printable(_one_line(error))}") from error

@@ -33,6 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.ops": ("megatron_profit.objectives",),
     "megatron_profit.flags": (),
     "megatron_profit.parent_death": (),
+    "megatron_profit.yaml_names": (),
     "megatron_profit.data.errors": ("checkpoint_conversion.errors",),
     "megatron_profit.data.files": (*_BELOW_DATA, "megatron_profit.data.errors"),
     "megatron_profit.data.report": ("checkpoint_conversion.errors", "megatron_profit.data.errors"),
@@ -74,7 +75,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.hf", "megatron_profit.data", "megatron_profit.token_report"),
         *("checkpoint_conversion.adapters", "megatron_profit.flags"),
-        "megatron_profit.parent_death",
+        *("megatron_profit.parent_death", "megatron_profit.yaml_names"),
     ),
     "checkpoint_conversion": (),
     "megatron_profit.publish": (
@@ -137,6 +138,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_profit.recipe": (
         *("checkpoint_conversion", "megatron_profit.objectives", f"{_TRAINING}.arguments"),
         *("megatron_profit.data", "megatron_profit.evaluation", "megatron_profit.flags"),
+        "megatron_profit.yaml_names",
     ),
     "megatron_profit.sft": (
         *("checkpoint_conversion.errors", "megatron_profit.flags", "megatron_profit.recipe"),

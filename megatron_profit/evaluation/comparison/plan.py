@@ -251,9 +251,11 @@ def read_plan(file: Path) -> Plan:
     """
     import yaml
 
+    from megatron_profit.yaml_names import NamesOnceLoader
+
     try:
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, NamesOnceLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise EvaluationError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):

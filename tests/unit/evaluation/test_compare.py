@@ -209,6 +209,15 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, capsys):
     assert compare.main([str(tmp_path / "absent.yaml"), "--out", str(tmp_path)]) == 1
 
 
+def test_an_objective_that_is_named_twice_is_refused(plan):
+    file = plan()
+    file.write_text(
+        file.read_text().replace("objectives:\n", "objectives:\n  sft: --objective dft\n")
+    )
+    with pytest.raises(EvaluationError, match=r"'sft' stands twice in the section of line \d+"):
+        read_plan(file)
+
+
 def answers(right):
     """The file of the answers to questions, right or wrong."""
     sample = {
