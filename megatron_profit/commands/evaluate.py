@@ -36,6 +36,7 @@ from megatron_profit.evaluation.command_line import (
     template_day,
 )
 from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.flags import flag_of
 
 if TYPE_CHECKING:
     from megatron_profit.evaluation.engines import Engine
@@ -46,6 +47,13 @@ if TYPE_CHECKING:
     from megatron_profit.evaluation.sampling import Sampling
 
 RESULTS, TABLE, FIGURE, PAGE = "results.json", "results.md", "figure.png", "answers.html"
+# Flags that the settings for OpenCompass cannot hold, and why.
+_NOT_IN_OPENCOMPASS = {
+    "template_date": "writes today's date where a chat template asks for it",
+    "limit": "asks all questions of a task",
+    "seed": "would give one seed to all answers of a question, which would be the same",
+    "server": "loads the models itself",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,11 +107,9 @@ def write_opencompass(arguments: argparse.Namespace) -> None:
     from megatron_profit.evaluation.opencompass import VERSION, opencompass_settings
 
     file: Path = arguments.opencompass
-    if arguments.template_date is not None:
-        raise EvaluationError(
-            "--opencompass: OpenCompass writes today's date where a chat template asks for it; drop "
-            "--template-date"
-        )
+    for name, reason in _NOT_IN_OPENCOMPASS.items():
+        if getattr(arguments, name) is not None:
+            raise EvaluationError(f"--opencompass: OpenCompass {reason}; drop {flag_of(name)}")
     tasks = load_tasks(arguments)
     text = opencompass_settings(labelled_models(arguments.models), tasks)
     with whole_file(file) as stream:

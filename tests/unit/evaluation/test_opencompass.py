@@ -57,6 +57,9 @@ def test_an_evaluation_that_opencompass_cannot_make_is_refused(tmp_path, data, c
     flags = [str(tmp_path), "--data", str(data), "--opencompass", str(tmp_path / "o.py")]
     assert evaluate.main([*flags, "--tasks", "gsm8k,svamp"]) == 1
     assert "OpenCompass does not grade svamp by rule; it has gsm8k" in capsys.readouterr().err
+    for flag in (("--limit", "5"), ("--seed", "1"), ("--server", "http://127.0.0.1:9")):
+        assert evaluate.main([*flags, "--tasks", "gsm8k", *flag]) == 1
+        assert f"; drop {flag[0]}" in capsys.readouterr().err
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": str(data / "..")})
     )
