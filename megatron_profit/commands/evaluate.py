@@ -129,6 +129,10 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
 
     models = labelled_models(arguments.models)
     check_out(arguments.out)
+    if arguments.server is not None:
+        for name in ("engine", "dtype"):
+            if (value := getattr(arguments, name)) != "auto":
+                raise EvaluationError(f"--{name} {value}: the server decides it; drop it")
     for name in ("batch", "concurrency"):
         at_least_one(arguments, name)
     tasks = load_tasks(arguments)

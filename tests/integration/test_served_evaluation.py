@@ -66,11 +66,12 @@ def test_a_server_gives_the_answers_of_this_process(server, model, tmp_path):
     file = tmp_path / "sums.jsonl"
     questions = [{"question": f"What is two plus {n}?", "answer": n} for n in ("two", "six")]
     file.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    flags = ["--task-file", str(file), "--max-new-tokens", "8", "--dtype", "float32"]
+    flags = ["--task-file", str(file), "--max-new-tokens", "8"]
     out = tmp_path / "out"
     served = ["--server", server, "--concurrency", "1"]
     assert evaluate.main([f"served={model}", *flags, *served, "--out", str(out / "1")]) == 0
-    assert evaluate.main([f"here={model}", *flags, "--out", str(out / "2")]) == 0
+    here = ["--dtype", "float32"]
+    assert evaluate.main([f"here={model}", *flags, *here, "--out", str(out / "2")]) == 0
     texts = [
         [
             json.loads(line)["samples"][0]["text"].strip()

@@ -288,6 +288,12 @@ def test_the_day_of_a_template_is_asked_for_and_recorded(
     assert "OpenCompass writes today's date" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", [("--engine", "vllm"), ("--dtype", "float32")])
+def test_flags_that_a_server_decides_are_refused(run, capsys, flag):
+    assert run(Calculator(), *flag, "--server", "http://127.0.0.1:9") == 1
+    assert f"{' '.join(flag)}: the server decides it; drop it" in capsys.readouterr().err
+
+
 def test_records_of_an_earlier_version_go_on(run, tiny_model, tmp_path):
     """Their settings line, as it was written before this test."""
     assert run(Calculator(limit=3)) == 1
