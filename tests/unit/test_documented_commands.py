@@ -140,8 +140,8 @@ def test_a_shown_command_can_be_read(command):
         read_flags(words)
 
 
-# Flags that stand in no code of this project: of docker, pip, Slurm, lm-eval and W&B; options of the example
-# objectives; and a flag that a benchmark makes from a name.
+# Flags that stand in no code of this project: of docker, pip, Slurm, lm-eval, hf and W&B; options of the
+# example objectives; and a flag that a benchmark makes from a name.
 OF_OTHERS = {
     *(
         "--build-arg",
@@ -154,7 +154,7 @@ OF_OTHERS = {
         "--workdir",
     ),
     *("--find-links", "--index-url", "--no-build-isolation", "--no-deps", "--no-index"),
-    *("--qos", "--requeue", "--include_path", "--append"),
+    *("--qos", "--requeue", "--include_path", "--append", "--repo-type", "--local-dir"),
     *("--focal-gamma", "--frequency-threshold", "--full"),
 }
 
