@@ -71,17 +71,22 @@ class Conversation:
             for token, prob in self._tokens(sampling, longest):
                 self.ids.append(token)
                 self.probs.append(prob)
-                whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+                whole = self._text()
                 if not whole.endswith(
                     "\N{REPLACEMENT CHARACTER}"
                 ):  # else a character is unfinished
                     yield whole[len(said) :]
                     said = whole
         finally:
-            whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            whole = self._text()
             self.messages.append({"role": "assistant", "content": whole})
         if len(whole) > len(said):
             yield whole[len(said) :]
+
+    def _text(self) -> str:
+        """Return the text of the last answer so far, without the token that ends it."""
+        ended = self.ids[-1:] and self.ids[-1] in self.stop_ids
+        return self.tokenizer.decode(self.ids[: -1 if ended else None], skip_special_tokens=True)
 
     def _tokens(self, sampling: Sampling, longest: int) -> Iterator[tuple[int, float]]:
         import torch

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_profit.data.errors import DataError
 from megatron_profit.data.render.template import ChatTemplate
+from megatron_profit.data.render.turn_markers import learn_markers
 from megatron_profit.evaluation.engines.decoding import Row, decode
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.model_folder import load_chat_template, load_model
@@ -51,6 +53,18 @@ def begin_of_answers(template: ChatTemplate) -> str:
     return THINK if prompt.rstrip().endswith(THINK) else ""
 
 
+def turn_end(template: ChatTemplate) -> int | None:
+    """Return the token that ends a turn in the chat template, None where it is ordinary text.
+
+    An answer is one turn. A base's own files often name another token, after which it would write the
+    user's next question.
+    """
+    try:
+        return learn_markers(template).end_id
+    except DataError:  # the template cannot be trained with, and may be asked all the same
+        return None
+
+
 class TransformersEngine:
     """Answers in a batch that the next questions join as others end, those with the longest prompts first.
 
@@ -71,7 +85,8 @@ class TransformersEngine:
     def _stop_ids(self) -> frozenset[int]:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        return frozenset(i for i in (*ends, self.tokenizer.eos_token_id) if i is not None)
+        ends = (*ends, self.tokenizer.eos_token_id, turn_end(self.template))
+        return frozenset(i for i in ends if i is not None)
 
     def answers(
         self, requests: Sequence[Request], sampling: Sampling
@@ -108,5 +123,6 @@ class TransformersEngine:
         return Row(prompt, longest, sampling.numbers(*request.place))
 
     def _answer(self, row: Row) -> Answer:
-        text = self.tokenizer.decode(row.ids, skip_special_tokens=True)
+        ids = row.ids[:-1] if row.stopped else row.ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Answer(self.begin + text, len(row.ids), row.stopped)

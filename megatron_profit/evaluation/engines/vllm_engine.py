@@ -11,7 +11,11 @@ from checkpoint_conversion.hf.folder import read_json_object
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.model_folder import ADAPTER, base_of, load_chat_template
-from megatron_profit.evaluation.engines.transformers_engine import begin_of_answers, template_ids
+from megatron_profit.evaluation.engines.transformers_engine import (
+    begin_of_answers,
+    template_ids,
+    turn_end,
+)
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import Sampling
 
@@ -58,6 +62,7 @@ class VllmEngine:
         """Yield each request with its answer; see `Engine`."""
         from vllm import SamplingParams
 
+        end = turn_end(self.template)
         for part in batched(requests, _AT_A_TIME):
             parameters = [
                 SamplingParams(
@@ -66,6 +71,7 @@ class VllmEngine:
                     top_k=sampling.top_k or -1,
                     max_tokens=request.longest,
                     seed=sampling.numbers(*request.place).getrandbits(31),
+                    stop_token_ids=None if end is None else [end],
                 )
                 for request in part
             ]

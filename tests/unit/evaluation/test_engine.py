@@ -1,6 +1,7 @@
 """The engine of this process: prompts, batches, draws."""
 
 import functools
+import json
 import math
 import random
 import shutil
@@ -100,6 +101,24 @@ def test_thoughts_that_the_prompt_opens_are_told_from_an_answer(engine, tiny_mod
     assert not any(
         a.text.startswith("<think>") for a in answers_of(engine, requests, GREEDY, 8).values()
     )
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(tiny_model, sums, tmp_path):
+    """A base's files may name another token."""
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "eos_token_id": tokenizer.eos_token_id}))
+    base = TransformersEngine(str(folder), OPTIONS)
+    assert base.stop_ids == {tokenizer.eos_token_id, end}
+    assert tokenizer.eos_token_id != end
+    base.stop_ids = frozenset(range(base.model.config.vocab_size))
+    found = answers_of(base, requests_of(task_of_file(sums, {})), GREEDY, 8).values()
+    assert {(answer.text, answer.tokens, answer.stopped) for answer in found} == {("", 1, True)}
 
 
 def test_greedy_answers_are_transformers_own_at_any_batch_size(engine, tiny_model, sums):

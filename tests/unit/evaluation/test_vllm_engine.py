@@ -76,6 +76,8 @@ def test_prompts_and_settings_reach_vllm(tiny_model):
     assert answers == [Answer(str(expected[i]), 2, i != 1) for i in range(3)]
     _, parameters, adapter = Model.calls
     seeds = {each.pop("seed") for each in parameters}
+    end = AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<|im_end|>")
+    assert {tuple(each.pop("stop_token_ids")) for each in parameters} == {(end,)}
     assert parameters[0] == {"temperature": 0.7, "top_p": 0.8, "top_k": -1, "max_tokens": 9}
     assert len(seeds) == 3
     assert adapter is None
@@ -104,6 +106,7 @@ def test_an_adapter_is_a_request_on_its_base_with_its_own_template(tiny_model, t
     tokenizer.save_pretrained(tmp_path / "adapter")
     list(VllmEngine(str(tmp_path / "adapter"), OPTIONS).answers(REQUESTS, Sampling()))
     assert tokenizer.decode(Model.calls[0][1]["prompt_token_ids"]) == "q1!"
+    assert Model.calls[1][0]["stop_token_ids"] is None, "this template has no end of a turn"
 
 
 @pytest.mark.parametrize(("rank", "space"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
