@@ -32,6 +32,10 @@ from megatron_profit.evaluation.graders import grade_number
 from megatron_profit.evaluation.tasks.functions import reference_of
 
 SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+# verl's reward of GSM8K reads the number after "####", and no other form.
+VERL_SUFFIX = (
+    '\nPlease reason step by step, and write your final answer after "#### ", as in "#### 42".'
+)
 
 
 def read_questions(file: Path) -> list[dict[str, Any]]:
@@ -106,21 +110,27 @@ def train(arguments: argparse.Namespace, questions: list[dict[str, Any]]) -> lis
 
 
 def write_verl_data(file: Path, questions: list[dict[str, Any]]) -> None:
-    """Write the questions as the parquet that verl reads; verl has the reward of GSM8K itself."""
+    """Write the questions as the parquet that verl reads; verl has the reward of GSM8K itself.
+
+    They ask for the form of an answer that this reward reads. It compares texts without commas.
+    """
     from datasets import Dataset
 
-    Dataset.from_list(
-        [
+    rows = []
+    for index, question in enumerate(questions):
+        (message,) = question["prompt"]
+        content = message["content"].removesuffix(SUFFIX) + VERL_SUFFIX
+        right = question["reference"].replace(",", "")
+        rows.append(
             {
                 "data_source": "openai/gsm8k",
-                "prompt": question["prompt"],
+                "prompt": [{**message, "content": content}],
                 "ability": "math",
-                "reward_model": {"style": "rule", "ground_truth": question["reference"]},
+                "reward_model": {"style": "rule", "ground_truth": right},
                 "extra_info": {"index": index},
             }
-            for index, question in enumerate(questions)
-        ]
-    ).to_parquet(str(file))
+        )
+    Dataset.from_list(rows).to_parquet(str(file))
 
 
 def verl_command(arguments: argparse.Namespace) -> str:

@@ -14,8 +14,8 @@ from make_tiny_model import make_tiny_model  # noqa: E402
 
 RECORDS = [
     {"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"}
-    for n in range(6)
-]
+    for n in range(5)
+] + [{"question": "What is 1,079 plus 1?", "answer": "#### 1,080"}]
 
 
 @pytest.fixture
@@ -48,7 +48,12 @@ def test_verl_gets_parquet_and_a_launch_line(data, tmp_path, capsys):
     assert grpo_after_sft.main(flags) == 0
     rows = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
     assert rows[2]["reward_model"] == {"style": "rule", "ground_truth": "3"}
-    assert rows[2]["prompt"][0]["content"].startswith("What is 2 plus 1?\nPlease reason")
+    asked = rows[2]["prompt"][0]["content"]
+    assert asked.startswith("What is 2 plus 1?\nPlease reason")
+    # verl's reward of GSM8K reads "#### 3" alone, and compares texts without commas.
+    assert "####" in asked
+    assert "boxed" not in asked
+    assert rows[5]["reward_model"]["ground_truth"] == "1080"
     printed = capsys.readouterr().out
     assert "verl.trainer.main_ppo algorithm.adv_estimator=grpo" in printed
     assert "actor_rollout_ref.model.path=runs/hf" in printed
