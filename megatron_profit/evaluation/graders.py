@@ -7,12 +7,16 @@ whether two answers are equal: 1/2, 0.5 and \frac{1}{2} are, and so are 1,000 an
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+# math-verify warns that it has no time limit; it has the one of this file.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 THINK, _END_OF_THINK = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")

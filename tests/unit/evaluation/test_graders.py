@@ -285,6 +285,13 @@ def test_a_comparison_is_limited_by_its_computing_and_not_by_the_clock(monkeypat
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
+def test_the_time_limit_of_this_package_is_no_warning(monkeypatch, caplog):
+    for module in (math_verify.parser, math_verify.grader):
+        monkeypatch.setattr(module, "TIMEOUT_WARNING_SHOWN", False)
+    assert grade_expression(r"\boxed{x + 1}", "1 + x").right
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     ("pattern", "text", "found"),
     [
