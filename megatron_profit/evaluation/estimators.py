@@ -28,8 +28,7 @@ def average_at_k(right: Sequence[Sequence[float]]) -> Estimate:
     """Return avg@k: the mean over questions of the share of samples that are right.
 
     The interval covers the questions and, since each question brings its samples, the draws of its samples
-    too. It is the percentile bootstrap over questions. Where all answers are right, or all are wrong, it is
-    Clopper and Pearson's interval over questions instead, because a bootstrap would have no width.
+    too; see `interval`.
 
     Args:
         right: [Q][S] whether each sample is right; a mean of several samples is allowed too.
@@ -38,11 +37,7 @@ def average_at_k(right: Sequence[Sequence[float]]) -> Estimate:
         ValueError: There is no question.
     """
     means = question_means(right)
-    value = float(means.mean())
-    if value in (0.0, 1.0):
-        tail = 1 - ((1 - LEVEL) / 2) ** (1 / len(means))
-        return Estimate(value, 0.0 if value == 0 else 1 - tail, tail if value == 0 else 1.0)
-    return Estimate(value, *interval(means))
+    return Estimate(float(means.mean()), *interval(means))
 
 
 def question_means(right: Sequence[Sequence[float]]) -> np.ndarray:
@@ -64,10 +59,18 @@ def bootstrap_means(values: np.ndarray, *, draws: int = DRAWS) -> np.ndarray:
     return means
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the bootstrap's confidence interval of the mean of [Q] values."""
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(bootstrap_means(values), [tail, 100 - tail])
+def interval(values: np.ndarray, *, least: float = 0.0) -> tuple[float, float]:
+    """Return the confidence interval of the mean of [Q] values between `least` and 1.
+
+    It is the percentile bootstrap over questions. Where all values are the same, a bootstrap would have no
+    width. Then a share of all questions may have other values, as large as Clopper and Pearson's interval
+    allows after none was seen. For example, 10 right answers of 10 give 0.69 to 1.
+    """
+    tail = (1 - LEVEL) / 2
+    if (values == values[0]).all():
+        same, others = float(values[0]), 1 - tail ** (1 / len(values))
+        return same - others * (same - least), same + others * (1 - same)
+    low, high = np.percentile(bootstrap_means(values), [100 * tail, 100 - 100 * tail])
     return float(low), float(high)
 
 
@@ -98,7 +101,7 @@ class PairedDifference:
 
     Attributes:
         difference: avg@k of A minus avg@k of B.
-        low, high: Confidence interval of the paired bootstrap over questions.
+        low, high: Confidence interval over questions, see `interval`.
         better, worse: Questions on which A's share of right samples is higher, and lower.
         p_value: Of McNemar's exact test, where each question has one sample; else None.
     """
@@ -127,7 +130,7 @@ def paired_difference(
     gains = question_means(first) - question_means(second)
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     single = all(len(samples) == 1 and samples[0] in (0, 1) for samples in (*first, *second))
-    low, high = interval(gains) if gains.any() else (0.0, 0.0)
+    low, high = interval(gains, least=-1.0)
     p_value = mcnemar(better, worse) if single else None
     return PairedDifference(float(gains.mean()), low, high, better, worse, p_value)
 

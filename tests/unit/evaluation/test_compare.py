@@ -622,14 +622,14 @@ def test_differences_are_paired_and_missing_cells_stay_empty():
         ]
     )
     assert "| the base | 0.0 % (0.0 to 60.2) | 100.0 % (39.8 to 100.0) |" in text
-    assert "| dft | 50.0 % (50.0 to 50.0) |  |" in text
+    assert "| dft | 50.0 % (19.9 to 80.1) |  |" in text
     base, first = text.split("| minus ")[1:]
     assert base.startswith("the base, points | sums | chats |")
-    assert "| sft | +100.0 (+100.0 to +100.0) | +0.0 (+0.0 to +0.0) |" in base
-    assert "| dft | +50.0 (+50.0 to +50.0) |  |" in base, "a mean of draws has no McNemar test"
+    assert "| sft | +100.0 (-20.5 to +100.0) | +0.0 (-60.2 to +60.2) |" in base
+    assert "| dft | +50.0 (-40.4 to +80.1) |  |" in base, "a mean of draws has no McNemar test"
     assert first.startswith("sft, points | sums | chats |")
     assert "| sft |" not in first
-    assert "| dft | -50.0 (-50.0 to -50.0) |  |" in first
+    assert "| dft | -50.0 (-80.1 to +40.4) |  |" in first
 
 
 def test_a_failure_names_the_command_and_its_error(plan, tmp_path, capsys):

@@ -71,6 +71,17 @@ def test_all_wrong_still_has_an_interval():
     assert opposite.low == pytest.approx(1 - found.high)
 
 
+def test_questions_of_one_share_still_have_an_interval():
+    """Other questions may have another one, at most at the share of Clopper and Pearson."""
+    others = 1 - 0.025 ** (1 / 30)
+    found = average_at_k([[True, False]] * 30)
+    assert (found.low, found.high) == pytest.approx((0.5 - others / 2, 0.5 + others / 2))
+    same = paired_difference([[True]] * 30, [[True]] * 30)
+    assert (same.low, same.high) == pytest.approx((-others, others))
+    better = paired_difference([[True]] * 30, [[False]] * 30)
+    assert (better.low, better.high) == pytest.approx((1 - 2 * others, 1))
+
+
 def test_mcnemar_is_the_binomial_test():
     from scipy.stats import binomtest
 
@@ -95,7 +106,7 @@ def test_paired_difference_is_tighter_than_two_intervals():
 def test_equal_models_do_not_differ():
     right = [[True, False], [True, True]]
     pair = paired_difference(right, right)
-    assert (pair.difference, pair.low, pair.high, pair.p_value) == (0, 0, 0, None)
+    assert (pair.difference, pair.better, pair.worse, pair.p_value) == (0, 0, 0, None)
     with pytest.raises(ValueError, match="must be the same"):
         paired_difference(right, right[:1])
     with pytest.raises(ValueError, match="without a sample"):
