@@ -132,7 +132,7 @@ def write_results(
         out: Folder to write them to.
         outcomes: The results so far, the base's included.
         plan: Text of the plan.
-        finished, runs: How many runs there are and will be.
+        finished, runs: How many parts there are and will be: runs with their evaluations in one stage.
     """
     from dataclasses import asdict
 
@@ -142,7 +142,7 @@ def write_results(
     head = json.dumps({"plan": plan, "finished": finished, "runs": runs})
     # A line for each result.
     lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
-    partly = "" if finished == runs else f"{finished} of {runs} runs are finished.\n\n"
+    partly = "" if finished == runs else f"{finished} of {runs} parts are finished.\n\n"
     contents = {
         "results.json": f'{head[:-1]}, "results": [\n{lines}\n]}}\n',
         "results.md": partly + report(outcomes),

@@ -74,8 +74,8 @@ def carry_out(
         plan: The comparison.
         out: Folder of everything that is written.
         read_curves: Returns the curves of a metrics file.
-        show: Receives a line for each finished run.
-        publish: Receives the outcomes so far, the finished runs and all runs, after each of them.
+        show: Receives a line for each finished part: a run with its evaluations in one stage.
+        publish: Receives the outcomes so far, the number of finished parts and of all, after each of them.
 
     Raises:
         EvaluationError: A command failed or was stopped, or a kept result is damaged.
@@ -114,7 +114,7 @@ def _line(outcome: Outcome, done: int, total: int, minutes: float) -> str:
     left = minutes / done * (total - done)
     scores = ", ".join(f"{task} {100 * score:.1f} %" for task, score in outcome.scores.items())
     return (
-        f"{done} of {total} runs, {minutes:.1f} min so far, {left:.1f} min left: {run.data}, "
+        f"{done} of {total} parts, {minutes:.1f} min so far, {left:.1f} min left: {run.data}, "
         f"{run.setting}, seed {run.seed}: {scores}"
     )
 

@@ -267,7 +267,7 @@ def test_runs_are_made_once_and_again_when_something_they_follow_from_has_change
     assert compare.main([str(plan(learning_rates=None, lora_ranks=None)), *flags]) == 0
     assert len(commands) == 1 + 2 * 4
     printed = capsys.readouterr().out
-    assert "4 of 4 runs" in printed
+    assert "4 of 4 parts" in printed
     assert "| the base | 50.0 % (0.0 to 100.0) |" in printed
     assert "| sft | 25.0 ± 0.0 % (0.0 to 75.0) |" in printed
     report = json.loads((tmp_path / "out/results.json").read_text())
@@ -497,7 +497,7 @@ def test_what_was_finished_before_a_failure_is_published_and_stays(
     monkeypatch.setattr(comparison, "execute", failing)
     assert compare.main([file, *flags]) == 1
     text = (tmp_path / "out/results.md").read_text()
-    assert text.startswith("1 of 2 runs are finished.\n\n| setting | gsm8k |")
+    assert text.startswith("1 of 2 parts are finished.\n\n| setting | gsm8k |")
     assert "| sft | 25.0 % (0.0 to 75.0) |" in text
     assert "| sft | -25.0 (-75.0 to +0.0), p 1 |" in text
     kept = json.loads((tmp_path / "out/results.json").read_text())
