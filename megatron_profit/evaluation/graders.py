@@ -49,7 +49,12 @@ _STATED = re.compile(
 )
 # A calculation before its result: "48 + 24 = ".
 _CALCULATION = re.compile(r"\A(?:(?:[\s\d.,$()\[\]{}^+\-*/÷x%]|\\(?:[a-z]++|[,;!()\[\]]))*+=)+")
-_LETTER = re.compile(r"(?<![A-Za-z])\(?\**([A-D])\**\)?(?![A-Za-z])")
+# The letter of a choice, not the one of degrees (25 °C) or of a formula (C2H4).
+_LETTER = re.compile(r"(?<![A-Za-z°])\(?\**([A-D])\**\)?(?![A-Za-z\d_])")
+# What may stand before it in a box.
+_BEFORE_LETTER = re.compile(
+    r"\A(?:[^A-Za-z\d\\]|\\(?:text|math)[a-z]*|option|choice|answer|is)*", re.IGNORECASE
+)
 # Characters that mean the same as others.
 _PLAIN = str.maketrans(
     {"\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "*", "\N{NO-BREAK SPACE}": " "}
@@ -183,10 +188,12 @@ def _without_marks(text: str) -> str:
 def find_letter(text: str) -> str | None:
     """Return the letter of a choice: boxed, after "answer is" or "ANSWER:", or alone on the last line."""
     part = answer_part(text)
+    boxed = last_boxed(part) or ""
+    if found := _LETTER.match(_BEFORE_LETTER.sub("", boxed, count=1)):
+        return found[1]
     last_line = part.strip().rpartition("\n")[2]
-    for place in (last_boxed(part), *_statements(part), last_line if len(last_line) < 8 else ""):
-        bare = re.sub(r"\\text\s*\{?", " ", place or "")
-        if found := _LETTER.search(bare):
+    for place in (*_statements(part), last_line if len(last_line) < 8 else ""):
+        if found := _LETTER.search(re.sub(r"\\text\s*\{?", " ", place)):
             return found[1]
     return None
 

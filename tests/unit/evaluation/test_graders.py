@@ -217,6 +217,12 @@ def test_other_expressions_are_wrong(text, reference):
         ("## Answer\n\n(B), since A is too small", "B"),
         ("**Answer**: **D**, not A", "D"),
         ("<think>ANSWER: A", None),
+        (r"\boxed{\textbf{(C) } 5}", "C"),
+        (r"\boxed{Option B}", "B"),
+        (r"It is \boxed{25\,^\circ \mathrm{C}}.\nANSWER: B", "B"),
+        (r"It is \boxed{C_6H_6}.\nANSWER: D", "D"),
+        ("The answer is 25 \N{DEGREE SIGN}C, so D", "D"),
+        ("The answer is C2H4 (choice B)", "B"),
     ],
 )
 def test_letters_of_choices(text, letter):
