@@ -54,7 +54,10 @@ class VllmEngine:
         try:
             self.llm = LLM(trust_remote_code=False, **settings)
         except (ValueError, RuntimeError, OSError) as error:
-            raise EvaluationError(f"vLLM cannot load {folder}: {error}") from error
+            raise EvaluationError(
+                f"vLLM cannot load {folder}: {error}; give --engine transformers, or start `vllm serve` with "
+                "the settings that it needs, for example --max-model-len, and give --server"
+            ) from error
 
     def answers(
         self, requests: Sequence[Request], sampling: Sampling
@@ -84,7 +87,10 @@ class VllmEngine:
                     prompts, parameters, lora_request=self.adapter, use_tqdm=False
                 )
             except ValueError as error:  # a question that is longer than the context
-                raise EvaluationError(f"vLLM cannot answer: {error}") from error
+                raise EvaluationError(
+                    f"vLLM cannot answer: {error}; choose a model with a longer context, or remove "
+                    "the question"
+                ) from error
             for request, output in zip(part, outputs, strict=True):
                 best = output.outputs[0]
                 text, stopped = self.begin + best.text, best.finish_reason != "length"

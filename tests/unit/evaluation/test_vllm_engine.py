@@ -123,13 +123,15 @@ def test_a_rank_above_the_limit_of_vllm_is_named(tiny_model, tmp_path):
 def test_a_question_that_vllm_refuses_is_a_clear_error(tiny_model, monkeypatch):
     monkeypatch.setattr(Model, "longest", 3)
     engine = VllmEngine(str(tiny_model), OPTIONS)
-    with pytest.raises(EvaluationError, match="vLLM cannot answer: the prompt is longer than"):
+    with pytest.raises(EvaluationError, match="is longer than the context; choose a model"):
         list(engine.answers(REQUESTS, Sampling()))
 
 
 def test_a_model_that_vllm_refuses_is_named(tiny_model, monkeypatch):
     monkeypatch.setattr(Model, "refused", True)
-    with pytest.raises(EvaluationError, match=r"vLLM cannot load .*tiny: no such model"):
+    with pytest.raises(
+        EvaluationError, match=r"vLLM cannot load .*tiny: no such model; give --engine"
+    ):
         VllmEngine(str(tiny_model), OPTIONS)
 
 
