@@ -168,16 +168,13 @@ def find_expression(text: str) -> str | None:
 
 
 def find_words(text: str) -> str | None:
-    """Return the words of an answer: boxed, after "answer is" up to the first mark, or the last line."""
+    """Return the words of an answer up to the first mark: boxed, after "answer is", or the last line."""
     part = answer_part(text)
-    if boxed := last_boxed(part):
-        return boxed
-    stated = [
-        re.split(r"[.,;:]|\)(?!\s*\})|\s\(", statement.strip())[0]
-        for statement in _statements(part)
-    ]
+    boxed = last_boxed(part)
     last_line = part.strip().rpartition("\n")[2][: _LONGEST_STATEMENT + 1]
-    return next(filter(_words_of, map(_without_marks, (*stated, last_line))), None)
+    places = [boxed] if boxed else [*_statements(part), last_line]
+    starts = [re.split(r"[.,;:]|\)(?!\s*\})|\s\(", place.strip())[0] for place in places]
+    return next(filter(_words_of, map(_without_marks, starts)), boxed)
 
 
 def _without_marks(text: str) -> str:

@@ -172,6 +172,8 @@ def test_an_answer_without_a_number_has_none(text):
         ("#### no", "No"),
         (r"\boxed{Yes.}", "Yes"),
         ("The answer is (B) 5 km.", "B"),
+        (r"\boxed{B) 5 km}", "B"),
+        (r"\boxed{A. Paris}", "A"),
         (r"The answer is $\text{(C)}$.", r"\text{(C)}"),
         (
             "Answer: Z\N{LATIN SMALL LETTER U WITH DIAERESIS}rich",
@@ -194,6 +196,7 @@ def test_right_expressions_are_right(text, reference):
         (r"\boxed{2n}", "2k"),
         (r"\boxed{2 1/2}", "21/2"),
         ("The answer is Berlin.", "Paris"),
+        (r"The answer is Paris, or \boxed{5}.", "Paris"),
         ("The answer is (B), not (C).", "C"),
     ],
 )
