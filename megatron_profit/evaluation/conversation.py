@@ -99,10 +99,15 @@ class Conversation:
         prompt = self.prompt_ids()
         ids: Any = torch.tensor([prompt], device=self.model.device)
         for _ in range(min(longest, self._room_after(len(prompt)))):
-            with torch.no_grad():
-                output = self.model(
-                    input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
+            try:
+                with torch.no_grad():
+                    output = self.model(
+                        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    )
+            except torch.OutOfMemoryError as error:
+                raise EvaluationError(
+                    "the conversation needs more memory than the GPU has left; /reset begins again"
+                ) from error
             logits = last_logits(output.logits)
             ids = draw(logits, [numbers], sampling)[None]
             token = int(ids)

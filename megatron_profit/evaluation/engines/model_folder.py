@@ -107,7 +107,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model for evaluation, on the GPU if there is one; an adapter is merged into its base.
 
     Raises:
-        EvaluationError: transformers or PEFT cannot load it.
+        EvaluationError: transformers or PEFT cannot load it, or the GPU has no room for it.
     """
     import torch
     from transformers import GenerationConfig
@@ -123,7 +123,14 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever the libraries raise for a folder that they cannot use
         raise EvaluationError(f"{folder} cannot be loaded: {error}") from error
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    except torch.OutOfMemoryError as error:
+        size = model.get_memory_footprint() / 2**30
+        raise EvaluationError(
+            f"{folder} needs {size:.1f} GiB in {str(dtype).removeprefix('torch.')}, more than the GPU "
+            "has left; give --dtype bfloat16, or hide the GPU with CUDA_VISIBLE_DEVICES="
+        ) from error
 
 
 def fingerprint(model: str) -> str:

@@ -165,6 +165,17 @@ def test_logits_that_are_nan_are_named(open_talk):
     assert talk.messages == []
 
 
+def test_a_gpu_without_room_is_named(open_talk, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    talk, shown = open_talk(), []
+    monkeypatch.setattr(talk.model, "forward", full)
+    chat.say(talk, "two", Sampling(), 5, shown.append)
+    assert "more memory than the GPU has left; /reset begins again" in shown[0]
+    assert talk.messages == []
+
+
 def test_bytes_that_are_no_text_are_replaced(tiny_model, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"two \xff\xfe\n"), "utf-8"))
     assert chat.main([str(tiny_model), "--max-new-tokens", "2"]) == 0

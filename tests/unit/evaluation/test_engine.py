@@ -217,6 +217,17 @@ def test_draws_have_the_probabilities_of_the_settings():
     assert counts[4] / 4000 == pytest.approx(expected[4], abs=0.03)
 
 
+def test_a_model_larger_than_the_gpu_is_named(tiny_model, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    with pytest.raises(
+        EvaluationError, match=r"needs 0.0 GiB in float32, more than the GPU has left"
+    ):
+        load_model(tiny_model, torch.float32)
+
+
 def test_a_question_longer_than_the_context_is_named(engine, write_questions):
     file = write_questions([{"question": "plus " * 3000, "answer": 1}])
     with pytest.raises(
