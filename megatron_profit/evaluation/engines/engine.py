@@ -96,16 +96,27 @@ def resolved(options: EngineOptions) -> EngineOptions:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    vllm = on_gpu and importlib.util.find_spec("vllm") is not None
-    # A CPU that does not compute in bfloat16 is several times slower with it.
-    native = on_gpu or torch.cpu._is_avx512_bf16_supported()
-    name = "vllm" if vllm else "transformers"
-    dtype = "bfloat16" if native else "float32"
-    return replace(
-        options,
-        name=name if options.name == "auto" else options.name,
-        dtype=dtype if options.dtype == "auto" else options.dtype,
-    )
+    name = options.name
+    if name == "auto":
+        has_vllm = on_gpu and importlib.util.find_spec("vllm") is not None
+        name = "vllm" if has_vllm else "transformers"
+    dtype = options.dtype
+    if dtype == "auto":
+        native = (on_gpu and name == "vllm") or _computes_in_bfloat16(on_gpu)
+        dtype = "bfloat16" if native else "float32"
+    return replace(options, name=name, dtype=dtype)
+
+
+def _computes_in_bfloat16(on_gpu: bool) -> bool:
+    """Return whether the device does; another one is several times slower with it.
+
+    A GPU is not asked for vLLM, which has to be the first to use it.
+    """
+    import torch
+
+    if on_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def description(options: EngineOptions) -> str:

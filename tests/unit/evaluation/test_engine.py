@@ -254,6 +254,13 @@ def test_a_template_that_fails_and_logits_that_are_nan_are_named(engine, sums):
         weight.copy_(before)
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_without_bfloat16_gets_float32(monkeypatch, native, dtype):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
+    assert resolved(EngineOptions(name="transformers")).dtype == dtype
+
+
 def test_automatic_options_are_decided_and_named():
     options = resolved(EngineOptions())
     assert options.name == "transformers" or torch.cuda.is_available()
