@@ -173,7 +173,9 @@ def find_words(text: str) -> str | None:
     boxed = last_boxed(part)
     last_line = part.strip().rpartition("\n")[2][: _LONGEST_STATEMENT + 1]
     places = [boxed] if boxed else [*_statements(part), last_line]
-    starts = [re.split(r"[.,;:]|\)(?!\s*\})|\s\(", place.strip())[0] for place in places]
+    starts = [
+        re.split(r"[.,;:]|\)(?!\s*\})|\s\(", place.strip()[:_LONGEST_ANSWER])[0] for place in places
+    ]
     return next(filter(_words_of, map(_without_marks, starts)), boxed)
 
 

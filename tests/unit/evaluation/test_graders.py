@@ -247,6 +247,7 @@ def test_braces_without_a_partner_end_no_box():
     "text",
     [
         r"\boxed{" * 20_000,
+        r"\boxed{a" + "*" * 50_000 + "b}",
         "answer is " * 10_000,
         "answer " + "* " * 50_000,
         "#" * 100_000,
