@@ -34,7 +34,7 @@ class Answer:
     """An answer.
 
     Attributes:
-        text: Without special tokens, and with the "<think>" that the prompt may end in.
+        text: Without special tokens. One that was cut has the "<think>" that its prompt may end in.
         tokens: Number of its tokens, with the one that ends it.
         stopped: Whether it ended by itself, and not at the length limit.
     """

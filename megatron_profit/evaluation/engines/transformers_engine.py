@@ -44,10 +44,10 @@ def template_ids(template: ChatTemplate, messages: Sequence[Mapping[str, str]]) 
     return list(encoding.ids)
 
 
-def begin_of_answers(template: ChatTemplate) -> str:
+def begin_of_cut_answers(template: ChatTemplate) -> str:
     """Return "<think>" where the prompt already opens the thoughts, as Qwen3-Thinking's does, else "".
 
-    Written before an answer, it tells thoughts that were cut from an answer without thoughts.
+    Written before an answer that was cut, it tells its unfinished thoughts from an answer.
     """
     prompt = template_text(template, [{"role": "user", "content": "?"}])
     return THINK if prompt.rstrip().endswith(THINK) else ""
@@ -76,7 +76,7 @@ class TransformersEngine:
     def __init__(self, model: str, options: EngineOptions) -> None:
         self.template = load_chat_template(Path(model), options.day)
         self.tokenizer = self.template.tokenizer
-        self.begin = begin_of_answers(self.template)
+        self.begin = begin_of_cut_answers(self.template)
         self.model = load_model(Path(model), DTYPES[options.dtype])
         self.batch = options.batch
         self.stop_ids = self._stop_ids()
@@ -125,4 +125,4 @@ class TransformersEngine:
     def _answer(self, row: Row) -> Answer:
         ids = row.ids[:-1] if row.stopped else row.ids
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Answer(self.begin + text, len(row.ids), row.stopped)
+        return Answer(text if row.stopped else self.begin + text, len(row.ids), row.stopped)

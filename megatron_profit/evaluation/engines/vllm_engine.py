@@ -12,7 +12,7 @@ from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
 from megatron_profit.evaluation.engines.engine import Answer, EngineOptions, Request
 from megatron_profit.evaluation.engines.model_folder import ADAPTER, base_of, load_chat_template
 from megatron_profit.evaluation.engines.transformers_engine import (
-    begin_of_answers,
+    begin_of_cut_answers,
     template_ids,
     turn_end,
 )
@@ -41,7 +41,7 @@ class VllmEngine:
         folder = Path(model)
         base = base_of(folder)
         self.template = load_chat_template(folder, options.day)
-        self.begin = begin_of_answers(self.template)
+        self.begin = begin_of_cut_answers(self.template)
         self.adapter: Any = None
         settings: dict[str, Any] = {"model": str(base), "dtype": options.dtype}
         if base != folder:
@@ -93,7 +93,8 @@ class VllmEngine:
                 ) from error
             for request, output in zip(part, outputs, strict=True):
                 best = output.outputs[0]
-                text, stopped = self.begin + best.text, best.finish_reason != "length"
+                stopped = best.finish_reason != "length"
+                text = best.text if stopped else self.begin + best.text
                 yield request, Answer(text, len(best.token_ids), stopped)
 
 

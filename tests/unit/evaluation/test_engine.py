@@ -90,17 +90,20 @@ def test_a_template_that_asks_for_today_gets_the_day_of_the_options(dated_model,
     assert plain.template.day is None
 
 
-def test_thoughts_that_the_prompt_opens_are_told_from_an_answer(engine, tiny_model, sums, tmp_path):
+def test_cut_thoughts_that_the_prompt_opens_are_told_from_an_answer(
+    engine, tiny_model, sums, tmp_path
+):
     folder = shutil.copytree(tiny_model, tmp_path / "thinks")
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
     requests = requests_of(task_of_file(sums, {}))
     thinks = TransformersEngine(str(folder), OPTIONS)
-    found = answers_of(thinks, requests, GREEDY, 8)
-    assert all(answer.text.startswith("<think>") for answer in found.values())
-    assert not any(
-        a.text.startswith("<think>") for a in answers_of(engine, requests, GREEDY, 8).values()
-    )
+    found = answers_of(thinks, requests, GREEDY, 8).values()
+    assert all(answer.text.startswith("<think>") != answer.stopped for answer in found)
+    thinks.stop_ids = frozenset(range(thinks.model.config.vocab_size))
+    assert {answer.text for answer in answers_of(thinks, requests, GREEDY, 8).values()} == {""}
+    plain = answers_of(engine, requests, GREEDY, 8).values()
+    assert not any(answer.text.startswith("<think>") for answer in plain)
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(tiny_model, sums, tmp_path):
