@@ -155,6 +155,15 @@ def test_sentences_are_counted_without_a_network():
     assert count_sentences("One sentence") == 1
 
 
+def test_a_model_that_repeats_brackets_writes_no_json(tmp_path):
+    names = ["detectable_format:json_format"]
+    record = {"key": 1, "prompt": "JSON.", "instruction_id_list": names, "kwargs": [{}]}
+    write(tmp_path, "ifeval", record)
+    (question,) = (task := load_task("ifeval", [tmp_path])).questions
+    assert task.grade(question, '{"a": [1]}')["right"]
+    assert not task.grade(question, '{"a":' * 3000)["right"]
+
+
 def test_instructions_that_count_sentences_and_capitals_are_judged(tmp_path):
     instructions = [
         ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 3}),
