@@ -8,6 +8,7 @@ temporary folder. Only instructions that count sentences or words in capitals de
 from __future__ import annotations
 
 import atexit
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -55,6 +56,8 @@ def _rules() -> Callable[[Mapping[str, Any], list[str]], dict[str, Any]]:
     from lm_eval.tasks.ifeval.instructions import JsonFormat
     from lm_eval.tasks.ifeval.utils import process_results
 
+    # It logs whole answers whose language it cannot tell, with the control characters in them.
+    logging.getLogger("lm_eval.tasks.ifeval").setLevel(logging.CRITICAL)
     check = JsonFormat.check_following
 
     def is_json(rule: JsonFormat, answer: str) -> bool:

@@ -164,6 +164,19 @@ def test_a_model_that_repeats_brackets_writes_no_json(tmp_path):
     assert not task.grade(question, '{"a":' * 3000)["right"]
 
 
+def test_an_answer_in_no_language_is_not_logged(tmp_path, caplog):
+    record = {
+        "key": 1,
+        "prompt": "In Hindi.",
+        "instruction_id_list": ["language:response_language"],
+        "kwargs": [{"language": "hi"}],
+    }
+    write(tmp_path, "ifeval", record)
+    (question,) = (task := load_task("ifeval", [tmp_path])).questions
+    task.grade(question, "123 \x1b 456")
+    assert caplog.text == ""
+
+
 def test_instructions_that_count_sentences_and_capitals_are_judged(tmp_path):
     instructions = [
         ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 3}),
