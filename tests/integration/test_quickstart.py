@@ -31,7 +31,7 @@ def start(out: Path, **steps: int) -> subprocess.CompletedProcess:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=1800,
     )
 
 
