@@ -514,7 +514,16 @@ def test_what_was_finished_before_a_failure_is_published_and_stays(
     assert "finished" not in (tmp_path / "out/results.md").read_text()
 
 
+@pytest.fixture
+def heeded(number):
+    """Let a signal act also where the tests were started under nohup, which ignores SIGHUP."""
+    before = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+@pytest.mark.usefixtures("heeded")
 def test_a_stop_ends_the_command_first_and_its_time_is_counted(tmp_path, number):
     code = (  # sleeps are short: a signal that comes just before a pause() would never end it
         "import signal, time; signal.signal(15, lambda *_: exit(0)); print(1, flush=True)\n"
