@@ -35,7 +35,7 @@ def die():
     os._exit(9)
 
 
-@pytest.fixture(params=["fork", "spawn"])
+@pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def children(request, tmp_path):
     return proof.Children("cpu", no_imports, tmp_path / "logs", request.param)
 

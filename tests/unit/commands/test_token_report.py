@@ -90,6 +90,7 @@ def test_a_range_may_reach_beyond_the_last_record(folders, tmp_path):
     assert "chats.jsonl, line 3" in out.read_text()
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_seen_enough_is_no_error(folders, tmp_path):
     out = tmp_path / "r.html"
     tool = [

@@ -104,6 +104,7 @@ def test_any_chunk_grid(tmp_path, name, grid):
     assert_same_tensors(hf, tmp_path / "back")
 
 
+@pytest.mark.slow  # tests/distributed computes the logits of each family at one layout
 def test_megatron_core_computes_the_logits_of_huggingface(tmp_path):
     """All families in one process: Megatron's own layers, loaded with its default strictness."""
     jobs = {}

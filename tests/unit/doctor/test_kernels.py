@@ -50,11 +50,17 @@ def engine(tmp_path, monkeypatch):
     ("choice", "verdict", "text"),
     [
         ("pass", "ok", "a kernel keeps the records of a row apart"),
-        ("_attention_backends['use_unfused_attention'] = True", "WARNING", "which is slow"),
-        (
+        pytest.param(
+            "_attention_backends['use_unfused_attention'] = True",
+            "WARNING",
+            "which is slow",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "raise RuntimeError('no cuDNN')",
             "WARNING",
             "of two records fails: RuntimeError: no cuDNN",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -261,7 +261,10 @@ def test_a_model_that_repeats_itself_is_graded(text):
     assert not grade_expression(text, "Paris").right
 
 
-@pytest.mark.parametrize("text", [r"\boxed{9^{9^{9^9}}}", r"\boxed{100000000!}"])
+@pytest.mark.parametrize(
+    "text",
+    [r"\boxed{9^{9^{9^9}}}", pytest.param(r"\boxed{100000000!}", marks=pytest.mark.slow)],
+)
 def test_a_tower_of_powers_is_a_wrong_answer(text):
     assert not grade_expression(text, "9").right
     assert grade_expression(text, last_boxed(text)).right

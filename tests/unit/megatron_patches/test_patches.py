@@ -68,6 +68,7 @@ def test_the_cpu_backend_refuses_to_come_too_late():
     assert "imported before" in result.stderr
 
 
+@pytest.mark.slow
 def test_on_a_gpu_no_cpu_patch_is_active():
     result = run_python(
         "import torch\n"
@@ -96,6 +97,7 @@ process = results._manager._process.pid
 """
 
 
+@pytest.mark.slow
 def test_the_queue_of_a_save_ends_with_a_killed_rank_and_not_by_a_signal_that_asks_for_the_save():
     """torchrun sends a signal to all processes of a rank. Only an asynchronous save has a process."""
     result = run_python(
