@@ -106,6 +106,7 @@ def test_a_checkpoint_that_would_run_something_is_refused(
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_logits_of_a_checkpoint_that_would_run_something_are_not_computed(
     tiny, pretrained, tmp_path
 ):

@@ -129,6 +129,7 @@ def test_a_killed_run_goes_on_exactly(chain):
     assert_exact(lives, expected, whole, 16)
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_states_in_bf16_goes_on_exactly_and_is_exported_as_published(
     chain, states, tmp_path
 ):

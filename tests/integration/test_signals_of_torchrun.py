@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from killable_runs import steps
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / "examples" / "data"
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_also_after_the_first_checkpoint(tiny, tmp_path):
     log, save = tmp_path / "log", tmp_path / "run"
     command = [

@@ -29,6 +29,7 @@ def verify(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_conversion_computes_the_same(qwen2):
     release = qwen2.megatron / "release"
     result = verify("--hf", qwen2.hf, "--megatron", release, "--logits", "--tolerance", 1e-4)
