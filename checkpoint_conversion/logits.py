@@ -23,7 +23,7 @@ from checkpoint_conversion.adapters.saved import check_comparable
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
-from checkpoint_conversion.hf.transformers_model import load_language_model
+from checkpoint_conversion.in_transformers import load_language_model
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
 from checkpoint_conversion.torch_dist.writer import RELEASE, TRACKER
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_conversion.adapters.in_transformers import ALONE, LANGUAGE_MODEL
 from checkpoint_conversion.adapters.options import (
     A_END,
     ALL_LINEAR,
@@ -40,6 +39,7 @@ from checkpoint_conversion.hf.folder import (
 from checkpoint_conversion.hf.model import HFModel, check_tensors, expected_shapes
 from checkpoint_conversion.hf.plan import COMMAND
 from checkpoint_conversion.hf.writer import HFWriter, TensorSizes, TensorSpec
+from checkpoint_conversion.in_transformers import ALONE, LANGUAGE_MODEL
 
 if TYPE_CHECKING:
     from checkpoint_conversion.adapters.joined_experts import JoinedExperts

@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
-from checkpoint_conversion.hf.transformers_model import load_language_model
+from checkpoint_conversion.in_transformers import load_language_model, with_adapters
 from megatron_profit.doctor.findings import Finding, fault, note, ok
 from megatron_profit.launch.machine import this_machine
 from megatron_profit.launch.processes import ENVIRONMENT, launcher

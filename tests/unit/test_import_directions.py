@@ -26,6 +26,7 @@ _BELOW_DATA = ("checkpoint_conversion.errors", "checkpoint_conversion.engine")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "checkpoint_conversion.errors": (),
     "checkpoint_conversion.progress": (),
+    "checkpoint_conversion.in_transformers": ("checkpoint_conversion.errors",),
     "checkpoint_conversion.engine": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.progress"),
     ),
@@ -69,12 +70,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "checkpoint_conversion.adapters": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.families", "checkpoint_conversion.hf"),
-        "checkpoint_conversion.torch_dist",
+        *("checkpoint_conversion.torch_dist", "checkpoint_conversion.in_transformers"),
     ),
     "megatron_profit.evaluation": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
         *("checkpoint_conversion.hf", "megatron_profit.data", "megatron_profit.token_report"),
-        *("checkpoint_conversion.adapters", "megatron_profit.flags"),
+        *("checkpoint_conversion.in_transformers", "megatron_profit.flags"),
         *("megatron_profit.parent_death", "megatron_profit.yaml_names"),
     ),
     "checkpoint_conversion": (),

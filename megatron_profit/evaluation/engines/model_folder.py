@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from isal.isal_zlib import crc32
 
-from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.engine.regular_files import check_model_folder, open_regular
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
-from checkpoint_conversion.hf.transformers_model import load_language_model
+from checkpoint_conversion.in_transformers import load_language_model, with_adapters
 from megatron_profit.data.errors import DataError
 from megatron_profit.evaluation.errors import EvaluationError, require
 

@@ -17,7 +17,6 @@ from tiny_gated_delta_net import make_model as make_delta_net
 from tiny_gated_delta_net import pack_experts
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from checkpoint_conversion.adapters.in_transformers import with_adapters
 from checkpoint_conversion.adapters.merge import merged
 from checkpoint_conversion.adapters.options import (
     ALL_LINEAR,
@@ -41,6 +40,7 @@ from checkpoint_conversion.hf.folder import (
 from checkpoint_conversion.hf.model import expected_shapes, open_hf_model
 from checkpoint_conversion.hf.writer import HFWriter, TensorSpec, write_tensors
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.in_transformers import with_adapters
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENS = torch.arange(1, 25)[None]

@@ -8,8 +8,8 @@ from conversion_helpers import write_config
 from safetensors.torch import load_file, save_file
 
 from checkpoint_conversion.errors import ConversionError
-from checkpoint_conversion.hf.transformers_model import load_language_model
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.in_transformers import load_language_model
 from checkpoint_conversion.logits import compare_logits
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify

@@ -18,8 +18,8 @@ from checkpoint_conversion.families.layouts import grouped_gated_qkv, part_of
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.hf.output import plan_output
 from checkpoint_conversion.hf.stop_tokens import plan_stop_tokens
-from checkpoint_conversion.hf.transformers_model import load_language_model
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
+from checkpoint_conversion.in_transformers import load_language_model
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from checkpoint_conversion.verify import verify
 
