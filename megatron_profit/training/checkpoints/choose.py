@@ -8,7 +8,6 @@ a network file system as well. From then on Megatron reads the checkpoint that a
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,12 @@ from megatron_profit.training.checkpoints.save_folder import check_save_folder
 from megatron_profit.training.checkpoints.save_lock import hold
 from megatron_profit.training.checkpoints.shared_check import shared_check
 from megatron_profit.training.process.console import warn_rank_0
-from megatron_profit.training.process.ranks import is_first_rank, shared_store, world_size
-
-# Seconds that a network file system may take to show a machine the files of another one.
-_PATIENCE_SECONDS = 90
+from megatron_profit.training.process.ranks import (
+    is_first_rank,
+    is_seen_in_time,
+    shared_store,
+    world_size,
+)
 
 
 @dataclass(frozen=True)
@@ -220,13 +221,10 @@ def _publish(decided: str) -> None:
 
 def _wait_for(load: Path) -> str:
     decided = shared_store().get("checkpoint").decode()  # waits for the first rank
-    end = time.monotonic() + _PATIENCE_SECONDS
-    while read_tracker(load) != decided:
-        if time.monotonic() > end:
-            raise CheckpointError(
-                f"--load {load} holds checkpoint {read_tracker(load) or 'none'!r} here and "
-                f"{decided or 'none'!r} for the first rank; the folder must be on a file system that all "
-                "machines share"
-            )
-        time.sleep(0.2)
+    if not is_seen_in_time(lambda: read_tracker(load) == decided):
+        raise CheckpointError(
+            f"--load {load} holds checkpoint {read_tracker(load) or 'none'!r} here and "
+            f"{decided or 'none'!r} for the first rank; the folder must be on a file system that all "
+            "machines share"
+        )
     return decided

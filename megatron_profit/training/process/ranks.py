@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 # The other ranks wait in a collective, which must not take longer than its time limit.
 _LOOK_EVERY_SECONDS = 20
+# Time that a network file system may take to show a machine what another one has written.
+_PATIENCE_SECONDS = 90
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -66,6 +69,20 @@ def from_first_rank_in_time[T](function: Callable[[], T]) -> T:
         while from_first_rank(lambda: _goes_on(running)):
             pass
         return from_first_rank(lambda: _result_of(running))
+
+
+def is_seen_in_time(condition: Callable[[], bool]) -> bool:
+    """Return whether this machine sees within 90 seconds what another one has written.
+
+    Args:
+        condition: Looks at the file system.
+    """
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _goes_on(running: Future[Any] | None) -> bool:

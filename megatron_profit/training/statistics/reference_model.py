@@ -13,7 +13,6 @@ import errno
 import hashlib
 import math
 import shutil
-import time
 import uuid
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
@@ -39,7 +38,11 @@ from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.models.lora.transform import adapters_off, base_parameters
 from megatron_profit.training.checkpoints.hf_weights import load
 from megatron_profit.training.process.console import fail, print_rank_0
-from megatron_profit.training.process.ranks import from_first_rank, from_first_rank_in_time
+from megatron_profit.training.process.ranks import (
+    from_first_rank,
+    from_first_rank_in_time,
+    is_seen_in_time,
+)
 from megatron_profit.training.statistics.adapter_off import AdapterOffReference
 from megatron_profit.training.statistics.external_statistics import RunParts, StatisticProvider
 from megatron_profit.training.statistics.lookahead_pass import (
@@ -54,8 +57,6 @@ from megatron_profit.training.step.objective_loss import ObjectiveLoss
 # Micro-batches of each rank between two writes to the file.
 _MICRO_BATCHES = 64
 _VERSION = "2"
-# Seconds that a network file system may take to show a machine the files of another one.
-_PATIENCE_SECONDS = 90
 
 
 class ReferenceModel(StatisticProvider):
@@ -275,14 +276,11 @@ def _digest(about: list[str], examples: Examples) -> str:
 
 def _wait_for(place: Path) -> None:
     """Wait until this machine sees a file or folder that another one has made."""
-    end = time.monotonic() + _PATIENCE_SECONDS
-    while not place.exists():
-        if time.monotonic() > end:
-            fail(
-                f"a machine does not see {place}, which another one has made; --ref-cache must be on a file "
-                "system that all machines share"
-            )
-        time.sleep(0.2)
+    if not is_seen_in_time(place.exists):
+        fail(
+            f"a machine does not see {place}, which another one has made; --ref-cache must be on a file "
+            "system that all machines share"
+        )
 
 
 def _common(found: list[Path]) -> set[Path]:

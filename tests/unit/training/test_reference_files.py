@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_profit.data import Examples, SFTDataset
+from megatron_profit.training.process import ranks
 from megatron_profit.training.statistics import reference_model
 from megatron_profit.training.statistics.reference_model import ReferenceModel
 
@@ -89,7 +90,7 @@ def test_a_machine_waits_for_what_another_one_has_written(computed, monkeypatch,
     monkeypatch.setattr(reference_model, "_write", lambda *values: unseen.append(values))
     seconds = itertools.count(0, 60)
     clock = SimpleNamespace(monotonic=seconds.__next__, sleep=lambda _: write(*unseen.pop()))
-    monkeypatch.setattr(reference_model, "time", clock)
+    monkeypatch.setattr(ranks, "time", clock)
     assert computed(train=SFTDataset(examples(1, 2, 3), 4, 1)) == ["train"]
     clock.sleep = lambda _: None
     with pytest.raises(SystemExit):
