@@ -54,26 +54,25 @@ def card_files(
         return {}
     licence = licence_of(base)
     known = base_id or base_on_hub(facts, base)
-    files = {CARD: _card(facts, known, base, licence, is_adapter).encode()}
+    files: dict[str, bytes] = {}
+    use = _use(_WHOLE)
+    noted = facts.part("model").get("folder")
+    name = known.id if known else printable(noted or base.absolute().name)
     if is_adapter:
-        files |= licence.texts() | tokenizer_files(base)
-        if (generation := _generation(facts, base)) is not None:
-            files[GENERATION_CONFIG] = json_text(generation)
-    return files
-
-
-def _generation(facts: Facts, base: Path) -> Mapping[str, Any] | None:
-    """Return generation_config.json with the token that ends a turn; None where the base's own names it."""
-    token = facts.part("tokenizer").get("turn_end_id")
-    config = read_json_object(base / CONFIG)
-    return plan_stop_tokens(base, config, token if type(token) is int else None).generation
+        config, tokenizer = read_json_object(base / CONFIG), tokenizer_files(base)
+        files = licence.texts() | tokenizer
+        # The token that ends a turn, where the base's own file does not name it.
+        token = facts.part("tokenizer").get("turn_end_id")
+        stops = plan_stop_tokens(base, config, token if type(token) is int else None).generation
+        if stops is not None:
+            files[GENERATION_CONFIG] = json_text(stops)
+        use = _use_adapters(name, config, bool(tokenizer), stops is not None)
+    return {CARD: _card(facts, known, name, licence, is_adapter, use).encode(), **files}
 
 
 def _card(
-    facts: Facts, base: HubId | None, folder: Path, licence: Licence, is_adapter: bool
+    facts: Facts, base: HubId | None, name: str, licence: Licence, is_adapter: bool, use: str
 ) -> str:
-    noted = facts.part("model").get("folder")
-    name = base.id if base else printable(noted or folder.absolute().name)
     objective = printable(facts.part("objective").get("name", "sft"))
     trained = _code(name)
     if is_adapter:
@@ -88,7 +87,7 @@ def _card(
         f"{trained} on chats with the objective {_code(objective)} of {_PROGRAM}, on Megatron-Core. The "
         "program that trained it wrote this card.",
         "## Use",
-        _use_adapters(facts, name, folder) if is_adapter else _use(_WHOLE),
+        use,
         "## Training",
         _table(("", ""), _training(facts, base, name)),
         "## Data",
@@ -152,18 +151,15 @@ def _licence_metadata(licence: Licence) -> dict[str, str]:
     return found
 
 
-def _class_of(folder: Path) -> str:
-    """Return the class of transformers whose modules have the names of an adapter for this model."""
-    has_vision = "text_config" in read_json_object(folder / CONFIG)
-    return "AutoModelForImageTextToText" if has_vision else _TEXT_CLASS
-
-
-def _use_adapters(facts: Facts, base: str, folder: Path) -> str:
+def _use_adapters(
+    base: str, config: Mapping[str, Any], has_tokenizer: bool, has_stops: bool
+) -> str:
     """Return lines of Python that load adapters on their base, and stop where their training ended a turn."""
-    kind, stops = _class_of(folder), []
-    classes = f"{kind}, AutoTokenizer"
-    tokenizer = "FOLDER" if tokenizer_files(folder) else base
-    if _generation(facts, folder) is not None:
+    # The class whose modules have the names of the adapters.
+    kind = "AutoModelForImageTextToText" if "text_config" in config else _TEXT_CLASS
+    classes, stops = f"{kind}, AutoTokenizer", []
+    tokenizer = "FOLDER" if has_tokenizer else base
+    if has_stops:
         classes += ", GenerationConfig"
         stops = ['base.generation_config = GenerationConfig.from_pretrained("FOLDER")']
     return _use(
