@@ -104,8 +104,8 @@ def front_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="Print the command and its layout; start nothing, and write nothing but the caches of the data "
-        "and of the hub, without weights.",
+        help="Print the command and its layout, and start no training. Only the caches of the data and of "
+        "the hub are written, without weights.",
     )
     group.add_argument(
         "--verbose",
