@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -68,7 +68,9 @@ def carry_out(
     show: Callable[[str], None],
     publish: Publish,
 ) -> list[Outcome]:
-    """Carry out all stages, each with the base first, `plan.jobs` runs at a time; finished parts are read.
+    """Carry out all stages, `plan.jobs` runs at a time; finished parts are read.
+
+    The base is evaluated beside the first runs of a stage, as one more job, and published before them.
 
     Args:
         plan: The comparison.
@@ -83,6 +85,17 @@ def carry_out(
     stages = plan.schedule()
     total, done, start = sum(map(len, stages)), 0, time.monotonic()
     found: dict[tuple[str, Run | None], Outcome] = {}
+    failed = threading.Event()
+
+    def unless_failed[**P, R](job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do a job; when it fails, the jobs that have not begun end at once, so that the error is shown."""
+        if failed.is_set():
+            raise EvaluationError("an earlier part failed")
+        try:
+            return job(*args, **kwargs)
+        except BaseException:
+            failed.set()
+            raise
 
     def add(outcome: Outcome) -> None:
         key = (outcome.data, outcome.run)
@@ -91,9 +104,14 @@ def carry_out(
 
     with stoppable(), ThreadPoolExecutor(plan.jobs) as pool:
         for units in stages:
-            for data, names in evaluations_of(units).items():
-                add(_of_base(plan, data, names, out))
-            for outcome in pool.map(partial(_of_unit, plan, out, read_curves), units):
+            of_base = pool.submit(unless_failed, _of_base, plan, out, evaluations_of(units))
+            of_units = [
+                pool.submit(unless_failed, _of_unit, plan, out, read_curves, unit) for unit in units
+            ]
+            for outcome in of_base.result():
+                add(outcome)
+            for future in of_units:
+                outcome = future.result()
                 done += 1
                 add(outcome)
                 show(_line(outcome, done, total, (time.monotonic() - start) / 60))
@@ -119,12 +137,18 @@ def _line(outcome: Outcome, done: int, total: int, minutes: float) -> str:
     )
 
 
-def _of_base(plan: Plan, data: str, evaluations: Sequence[str], out: Path) -> Outcome:
-    outcome = Outcome(None, data, {}, {})
-    for name in evaluations:
-        folder = out / "runs" / folder_name("base", name or "evaluation", _digest(plan, data, name))
-        outcome = outcome.with_more(_evaluated(plan, None, data, name, plan.base, folder))
-    return outcome
+def _of_base(plan: Plan, out: Path, evaluations: Mapping[str, Sequence[str]]) -> list[Outcome]:
+    """Return the base's outcome for each data set; one after another, since data sets share answers."""
+    outcomes = []
+    for data, names in evaluations.items():
+        outcome = Outcome(None, data, {}, {})
+        for name in names:
+            label = folder_name("base", name or "evaluation", _digest(plan, data, name))
+            outcome = outcome.with_more(
+                _evaluated(plan, None, data, name, plan.base, out / "runs" / label)
+            )
+        outcomes.append(outcome)
+    return outcomes
 
 
 def _digest(plan: Plan, data: str, evaluation: str, model: Path | None = None) -> str:

@@ -514,6 +514,39 @@ def test_what_was_finished_before_a_failure_is_published_and_stays(
     assert "finished" not in (tmp_path / "out/results.md").read_text()
 
 
+def test_the_base_is_evaluated_beside_the_first_runs(plan, commands, tmp_path, monkeypatch):
+    """On two devices, the second one does not wait for the base."""
+    execute, both = comparison.execute, threading.Barrier(2, timeout=60)
+
+    def waiting(command, log, threads):
+        if "evaluate" not in command or "hf" not in command[4]:
+            both.wait()
+        execute(command, log, threads)
+
+    monkeypatch.setattr(comparison, "execute", waiting)
+    file = plan(learning_rates=None, lora_ranks=None, seeds=[1], jobs=2, objectives={"sft": ""})
+    assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert [result["run"] is None for result in results] == [True, False]
+
+
+@pytest.mark.parametrize("what", ["the base", "the first run"])
+def test_nothing_begins_after_a_failure(plan, commands, tmp_path, monkeypatch, capsys, what):
+    """A training that takes an hour would keep the error from being seen."""
+    execute = comparison.execute
+
+    def failing(command, log, threads):
+        execute(command, log, threads)
+        if ("evaluate" in command) == (what == "the base"):
+            raise EvaluationError("the disk is full")
+
+    monkeypatch.setattr(comparison, "execute", failing)
+    file = plan(learning_rates=None, lora_ranks=None)
+    assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert len(commands) == (1 if what == "the base" else 2)
+
+
 @pytest.fixture
 def heeded(number):
     """Let a signal act also where the tests were started under nohup, which ignores SIGHUP."""
