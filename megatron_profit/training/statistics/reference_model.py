@@ -218,8 +218,8 @@ def _parts(rows: int, unit: int, length: int) -> Iterator[tuple[int, int]]:
 
 def _places(batch: Batch, examples: Examples) -> Tensor:
     """Return [B, S] int64, the place of each token's target among the ids of the examples."""
-    offsets = torch.from_numpy(examples.offsets).to(batch.labels.device)
-    return offsets[batch.example_index.clamp(min=0)] + batch.position_ids + 1
+    offsets = examples.offsets[batch.example_index.clamp(min=0).cpu().numpy()]
+    return torch.from_numpy(offsets).to(batch.labels.device) + batch.position_ids + 1
 
 
 def _all_rows(dataset: SFTDataset, args: Namespace) -> SFTDataset:
