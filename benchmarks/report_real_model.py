@@ -4,7 +4,8 @@ r"""Write the tables and figures of docs/real_model.md, and README's table, from
     python benchmarks/report_real_model.py --results runs/real_model/results.json --core runs/core_tokens.json
 
 The first command reads the newest files in benchmarks/results; the second one puts today's copies of these
-two files there before. benchmarks/real_model.yaml has the commands that make them.
+two files there before. benchmarks/real_model.yaml has the commands that make them. `--results` takes several
+files whose plans are parts of the same study, made one after the other or on several machines.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import core_tokens
 
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.commands.plot_run import COLOURS, STYLES
-from megatron_profit.evaluation.comparison.runs import Outcome, outcome_of
+from megatron_profit.evaluation.comparison.plan import Run
+from megatron_profit.evaluation.comparison.runs import Outcome, outcome_of, results_text
 from megatron_profit.evaluation.comparison.tables import (
     METRICS,
     differences_table,
@@ -60,6 +62,26 @@ def read_study(file: Path) -> tuple[dict[str, Any], list[Outcome]]:
     """Return the content of a results file of `megatron-profit compare`, and its outcomes."""
     content = json.loads(file.read_text(encoding="utf-8"))
     return content, [outcome_of(values) for values in content["results"]]
+
+
+def joined(files: Sequence[Path]) -> str:
+    """Return the text of several results files as one; its plan is the first file's, which has all runs.
+
+    Raises:
+        ValueError: The same model has other answers in another file, so that differences would not be paired.
+    """
+    contents = [read_study(file) for file in files]
+    first, _ = contents[0]
+    found: dict[tuple[str, Run | None], Outcome] = {}
+    for outcome in (o for _, outcomes in contents for o in outcomes):
+        before = found.setdefault((outcome.data, outcome.run), outcome)
+        for task in before.right.keys() & outcome.right.keys():
+            if before.right[task] != outcome.right[task]:
+                model = outcome.setting or "the base"
+                raise ValueError(f"{model} has other answers to {task} in another of the files")
+        found[outcome.data, outcome.run] = outcome.with_more(before)
+    finished = sum(content["finished"] for content, _ in contents)
+    return results_text(list(found.values()), first["plan"], finished, first["runs"])
 
 
 def blocks(
@@ -230,14 +252,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, help="results.json of the study")
+    parser.add_argument("--results", type=Path, nargs="+", help="results.json of the study")
     parser.add_argument("--core", type=Path, help="results of tools/core_tokens.py")
     arguments = parser.parse_args(argv)
     today = datetime.date.today().isoformat()
-    for name, file in ((STUDY, arguments.results), (CORE, arguments.core)):
-        if file is not None:
-            with whole_file(RESULTS / f"{today}-{name}.json") as stream:
-                stream.write(file.read_bytes())
+    new = {}
+    if arguments.results:
+        new[STUDY] = joined(arguments.results).encode()
+    if arguments.core:
+        new[CORE] = arguments.core.read_bytes()
+    for name, copy in new.items():
+        with whole_file(RESULTS / f"{today}-{name}.json") as stream:
+            stream.write(copy)
     study, outcomes = read_study(newest(STUDY))
     core = json.loads(newest(CORE).read_text(encoding="utf-8"))
     parts = {PAGE: blocks(study, outcomes, core), README: readme_blocks(outcomes)}

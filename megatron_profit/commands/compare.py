@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,17 +133,13 @@ def write_results(
         plan: Text of the plan.
         finished, runs: How many parts there are and will be: runs with their evaluations in one stage.
     """
-    from dataclasses import asdict
-
+    from megatron_profit.evaluation.comparison.runs import results_text
     from megatron_profit.evaluation.comparison.tables import draw_comparison, report
 
     out.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({"plan": plan, "finished": finished, "runs": runs})
-    # A line for each result.
-    lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
     partly = "" if finished == runs else f"{finished} of {runs} parts are finished.\n\n"
     contents = {
-        "results.json": f'{head[:-1]}, "results": [\n{lines}\n]}}\n',
+        "results.json": results_text(outcomes, plan, finished, runs),
         "results.md": partly + report(outcomes),
     }
     for name, content in contents.items():

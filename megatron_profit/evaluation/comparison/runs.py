@@ -280,6 +280,14 @@ def read_outcome(file: Path) -> Outcome:
         ) from error
 
 
+def results_text(outcomes: Sequence[Outcome], plan: str, finished: int, runs: int) -> str:
+    """Return the text of results.json: plan, number of finished parts and of all, outcomes."""
+    head = json.dumps({"plan": plan, "finished": finished, "runs": runs})
+    # A line for each result.
+    lines = ",\n".join(json.dumps(asdict(outcome)) for outcome in outcomes)
+    return f'{head[:-1]}, "results": [\n{lines}\n]}}\n'
+
+
 def outcome_of(values: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a JSON object, as results.json holds them.
 

@@ -23,7 +23,7 @@ from megatron_profit.commands.evaluate import build_parser
 from megatron_profit.estimates.published import published_config
 from megatron_profit.evaluation.command_line import sampling_of
 from megatron_profit.evaluation.comparison.plan import Run, read_plan
-from megatron_profit.evaluation.comparison.runs import Outcome
+from megatron_profit.evaluation.comparison.runs import Outcome, results_text
 from megatron_profit.training.arguments.derive import derive
 
 
@@ -72,6 +72,18 @@ def outcomes():
         ),
         outcome("dft", 0.0, [0.0, 0.0], curves=curves, metrics=metrics),
     ]
+
+
+def test_results_of_several_places_are_joined_if_their_base_answers_alike(outcomes, tmp_path):
+    base, sft, dft = outcomes
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text(results_text([base, sft], "all", 1, 5))
+    files[1].write_text(results_text([base, dft], "a part", 1, 1))
+    text = report.joined(files)
+    assert text == results_text([base, sft, dft], "all", 2, 5)
+    files[1].write_text(results_text([outcome(None, 0.5, [0.0, 1.0]), dft], "a part", 1, 1))
+    with pytest.raises(ValueError, match="the base has other answers to MAWPS"):
+        report.joined(files)
 
 
 def test_blocks_hold_scores_differences_trainings_and_times(outcomes):
