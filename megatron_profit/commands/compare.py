@@ -27,8 +27,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,10 +93,28 @@ def compare(plan_file: Path, out: Path, *, dry_run: bool = False) -> int:
     def publish(outcomes: Sequence[Outcome], done: int, total: int) -> None:
         write_results(out, outcomes, plan.text, done, total)
 
+    gpus = _visible_gpus() if plan.jobs > 1 else []
     with _held(out):
-        outcomes = carry_out(plan, out, read_run, lambda line: print(line, flush=True), publish)
+        outcomes = carry_out(plan, out, read_run, partial(print, flush=True), publish, gpus)
     print(f"\n{report(outcomes)}\nwrote {out}")
     return 0
+
+
+def _visible_gpus() -> list[str]:
+    """Return the names of the visible GPUs, as CUDA_VISIBLE_DEVICES has them.
+
+    Raises:
+        EvaluationError: There is a driver, but torch cannot ask it.
+    """
+    from megatron_profit.launch.machine import this_machine
+    from megatron_profit.recipe.errors import LaunchError
+
+    try:
+        number = len(this_machine().gpus)
+    except LaunchError as error:
+        raise EvaluationError(str(error)) from error
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(gpu) for gpu in range(number)])[:number]
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ _CALCULATION = re.compile(r"\A(?:(?:[\s\d.,$()\[\]{}^+\-*/÷x%]|\\(?:[a-z]++|[,;
 _LETTER = re.compile(r"(?<![A-Za-z°])\(?\**([A-D])\**\)?(?![A-Za-z\d_])")
 # What may stand before it in a box.
 _BEFORE_LETTER = re.compile(
-    r"\A(?:[^A-Za-z\d\\]|\\(?:text|math)[a-z]*|option|choice|answer|is)*", re.IGNORECASE
+    r"\A(?:[^A-Za-z\d\\]|\\(?:text|math|bf)[a-z]*|option|choice|answer|is)*", re.IGNORECASE
 )
 # Characters that mean the same as others.
 _PLAIN = str.maketrans(
@@ -64,10 +64,12 @@ _PLAIN = str.maketrans(
 # An answer that is words, or the letter of a choice, and no formula.
 _WORDS = re.compile(
     r"\\(?:text|textbf|mathrm)\s*\{\s*\(?([^\W\d_](?:[^\W\d_]|\s)*)\)?\s*\}"
-    r"|\(?([^\W\d_])\)?|([^\W\d_]{3}(?:[^\W\d_]|\s)*)"
+    r"|\(?([^\W\d_])\)?|((?:[Nn][Oo](?![^\W\d_])|[^\W\d_]{3})(?:[^\W\d_]|\s)*)"
 )
 # Of a text that is more than a formula: a word, or where a formula begins or ends.
 _NO_FORMULA = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}|\$|\\[()\[\]]")
+# A number and words after it, as "9 in^2" or "7, so": math-verify finds the number. In "4 or 5" it does not.
+_NUMBER_IN_TEXT = re.compile(rf"{_NUMBER.pattern}\.?,?\s\(?(?!or\s\S*\d)[A-Za-z]{{2}}")
 _LONGEST_ANSWER = 1000
 # Computing time of one comparison.
 _MOST_SECONDS = 5.0
@@ -161,7 +163,8 @@ def find_expression(text: str) -> str | None:
     if boxed := last_boxed(part):
         return boxed
     for stated in map(_without_marks, _statements(part)):
-        if stated and not _NO_FORMULA.search(stated) and stated.count("(") == stated.count(")"):
+        is_formula = not (_NO_FORMULA.search(stated) or _NUMBER_IN_TEXT.match(stated))
+        if stated and is_formula and stated.count("(") == stated.count(")"):
             return stated
     found = _parsed(part)
     return str(found[-1]) if found else None
@@ -176,7 +179,8 @@ def find_words(text: str) -> str | None:
     starts = [
         re.split(r"[.,;:]|\)(?!\s*\})|\s\(", place.strip()[:_LONGEST_ANSWER])[0] for place in places
     ]
-    return next(filter(_words_of, map(_without_marks, starts)), boxed)
+    found = (_without_marks(start).removeprefix("(") for start in starts)
+    return next(filter(_words_of, found), boxed)
 
 
 def _without_marks(text: str) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import Queue
 from types import FrameType
 
 from megatron_profit.evaluation.errors import EvaluationError
@@ -37,6 +38,24 @@ class _Children:
 
 
 _children = _Children()
+
+
+class _Worker(threading.local):
+    """Of one thread that runs commands: the GPUs that they see; None for all."""
+
+    gpus: str | None = None
+
+
+_worker = _Worker()
+
+
+def take_gpus(shares: Queue[str | None]) -> None:
+    """Take a share of the GPUs for the commands of this thread, as the initializer of a pool.
+
+    Args:
+        shares: A value of CUDA_VISIBLE_DEVICES for each thread; None hides no GPU.
+    """
+    _worker.gpus = shares.get_nowait()
 
 
 @contextlib.contextmanager
@@ -76,6 +95,8 @@ def execute(command: Sequence[str], log: Path, threads: int) -> None:
         raise EvaluationError(_STOPPED)
     begun = time.monotonic()
     env = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    if _worker.gpus is not None:
+        env["CUDA_VISIBLE_DEVICES"] = _worker.gpus
     with log.open("w", encoding="utf-8") as file:
         # A session of its own: a terminal's Ctrl-C comes to this process alone, which ends the command.
         process = subprocess.Popen(

@@ -10,11 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import Queue
 from typing import Any
 from zlib import crc32
 
 from checkpoint_conversion.engine.output import remove_folder, whole_file
-from megatron_profit.evaluation.comparison.commands import execute, seconds_of, stoppable
+from megatron_profit.evaluation.comparison.commands import (
+    execute,
+    seconds_of,
+    stoppable,
+    take_gpus,
+)
 from megatron_profit.evaluation.comparison.plan import TRAINED, Plan, Run, Unit, folder_name
 from megatron_profit.evaluation.errors import EvaluationError
 
@@ -67,6 +73,7 @@ def carry_out(
     read_curves: ReadCurves,
     show: Callable[[str], None],
     publish: Publish,
+    gpus: Sequence[str] = (),
 ) -> list[Outcome]:
     """Carry out all stages, `plan.jobs` runs at a time; finished parts are read.
 
@@ -78,9 +85,10 @@ def carry_out(
         read_curves: Returns the curves of a metrics file.
         show: Receives a line for each finished part: a run with its evaluations in one stage.
         publish: Receives the outcomes so far, the number of finished parts and of all, after each of them.
+        gpus: The visible GPUs, as CUDA_VISIBLE_DEVICES names them. Several jobs get some each.
 
     Raises:
-        EvaluationError: A command failed or was stopped, or a kept result is damaged.
+        EvaluationError: There are too few GPUs, a command failed or was stopped, or a kept result is damaged.
     """
     stages = plan.schedule()
     total, done, start = sum(map(len, stages)), 0, time.monotonic()
@@ -102,7 +110,8 @@ def carry_out(
         found[key] = found[key].with_more(outcome) if key in found else outcome
         publish(list(found.values()), done, total)
 
-    with stoppable(), ThreadPoolExecutor(plan.jobs) as pool:
+    shares = shares_of_gpus(plan, gpus)
+    with stoppable(), ThreadPoolExecutor(plan.jobs, "", take_gpus, (shares,)) as pool:
         for units in stages:
             of_base = pool.submit(unless_failed, _of_base, plan, out, evaluations_of(units))
             of_units = [
@@ -116,6 +125,25 @@ def carry_out(
                 add(outcome)
                 show(_line(outcome, done, total, (time.monotonic() - start) / 60))
     return list(found.values())
+
+
+def shares_of_gpus(plan: Plan, gpus: Sequence[str]) -> Queue[str | None]:
+    """Return a value of CUDA_VISIBLE_DEVICES for each job; None where it sees all, or there is no GPU.
+
+    Raises:
+        EvaluationError: The trainings at a time have more processes than there are GPUs.
+    """
+    shares: Queue[str | None] = Queue()
+    each, needed = plan.processes, plan.jobs * plan.processes
+    if plan.jobs > 1 and 0 < len(gpus) < needed:
+        raise EvaluationError(
+            f"{plan.jobs} jobs of {each} processes need {needed} GPUs, and {len(gpus)} are visible; lower "
+            "jobs or processes, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    for first in range(0, needed, each):
+        shared = plan.jobs > 1 and gpus
+        shares.put(",".join(gpus[first : first + each]) if shared else None)
+    return shares
 
 
 def evaluations_of(units: Sequence[Unit]) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -528,6 +529,30 @@ def test_the_base_is_evaluated_beside_the_first_runs(plan, commands, tmp_path, m
     assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert [result["run"] is None for result in results] == [True, False]
+
+
+def test_jobs_share_the_gpus(plan, tmp_path):
+    """Each would otherwise train on the first ones, which all others use too."""
+    found = read_plan(plan(jobs=2, processes=2))
+    shares = comparison.shares_of_gpus(found, ["4", "5", "6", "7", "8"])
+    seen = []
+    with ThreadPoolExecutor(2, "", command_runner.take_gpus, (shares,)) as pool:
+        together = threading.Barrier(2, timeout=60)
+
+        def run(number):
+            together.wait()
+            command = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+            log = tmp_path / f"{number}.log"
+            command_runner.execute(command, log, 1)
+            seen.append(log.read_text().strip())
+
+        list(pool.map(run, range(2)))
+    assert sorted(seen) == ["4,5", "6,7"]
+    for gpus, jobs in (([], 2), (["0"], 1)):
+        shares = comparison.shares_of_gpus(read_plan(plan(jobs=jobs, processes=2)), gpus)
+        assert [shares.get_nowait() for _ in range(jobs)] == [None] * jobs
+    with pytest.raises(EvaluationError, match="2 jobs of 2 processes need 4 GPUs, and 3 are vis"):
+        comparison.shares_of_gpus(found, ["0", "1", "2"])
 
 
 @pytest.mark.parametrize("what", ["the base", "the first run"])
