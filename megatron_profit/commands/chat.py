@@ -29,6 +29,7 @@ from megatron_profit.evaluation.command_line import (
 )
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.sampling import PRESETS, Sampling
+from megatron_profit.recipe.errors import LaunchError
 
 if TYPE_CHECKING:
     from megatron_profit.evaluation.conversation import Conversation
@@ -43,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=FlagHelp, allow_abbrev=False
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="HuggingFace folder, or an adapter's folder.")
+    add(
+        "model",
+        metavar="MODEL",
+        help="HuggingFace folder, an adapter's folder, or an id of the hub.",
+    )
     add("--system", default="", metavar="TEXT", help="System message.")
     add("--preset", choices=PRESETS, help="Sampling settings of a paper.")
     add_sampling_flags(parser)
@@ -54,13 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk until the input ends; return 1 for input that cannot be used."""
+    from megatron_profit.launch.hub import local_folder
+
     arguments = build_parser().parse_args(argv)
     try:
         sampling = sampling_of(arguments, "chat")
         day = template_day(arguments)
-        talk = open_conversation(arguments.model, arguments.dtype, arguments.system, day)
+        folder = local_folder(arguments.model)
+        talk = open_conversation(folder, arguments.dtype, arguments.system, day)
         talk.check_system()
-    except EvaluationError as error:
+    except (EvaluationError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     interactive = sys.stdin.isatty()

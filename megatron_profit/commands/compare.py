@@ -4,7 +4,7 @@
 
 The plan is one file:
 
-    base: models/Qwen3-0.6B-Base
+    base: models/Qwen3-0.6B-Base     # or an id of the hub
     train: --data gsm8k_train.jsonl --data-columns prompt=question response=answer --seq-length 1024
       --micro-batch-size 2 --global-batch-size 8 --train-iters 200
     evaluate: --tasks gsm8k,ifeval --data data/eval
@@ -40,6 +40,7 @@ from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import ConversionError, warn
 from megatron_profit.evaluation.command_line import check_out
 from megatron_profit.evaluation.errors import EvaluationError
+from megatron_profit.recipe.errors import LaunchError
 
 if TYPE_CHECKING:
     from megatron_profit.commands.plot_run import Curve
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return compare(arguments.plan, arguments.out.absolute(), dry_run=arguments.dry_run)
-    except EvaluationError as error:
+    except (EvaluationError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -80,8 +81,9 @@ def compare(plan_file: Path, out: Path, *, dry_run: bool = False) -> int:
     from megatron_profit.evaluation.comparison.plan import read_plan
     from megatron_profit.evaluation.comparison.runs import carry_out
     from megatron_profit.evaluation.comparison.tables import report
+    from megatron_profit.launch.hub import local_folder
 
-    plan = read_plan(plan_file)
+    plan = read_plan(plan_file, partial(local_folder, flag="base"))
     if dry_run:
         for unit in (unit for units in plan.schedule() for unit in units):
             print(shlex.join(plan.train_command(unit.run, Path("HF"), Path("METRICS"))))
@@ -104,15 +106,11 @@ def _visible_gpus() -> list[str]:
     """Return the names of the visible GPUs, as CUDA_VISIBLE_DEVICES has them.
 
     Raises:
-        EvaluationError: There is a driver, but torch cannot ask it.
+        LaunchError: There is a driver, but torch cannot ask it.
     """
     from megatron_profit.launch.machine import this_machine
-    from megatron_profit.recipe.errors import LaunchError
 
-    try:
-        number = len(this_machine().gpus)
-    except LaunchError as error:
-        raise EvaluationError(str(error)) from error
+    number = len(this_machine().gpus)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(gpu) for gpu in range(number)])[:number]
 

@@ -5,10 +5,10 @@
     megatron-profit evaluate Qwen/Qwen3-0.6B --server http://127.0.0.1:8000 --tasks gsm8k --samples 8
     megatron-profit evaluate runs/sft/hf --task-file exam.jsonl --task-columns question=Q answer=A
 
-A model is a HuggingFace folder or an adapter's folder; with --server it is the server's name of the model.
-The questions are asked zero-shot through its chat template. --out gets a folder for each model with its
-answers (JSON lines), results.json, results.md, figure.png and, for two models or
-more, answers.html. A run that was interrupted goes on from there.
+A model is a HuggingFace folder, an adapter's folder or an id of the hub; with --server it is the server's
+name of the model. The questions are asked zero-shot through its chat template. --out gets a folder for each
+model with its answers (JSON lines), results.json, results.md, figure.png and, for two models or more,
+answers.html. A run that was interrupted goes on from there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from megatron_profit.evaluation.command_line import (
 )
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.flags import flag_of
+from megatron_profit.recipe.errors import LaunchError
 
 if TYPE_CHECKING:
     from megatron_profit.evaluation.engines import Engine
@@ -62,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=FlagHelp, allow_abbrev=False
     )
     parser.add_argument(
-        "models", nargs="+", metavar="[LABEL=]MODEL", help="HuggingFace folders, the base first."
+        "models",
+        nargs="+",
+        metavar="[LABEL=]MODEL",
+        help="HuggingFace folders or ids of the hub, the base first.",
     )
     add_evaluation_flags(parser)
     parser.add_argument(
@@ -89,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_opencompass(arguments)
             return 0
         results = evaluate_models(arguments)
-    except EvaluationError as error:
+    except (EvaluationError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     from megatron_profit.evaluation.presentation.report import markdown
@@ -105,13 +109,16 @@ def write_opencompass(arguments: argparse.Namespace) -> None:
         EvaluationError: OpenCompass cannot make this evaluation.
     """
     from megatron_profit.evaluation.opencompass import VERSION, opencompass_settings
+    from megatron_profit.launch.hub import local_folder
 
     file: Path = arguments.opencompass
     for name, reason in _NOT_IN_OPENCOMPASS.items():
         if getattr(arguments, name) is not None:
             raise EvaluationError(f"--opencompass: OpenCompass {reason}; drop {flag_of(name)}")
     tasks = load_tasks(arguments)
-    text = opencompass_settings(labelled_models(arguments.models), tasks)
+    models = labelled_models(arguments.models)
+    folders = {label: local_folder(model) for label, model in models.items()}
+    text = opencompass_settings(folders, tasks)
     with whole_file(file) as stream:
         stream.write(text.encode())
     print(
@@ -126,8 +133,11 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
         EvaluationError: Input cannot be used; checked before the first model is loaded, where possible.
     """
     from megatron_profit.evaluation.engines.engine import EngineOptions, resolved
+    from megatron_profit.launch.hub import local_folder
 
     models = labelled_models(arguments.models)
+    if arguments.server is None:
+        models = {label: local_folder(model) for label, model in models.items()}
     check_out(arguments.out)
     if arguments.server is not None:
         for name in ("engine", "dtype"):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from checkpoint_conversion.errors import printable
 from checkpoint_conversion.model_card.hub import last_cause
-from megatron_profit.data.files.splits import is_data_file
+from megatron_profit.data.files.splits import ENDINGS, is_data_file
 from megatron_profit.flags import nearest
 from megatron_profit.recipe.errors import LaunchError
 
@@ -30,11 +30,7 @@ _PAGE = re.compile(
 )
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *_TERMS)
 _WEIGHTS = "*.safetensors"
-_JSON = tuple(f"*.{kind}" for kind in ("json", "jsonl", "ndjson"))
-_DATA_FILES = (
-    *(*_JSON, *(f"{kind}.{packed}" for kind in _JSON for packed in ("gz", "zst"))),
-    *("*.parquet", "*.arrow", "*.csv"),
-)
+_DATA_FILES = tuple(f"*{ending}" for ending in ENDINGS)
 # The folder that most data sets keep their files in.
 _USUAL_FOLDER = "data"
 
@@ -63,12 +59,13 @@ class HubId:
         return f"hf download {self.repo}{kind}{revision}"
 
 
-def find_model(name: str, weights: bool = True) -> Path:
+def find_model(name: str, weights: bool = True, flag: str = "--model") -> Path:
     """Return the folder of a model: a local one, or one of the hub's cache, downloaded if it is not there.
 
     Args:
         name: The folder, or the id on the hub.
         weights: Whether the weights are downloaded too.
+        flag: The argument that names it, for messages.
 
     Raises:
         LaunchError: There is no such model, or it can be neither read nor downloaded.
@@ -78,15 +75,24 @@ def find_model(name: str, weights: bool = True) -> Path:
         return folder
     if folder.exists():
         raise LaunchError(
-            f"--model {printable(name)} is a file; name a HuggingFace folder or an id of the hub"
+            f"{flag} {printable(name)} is a file; name a HuggingFace folder or an id of the hub"
         )
     found = parse_id(name, "model")
     if found is None or found.inner:
         raise LaunchError(
-            f"--model {printable(name)}: there is no such folder, and it is no id of the hub (such as "
+            f"{flag} {printable(name)}: there is no such folder, and it is no id of the hub (such as "
             "Qwen/Qwen3-0.6B-Base)"
         )
-    return _snapshot(found, (*_SMALL_FILES, *[_WEIGHTS] * weights), ["*/*"])
+    return _snapshot(found, (*_SMALL_FILES, *[_WEIGHTS] * weights), ["*/*"], flag)
+
+
+def local_folder(name: str, flag: str = "MODEL") -> str:
+    """Return the folder in the hub's cache of a model that is named by its id; any other name as it is.
+
+    Raises:
+        LaunchError: There is no such model, or it can be neither read nor downloaded.
+    """
+    return str(find_model(name, flag=flag)) if is_hub_name(name, "model") else name
 
 
 def find_data(name: str) -> str:
@@ -102,7 +108,7 @@ def find_data(name: str) -> str:
     if found is None:
         return str(path) if path.exists() else name
     files = [f"{found.inner}/{kind}" for kind in _DATA_FILES] if found.inner else [*_DATA_FILES]
-    folder = _snapshot(found, files, None)
+    folder = _snapshot(found, files, None, "--data")
     return str(_data_folder(found, folder / found.inner))
 
 
@@ -171,12 +177,11 @@ def _known() -> str:
     return ", ".join(kind[1:] for kind in _DATA_FILES)
 
 
-def _snapshot(found: HubId, allowed: Any, ignored: Any) -> Path:
+def _snapshot(found: HubId, allowed: Any, ignored: Any, flag: str) -> Path:
     """Return the folder of a repository in the hub's cache."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    flag = "--model" if found.kind == "model" else "--data"
     name = found.repo if found.revision is None else f"{found.repo}@{found.revision}"
     try:
         return Path(

@@ -140,7 +140,7 @@ def test_a_shown_command_can_be_read(command):
         read_flags(words)
 
 
-# Flags that stand in no code of this project: of docker, pip, Slurm, lm-eval, hf and W&B; options of the
+# Flags that stand in no code here: of docker, pip, Slurm, lm-eval, vLLM, hf and W&B; options of the
 # example objectives; and a flag that a benchmark makes from a name.
 OF_OTHERS = {
     *(
@@ -155,6 +155,7 @@ OF_OTHERS = {
     ),
     *("--find-links", "--index-url", "--no-build-isolation", "--no-deps", "--no-index"),
     *("--qos", "--requeue", "--include_path", "--append", "--repo-type", "--local-dir"),
+    "--tensor-parallel-size",
     *("--focal-gamma", "--frequency-threshold", "--full"),
 }
 

@@ -43,6 +43,8 @@ PLAIN_TEXT = (
 )
 # Endings of the files that are read; the ones of text may be followed by a compression.
 SUFFIXES = (*_TEXT, ".parquet", ".arrow")
+# All endings, with compression.
+ENDINGS = (*SUFFIXES, *(text + packed for text in _TEXT for packed in _COMPRESSED))
 
 
 def data_files(path: Path, split: Split = "train") -> list[Path]:

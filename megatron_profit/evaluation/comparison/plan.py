@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -243,8 +243,12 @@ def folder_name(*parts: object) -> str:
     return "-".join(re.sub(r"\W+", "_", str(part)) for part in parts)
 
 
-def read_plan(file: Path) -> Plan:
+def read_plan(file: Path, find_base: Callable[[str], str] = str) -> Plan:
     """Read a plan.
+
+    Args:
+        file: The plan.
+        find_base: Returns the folder of the base that the plan names.
 
     Raises:
         EvaluationError: The file cannot be read, a key is unknown or missing, or a value does not fit.
@@ -266,13 +270,13 @@ def read_plan(file: Path) -> Plan:
             raise EvaluationError(f"{file}: unknown key {name!r}; the keys are {', '.join(known)}")
     if missing := [name for name in _REQUIRED if name not in content]:
         raise EvaluationError(f"{file}: {' and '.join(missing)} must be given")
-    return replace(_plan(file, {"data": {"data": {}}} | content), text=text)
+    return replace(_plan(file, {"data": {"data": {}}} | content, find_base), text=text)
 
 
-def _plan(file: Path, content: Mapping[str, Any]) -> Plan:
+def _plan(file: Path, content: Mapping[str, Any], find_base: Callable[[str], str]) -> Plan:
     check = _Checks(file)
     values: dict[str, Any] = dict(content)
-    values["base"] = Path(check.of(content, "base", str)).absolute()
+    values["base"] = Path(find_base(check.of(content, "base", str))).absolute()
     if not values["base"].is_dir():
         raise EvaluationError(f"{file}: base: {values['base']} is no folder")
     check.flags("train", content["train"])

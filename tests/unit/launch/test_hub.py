@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_profit.launch.hub import find_data, find_model, parse_id
+from megatron_profit.launch.hub import find_data, find_model, local_folder, parse_id
 from megatron_profit.launch.prepare import prepare
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import read_request
@@ -71,6 +71,27 @@ def test_a_dry_run_downloads_no_weights(cache, monkeypatch, flag):
 def test_a_folder_here_comes_before_an_id(cache):
     (cache / "some" / "model").mkdir(parents=True)
     assert str(find_model("some/model")) == "some/model"
+
+
+def test_other_commands_take_ids_too(cache, monkeypatch):
+    """evaluate, chat and compare; a folder that is not there keeps their own message."""
+    assert local_folder("some/model@v1") == str(find_model("some/model@v1"))
+    assert local_folder(str(cache / "absent")) == str(cache / "absent")
+    with pytest.raises(LaunchError, match="MODEL some/modl: there is no such folder here"):
+        local_folder("some/modl")
+
+
+def test_every_ending_that_is_read_is_downloaded(monkeypatch):
+    asked = []
+
+    def download(repo, allow_patterns, **options):
+        asked.extend(allow_patterns)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(LaunchError, match="the hub cannot be reached"):
+        find_data("some/chats")
+    assert {"*.jsonl.zst", "*.csv.gz", "*.parquet", "*.arrow"} <= set(asked)
 
 
 def test_data_are_the_folder_that_holds_the_files(cache):
