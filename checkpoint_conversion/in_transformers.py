@@ -61,7 +61,9 @@ def with_adapters(model: Any, folder: str | Path) -> Any:
     """
     from peft import PeftModel
 
-    names = {f"^{LANGUAGE_MODEL.replace('.', '[.]')}": ALONE}
+    # Of the language model alone; a model that transformers opens whole has the adapters' own names.
+    is_alone = not hasattr(getattr(model, "model", None), "language_model")
+    names = {f"^{LANGUAGE_MODEL.replace('.', '[.]')}": ALONE} if is_alone else None
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=_MISSING)
         try:

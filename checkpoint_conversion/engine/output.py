@@ -118,8 +118,10 @@ def write_file(file: Path, content: bytes) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write small files, given by name, into a folder; raises as `write_file`."""
+    """Write small files, given by name, into a folder and folders in it; raises as `write_file`."""
     for name, content in files.items():
+        with writing(folder / name):
+            (folder / name).parent.mkdir(exist_ok=True)
         write_file(folder / name, content)
 
 

@@ -170,4 +170,6 @@ def writing(file: Path) -> Iterator[None]:
         remedy = "; make room or choose another disk" if error.errno in _FULL else ""
         if error.filename not in (None, str(file)):  # the source of a copy
             raise ConversionError(f"{error.filename}: {error.strerror}") from error
+        if error.strerror is None:  # raised here, with a message of its own
+            raise ConversionError(str(error)) from error
         raise ConversionError(f"{file}: {error.strerror} while writing{remedy}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from checkpoint_conversion.hf.folder import (
     has_weights,
     list_tensors,
     read_hf_config,
+    read_weight_map,
 )
 
 _BASE, _LANGUAGE_MODEL = "model.", "language_model."
@@ -178,8 +180,12 @@ def rules_for(family: Family, config: Config, names: Iterable[str]) -> tuple[Ten
 def rules_in(folder: Path, config: Config) -> tuple[TensorRule, ...]:
     """Return the name table that fits a HuggingFace folder, which need not hold weights."""
     family = family_for(config)
-    has_forms = family.other_forms and has_weights(folder)
-    return rules_for(family, config, list_tensors(folder) if has_forms else ())
+    names: Iterable[str] = ()
+    if family.other_forms and has_weights(folder):
+        # A template may lack its shards, or hold pointers of Git LFS in their place.
+        with contextlib.suppress(ConversionError):
+            names = read_weight_map(folder) or list_tensors(folder)
+    return rules_for(family, config, names)
 
 
 def carried_tensors(family: Family, tensors: Mapping[str, HFTensor]) -> dict[str, HFTensor]:

@@ -20,7 +20,6 @@ from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 GENERATION_CONFIG = "generation_config.json"
 # The file of a run in each of its checkpoints, and the path of the token in it.
 RUN_FILE = "megatron_profit.json"
-_TURN_END = ("run", "tokenizer", "turn_end_id")
 _KEY = "eos_token_id"
 # transformers takes these from config.json where a folder has no generation_config.json.
 _TOKEN_IDS = ("bos_token_id", _KEY, "pad_token_id")
@@ -99,12 +98,25 @@ def trained_turn_end(checkpoint: Path) -> int | None:
     file = checkpoint / RUN_FILE
     if not file.exists():
         return None
-    value: Any = read_json_object(file)
-    for key in _TURN_END:
-        value = value.get(key) if isinstance(value, Mapping) else None
+    run = read_json_object(file).get("run")
+    return turn_end_in(run if isinstance(run, Mapping) else {}, str(file))
+
+
+def turn_end_in(run: Mapping[str, Any], origin: str) -> int | None:
+    """Return the id of the token that ends a turn from the record of a run; None if it names none.
+
+    Args:
+        run: The record: parts by name.
+        origin: The place of the record, for messages.
+
+    Raises:
+        ConversionError: It is no token id.
+    """
+    part = run.get("tokenizer")
+    value = part.get("turn_end_id") if isinstance(part, Mapping) else None
     if value is not None and not _is_id(value):
         raise ConversionError(
-            f"{file}: {'.'.join(_TURN_END)} is {str(value)[:40]!r}, not a token id; the file is damaged"
+            f"{origin}: run.tokenizer.turn_end_id is {str(value)[:40]!r}, not a token id; the file is damaged"
         )
     return value
 

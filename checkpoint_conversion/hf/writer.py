@@ -330,30 +330,32 @@ def artifacts(template: Path) -> list[Path]:
     Raises:
         ConversionError: For a link that leaves the template, and a file that cannot be read.
     """
-    entries = [*template.iterdir(), *(template / CHAT_TEMPLATES).glob("*.jinja")]
-    files = [
-        entry
-        for entry in sorted(entries)
-        if entry.name != CONFIG and not _NOT_COPIED.fullmatch(entry.name) and not entry.is_dir()
-    ]
+    files = list(_small_files(template))
     for file in files:
         check_link(file, template)
         check_readable(file)
     return files
 
 
+def _small_files(template: Path) -> Iterator[Path]:
+    """Yield the files besides weights, code, config.json and what an export has of its own."""
+    for entry in sorted([*template.iterdir(), *(template / CHAT_TEMPLATES).glob("*.jinja")]):
+        if entry.name != CONFIG and not _NOT_COPIED.fullmatch(entry.name) and not entry.is_dir():
+            yield entry
+
+
 def tokenizer_files(template: Path) -> dict[str, bytes]:
-    """Return the files of a template's tokenizer and its chat template, by name.
+    """Return the files of a template's tokenizer and its chat templates, by their names inside.
 
     Returns:
         None of them, if one leaves the template or cannot be read: a part of them could be another tokenizer.
     """
     found = {}
-    for file in sorted(template.iterdir()):
-        if _OF_TOKENIZER.fullmatch(file.name) and not _NOT_COPIED.fullmatch(file.name):
+    for file in _small_files(template):
+        if file.parent.name == CHAT_TEMPLATES or _OF_TOKENIZER.fullmatch(file.name):
             try:
                 check_link(file, template)
-                found[file.name] = read_regular(file)
+                found[str(file.relative_to(template))] = read_regular(file)
             except (ConversionError, OSError):
                 return {}
     return found

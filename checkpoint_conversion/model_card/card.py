@@ -14,7 +14,12 @@ from typing import Any
 
 from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
-from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG, plan_stop_tokens
+from checkpoint_conversion.hf.stop_tokens import (
+    GENERATION_CONFIG,
+    RUN_FILE,
+    plan_stop_tokens,
+    turn_end_in,
+)
 from checkpoint_conversion.hf.writer import json_text, tokenizer_files
 from checkpoint_conversion.model_card.base import CARD, HubId, Licence, licence_of
 from checkpoint_conversion.model_card.facts import RANDOM, Facts
@@ -23,6 +28,8 @@ _PROGRAM = "megatron_profit"
 _UNKNOWN = "not recorded"
 # The class of transformers that loads an export: of a model with a vision tower, its language model alone.
 _TEXT_CLASS = "AutoModelForCausalLM"
+# The one of the training, which splits text as tokenizer.json says; AutoTokenizer may choose another.
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 # Licences whose ids say it all.
 _COMMON = ("apache-2.0", "mit", "unknown")
 
@@ -62,8 +69,8 @@ def card_files(
         config, tokenizer = read_json_object(base / CONFIG), tokenizer_files(base)
         files = licence.texts() | tokenizer
         # The token that ends a turn, where the base's own file does not name it.
-        token = facts.part("tokenizer").get("turn_end_id")
-        stops = plan_stop_tokens(base, config, token if type(token) is int else None).generation
+        token = turn_end_in(facts.run, RUN_FILE)
+        stops = plan_stop_tokens(base, config, token).generation
         if stops is not None:
             files[GENERATION_CONFIG] = json_text(stops)
         use = _use_adapters(name, config, bool(tokenizer), stops is not None)
@@ -156,18 +163,19 @@ def _use_adapters(
 ) -> str:
     """Return lines of Python that load adapters on their base, and stop where their training ended a turn."""
     # The class whose modules have the names of the adapters.
-    kind = "AutoModelForImageTextToText" if "text_config" in config else _TEXT_CLASS
-    classes, stops = f"{kind}, AutoTokenizer", []
+    is_part = config.get("text_config") is not None
+    kind = "AutoModelForImageTextToText" if is_part else _TEXT_CLASS
+    classes, stops = [kind, _TOKENIZER_CLASS], []
     tokenizer = "FOLDER" if has_tokenizer else base
     if has_stops:
-        classes += ", GenerationConfig"
+        classes.append("GenerationConfig")
         stops = ['base.generation_config = GenerationConfig.from_pretrained("FOLDER")']
     return _use(
         (
             "from peft import PeftModel",
-            f"from transformers import {classes}",
+            f"from transformers import {', '.join(sorted(classes))}",
             "",
-            f"tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})",
+            f"tokenizer = {_TOKENIZER_CLASS}.from_pretrained({tokenizer!r})",
             f'base = {kind}.from_pretrained({base!r}, dtype="auto")',
             *stops,
             'model = PeftModel.from_pretrained(base, "FOLDER")',
@@ -176,9 +184,9 @@ def _use_adapters(
 
 
 _WHOLE = (
-    f"from transformers import {_TEXT_CLASS}, AutoTokenizer",
+    f"from transformers import {_TEXT_CLASS}, {_TOKENIZER_CLASS}",
     "",
-    'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    f'tokenizer = {_TOKENIZER_CLASS}.from_pretrained("FOLDER")',
     f'model = {_TEXT_CLASS}.from_pretrained("FOLDER", dtype="auto")',
 )
 

@@ -39,6 +39,12 @@ _OF_OTHER_MODELS = (
     "moe_apply_probs_on_input",
 )
 _UNSET = (None, False, 0, "vanilla")
+# Further values that change nothing.
+_NEUTRAL = {
+    "moe_router_topk_scaling_factor": 1,
+    "rotary_seq_len_interpolation_factor": 1,
+    "window_size": [-1, -1],
+}
 
 
 def check_checkpoint_matches(
@@ -180,8 +186,15 @@ def _differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> Itera
         if name in ours and ours[name] != theirs[name]:
             yield _difference(name, ours[name], theirs[name])
     for name in _OF_OTHER_MODELS:
-        if name not in theirs and ours.get(name) not in _UNSET:
+        if name not in theirs and not _is_unset(name, ours.get(name)):
             yield _difference(name, ours[name], "not set")
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    value = list(value) if isinstance(value, tuple) else value
+    if name == "no_rope_freq" and isinstance(value, list):  # a mark for each layer
+        return not any(value)
+    return value in _UNSET or value == _NEUTRAL.get(name)
 
 
 def _comparable(arguments: Mapping[str, Any], layers: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hostile_files import Steps
 from safetensors.torch import load_file, save_file
 
 from checkpoint_conversion.cli import print_table
+from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf import folder as hf_folder
 from checkpoint_conversion.hf.folder import parse_json_object
@@ -557,6 +558,12 @@ def test_a_disk_that_fills_up_is_named_and_nothing_is_left(qwen3, tmp_path, monk
         with pytest.raises(ConversionError, match=rf"model\.safetensors: {full}"):
             megatron_to_hf(tmp_path / "megatron", qwen3, tmp_path / "back")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_in_the_place_of_a_small_file_is_named(tmp_path):
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ConversionError, match=r"notes is a (folder|directory); name a file"):
+        write_file(tmp_path / "notes", b"")
 
 
 def test_an_error_of_the_disk_in_the_flush_is_named(qwen3, tmp_path, monkeypatch):

@@ -57,6 +57,27 @@ def test_experts_of_a_layer_in_two_tensors(tmp_path, name):
         assert torch.equal(*(model(tokens).logits for model in models))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_template_of_experts_needs_no_weights(tmp_path, form):
+    """Small files alone were downloaded, or Git LFS has left a pointer in the weights' place."""
+    template = make_family(tmp_path / "hf", "qwen3-moe")
+    if form == "packed":
+        pack_experts(template)
+    names = dict.fromkeys(read_hf(template), "model-00001-of-00001.safetensors")
+    hf_to_megatron(template, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", template, tmp_path / "expected")
+    weights = template / "model.safetensors"
+    weights.unlink()
+    index = template / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    megatron_to_hf(tmp_path / "megatron", template, tmp_path / "back")
+    assert_equal(read_hf(tmp_path / "back"), read_hf(tmp_path / "expected"))
+    index.unlink()
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    megatron_to_hf(tmp_path / "megatron", template, tmp_path / "usual")
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" in read_hf(tmp_path / "usual")
+
+
 # Two of three layers in a chunk, an odd number of rows, a part of the columns.
 GRIDS = {
     "layers": lambda key, size: [2, *size[1:]] if "layers" in key else size,

@@ -151,10 +151,14 @@ def test_adapters_name_their_base_and_bring_its_licence(base):
 
 def test_an_adapter_is_opened_on_the_class_whose_names_it_has(base):
     """PEFT goes by names: on the language model alone, adapters of the whole model would do nothing."""
-    for config, kind in (("{}", "CausalLM"), ('{"text_config": {}}', "ImageTextToText")):
+    for config, kind in (
+        ("{}", "CausalLM"),
+        ('{"text_config": null}', "CausalLM"),
+        ('{"text_config": {}}', "ImageTextToText"),
+    ):
         (base / "config.json").write_text(config)
         text = card_files(FACTS, base, is_adapter=True)["README.md"].decode()
-        assert f"from transformers import AutoModelFor{kind}, AutoTokenizer\n" in text
+        assert f"from transformers import AutoModelFor{kind}, PreTrainedTokenizerFast\n" in text
         assert f"base = AutoModelFor{kind}.from_pretrained" in text
         assert "AutoModelForCausalLM.from_pretrained" in card(FACTS, base), "a merged model"
 
@@ -213,16 +217,28 @@ def test_adapters_bring_the_tokenizer_and_the_chat_template_of_their_training(ba
     ours = ("tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja")
     for name in (*ours, "trainer_state.json", "tokenizer.py"):
         (base / name).write_text(name)
+    (base / "tokenizer").mkdir()
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("")
+    ours += ("additional_chat_templates/tool_use.jinja",)
     files = card_files(FACTS, base, is_adapter=True)
     assert files.keys() == {"README.md", "LICENSE", *ours}
     assert files["chat_template.jinja"] == b"chat_template.jinja"
-    assert "AutoTokenizer.from_pretrained('FOLDER')" in files["README.md"].decode()
+    assert "PreTrainedTokenizerFast.from_pretrained('FOLDER')" in files["README.md"].decode()
     assert card_files(FACTS, base).keys() == {"README.md"}
     (base / "tokenizer.json").unlink()
     (base / "tokenizer.json").symlink_to(__file__)
     files = card_files(FACTS, base, is_adapter=True)
     assert files.keys() == {"README.md", "LICENSE"}
-    assert "AutoTokenizer.from_pretrained('Qwen/Qwen3-14B-Base')" in files["README.md"].decode()
+    assert "Fast.from_pretrained('Qwen/Qwen3-14B-Base')" in files["README.md"].decode()
+
+
+def test_notes_with_a_damaged_stop_token_are_refused(base):
+    run = {**RUN, "tokenizer": {"turn_end_id": "5"}}
+    with pytest.raises(
+        ConversionError, match=r"megatron_profit\.json: run\.tokenizer\.turn_end_id"
+    ):
+        card_files(Facts(25, run), base, is_adapter=True)
 
 
 def test_adapters_bring_the_stop_tokens_that_their_base_does_not_name(base):

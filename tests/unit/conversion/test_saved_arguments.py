@@ -182,6 +182,10 @@ def test_without_grouped_queries_each_head_is_a_group(qwen3, tmp_path, heads):
         ({"norm_epsilon": 1e-6, "apply_layernorm_1p": False, "softmax_type": "vanilla"}, None),
         ({"rotary_interleaved": False, "window_size": None, "glu_linear_offset": 0.0}, None),
         ({"moe_layer_freq": [1, 1, 1]}, None),
+        ({"moe_router_topk_scaling_factor": 1.0, "rotary_seq_len_interpolation_factor": 1}, None),
+        ({"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor is 2.5"),
+        ({"window_size": (-1, -1), "no_rope_freq": [0, 0, 0]}, None),
+        ({"no_rope_freq": [0, 0, 1]}, "no_rope_freq is"),
     ],
 )
 def test_arguments_of_other_models_versions_and_spellings(tmp_path, changed, message):
