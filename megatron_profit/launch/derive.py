@@ -77,7 +77,7 @@ class Intervals:
         A given interval that the training wants to be a multiple of `--eval-interval` is one, and so is a
         derived `--save-interval` where checkpoints are kept by an evaluation. For example, 103 steps have an
         evaluation every 20, and then checkpoints every 100. A given `--save-retain-interval` is a multiple of
-        the derived `--save-interval`.
+        the derived `--save-interval`: one for 626 steps, wanted every 90, has checkpoints every 313.
 
         Args:
             request: The command line.
@@ -85,7 +85,8 @@ class Intervals:
             saved_every: Steps between two checkpoints by their time.
         """
         given, by_evaluation = request.values, "keep_best" in request.given
-        multiples = ["eval_tasks_interval", *(["save_interval"] if by_evaluation else [])]
+        saves = ("save_interval", "save_retain_interval") if by_evaluation else ()
+        multiples = ("eval_tasks_interval", *saves)
         shared = math.gcd(*(given[name] for name in multiples if name in given))
         wanted = max(1, steps // _EVALUATIONS)
         divisors = (number for number in range(min(wanted, shared), 0, -1) if shared % number == 0)
@@ -93,9 +94,12 @@ class Intervals:
         compared = given.get("eval_tasks_interval", evaluation)
         unit = compared if by_evaluation and compared > 0 else 1
         retained = given.get("save_retain_interval") or 0  # which every number divides
-        possible = range(saved_every - saved_every % unit, 0, -unit)
-        saved_every = next((number for number in possible if retained % number == 0), unit)
-        return cls(evaluation, given.get("save_interval", saved_every))
+        possible = range(unit, max(retained, saved_every) + 1, unit)
+        fits = [number for number in possible if retained % number == 0] or [unit]
+        save = max((number for number in fits if number <= saved_every), default=fits[0])
+        if retained and 2 * save < saved_every:
+            save = next((number for number in fits if number > saved_every), save)
+        return cls(evaluation, given.get("save_interval", save))
 
 
 class _Flags:

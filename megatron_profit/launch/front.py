@@ -133,6 +133,7 @@ def _run(ready: Launch) -> int:
         print(command)
         return 0
     goes_on = ready.run.is_resumed(ready.request)
+    earlier = None if goes_on else ready.run.earlier(ready.request)
     if not goes_on:
         _write_files(ready)
     begins = "goes on from its newest checkpoint" if goes_on else "starts"
@@ -142,6 +143,8 @@ def _run(ready: Launch) -> int:
     code = start(ready.words, ready.processes, ready.machine.cores)
     if goes_on and code != REFUSED:  # the training has compared the flags with the run's
         _write_files(ready)
+    if earlier is not None:
+        earlier.restore()
     export = ready.run.exported(ready.request)
     if code == 0 and export is not None and (export / "config.json").is_file():
         tell(f"the trained model is in {export}")

@@ -247,7 +247,9 @@ def _without_gpus(request: Request, wish: Wish, machine: Machine, processes: int
     planned = _given(wish, processes, world)
     run = _whole_replicas(wish, planned, world)
     (memory,) = estimate(run)
-    needed = (memory.total - memory.runtime) * run.dp / request.nodes / GIB
+    # Ranks of context parallelism hold all weights, as replicas do.
+    holders = run.dp * wish.decided.get("context_parallel_size", 1)
+    needed = (memory.total - memory.runtime) * holders / request.nodes / GIB
     if needed > machine.memory:
         raise LaunchError(
             f"there is no GPU here, and a training of this model takes about {needed:.0f} GiB of memory, of "
@@ -264,13 +266,20 @@ def _without_gpus(request: Request, wish: Wish, machine: Machine, processes: int
 
 
 def _whole_replicas(wish: Wish, planned: PlannedLayout, world: int) -> RunShape:
-    """Return the run with each replica in one process. Processes that share a replica hold as much in all."""
+    """Return the run with each replica in one process.
+
+    Processes that share a replica by tensor or pipeline parallelism hold as much in all. Replicas share
+    experts.
+    """
     decided = wish.decided
     layout = {name: decided[name] for name in _LAYOUT_OF_A_REPLICA if name in decided}
     if decided.get("recompute_activations"):
         layout["recompute_granularity"] = "selective"
     own = {"bf16": False, **{name: decided[name] for name in _OF_A_REPLICA if name in decided}}
     replicas = world // math.prod(decided.get(name, 1) for name in _MODEL_PARALLEL)
+    layout["expert_model_parallel_size"] = math.gcd(
+        decided.get("expert_model_parallel_size", 1), replicas
+    )
     run = run_shape(replace(wish, decided=own), Layout(**planned.flags, **layout), replicas)
     return replace(run, fused=False)
 

@@ -253,8 +253,9 @@ def planned_rows(
     usual = rows_of_step(lengths, seq_length, request.value("packing"))
 
     def plan(given: Mapping[str, Given]) -> PlannedLayout:
-        exact = "global_batch_size" in given
-        rows = given["global_batch_size"].value if exact else usual
+        steps = _divisor_of_batches(given)
+        exact = "global_batch_size" in given or steps is not None
+        rows = given["global_batch_size"].value if "global_batch_size" in given else steps or usual
         wish = wish_of_flags(given, model.architecture, seq_length, rows, exact)
         return plan_layout(request, wish, machine, may_shorten)
 
@@ -265,6 +266,19 @@ def planned_rows(
         if name != "seq_length"
     )
     return planned if is_as_before else plan({**remembered, **request.given})
+
+
+def _divisor_of_batches(given: Mapping[str, Given]) -> int | None:
+    """Return the largest number that divides all batch sizes of a schedule; None without one.
+
+    For example, it is 8 for `--step-batch-size-schedule "0:8 1000:24"`.
+    """
+    if "step_batch_size_schedule" not in given:
+        return None
+    entries = given["step_batch_size_schedule"].value.replace(",", " ").split()
+    sizes = [entry.rpartition(":")[2] for entry in entries]
+    # Megatron refuses what is no schedule, and reads 1K too.
+    return math.gcd(*map(int, sizes)) or None if all(map(str.isdecimal, sizes)) else None
 
 
 def _saves(request: Request, steps: int, nbytes: int) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_conversion.engine.output import problem_of_place, write_file
+from checkpoint_conversion.torch_dist.writer import TRACKER
 from megatron_profit.launch.hub import plain_id
 from megatron_profit.recipe.config_file import read_config
 from megatron_profit.recipe.errors import LaunchError
@@ -87,8 +88,16 @@ class RunFolder:
 
     def is_resumed(self, request: Request) -> bool:
         """Return whether a command line goes on from checkpoints that are there."""
-        tracker = self.saved(request) / "latest_checkpointed_iteration.txt"
-        return self.loads_own(request) and tracker.is_file()
+        return self.loads_own(request) and (self.saved(request) / TRACKER).is_file()
+
+    def earlier(self, request: Request) -> EarlierRun | None:
+        """Return the run whose checkpoints are there, if any; a command line may not go on from it."""
+        tracker = self.saved(request) / TRACKER
+        if not tracker.is_file():
+            return None
+        there = [file for file in (self.config, self.command) if file.is_file()]
+        files = {file: (file.read_bytes(), file.stat().st_mode) for file in there}
+        return EarlierRun(tracker, _stamp(tracker), files)
 
     def check_place(self) -> None:
         """Refuse a folder that can neither be written to nor made.
@@ -134,6 +143,37 @@ class RunFolder:
                 f"--run {self.path}: cannot be written ({error.strerror or error}); free some space or name "
                 "another folder"
             ) from error
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run that a start with `--overwrite` replaces, unless it is refused or fails before that.
+
+    Attributes:
+        tracker: The file that names its newest checkpoint.
+        stamp: Identity of that file.
+        files: Content and mode of the files that say how it was started.
+    """
+
+    tracker: Path
+    stamp: tuple[int, int] | None
+    files: Mapping[Path, tuple[bytes, int]]
+
+    def restore(self) -> None:
+        """Write its files again if its checkpoints are still there: the next start goes on from these."""
+        if _stamp(self.tracker) == self.stamp:
+            for file, (content, mode) in self.files.items():
+                write_file(file, content)
+                file.chmod(mode)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another one of its name; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def folder_of(request: Request) -> RunFolder:

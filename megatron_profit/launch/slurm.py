@@ -203,7 +203,8 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
     Raises:
         LaunchError: A flag cannot be used.
     """
-    nodes = [str(options.nodes), "--rdzv-endpoint", "node:1"] if options.nodes > 1 else ["1"]
+    meeting = ("--rdzv-endpoint", "node:1", "--rdzv-id", "job")
+    nodes = [str(options.nodes), *(meeting if options.nodes > 1 else ())]
     for flag in ("--nnodes", "--rdzv-endpoint", "--rdzv-id", "--max-restarts"):
         if any(word.partition("=")[0] == flag for word in flags):
             raise LaunchError(f"{flag} follows from the job; drop it")
@@ -214,7 +215,13 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
                 f"{flag_of(name)} would act again each time that the job is started again; {remedy}"
             )
     run = folder_of(request)
-    if "load" in request.given and not run.loads_own(request):
+    has_own = "--save" not in request.front.without
+    if has_own and "--load" in request.front.without:
+        raise LaunchError(
+            "--without=--load: the job has checkpoints of its own when it is started again, and could not go "
+            "on with them; drop it"
+        )
+    if has_own and "load" in request.given and not run.loads_own(request):
         load = request.value("load")
         raise LaunchError(
             f"--load {load} would be refused when the job is started again, because the run then has "

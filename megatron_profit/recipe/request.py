@@ -249,6 +249,8 @@ def _check_machines(request: Request) -> None:
             f"--nnodes {front.nnodes} needs the place where the nodes meet; give --rdzv-endpoint HOST:PORT "
             "with the name of one of them and a free port, for example node0:29400"
         )
+    if "overwrite" in request.given:
+        _check_overwrite(request)
     if front.gpus is not None and front.gpus % request.nodes:
         raise LaunchError(
             f"--gpus {front.gpus} are not the same number on each of {request.nodes} nodes; give a multiple"
@@ -259,6 +261,21 @@ def _check_machines(request: Request) -> None:
         raise LaunchError(
             f"--gpus {front.gpus} and --nproc-per-node {front.nproc_per_node} on {request.nodes} node"
             f"{'s' * (request.nodes > 1)} contradict each other; drop one"
+        )
+
+
+def _check_overwrite(request: Request) -> None:
+    """Refuse `--overwrite` where the training cannot tell a first start from a restart."""
+    front = request.front
+    if request.nodes > 1 and front.rdzv_id is None:
+        raise LaunchError(
+            "--overwrite on several nodes needs a name of this job that no earlier one had, the same on all "
+            "nodes, so that a restart does not remove what the job itself has written; give --rdzv-id NAME"
+        )
+    if front.max_restarts:
+        raise LaunchError(
+            f"--overwrite would act again at each of --max-restarts {front.max_restarts}, and is refused "
+            "there; drop one of them"
         )
 
 

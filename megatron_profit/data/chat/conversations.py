@@ -5,7 +5,6 @@ can continue and count. Where the first record of a file is in a format that is 
 refused.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,8 +52,7 @@ _RECORD_FIELDS = {
     "completion": _EVERY_RECORD | {"prompt", "completion"},
 }
 
-# Fields of pictures and the like, for which such a word stands in a text, and nothing at inference would.
-_MEDIA = re.compile("<(image|video|audio)>")
+# Fields of pictures and the like. In a text `<image>` stands for what is in one of the first two.
 _MEDIA_FIELDS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 FORMATS = (
@@ -150,10 +148,10 @@ def _check_elsewhere(fields: dict[str, Any], turns: Sequence[Turn]) -> None:
             PREFERENCES,
             f"the last message is the {turns[-1].message['role']}'s; add the one in chosen to the messages",
         )
-    if media := sorted(given & _MEDIA_FIELDS):
-        found = _MEDIA.search("\n".join(turn.message["content"] for turn in turns))
-        if found:
-            raise BrokenRecord(NOT_TEXT, f"{found[0]} stands for what is in {shown(media[0])}")
+    for name in sorted(given & _MEDIA_FIELDS):
+        tag = f"<{name.removesuffix('s')}>"
+        if any(tag in turn.message["content"] for turn in turns):
+            raise BrokenRecord(NOT_TEXT, f"{tag} stands for what is in {shown(name)}")
 
 
 def _format(value: dict[str, Any]) -> str | None:

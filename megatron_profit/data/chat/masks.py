@@ -35,9 +35,12 @@ _MASK = "mask"
 _DETAILS = ("train_detail", "training_detail")
 MESSAGE_FIELDS = (*FIELDS, _MASKED, _MASK, *_DETAILS)
 
-# A name that may say so in the words of yet another trainer. `label` is KTO's, false for an unwanted answer.
+# KTO's names, false for an unwanted answer. As a number or another text, `label` is a class of the record.
+_UNWANTED = ("label", "kto_tag")
+# A name that may say so in the words of yet another trainer.
 _LIKE_A_MASK = re.compile(
-    r"loss|mask|train|weight|learn|superv|ignore|exclu|skip|^label$", re.IGNORECASE
+    rf"loss|mask|train|weight|learn|superv|ignore|exclu|skip|^(?:{'|'.join(_UNWANTED)})$",
+    re.IGNORECASE,
 )
 
 # Of these names, the ones that exclude where they are true; a mask may in either case.
@@ -119,6 +122,8 @@ def heeded(fields: Mapping[str, Any]) -> set[str]:
 
 def _may_exclude(name: str, value: Any) -> bool:
     """Return whether a field of the record may leave out some of it, if it is a mask at all."""
+    if isinstance(value, str) and name.lower() in _UNWANTED:  # a cell of a CSV file
+        return value.strip().lower() == "false"
     if isinstance(value, bool):
         return "mask" in name.lower() or value is bool(_EXCLUDES.search(name))
     return isinstance(value, list)

@@ -170,6 +170,9 @@ def _told(column: pyarrow.Array, wanted: bool) -> pyarrow.Array:
     if wanted:
         return column
     filled = column.is_valid()
+    if types.is_list(column.type) or types.is_large_list(column.type):  # an empty one is no value
+        longer = pyarrow.compute.greater(pyarrow.compute.list_value_length(column), 0)
+        filled = pyarrow.compute.and_kleene(filled, longer)
     return pyarrow.compute.if_else(filled, filled, pyarrow.scalar(None, pyarrow.bool_()))
 
 

@@ -144,7 +144,8 @@ class ReferenceModel(StatisticProvider):
         except (OSError, DataError) as error:
             fail(f"the reference's log-probabilities need {self._folder}: {error}; see --ref-cache")
         about = [_VERSION, *identity, str(args.params_dtype), str(args.vocab_size)]
-        about += [str(kind) for kind in (args.fp8, args.fp4) if kind]
+        formats = ((args.fp8, args.fp8_recipe), (args.fp4, args.fp4_recipe))
+        about += [f"{kind} {recipe}" for kind, recipe in formats if kind]
         if self.computed != "log_prob":
             about.append(self.computed)
         return {

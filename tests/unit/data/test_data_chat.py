@@ -255,6 +255,7 @@ def test_a_record_of_which_a_part_stands_elsewhere_is_left_out(record, reason):
         ([QUESTION, ANSWER], {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION]}),
         ([PICTURED, ANSWER], {}),
         ([PICTURED, ANSWER], {"images": []}),
+        ([PICTURED, ANSWER], {"videos": ["a.mp4"]}),
         ([QUESTION, ANSWER], {"image": "a.jpg"}),
     ],
 )

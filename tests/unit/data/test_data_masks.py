@@ -99,6 +99,8 @@ def test_a_field_of_the_record_that_looks_like_a_mask_leaves_it_out():
         {"loss_masked": True},
         {"assistant_mask": False},
         {"label": False},
+        {"label": "False"},
+        {"kto_tag": False},
     ):
         with pytest.raises(BrokenRecord) as error:
             read({**talk(), **fields})
@@ -110,6 +112,8 @@ def test_a_field_of_the_record_that_looks_like_a_mask_leaves_it_out():
         {"is_train": True},
         {"skip": False},
         {"label": True},
+        {"label": "True"},
+        {"kto_tag": True},
         {"label": 0},
         {"label": "spam"},
         {"labels": [0, 1]},

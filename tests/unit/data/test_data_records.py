@@ -40,6 +40,15 @@ def test_files_come_in_the_order_given(write_lines):
     assert [record.value for record in read_records([first, second])] == ROWS
 
 
+def test_an_empty_list_in_parquet_is_no_value(tmp_path):
+    """A column that is not read tells only whether a row has a value; a list of no picture is none."""
+    rows = [{**ROWS[0], "images": images} for images in ([], ["a.jpg"], None)]
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    records = read_records(path, wanted=lambda name: name != "images")
+    assert [bool(record.value.get("images")) for record in records] == [False, True, False]
+
+
 def test_parquet_drops_the_fields_that_a_row_does_not_have(tmp_path):
     call = {"function": {"name": "f", "arguments": '{"x": null}'}}
     rows = [

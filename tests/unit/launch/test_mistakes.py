@@ -44,6 +44,8 @@ MISTAKES = {
     "--model M --data D --nnodes 2 --rdzv-endpoint a:b": "write HOST:PORT, for example node0:29400",
     "--model M --data D --run=": "--run is empty",
     "--model M --data D --run D": "is a file; name a folder",
+    "--model M --data D --overwrite --nnodes 2 --rdzv-endpoint a:1": "give --rdzv-id NAME",
+    "--model M --data D --overwrite --max-restarts 3": "act again at each of --max-restarts 3",
     "--model M --data D --nnodes 2": "give --rdzv-endpoint HOST:PORT",
     "--model M --data D --nnodes 2 --rdzv-endpoint a:1 --gpus 3": "give a multiple",
     "--model M --data D --device gpu": "--device is 'gpu'; it can be auto, cpu, cuda",

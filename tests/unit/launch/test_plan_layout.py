@@ -120,14 +120,14 @@ def test_rows_that_do_not_fit_become_shorter():
     assert planned.seq_length == 8192
 
 
-def gib_on_a_cpu(flags: str) -> tuple[float, str]:
+def gib_on_a_cpu(flags: str, model: str = "Qwen3-0.6B") -> tuple[float, str]:
     """Return the memory that a plan for a CPU names, and its line."""
-    config = published_config("Qwen3-0.6B")
-    model = family_for(config).megatron_arguments(config)
+    config = published_config(model)
+    architecture = family_for(config).megatron_arguments(config)
     request = read_request(["--model", "m", "--data", "d.jsonl", *flags.split()])
-    wish = wish_of_flags(request.given, model, 512, 4, exact_rows=False)
-    (line,) = plan_layout(request, wish, Machine((), "", 2, 100), may_shorten=False).lines
-    return float(re.search(r"needs about (\S+) of 100 GiB", line)[1]), line
+    wish = wish_of_flags(request.given, architecture, 512, 4, exact_rows=False)
+    (line,) = plan_layout(request, wish, Machine((), "", 2, 1000), may_shorten=False).lines
+    return float(re.search(r"needs about (\S+) of 1000 GiB", line)[1]), line
 
 
 def test_a_laptop_needs_what_the_flags_leave_in_memory():
@@ -156,3 +156,13 @@ def test_a_dry_run_plans_for_nodes_of_eight_gpus(tmp_path):
     assert "--nproc-per-node 8 --nnodes 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT" in command
     with pytest.raises(LaunchError, match="--gpus 12 are no whole nodes of 8; give a multiple"):
         read_request([*words, "--gpus", "12"])
+
+
+def test_ranks_of_context_parallelism_hold_all_weights_on_a_cpu_and_experts_are_shared():
+    one, _ = gib_on_a_cpu("")
+    context, _ = gib_on_a_cpu("--context-parallel-size 2 --nproc-per-node 2")
+    assert 1.6 * one < context < 2.1 * one
+    assert gib_on_a_cpu("--tensor-model-parallel-size 2 --nproc-per-node 2")[0] < 1.2 * one
+    flags = "--expert-model-parallel-size 2 --nproc-per-node 2"
+    experts, alone = (gib_on_a_cpu(f, "Qwen3-30B-A3B")[0] for f in (flags, ""))
+    assert experts < 1.2 * alone

@@ -63,6 +63,25 @@ def test_a_run_that_has_gone_on_has_the_files_of_its_last_start(ready, monkeypat
     assert ready.run.config.read_text() == "model: new\n"
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_start_that_does_not_replace_a_run_leaves_its_files(ready, monkeypatch, replaces):
+    """Else the next plain command goes on with the flags of the start that failed."""
+    ready.request = read_request([*COMMAND, "--overwrite"])
+    with_checkpoint(ready.run)
+
+    def start(*_):
+        assert ready.run.config.read_text() == "model: new\n"
+        if replaces:
+            tracker = ready.run.checkpoints / "latest_checkpointed_iteration.txt"
+            tracker.unlink()
+            tracker.write_text("3")
+        return 1
+
+    monkeypatch.setattr(processes, "start", start)
+    assert front._run(ready) == 1
+    assert ready.run.config.read_text() == ("model: new\n" if replaces else "model: old\n")
+
+
 def test_the_script_starts_the_command_in_the_folder_where_it_was_given(tmp_path, monkeypatch):
     folder = tmp_path / "a folder"
     folder.mkdir()

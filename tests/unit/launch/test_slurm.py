@@ -167,6 +167,10 @@ def test_checkpoints_that_a_job_which_starts_again_would_not_load_are_refused(cl
     assert slurm.main([*JOB, "--load", "other", "--finetune"]) == 2
     assert "start from there with --pretrained-checkpoint other" in capsys.readouterr().err
     assert slurm.main(["--dry-run", *JOB, "--load", "runs/big/checkpoints"]) == 0
+    capsys.readouterr()
+    assert slurm.main([*JOB, "--without=--load"]) == 2
+    assert "could not go on with them; drop it" in capsys.readouterr().err
+    assert slurm.main(["--dry-run", *JOB, "--load", "other", "--without=--save"]) == 0
 
 
 def test_each_gpu_has_cores(cluster, capsys):
