@@ -25,9 +25,8 @@ from checkpoint_conversion.progress import duration, human
 from checkpoint_conversion.torch_dist.integrity import check_content, check_present, size_of
 from megatron_profit.training.checkpoints.folder import CheckpointError, Inspect, problem_of
 from megatron_profit.training.process.console import print_rank_0
+from megatron_profit.training.process.ranks import PATIENCE_SECONDS, is_seen_in_time
 
-# Seconds that a network file system may take to show a machine the files of another one.
-_PATIENCE_SECONDS = 90
 _PROGRESS_SECONDS = 10
 # Longer than any check. If a process ends before, torchrun ends the others.
 _FOREVER = timedelta(days=7)
@@ -129,23 +128,28 @@ def check_together(folder: Path) -> None:
         raise ConversionError(message)
 
 
-def wait_until_present(folder: Path, patience: float = _PATIENCE_SECONDS) -> None:
+def wait_until_present(folder: Path, patience: float = PATIENCE_SECONDS) -> None:
     """Wait until this machine sees all files of a checkpoint that the first rank sees.
 
     Raises:
         CheckpointError: It does not after `patience` seconds.
     """
-    end = time.monotonic() + patience
-    while True:
+    last: Exception | None = None
+
+    def is_present() -> bool:
+        nonlocal last
         try:
-            return check_present(folder)
+            check_present(folder)
         except (ConversionError, OSError) as error:
-            if time.monotonic() > end:
-                raise CheckpointError(
-                    f"a machine does not see the checkpoint that the first one sees: {error}; the folder "
-                    "must be on a file system that all machines share"
-                ) from error
-        time.sleep(0.2)
+            last = error
+            return False
+        return True
+
+    if not is_seen_in_time(is_present, patience):
+        raise CheckpointError(
+            f"a machine does not see the checkpoint that the first one sees: {last}; the folder must be on a "
+            "file system that all machines share"
+        ) from last
 
 
 def damage_of_share(folder: Path, number: int, of: int) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 # The other ranks wait in a collective, which must not take longer than its time limit.
 _LOOK_EVERY_SECONDS = 20
 # Time that a network file system may take to show a machine what another one has written.
-_PATIENCE_SECONDS = 90
+PATIENCE_SECONDS = 90
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -71,13 +71,14 @@ def from_first_rank_in_time[T](function: Callable[[], T]) -> T:
         return from_first_rank(lambda: _result_of(running))
 
 
-def is_seen_in_time(condition: Callable[[], bool]) -> bool:
-    """Return whether this machine sees within 90 seconds what another one has written.
+def is_seen_in_time(condition: Callable[[], bool], patience: float = PATIENCE_SECONDS) -> bool:
+    """Return whether this machine sees in time what another one has written.
 
     Args:
         condition: Looks at the file system.
+        patience: Seconds to wait.
     """
-    end = time.monotonic() + _PATIENCE_SECONDS
+    end = time.monotonic() + patience
     while not condition():
         if time.monotonic() > end:
             return False
