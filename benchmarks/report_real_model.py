@@ -173,7 +173,7 @@ def trainings(outcomes: Sequence[Outcome]) -> str:
 def core_table(core: Mapping[str, Any]) -> str:
     """Return the probabilities of core and other tokens."""
     lines = header("tokens", "number", "mean p", "95 % interval", "median", "p >= 0.1", "p >= 0.5")
-    names = ("core", core_tokens.REST, *core_tokens.CORE)
+    names = ("core", core_tokens.REST, *core_tokens.CORE, core_tokens.END)
     for name in (name for name in names if core["groups"][name]["tokens"]):
         group = core["groups"][name]
         if not group["tokens"]:

@@ -9,8 +9,9 @@ The data have the columns `question` and `answer`. A supervised token is core if
 - an operator: one of + - * / = % $ or a multiplication or division sign (x between numbers, no hyphen),
 - a name: a word with a capital that stands nowhere in the data in lower case.
 
-All other supervised tokens are the rest: words, line breaks, "####", the end of the turn. The paper lets a
-language model decide which tokens are core; this rule needs none.
+All other supervised tokens are the rest: words, line breaks, "####", the end of the turn. The end of the turn is
+also counted by itself, since a model that is not trained on it does not stop. The paper lets a language model
+decide which tokens are core; this rule needs none.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from megatron_profit.evaluation.estimators import LEVEL
 
 CORE = ("number", "operator", "name")
 REST = "rest"
+END = "end of the turn"
 NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
 OPERATOR = re.compile(r"[+*/=\u00d7\u00f7%$]|(?<!\w)-|-(?!\w)|(?<=\d)-(?=\d)|(?<=[\d ])x(?=[\d ])")
 WORD = re.compile(r"[^\W\d_]{2,}")
@@ -127,7 +129,7 @@ def measure(model: str, data: Path, count: int) -> dict[str, Any]:
     records = chosen_records(sources, [range(count)], ChatRenderer(tokenizer), 8192)
     values = [record.value for record in read_records(data)]
     names = names_of([text for value in values for text in value.values()])
-    groups: dict[str, list[np.ndarray]] = {kind: [] for kind in (*CORE, REST, "core")}
+    groups: dict[str, list[np.ndarray]] = {kind: [] for kind in (*CORE, REST, "core", END)}
 
     def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -142,6 +144,7 @@ def measure(model: str, data: Path, count: int) -> dict[str, Any]:
         for name in (*CORE, REST):
             groups[name].append(prob[kind == name])
         groups["core"].append(prob[kind != REST])
+        groups[END].append(prob[-1:])
     return {
         "model": Path(model).name,
         "data": data.name,
@@ -194,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.write(json.dumps(report).encode() + b"\n")
     if arguments.figure is not None:
         draw(report, arguments.figure)
-    for name in ("core", REST, *CORE):
+    for name in ("core", REST, *CORE, END):
         group = report["groups"][name]
         if not group["tokens"]:
             print(f"{name}: no tokens")

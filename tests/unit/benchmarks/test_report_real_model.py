@@ -94,7 +94,11 @@ def test_blocks_hold_scores_differences_trainings_and_times(outcomes):
         "median p": 0.9,
         "kept": {"0.1": 0.875, "0.3": 0.8, "0.5": 0.5},
     }
-    core = {"groups": dict.fromkeys(("core", "rest", "number", "operator", "name"), group)}
+    core = {
+        "groups": dict.fromkeys(
+            ("core", "rest", "number", "operator", "name", "end of the turn"), group
+        )
+    }
     found = blocks({"finished": 2, "runs": 9}, outcomes, core)
     assert found["state"].startswith("**The study is not finished: 2 of 9 parts")
     assert report.state({"finished": 9, "runs": 9}) == "All runs of the plan are finished.\n"

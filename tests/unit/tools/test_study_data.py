@@ -110,7 +110,9 @@ def test_the_figure_is_drawn_also_without_a_token_of_a_kind(tmp_path, rest):
 
 
 def test_a_kind_without_a_token_has_no_other_number(tmp_path, monkeypatch, capsys):
-    groups = dict.fromkeys(("core", "rest", "number", "name"), summary([np.array([0.25])]))
+    groups = dict.fromkeys(
+        ("core", "rest", "number", "name", "end of the turn"), summary([np.array([0.25])])
+    )
     groups["operator"] = summary([np.array([])])
     monkeypatch.setattr(core_tokens, "measure", lambda *_: {"model": "m", "groups": groups})
     out = tmp_path / "core.json"
