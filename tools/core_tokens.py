@@ -9,8 +9,8 @@ The data have the columns `question` and `answer`. A supervised token is core if
 - an operator: one of + - * / = % $ or a multiplication or division sign (x between numbers, no hyphen),
 - a name: a word with a capital that stands nowhere in the data in lower case.
 
-All other supervised tokens are the rest: words, line breaks, "####", the end of the turn. The end of the turn is
-also counted by itself, since a model that is not trained on it does not stop. The paper lets a language model
+All other supervised tokens are the rest: words, line breaks, "####", the end of the turn. This end is also
+counted by itself, since a model that is not trained on it does not stop. The paper lets a language model
 decide which tokens are core; this rule needs none.
 """
 
