@@ -22,8 +22,10 @@ def examples(*ids):
 
 @pytest.fixture
 def computed(monkeypatch, tmp_path):
-    """computed(FP8, **data sets): the names of those whose numbers are computed, and the reference."""
-    args = SimpleNamespace(params_dtype="torch.float32", vocab_size=9, fp8=None, fp4=None)
+    """computed(FP8, its recipe, **data sets): the names of those whose numbers are computed."""
+    args = SimpleNamespace(
+        params_dtype="torch.float32", vocab_size=9, fp8=None, fp4=None, fp4_recipe="nvfp4"
+    )
     monkeypatch.setattr(reference_model, "get_args", lambda: args)
     monkeypatch.setattr(reference_model, "_identity", lambda model, notes: ["a model"])
     monkeypatch.setattr(reference_model, "_common", set)
@@ -31,8 +33,8 @@ def computed(monkeypatch, tmp_path):
         monkeypatch.setattr(reference_model, name, lambda function: function())
     monkeypatch.setattr(reference_model, "_weights_of", lambda *_: nullcontext())
 
-    def run(precision=None, **datasets):
-        args.fp8 = precision
+    def run(precision=None, recipe="delayed", **datasets):
+        args.fp8, args.fp8_recipe = precision, recipe
         reference = ReferenceModel(None, tmp_path, None, datasets)
         names = []
 
@@ -64,6 +66,7 @@ def test_another_precision_has_numbers_of_its_own(computed):
     for precision in (None, "e4m3", "hybrid"):
         assert computed(precision, train=data) == ["train"]
         assert computed(precision, train=data) == []
+    assert computed("hybrid", "blockwise", train=data) == ["train"]
 
 
 def test_damaged_numbers_are_computed_again(computed, tmp_path, capsys):
