@@ -176,8 +176,6 @@ def core_table(core: Mapping[str, Any]) -> str:
     names = ("core", core_tokens.REST, *core_tokens.CORE, core_tokens.END)
     for name in (name for name in names if core["groups"][name]["tokens"]):
         group = core["groups"][name]
-        if not group["tokens"]:
-            continue
         low, high = group["interval"]
         kept = [f"{100 * group['kept'][tau]:.1f} %" for tau in ("0.1", "0.5")]
         interval = f"{low:.3f} to {high:.3f}"

@@ -18,7 +18,7 @@ from checkpoint_conversion.families.config import TEXT, text_config, text_part
 from checkpoint_conversion.hf.folder import CONFIG, read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
-# The file of a run in each of its checkpoints, and the path of the token in it.
+# The file of a run in each of its checkpoints.
 RUN_FILE = "megatron_profit.json"
 _KEY = "eos_token_id"
 # transformers takes these from config.json where a folder has no generation_config.json.

@@ -338,7 +338,7 @@ def artifacts(template: Path) -> list[Path]:
 
 
 def _small_files(template: Path) -> Iterator[Path]:
-    """Yield the files besides weights, code, config.json and what an export has of its own."""
+    """Yield the files besides weights, code, config.json and those that an export writes itself."""
     for entry in sorted([*template.iterdir(), *(template / CHAT_TEMPLATES).glob("*.jinja")]):
         if entry.name != CONFIG and not _NOT_COPIED.fullmatch(entry.name) and not entry.is_dir():
             yield entry

@@ -39,7 +39,7 @@ _OF_OTHER_MODELS = (
     "moe_apply_probs_on_input",
 )
 _UNSET = (None, False, 0, "vanilla")
-# Further values that change nothing.
+# Further values without an effect.
 _NEUTRAL = {
     "moe_router_topk_scaling_factor": 1,
     "rotary_seq_len_interpolation_factor": 1,

@@ -59,9 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Talk until the input ends; return 1 for input that cannot be used."""
+    arguments = build_parser().parse_args(argv)
+    # The hub's room imports the readers of data, which --help does not need.
     from megatron_profit.launch.hub import local_folder
 
-    arguments = build_parser().parse_args(argv)
     try:
         sampling = sampling_of(arguments, "chat")
         day = template_day(arguments)

@@ -109,16 +109,13 @@ def write_opencompass(arguments: argparse.Namespace) -> None:
         EvaluationError: OpenCompass cannot make this evaluation.
     """
     from megatron_profit.evaluation.opencompass import VERSION, opencompass_settings
-    from megatron_profit.launch.hub import local_folder
 
     file: Path = arguments.opencompass
     for name, reason in _NOT_IN_OPENCOMPASS.items():
         if getattr(arguments, name) is not None:
             raise EvaluationError(f"--opencompass: OpenCompass {reason}; drop {flag_of(name)}")
     tasks = load_tasks(arguments)
-    models = labelled_models(arguments.models)
-    folders = {label: local_folder(model) for label, model in models.items()}
-    text = opencompass_settings(folders, tasks)
+    text = opencompass_settings(models_of(arguments), tasks)
     with whole_file(file) as stream:
         stream.write(text.encode())
     print(
@@ -133,11 +130,8 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
         EvaluationError: Input cannot be used; checked before the first model is loaded, where possible.
     """
     from megatron_profit.evaluation.engines.engine import EngineOptions, resolved
-    from megatron_profit.launch.hub import local_folder
 
-    models = labelled_models(arguments.models)
-    if arguments.server is None:
-        models = {label: local_folder(model) for label, model in models.items()}
+    models = models_of(arguments)
     check_out(arguments.out)
     if arguments.server is not None:
         for name in ("engine", "dtype"):
@@ -168,6 +162,21 @@ def evaluate_models(arguments: argparse.Namespace) -> list[Result]:
     )
     write_results(arguments.out, by_task, [task for task, _ in tasks])
     return by_task
+
+
+def models_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return label -> folder of each model, or the server's name of it.
+
+    Raises:
+        EvaluationError: A label cannot be used.
+        LaunchError: There is no such model on the hub, or it can be neither read nor downloaded.
+    """
+    from megatron_profit.launch.hub import local_folder
+
+    models = labelled_models(arguments.models)
+    if arguments.server is not None:
+        return models
+    return {label: local_folder(model) for label, model in models.items()}
 
 
 def days_of(models: Mapping[str, str], arguments: argparse.Namespace) -> dict[str, date | None]:

@@ -253,10 +253,10 @@ def planned_rows(
     usual = rows_of_step(lengths, seq_length, request.value("packing"))
 
     def plan(given: Mapping[str, Given]) -> PlannedLayout:
-        steps = _divisor_of_batches(given)
-        exact = "global_batch_size" in given or steps is not None
-        rows = given["global_batch_size"].value if "global_batch_size" in given else steps or usual
-        wish = wish_of_flags(given, model.architecture, seq_length, rows, exact)
+        batch = given.get("global_batch_size")
+        rows = batch.value if batch is not None else _divisor_of_batches(given)
+        exact = rows is not None
+        wish = wish_of_flags(given, model.architecture, seq_length, rows or usual, exact)
         return plan_layout(request, wish, machine, may_shorten)
 
     planned = plan(request.given)
@@ -277,8 +277,9 @@ def _divisor_of_batches(given: Mapping[str, Given]) -> int | None:
         return None
     entries = given["step_batch_size_schedule"].value.replace(",", " ").split()
     sizes = [entry.rpartition(":")[2] for entry in entries]
-    # Megatron refuses what is no schedule, and reads 1K too.
-    return math.gcd(*map(int, sizes)) or None if all(map(str.isdecimal, sizes)) else None
+    if not all(map(str.isdecimal, sizes)):  # Megatron reads 1K too, and refuses other texts
+        return None
+    return math.gcd(*map(int, sizes)) or None
 
 
 def _saves(request: Request, steps: int, nbytes: int) -> list[str]:

@@ -52,7 +52,7 @@ _RECORD_FIELDS = {
     "completion": _EVERY_RECORD | {"prompt", "completion"},
 }
 
-# Fields of pictures and the like. In a text `<image>` stands for what is in one of the first two.
+# Fields of pictures and the like. In a text `<image>` stands for one in `image` or `images`.
 _MEDIA_FIELDS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
 FORMATS = (

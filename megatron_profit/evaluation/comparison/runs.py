@@ -77,7 +77,7 @@ def carry_out(
 ) -> list[Outcome]:
     """Carry out all stages, `plan.jobs` runs at a time; finished parts are read.
 
-    The base is evaluated beside the first runs of a stage, as one more job, and published before them.
+    While the first runs of a stage are made, one more job evaluates the base, which is published before them.
 
     Args:
         plan: The comparison.

@@ -1,5 +1,6 @@
 """The length of rows, where a record is longer than the first ones told; a resumed run; checkpoints."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,8 @@ from megatron_profit.launch.records import Lengths, PreparedRows
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.flags import Given
 from megatron_profit.recipe.request import read_request
+
+PARALLEL = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
 
 
 @pytest.mark.parametrize(("ids", "positions"), [(2049, 2048), (2050, 4096)])
@@ -57,6 +60,22 @@ def test_a_resumed_run_has_the_layout_of_its_start_on_the_same_gpus():
     remembered = {flag[2:].replace("-", "_"): Given.of(flag, value) for flag, value in kept}
     assert plan(16, remembered).flags == first.flags
     assert plan(64, remembered).rows == first.rows
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rows"), [("0:8", 8), ("0:16 10K:24", 8), ("0:16,1000:16", 16)]
+)
+def test_a_batch_of_each_size_of_a_schedule_is_whole_steps_of_the_replicas(schedule, rows):
+    """The derived micro-batch divides all of them; a batch that it does not divide ends the training."""
+    config = published_config("Qwen3-0.6B")
+    model = SimpleNamespace(architecture=family_for(config).megatron_arguments(config))
+    words = "--model m --data d.jsonl --dry-run --no-packing --gpus 8 --gpu-memory 79.6".split()
+    request = read_request([*words, "--step-batch-size-schedule", schedule])
+    some = (Lengths(100.0, 200), 1024, Machine((), "", 2, 20))
+    planned = prepare.planned_rows(request, {}, model, *some)
+    assert planned.rows == rows
+    sizes = [planned.flags.get(f"{name}_size", 1) for name in PARALLEL]
+    assert rows % (planned.flags["micro_batch_size"] * 8 // math.prod(sizes)) == 0
 
 
 @pytest.mark.parametrize(
