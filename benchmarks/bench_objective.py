@@ -49,7 +49,6 @@ DEFAULTS: dict[str, Any] = {
     "hidden": [1024],
     "tokens": [1024],
     "masks": [(0.5, 0.2)],
-    "dtype": ["bf16"],
     "tp": [1],
     "ours": [],
     "rounds": 5,
@@ -620,7 +619,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PROMPT/DROPPED",
         help="share of the tokens without a label, and of the others that ProFit drops: 0.5/0.2",
     )
-    grid.add_argument("--dtype", nargs="+", choices=DTYPES)
+    grid.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="bf16, or fp32 on a CPU that computes bf16 slowly"
+    )
     grid.add_argument("--ours", action="append", metavar="NAME=VALUE,…", help="a variant of ours")
     grid.add_argument("--rounds", type=int)
     parser.add_argument("--only", nargs="+", choices=NAMES, help="besides the --ours variants")
@@ -635,6 +636,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     given = vars(parser.parse_args(argv))
     options = argparse.Namespace(**DEFAULTS | PRESETS[given["preset"]] | given)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "dtype" not in options:
+        options.dtype = [benchmarking.fast_dtype(options.device)]
     ours_variants(options.ours)
     _check_tp(parser, options)
     return options

@@ -71,7 +71,8 @@ def training_flags(folder: Path, options: argparse.Namespace) -> list[str]:
         "--device": options.device,
     }
     return [str(part) for pair in flags.items() for part in pair] + [
-        *("--random-init", "--bf16", "--log-interval", "1", "--no-packing"),
+        *("--random-init", "--log-interval", "1", "--no-packing"),
+        *(["--bf16"] if options.dtype == "bf16" else []),
         *options.megatron,
     ]
 
@@ -242,11 +243,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="bf16, or fp32 on a CPU that computes bf16 slowly"
+    )
     parser.add_argument("--out", type=Path, default=benchmarking.RESULTS)
     parser.add_argument("--name", default="training-step", help="of the results files")
     options = parser.parse_args(shlex.split(own))
     options.megatron = shlex.split(megatron)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.dtype = options.dtype or benchmarking.fast_dtype(options.device)
     options.steps = options.steps or (3 if options.quick else 5)
     options.rounds = options.rounds or (2 if options.quick else 3)
     if "ours" not in options.losses:
@@ -278,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
         "results": results,
     }
     text = (
-        f"Qwen3-0.6B's shape with {options.layers} layers, vocabulary {QWEN3_06B['vocab_size']:,}, bf16, "
+        f"Qwen3-0.6B's shape with {options.layers} layers, vocabulary {QWEN3_06B['vocab_size']:,}, {options.dtype}, "
         f"{options.micro_batches} x {options.micro_batch_size} rows of {options.seq_length} tokens, "
         f"{options.prompt:.0%} prompt; ours keeps {results['ours']['kept']:.0%} of the supervised tokens.\n"
         f"Medians over {options.rounds} runs of {options.steps} steps that take turns. Peak: of the largest "

@@ -29,7 +29,7 @@ from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.in_transformers import load_language_model, with_adapters
 from megatron_profit.doctor.findings import Finding, fault, note, ok
 from megatron_profit.launch.machine import this_machine
-from megatron_profit.launch.processes import ENVIRONMENT, launcher
+from megatron_profit.launch.processes import environment, launcher
 from megatron_profit.recipe.flags import words_of
 
 if TYPE_CHECKING:
@@ -167,9 +167,9 @@ def megatron_result(launch: Launch) -> Result:
         command = [sys.executable, "-m", "torch.distributed.run", *torchrun_words(launch)]
         command += [*one_step(launch), "--metrics-file", str(metrics)]
         threads = str(max(1, launch.machine.cores // launch.processes))
-        environment = {"OMP_NUM_THREADS": threads, **ENVIRONMENT, **os.environ}
+        variables = {"OMP_NUM_THREADS": threads, **environment(0), **os.environ}
         answer = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment
+            command, capture_output=True, text=True, check=False, env=variables
         )
         lines = metrics.read_text().splitlines() if metrics.is_file() else []
         steps = [json.loads(line) for line in lines]

@@ -6,9 +6,9 @@ then see an ordinary folder that has the template.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import uuid
+import tempfile
 from pathlib import Path
 
 from checkpoint_conversion.engine.output import write_file
@@ -25,8 +25,6 @@ _OTHERS = ("chat_template.json",)
 _LARGEST = 2**20  # bytes
 # Weights, in formats that an export does not copy either.
 _WEIGHTS = ".safetensors .bin .pt .pth .ckpt .gguf .onnx .h5 .msgpack .pkl".split()
-# End of the name of a link that a node is about to put in its place.
-_UNFINISHED = ".unfinished"
 
 CHATML = """\
 {%- for message in messages %}
@@ -52,54 +50,65 @@ _TOKENS = {
 }
 
 
-def with_template(model: Path, template: str, folder: Path) -> Path:
+def with_template(model: Path, template: str, run: Path) -> Path:
     """Return a folder like the model's with this template.
+
+    It is named after its content, so that another start does not change the folder of a run that goes on. For
+    example, `model-5f0c2a9d81e4`. It appears whole; of several nodes that make it one is the first.
 
     Args:
         model: The model's folder.
         template: A file, or the name of a built-in template: chatml or llama3.
-        folder: The folder to make.
+        run: The folder to make it in.
 
     Raises:
         LaunchError: The template cannot be read, the tokenizer lacks the tokens of a built-in one, or a file
             of the model is too large to be copied.
     """
-    text = _text(model, template)
+    copies, links = _parts(model, _text(model, template))
+    digest = hashlib.sha256()
+    for name, part in sorted((copies | {n: str(f).encode() for n, f in links.items()}).items()):
+        digest.update(f"{name}:{len(part)}:".encode() + part)
+    folder = run / f"model-{digest.hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    run.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=run) as unfinished:
+        made = Path(unfinished, folder.name)
+        made.mkdir()
+        for name, content in copies.items():
+            write_file(made / name, content)
+        for name, file in links.items():
+            (made / name).symlink_to(file)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another node was faster
+                raise
+    return folder
+
+
+def _parts(model: Path, text: str) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """Return what the folder has by file name: contents of copies, and files of the links' other ends."""
     ours = (TEMPLATE, _SETTINGS, *_OTHERS)
-    files = {f.name: f for f in model.iterdir() if f.name not in ours and f.is_file()}
-    for file in files.values():
-        if file.suffix not in _WEIGHTS and (size := file.stat().st_size) > MOST_JSON:
+    files = {f.name: f for f in sorted(model.iterdir()) if f.name not in ours and f.is_file()}
+    links = {n: f.resolve() for n, f in files.items() if f.suffix in _WEIGHTS}
+    copied = {name: file for name, file in files.items() if name not in links}
+    for file in copied.values():
+        if (size := file.stat().st_size) > MOST_JSON:
             raise LaunchError(
                 f"--chat-template: the folder with the template has copies of all files but weights, and "
                 f"{file} has {size:,} bytes (at most {MOST_JSON:,}); move it out of the model's folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry in folder.iterdir():
-        is_old = entry.name not in files and not entry.name.endswith(_UNFINISHED)
-        if entry.is_symlink() and is_old:  # of another model
-            entry.unlink(missing_ok=True)
-    for name, file in sorted(files.items()):
-        if file.suffix in _WEIGHTS:
-            _link(folder / name, file.resolve())
-        else:  # an export copies these, and follows no link out of the folder
-            write_file(folder / name, read_regular(file))
+    # An export copies these, and follows no link out of the folder.
+    copies = {name: read_regular(file) for name, file in copied.items()}
     settings = model / _SETTINGS
     if settings.is_file():
         content = read_json_object(settings)
         content.pop("chat_template", None)
-        text_of_settings = json.dumps(content, indent=2, ensure_ascii=False)
-        write_file(folder / _SETTINGS, text_of_settings.encode())
-    write_file(folder / TEMPLATE, text.encode())
-    return folder
-
-
-def _link(link: Path, file: Path) -> None:
-    """Make a link, in the place of another one. Other nodes may be reading through it."""
-    if link.is_symlink() and os.readlink(link) == str(file):
-        return
-    new = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}{_UNFINISHED}")
-    new.symlink_to(file)
-    new.replace(link)
+        copies[_SETTINGS] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+    copies[TEMPLATE] = text.encode()
+    return copies, links
 
 
 def _text(model: Path, template: str) -> str:

@@ -29,8 +29,8 @@ _REFUSED_WITH = {
     "--overlap-param-gather": "save_params_interval",
 }
 _NEEDS = {"--overlap-param-gather": "--overlap-grad-reduce"}
-# Time between two checkpoints: half an hour, or 50 times what writing one takes.
-_SAVE_SECONDS, _SAVE_FACTOR = 1800.0, 50
+# Time between two checkpoints: half an hour, or 50 times what writing one takes, at most four hours.
+_SAVE_SECONDS, _SAVE_FACTOR, _LONGEST_SECONDS = 1800.0, 50, 4 * 3600.0
 _EVALUATIONS = 5
 
 
@@ -205,7 +205,9 @@ def _add_optimizer(flags: _Flags, request: Request) -> None:
 def save_interval(step_seconds: float, steps: int, nbytes: int) -> int:
     """Return the steps between two checkpoints, by the time of a step and by a checkpoint's size.
 
-    For example, a 14B model's 200 GB are written every two and three quarter hours.
+    For example, a 14B model's 200 GB are written every two and three quarter hours. A job of a few hours has
+    to save too, so the longest time is four hours.
     """
-    wanted = max(_SAVE_SECONDS, _SAVE_FACTOR * save_seconds(nbytes)) / max(step_seconds, 1e-3)
+    seconds = min(max(_SAVE_SECONDS, _SAVE_FACTOR * save_seconds(nbytes)), _LONGEST_SECONDS)
+    wanted = seconds / max(step_seconds, 1e-3)
     return max(1, min(round(wanted), steps))

@@ -119,7 +119,7 @@ def _refuse(error: Exception) -> int:
 def _write_files(ready: Launch) -> None:
     from megatron_profit.launch.processes import exports
 
-    ready.run.write(["torchrun", *ready.words], ready.config, exports())
+    ready.run.write(["torchrun", *ready.words], ready.config, exports(ready.checkpoint))
 
 
 def _run(ready: Launch) -> int:
@@ -140,11 +140,14 @@ def _run(ready: Launch) -> int:
     resumes = "; the same command resumes it" * ready.run.loads_own(ready.request)
     tell(f"run: {ready.run.path} {begins}{resumes}. Command ({ready.run.command}):")
     print(command, flush=True)
-    code = start(ready.words, ready.processes, ready.machine.cores)
+    code = REFUSED
+    try:
+        code = start(ready.words, ready.processes, ready.machine.cores, ready.checkpoint)
+    finally:
+        if earlier is not None:
+            earlier.restore(is_refused=code == REFUSED)
     if goes_on and code != REFUSED:  # the training has compared the flags with the run's
         _write_files(ready)
-    if earlier is not None:
-        earlier.restore()
     export = ready.run.exported(ready.request)
     if code == 0 and export is not None and (export / "config.json").is_file():
         tell(f"the trained model is in {export}")

@@ -10,9 +10,10 @@ from typing import Any
 from megatron_profit.estimates.communication import step_flops
 from megatron_profit.estimates.layouts import Choice, NoFitError, NoLayoutError, choose
 from megatron_profit.estimates.memory import GIB, estimate
-from megatron_profit.estimates.parameter_counts import stage_parameters
+from megatron_profit.estimates.parameter_counts import saved_parameters, stage_parameters
 from megatron_profit.estimates.possible_layouts import ASSUMED, Cluster, Layout, Wish, run_shape
 from megatron_profit.estimates.run_shape import UNKNOWN, RunShape, ShapeError
+from megatron_profit.estimates.saving import checkpoint_bytes
 from megatron_profit.flags import flag_of
 from megatron_profit.launch.machine import Machine
 from megatron_profit.recipe.errors import LaunchError
@@ -67,6 +68,27 @@ def parameters_of(model: Mapping[str, Any]) -> int:
     """Return the number of parameters of a model."""
     wish = Wish(model, seq_length=1, rows=1)
     return stage_parameters(run_shape(wish, Layout(), 1), 0).total
+
+
+def checkpoint_of(
+    request: Request,
+    model: Mapping[str, Any],
+    on_gpus: bool = True,
+    derived: Mapping[str, Any] | None = None,
+) -> int:
+    """Return the bytes of a run's checkpoint, of the adapters alone where it trains adapters.
+
+    Args:
+        request: The command line.
+        model: Megatron's arguments of the model.
+        on_gpus: Whether the run trains on GPUs.
+        derived: Flags that follow from the layout, by argument.
+    """
+    given = request.values
+    half = on_gpus and not given.get("fp16") and "--bf16" not in request.front.without
+    adapters = {name: given[name] for name in ("lora_rank", "lora_targets") if name in given}
+    shape = run_shape(Wish(model, seq_length=1, rows=1, decided=adapters), Layout(), 1)
+    return checkpoint_bytes({"bf16": half, **(derived or {}), **given}, saved_parameters(shape))
 
 
 def wish_of_flags(

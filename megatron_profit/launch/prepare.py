@@ -15,9 +15,7 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.model_card.base import HubId
 from megatron_profit.data.options import DataOptions, check_first_records
-from megatron_profit.estimates.parameter_counts import saved_parameters
-from megatron_profit.estimates.possible_layouts import Layout, Wish, run_shape
-from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
+from megatron_profit.estimates.saving import describe_save
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.launch import hub
 from megatron_profit.launch.chat_template import with_template
@@ -32,6 +30,7 @@ from megatron_profit.launch.machine import Machine, this_machine
 from megatron_profit.launch.plan_layout import (
     PlannedLayout,
     check_processes,
+    checkpoint_of,
     parameters_of,
     plan_layout,
     slow_warning,
@@ -136,10 +135,10 @@ def prepare(request: Request) -> Launch:
     if request.front.chat_template is not None:
         known = HubId.of_path(folder)
         base_id = None if known is None else str(known)
-        model = replace(model, folder=run.model, base_id=base_id)
+        model = replace(model, folder=run.path / tokenizer.name, base_id=base_id)
     steps = _steps(request, rows.rows, planned.rows)
     step_seconds = planned.row_seconds * planned.rows
-    checkpoint = _checkpoint_bytes(request, model, planned)
+    checkpoint = checkpoint_of(request, model.architecture, planned.on_gpus, planned.flags)
     saved_every = save_interval(step_seconds, steps, checkpoint)
     intervals = Intervals.of(request, steps, saved_every)
     flags = derived_flags(request, model, data, planned, run, intervals)
@@ -200,7 +199,7 @@ def _with_template(request: Request, model: Model, run: RunFolder) -> Iterator[P
         with tempfile.TemporaryDirectory() as folder:
             yield with_template(model.folder, template, Path(folder))
     else:
-        yield with_template(model.folder, template, run.model)
+        yield with_template(model.folder, template, run.path)
 
 
 def _fit(
@@ -287,17 +286,6 @@ def _saves(request: Request, steps: int, nbytes: int) -> list[str]:
     if "--save" in request.front.without:
         return []
     return [f"checkpoints: every {steps:,} steps; one takes {describe_save(nbytes)}"]
-
-
-def _checkpoint_bytes(request: Request, model: Model, planned: PlannedLayout) -> int:
-    """Return the size of a checkpoint, of the adapters alone where the run trains adapters."""
-    given = request.values
-    half = planned.on_gpus and not given.get("fp16") and "--bf16" not in request.front.without
-    settings = {"bf16": half, **planned.flags, **given}
-    names = ("lora_rank", "lora_targets")
-    adapters: dict[str, Any] = {name: given[name] for name in names if name in given}
-    wish = Wish(model.architecture, planned.seq_length, planned.rows, decided=adapters)
-    return checkpoint_bytes(settings, saved_parameters(run_shape(wish, Layout(), 1)))
 
 
 def _steps(request: Request, rows: int, rows_of_a_step: int) -> int:

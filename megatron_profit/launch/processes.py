@@ -8,20 +8,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from megatron_profit.estimates.saving import seconds_to_end
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.errors import LaunchError
 from megatron_profit.recipe.request import Request
 
 # Signals of schedulers reach the training, which writes a checkpoint and ends.
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1"
-# Environment variables of a run; one that is set already stays as it is.
-ENVIRONMENT = {
+# Environment variables of every run.
+_ENVIRONMENT = {
     # Rows of many lengths leave less of a GPU's memory unused.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "NCCL_DEBUG": "WARN",
-    # Seconds that torchrun gives the training for its last checkpoint, in place of 30. (torch 2.10 does not
-    # read it.)
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
     # Without this, torch 2.15 does not tell a node that joins later where rank 0 is.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
@@ -34,9 +32,20 @@ _TALKATIVE = (
 _MEMORY = "; the system does this when its memory is full"
 
 
-def exports() -> str:
-    """Return the lines of a shell script that set `ENVIRONMENT`."""
-    return "\n".join(f"export {name}=${{{name}:-{value}}}" for name, value in ENVIRONMENT.items())
+def environment(checkpoint: int) -> dict[str, str]:
+    """Return the environment variables of a run; one that is set already stays as it is.
+
+    Args:
+        checkpoint: Bytes of a checkpoint. By them torchrun waits for the last one, in place of 30 seconds.
+            (torch 2.10 does not read the variable.)
+    """
+    return {**_ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(seconds_to_end(checkpoint))}
+
+
+def exports(checkpoint: int) -> str:
+    """Return the lines of a shell script that set the variables of `environment`."""
+    values = environment(checkpoint).items()
+    return "\n".join(f"export {name}=${{{name}:-{value}}}" for name, value in values)
 
 
 def launcher(request: Request, processes: int, run: RunFolder) -> list[str]:
@@ -67,8 +76,14 @@ def launcher(request: Request, processes: int, run: RunFolder) -> list[str]:
     return [*words, "-m", ENTRY]
 
 
-def start(words: Sequence[str], processes: int, cores: int) -> int:
+def start(words: Sequence[str], processes: int, cores: int, checkpoint: int) -> int:
     """Run torchrun with these words until its processes have ended.
+
+    Args:
+        words: The words of the torchrun command, without its name.
+        processes: Processes of this node.
+        cores: Cores of this node.
+        checkpoint: Bytes of a checkpoint.
 
     Returns:
         The exit code of the first process that failed; 0 if all went well.
@@ -77,7 +92,7 @@ def start(words: Sequence[str], processes: int, cores: int) -> int:
         LaunchError: The nodes do not find each other.
     """
     threads = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
-    for variable, value in (threads | ENVIRONMENT).items():
+    for variable, value in (threads | environment(checkpoint)).items():
         os.environ.setdefault(variable, value)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException

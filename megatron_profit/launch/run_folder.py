@@ -18,6 +18,8 @@ from megatron_profit.recipe.request import Request, front_parser
 
 _RUNS = Path("runs")
 _LONGEST_NAME = 100
+# In each script that a run writes.
+_ABOUT = b"# Written by `megatron-profit sft`"
 # Flags that a run keeps when it is resumed, although they were derived: its rows, and the form of its
 # optimizer's state, which loads with the same one only. The switch was left out where it was off.
 _KEPT = ("--seq-length", "--global-batch-size", "--use-distributed-optimizer")
@@ -49,11 +51,6 @@ class RunFolder:
     def metrics(self) -> Path:
         """Metrics as JSON lines; Megatron's arguments and log are next to them."""
         return self.path / "metrics.jsonl"
-
-    @property
-    def model(self) -> Path:
-        """The model with another chat template."""
-        return self.path / "model"
 
     @property
     def logs(self) -> Path:
@@ -90,21 +87,26 @@ class RunFolder:
         """Return whether a command line goes on from checkpoints that are there."""
         return self.loads_own(request) and (self.saved(request) / TRACKER).is_file()
 
-    def earlier(self, request: Request) -> EarlierRun | None:
-        """Return the run whose checkpoints are there, if any; a command line may not go on from it."""
+    def earlier(self, request: Request) -> EarlierRun:
+        """Return the run that was started here before, as far as there is one: it may still be running."""
         tracker = self.saved(request) / TRACKER
-        if not tracker.is_file():
-            return None
         there = [file for file in (self.config, self.command) if file.is_file()]
         files = {file: (file.read_bytes(), file.stat().st_mode) for file in there}
         return EarlierRun(tracker, _stamp(tracker), files)
 
     def check_place(self) -> None:
-        """Refuse a folder that can neither be written to nor made.
+        """Refuse a folder that can neither be written to nor made, or that has files of somebody's own.
 
         Raises:
             LaunchError: Names the place and the remedy.
         """
+        is_ours = self.command.is_file() and _ABOUT in self.command.read_bytes()
+        for file in (self.command, self.config):
+            if file.is_file() and not is_ours:
+                raise LaunchError(
+                    f"--run {self.path}: {file} was not written by a run and would be replaced; name another "
+                    "folder, or move the file"
+                )
         if (problem := problem_of_place(self.path)) is not None:
             raise LaunchError(f"--run {self.path}: {problem}")
 
@@ -147,7 +149,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A run that a start with `--overwrite` replaces, unless it is refused or fails before that.
+    """A run that another start in its folder replaces, unless that one is refused or fails before.
 
     Attributes:
         tracker: The file that names its newest checkpoint.
@@ -159,9 +161,12 @@ class EarlierRun:
     stamp: tuple[int, int] | None
     files: Mapping[Path, tuple[bytes, int]]
 
-    def restore(self) -> None:
-        """Write its files again if its checkpoints are still there: the next start goes on from these."""
-        if _stamp(self.tracker) == self.stamp:
+    def restore(self, is_refused: bool) -> None:
+        """Write its files again if the other start was refused, or if its checkpoints are still there.
+
+        The next start goes on from these.
+        """
+        if is_refused or (self.stamp is not None and _stamp(self.tracker) == self.stamp):
             for file, (content, mode) in self.files.items():
                 write_file(file, content)
                 file.chmod(mode)
@@ -182,11 +187,11 @@ def folder_of(request: Request) -> RunFolder:
         return RunFolder(Path(request.front.run).expanduser())
     objective = str(request.value("objective") or "profit").rpartition(":")[2]
     method = "-lora" if request.value("lora_rank") else ""
-    model, data = (_last(name) for name in (request.model, request.value("data")[0]))
+    model, data = (short_name(name) for name in (request.model, request.value("data")[0]))
     return RunFolder(_RUNS / f"{model}-{objective}{method}-{data}"[:_LONGEST_NAME])
 
 
-def _last(name: str) -> str:
+def short_name(name: str) -> str:
     """Return a file name's stem or the last part of an id. For example, `Qwen3-4B` of `Qwen/Qwen3-4B@v1`."""
     last = Path(plain_id(name).rstrip("/").partition("@")[0] or name).name
     last = re.sub(r"\.(jsonl?|ndjson|parquet|arrow|csv)(\.gz|\.zst)?$", "", last)
@@ -203,6 +208,6 @@ def script(command: Sequence[str], setup: str = "") -> str:
         else:
             lines.append(quoted)
     text = " \\\n    ".join(lines)
-    about = "# Written by `megatron-profit sft`: the command that it started."
+    about = f"{_ABOUT.decode()}: the command that it started."
     place = f"cd {shlex.quote(str(Path.cwd()))} || exit"
     return "\n".join(["#!/bin/sh", about, place, *filter(None, [setup]), f"exec {text}", ""])

@@ -20,17 +20,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from checkpoint_conversion.engine.output import write_file
-from checkpoint_conversion.errors import printable
+from checkpoint_conversion.errors import ConversionError, printable
+from checkpoint_conversion.families import family_for
+from checkpoint_conversion.hf.folder import read_hf_config
+from megatron_profit.estimates.published import PUBLISHED, published_config
+from megatron_profit.estimates.run_shape import ShapeError
+from megatron_profit.estimates.saving import seconds_to_end
 from megatron_profit.flags import flag_of
 from megatron_profit.launch.hub import is_hub_name
 from megatron_profit.launch.processes import exports
-from megatron_profit.launch.run_folder import RunFolder, folder_of
+from megatron_profit.launch.run_folder import RunFolder, folder_of, short_name
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.recipe.request import Request, read_request
 
 _TIME = re.compile(r"\d+(-\d+(:\d+(:\d+)?)?)?|\d+:\d+(:\d+)?")
-# Seconds before the limit at which Slurm signals the job.
-_WARNING_SECONDS = 600
+# Slurm signals the job this many seconds before the ones that its processes get to end.
+_BEFORE_THE_END = 300
 # Cores of a GPU's process: its own threads, the optimizer's and the data's.
 _CPUS_PER_GPU = 8
 # Signs that would end a value in pyxis's list of mounts.
@@ -231,7 +236,8 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
     if not str(run.path).isprintable():
         raise LaunchError(f"--run is {str(run.path)!r}; a job's script cannot name such a folder")
     file = run.path / "job.sbatch"
-    python, container, setup = sys.executable, [], exports()
+    checkpoint = _checkpoint_bytes(request)
+    python, container, setup = sys.executable, [], exports(checkpoint)
     if options.container is not None:
         python, container = "python", _container(options, request, run, folder)
         setup += f"\n{_homes(request, run, folder)}"
@@ -239,7 +245,7 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
     command = [*container, shlex.join([python, "-m", "megatron_profit", "sft", *flags, *own])]
     text = _SCRIPT.format(
         file=shlex.quote(str(file)),
-        directives="\n".join(_directives(options, run)),
+        directives="\n".join(_directives(options, run, checkpoint)),
         folder=shlex.quote(str(folder)),
         exports=setup,
         command=" \\\n    ".join(command),
@@ -247,7 +253,7 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
     return file, text
 
 
-def _directives(options: argparse.Namespace, run: RunFolder) -> Iterator[str]:
+def _directives(options: argparse.Namespace, run: RunFolder, checkpoint: int) -> Iterator[str]:
     values = {
         "--job-name": run.path.name,
         "--nodes": options.nodes,
@@ -257,7 +263,7 @@ def _directives(options: argparse.Namespace, run: RunFolder) -> Iterator[str]:
         "--partition": options.partition,
         "--account": options.account,
         "--time": options.time,
-        "--signal": f"B:USR1@{_WARNING_SECONDS}",
+        "--signal": f"B:USR1@{_BEFORE_THE_END + seconds_to_end(checkpoint)}",
         # Slurm replaces signs after a percent sign; two stand for one.
         "--output": f"{str(run.path).replace('%', '%%')}/job-%j.log",
         "--open-mode": "append",
@@ -267,6 +273,26 @@ def _directives(options: argparse.Namespace, run: RunFolder) -> Iterator[str]:
             yield f"#SBATCH {name}={shlex.quote(str(value))}"  # sbatch reads quotes as a shell does
     yield from ("#SBATCH --exclusive", "#SBATCH --requeue")
     yield from (f"#SBATCH {option}" for option in options.sbatch)
+
+
+def _checkpoint_bytes(request: Request) -> int:
+    """Return the bytes of a checkpoint; 0 for a model of the hub that the estimates do not know.
+
+    A login node may have no network, so none is asked.
+    """
+    from megatron_profit.launch.plan_layout import checkpoint_of
+
+    name = short_name(request.model).removesuffix("-Base").removesuffix("-Instruct")
+    try:
+        if not is_hub_name(request.model, "model"):
+            config = read_hf_config(Path(request.model).expanduser())
+        elif name in PUBLISHED:
+            config = published_config(name)
+        else:
+            return 0
+        return checkpoint_of(request, family_for(config).megatron_arguments(config))
+    except (ConversionError, ShapeError):  # the job itself says so, or is about a folder that it makes
+        return 0
 
 
 def _container(

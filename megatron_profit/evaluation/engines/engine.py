@@ -102,12 +102,12 @@ def resolved(options: EngineOptions) -> EngineOptions:
         name = "vllm" if has_vllm else "transformers"
     dtype = options.dtype
     if dtype == "auto":
-        native = (on_gpu and name == "vllm") or _computes_in_bfloat16(on_gpu)
+        native = (on_gpu and name == "vllm") or computes_in_bfloat16(on_gpu)
         dtype = "bfloat16" if native else "float32"
     return replace(options, name=name, dtype=dtype)
 
 
-def _computes_in_bfloat16(on_gpu: bool) -> bool:
+def computes_in_bfloat16(on_gpu: bool) -> bool:
     """Return whether the device does; another one is several times slower with it.
 
     A GPU is not asked for vLLM, which has to be the first to use it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from checkpoint_conversion.errors import printable
 from checkpoint_conversion.model_card.facts import RUN
@@ -32,6 +32,8 @@ _NAMES = {
     "num_samples": "num_samples in --dataset-info",
     "precision": "precision",
 }
+# Parts of the record that act in the steps that are made.
+_OF_THE_STEPS = ("objective", "data", "seed", "schedule", "batch", "optimizer")
 # Only an optimizer state that is not reshardable depends on these (of the distributed optimizer).
 _LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
 
@@ -60,7 +62,8 @@ def check_resume(
         is_finished: Whether the run has no step left.
 
     Raises:
-        CheckpointError: Names both values and the flag that helps.
+        CheckpointError: Names both values and the flag that helps. A run without a step left has to have
+            the checkpoint's settings.
     """
     check_optimizer_state(resumed, args, tell)
     saved = saved_record(resumed.folder)
@@ -73,12 +76,31 @@ def check_resume(
     check_adapters(resumed.folder, now, saved)
     guarded = [part for part in GUARDED if part != "validation" or args.keep_best]
     changed = compare(resumed.folder, now, saved, args.allow_change, guarded, tell)
+    if is_finished and (unused := [part for part in _OF_THE_STEPS if part in changed]):
+        refuse_unused(resumed.folder, unused, now, saved)
     if "batch" in changed:
         tell(f"> the order of the rows stays as it is; the next row is number {resumed.done[1]}")
     if changed & {"schedule", "length", "batch"} and not is_finished:
         tell(schedule_line(args, resumed))
     if "length" in changed and not changed & {"data", "seed"}:
         _tell_of_passed_rows(resumed, saved.length.get("epochs"), rows_until, tell)
+
+
+def refuse_unused(
+    checkpoint: Path, parts: Iterable[str], now: RunRecord, saved: RunRecord
+) -> NoReturn:
+    """Refuse other settings of a run that has no step left: they would be in the export's model card alone.
+
+    Raises:
+        CheckpointError: Names each setting with both values, and the remedies.
+    """
+    found = now.differences(saved)
+    told = "; ".join(_described(part, found, now, saved) for part in parts)
+    raise CheckpointError(
+        f"{checkpoint} has made all steps of the run, so no step would be made with other settings: {told}. "
+        "Begin a new run in another folder (--run of megatron-profit sft, else --save), give the old values, "
+        "or train on with more --epochs or --train-iters"
+    )
 
 
 def _tell_of_passed_rows(

@@ -1,9 +1,12 @@
 """The benchmark of a training step: its flags and its table; a real run of it is slow."""
 
 import json
+from pathlib import Path
 
+import bench_objective
 import bench_training_step
 import pytest
+import torch
 
 
 def test_what_follows_the_dashes_goes_to_megatron():
@@ -35,3 +38,20 @@ def test_a_run_measures_every_loss(tmp_path, monkeypatch):
     assert results["ours"]["kept"] == pytest.approx(results["official"]["kept"], abs=0.05)
     assert results["stock"]["kept"] == 1
     assert all(result["median"] > 0 for result in results.values())
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_that_emulates_bf16_is_measured_in_fp32(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    options = bench_training_step.parse_arguments(["--device", "cpu"])
+    assert options.dtype == dtype
+    assert ("--bf16" in bench_training_step.training_flags(Path(), options)) == native
+    (config,) = bench_objective.configurations(bench_objective.parse_arguments(["--device", "cpu"]))
+    assert config.dtype == dtype
+
+
+def test_a_dtype_that_is_given_stays():
+    options = bench_training_step.parse_arguments(["--device", "cpu", "--dtype", "bf16"])
+    assert options.dtype == "bf16"
+    options = bench_objective.parse_arguments(["--full", "--device", "cpu", "--tp", "1"])
+    assert options.dtype == ["fp32", "bf16"]

@@ -28,8 +28,7 @@ from megatron_profit.estimates.layouts import USABLE, Choice, Cluster, Wish, cho
 from megatron_profit.estimates.memory import GIB, estimate
 from megatron_profit.estimates.published import published_config
 from megatron_profit.estimates.run_shape import RunShape
-from megatron_profit.launch import slurm
-from megatron_profit.launch.processes import ENVIRONMENT, exports
+from megatron_profit.launch import processes, slurm
 from megatron_profit.recipe.request import read_request
 from megatron_profit.training.arguments.derive import derive
 
@@ -267,7 +266,7 @@ def test_a_model_that_does_not_fit_ends_a_script_with_the_gpus_that_it_needs(com
 
 def test_scripts_and_command_set_the_same_variables():
     lines = (EXAMPLES / "common.sh").read_text().splitlines()
-    assert set(exports().splitlines()) <= set(lines)
+    assert set(processes.exports(0).splitlines()) <= set(lines)
 
 
 def test_only_models_that_exist_are_named():
@@ -344,7 +343,7 @@ def test_the_slurm_example_starts_the_command_on_each_node(commands, tmp_path):
     assert (settings["nodes"], settings["ntasks-per-node"]) == ("2", "1")
     assert int(settings["cpus-per-task"]) >= int(settings["gpus-per-node"])
     seconds_before_the_limit = int(settings["signal"].removeprefix("B:USR1@"))
-    assert seconds_before_the_limit >= int(ENVIRONMENT["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert seconds_before_the_limit >= int(processes.environment(0)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
 
 
 @pytest.mark.parametrize(("code", "queued"), [(1, ["scontrol requeue 41"]), (0, [])])

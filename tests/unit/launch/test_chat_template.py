@@ -29,8 +29,9 @@ def model(tmp_path):
 
 
 def test_the_folder_links_to_the_model_and_has_the_template(model, tmp_path):
-    for _ in range(2):  # the second start finds the first one's
-        folder = with_template(model, "chatml", tmp_path / "run" / "model")
+    folder = with_template(model, "chatml", tmp_path / "run")
+    assert with_template(model, "chatml", tmp_path / "run") == folder, "of the first start"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [folder.name]
     assert (folder / "chat_template.jinja").read_text() == CHATML
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos_token": "x"}
     assert (folder / "model.safetensors").read_bytes() == b"weights"
@@ -63,28 +64,42 @@ def test_broken_settings_of_the_tokenizer_are_named(model, tmp_path, text):
         with_template(model, "chatml", tmp_path / "model")
 
 
-def test_links_to_a_file_that_the_model_no_longer_has_go(model, tmp_path):
-    folder = with_template(model, "chatml", tmp_path / "model")
+def test_another_template_or_model_gets_a_folder_of_its_own(model, tmp_path):
+    first = with_template(model, "chatml", tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages }}")
+    other = with_template(model, str(own), tmp_path / "run")
     (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
-    with_template(model, "chatml", folder)
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+    (model / "generation_config.json").write_text("{}")
+    renamed = with_template(model, "chatml", tmp_path / "run")
+    assert len({first, other, renamed}) == 3
+    assert before.keys() == {path.name for path in first.iterdir()}
+    assert not (other / "generation_config.json").exists()
+    assert [path.name for path in renamed.glob("*.safetensors")] == [
         "model-00001-of-00001.safetensors"
     ]
 
 
-def test_two_nodes_that_make_the_same_link_do_not_disturb_each_other(model, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
+def test_a_model_in_the_runs_folder_stays_as_it_is(model, tmp_path):
+    own = model.rename(tmp_path / "model")
+    folder = with_template(own, "chatml", tmp_path)
+    assert not (own / "model.safetensors").is_symlink()
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_two_nodes_that_make_the_folder_do_not_disturb_each_other(model, tmp_path, monkeypatch):
     symlink_to, others = Path.symlink_to, iter(["the other node"])
 
     def both(link, file):
         symlink_to(link, file)
         for _ in others:
-            with_template(model, "chatml", folder)
+            with_template(model, "chatml", tmp_path / "run")
 
     monkeypatch.setattr(Path, "symlink_to", both)
-    with_template(model, "chatml", folder)
+    folder = with_template(model, "chatml", tmp_path / "run")
     assert (folder / "model.safetensors").read_bytes() == b"weights"
-    assert not list(folder.glob("*.unfinished"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [folder.name]
 
 
 def test_a_file_may_hold_the_template(model, tmp_path):

@@ -30,6 +30,7 @@ def ready(tmp_path):
         run=RunFolder(tmp_path / "run"),
         processes=1,
         machine=SimpleNamespace(cores=1),
+        checkpoint=200_000_000_000,
     )
 
 
@@ -47,7 +48,9 @@ def with_checkpoint(run: RunFolder) -> None:
 def test_a_new_run_has_its_files_from_the_start(ready, monkeypatch):
     assert started(ready, monkeypatch, 1) == 1
     assert ready.run.config.read_text() == "model: new\n"
-    assert "exec torchrun" in ready.run.command.read_text()
+    text = ready.run.command.read_text()
+    assert "exec torchrun" in text
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-520}" in text, "200 seconds twice, and 2 minutes"
 
 
 def test_a_refused_command_leaves_the_files_of_the_run_as_they_are(ready, monkeypatch):
@@ -80,6 +83,35 @@ def test_a_start_that_does_not_replace_a_run_leaves_its_files(ready, monkeypatch
     monkeypatch.setattr(processes, "start", start)
     assert front._run(ready) == 1
     assert ready.run.config.read_text() == ("model: new\n" if replaces else "model: old\n")
+
+
+def test_a_refused_start_leaves_the_files_of_a_run_that_has_no_checkpoint_yet(ready, monkeypatch):
+    """That run may be training; when it goes on, it reads its rows from these files."""
+    ready.run.write(["torchrun", "first"], "model: old\n")
+    assert started(ready, monkeypatch, front.REFUSED) == 2
+    assert ready.run.config.read_text() == "model: old\n"
+    assert "first" in ready.run.command.read_text()
+
+    def no_meeting(*_):
+        raise LaunchError("the nodes cannot meet")
+
+    monkeypatch.setattr(processes, "start", no_meeting)
+    with pytest.raises(LaunchError):
+        front._run(ready)
+    assert ready.run.config.read_text() == "model: old\n"
+    assert started(ready, monkeypatch, 1) == 1
+    assert ready.run.config.read_text() == "model: new\n", "this one has trained, and failed"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "command.sh"])
+def test_a_folder_with_files_of_ones_own_is_refused(tmp_path, name):
+    run = RunFolder(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(LaunchError, match=f"{name} was not written by a run and would be replaced"):
+        run.check_place()
+    (tmp_path / name).unlink()
+    run.write(["torchrun"], "model: ours\n")
+    run.check_place()
 
 
 def test_the_script_starts_the_command_in_the_folder_where_it_was_given(tmp_path, monkeypatch):

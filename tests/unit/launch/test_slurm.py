@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 
 import pytest
 
+from megatron_profit.estimates.published import published_config
 from megatron_profit.launch import slurm
 
 JOB = [
@@ -171,6 +173,34 @@ def test_checkpoints_that_a_job_which_starts_again_would_not_load_are_refused(cl
     assert slurm.main([*JOB, "--without=--load"]) == 2
     assert "could not go on with them; drop it" in capsys.readouterr().err
     assert slurm.main(["--dry-run", *JOB, "--load", "other", "--without=--save"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "before_the_limit", "to_end"),
+    [
+        ("Qwen/Qwen3-32B", [], 1338, 1038),  # 459 GB
+        ("Qwen/Qwen3-32B", ["--lora-rank", "8"], 600, 300),
+        ("Qwen/Qwen3-0.6B-Base@v1", [], 600, 300),
+        ("somebody/unknown", [], 600, 300),
+    ],
+)
+def test_the_last_checkpoint_has_the_time_that_its_size_takes(
+    cluster, capsys, model, more, before_the_limit, to_end
+):
+    command = ["--", "sft", "--model", model, "--data", "chats.jsonl", *more]
+    assert slurm.main(["--dry-run", "--nodes", "2", *command]) == 0
+    text = capsys.readouterr().out
+    assert f"#SBATCH --signal=B:USR1@{before_the_limit}\n" in text
+    assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{to_end}}}\n" in text
+
+
+def test_a_models_own_folder_says_how_large_its_checkpoint_is(cluster, capsys):
+    folder = cluster / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(published_config("Qwen3-32B")))
+    command = ["--", "sft", "--model", "mine", "--data", "chats.jsonl"]
+    assert slurm.main(["--dry-run", "--nodes", "2", *command]) == 0
+    assert "#SBATCH --signal=B:USR1@1338\n" in capsys.readouterr().out
 
 
 def test_each_gpu_has_cores(cluster, capsys):

@@ -63,7 +63,14 @@ def changed(**parts: dict) -> RunRecord:
 def resume(tmp_path):
     """Compares a run with a checkpoint of `RECORD` at step 6; returns what is told."""
 
-    def run(now: RunRecord, *, rows: int = 24, record: object = "record", **flags: object) -> list:
+    def run(
+        now: RunRecord,
+        *,
+        rows: int = 24,
+        record: object = "record",
+        is_finished: bool = False,
+        **flags: object,
+    ) -> list:
         folder = tmp_path / "iter_0000006"
         folder.mkdir(exist_ok=True)
         content = {"format": 1, "iteration": 6, "run": RECORD.to_json(), "progress": None}
@@ -74,8 +81,9 @@ def resume(tmp_path):
         (folder / MARKER).write_text(json.dumps(content))
         told: list[str] = []
         resumed = Resumed(folder, 6, {**ARGS, "consumed_train_samples": rows})
+        arguments = Namespace(**{**ARGS, **flags})
         check_resume(
-            resumed, now, Namespace(**{**ARGS, **flags}), lambda epoch: 22 * epoch, told.append
+            *(resumed, now, arguments, lambda epoch: 22 * epoch, told.append), is_finished
         )
         return told
 
@@ -232,6 +240,29 @@ def test_a_checkpoint_without_optimizer_state_is_told(tmp_path):
     resumed = Resumed(tmp_path, 6, {**ARGS, "no_save_optim": True})
     check_optimizer_state(resumed, Namespace(**ARGS), told.append)
     assert "--no-save-optim" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed", "told"),
+    [
+        ({"schedule": {"lr": 0.002}}, [], "--lr 0.002 (was 0.001)"),
+        ({"batch": {"global_batch_size": 8}}, [], "--global-batch-size 8 (was 4)"),
+        ({"data": {"seq_length": 32}}, ["data"], "--seq-length 32 (was 64)"),
+    ],
+)
+def test_a_run_without_a_step_left_takes_no_other_settings(resume, change, allowed, told):
+    assert resume(changed(**change), allow_change=allowed)
+    with pytest.raises(CheckpointError) as error:
+        resume(changed(**change), allow_change=allowed, is_finished=True)
+    message = str(error.value)
+    assert message.partition("so no step would be made with other settings: ")[2].startswith(told)
+    assert "--run of megatron-profit sft, else --save" in message
+
+
+def test_a_run_without_a_step_left_ends_again_as_it_is(resume):
+    assert resume(RECORD, is_finished=True) == []
+    (line,) = resume(changed(versions={"torch": "2.16.0"}), is_finished=True)
+    assert "torch 2.16.0 (was 2.15.0)" in line
 
 
 @pytest.mark.parametrize(
