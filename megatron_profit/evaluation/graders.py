@@ -41,14 +41,19 @@ _NUMBER = re.compile(
 _WITH_UNIT = re.compile(
     rf"({_NUMBER.pattern})\.?(?:(?:\s[A-Za-z]|[A-Za-z]{{2}})[A-Za-z\s./]*(?:\^\{{?[23]\}}?|[²³])?|\s?[€£¥₹])?"
 )
-# Words that an answer follows, or a heading of them. Markdown may stand around the words.
+# Words that an answer follows, or a heading of them. Markdown may stand around the words. Four hashes may
+# also be a heading of Markdown: "#### Step 2" or "#### 2. Subtract" above more text states no answer.
 _STATED = re.compile(
     r"^[ \t]*[#*_]+[ \t]*(?:(?:the|my|final)[ \t]+)*answer[*_ \t]*$"
-    r"|(?:####|answer[\s*_]*(?:is|:))[*_]*\s*:?",
+    r"|(?:####(?![ \t*_]*(?:[A-Za-z]{2}|\d+[.)][ \t]+[*_]*[A-Za-z])[^\n]*\n\s*\S)|answer[\s*_]*(?:is|:))"
+    r"[*_]*\s*:?",
     re.IGNORECASE | re.MULTILINE,
 )
-# A calculation before its result: "48 + 24 = ".
-_CALCULATION = re.compile(r"\A(?:(?:[\s\d.,$()\[\]{}^+\-*/÷x%]|\\(?:[a-z]++|[,;!()\[\]]))*+=)+")
+# A calculation before its result: "48 + 24 = ", "5 apples + 3 apples = ".
+_UNIT = r"(?<=[\d%])\s[A-Za-z]{2,}+(?:\s[A-Za-z]{2,}+)?+(?=\s*[+\-*/÷x=])"
+_CALCULATION = re.compile(
+    rf"\A(?:(?:{_UNIT}|[\s\d.,$()\[\]{{}}^+\-*/÷x%]|\\(?:[a-z]++|[,;!()\[\]]))*+=)+"
+)
 # The letter of a choice, not the one of degrees (25 °C) or of a formula (C2H4).
 _LETTER = re.compile(r"(?<![A-Za-z°])\(?\**([A-D])\**\)?(?![A-Za-z\d_])")
 # What may stand before it in a box.

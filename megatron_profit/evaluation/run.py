@@ -131,6 +131,8 @@ def evaluate(
 ) -> None:
     """Ask the questions that have no answer yet, and write each graded answer into the open records.
 
+    Earlier answers are graded again: the version that asked them may have graded otherwise.
+
     Args:
         task: The task.
         sampling: The settings.
@@ -147,6 +149,8 @@ def evaluate(
     there = asked - len(missing)
     begin = f", {there:,} of them are there" if there else ""
     show(f"{label} on {task.name}: {asked:,} answers{begin}")
+    if changed := _grade_again(task, records):
+        show(f"{label} on {task.name}: {changed:,} earlier answers have another grade now")
     longest = sampling.max_new_tokens or task.longest_answer
     requests = [
         Request(question.messages, (task.name, question.number, number), longest)
@@ -160,6 +164,18 @@ def evaluate(
             records.add(questions[number], graded(task, questions[number], sample, answer))
             progress.add(answer.tokens)
     records.finish(task)
+
+
+def _grade_again(task: Task, records: Records) -> int:
+    """Grade all answers in the open records again, and return how many are right or wrong only now."""
+    changed = 0
+    for question in task.questions:
+        for i, sample in records.samples.get(question.number, {}).items():
+            answer = Answer(sample.text, sample.tokens, sample.stopped)
+            now = graded(task, question, i, answer)
+            changed += now.right != sample.right
+            records.samples[question.number][i] = now
+    return changed
 
 
 def graded(task: Task, question: Question, number: int, answer: Answer) -> Sample:

@@ -23,6 +23,7 @@ from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
+from checkpoint_conversion.progress import duration
 from megatron_profit.estimates.published import PUBLISHED, published_config
 from megatron_profit.estimates.run_shape import ShapeError
 from megatron_profit.estimates.saving import seconds_to_end
@@ -245,7 +246,7 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
     command = [*container, shlex.join([python, "-m", "megatron_profit", "sft", *flags, *own])]
     text = _SCRIPT.format(
         file=shlex.quote(str(file)),
-        directives="\n".join(_directives(options, run, checkpoint)),
+        directives="\n".join(_directives(options, run, _warning(options, checkpoint))),
         folder=shlex.quote(str(folder)),
         exports=setup,
         command=" \\\n    ".join(command),
@@ -253,7 +254,7 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
     return file, text
 
 
-def _directives(options: argparse.Namespace, run: RunFolder, checkpoint: int) -> Iterator[str]:
+def _directives(options: argparse.Namespace, run: RunFolder, warning: int) -> Iterator[str]:
     values = {
         "--job-name": run.path.name,
         "--nodes": options.nodes,
@@ -263,7 +264,7 @@ def _directives(options: argparse.Namespace, run: RunFolder, checkpoint: int) ->
         "--partition": options.partition,
         "--account": options.account,
         "--time": options.time,
-        "--signal": f"B:USR1@{_BEFORE_THE_END + seconds_to_end(checkpoint)}",
+        "--signal": f"B:USR1@{warning}",
         # Slurm replaces signs after a percent sign; two stand for one.
         "--output": f"{str(run.path).replace('%', '%%')}/job-%j.log",
         "--open-mode": "append",
@@ -273,6 +274,32 @@ def _directives(options: argparse.Namespace, run: RunFolder, checkpoint: int) ->
             yield f"#SBATCH {name}={shlex.quote(str(value))}"  # sbatch reads quotes as a shell does
     yield from ("#SBATCH --exclusive", "#SBATCH --requeue")
     yield from (f"#SBATCH {option}" for option in options.sbatch)
+
+
+def _warning(options: argparse.Namespace, checkpoint: int) -> int:
+    """Return the seconds before the limit at which Slurm signals the job, at most half of its time.
+
+    Raises:
+        LaunchError: The last checkpoint would not fit.
+    """
+    to_end, limit = seconds_to_end(checkpoint), _seconds(options.time)
+    warning = _BEFORE_THE_END + to_end
+    if limit:  # Slurm has none for 0
+        warning = min(warning, limit // 2)
+    if warning < to_end:
+        raise LaunchError(
+            f"--time {options.time} is too short: the last checkpoint gets {duration(to_end)}, and the training "
+            f"as long; give at least {duration(2 * to_end)}"
+        )
+    return warning
+
+
+def _seconds(time: str) -> int:
+    """Return the seconds of a time as Slurm writes it: 90 (minutes), 90:00, 1:30:00, 1-2, 1-2:30."""
+    days, has_days, rest = time.rpartition("-")
+    units = (3600, 60, 1) if has_days or rest.count(":") == 2 else (60, 1)
+    clock = sum(int(part) * unit for part, unit in zip(rest.split(":"), units, strict=False))
+    return 86400 * int(days or 0) + clock
 
 
 def _checkpoint_bytes(request: Request) -> int:

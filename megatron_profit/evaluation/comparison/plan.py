@@ -32,6 +32,8 @@ _NO_INPUTS = (
     *("-m", "--out", "--export-hf", "--export-adapter", "--metrics-file", "--save", "--ref-cache"),
     *("--data-cache", "--tensorboard-dir", "--token-report", "--wandb-save-dir"),
 )
+# Flags of evaluations that a comparison sets itself, with the remedy.
+_OF_EVALUATIONS = {"--out": "drop it"}
 # Where a fingerprint's command names what the run itself has written.
 TRAINED, CHECKPOINTS = Path("hf"), Path("checkpoints")
 _PLACEHOLDERS = {("--load", str(CHECKPOINTS)), ("model", str(TRAINED))}
@@ -222,10 +224,12 @@ def _inputs(command: Sequence[str]) -> set[Path]:
 
 
 def _flags_with_values(command: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each word with the one before it, or the two parts of NAME=VALUE."""
+    """Yield each word with the one before it, and the two parts of NAME=VALUE; a path may hold "=" too."""
     for before, part in pairwise(command):
         name, is_one, value = part.partition("=")
-        yield (name, value) if is_one else (before, part)
+        if is_one:
+            yield name, value
+        yield before, part
 
 
 def _described_inputs(command: Sequence[str]) -> set[Path]:
@@ -279,18 +283,18 @@ def _plan(file: Path, content: Mapping[str, Any], find_base: Callable[[str], str
     values["base"] = Path(find_base(check.of(content, "base", str))).absolute()
     if not values["base"].is_dir():
         raise EvaluationError(f"{file}: base: {values['base']} is no folder")
-    check.flags("train", content["train"])
+    check.flags("train", content["train"], written := _written_by(content))
     if not isinstance(content["evaluate"], dict):
-        check.flags("evaluate", content["evaluate"])
         values["evaluate"] = {UNNAMED: content["evaluate"]}
-    for part in ("evaluate", "objectives"):
+    for part, refused in (("evaluate", _OF_EVALUATIONS), ("objectives", written)):
         for name, flags in check.of(values, part, dict).items():
-            check.flags(f"{part}: {name}".removesuffix(": "), flags)
+            check.flags(f"{part}: {name}".removesuffix(": "), flags, refused)
     for name, parts in check.of(content, "data", dict).items():
         if not isinstance(parts, dict) or not set(parts) <= {"train", "evaluate"}:
             raise EvaluationError(f"{file}: data: {name} must hold train and evaluate, both flags")
         for part, flags in parts.items():
-            check.flags(f"data: {name}: {part}", flags)
+            refused = written if part == "train" else _OF_EVALUATIONS
+            check.flags(f"data: {name}: {part}", flags, refused)
     values |= check.axes(content)
     if "stages" in content:
         values["stages"] = check.stages(values)
@@ -304,6 +308,20 @@ def _plan(file: Path, content: Mapping[str, Any], find_base: Callable[[str], str
             f"{file}: keep_models is {content['keep_models']!r}; it must be true or false"
         )
     return Plan(**values)
+
+
+def _written_by(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the training flags that a comparison sets itself, with what takes their place in the plan."""
+    drop, places = "drop it", ("--export-hf", "--metrics-file")
+    found = {"--hf-model": "give base", "--seed": "give seeds", **dict.fromkeys(places, drop)}
+    stages = content.get("stages")
+    parts = [content, *(stages if isinstance(stages, list) else ())]
+    for key, flag in (("learning_rates", "--lr"), ("lora_ranks", "--lora-rank")):
+        if any(isinstance(part, dict) and key in part for part in parts):
+            found[flag] = f"drop it, or {key}"
+    if content.get("save_interval"):
+        found |= dict.fromkeys(("--save", "--load", "--save-interval"), "drop it, or save_interval")
+    return found
 
 
 class _Checks:
@@ -325,14 +343,25 @@ class _Checks:
                 )
         return value
 
-    def flags(self, name: str, value: Any) -> None:
-        """Check a text of flags that a shell could read."""
+    def flags(self, name: str, value: Any, refused: Mapping[str, str]) -> None:
+        """Check a text of flags that a shell could read.
+
+        Args:
+            name: Where the text stands.
+            value: The text.
+            refused: Flags that it may not have, with the remedy.
+        """
         try:
-            shlex.split(value)
+            words = shlex.split(value)
         except (ValueError, AttributeError, TypeError) as error:
             raise EvaluationError(
                 f"{self.file}: {name} is {value!r}; it must be a text of flags ({error})"
             ) from error
+        for flag in dict.fromkeys(word.partition("=")[0] for word in words):
+            if flag in refused:
+                raise EvaluationError(
+                    f"{self.file}: {name} has {flag}, which the comparison sets itself; {refused[flag]}"
+                )
 
     def axes(self, content: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         """Return the numbers of the axes that are given."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isal.isal_zlib import crc32
 
@@ -60,21 +61,39 @@ def check_model(model: str, day: date | None = None) -> date | None:
         The day that its chat template writes; None if it asks for none.
 
     Raises:
-        EvaluationError: It is no HuggingFace folder, has no chat template, or one that needs a day.
+        EvaluationError: It is no HuggingFace folder, has no chat template, one that needs a day, or a
+            tokenizer with more tokens than the model.
     """
     folder = Path(model)
     base = base_of(folder)
     if base != folder:
         require("peft", for_what=f"the adapter {folder}", install="peft")
     try:
-        read_hf_config(base)
+        config = read_hf_config(base)
         for place in dict.fromkeys((folder, base)):
             check_model_folder(place)
         if not any(base.glob("*.safetensors")):
             raise EvaluationError(f"{base}: holds no *.safetensors file; give a model with weights")
-        return load_chat_template(folder, day).day
+        template = load_chat_template(folder, day)
+        if base == folder:
+            check_tokens(folder, len(template.tokenizer), config)
+        return template.day
     except (ConversionError, DataError, OSError) as error:
         raise EvaluationError(error) from error
+
+
+def check_tokens(folder: Path, tokens: int, config: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer with tokens that the model has no embedding of.
+
+    Raises:
+        EvaluationError: Names both numbers.
+    """
+    entries = {**config, **config.get("text_config", {})}.get("vocab_size")
+    if isinstance(entries, int) and tokens > entries:
+        raise EvaluationError(
+            f"{folder}: the tokenizer has {tokens} tokens, but the model has only {entries} (vocab_size in "
+            "config.json); use the tokenizer that belongs to the model"
+        )
 
 
 def load_chat_template(folder: Path, day: date | None) -> ChatTemplate:

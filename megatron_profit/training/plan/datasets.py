@@ -47,6 +47,15 @@ class SFTData:
     digest: str = ""
 
     @property
+    def contents(self) -> dict[str, tuple[str, int]]:
+        """A hash of the tokenised examples of each data set, and their number, by its flag."""
+        found = {"--data": (self.digest, len(self.train_prepared.digests))}
+        if (valid := self.valid_prepared) is not None:
+            digest = hashlib.sha256(np.ascontiguousarray(valid.digests).data)
+            found["--valid-data"] = (digest.hexdigest(), len(valid.digests))
+        return found
+
+    @property
     def turn_end(self) -> int | None:
         """Id of the token that ends a turn; None where the chat template ends it in ordinary text."""
         return self.train_prepared.report.turn_end_id

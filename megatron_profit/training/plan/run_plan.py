@@ -26,7 +26,7 @@ from megatron_profit.training.checkpoints.save_lock import hold_new
 from megatron_profit.training.checkpoints.size import check_space_at_start
 from megatron_profit.training.plan.compare import check_length, check_resume
 from megatron_profit.training.plan.datasets import SFTData, build_datasets
-from megatron_profit.training.plan.same_flags import check_same_flags
+from megatron_profit.training.plan.same_flags import check_same_data, check_same_flags
 from megatron_profit.training.plan.this_run import describe_run
 from megatron_profit.training.plan.wandb_run import resume_wandb_run
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
@@ -87,6 +87,7 @@ def open_run(settings: RunSettings) -> RunPlan:
     resumed = choose_checkpoints(flags, settings.check_checkpoint)
     files = open_files(settings)
     data = build_datasets(settings, files.data)
+    check_same_data(data.contents)
     settings = settings.with_rows(data.train.labelled_rows, data.valid_rows, resumed)
     files = files.with_turn_end(settings, data.turn_end, print_rank_0)
     record, carried = RunRecord(), _NOTHING_CARRIED

@@ -193,6 +193,18 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
         ({"jobs": True}, "jobs is True; it must be at least 1"),
         ({"keep_models": "no"}, "keep_models is 'no'; it must be true or false"),
         ({"save_interval": -1}, "save_interval is -1; it must be at least 0"),
+        ({"train": "--seed=7"}, "train has --seed, which the comparison sets itself; give seeds"),
+        ({"train": "--hf-model x"}, "train has --hf-model, .*; give base"),
+        ({"objectives": {"sft": "--lr 1"}}, "objectives: sft has --lr, .* or learning_rates"),
+        (
+            {"learning_rates": None, "stages": [{"learning_rates": [1]}], "train": "--lr 1"},
+            "train has --lr",
+        ),
+        (
+            {"data": {"a": {"train": "--save x"}}, "save_interval": 3},
+            "data: a: train has --save, .* or save_interval",
+        ),
+        ({"evaluate": "--tasks gsm8k --out x"}, "evaluate has --out, .*; drop it"),
     ],
 )
 def test_plans_that_cannot_be_used_are_refused(plan, changes, message):
@@ -297,6 +309,17 @@ def test_a_digest_follows_from_the_inputs_and_not_from_the_code(plan, tmp_path, 
     (tmp_path / "megatron_profit" / "new.py").touch()
     assert found.digest(command) == before
     (found.base / "config.json").write_text('{"changed": true}')
+    assert found.digest(command) != before
+
+
+def test_a_digest_follows_from_files_with_an_equals_sign_in_their_path(plan, tmp_path):
+    file = tmp_path / "lang=de" / "chats.jsonl"
+    file.parent.mkdir()
+    file.write_text("{}\n")
+    found = read_plan(plan(train=f"--data {file} --train-iters 2"))
+    command = found.train_command(found.runs()[0], Path("hf"), Path("m"))
+    before = found.digest(command)
+    file.write_text("{ }\n")
     assert found.digest(command) != before
 
 

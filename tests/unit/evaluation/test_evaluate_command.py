@@ -110,6 +110,18 @@ def test_an_interrupted_run_asks_only_what_is_missing(run, tmp_path, capsys):
     assert {n: sorted(samples) for n, samples in whole.items()} == {n: [0, 1] for n in range(5)}
 
 
+def test_answers_that_an_earlier_version_has_graded_are_graded_again(run, tmp_path, capsys):
+    assert run(Calculator()) == 0
+    file = tmp_path / "out" / "tiny" / "sums.jsonl"
+    file.write_text(file.read_text().replace('"right": true', '"right": false'))
+    capsys.readouterr()
+    assert run(Calculator()) == 0
+    printed = capsys.readouterr()
+    assert "tiny on sums: 5 earlier answers have another grade now" in printed.err
+    assert "| sums (5) | tiny | 100.0" in printed.out
+    assert '"right": false' not in file.read_text()
+
+
 def test_answers_of_other_settings_are_not_mixed(run, tmp_path, capsys):
     assert run(Calculator()) == 0
     assert run(Calculator(), "--temperature", "0.5") == 1
@@ -210,6 +222,11 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, tiny_model, sums, capsys
     assert "has no chat template" in refused(capsys, bare, *flags)
     (bare / "model.safetensors").unlink()
     assert "holds no *.safetensors" in refused(capsys, bare, *flags)
+    small = tmp_path / "small"
+    shutil.copytree(tiny_model, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 9}))
+    assert "tokens, but the model has only 9 (vocab_size" in refused(capsys, small, *flags)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/absent"}')

@@ -194,6 +194,30 @@ def test_the_last_checkpoint_has_the_time_that_its_size_takes(
     assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{to_end}}}\n" in text
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:00", 5400),
+        ("1-2", 93600),
+        ("1-2:30", 95400),
+        ("2-0:0:1", 172801),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(time, seconds):
+    assert slurm._seconds(time) == seconds
+
+
+def test_the_signal_leaves_half_of_a_short_job_to_the_training(cluster, capsys):
+    command = ["--", "sft", "--model", "Qwen/Qwen3-0.6B", "--data", "chats.jsonl"]
+    assert slurm.main(["--dry-run", "--nodes", "2", "--time", "9:59", *command]) == 2
+    assert "--time 9:59 is too short" in capsys.readouterr().err
+    for time, before_the_limit in (("10", 300), ("15", 450), ("20", 600), ("0", 600)):
+        assert slurm.main(["--dry-run", "--nodes", "2", "--time", time, *command]) == 0
+        assert f"--signal=B:USR1@{before_the_limit}\n" in capsys.readouterr().out
+
+
 def test_a_models_own_folder_says_how_large_its_checkpoint_is(cluster, capsys):
     folder = cluster / "mine"
     folder.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_profit.data.errors import DataError
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.training.plan import same_flags
 
@@ -57,6 +58,19 @@ def test_a_node_without_its_gpus_is_refused(check):
         check(FLAGS, "cpu")
     with pytest.raises(ArgumentsError, match=r"^--device is 'cpu' on this node and not given on"):
         check({**FLAGS, "device": "cpu"}, "cpu")
+
+
+def test_nodes_whose_files_hold_other_data_are_refused(check, monkeypatch):
+    data = {"--data": ("a1", 600), "--valid-data": ("v1", 60)}
+    monkeypatch.setenv("RANK", "0")
+    same_flags.check_same_data(data)
+    monkeypatch.setenv("RANK", "1")
+    same_flags.check_same_data(data)
+    with pytest.raises(DataError, match=r"--data has other tokens on this node .*599 examples\) than on the "
+                       r"first one \(600 examples\); give all nodes the same files"):
+        same_flags.check_same_data({**data, "--data": ("a2", 599)})
+    with pytest.raises(DataError, match="--valid-data has other tokens"):
+        same_flags.check_same_data({**data, "--valid-data": ("v2", 60)})
 
 
 def test_one_process_has_nobody_to_compare_with(monkeypatch):
