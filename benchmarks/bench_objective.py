@@ -620,7 +620,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="share of the tokens without a label, and of the others that ProFit drops: 0.5/0.2",
     )
     grid.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="bf16, or fp32 on a CPU that computes bf16 slowly"
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        help="bf16, or fp32 on a CPU that computes bf16 slowly",
     )
     grid.add_argument("--ours", action="append", metavar="NAME=VALUE,…", help="a variant of ours")
     grid.add_argument("--rounds", type=int)

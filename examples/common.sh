@@ -28,7 +28,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-
 recipe() {
     local -a data length=(--epochs "${EPOCHS:-1}")
     if [[ -n ${TRAIN_ITERS:-} ]]; then length=(--train-iters "$TRAIN_ITERS"); fi
-    RUN=${RUN:-runs/$(basename "$MODEL")-profit}
+    RUN=${RUN:-runs/$(basename "$MODEL")-profit${LORA_RANK:+-lora}}
     read -r -a data <<<"${DATA:-chats.jsonl}"
     RECIPE=(
         --hf-model "$MODEL" --export-hf "$RUN/hf"

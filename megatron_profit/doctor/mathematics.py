@@ -168,9 +168,7 @@ def megatron_result(launch: Launch) -> Result:
         command += [*one_step(launch), "--metrics-file", str(metrics)]
         threads = str(max(1, launch.machine.cores // launch.processes))
         variables = {"OMP_NUM_THREADS": threads, **environment(0), **os.environ}
-        answer = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=variables
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
         lines = metrics.read_text().splitlines() if metrics.is_file() else []
         steps = [json.loads(line) for line in lines]
         step = next((s for s in steps if s["kind"] == "train"), None)

@@ -303,22 +303,23 @@ def _seconds(time: str) -> int:
 
 
 def _checkpoint_bytes(request: Request) -> int:
-    """Return the bytes of a checkpoint; 0 for a model of the hub that the estimates do not know.
+    """Return the bytes of a checkpoint, by the model's folder or else by its name; 0 if neither is known.
 
     A login node may have no network, so none is asked.
     """
     from megatron_profit.launch.plan_layout import checkpoint_of
 
+    folder = Path(request.model).expanduser()
     name = short_name(request.model).removesuffix("-Base").removesuffix("-Instruct")
     try:
-        if not is_hub_name(request.model, "model"):
-            config = read_hf_config(Path(request.model).expanduser())
+        if folder.is_dir():
+            config = read_hf_config(folder)
         elif name in PUBLISHED:
             config = published_config(name)
         else:
             return 0
         return checkpoint_of(request, family_for(config).megatron_arguments(config))
-    except (ConversionError, ShapeError):  # the job itself says so, or is about a folder that it makes
+    except (ConversionError, ShapeError):  # the job itself will say so
         return 0
 
 

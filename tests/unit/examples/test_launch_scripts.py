@@ -343,7 +343,9 @@ def test_the_slurm_example_starts_the_command_on_each_node(commands, tmp_path):
     assert (settings["nodes"], settings["ntasks-per-node"]) == ("2", "1")
     assert int(settings["cpus-per-task"]) >= int(settings["gpus-per-node"])
     seconds_before_the_limit = int(settings["signal"].removeprefix("B:USR1@"))
-    assert seconds_before_the_limit >= int(processes.environment(0)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert seconds_before_the_limit >= int(
+        processes.environment(0)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    )
 
 
 @pytest.mark.parametrize(("code", "queued"), [(1, ["scontrol requeue 41"]), (0, [])])

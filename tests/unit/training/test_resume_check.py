@@ -82,9 +82,7 @@ def resume(tmp_path):
         told: list[str] = []
         resumed = Resumed(folder, 6, {**ARGS, "consumed_train_samples": rows})
         arguments = Namespace(**{**ARGS, **flags})
-        check_resume(
-            *(resumed, now, arguments, lambda epoch: 22 * epoch, told.append), is_finished
-        )
+        check_resume(*(resumed, now, arguments, lambda epoch: 22 * epoch, told.append), is_finished)
         return told
 
     return run

@@ -66,8 +66,11 @@ def test_nodes_whose_files_hold_other_data_are_refused(check, monkeypatch):
     same_flags.check_same_data(data)
     monkeypatch.setenv("RANK", "1")
     same_flags.check_same_data(data)
-    with pytest.raises(DataError, match=r"--data has other tokens on this node .*599 examples\) than on the "
-                       r"first one \(600 examples\); give all nodes the same files"):
+    with pytest.raises(
+        DataError,
+        match=r"--data has other tokens on this node .*599 examples\) than on the "
+        r"first one \(600 examples\); give all nodes the same files",
+    ):
         same_flags.check_same_data({**data, "--data": ("a2", 599)})
     with pytest.raises(DataError, match="--valid-data has other tokens"):
         same_flags.check_same_data({**data, "--valid-data": ("v2", 60)})
