@@ -288,8 +288,8 @@ def _warning(options: argparse.Namespace, checkpoint: int) -> int:
         warning = min(warning, limit // 2)
     if warning < to_end:
         raise LaunchError(
-            f"--time {options.time} is too short: the last checkpoint gets {duration(to_end)}, and the training "
-            f"as long; give at least {duration(2 * to_end)}"
+            f"--time {options.time} is too short: the last checkpoint gets {duration(to_end)}, and the "
+            f"training as long; give at least {duration(2 * to_end)}"
         )
     return warning
 

@@ -55,8 +55,8 @@ def check_same_flags(given: Mapping[str, Any], device: str) -> None:
 def check_same_data(sets: Mapping[str, tuple[str, int]]) -> None:
     """Refuse ranks whose files hold other data than the first one's. All ranks call this.
 
-    Each rank reads its rows itself. Two nodes with two states of a file, or with tokenizers that differ, would
-    train inputs of one with the labels of the other.
+    Each rank reads its rows itself. Two nodes with two states of a file, or with tokenizers that differ,
+    would train inputs of one with the labels of the other.
 
     Args:
         sets: A hash of the tokenised examples of each data set, and their number, by its flag.
@@ -74,9 +74,9 @@ def check_same_data(sets: Mapping[str, tuple[str, int]]) -> None:
         there = first.get(flag, ["", 0])
         if digest != there[0]:
             raise DataError(
-                f"{flag} has other tokens on this node ({platform.node()}, {examples:,} examples) than on the "
-                f"first one ({there[1]:,} examples); give all nodes the same files, tokenizer and versions of "
-                "transformers and tokenizers"
+                f"{flag} has other tokens on this node ({platform.node()}, {examples:,} examples) than on "
+                f"the first one ({there[1]:,} examples); give all nodes the same files, tokenizer and "
+                "versions of transformers and tokenizers"
             )
 
 
