@@ -285,7 +285,8 @@ def main(argv: Sequence[str]) -> int:
     text = (
         f"Qwen3-0.6B's shape with {options.layers} layers, vocabulary {QWEN3_06B['vocab_size']:,}, "
         f"{options.dtype}, {options.micro_batches} x {options.micro_batch_size} rows of "
-        f"{options.seq_length} tokens, {options.prompt:.0%} prompt; ours keeps {results['ours']['kept']:.0%} of the supervised tokens.\n"
+        f"{options.seq_length} tokens, {options.prompt:.0%} prompt; "
+        f"ours keeps {results['ours']['kept']:.0%} of the supervised tokens.\n"
         f"Medians over {options.rounds} runs of {options.steps} steps that take turns. Peak: of the largest "
         "process; of it in the step: what is not there between steps.\n\n"
     )
