@@ -115,7 +115,7 @@ def for_every_reader(config: Config) -> dict[str, Any]:
     `AutoModelForCausalLM` takes the language model out of a model with images, and looks for
     `tie_word_embeddings` in its part of the file. Without it, it draws a random output layer.
     """
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     found = dict(config)
     if "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]

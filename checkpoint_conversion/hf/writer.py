@@ -45,11 +45,12 @@ from checkpoint_conversion.progress import ProgressLine
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-# Not copied from a template: weights in any format, code, hidden files, and its model card, which would
-# describe another model.
+# Not copied from a template: weights in any format, code, hidden files, data, and its model card and results,
+# which would describe another model.
 _NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|pkl|py|pyc|so|sh)"
-    r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)"
+    r"|.*\.(safetensors|bin)\.index\.json|(?i:readme.*)|.*\.(jsonl|parquet|arrow|csv|log)"
+    r"|(all|train|eval|test|predict)_results\.json|trainer_state\.json|mergekit_config\.ya?ml"
 )
 _OF_TOKENIZER = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template)\b.*"

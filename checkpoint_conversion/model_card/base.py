@@ -25,6 +25,7 @@ _LICENCE_FILE = re.compile(r"(?i:licen[cs]e|notice|use_policy)[\w.-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # Words of a licence's text -> its id on the hub, and its name where that id is "other".
 _TEXTS = (
+    ("llama 3 community license", ("llama3", "")),
     ("llama 3.1 community license", ("llama3.1", "")),
     ("llama 3.2 community license", ("llama3.2", "")),
     ("llama 3.3 community license", ("llama3.3", "")),

@@ -197,7 +197,8 @@ def _use(loading: Iterable[str]) -> str:
         *loading,
         'chat = [{"role": "user", "content": "Hello"}]',
         "inputs = tokenizer.apply_chat_template(",
-        '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+        '    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt",',
+        '    tokenizer_kwargs={"return_token_type_ids": False},',
         ")",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))",
     ]

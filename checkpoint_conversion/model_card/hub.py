@@ -129,8 +129,9 @@ def _named_base(folder: Path, base: HubId | None) -> Iterator[Path]:
     if base.revision:
         content["revision"] = base.revision
     with tempfile.TemporaryDirectory() as name:
-        for file in folder.iterdir():
-            (Path(name) / file.name).symlink_to(file.absolute())
+        for file in folder.rglob("*"):  # an upload follows no link to a folder
+            place = Path(name) / file.relative_to(folder)
+            place.mkdir() if file.is_dir() else place.symlink_to(file.absolute())
         (Path(name) / ADAPTER).unlink()
         (Path(name) / ADAPTER).write_text(json.dumps(content, indent=2) + "\n")
         yield Path(name)

@@ -28,7 +28,8 @@ _PAGE = re.compile(
     r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(?:datasets/)?(?P<id>[\w./-]+?)"
     r"(?:/tree/(?P<revision>[\w.-]+)(?P<inner>(?:/[\w.-]+)*))?/?"
 )
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *_TERMS)
+_TEMPLATES = "*.jinja"
+_SMALL_FILES = ("*.json", _TEMPLATES, "*.model", "*.txt", *_TERMS)
 _WEIGHTS = "*.safetensors"
 _DATA_FILES = tuple(f"*{ending}" for ending in ENDINGS)
 # The folder that most data sets keep their files in.
@@ -83,7 +84,9 @@ def find_model(name: str, weights: bool = True, flag: str = "--model") -> Path:
             f"{flag} {printable(name)}: there is no such folder, and it is no id of the hub (such as "
             "Qwen/Qwen3-0.6B-Base)"
         )
-    return _snapshot(found, (*_SMALL_FILES, *[_WEIGHTS] * weights), ["*/*"], flag)
+    # Of inner folders chat templates alone: others hold the weights again, in other formats.
+    inner = [f"*/{kind}" for kind in (*_SMALL_FILES, _WEIGHTS) if kind != _TEMPLATES]
+    return _snapshot(found, (*_SMALL_FILES, *[_WEIGHTS] * weights), inner, flag)
 
 
 def local_folder(name: str, flag: str = "MODEL") -> str:

@@ -261,6 +261,11 @@ def test_a_rotary_embedding_may_be_given_in_both_forms():
             {"rope_parameters": {**SCALING, "rope_theta": 5e5}},
             {"rope_theta": 5e5, "rope_scaling": SCALING},
         ),
+        (
+            {"rope_scaling": {**SCALING, "rope_theta": 5e5}},
+            {"rope_theta": 5e5, "rope_scaling": SCALING},
+        ),
+        ({"rope_scaling": SCALING, "rope_theta": 5e5}, {}),
         ({"text_config": {"vocab_size": 9}}, {}),
         ({"text_config": None, "tie_word_embeddings": True}, {}),
         (

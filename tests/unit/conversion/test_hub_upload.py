@@ -130,9 +130,12 @@ def test_uploaded_adapters_name_their_base_on_the_hub(hub, export):
     """A folder of this machine tells nobody else which model the adapters belong to."""
     options = {"base_model_name_or_path": "/home/me/base", "r": 4}
     (export / "adapter_config.json").write_text(json.dumps(options))
+    (export / "additional_chat_templates").mkdir()
+    (export / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     check_upload("me/adapters")
     upload(export, "me/adapters", HubId("Qwen/Qwen3-4B", "1cfa9a7"))
-    assert hub.files.keys() == {"README.md", "model.safetensors", "adapter_config.json"}
+    template = "additional_chat_templates/tool_use.jinja"
+    assert hub.files.keys() == {"README.md", "model.safetensors", "adapter_config.json", template}
     assert json.loads(hub.files["adapter_config.json"]) == {
         "base_model_name_or_path": "Qwen/Qwen3-4B",
         "r": 4,

@@ -224,10 +224,13 @@ def test_shards_have_the_size_asked_for(qwen3, tmp_path):
     assert_same_tensors(qwen3, tmp_path / "back")
 
 
-def test_every_artifact_is_copied_but_weights_code_hidden_files_and_the_model_card(qwen3, tmp_path):
+def test_every_artifact_is_copied_but_weights_code_hidden_files_data_and_the_model_card(
+    qwen3, tmp_path
+):
     kept = ["vocab.json", "merges.txt", "special_tokens_map.json", "LICENSE", "NOTICE", "x.model"]
     dropped = ["modeling.py", "pytorch_model.bin", "original.pth", ".gitattributes", "q4.gguf"]
-    dropped += ["README.md", "readme_zh.md"]
+    dropped += ["README.md", "readme_zh.md", "eval_results.json", "trainer_state.json"]
+    dropped += ["train.jsonl", "mergekit_config.yml"]
     for name in kept + dropped:
         (qwen3 / name).write_text(name)
     (qwen3 / "additional_chat_templates").mkdir()

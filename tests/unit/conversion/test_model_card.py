@@ -263,6 +263,7 @@ def test_adapters_bring_the_stop_tokens_that_their_base_does_not_name(base):
             "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version",
             ("llama3.1", "", "LICENSE"),
         ),
+        ("", "META LLAMA 3 COMMUNITY LICENSE AGREEMENT", ("llama3", "", "LICENSE")),
         ("", "MIT License\n\nCopyright", ("mit", "", "LICENSE")),
         ("", "Qwen RESEARCH LICENSE AGREEMENT", ("other", "qwen-research", "LICENSE")),
         ("", "All rights reserved.", ("other", "of-the-base", "LICENSE")),

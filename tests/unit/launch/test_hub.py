@@ -81,6 +81,24 @@ def test_other_commands_take_ids_too(cache, monkeypatch):
         local_folder("some/modl")
 
 
+def test_chat_templates_of_an_inner_folder_are_downloaded_and_other_weights_are_not(monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = ["config.json", "model.safetensors", "original/model.safetensors", "onnx/config.json"]
+    files += ["additional_chat_templates/tool_use.jinja", "modeling.py", "metal/LICENSE"]
+    patterns = {}
+
+    def download(repo, **options):
+        patterns.update({name: options[name] for name in ("allow_patterns", "ignore_patterns")})
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(LaunchError, match="the hub cannot be reached"):
+        find_model("some/thing")
+    found = list(filter_repo_objects(files, **patterns))
+    assert found == [files[0], files[1], "additional_chat_templates/tool_use.jinja"]
+
+
 def test_every_ending_that_is_read_is_downloaded(monkeypatch):
     asked = []
 
