@@ -10,7 +10,7 @@ from checkpoint_conversion.families import family_for
 from megatron_profit.estimates.published import published_config
 from megatron_profit.launch import prepare
 from megatron_profit.launch.machine import Machine
-from megatron_profit.launch.plan_layout import PlannedLayout, parameters_of
+from megatron_profit.launch.plan_layout import checkpoint_of, parameters_of
 from megatron_profit.launch.records import Lengths, PreparedRows
 from megatron_profit.launch.run_folder import RunFolder
 from megatron_profit.recipe.flags import Given
@@ -91,8 +91,6 @@ def test_a_batch_of_each_size_of_a_schedule_is_whole_steps_of_the_replicas(sched
 def test_a_checkpoint_is_counted_also_where_the_layout_is_not(flags, bytes_of_a_parameter):
     config = published_config("Qwen3-0.6B")
     architecture = family_for(config).megatron_arguments(config)
-    model = SimpleNamespace(architecture=architecture)
-    planned = PlannedLayout({}, 8192, 4, 8, 0.0, True, ())
     request = read_request(["--model", "m", "--data", "d.jsonl", *flags.split()])
-    size = prepare._checkpoint_bytes(request, model, planned)
+    size = checkpoint_of(request, architecture)
     assert size == bytes_of_a_parameter * parameters_of(architecture)
