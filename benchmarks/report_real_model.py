@@ -23,7 +23,7 @@ import core_tokens
 
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.commands.plot_run import COLOURS, STYLES
-from megatron_profit.evaluation.comparison.plan import Run
+from megatron_profit.evaluation.comparison.plan import Run, read_plan
 from megatron_profit.evaluation.comparison.runs import Outcome, outcome_of, results_text
 from megatron_profit.evaluation.comparison.tables import (
     METRICS,
@@ -36,6 +36,7 @@ from megatron_profit.evaluation.comparison.tables import (
 from megatron_profit.evaluation.presentation.report import header, row
 
 RESULTS = Path(__file__).parent / "results"
+PLAN = Path(__file__).parent / "real_model.yaml"
 PAGE = REPOSITORY / "docs" / "real_model.md"
 README = REPOSITORY / "README.md"
 IMAGES = REPOSITORY / "docs" / "images"
@@ -65,23 +66,28 @@ def read_study(file: Path) -> tuple[dict[str, Any], list[Outcome]]:
 
 
 def joined(files: Sequence[Path]) -> str:
-    """Return the text of several results files as one; its plan is the first file's, which has all runs.
+    """Return the text of several results files as one, with the study's plan and the parts that are finished.
 
     Raises:
         ValueError: The same model has other answers in another file, so that differences would not be paired.
     """
-    contents = [read_study(file) for file in files]
-    first, _ = contents[0]
     found: dict[tuple[str, Run | None], Outcome] = {}
-    for outcome in (o for _, outcomes in contents for o in outcomes):
+    for outcome in (outcome for file in files for outcome in read_study(file)[1]):
         before = found.setdefault((outcome.data, outcome.run), outcome)
         for task in before.right.keys() & outcome.right.keys():
             if before.right[task] != outcome.right[task]:
                 model = outcome.setting or "the base"
                 raise ValueError(f"{model} has other answers to {task} in another of the files")
         found[outcome.data, outcome.run] = outcome.with_more(before)
-    finished = sum(content["finished"] for content, _ in contents)
-    return results_text(list(found.values()), first["plan"], finished, first["runs"])
+    plan = read_plan(PLAN, find_base=lambda _: str(RESULTS))  # any folder: the base is not read
+    units = [unit for stage in plan.schedule() for unit in stage]
+    finished = [
+        unit
+        for unit in units
+        if (made := found.get((unit.run.data, unit.run))) is not None
+        and made.right.keys() >= set(unit.evaluations)
+    ]
+    return results_text(list(found.values()), plan.text, len(finished), len(units))
 
 
 def blocks(

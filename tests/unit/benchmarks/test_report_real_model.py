@@ -9,6 +9,7 @@ import report_real_model as report
 from report_real_model import (
     CORE,
     PAGE,
+    PLAN,
     README,
     REPOSITORY,
     STUDY,
@@ -49,6 +50,14 @@ def test_every_figure_of_the_findings_is_in_a_table():
     assert numbers - known <= {"0.768", "0.485", "0.1", "0.3", "0.5"}
 
 
+def test_the_parts_that_are_finished_are_counted_by_the_plan():
+    study, _ = read_study(newest(STUDY))
+    again = json.loads(report.joined([newest(STUDY)]))
+    assert {name: again[name] for name in ("plan", "finished", "runs")} == {
+        name: study[name] for name in ("plan", "finished", "runs")
+    }
+
+
 def outcome(objective, score, right, **more):
     run = Run("gsm8k", objective, 1e-4, 0, 1) if objective else None
     return Outcome(
@@ -77,10 +86,12 @@ def outcomes():
 def test_results_of_several_places_are_joined_if_their_base_answers_alike(outcomes, tmp_path):
     base, sft, dft = outcomes
     files = [tmp_path / "a.json", tmp_path / "b.json"]
-    files[0].write_text(results_text([base, sft], "all", 1, 5))
+    files[0].write_text(results_text([base, sft], "a part", 1, 5))
     files[1].write_text(results_text([base, dft], "a part", 1, 1))
+    plan = read_plan(PLAN, find_base=lambda _: str(tmp_path))
+    parts = sum(map(len, plan.schedule()))
     text = report.joined(files)
-    assert text == results_text([base, sft, dft], "all", 2, 5)
+    assert text == results_text([base, sft, dft], PLAN.read_text(), 0, parts)
     files[1].write_text(results_text([outcome(None, 0.5, [0.0, 1.0]), dft], "a part", 1, 1))
     with pytest.raises(ValueError, match="the base has other answers to MAWPS"):
         report.joined(files)
