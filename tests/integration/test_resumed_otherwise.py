@@ -56,8 +56,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_with_another_learning_rate(
     assert losses(again) == {}
     assert "> there is nothing left to train" in again
     refused = sft(world_size, *run, "--train-iters", 6, "--lr", 0.5, check=False)
-    assert refused.returncode == 1
-    assert "so no step would be made with other settings: --lr 0.5 (was 0.001)" in refused.stderr
+    assert refused.returncode == 2
+    assert "so no step would be made with other settings: --lr 0.5 (was 0.001)" in refused.stdout
 
     # With a learning rate of 0, the weights stay those of step 6.
     exported = ("--export-hf", tmp_path / "hf")
