@@ -86,7 +86,8 @@ def checkpoint_of(
     """
     given = request.values
     half = on_gpus and not given.get("fp16") and "--bf16" not in request.front.without
-    adapters = {name: given[name] for name in ("lora_rank", "lora_targets") if name in given}
+    names = ("lora_rank", "lora_targets")
+    adapters: dict[str, Any] = {name: given[name] for name in names if name in given}
     shape = run_shape(Wish(model, seq_length=1, rows=1, decided=adapters), Layout(), 1)
     return checkpoint_bytes({"bf16": half, **(derived or {}), **given}, saved_parameters(shape))
 
