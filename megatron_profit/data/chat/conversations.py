@@ -212,18 +212,19 @@ def _completed(prompt: Any, completion: Any) -> list[Turn]:
     """Return the turns of a prompt and a completion: texts or lists of messages, the first context only."""
     lists = [_messages_of(prompt), _messages_of(completion)]
     if None in lists:
-        lists = [found if _name_a_role(found) else None for found in lists]
+        lists = [found if _names_a_role(found) else None for found in lists]
+    question = {"role": "user", "content": prompt}
+    answered = {"role": "assistant", "content": completion}
     if lists == [None, None]:
-        return exchange(text(prompt), text(completion))
+        return read_messages([question, answered])
     if lists[0] is None and isinstance(completion, str):
         raise BrokenRecord(
             TEXT_OR_MESSAGES,
             f"{shown(completion)} for a prompt that is a text; write both as lists of messages",
         )
-    asked = [{"role": "user", "content": text(prompt)}] if lists[0] is None else lists[0]
-    said = [{"role": "assistant", "content": text(completion)}] if lists[1] is None else lists[1]
+    asked = [question] if lists[0] is None else lists[0]
     context = [replace(turn, trained=False) for turn in read_messages(asked)]
-    answer = read_messages(said)
+    answer = read_messages([answered] if lists[1] is None else lists[1])
     meeting = [turn.message["role"] for turn in (*context[-1:], *answer[:1])]
     if meeting == ["assistant", "assistant"]:
         raise BrokenRecord(
@@ -245,11 +246,11 @@ def _messages_of(value: Any) -> list[Any] | None:
         entries = [
             isinstance(item, dict) and bool(item.keys() & {"role", "from"}) for item in value
         ]
-        return value if (entries and all(entries)) or _name_a_role(value) else None
+        return value if (entries and all(entries)) or _names_a_role(value) else None
     return value if isinstance(value, list) else None
 
 
-def _name_a_role(entries: list[Any] | None) -> bool:
+def _names_a_role(entries: list[Any] | None) -> bool:
     """Return whether one of the entries is a message of a known role."""
     objects = [entry for entry in entries or () if isinstance(entry, dict)]
     return any(entry.get(name) in tuple(ROLES) for entry in objects for name in ("role", "from"))

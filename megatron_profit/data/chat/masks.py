@@ -122,7 +122,7 @@ def check_record(fields: Mapping[str, Any]) -> None:
         BrokenRecord: A field says so, or is a list, which masks parts of the record; or one of an unknown
             name may do either.
     """
-    fields = {name: _untexted(value) for name, value in fields.items() if may_mask(name)}
+    fields = {name: _read_text(value) for name, value in fields.items() if may_mask(name)}
     remedy = "give each message that is not trained the weight 0, or remove the field"
     _check_unknown([item for item in fields.items() if _may_exclude(*item)], remedy)
     for name in (*FIELDS, _MASKED):
@@ -159,13 +159,13 @@ def _check_unknown(fields: Iterable[tuple[str, Any]], remedy: str) -> None:
     for name, value in fields:
         if name in MESSAGE_FIELDS or not may_mask(name):
             continue
-        value = _untexted(value)
+        value = _read_text(value)
         values = value if isinstance(value, list) else [value]
         if values and all(_value(item) is not None or isinstance(item, list) for item in values):
             raise BrokenRecord(UNCLEAR, f"{name} is {shown(value)} and is not read; {remedy}")
 
 
-def _untexted(value: Any) -> Any:
+def _read_text(value: Any) -> Any:
     """Return a list, true or false that is a text; another value as it is.
 
     For example, "[0, 1]" gives ["0", "1"].

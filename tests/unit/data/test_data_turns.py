@@ -480,3 +480,10 @@ def test_values_that_json_does_not_have_leave_the_record_out(value):
     tool = {"name": "f", "parameters": {"default": value}}
     with pytest.raises(BrokenRecord, match=r"0\.function\.parameters\.default is the"):
         said(answer("a"), tools=[tool])
+
+
+def test_parts_of_a_completion_have_their_weight():
+    parts = [{"type": "text", "text": "a", "weight": 0}]
+    conversation = completed("Weather?", parts)
+    assert conversation.messages == [QUESTION, answer("a")]
+    assert conversation.untrained == {1}
