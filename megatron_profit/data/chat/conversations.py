@@ -5,17 +5,21 @@ can continue and count. Where the first record of a file is in a format that is 
 refused.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_profit.data.chat import masks, thoughts
 from megatron_profit.data.chat.messages import (
+    ROLES,
+    TOOLS,
     Message,
     Turn,
     exchange,
     is_empty,
     joined,
+    offered,
     read_messages,
 )
 from megatron_profit.data.chat.tool_calls import read_tools
@@ -39,12 +43,14 @@ THOUGHTS_END_INSIDE = "a reasoning text holds the tag that ends it"
 THOUGHTS_NEVER_END = "an answer begins with <think> and never ends its thoughts"
 NOT_ENCODABLE = "a text cannot be encoded as UTF-8"
 UNKNOWN_FORMAT = "the format is not known"
-TWO_LISTS = "a record has both tools and functions"
+TWO_LISTS = "a record has two lists of tools"
+LATER_TOOLS = "a system message after the first message offers tools"
+TEXT_OR_MESSAGES = "it is not clear whether a completion is a text or a list of messages"
 PREFERENCES = "the answer stands in two fields, chosen and rejected"
 NOT_TEXT = "a text stands for a picture, a video or a sound"
 
 # Fields that are read in each format; `functions` is OpenAI's older name of the tools.
-_EVERY_RECORD = frozenset({"system", "tools", "functions"})
+_EVERY_RECORD = frozenset({"system", *TOOLS})
 _RECORD_FIELDS = {
     "messages": _EVERY_RECORD | {"messages"},
     "conversations": _EVERY_RECORD | {"conversations"},
@@ -54,6 +60,11 @@ _RECORD_FIELDS = {
 
 # Fields of pictures and the like. In a text `<image>` stands for one in `image` or `images`.
 _MEDIA_FIELDS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+
+# A text that begins as messages do is no text of its own, also where it is not JSON.
+_MESSAGES_BEGIN = re.compile(
+    rf'\s*\[\s*\{{[^{{}}\[\]]*"(?:role|from)"\s*:\s*"(?:{"|".join(ROLES)})"'
+)
 
 FORMATS = (
     "alpaca (instruction, input, output; optional system, history, tools)",
@@ -81,6 +92,7 @@ class Conversation:
         unread: Unread fields of the record that have a value; a field of its messages is called
             "messages.NAME".
         nulls: Whether null fields of its tool calls or tools were left out.
+        goes_on: Whether the assistant's next message in the record directly follows the last one here.
     """
 
     messages: list[Message]
@@ -88,6 +100,7 @@ class Conversation:
     untrained: frozenset[int] = frozenset()
     unread: frozenset[str] = frozenset()
     nulls: bool = False
+    goes_on: bool = False
 
     @property
     def positions(self) -> list[int]:
@@ -116,8 +129,9 @@ def normalise(record: RawRecord, layout: ColumnMapping | None = None) -> Convers
     renamed = layout.renamed(record.value)
     value = {key: item for key, item in renamed.items() if item is not None}
     kind = _format(value)
-    if kind is None:
-        raise _unknown_format(record, empty=_format(renamed) is not None)
+    is_half = record.first and not layout.columns and _is_half_alpaca(record.value)
+    if kind is None or is_half:
+        raise _unknown_format(record, empty=not is_half and _format(renamed) is not None)
     named = layout.columns.values()
     masks.check_record({k: item for k, item in record.value.items() if k not in named})
     turns = _READERS[kind](value)
@@ -127,8 +141,8 @@ def normalise(record: RawRecord, layout: ColumnMapping | None = None) -> Convers
     unread |= {f"messages.{name}" for turn in turns for name in turn.unread}
     if value.get("system") and turns and turns[0].message["role"] == "system":
         unread.add("system")
+    tools, nulls = read_tools(_offered(value, turns))
     turns = _with_system(value, turns)
-    tools, nulls = read_tools(_offered(value))
     conversation = Conversation(
         messages=[turn.message for turn in turns],
         tools=tools,
@@ -164,6 +178,11 @@ def _format(value: dict[str, Any]) -> str | None:
     return "completion" if "prompt" in value and "completion" in value else None
 
 
+def _is_half_alpaca(fields: dict[str, Any]) -> bool:
+    """Return whether the keys tell alpaca, but one of its columns has another name here."""
+    return _format(fields) == "alpaca" and not fields.keys() >= {"instruction", "output"}
+
+
 def _unknown_format(record: RawRecord, *, empty: bool) -> Exception:
     found = f"found the keys {shown(list(record.value))}"
     if empty:
@@ -173,7 +192,8 @@ def _unknown_format(record: RawRecord, *, empty: bool) -> Exception:
     plain = f". With a field text alone: {PLAIN_TEXT}" if "text" in record.value else ""
     return DataError(
         f"{record.where}: the format is not known, {found}; known are {'; '.join(FORMATS)}. Rename "
-        f"the fields to one of these, or name the columns with --data-columns{plain}"
+        "the fields to one of these, or name the columns, e.g. --data-columns prompt=question "
+        f"response=answer{plain}"
     )
 
 
@@ -189,12 +209,22 @@ def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
 
 
 def _completed(prompt: Any, completion: Any) -> list[Turn]:
-    """Return the turns of two texts, or of two lists of messages, the first of which is context only."""
-    lists = _messages_of(prompt), _messages_of(completion)
-    if lists[0] is None or lists[1] is None:
-        return exchange(text(prompt), text(completion))
-    context = [replace(turn, trained=False) for turn in read_messages(lists[0])]
-    answer = read_messages(lists[1])
+    """Return the turns of a prompt and a completion: texts or lists of messages, the first context only."""
+    lists = [_messages_of(prompt), _messages_of(completion)]
+    if None in lists:
+        lists = [found if _names_a_role(found) else None for found in lists]
+    question = {"role": "user", "content": prompt}
+    answered = {"role": "assistant", "content": completion}
+    if lists == [None, None]:
+        return read_messages([question, answered])
+    if lists[0] is None and isinstance(completion, str):
+        raise BrokenRecord(
+            TEXT_OR_MESSAGES,
+            f"{shown(completion)} for a prompt that is a text; write both as lists of messages",
+        )
+    asked = [question] if lists[0] is None else lists[0]
+    context = [replace(turn, trained=False) for turn in read_messages(asked)]
+    answer = read_messages([answered] if lists[1] is None else lists[1])
     meeting = [turn.message["role"] for turn in (*context[-1:], *answer[:1])]
     if meeting == ["assistant", "assistant"]:
         raise BrokenRecord(
@@ -209,13 +239,21 @@ def _messages_of(value: Any) -> list[Any] | None:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = read(value)
-        except BrokenRecord:  # a text that begins with a bracket
-            return None
+        except BrokenRecord:
+            if _MESSAGES_BEGIN.match(value):
+                raise
+            return None  # a text that begins with a bracket
         entries = [
             isinstance(item, dict) and bool(item.keys() & {"role", "from"}) for item in value
         ]
-        return value if entries and all(entries) else None
+        return value if (entries and all(entries)) or _names_a_role(value) else None
     return value if isinstance(value, list) else None
+
+
+def _names_a_role(entries: list[Any] | None) -> bool:
+    """Return whether one of the entries is a message of a known role."""
+    objects = [entry for entry in entries or () if isinstance(entry, dict)]
+    return any(entry.get(name) in tuple(ROLES) for entry in objects for name in ("role", "from"))
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], list[Turn]]] = {
@@ -226,10 +264,13 @@ _READERS: dict[str, Callable[[dict[str, Any]], list[Turn]]] = {
 }
 
 
-def _offered(value: dict[str, Any]) -> Any:
-    """Return the record's tools, under whichever name it has them."""
-    given = [value[name] for name in ("tools", "functions") if listed(value.get(name))]
-    if len(given) > 1:
+def _offered(value: dict[str, Any], turns: list[Turn]) -> Any:
+    """Return the tools of the record or of its leading system message."""
+    given = offered(value) + [tools for turn in turns[:1] for tools in turn.tools]
+    if any(turn.tools for turn in turns[1:]):
+        raise BrokenRecord(LATER_TOOLS, "write the tools in the record's field tools")
+    lists = [listed(tools) for tools in given]
+    if any(other != lists[0] for other in lists[1:]):
         raise BrokenRecord(TWO_LISTS, shown(given))
     return given[0] if given else None
 

@@ -4,7 +4,7 @@ A turn that its author excluded is never trained: a value that cannot be read le
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_profit.data.errors import BrokenRecord, shown
@@ -46,18 +46,40 @@ _LIKE_A_MASK = re.compile(
 # Of these names, the ones that exclude where they are true; a mask may in either case.
 _EXCLUDES = re.compile(r"mask|ignore|exclu|skip|no_?loss|untrain", re.IGNORECASE)
 
-_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+# Items of a list that a table holds as text: JSON, or as Python and numpy print it.
+_ITEM = re.compile(r"[^\s,:'\"\[\]{}]+")
+
+_FALSE, _TRUE = ("0", "0.", "0.0", "false"), ("1", "1.", "1.0", "true")
+_WORDS = dict.fromkeys(_FALSE, False) | dict.fromkeys(_TRUE, True)
 
 
-def trained(answer: Mapping[str, Any]) -> bool:
+def trained(answer: Mapping[str, Any], parts: Sequence[Mapping[str, Any]] = ()) -> bool:
     """Return whether an assistant message is trained; without a field about it, it is.
 
-    For example, `"weight": 0` excludes a message.
+    For example, `"weight": 0` excludes a message, in the message or in all parts of its content.
+
+    Args:
+        answer: Fields of the message.
+        parts: Fields of each part of its content.
 
     Raises:
         BrokenRecord: A field has another value than 0 or 1, true or false, two contradict each other, or one
-            of an unknown name may be of their kind.
+            of an unknown name may be of their kind. Or a part of the content is trained and another is not.
     """
+    whole, said = _stated(answer), [_stated(part) for part in parts]
+    if False in said and set(said) != {False}:
+        raise BrokenRecord(
+            UNCLEAR,
+            "one part of a message's content is trained, another is not; give all parts the same weight",
+        )
+    stated = {whole, *said} - {None}
+    if len(stated) > 1:
+        raise BrokenRecord(UNCLEAR, "the parts of a message's content contradict the message")
+    return False not in stated
+
+
+def _stated(answer: Mapping[str, Any]) -> bool | None:
+    """Return whether a message, or a part of one, says that it is trained; None where it says neither."""
     _check_unknown(
         answer.items(), "name it weight, with 1 for an answer that is trained, or remove it"
     )
@@ -73,7 +95,7 @@ def trained(answer: Mapping[str, Any]) -> bool:
     if len(set(said.values())) > 1:
         given = {name: answer[name] for name in said}
         raise BrokenRecord(UNCLEAR, f"the fields contradict each other: {shown(given)}")
-    return next(iter(said.values()), True)
+    return next(iter(said.values()), None)
 
 
 def unheeded(message: Mapping[str, Any]) -> set[str]:
@@ -90,7 +112,8 @@ def may_mask(name: str) -> bool:
 def check_record(fields: Mapping[str, Any]) -> None:
     """Refuse a record with a field that excludes it from training.
 
-    Other numbers are taken for another fact, such as a measured loss.
+    Other numbers are taken for another fact, such as a measured loss. A list, `true` and `false` may be text,
+    as in a cell of a CSV file.
 
     Args:
         fields: Fields of the record.
@@ -99,6 +122,7 @@ def check_record(fields: Mapping[str, Any]) -> None:
         BrokenRecord: A field says so, or is a list, which masks parts of the record; or one of an unknown
             name may do either.
     """
+    fields = {name: _read_text(value) for name, value in fields.items() if may_mask(name)}
     remedy = "give each message that is not trained the weight 0, or remove the field"
     _check_unknown([item for item in fields.items() if _may_exclude(*item)], remedy)
     for name in (*FIELDS, _MASKED):
@@ -122,8 +146,6 @@ def heeded(fields: Mapping[str, Any]) -> set[str]:
 
 def _may_exclude(name: str, value: Any) -> bool:
     """Return whether a field of the record may leave out some of it, if it is a mask at all."""
-    if isinstance(value, str) and name.lower() in _UNWANTED:  # a cell of a CSV file
-        return value.strip().lower() == "false"
     if isinstance(value, bool):
         return "mask" in name.lower() or value is bool(_EXCLUDES.search(name))
     return isinstance(value, list)
@@ -137,9 +159,22 @@ def _check_unknown(fields: Iterable[tuple[str, Any]], remedy: str) -> None:
     for name, value in fields:
         if name in MESSAGE_FIELDS or not may_mask(name):
             continue
+        value = _read_text(value)
         values = value if isinstance(value, list) else [value]
         if values and all(_value(item) is not None or isinstance(item, list) for item in values):
             raise BrokenRecord(UNCLEAR, f"{name} is {shown(value)} and is not read; {remedy}")
+
+
+def _read_text(value: Any) -> Any:
+    """Return a list, true or false that is a text; another value as it is.
+
+    For example, "[0, 1]" gives ["0", "1"].
+    """
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith(("[", "{")):
+        return _ITEM.findall(value)
+    return {"true": True, "false": False}.get(value.strip().lower(), value)
 
 
 def _said(name: str, value: Any) -> bool:

@@ -4,8 +4,9 @@ import re
 
 OPEN, CLOSE = "<think>", "</think>"
 # Models whose prompt opens the block write only the closing tag, on a line of its own. In running text the
-# tag is a mention.
+# tag is a mention, as it is in a block of code.
 _CLOSING_LINE = re.compile(rf"^[ \t]*{CLOSE}[ \t]*$", re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
 
 
 def split(content: str) -> tuple[str, str]:
@@ -18,9 +19,12 @@ def split(content: str) -> tuple[str, str]:
         thoughts, close, answer = begin.removeprefix(OPEN).partition(CLOSE)
         return (thoughts, answer) if close else ("", content)
     closing = _CLOSING_LINE.search(content)
-    if closing is None or OPEN in content[: closing.start()]:
+    if closing is None:
         return "", content
-    return content[: closing.start()], content[closing.end() :]
+    before = content[: closing.start()]
+    if OPEN in before or len(_FENCE.findall(before)) % 2:
+        return "", content
+    return before, content[closing.end() :]
 
 
 def never_end(content: str) -> bool:

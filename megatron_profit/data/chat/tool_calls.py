@@ -6,7 +6,7 @@ from megatron_profit.data.errors import BrokenRecord, shown
 from megatron_profit.data.files.fields import (
     MISSING_FIELD,
     WRONG_TYPE,
-    check_finite,
+    check_json,
     listed,
     read,
     typed,
@@ -32,10 +32,12 @@ def read_calls(value: Any) -> tuple[list[dict[str, Any]], bool]:
         The calls, and whether null arguments were left out.
 
     Raises:
-        BrokenRecord: A part of it is no call.
+        BrokenRecord: A part of it is no call, or the arguments hold a value that JSON does not have.
     """
-    given, calls = ([_call(call) for call in listed(v)] for v in (value, without_nulls(value)))
-    check_finite(calls)
+    given, calls = (
+        [_call(call) for call in listed(v)] for v in (_trimmed(value), without_nulls(value))
+    )
+    check_json(calls)
     return calls, calls != given
 
 
@@ -49,11 +51,26 @@ def read_tools(value: Any) -> tuple[list[dict[str, Any]] | None, bool]:
             JSON text.
 
     Raises:
-        BrokenRecord: A tool is no object, or a function has no name.
+        BrokenRecord: A tool is no object, or a function has no name, or holds a value that JSON does not
+            have.
     """
-    given, tools = ([_tool(tool) for tool in listed(v)] for v in (value, without_nulls(value)))
-    check_finite(tools)
-    return tools or None, tools != given
+    sparse = without_nulls(value)
+    tools = [_tool(tool) for tool in listed(sparse)]
+    check_json(tools)
+    return tools or None, sparse != value
+
+
+def _trimmed(value: Any) -> Any:
+    """Return calls without null fields of their own or of their function; the arguments keep theirs."""
+    if isinstance(value, list):
+        return [_trimmed(call) for call in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _trimmed(item) if name == "function" else item
+        for name, item in value.items()
+        if item is not None
+    }
 
 
 def _tool(tool: Any) -> dict[str, Any]:

@@ -73,8 +73,12 @@ class _Lines:
 def _check(header: list[str], path: Path) -> None:
     names = [name for name in header if name]
     if len(names) < len(header) or len(set(names)) < len(names):
+        is_index = names == header[1:]
+        remedy = (
+            "write it without the index, in pandas with index=False" if is_index else "correct it"
+        )
         raise DataError(
-            f"{path}: the first row must name each column once, found {shown(header)}; correct it"
+            f"{path}: the first row must name each column once, found {shown(header)}; {remedy}"
         )
 
 

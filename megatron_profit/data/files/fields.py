@@ -16,6 +16,7 @@ WRONG_TYPE = "a field has the wrong type"
 MISSING_FIELD = "a field is missing"
 NAMED_TWICE = "a field is named twice"
 NOT_FINITE = "a number of a tool call or tool is not JSON (NaN or infinite)"
+NO_JSON_TYPE = "a value of a tool call or tool has a type that JSON does not have"
 
 
 def parsed(text: str) -> Any:
@@ -79,8 +80,11 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def check_finite(value: Any) -> None:
-    """Refuse numbers that JSON does not have: templates would write them as `NaN` or `Infinity`.
+def check_json(value: Any) -> None:
+    """Refuse values that JSON does not have.
+
+    Templates would write numbers as `NaN` or `Infinity`, and dates of a table in another form than the model
+    is to write them.
 
     Raises:
         BrokenRecord: There is one inside `value`.
@@ -88,6 +92,26 @@ def check_finite(value: Any) -> None:
     for item in _leaves(value):
         if isinstance(item, float) and not math.isfinite(item):
             raise BrokenRecord(NOT_FINITE, f"{item} in {shown(value)}")
+        if item is not None and not isinstance(item, str | int | float):
+            raise BrokenRecord(
+                NO_JSON_TYPE,
+                f"{_place(item, value)} is the {type(item).__name__} {shown(str(item))}; write the arguments "
+                "or the tools as JSON text",
+            )
+
+
+def _place(item: object, value: object) -> str:
+    """Return the way to an item inside lists and objects, for example "0.function.arguments.date"."""
+    stack: list[tuple[str, object]] = [("", value)]
+    while stack:
+        path, found = stack.pop()
+        if found is item:
+            return path.removeprefix(".")
+        if isinstance(found, dict):
+            stack.extend((f"{path}.{key}", inner) for key, inner in found.items())
+        elif isinstance(found, list | tuple):
+            stack.extend((f"{path}.{number}", inner) for number, inner in enumerate(found))
+    return ""
 
 
 def strings(value: object) -> list[str]:

@@ -5,6 +5,7 @@ used unchanged. Settings that this project cannot honour (pictures, preference p
 name.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from typing import Any
 from checkpoint_conversion.errors import escaped
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.files.bounded import read_json
-from megatron_profit.data.files.fields import read
+from megatron_profit.data.files.fields import WRONG_TYPE, read
 from megatron_profit.data.files.splits import Split, data_files, left_out, not_data
 
 # Our names of the columns, which are LLaMA-Factory's too -> the key that `normalise` looks for.
@@ -31,6 +32,7 @@ COLUMNS = (*ALPACA_COLUMNS, "messages")
 # Columns that a record cannot do without, if its layout names them.
 REQUIRED_COLUMNS = ("prompt", "response", "messages")
 MISSING_COLUMN = "a mapped column is missing"
+_TEXT_COLUMNS = ("prompt", "query", "response", "system")
 
 # LLaMA-Factory's tags and the defaults that they have there.
 _ROLE_TAGS = {
@@ -108,7 +110,8 @@ class ColumnMapping:
         """Return the record under the names that `normalise` knows.
 
         Raises:
-            BrokenRecord: A column that the record cannot do without is missing.
+            BrokenRecord: A column that the record cannot do without is missing, or one of texts holds no
+                text.
         """
         if not self.columns and not self.tags:
             return value
@@ -116,7 +119,7 @@ class ColumnMapping:
         record = {}
         for name, column in self.columns.items():
             if value.get(column) is not None:
-                record[target[name]] = value[column]
+                record[target[name]] = _checked(name, column, value[column])
             elif name in REQUIRED_COLUMNS:
                 raise BrokenRecord(
                     MISSING_COLUMN, f"no {column!r} (for {name}) among {shown(list(value))}"
@@ -146,6 +149,15 @@ class ColumnMapping:
         if content in entry:
             message["content"] = entry[content]
         return message
+
+
+def _checked(name: str, column: str, value: Any) -> Any:
+    """Return the value of a column, in whose own name a wrong type is reported."""
+    if name in _TEXT_COLUMNS and not isinstance(value, str):
+        raise BrokenRecord(
+            WRONG_TYPE, f"the column {shown(column)} (for {name}) is {shown(value)}, not str"
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -220,7 +232,7 @@ def read_sources(
             raise DataError(f"--data-weights gives {name} the weight {weight}; it must be above 0")
         if name in entries:
             sources.append(_from_entry(name, entries[name], folder, weight, split))
-        elif dataset_info and not Path(name).exists():
+        elif dataset_info and not os.path.exists(name):
             raise DataError(
                 f"{name} is neither a file nor an entry of {dataset_info}, which has "
                 f"{shown(_nearest_first(name, entries))}"
@@ -250,7 +262,7 @@ def _nearest_first(name: str, entries: Mapping[str, Any]) -> list[str]:
 
 
 def _read_info(path: str) -> tuple[dict[str, Any], Path]:
-    file = Path(path) / "dataset_info.json" if Path(path).is_dir() else Path(path)
+    file = Path(path) / "dataset_info.json" if os.path.isdir(path) else Path(path)
     try:
         entries = read_json(file)
     except DataError as error:

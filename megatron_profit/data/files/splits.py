@@ -57,6 +57,15 @@ def data_files(path: Path, split: Split = "train") -> list[Path]:
     Raises:
         DataError: The path does not exist, cannot be read, or its names do not show which files are `split`.
     """
+    try:
+        return _data_files(path, split)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check the name and the permissions"
+        ) from error
+
+
+def _data_files(path: Path, split: Split) -> list[Path]:
     if str(path) in _STANDARD_INPUT:
         raise DataError(f"{path}: {_NOT_A_FILE}")
     if not path.exists():

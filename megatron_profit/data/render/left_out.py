@@ -1,10 +1,13 @@
-"""Checks for text that a chat template leaves out of a conversation: its text is compared with the record.
+"""Checks for text that a chat template leaves out of a conversation, or writes twice.
+
+Its text is compared with the record.
 
 Templates trim texts, and write strings of tool calls either unchanged or as JSON. Any other missing text was
 dropped or cut. For example, Qwen3's template cuts an answer at each `</think>`.
 """
 
 import json
+import re
 from typing import Any
 
 from megatron_profit.data.chat import thoughts
@@ -12,6 +15,9 @@ from megatron_profit.data.chat.conversations import Conversation
 from megatron_profit.data.chat.messages import Message
 from megatron_profit.data.errors import BrokenRecord, shown
 from megatron_profit.data.files.fields import strings
+
+# A text that begins and ends with the tags of one name.
+_TAGGED = re.compile(r"(<(\w+)>).*</\2>", re.DOTALL)
 
 ANSWER_LEFT_OUT = "the chat template leaves out or cuts a part of an answer"
 
@@ -55,6 +61,16 @@ def leaves_out_context(conversation: Conversation, text: str, trained: set[int])
     parts = [part for message in context for part in _answer_parts(message, text)]
     parts += [name for tool in conversation.tools or () for name in _names(tool)]
     return not all(_holds(text, part) for part in parts)
+
+
+def tagged_twice(conversation: Conversation, text: str) -> bool:
+    """Return whether the template writes tags around a tool result that has them already.
+
+    For example, Qwen3's template writes `<tool_response>` before each.
+    """
+    results = [m["content"].strip() for m in conversation.messages if m["role"] == "tool"]
+    tags = [(found[1], result) for result in results if (found := _TAGGED.fullmatch(result))]
+    return any(re.search(re.escape(tag) + r"\s*" + re.escape(result), text) for tag, result in tags)
 
 
 def _answer_parts(message: Message, text: str) -> list[str]:

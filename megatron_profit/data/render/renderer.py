@@ -25,7 +25,11 @@ from megatron_profit.data.chat.conversations import Conversation
 from megatron_profit.data.chat.messages import Message
 from megatron_profit.data.errors import BrokenRecord, shown
 from megatron_profit.data.render.control_tokens import UNMARKED_IN_TEXT, ControlTokens
-from megatron_profit.data.render.left_out import check_answer, leaves_out_context
+from megatron_profit.data.render.left_out import (
+    check_answer,
+    leaves_out_context,
+    tagged_twice,
+)
 from megatron_profit.data.render.template import ChatTemplate
 from megatron_profit.data.render.token_loss import uncovered, unknown_id
 from megatron_profit.data.render.token_offsets import TokenOffsets
@@ -46,6 +50,7 @@ NEVER_AS_PROMPTED = (
     "context of inference that is never trained: no answer begins as the prompt ends"
 )
 ENDS_BEFORE_ANSWER = "answers that end a turn although the next message is an answer again"
+TAGGED_TWICE = "tool results that hold the tags which the chat template writes around them"
 CONTEXT_LEFT_OUT = "messages or tools before the answer that the chat template leaves out"
 TEXT_DROPPED = "text that the tokenizer drops or has no token for"
 
@@ -94,6 +99,7 @@ class SupervisionPolicy:
                 conversation,
                 messages=conversation.messages[: last + 1],
                 untrained=frozenset(answers) - {last},
+                goes_on=last + 1 in answers,
             )
             for last in answers
             if last not in conversation.untrained
@@ -225,11 +231,15 @@ class ChatRenderer:
         dropped, kept = reasoning.count(False), reasoning.count(True)
         trained = {turn.position for turn in turns}
         lost = leaves_out_context(conversation, text, trained)
-        early = len({position - 1 for position in conversation.positions} & trained)
+        ends = {position - 1 for position in conversation.positions}
+        if conversation.goes_on:
+            ends.add(len(conversation.messages) - 1)
+        early = len(ends & trained)
         findings = {
             ENDS_BEFORE_ANSWER: Finding(early, len(turns), "trained turns"),
             REASONING_LEFT_OUT: Finding(dropped, dropped + kept, "turns with reasoning"),
             CONTEXT_LEFT_OUT: Finding(int(lost)),
+            TAGGED_TWICE: Finding(int(tagged_twice(conversation, text))),
             UNMARKED_IN_TEXT: control,
         }
         return _Draft(conversation, text, turns, findings)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 from checkpoint_conversion.engine.lock import lock_file
@@ -30,6 +31,7 @@ from checkpoint_conversion.errors import ConversionError
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.files.bounded import open_regular
 from megatron_profit.data.files.sources import DataSource
+from megatron_profit.data.files.splits import is_dataset
 from megatron_profit.data.render.tokenizer_files import decides_ids, tokenizer_paths
 from megatron_profit.data.report import DataReport
 from megatron_profit.data.store.checksums import is_usable, machine_name
@@ -207,7 +209,7 @@ def _key(
     contents = [[(path.name, content_digest(path, cache)) for path in paths] for paths in files]
     parts = {
         "code": _code(),
-        "versions": [transformers.__version__, tokenizers.__version__],
+        "versions": [transformers.__version__, tokenizers.__version__, version("jinja2")],
         "files": contents,
         "layouts": [
             [dict(s.layout.columns), dict(s.layout.tags), s.layout.sharegpt, s.split]
@@ -270,9 +272,23 @@ def _check_unchanged(states: Sequence[_State]) -> None:
             )
 
 
-def _inner(path: Path) -> list[Path]:
-    """Return the regular files in a folder, or a file itself."""
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+def _inner(path: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+    """Return the regular files in a folder, or a file itself.
+
+    A link in the folder is followed if it leads to a saved data set, as the link of a split may. `above` are
+    the folders that lead to `path`: a link to one of them leads in a circle.
+    """
+    if not path.is_dir():
+        return [path] if not above or path.is_file() else []
+    if above and path.is_symlink() and not is_dataset(path):
+        return []
+    chain = above | {path.resolve()}
+    if chain == above:
+        return []
+    entries: list[Path] = []
+    with suppress(PermissionError):
+        entries = list(path.iterdir())
+    return sorted(file for entry in entries for file in _inner(entry, chain))
 
 
 def content_digest(path: Path, cache: Path) -> str:

@@ -1,6 +1,7 @@
 """Parquet and arrow rows hold what JSON lines of the same data hold."""
 
 import json
+from datetime import datetime
 
 import datasets
 import pyarrow
@@ -157,3 +158,18 @@ def test_json_that_nests_without_end_is_a_broken_record(tmp_path):
         False,
         False,
     ]
+
+
+def test_a_text_that_arrow_made_a_date_leaves_the_record_out(tmp_path, renderer):
+    """`load_dataset("json")` makes timestamps of such texts."""
+    record = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [call(date=datetime(2024, 5, 1))]},
+        ]
+    }
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [record, {"messages": good}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    _, report = build_examples(tmp_path / "a.parquet", renderer, 64)
+    assert (report.read, report.kept, list(report.skipped)) == (2, 1, [fields.NO_JSON_TYPE])

@@ -480,3 +480,24 @@ def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(DataError, match=r"HOME is not set.*--data-cache"):
         cache.default_cache()
+
+
+def test_files_in_a_folder_that_a_link_leads_to_belong_to_the_key(tmp_path):
+    for name in ("v1", "v2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(name)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "dataset_dict.json").write_text("{}")
+    (folder / "train").symlink_to(tmp_path / "v1")
+    (folder / "circle").symlink_to(folder)
+    (tmp_path / "v1" / "up").symlink_to(folder)
+    (folder / "everything").symlink_to(tmp_path)
+    assert cache._inner(folder) == [
+        folder / "dataset_dict.json",
+        folder / "train" / "state.json",
+    ]
+    first = cache.content_digest(folder, tmp_path / "cache")
+    (folder / "train").unlink()
+    (folder / "train").symlink_to(tmp_path / "v2")
+    assert cache.content_digest(folder, tmp_path / "cache") != first

@@ -289,3 +289,22 @@ def test_other_pictures_and_preferences_count_as_unread(turns, others):
 )
 def test_fields_that_nothing_reads_are_named(record, unread):
     assert conversation_of(record).unread == unread
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "q", "context": "", "response": "a"},
+        {"instruction": None, "context": "c", "response": "a"},
+        {"input": "q", "output": "a"},
+        {"prompt": "q", "output": "a"},
+    ],
+)
+def test_a_first_record_with_one_of_alpacas_columns_is_of_no_known_format(record):
+    with pytest.raises(DataError, match="--data-columns prompt=") as error:
+        normalise(RawRecord(record, "data.jsonl", 1, "line", first=True))
+    for part in ["data.jsonl, line 1", "the format is not known", *record]:
+        assert part in str(error.value)
+    given = {"instruction": "q", "output": None}
+    with pytest.raises(BrokenRecord):
+        normalise(RawRecord(given, "data.jsonl", 1, "line", first=True))

@@ -58,7 +58,8 @@ def test_an_empty_cell_in_the_first_row_is_no_unknown_format(tmp_path, row):
     [
         (b"", "holds no record"),
         (b"prompt,completion\n", "holds no record"),
-        (b"prompt,,completion\na,b,c\n", "must name each column once"),
+        (b"prompt,,completion\na,b,c\n", "must name each column once.*; correct it"),
+        (b",prompt,completion\n0,a,b\n", "must name each column once.*in pandas with index=False"),
         (b"prompt,prompt\na,b\n", "must name each column once"),
         (b'prompt,completion\n"a,b\n', "not a CSV file"),
         (b'prompt,completion\n"a"x,b\n', "not a CSV file"),

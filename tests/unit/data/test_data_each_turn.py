@@ -12,6 +12,7 @@ from megatron_profit.data import (
     build_sets,
 )
 from megatron_profit.data.options import DataOptions
+from megatron_profit.data.render.renderer import ENDS_BEFORE_ANSWER
 from megatron_profit.data.store import cache, prepare
 
 
@@ -107,3 +108,13 @@ def test_the_choice_and_the_allowed_tokens_belong_to_the_key(folder, tmp_path, w
     }
     assert len(list((tmp_path / "cache").glob(f"*/{cache.ABOUT}"))) == 3
     assert found["each"].digests[0] == found["each"].digests[1]
+
+
+def test_an_answer_that_another_one_follows_is_counted(each, write_lines):
+    twice = talk("one", "two", "three")
+    del twice["messages"][2]
+    plain = ChatRenderer(each.template.tokenizer)
+    for renderer in (plain, each):
+        _, report = build_examples(write_lines([twice]), renderer, 256)
+        found = report.found[ENDS_BEFORE_ANSWER]
+        assert (found.count, found.of) == (1, 3)

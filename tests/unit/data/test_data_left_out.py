@@ -173,3 +173,33 @@ def test_context_that_is_dropped_is_counted(make_tokenizer, templates, found):
     assert found(tokenizer, QUESTION, answer) == {}
     quoting = templates.chatml.replace("message.content", "(message.content | tojson)[1:-1]")
     assert found(make_tokenizer(quoting), ("user", 'Say "hé"\n'), answer) == {}
+
+
+def test_a_tool_result_that_has_the_templates_tags_is_counted(make_tokenizer, found):
+    template = CUTTING.replace(
+        "{{- content }}",
+        "{{- '<result>\\n' + content + '\\n</result>' if message.role == 'tool' else content }}",
+    )
+    tokenizer, told = make_tokenizer(template), {render.TAGGED_TWICE: (1, 1)}
+    for result, expected in (
+        ("<result>\n3\n</result>\n", told),
+        ("<result>3</result>", told),
+        ("<answer>3</answer>", {}),
+        ("The tag <result> begins it.", {}),
+        ("3", {}),
+    ):
+        turns = (QUESTION, CALLING, ("tool", result), ("assistant", "Warm."))
+        assert found(tokenizer, *turns) == expected
+
+
+def test_an_answer_that_shows_the_closing_tag_in_a_block_of_code_is_never_cut(
+    make_tokenizer, cutting, conversation, supervised_texts, templates
+):
+    shown = "End with this line:\n```\n</think>\n```\nThen answer."
+    talk = conversation(QUESTION, ("assistant", shown))
+    with pytest.raises(BrokenRecord) as error:
+        ChatRenderer(cutting).render(talk)
+    assert error.value.reason == left_out.ANSWER_LEFT_OUT
+    plain = make_tokenizer(templates.chatml)
+    rendered = ChatRenderer(plain).render(talk)
+    assert supervised_texts(plain, rendered) == [shown + "<|im_end|>"]

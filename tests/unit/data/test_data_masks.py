@@ -169,3 +169,83 @@ def test_parts_of_one_turn_are_trained_alike():
     with pytest.raises(BrokenRecord) as error:
         read({"messages": [QUESTION, {**WRONG, "weight": 0}, call]})
     assert error.value.reason == masks.UNCLEAR
+
+
+def in_parts(*parts, **fields):
+    """Two answers, of which the first is written in parts with these fields."""
+    content = [{"type": "text", "text": "3", **part} for part in parts]
+    return talk(content=content, **fields)
+
+
+def test_an_answer_of_which_all_parts_are_excluded_is_context():
+    for field in ({"train": False}, {"weight": 0}, {"loss": "0"}, {"masked": True}):
+        assert read(in_parts(field, field)).untrained == {1}
+    assert read(in_parts({"train": False}, {"train": False}, weight=0)).untrained == {1}
+    for parts in ([{}, {}], [{"train": True}, {}], [{"weight": None}, {"weight": 1}]):
+        conversation = read(in_parts(*parts))
+        assert (conversation.untrained, conversation.unread) == (frozenset(), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields", "reason"),
+    [
+        ([{"train": False}, {}], {}, masks.UNCLEAR),
+        ([{"weight": 0}, {"weight": 1}], {}, masks.UNCLEAR),
+        ([{"train": False}], {"weight": 1}, masks.UNCLEAR),
+        ([{"train": True}], {"weight": 0}, masks.UNCLEAR),
+        ([{"is_trainable": False}], {}, masks.UNCLEAR),
+        ([{"train_detail": [[0, 1]]}], {}, masks.UNCLEAR),
+        ([{"weight": 0.5}], {}, masks.WEIGHTED),
+    ],
+)
+def test_parts_that_do_not_agree_leave_the_record_out(parts, fields, reason):
+    with pytest.raises(BrokenRecord) as error:
+        read(in_parts(*parts, **fields))
+    assert error.value.reason == reason
+
+
+def test_other_fields_of_a_part_count_as_unread():
+    cached = {"cache_control": {"type": "ephemeral"}, "empty": None}
+    assert read(in_parts(cached, {})).unread == {"messages.content.cache_control"}
+    asked = {"role": "user", "content": [{"type": "text", "text": "q", "train": True}]}
+    assert read({"messages": [asked, RIGHT]}).unread == {"messages.content.train"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[("loss_mask", text) for text in ("[0, 1]", "[0 1]", "[[0], [1]]", "[]", '{"a": 0}')],
+        ("train", "[false, true]"),
+        ("train", "[False, True]"),
+        ("weight", ' ["0", "1"]'),
+        ("mask", "[0, 1]"),
+        ("mask", "true"),
+        ("assistant_mask", "[0,1]"),
+        ("response_mask", "[0. 1.]"),
+        ("is_trainable", "False"),
+        ("skip", "true"),
+    ],
+)
+def test_a_mask_of_the_record_may_be_text(name, text):
+    """As in a cell of a CSV file."""
+    with pytest.raises(BrokenRecord) as error:
+        read({**talk(), name: text})
+    assert error.value.reason == masks.UNCLEAR
+    assert name in error.value.detail
+
+
+def test_a_text_that_only_resembles_a_mask_counts_as_unread():
+    for fields in (
+        {"training_topics": '["sums"]'},
+        {"losses": "[0.8, 0.3]"},
+        {"train_note": "[1] Smith et al."},
+        {"is_trainable": "True"},
+        {"skip": "false"},
+        {"training_step": "0"},
+    ):
+        assert read({**talk(), **fields}).unread == set(fields)
+
+
+def test_a_mask_of_an_unknown_name_may_be_text_in_a_message():
+    with pytest.raises(BrokenRecord, match="response_mask"):
+        read(talk(response_mask="[0, 1]"))

@@ -237,3 +237,18 @@ def test_a_completion_of_an_answer_that_the_prompt_begins_is_left_out():
     prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "It is"}]
     with pytest.raises(BrokenRecord, match="write the whole answer"):
         normalise(record(prompt=prompt, completion=[{"role": "assistant", "content": " 2."}]))
+
+
+def test_a_column_of_the_wrong_type_has_the_users_name():
+    layout = ColumnMapping.of_columns(["prompt=question", "response=answer"])
+    with pytest.raises(BrokenRecord, match=r"column 'answer' \(for response\) is 42, not str"):
+        normalise(record(question="q", answer=42), layout)
+
+
+def test_a_path_that_cannot_be_looked_up_is_named(info):
+    path = info / ("a" * 300 + ".jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(File name too long\); check"):
+        list(read_records(path))
+    for options in ({"dataset_info": str(info)}, {"dataset_info": str(path)}):
+        with pytest.raises(DataError, match=r"a\.jsonl"):
+            read_sources([str(path)], **options)

@@ -1,12 +1,14 @@
 """What the assistant says before the tools answer is one turn, however a record writes it."""
 
 import json
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
 
 from megatron_profit.data import BrokenRecord, RawRecord, normalise
 from megatron_profit.data.chat import conversations as chat
-from megatron_profit.data.chat import messages
+from megatron_profit.data.chat import messages, thoughts
 from megatron_profit.data.files import fields
 
 QUESTION = {"role": "user", "content": "Weather?"}
@@ -317,3 +319,171 @@ def test_null_fields_of_calls_and_tools_are_left_out_and_told():
     # Nothing adds nulls to JSON text.
     kept = [{"type": "function", "function": tool}]
     assert read(json.dumps(given), json.dumps([tool])) == (given, kept, False)
+
+
+def completed(prompt, completion):
+    record = {"prompt": prompt, "completion": completion}
+    return normalise(RawRecord(record, "data.jsonl", 1, "line"))
+
+
+@pytest.mark.parametrize("form", [list, as_text])
+def test_a_prompt_of_messages_may_have_a_text_as_its_completion(form):
+    conversation = completed(form([QUESTION]), "a")
+    assert conversation.messages == [QUESTION, answer("a")]
+    assert conversation.untrained == {0}
+    with pytest.raises(BrokenRecord, match="write the whole answer"):
+        completed(form([QUESTION, answer("It is")]), "2")
+
+
+def test_a_prompt_that_is_a_text_may_have_messages_as_its_completion():
+    assert completed("Weather?", [answer("a")]).messages == [QUESTION, answer("a")]
+    with pytest.raises(BrokenRecord) as error:
+        completed("Weather?", as_text([answer("a")]))
+    assert error.value.reason == chat.TEXT_OR_MESSAGES
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ('[{"role": "user", "content": "q", "content": "r"}]', fields.NAMED_TWICE),
+        ('[{"content": "q", "role": "assistant", "role": "user"}]', fields.NAMED_TWICE),
+        ('[{"from": "human", "value": "q', fields.WRONG_TYPE),
+        ('[{"role": "user", "content": "q"}, {"content": "r"}]', None),
+    ],
+)
+def test_messages_that_cannot_be_read_are_no_text_of_their_own(broken, reason, place):
+    pair = [as_text([QUESTION]), as_text([answer("a")])]
+    pair[place] = broken
+    with pytest.raises(BrokenRecord) as error:
+        completed(*pair)
+    assert reason in (None, error.value.reason)
+
+
+@pytest.mark.parametrize(
+    "prompt", ['[{"from": "Rome", "to": "Oslo"}]', '[{"name": "Ann", "role": "cook"}]\nWho cooks?']
+)
+def test_json_that_names_no_role_of_a_message_is_a_text(prompt):
+    texts = [message["content"] for message in completed(prompt, "a").messages]
+    assert texts == [prompt, "a"]
+
+
+@pytest.mark.parametrize(
+    "content", ["R\n</think>\n\n4", "R</think>4", "</think>\n4", "<think>R</think>4"]
+)
+def test_thoughts_with_the_closing_tag_alone_are_trained_once(content):
+    assert said(answer(content, reasoning_content="R\n")) == [answer("4", reasoning_content="R\n")]
+
+
+def test_other_thoughts_with_the_closing_tag_alone_leave_the_record_out():
+    with pytest.raises(BrokenRecord) as error:
+        said(answer("Other.\n</think>\n\n4", reasoning_content="R"))
+    assert error.value.reason == messages.TWO_THOUGHTS
+    for content in ("R", "Use `text.split('</think>')[1]`."):
+        assert said(answer(content, reasoning_content="R"))[0]["content"] == content
+
+
+def test_a_closing_tag_in_a_block_of_code_is_a_mention():
+    content = "End with this line:\n```\n</think>\n```\nThen answer."
+    assert thoughts.split(content) == ("", content)
+    assert said(answer(content, reasoning_content="R"))[0]["content"] == content
+    after = "```\nx\n```\nSo.\n</think>\n4"
+    assert thoughts.split(after) == ("```\nx\n```\nSo.\n", "\n4")
+
+
+@pytest.mark.parametrize(
+    "field", ["function_calls", "tool_call", "toolCalls", "functionCall", "Tool_Calls"]
+)
+def test_calls_in_a_field_that_is_not_read_leave_the_record_out(field):
+    for calls in (calling("Oslo"), as_text(calling("Oslo")), "weather(city='Oslo')", call("Oslo")):
+        with pytest.raises(BrokenRecord) as error:
+            said(answer("Let me look.", **{field: calls}))
+        assert error.value.reason == messages.OTHER_CALLS
+        assert field in error.value.detail
+    for none in (None, "", "[]", [], {}, "null"):
+        assert said(answer("a", **{field: none})) == [answer("a")]
+
+
+def system(**more):
+    return {"role": "system", "content": "s", **more}
+
+
+def read_tools_of(*turns, **record):
+    turns = [*turns, QUESTION, answer("a")]
+    return normalise(RawRecord({"messages": turns, **record}, "data.jsonl", 1, "line"))
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+@pytest.mark.parametrize("form", [list, as_text])
+def test_tools_in_the_leading_system_message_are_the_records(name, form):
+    conversation = read_tools_of(system(**{name: form([TOOL])}))
+    assert (conversation.tools, conversation.unread) == ([TOOL], frozenset())
+    assert conversation.messages[0] == system()
+    assert read_tools_of(system(**{name: form([TOOL])}), tools=[TOOL]).tools == [TOOL]
+    assert read_tools_of(system(**{name: form([])})).tools is None
+
+
+def test_tools_in_two_places_leave_the_record_out():
+    with pytest.raises(BrokenRecord) as error:
+        read_tools_of(system(tools=[TOOL]), tools=[{"name": "other"}])
+    assert error.value.reason == chat.TWO_LISTS
+    with pytest.raises(BrokenRecord) as error:
+        read_tools_of(QUESTION, answer("b"), system(functions=[TOOL]))
+    assert error.value.reason == chat.LATER_TOOLS
+
+
+FUNCTION = {"name": "weather", "arguments": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        answer(tool_calls=[{"function": None, **FUNCTION}]),
+        answer(tool_calls=[{"function": {**FUNCTION, "parameters": None}, "name": None}]),
+        answer(
+            tool_calls=[{"function": FUNCTION}], function_call={"name": None, "arguments": None}
+        ),
+        answer(tool_calls={"name": None, "function": None}, function_call=FUNCTION),
+    ],
+)
+def test_null_fields_around_the_arguments_of_a_call_are_absent(turn):
+    record = {"messages": [QUESTION, turn]}
+    conversation = normalise(RawRecord(record, "data.jsonl", 1, "line"))
+    assert conversation.assistant_messages == [answer(tool_calls=calling("Oslo"))]
+    assert not conversation.nulls
+
+
+def test_null_fields_around_a_tool_are_absent():
+    flat = {"type": "function", "function": None, **TOOL["function"]}
+    assert read_tools_of(tools=[flat]).tools == [TOOL]
+    assert read_tools_of(tools={"type": None, "function": None}).tools is None
+    assert read_tools_of(tools=[flat], functions={"name": None}).tools == [TOOL]
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+def test_a_message_of_reasoning_needs_no_content(content):
+    hm = {"role": "assistant", "reasoning_content": "Hm.", **content}
+    assert said(hm, answer("3.")) == [answer("3.", reasoning_content="Hm.")]
+    with pytest.raises(BrokenRecord) as error:
+        said(hm)
+    assert error.value.reason == chat.EMPTY_ASSISTANT
+
+
+@pytest.mark.parametrize("value", [datetime(2024, 5, 1), Decimal("1.5"), b"x"])
+def test_values_that_json_does_not_have_leave_the_record_out(value):
+    function = {"name": "f", "arguments": {"days": [{"date": value}]}}
+    with pytest.raises(BrokenRecord) as error:
+        said(answer(tool_calls=[{"function": function}]))
+    assert error.value.reason == fields.NO_JSON_TYPE
+    assert "0.function.arguments.days.0.date is the" in error.value.detail
+    assert "as JSON text" in error.value.detail
+    tool = {"name": "f", "parameters": {"default": value}}
+    with pytest.raises(BrokenRecord, match=r"0\.function\.parameters\.default is the"):
+        said(answer("a"), tools=[tool])
+
+
+def test_parts_of_a_completion_have_their_weight():
+    parts = [{"type": "text", "text": "a", "weight": 0}]
+    conversation = completed("Weather?", parts)
+    assert conversation.messages == [QUESTION, answer("a")]
+    assert conversation.untrained == {1}
