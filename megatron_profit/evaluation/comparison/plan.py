@@ -311,13 +311,14 @@ def _plan(file: Path, content: Mapping[str, Any], find_base: Callable[[str], str
 
 
 def _written_by(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the training flags that a comparison sets itself, with what takes their place in the plan."""
+    """Return the training flags that a comparison sets itself, with what takes their place in the plan.
+
+    A stage that has rates or ranks of its own replaces the ones of the flags.
+    """
     drop, places = "drop it", ("--export-hf", "--metrics-file")
     found = {"--hf-model": "give base", "--seed": "give seeds", **dict.fromkeys(places, drop)}
-    stages = content.get("stages")
-    parts = [content, *(stages if isinstance(stages, list) else ())]
     for key, flag in (("learning_rates", "--lr"), ("lora_ranks", "--lora-rank")):
-        if any(isinstance(part, dict) and key in part for part in parts):
+        if key in content:
             found[flag] = f"drop it, or {key}"
     if content.get("save_interval"):
         found |= dict.fromkeys(("--save", "--load", "--save-interval"), "drop it, or save_interval")

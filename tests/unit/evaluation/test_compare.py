@@ -197,10 +197,6 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
         ({"train": "--hf-model x"}, "train has --hf-model, .*; give base"),
         ({"objectives": {"sft": "--lr 1"}}, "objectives: sft has --lr, .* or learning_rates"),
         (
-            {"learning_rates": None, "stages": [{"learning_rates": [1]}], "train": "--lr 1"},
-            "train has --lr",
-        ),
-        (
             {"data": {"a": {"train": "--save x"}}, "save_interval": 3},
             "data: a: train has --save, .* or save_interval",
         ),
