@@ -42,9 +42,10 @@ WRONG_SHARE = 1 / 3
 WORDINGS = 6  # of each held-out sum
 TRAIN = (
     "--seq-length 40 --no-packing --micro-batch-size 32 --global-batch-size 32 --train-iters 150 "
-    "--lr 5e-4 --min-lr 5e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.95 "
+    "--min-lr 5e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1 --adam-beta2 0.95 "
     "--weight-decay 0.1 --clip-grad 1.0 --eval-interval 1000000"
 )
+_RATE = " --lr 5e-4"
 EVALUATE = "--engine transformers --batch 64 --dtype float32 --max-new-tokens 40"
 
 
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = write_data(out / "data")
     plan = {
         "base": str(quickstart_base(out)),
-        "train": TRAIN,
+        "train": TRAIN + ("" if arguments.learning_rates else _RATE),
         "evaluate": f"{EVALUATE} --answer-pattern '{make_arithmetic_data.NUMBER.pattern}'",
         "objectives": {name: RUNS[name] for name in arguments.only},
         "data": {name: data[name] for name in arguments.settings},
