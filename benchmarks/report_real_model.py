@@ -94,6 +94,7 @@ def blocks(
     study: Mapping[str, Any], outcomes: Sequence[Outcome], core: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the parts of the page that follow from the results, by name."""
+    outcomes = of_trained_data(outcomes)
     found = {
         "state": state(study),
         "scores": per_data(outcomes, scores),
@@ -107,6 +108,12 @@ def blocks(
         found["differences"] = differences(outcomes)
         found["trainings"] = trainings(outcomes) + CURVES_FIGURE
     return found
+
+
+def of_trained_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes on data sets that a model has been trained on; all before the first training."""
+    trained = {outcome.data for outcome in outcomes if outcome.run is not None}
+    return [outcome for outcome in outcomes if outcome.data in trained] or list(outcomes)
 
 
 def readme_blocks(outcomes: Sequence[Outcome]) -> dict[str, str]:

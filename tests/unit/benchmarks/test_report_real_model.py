@@ -123,6 +123,12 @@ def test_blocks_hold_scores_differences_trainings_and_times(outcomes):
     assert "within 3.0 hours" in found["time"]
 
 
+def test_data_that_no_model_was_trained_on_yet_have_no_table(outcomes):
+    later = Outcome(None, "later", {"MAWPS": 0.5}, {}, {"MAWPS": [1.0, 0.0]})
+    assert report.of_trained_data([*outcomes, later]) == outcomes
+    assert report.of_trained_data([later]) == [later]
+
+
 def test_the_base_alone_has_no_differences(outcomes):
     group = json.loads(newest(CORE).read_text())
     found = blocks({"finished": 0, "runs": 9}, outcomes[:1], group)
