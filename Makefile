@@ -7,7 +7,7 @@
 # make lint         ruff and mypy alone
 # make unit         the unit tests alone
 # make format       ruff's fixes and format
-# make bench        measure the objective, whole training steps and the conversion against others; 10 minutes with a CPU that has bf16 instructions
+# make bench        measure the objective, whole training steps and the conversion against others; 10 to 20 minutes on 2 CPU cores
 # make clean        remove the environment and scratch files; checkpoints in runs/ stay
 
 SHELL := /bin/bash
