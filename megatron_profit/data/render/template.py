@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def check_vocabulary(folder: Path, tokens: int, entries: int) -> None:
+    """Refuse a tokenizer with more tokens than the model has entries in its embedding.
+
+    Raises:
+        DataError: Names both numbers.
+    """
+    if tokens > entries:
+        raise DataError(
+            f"{folder}: the tokenizer has {tokens} tokens, but the model has only {entries} (vocab_size in "
+            "config.json); use the tokenizer that belongs to the model"
+        )
+
+
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a HuggingFace folder as its tokenizer.json describes it.
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from isal.isal_zlib import crc32
 
 from checkpoint_conversion.engine.regular_files import check_model_folder, open_regular
 from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion.families.config import text_config
 from checkpoint_conversion.hf.folder import read_hf_config, read_json_object
 from checkpoint_conversion.hf.stop_tokens import GENERATION_CONFIG
 from checkpoint_conversion.in_transformers import load_language_model, with_adapters
 from megatron_profit.data.errors import DataError
+from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.evaluation.errors import EvaluationError, require
 
 if TYPE_CHECKING:
@@ -75,25 +76,12 @@ def check_model(model: str, day: date | None = None) -> date | None:
         if not any(base.glob("*.safetensors")):
             raise EvaluationError(f"{base}: holds no *.safetensors file; give a model with weights")
         template = load_chat_template(folder, day)
-        if base == folder:
-            check_tokens(folder, len(template.tokenizer), config)
+        entries = text_config(config).get("vocab_size")
+        if base == folder and isinstance(entries, int):
+            check_vocabulary(folder, len(template.tokenizer), entries)
         return template.day
     except (ConversionError, DataError, OSError) as error:
         raise EvaluationError(error) from error
-
-
-def check_tokens(folder: Path, tokens: int, config: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer with tokens that the model has no embedding of.
-
-    Raises:
-        EvaluationError: Names both numbers.
-    """
-    entries = {**config, **config.get("text_config", {})}.get("vocab_size")
-    if isinstance(entries, int) and tokens > entries:
-        raise EvaluationError(
-            f"{folder}: the tokenizer has {tokens} tokens, but the model has only {entries} (vocab_size in "
-            "config.json); use the tokenizer that belongs to the model"
-        )
 
 
 def load_chat_template(folder: Path, day: date | None) -> ChatTemplate:

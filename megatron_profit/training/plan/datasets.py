@@ -7,13 +7,11 @@ import os
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.utils import Split
 
 from megatron_profit.data import (
-    DataError,
     DataOptions,
     PackingReport,
     SFTDataset,
@@ -21,6 +19,7 @@ from megatron_profit.data import (
     build_sets,
     load_tokenizer,
 )
+from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
 
@@ -111,7 +110,8 @@ def build_datasets(settings: RunSettings, options: DataOptions) -> SFTData:
     """
     leader = os.environ.get("LOCAL_RANK", "0") == "0"
     if leader:
-        _check_tokenizer(settings.hf_model, settings.values["vocab_size"])
+        folder = settings.hf_model
+        check_vocabulary(folder, len(load_tokenizer(folder)), settings.values["vocab_size"])
     sets = build_sets(
         options,
         settings.hf_model,
@@ -158,12 +158,3 @@ def _digest(prepared: TokenizedData, options: DataOptions) -> str:
     digest = hashlib.sha256(repr((form, weights, prepared.report.supervised_tokens)).encode())
     digest.update(np.ascontiguousarray(prepared.digests).data)
     return digest.hexdigest()[:24]
-
-
-def _check_tokenizer(folder: Path, vocab_size: int) -> None:
-    tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > vocab_size:
-        raise DataError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only {vocab_size} "
-            "(vocab_size in config.json); use the tokenizer that belongs to the model"
-        )

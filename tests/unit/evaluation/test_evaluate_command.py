@@ -225,7 +225,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, tiny_model, sums, capsys
     small = tmp_path / "small"
     shutil.copytree(tiny_model, small)
     config = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 9}))
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 9, "text_config": None}))
     assert "tokens, but the model has only 9 (vocab_size" in refused(capsys, small, *flags)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
