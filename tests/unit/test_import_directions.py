@@ -74,8 +74,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "megatron_profit.evaluation": (
         *("checkpoint_conversion.errors", "checkpoint_conversion.engine"),
-        *("checkpoint_conversion.hf", "megatron_profit.data", "megatron_profit.token_report"),
-        *("checkpoint_conversion.in_transformers", "megatron_profit.flags"),
+        *("checkpoint_conversion.families", "checkpoint_conversion.hf", "megatron_profit.data"),
+        *("megatron_profit.token_report", "checkpoint_conversion.in_transformers"),
+        "megatron_profit.flags",
         *("megatron_profit.parent_death", "megatron_profit.yaml_names"),
     ),
     "checkpoint_conversion": (),
