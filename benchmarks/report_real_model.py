@@ -169,18 +169,23 @@ def scores(outcomes: Sequence[Outcome]) -> str:
 
 def trainings(outcomes: Sequence[Outcome]) -> str:
     """Return the numbers of each training, seed by seed."""
-    lines = header("data", "setting", "seed", *METRICS.values(), "mean p kept, first tenth to last")
+    means = {name: f"{name}, first tenth to last" for name in ("mean p kept", "mean q kept")}
+    lines = header("data", "setting", "seed", *METRICS.values(), *means.values())
     for outcome in outcomes:
         if (run := outcome.run) is None or "lm loss" not in outcome.curves:
             continue
-        kept_p = outcome.curves["mean p kept"]
-        tenth = max(1, len(kept_p) // 10)
-        ends = (sum(kept_p[:tenth]) / tenth, sum(kept_p[-tenth:]) / tenth)
         numbers = [f"{outcome.metrics[name]:.3f}" for name in METRICS]
-        lines.append(
-            row(run.data, run.setting, run.seed, *numbers, f"{ends[0]:.3f} to {ends[1]:.3f}")
-        )
+        numbers += [first_and_last_tenth(outcome.curves.get(name)) for name in means]
+        lines.append(row(run.data, run.setting, run.seed, *numbers))
     return "\n".join(lines) + "\n"
+
+
+def first_and_last_tenth(curve: Sequence[float] | None) -> str:
+    """Return the means over the first and the last tenth of the steps, where they are known."""
+    if curve is None:
+        return "not logged"
+    tenth = max(1, len(curve) // 10)
+    return f"{sum(curve[:tenth]) / tenth:.3f} to {sum(curve[-tenth:]) / tenth:.3f}"
 
 
 def core_table(core: Mapping[str, Any]) -> str:

@@ -32,7 +32,14 @@ PANELS = (
         },
     ),
     ("Kept fraction", {"kept fraction": "kept"}),
-    ("Mean probability of the target", {"mean p kept": "kept", "mean p dropped": "dropped"}),
+    (
+        "Mean probability of the target",
+        {
+            "mean p kept": "kept",
+            "mean p dropped": "dropped",
+            "mean q kept": "kept, under the reference",
+        },
+    ),
     ("Gradient norm", {"grad-norm": "gradient norm"}),
     ("Learning rate", {"learning-rate": "learning rate"}),
     ("Supervised tokens per second", {"supervised tokens per second": "supervised"}),

@@ -85,8 +85,8 @@ _ALIKE: dict[str, tuple[str, ...]] = {
         *("template_date", "allow_special_tokens"),
     ),
     "objective": (
-        *("log_entropy", "log_quantiles", "psft_steps_per_refresh", "ref_hf_model", "ref_cache"),
-        "ref_mode",
+        *("log_entropy", "log_reference", "log_quantiles", "psft_steps_per_refresh"),
+        *("ref_hf_model", "ref_cache", "ref_mode"),
     ),
     "training": (
         *("epochs", "train_samples", "seq_length", "global_batch_size", "lr", "min_lr", "seed"),

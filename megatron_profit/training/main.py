@@ -278,6 +278,7 @@ def objective_loss(settings: RunSettings) -> ObjectiveLoss:
         implementation=values["objective_implementation"],
         backward=values["objective_backward"],
         log_entropy=values["log_entropy"],
+        log_reference=values["log_reference"],
         prob_quantiles=ProbQuantiles(tuple(quantiles)) if quantiles else None,
     )
 

@@ -18,6 +18,8 @@ from plain_training import Plan, train
 from tiny_models import EXAMPLES
 from transformers import AutoModelForCausalLM
 
+from megatron_profit.commands.plot_run import read_curves
+
 PLAN = Plan(
     EXAMPLES / "arithmetic_chatty.jsonl",
     steps=2,
@@ -101,6 +103,31 @@ def run(sft, untied_model, reference, tmp_path):
 )
 def test_an_objective_trains_its_formula(run, objective, layout):
     run(objective, layout)
+
+
+def test_the_probabilities_of_the_base_are_logged_where_no_objective_reads_them(
+    sft, untied_model, tmp_path
+):
+    """In the first step the model is the base; what is trained stays the same."""
+    ranks, flags = parse("2 tp2 mb4")
+    case = CASES["profit"]
+    sft(
+        *(ranks, "--hf-model", untied_model.hf, *PLAN.flags, *case.flags, *flags),
+        *(
+            "--log-reference",
+            "--ref-cache",
+            tmp_path / "cache",
+            "--tensorboard-dir",
+            tmp_path / "curves",
+        ),
+    )
+    assert_same_steps(tmp_path / "curves", train(untied_model.hf, PLAN, case))
+    curves = read_curves(tmp_path / "curves")
+    for kind in ("", " kept"):
+        (_, p), (_, q) = (curves[f"mean {letter}{kind}"] for letter in "pq")
+        assert q[0] == pytest.approx(p[0], rel=1e-6)
+        assert q[1] != pytest.approx(p[1], rel=1e-4)
+    assert "mean q kept validation" in curves
 
 
 def test_a_reference_is_computed_once_and_found_at_another_layout(run, tmp_path):

@@ -279,6 +279,20 @@ def test_the_base_as_a_reference_is_the_cached_reference(sft, models, tmp_path, 
         assert evaluated[-1] == pytest.approx(expected.valid, rel=1e-5)
 
 
+@slow
+def test_the_probabilities_of_the_base_are_logged_without_adapters(sft, models, tmp_path):
+    adapted = models["dense"]
+    ranks, flags = parse("2 pp2 mb4", packed=PACKED)
+    sft(
+        *(ranks, *adapted.flags, *adapted.plan.flags, *OBJECTIVES["profit"].flags, *flags),
+        *("--log-reference", "--tensorboard-dir", tmp_path),
+    )
+    curves = read_curves(tmp_path)
+    base = curves["mean q"][1]
+    assert len(base) == adapted.plan.steps
+    assert base != pytest.approx(curves["mean p"][1], rel=1e-4), "the adapters begin with a product"
+
+
 def test_peft_opens_the_adapters_of_experts(models, tmp_path):
     """PEFT joins the factors of each expert when it loads them into the joined experts of transformers 5."""
     adapted = models["experts"]

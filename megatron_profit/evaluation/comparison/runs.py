@@ -26,7 +26,7 @@ from megatron_profit.evaluation.errors import EvaluationError
 
 RESULT = "result.json"
 # Metrics whose values over the steps are kept.
-CURVES = ("kept fraction", "mean p kept", "lm loss", "threshold")
+CURVES = ("kept fraction", "mean p kept", "mean q kept", "lm loss", "threshold")
 
 type ReadCurves = Callable[[Path], Mapping[str, tuple[Sequence[int], Sequence[float]]]]
 type Publish = Callable[[Sequence[Outcome], int, int], None]

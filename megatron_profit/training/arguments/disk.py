@@ -205,12 +205,13 @@ def _goes_on(settings: Mapping[str, Any]) -> bool:
 
 
 def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:
-    """Return the reference model and the folder of its log-probabilities, where the objective needs them.
+    """Return the reference model and the folder of its log-probabilities, where the run reads them.
 
     None where the reference is the frozen base of adapters.
     """
     values = settings.values
-    if not settings.objective.needs_reference or reference_is_base(values):
+    is_read = settings.objective.needs_reference or values["log_reference"]
+    if not is_read or reference_is_base(values):
         return None
     folder = values["ref_hf_model"] or values["hf_model"]
     try:

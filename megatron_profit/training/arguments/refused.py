@@ -217,8 +217,11 @@ def reference_is_base(values: Mapping[str, Any]) -> bool:
 def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
     """Refuse flags of a reference model that are missing, or that the objective would ignore."""
     is_base = reference_is_base(values)
-    if not objective.needs_reference:
+    if not (objective.needs_reference or values["log_reference"]):
         return
+    asking = (
+        f"--objective {values['objective']}" if objective.needs_reference else "--log-reference"
+    )
     why = "" if values["ref_hf_model"] else objective.final.reference_must_differ
     if is_base and (values["ref_mode"] is not None or not why):
         graphs = values["cuda_graph_impl"]
@@ -236,13 +239,13 @@ def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
         )
     if not (values["ref_cache"] or values["save"]):
         raise ArgumentsError(
-            f"--objective {values['objective']} needs a place for the log-probabilities of its "
-            "reference model; give --ref-cache DIR or --save DIR"
+            f"{asking} needs a place for the log-probabilities of the reference model; give --ref-cache DIR "
+            "or --save DIR"
         )
     finetuned = "--load with --finetune" if values["finetune"] and values["load"] else ""
     start = "--pretrained-checkpoint" if values["pretrained_checkpoint"] else finetuned
     if start and not values["ref_hf_model"]:
         raise ArgumentsError(
-            f"--objective {values['objective']} compares with a reference model, which is --hf-model by "
-            f"default, but this run starts from {start}; name the reference with --ref-hf-model DIR"
+            f"{asking} compares with a reference model, which is --hf-model by default, but this run "
+            f"starts from {start}; name the reference with --ref-hf-model DIR"
         )

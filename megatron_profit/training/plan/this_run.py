@@ -113,10 +113,12 @@ def _statistics(settings: RunSettings, files: RunFiles) -> dict[str, Any]:
 
 
 def _reference(settings: RunSettings, files: RunFiles) -> Path | None:
-    """Return the folder of the reference model, which may be the frozen base of adapters, if there is one."""
+    """Return the folder of the objective's reference model, maybe the frozen base of adapters."""
+    if not settings.objective.needs_reference:
+        return None
     if files.reference is not None:
         return files.reference[0].folder
-    return files.lora.base_folder if files.lora and settings.objective.needs_reference else None
+    return files.lora.base_folder if files.lora else None
 
 
 def _base(settings: RunSettings) -> dict[str, Any]:

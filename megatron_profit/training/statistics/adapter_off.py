@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_profit.megatron_patches.callbacks import TrainContext
 from megatron_profit.models.lora.transform import adapters_off
+from megatron_profit.objectives import Objective
 from megatron_profit.training.statistics.external_statistics import StatisticProvider
 from megatron_profit.training.statistics.lookahead_pass import LookaheadPass, values_in
 from megatron_profit.training.statistics.token_table import TokenTable
@@ -39,19 +40,21 @@ class AdapterOffReference(StatisticProvider):
         self._valid: TokenTable | None = None
 
     def before_train_step(self, context: TrainContext, iteration: int) -> None:
-        if self.statistic not in self._loss.current_objective.needed_statistics:
+        if not self._is_read_by(self._loss.current_objective):
             return
         with adapters_off(unwrap_model(context.model)):
             self._train = self._lookahead_pass.of_next_batches(context, 1, self._wanted)
 
     def before_evaluation(self, context: TrainContext) -> None:
-        objective = self._loss.current_objective.for_evaluation()
-        if self.statistic not in objective.needed_statistics:
+        if not self._is_read_by(self._loss.current_objective.for_evaluation()):
             return
         with adapters_off(unwrap_model(context.model)):
             tables = self._lookahead_pass.of_valid_batches(context, self._wanted)
         found = [table for table in tables if table is not None]
         self._valid = TokenTable.joined(found) if found else None
+
+    def _is_read_by(self, objective: Objective) -> bool:
+        return self.statistic in objective.needed_statistics | self._loss.logged_statistics
 
     def of(self, batch: Batch, data: str) -> Tensor | None:
         """Return [B, S] of a micro-batch; None on pipeline stages that compute no loss."""

@@ -119,7 +119,7 @@ class ExternalStatistics:
     def begin(self, batch: Batch) -> MicroBatchLoss:
         """Begin a micro-batch of training or evaluation."""
         data = "train" if torch.is_grad_enabled() else "valid"
-        names = self.loss.current_objective.required_statistics
+        names = self.loss.current_objective.required_statistics | self.loss.logged_statistics
         external = statistics_of(self.providers, names, batch, data)
         observe = functools.partial(self._observe, batch)
         return self.loss.micro_batch(batch.draw_index, batch.position_ids, external, observe)

@@ -8,7 +8,7 @@ the objective itself.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from megatron_profit.flags import ArgumentsError, flag_of
@@ -35,15 +35,22 @@ BUILT_IN: Mapping[str, type[StatisticProvider]] = {
 _DRAWN = "uniform"
 
 
-def provider_classes(objective: Objective) -> dict[str, type[StatisticProvider]]:
-    """Return the class of the provider of each external statistic that an objective needs, by its name.
+def provider_classes(
+    objective: Objective, logged: Set[str] = frozenset()
+) -> dict[str, type[StatisticProvider]]:
+    """Return the class of the provider of each external statistic that a run needs, by its name.
+
+    Args:
+        objective: The objective of the run.
+        logged: External statistics that the run logs besides.
 
     Raises:
         ArgumentsError: A statistic has no provider, or the objective names something else than one.
     """
     objective = objective.final
     evaluated = _provided(objective.for_evaluation())
-    needed = {n: _provider_class(objective, n) for n in sorted(_provided(objective) | evaluated)}
+    names = sorted(_provided(objective) | evaluated | logged)
+    needed = {name: _provider_class(objective, name) for name in names}
     for name in sorted(evaluated):
         if not needed[name].in_evaluation:
             raise ArgumentsError(
@@ -97,7 +104,7 @@ def check_providers(
     Raises:
         ArgumentsError: Names the flag and what to do, or a statistic without a provider.
     """
-    needed = provider_classes(objective)
+    needed = provider_classes(objective, {"ref_log_prob"} if settings["log_reference"] else set())
     read = {name for provider in needed.values() for name in provider.flags}
     for statistic, provider in {**BUILT_IN, **needed}.items():
         if statistic in needed:
@@ -113,9 +120,8 @@ def check_providers(
 
 def make_providers(run: RunParts) -> tuple[StatisticProvider, ...]:
     """Return the providers of a run; the ones that a look-ahead may need come first."""
-    providers = [
-        provider.from_run(run) for provider in provider_classes(run.loss.objective).values()
-    ]
+    classes = provider_classes(run.loss.objective, run.loss.logged_statistics)
+    providers = [provider.from_run(run) for provider in classes.values()]
     # A running threshold makes a pass of its own, which reads the reference.
     providers.sort(key=lambda provider: isinstance(provider, RunningThreshold))
     run.lookahead_pass.providers.extend(providers)

@@ -86,6 +86,13 @@ def add_objective_flags(group: argparse._ArgumentGroup) -> None:
         help="Log the mean entropy of the predicted distributions, also where the objective needs none.",
     )
     group.add_argument(
+        "--log-reference",
+        action="store_true",
+        help="Log the mean probability under the reference model (q), also of the kept tokens, where the "
+        "objective does not read it. It costs a forward pass over the data: once, or in each step with "
+        "--ref-mode adapter-off.",
+    )
+    group.add_argument(
         "--log-quantiles",
         nargs="+",
         type=float,

@@ -61,6 +61,8 @@ class ObjectiveLoss:
         seed: For objectives that select at random.
         log_entropy: Whether to compute and log the mean entropy of the predicted distributions, which
             objectives that need it log anyway.
+        log_reference: Whether to log the mean probability under the reference model, whose log-probabilities
+            come as `ref_log_prob` with each micro-batch; objectives that read them log it anyway.
         prob_quantiles: Quantiles of p to log.
         implementation: "fused" is the kernel (`megatron_profit.ops`), on NVIDIA GPUs in Triton;
             "reference" dense logits of all tokens and plain autograd, for comparison; "auto" is fused.
@@ -75,6 +77,7 @@ class ObjectiveLoss:
     vocab_size: int | None = None
     seed: int = 0
     log_entropy: bool = False
+    log_reference: bool = False
     prob_quantiles: ProbQuantiles | None = None
     implementation: str = "auto"
     backward: Backward = "auto"
@@ -90,6 +93,11 @@ class ObjectiveLoss:
                 choices = ", ".join(filter(None, known))
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {choices}")
         check_implementation(self.implementation, self.backward)
+
+    @property
+    def logged_statistics(self) -> frozenset[str]:
+        """External statistics that are read to be logged, whatever the objective reads."""
+        return frozenset({"ref_log_prob"} if self.log_reference else ())
 
     @property
     def current_objective(self) -> Objective:

@@ -38,7 +38,7 @@ def token_sums(statistics: LinearObjectiveStatistics, objective: Objective) -> S
         "mean p kept": (prob.where(kept, 0.0).sum(), num_kept),
         "mean p dropped": (prob.where(~kept, 0.0).sum(), num_supervised - num_kept),
     }
-    if "ref_log_prob" in objective.required_statistics:
+    if "ref_log_prob" in tokens.external:
         ref_prob = tokens.ref_log_prob.exp()
         sums["mean q"] = (ref_prob.sum(), num_supervised)
         sums["mean q kept"] = (ref_prob.where(kept, 0.0).sum(), num_kept)

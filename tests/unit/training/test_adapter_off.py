@@ -16,7 +16,8 @@ from megatron_profit.training.statistics.adapter_off import AdapterOffReference
     [build_objective("iw-sft"), build_objective("rho1", rank_scope="global_batch")],
     ids=["read by the step", "read by a look-ahead"],
 )
-def test_a_warm_up_makes_no_pass(monkeypatch, objective):
+@pytest.mark.parametrize("is_logged", [False, True])
+def test_a_warm_up_makes_no_pass_unless_q_is_logged(monkeypatch, objective, is_logged):
     passes = []
     look = SimpleNamespace(
         of_next_batches=lambda *_: passes.append("step"),
@@ -24,10 +25,11 @@ def test_a_warm_up_makes_no_pass(monkeypatch, objective):
     )
     monkeypatch.setattr(adapter_off, "unwrap_model", list)
     monkeypatch.setattr(adapter_off, "adapters_off", nullcontext)
-    schedule, loss = ScheduledObjective(objective, warmup_steps=2), SimpleNamespace()
+    schedule = ScheduledObjective(objective, warmup_steps=2)
+    loss = SimpleNamespace(logged_statistics=frozenset({"ref_log_prob"} if is_logged else ()))
     reference = AdapterOffReference(loss, look)
     for step in range(3):
         loss.current_objective = schedule.at(step)
         reference.before_train_step(TrainContext([], None), step)
         reference.before_evaluation(TrainContext([], None))
-    assert passes == ["step", "evaluation"]
+    assert passes == ["step", "evaluation"] * (3 if is_logged else 1)

@@ -103,6 +103,16 @@ def test_what_is_built_in_is_found_by_the_name_of_the_statistic(name, options, c
         assert run.lookahead_pass.providers == [p for p in providers if type(p) is not Lookahead]
 
 
+def test_a_reference_that_is_logged_has_a_provider_and_its_flags():
+    objective = build_objective("profit", prob_threshold=0.1, threshold_direction="higher")
+    loss = ObjectiveLoss(objective, log_reference=True)
+    assert [type(provider) for provider in make_providers(parts(objective, loss=loss))] == [
+        ReferenceModel
+    ]
+    settings = {"objective": "profit", "log_reference": True}
+    check_providers(objective, settings, {"ref_cache": "folder"})
+
+
 def test_an_objective_from_outside_brings_its_provider(monkeypatch):
     args = SimpleNamespace(calculate_per_token_loss=True, iteration=0)
     monkeypatch.setattr(objective_loss, "get_args", lambda: args)
@@ -152,7 +162,7 @@ class Lacking(Objective):
 def test_a_statistic_without_a_provider_is_named(monkeypatch, place, message):
     monkeypatch.setattr(Lacking, "providers", {} if place is None else {"margin": place})
     with pytest.raises(ValueError, match=message):
-        check_providers(Lacking(), {"objective": "lacking"}, {})
+        check_providers(Lacking(), {"objective": "lacking", "log_reference": False}, {})
 
 
 def test_what_an_evaluation_cannot_know_is_refused(monkeypatch):
@@ -176,7 +186,7 @@ def test_what_an_evaluation_cannot_know_is_refused(monkeypatch):
     ],
 )
 def test_flags_that_no_provider_reads_are_refused(name, flag, message):
-    settings = {"objective": name, "psft_steps_per_refresh": 8}
+    settings = {"objective": name, "psft_steps_per_refresh": 8, "log_reference": False}
     with pytest.raises(ValueError, match=message):
         check_providers(build_objective(name), settings, {flag: 1})
     check_providers(build_objective(name), settings, {"lr": 1})

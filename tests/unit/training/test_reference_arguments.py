@@ -34,7 +34,8 @@ def read(models, *flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--objective", "iw-sft"], "give --ref-cache DIR or --save DIR"),
+        (["--objective", "iw-sft"], "iw-sft needs a place .* give --ref-cache DIR or --save DIR"),
+        (["--objective", "sft", "--log-reference"], "--log-reference needs a place .*--ref-cache"),
         (
             ["--objective", "sft", "--ref-cache", "x"],
             "--ref-cache is for objectives with a reference",
@@ -70,6 +71,12 @@ def test_a_reference_for_more_positions_is_the_same_architecture(models, tmp_pat
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArgumentsError, match=r"another architecture .*: rotary_base is "):
         read(models, *flags)
+
+
+def test_a_reference_may_be_opened_to_be_logged(models):
+    flags = ["--objective", "sft", "--log-reference", "--ref-cache", "x"]
+    model, folder = read(models, *flags)
+    assert (model.folder, str(folder)) == (models / "model", "x")
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])

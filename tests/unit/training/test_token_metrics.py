@@ -59,19 +59,23 @@ def test_what_is_no_quantile_is_refused(levels, named):
         ProbQuantiles(levels)
 
 
-@pytest.mark.parametrize("name", ["stm", "profit"])
-def test_an_objective_that_compares_with_a_reference_tells_its_probabilities(name):
+@pytest.mark.parametrize(
+    ("name", "is_known"),
+    [("stm", True), pytest.param("profit", True, id="log-reference"), ("profit", False)],
+)
+def test_where_the_reference_is_known_its_probabilities_are_told(name, is_known):
     p, q = torch.tensor([0.5, 0.25, 0.125, 0.75]), torch.tensor([0.9, 0.5, 0.1, 0.2])
     options = {"threshold_direction": "higher", "prob_threshold": 0.2} if name == "profit" else {}
     objective = build_objective(name, **options)
-    tokens = TokenStatistics(log_prob=p.log(), ref_log_prob=q.log())
+    tokens = TokenStatistics(log_prob=p.log(), ref_log_prob=q.log() if is_known else None)
     sums = token_sums(
         LinearObjectiveStatistics(tokens, objective(tokens).weight, torch.arange(4)), objective
     )
     means = {key: float(total / count) for key, (total, count) in sums.items()}
-    if name == "stm":
+    if is_known:
         assert means["mean q"] == pytest.approx(0.425)
-        assert means["mean q kept"] == pytest.approx(0.7), "0.9 and 0.5 are above 0.4"
-        assert means["mean p kept"] == pytest.approx(0.375)
+        kept = {"stm": 0.7, "profit": (0.9 + 0.5 + 0.2) / 3}[name]
+        assert means["mean q kept"] == pytest.approx(kept), "stm keeps q above 0.4, profit p"
     else:
-        assert means.keys().isdisjoint({"mean q", "mean q kept"}), "it does not read q"
+        assert means.keys().isdisjoint({"mean q", "mean q kept"})
+    assert means["mean p kept"] == pytest.approx({"stm": 0.375, "profit": 0.5}[name])
