@@ -12,7 +12,8 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,15 @@ def of_trained_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def readme_blocks(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Return the part of README that follows from the results: the scores on the first data set."""
-    return {"scores": scores([o for o in outcomes if o.data == outcomes[0].data])}
+    """Return the part of README that follows from the results: the first data set's scores that all have."""
+    first = [o for o in outcomes if o.data == outcomes[0].data]
+    common = set.intersection(*(set(o.scores) for o in first))
+    return {"scores": scores([replace(o, scores=only(o.scores, common)) for o in first])}
+
+
+def only(scores: Mapping[str, float], tasks: Set[str]) -> dict[str, float]:
+    """Return the scores of these tasks, in the order that they have."""
+    return {task: score for task, score in scores.items() if task in tasks}
 
 
 def state(study: Mapping[str, Any]) -> str:

@@ -146,8 +146,9 @@ def mean_and_spread(scores: Sequence[float]) -> str:
 
 
 def draw_comparison(outcomes: Sequence[Outcome], file: Path) -> None:
-    """Draw a panel for each measure: over the ranks if there are several, else the settings in a column."""
-    several = len({o.run.lora_rank for o in outcomes if o.run is not None}) > 1
+    """Draw a panel for each measure: over the ranks if a setting has several, else a column of settings."""
+    runs = {(o.run.without_rank.setting, o.run.lora_rank) for o in outcomes if o.run is not None}
+    several = len(runs) > len({setting for setting, _ in runs})
     figure = _over_ranks(outcomes) if several else _settings_in_a_column(outcomes)
     with whole_file(file) as stream:
         figure.savefig(stream, format="png", dpi=150)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,14 @@ def test_blocks_hold_scores_differences_trainings_and_times(outcomes):
     assert "| core | 1,000 | 0.750 | 0.700 to 0.800 | 0.900 | 87.5 % | 50.0 % |" in found["core"]
     assert "the trainings took 0.5 hours of CPU time and the evaluations 1.0" in found["time"]
     assert "within 3.0 hours" in found["time"]
+
+
+def test_the_table_of_the_first_page_has_the_tasks_that_all_were_asked(outcomes):
+    base, sft, dft = outcomes
+    more = replace(sft, scores={**sft.scores, "SVAMP": 0.5}, right={**sft.right, "SVAMP": [1.0]})
+    header, _, *rows = readme_blocks([base, more, dft])["scores"].splitlines()
+    assert header == "| model | MAWPS (2) |"
+    assert len(rows) == 3
 
 
 def test_data_that_no_model_was_trained_on_yet_have_no_table(outcomes):

@@ -83,6 +83,17 @@ def test_several_ranks_are_drawn_as_lines(tmp_path, monkeypatch):
     assert list(axis.lines[2].get_ydata()) == [50, 50]
 
 
+def test_a_setting_with_adapters_among_others_stands_in_the_column(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, stream, **_: drawn.append(self))
+    adapted = Outcome(Run("gsm8k", "sft", 1e-3, 16, 1), "gsm8k", {"gsm8k": 0.5}, {})
+    draw_comparison([*OUTCOMES, adapted], tmp_path / "figure.png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert labels == ["sft, lr 0.001, rank 16", "dft, lr 1e-05", "sft, lr 1e-05"]
+
+
 @pytest.mark.parametrize("kept", OUTCOMES)
 def test_a_result_that_was_kept_is_read_as_it_was_written_or_refused(tmp_path, kept):
     file = tmp_path / "result.json"
