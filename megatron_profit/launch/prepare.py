@@ -215,16 +215,22 @@ def _fit(
     remembered = run.remembered(request)
     given = {**remembered, **request.given}
     told = given["seq_length"].value if "seq_length" in given else None
-    lengths = sample_lengths(DataOptions.from_flags(settings), tokenizer, limit)
-    while True:
-        seq_length = told or row_length(lengths, limit, packing)
+    options = DataOptions.from_flags(settings)
+
+    def rows_for(lengths: Lengths, seq_length: int) -> tuple[PlannedLayout, PreparedRows]:
         planned = planned_rows(request, remembered, model, lengths, seq_length, machine)
         prepared = prepare_rows({**settings, "seq_length": planned.seq_length}, tokenizer, tell)
-        is_settled = told or planned.seq_length < seq_length
-        if is_settled or not prepared.cut or seq_length >= limit:
-            return planned, prepared
-        # A record that the first ones did not tell of is longer.
-        lengths = replace(lengths, longest=prepared.longest - 1)
+        return planned, prepared
+
+    lengths = sample_lengths(options, tokenizer, limit)
+    seq_length = told or row_length(lengths, limit, packing)
+    planned, prepared = rows_for(lengths, seq_length)
+    if told or planned.seq_length < seq_length or prepared.fit or seq_length >= limit:
+        return planned, prepared
+    # A record that the first ones did not tell of is longer.
+    lengths = sample_lengths(options, tokenizer, limit, all_records=True, progress=tell)
+    longer = row_length(lengths, limit, packing)
+    return rows_for(lengths, longer) if longer > seq_length else (planned, prepared)
 
 
 def planned_rows(
@@ -311,5 +317,10 @@ def _lines(model: Model, planned: PlannedLayout, rows: PreparedRows, steps: int)
         lines.append(
             f"warning: {rows.cut:,} records are longer than a row of {planned.seq_length:,} positions and "
             f"lose their end (the longest has {rows.longest:,} tokens); --seq-length sets the positions"
+        )
+    if rows.too_long:
+        lines.append(
+            f"warning: {rows.too_long:,} records are left out, as a row of {planned.seq_length:,} positions "
+            "is too short for them; --seq-length sets the positions"
         )
     return [*lines, *slow_warning(planned, steps)]

@@ -1,7 +1,7 @@
 """Facts about the data that the derived flags need: the length of its records, and the rows of an epoch.
 
 The first records of each source tell the length. Then all records are prepared once, for rows of that length;
-the training finds them in the cache. Where some are longer after all, they are prepared again.
+the training finds them in the cache. Where some are longer after all, all are measured and prepared again.
 """
 
 from __future__ import annotations
@@ -38,13 +38,22 @@ class Lengths:
     longest: int
 
 
-def sample_lengths(options: Any, tokenizer: Path, limit: int) -> Lengths:
-    """Return the lengths of the first records of each source.
+def sample_lengths(
+    options: Any,
+    tokenizer: Path,
+    limit: int,
+    *,
+    all_records: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Lengths:
+    """Return the lengths of the first records of each source, or of all records.
 
     Args:
         options: The `DataOptions` of the flags.
         tokenizer: Folder of the tokenizer.
         limit: The model's positions.
+        all_records: Whether to read all records.
+        progress: Called with lines of text.
 
     Raises:
         DataError: The data or the tokenizer cannot be used.
@@ -52,13 +61,16 @@ def sample_lengths(options: Any, tokenizer: Path, limit: int) -> Lengths:
     from dataclasses import replace
 
     from megatron_profit.data.report import DataReport
-    from megatron_profit.data.store.prepare import tokenize_records
+    from megatron_profit.data.store.prepare import default_workers, tokenize_records
 
     preparation = replace(options.preparation, seq_length=limit)
+    workers = options.workers or default_workers(options.train) if all_records else 1
     lengths: list[int] = []
     for source in options.train:
-        chunks = tokenize_records([source], tokenizer, preparation, DataReport())
-        for chunk in itertools.islice(chunks, _CHUNKS):
+        chunks = tokenize_records(
+            [source], tokenizer, preparation, DataReport(), workers=workers, progress=progress
+        )
+        for chunk in itertools.islice(chunks, None if all_records else _CHUNKS):
             lengths += (length - 1 for length in chunk.whole)
     return Lengths(sum(lengths) / len(lengths), max(lengths))
 
@@ -96,6 +108,9 @@ class PreparedRows:
         rows: Rows of an epoch.
         longest: Token ids of the longest record before it was cut, one more than its positions.
         cut: Records that lose their end.
+        too_long: Records that are left out because a row is too short for them: with `--too-long drop`, or
+            where the trained part stands behind the end of a row.
+        turns: Turns that are left out, as far as each one is trained by itself.
         records: Records of an epoch.
         summary: A line about them.
     """
@@ -103,8 +118,15 @@ class PreparedRows:
     rows: int
     longest: int
     cut: int
+    too_long: int
+    turns: int
     records: int
     summary: str
+
+    @property
+    def fit(self) -> bool:
+        """Whether a row takes each record."""
+        return not (self.cut or self.too_long or self.turns)
 
 
 def prepare_rows(
@@ -121,6 +143,7 @@ def prepare_rows(
         DataError: The data or the tokenizer cannot be used.
     """
     from megatron_profit.data import DataOptions, build_sets
+    from megatron_profit.data.store.prepare import NOTHING_SUPERVISED, TOO_LONG, TURNS_LEFT_OUT
 
     train = build_sets(DataOptions.from_flags(settings), tokenizer, epochs=1, progress=progress)[
         "train"
@@ -133,4 +156,13 @@ def prepare_rows(
         f"{packing.tokens:,} tokens, {share:.0%} supervised, in {packing.rows:,} rows of "
         f"{packing.seq_length:,} positions, {packing.efficiency:.0%} filled"
     )
-    return PreparedRows(packing.rows, report.longest, report.truncated, packing.examples, summary)
+    skipped, turns = report.skipped, report.found.get(TURNS_LEFT_OUT)
+    return PreparedRows(
+        rows=packing.rows,
+        longest=report.longest,
+        cut=report.truncated,
+        too_long=sum(skipped[r].count for r in (TOO_LONG, NOTHING_SUPERVISED) if r in skipped),
+        turns=0 if turns is None else turns.count,
+        records=packing.examples,
+        summary=summary,
+    )
