@@ -105,19 +105,19 @@ def _of_run(request: Request) -> Iterator[Finding]:
 
     yield from examined("layout", layout)
     if not launches:
-        yield from examined("disk", lambda: machine_checks.check_disk(run.path, {}, request.nodes))
+        yield from examined("disk", lambda: machine_checks.check_disk(run.path, {}, request.most_nodes))
         return
     (launch,) = launches
     values = {request.table.dest(flag.option): flag.value for flag in launch.flags}
     model = Path(values["hf_model"])
     needed = _needed(values, launch)
-    yield from examined("disk", lambda: machine_checks.check_disk(run.path, needed, request.nodes))
+    yield from examined("disk", lambda: machine_checks.check_disk(run.path, needed, request.most_nodes))
     if "load" in values:
         load = Path(values["load"])
         yield from examined("checkpoint", lambda: data_checks.check_checkpoints(load, model))
     train = _training_data({**request.table.defaults, **values}, model)
     yield from examined("data", lambda: data_checks.check_data(train, model))
-    if request.nodes > 1:
+    if request.most_nodes > 1:
         yield note("mathematics", "compared on one node only: give the flags without --nnodes")
         return
     from megatron_profit.doctor.mathematics import check_mathematics

@@ -157,6 +157,11 @@ class Request:
         """Nodes of the run: the fewest that it starts with."""
         return int(self.front.nnodes.partition(":")[0])
 
+    @property
+    def most_nodes(self) -> int:
+        """Nodes of the run if all come. For example, 4 of `--nnodes 1:4`."""
+        return int(self.front.nnodes.rpartition(":")[2])
+
 
 def read_request(argv: Sequence[str]) -> Request:
     """Read a command line, and the file that --config names.
@@ -244,7 +249,7 @@ def _check_machines(request: Request) -> None:
         raise LaunchError(
             f"--rdzv-endpoint is {front.rdzv_endpoint!r}; write HOST:PORT, for example node0:29400"
         )
-    if request.nodes > 1 and front.rdzv_endpoint is None:
+    if request.most_nodes > 1 and front.rdzv_endpoint is None:
         raise LaunchError(
             f"--nnodes {front.nnodes} needs the place where the nodes meet; give --rdzv-endpoint HOST:PORT "
             "with the name of one of them and a free port, for example node0:29400"
@@ -267,7 +272,7 @@ def _check_machines(request: Request) -> None:
 def _check_overwrite(request: Request) -> None:
     """Refuse `--overwrite` where the training cannot tell a first start from a restart."""
     front = request.front
-    if request.nodes > 1 and front.rdzv_id is None:
+    if request.most_nodes > 1 and front.rdzv_id is None:
         raise LaunchError(
             "--overwrite on several nodes needs a name of this job that no earlier one had, the same on all "
             "nodes, so that a restart does not remove what the job itself has written; give --rdzv-id NAME"
