@@ -215,6 +215,10 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
         if any(word.partition("=")[0] == flag for word in flags):
             raise LaunchError(f"{flag} follows from the job; drop it")
     request = read_request([*flags, "--nnodes", *nodes])
+    if request.front.dry_run:
+        raise LaunchError(
+            "--dry-run after the two dashes would make a job that trains nothing; write it before them"
+        )
     for name, remedy in _ONCE.items():
         if name in request.given:
             raise LaunchError(

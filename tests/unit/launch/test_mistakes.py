@@ -253,6 +253,7 @@ SLURM_MISTAKES = {
     "--nodes 2 --partition a;b -- sft --model M --data D": "must be a name of Slurm's",
     "--nodes 2 --sbatch qos -- sft --model M --data D": "--sbatch is 'qos'",
     "--nodes 2 -- sft --model M --data D --nnodes 2": "--nnodes follows from the job; drop it",
+    "--nodes 2 -- sft --model M --data D --dry-run": "write it before them",
     "--nodes 2 -- sft --model M --data D --epoch 1": "did you mean --epochs?",
 }
 
