@@ -39,6 +39,8 @@ _TIME = re.compile(r"\d+(-\d+(:\d+(:\d+)?)?)?|\d+:\d+(:\d+)?")
 _BEFORE_THE_END = 300
 # Cores of a GPU's process: its own threads, the optimizer's and the data's.
 _CPUS_PER_GPU = 8
+# Variables that name the hub's cache where it is not in HF_HOME.
+_HUB_CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 # Signs that would end a value in pyxis's list of mounts.
 _NOT_MOUNTED = re.compile(r"[,:\s]")
 # A node that has ended must not take the others with it while they write their parts of a checkpoint. Slurm
@@ -242,12 +244,14 @@ def job(options: argparse.Namespace, flags: Sequence[str], folder: Path) -> tupl
         raise LaunchError(f"--run is {str(run.path)!r}; a job's script cannot name such a folder")
     file = run.path / "job.sbatch"
     checkpoint = _checkpoint_bytes(request)
-    python, container, setup = sys.executable, [], exports(checkpoint)
+    python, container, setup = [sys.executable], list[str](), exports(checkpoint)
     if options.container is not None:
-        python, container = "python", _container(options, request, run, folder)
+        # A hook of enroot sets RANK in images with PyTorch, as if Slurm had started each process of the run.
+        python = ["env", "--unset=RANK", "python"]
+        container = _container(options, request, run, folder)
         setup += f"\n{_homes(request, run, folder)}"
     own = ["--rank-logs", "--max-restarts", str(options.max_restarts)]
-    command = [*container, shlex.join([python, "-m", "megatron_profit", "sft", *flags, *own])]
+    command = [*container, shlex.join([*python, "-m", "megatron_profit", "sft", *flags, *own])]
     text = _SCRIPT.format(
         file=shlex.quote(str(file)),
         directives="\n".join(_directives(options, run, _warning(options, checkpoint))),
@@ -352,6 +356,7 @@ def _places(request: Request) -> Iterator[Path]:
     """Yield the folders outside of the run that a command line reads or writes."""
     if _from_hub(request):
         yield _hub_home()
+        yield from map(Path, filter(None, map(os.environ.get, _HUB_CACHES)))
     if not is_hub_name(request.model, "model"):
         yield from _with_links(Path(request.model))
     yield from (Path(file).parent for file in request.front.config or ())
@@ -391,4 +396,5 @@ def _from_hub(request: Request) -> bool:
 
 
 def _hub_home() -> Path:
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    return Path(os.environ.get("HF_HOME", usual)).expanduser()

@@ -123,6 +123,36 @@ def test_a_container_sees_the_hubs_cache_where_ids_are_given(cluster, monkeypatc
 
 
 @pytest.mark.parametrize(
+    ("variable", "place"),
+    [
+        ("HF_HUB_CACHE", "/scratch/hub"),
+        ("HUGGINGFACE_HUB_CACHE", "/scratch/hub"),
+        ("XDG_CACHE_HOME", "/scratch/hub/huggingface"),
+    ],
+)
+def test_a_container_sees_the_hubs_cache_where_a_variable_puts_it(
+    cluster, monkeypatch, capsys, variable, place
+):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/scratch/hub")
+    own = ["--container", "image.sqsh", "--nodes", "1", "--dry-run", "--", "sft"]
+    assert slurm.main([*own, "--model", "Qwen/Qwen3-4B", "--data", "x.jsonl"]) == 0
+    assert f"{place}:{place}" in mounts_of(capsys.readouterr().out)
+
+
+def test_a_rank_that_the_container_names_does_not_reach_the_command(cluster, capsys):
+    """enroot's hook 50-slurm-pytorch.sh sets RANK, with which the command would take itself for a rank."""
+    own = ["--container", "image.sqsh", "--nodes", "1", "--dry-run", "--", "sft"]
+    assert slurm.main([*own, "--model", "Qwen/Qwen3-4B", "--data", "x.jsonl"]) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if " megatron_profit sft " in x)
+    assert line.split()[:3] == ["env", "--unset=RANK", "python"]
+    words = [*line.split()[:2], "sh", "-c", "echo ${RANK-none}"]
+    environment = {**os.environ, "RANK": "1"}
+    assert subprocess.check_output(words, env=environment, text=True) == "none\n"
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--container", "i", "--mount", "/a,b"], "neither comma, colon nor space"),
