@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def _of_run(request: Request) -> Iterator[Finding]:
     from megatron_profit.launch.prepare import prepare
     from megatron_profit.launch.run_folder import folder_of
 
-    run = folder_of(request)
+    run, nodes = folder_of(request), request.most_nodes
     template, day = request.front.chat_template, request.value("template_date")
     yield from _of_model(request.model, template, day)
     launches: list[Any] = []
@@ -105,32 +106,47 @@ def _of_run(request: Request) -> Iterator[Finding]:
 
     yield from examined("layout", layout)
     if not launches:
-        yield from examined("disk", lambda: machine_checks.check_disk(run.path, {}, request.most_nodes))
+        yield from examined("disk", lambda: machine_checks.check_disk(run.path, {}, nodes))
         return
     (launch,) = launches
     values = {request.table.dest(flag.option): flag.value for flag in launch.flags}
     model = Path(values["hf_model"])
-    needed = _needed(values, launch)
-    yield from examined("disk", lambda: machine_checks.check_disk(run.path, needed, request.most_nodes))
+    for flag, place, needed in _needed(values, launch):
+        check = partial(machine_checks.check_disk, place, needed, nodes, flag)
+        yield from examined("disk", check)
     if "load" in values:
         load = Path(values["load"])
         yield from examined("checkpoint", lambda: data_checks.check_checkpoints(load, model))
     train = _training_data({**request.table.defaults, **values}, model)
     yield from examined("data", lambda: data_checks.check_data(train, model))
-    if request.most_nodes > 1:
+    if nodes > 1:
         yield note("mathematics", "compared on one node only: give the flags without --nnodes")
         return
     from megatron_profit.doctor.mathematics import check_mathematics
 
-    rows = int(values["global_batch_size"])
-    yield from examined("mathematics", lambda: check_mathematics(launch, train, rows))
+    yield from examined("mathematics", lambda: check_mathematics(launch, train))
 
 
-def _needed(values: dict[str, Any], launch: Launch) -> dict[str, int]:
-    """Return the bytes of a run's parts: with a new checkpoint next to the kept ones, and the export."""
-    checkpoints = (int(values.get("keep_last", 2)) + 1) * launch.checkpoint
+def _needed(values: dict[str, Any], launch: Launch) -> Iterator[tuple[str, Path, dict[str, int]]]:
+    """Yield the run's folder, and folders outside of it that it writes to.
+
+    Each comes with the flag that names it, and the bytes of what is written there: checkpoints, a new one
+    next to the kept ones, and the export.
+    """
     weights = 2 if values.get("bf16") or values.get("fp16") else 4
-    return {"checkpoints": checkpoints, "export": weights * launch.parameters}
+    parts = (
+        ("--save", "checkpoints", (int(values.get("keep_last", 2)) + 1) * launch.checkpoint),
+        ("--export-hf", "export", weights * launch.parameters),
+    )
+    run, own, others = launch.run.path, dict[str, int](), []
+    for flag, name, size in parts:
+        place = values.get(launch.request.table.dest(flag))
+        if place is not None and Path(place).absolute().is_relative_to(run.absolute()):
+            own[name] = size
+        elif place is not None:
+            others.append((flag, Path(place), {name: size}))
+    yield "--run", run, own
+    yield from others
 
 
 def _training_data(settings: dict[str, Any], model: Path) -> Any:

@@ -169,19 +169,22 @@ def check_memory() -> Iterator[Finding]:
             yield ok("memory", text)
 
 
-def check_disk(folder: Path, needed: Mapping[str, int], nodes: int) -> Iterator[Finding]:
+def check_disk(
+    folder: Path, needed: Mapping[str, int], nodes: int, flag: str = "--run"
+) -> Iterator[Finding]:
     """Yield space, speed and kind of the disk of a run's folder.
 
     Args:
         folder: The folder; it need not exist.
         needed: Bytes of the parts of a run, for example of its checkpoints.
         nodes: Nodes of the run.
+        flag: The flag that names the folder.
     """
     place = nearest_existing(folder.absolute())
     if not os.access(place, os.W_OK | os.X_OK):
-        yield fault("disk", f"{place} cannot be written to; name another folder with --run")
+        yield fault("disk", f"{place} cannot be written to; name another folder with {flag}")
         return
-    yield from _space(place, needed)
+    yield _space(place, needed, flag)
     kind = file_system(place)
     if kind in _SHARED_SYSTEMS:
         yield ok("disk", f"{place} is on {kind}, which machines can share")
@@ -189,25 +192,24 @@ def check_disk(folder: Path, needed: Mapping[str, int], nodes: int) -> Iterator[
         yield fault(
             "disk",
             f"{place} is on {kind}, a disk of this machine, and {nodes} nodes need one folder; name one on "
-            "a shared file system with --run",
+            f"a shared file system with {flag}",
         )
     else:
         yield note("disk", f"{place} is on {kind}, a disk of this machine: fine for one node")
     yield _speed(place)
 
 
-def _space(place: Path, needed: Mapping[str, int]) -> Iterator[Finding]:
+def _space(place: Path, needed: Mapping[str, int], flag: str) -> Finding:
     free, total = shutil.disk_usage(place).free, sum(needed.values())
     parts = ", ".join(f"{name} {size / GIB:.2g} GiB" for name, size in needed.items())
     if total > free:
-        yield fault(
+        return fault(
             "disk",
             f"{place} has {free / GIB:.2g} GiB left, and the run needs {total / GIB:.2g} GiB ({parts}); "
-            "free some, or name another folder with --run",
+            f"free some, or name another folder with {flag}",
         )
-    else:
-        of = f"; the run needs about {total / GIB:.2g} GiB ({parts})" if parts else ""
-        yield ok("disk", f"{place} has {free / GIB:.4g} GiB left{of}")
+    of = f"; the run needs about {total / GIB:.2g} GiB ({parts})" if parts else ""
+    return ok("disk", f"{place} has {free / GIB:.4g} GiB left{of}")
 
 
 def file_system(place: Path) -> str:

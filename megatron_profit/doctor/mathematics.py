@@ -63,8 +63,11 @@ _LEFT_OUT = (
         "train_samples",
         "early_stop",
     ),
-    *("lr_warmup", "objective", "pretrained_checkpoint", "log_", "psft", "ref_", "exit_"),
+    *("lr_decay", "lr_warmup", "lr_wsd", "objective", "pretrained_checkpoint", "log_", "psft"),
+    *("ref_", "exit_"),
     *("push_", "moe_aux_loss", "moe_router_load_balancing", "moe_z_loss"),
+    # Of batches that change, the first one may be smaller than a step.
+    *("global_batch_size", "rampup_batch_size", "step_batch_size_schedule"),
 )
 # Rotary bases of published models.
 _BASES = (10_000, 100_000, 500_000, 1_000_000, 10_000_000)
@@ -86,16 +89,15 @@ class Result:
     gradient_norm: float | None
 
 
-def check_mathematics(launch: Launch, train: Any, rows: int) -> Iterator[Finding]:
+def check_mathematics(launch: Launch, train: Any) -> Iterator[Finding]:
     """Yield the comparison, and whether another rotary base would suit the weights better.
 
     Args:
         launch: The run.
         train: The `BuiltSet` of the training data.
-        rows: Rows of a step.
     """
     values = {launch.request.table.dest(f.option): f.value for f in launch.flags}
-    records = first_batch(train, rows)
+    records = first_batch(train, launch.rows)
     precision = "half" if values.get("bf16") or values.get("fp16") else "fp32"
     megatron = megatron_result(launch)
     parameters, lora = _parameters(Path(values["hf_model"])), bool(values.get("lora_rank"))
@@ -194,6 +196,7 @@ def one_step(launch: Launch) -> list[str]:
         and flag.option not in table.of_objectives
     ]
     words = [*words_of(kept), "--objective", "sft", "--train-iters", "1"]
+    words += ["--global-batch-size", str(launch.rows)]
     (folder,) = (flag.value for flag in launch.flags if table.dest(flag.option) == "hf_model")
     config = read_hf_config(Path(folder))
     experts = family_for(config).megatron_arguments(config).get("num_experts")

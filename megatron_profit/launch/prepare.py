@@ -73,6 +73,7 @@ class Launch:
         flags: All flags of the training.
         torchrun: Torchrun's words before them.
         processes: Processes of this node.
+        rows: Rows of a step.
         parameters: Parameters of the model.
         checkpoint: Bytes of a checkpoint.
         lines: What to tell about it.
@@ -84,6 +85,7 @@ class Launch:
     flags: Sequence[Given]
     torchrun: Sequence[str]
     processes: int
+    rows: int
     parameters: int
     checkpoint: int
     lines: Sequence[str]
@@ -151,6 +153,7 @@ def prepare(request: Request) -> Launch:
         flags=flags,
         torchrun=launcher(request, planned.processes, run),
         processes=planned.processes,
+        rows=planned.rows,
         parameters=model.parameters,
         checkpoint=checkpoint,
         lines=[

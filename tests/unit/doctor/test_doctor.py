@@ -126,12 +126,51 @@ def test_one_step_neither_exports_nor_uploads_nor_balances_experts(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         request = read_request([*words, *more])
         flags = [*request.given.values(), Given.of("--hf-model", str(tmp_path))]
-        step = mathematics.one_step(SimpleNamespace(request=request, flags=flags))
+        step = mathematics.one_step(SimpleNamespace(request=request, flags=flags, rows=1))
         check_command_line(step, 1, "cpu", config)
         text = " ".join(step)
         assert not re.findall(r"--(export-hf|push\S*|save|moe-z\S*)", text)
         assert ("--moe-aux-loss-coeff 0" in text) == ("num_experts" in config)
         assert "0.1" not in text
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--step-batch-size-schedule 0:8,1000:24 --epochs 1",
+        "--rampup-batch-size 2 2 100 --global-batch-size 8 --epochs 1",
+        "--train-samples 800 --lr-decay-samples 800 --lr-warmup-samples 80",
+        "--lr-decay-style WSD --lr-wsd-decay-iters 10 --train-iters 100",
+    ],
+)
+def test_one_step_has_all_rows_of_a_step_and_no_schedule(tmp_path, more):
+    """The first batch of --rampup-batch-size is smaller, and schedules in samples need --train-samples."""
+    config = published_config("Qwen3-0.6B")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--model", "m", "--data", str(DATA), "--lr", "1e-5", "--seq-length", "64"]
+    request = read_request([*words, "--micro-batch-size", "1", *more.split()])
+    flags = [*request.given.values(), Given.of("--hf-model", str(tmp_path))]
+    step = mathematics.one_step(SimpleNamespace(request=request, flags=flags, rows=8))
+    check_command_line(step, 1, "cpu", config)
+    text = " ".join(step)
+    assert text.count("--global-batch-size 8") == 1
+    assert not re.findall(r"--(lr-\S+|step-batch\S+|rampup\S+|train-samples)", text)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("--save R/checkpoints --export-hf R/hf", {"--run": {"checkpoints": 300, "export": 80}}),
+        ("", {"--run": {}}),
+        ("--save /c", {"--run": {}, "--save": {"checkpoints": 300}}),
+    ],
+)
+def test_the_disk_needs_what_the_run_writes_there(more, expected):
+    """A run without --save or --export-hf needs no room for them, and other folders may be on other disks."""
+    request = read_request(["--model", "m", "--data", "d", *more.split()])
+    run = SimpleNamespace(path=Path("R"))
+    launch = SimpleNamespace(request=request, run=run, checkpoint=100, parameters=20)
+    assert {f: n for f, _, n in command._needed(request.values, launch)} == expected
 
 
 def test_one_step_is_tried_once_and_leaves_no_log_in_the_folder_of_the_run(tmp_path):

@@ -138,7 +138,7 @@ def test_the_written_file_is_read_as_the_same_request(more, tmp_path):
     request = read_request([*COMMAND, *more.split()])
     flags = list(request.given.values())
     run = RunFolder(tmp_path / "run")
-    launch = Launch(request, SimpleNamespace(), run, flags, (), 1, 1, 1, ())
+    launch = Launch(request, SimpleNamespace(), run, flags, (), 1, 1, 1, 1, ())
     run.write(["x"], launch.config)
     again = read_request(["--config", str(run.config)])
     assert sorted(words_of(again.given.values())) == sorted(words_of(flags))
@@ -151,7 +151,7 @@ def test_the_written_file_does_not_repeat_what_one_start_was_about(flag, tmp_pat
     """A start from the file would replace the run that it says how to go on with."""
     request = read_request([*COMMAND, flag])
     flags = list(request.given.values())
-    launch = Launch(request, SimpleNamespace(), RunFolder(tmp_path), flags, (), 1, 1, 1, ())
+    launch = Launch(request, SimpleNamespace(), RunFolder(tmp_path), flags, (), 1, 1, 1, 1, ())
     (tmp_path / "config.yaml").write_text(launch.config)
     again = read_request(["--config", str(tmp_path / "config.yaml")])
     assert again.given.keys() == {"data"}
