@@ -80,6 +80,7 @@ class Wish:
         exact_rows: Whether the rows were asked for, so that a layout must not change them.
         decided: Arguments that were given, by name. Each layout that is considered has these values. For
             example, 3 rows in a micro-batch are considered if they are decided, and only then.
+        state_kernels: Whether the kernels of Gated DeltaNets are installed.
     """
 
     model: Mapping[str, Any]
@@ -87,6 +88,7 @@ class Wish:
     rows: int
     exact_rows: bool = False
     decided: Mapping[str, Any] = field(default_factory=dict)
+    state_kernels: bool = True
 
 
 @dataclass(frozen=True)
@@ -306,4 +308,4 @@ def run_shape(wish: Wish, layout: Layout, gpus: int) -> RunShape:
         "seq_length": wish.seq_length,
         "padded_vocab_size": math.ceil(vocabulary / tp) * tp,
     }
-    return RunShape(Namespace(**arguments), gpus)
+    return RunShape(Namespace(**arguments), gpus, state_kernels=wish.state_kernels)

@@ -45,11 +45,13 @@ class RunShape:
         args: All arguments by name, as Megatron gets them.
         gpus: Number of processes.
         fused: Whether norms and gated products are single kernels, as on a GPU; on a CPU they are not.
+        state_kernels: Whether the kernels of Gated DeltaNets are installed.
     """
 
     args: Namespace
     gpus: int
     fused: bool = True
+    state_kernels: bool = True
 
     def __post_init__(self) -> None:
         for name in UNKNOWN:
@@ -152,8 +154,12 @@ class RunShape:
 
     @property
     def has_state_kernels(self) -> bool:
-        """Whether kernels compute the Gated DeltaNets; else they are single operations of torch."""
-        return self.fused and not self.args.deterministic_mode
+        """Whether kernels compute the Gated DeltaNets; else they are single operations of torch.
+
+        The kernels take no fp32, and their results are not the same in each run.
+        """
+        can = self.fused and self.state_kernels and self.bytes_per_number == 2
+        return can and not self.args.deterministic_mode
 
     @property
     def normalizes_projections(self) -> bool:

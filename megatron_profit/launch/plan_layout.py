@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -126,6 +127,8 @@ def plan_layout(request: Request, wish: Wish, machine: Machine, may_shorten: boo
     if request.front.layout == "given":
         line = f"layout: as the flags say, on {cluster}"
         return replace(_given(wish, processes, cluster.gpus), on_gpus=True, lines=(line,))
+    if machine.gpus and importlib.util.find_spec("fla") is None:
+        wish = replace(wish, state_kernels=False)
     try:
         choice, wish = _fitting(_without(wish, request), cluster, may_shorten)
     except NoLayoutError as error:

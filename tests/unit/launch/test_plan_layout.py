@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from checkpoint_conversion.families import family_for
+from megatron_profit.estimates.memory import GIB, estimate
+from megatron_profit.estimates.possible_layouts import Layout, run_shape
 from megatron_profit.estimates.published import published_config
 from megatron_profit.launch.machine import Machine
 from megatron_profit.launch.plan_layout import plan_layout, wish_of_flags
@@ -166,3 +169,24 @@ def test_ranks_of_context_parallelism_hold_all_weights_on_a_cpu_and_experts_are_
     flags = "--expert-model-parallel-size 2 --nproc-per-node 2"
     experts, alone = (gib_on_a_cpu(f, "Qwen3-30B-A3B")[0] for f in (flags, ""))
     assert experts < 1.2 * alone
+
+
+@pytest.mark.parametrize("more", ["", "--without=--bf16"])
+def test_gated_delta_nets_without_their_kernels_keep_more(monkeypatch, more):
+    """In plain torch, which also computes fp32, the layout with kernels would overflow the GPUs' memory."""
+    config = published_config("Qwen3.5-4B")
+    architecture = family_for(config).megatron_arguments(config)
+    request = read_request(["--model", "m", "--data", "d.jsonl", *more.split()])
+
+    def needed(found: object) -> float:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+        wish = wish_of_flags(request.given, architecture, 8192, 4, exact_rows=True)
+        machine = Machine((79.6,) * 8, "GPU", 16, 100)
+        planned = plan_layout(request, wish, machine, may_shorten=False)
+        layout = {n: v for n, v in planned.flags.items() if n in Layout.__dataclass_fields__}
+        precision = {"bf16": not more}
+        wish = replace(wish, decided=precision, state_kernels=False)
+        return max(m.total for m in estimate(run_shape(wish, Layout(**layout), 8))) / GIB
+
+    assert needed(None) < 79.6
+    assert (needed("fla") > 75) == (not more), "bf16 has kernels, fp32 has not"
