@@ -142,7 +142,7 @@ def find_config(name: str) -> Path:
         LaunchError: There is no such file, and no recipe has the name.
     """
     path = Path(name).expanduser()
-    if path.exists() or "/" in name or path.suffix in (".yaml", ".yml"):
+    if path.is_file() or "/" in name or path.suffix in (".yaml", ".yml"):
         return path
     recipes = {file.stem: file for file in _RECIPES.rglob("*.yaml")}
     if name not in recipes:

@@ -74,6 +74,8 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
     )
     with pytest.raises(LaunchError, match="no recipe of this name; did you mean qwen3-4b"):
         read_request(["--config", "qwen3-4bb", "--data", "x"])
+    (tmp_path / "qwen3-4b").mkdir()  # of its model, for example
+    assert find_config("qwen3-4b") == RECIPES / "qwen3" / "qwen3-4b.yaml"
     (tmp_path / "dft").write_text("objective: sft\n")  # a file that is here comes first
     request = read_request(["--config", "qwen3-4b", "dft", "--data", "x"])
     assert request.value("objective") == "sft"
