@@ -289,7 +289,7 @@ def _words(
         raise LaunchError(f"this version has no flag {option}")
     is_switch = option in _FRONT_SWITCHES or table.is_switch(option)
     if isinstance(value, bool):
-        return _switch(option, value, table, is_switch)
+        return _switch(option, value, table.options | front, is_switch)
     if is_switch:
         raise LaunchError(f"{option} is {_shown(value)}; it must be true or false")
     values = value if isinstance(value, list) else [value]
@@ -314,11 +314,11 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _switch(option: str, value: bool, table: FlagTable, is_switch: bool) -> list[str]:
+def _switch(option: str, value: bool, options: frozenset[str], is_switch: bool) -> list[str]:
     """Return the words of an entry that is true or false; false keeps a flag from being derived."""
     negative = f"--no-{option[2:]}"
     if not value:
-        return [negative] if negative in table.options else [f"{WITHOUT}={option}"]
+        return [negative] if negative in options else [f"{WITHOUT}={option}"]
     if is_switch:
         return [option]
     if option in DERIVED_VALUES:

@@ -109,12 +109,14 @@ def front_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--verbose",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="Show what Megatron prints (default: RUN/megatron.log).",
     )
     group.add_argument(
         "--rank-logs",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="Write what each process prints to RUN/logs as well; its lines get the process's name.",
     )
     group.add_argument(

@@ -74,6 +74,16 @@ def test_values_stay_as_they_are_written(tmp_path):
     ]
 
 
+def test_a_later_file_switches_the_commands_own_switches_off(tmp_path):
+    (tmp_path / "on.yaml").write_text("model: a\ndata: b\nrun: {verbose: true, rank_logs: true}\n")
+    (tmp_path / "off.yaml").write_text("run: {verbose: false, rank_logs: false}\n")
+    for names, expected in ((("on",), True), (("on", "off"), False)):
+        files = [str(tmp_path / f"{name}.yaml") for name in names]
+        front = read_request(["--config", *files]).front
+        assert (front.verbose, front.rank_logs) == (expected, expected)
+    assert read_request(["--config", files[0], "--no-rank-logs"]).front.rank_logs is False
+
+
 def test_a_value_that_looks_like_a_flag_stays_a_value(tmp_path):
     text = "run: {without: [--export-hf, --bf16], eval_flags: --greedy, verbose: true}\n"
     assert words(tmp_path, text) == [
