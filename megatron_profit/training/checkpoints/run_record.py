@@ -68,7 +68,7 @@ class RunRecord:
         model: `digest` of config.json, and the base for a model card: `base` and `revision` on the hub, the
             name of its `folder`, and `start`, the first weights if they are not its own.
         lora: The options of the adapters, if the run trains adapters.
-        base: `path` of the frozen weights that the adapters belong to, and their `digest`.
+        base: `path` of the weights that the run starts from, and their `digest`; the frozen ones of adapters.
         schedule: Learning rate and weight decay with their schedules.
         length: `train_iters`, `train_samples`, `epochs`.
         batch: `global_batch_size`.

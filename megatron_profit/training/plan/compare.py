@@ -320,7 +320,8 @@ def _described(part: str, found: Iterable[Difference], now: RunRecord, saved: Ru
     if settings:
         return ", ".join(settings)
     if part == "base":
-        return f"the frozen weights are others: {_value(now.base['path'])} (was {_value(saved.base['path'])})"
+        told = "the frozen weights are others:" if now.lora else "--hf-model has other weights:"
+        return f"{told} {_value(now.base['path'])} (was {_value(saved.base['path'])})"
     if part in ("data", "validation"):
         flag = "--data" if part == "data" else "--valid-data"
         here, there = _amount(now, part), _amount(saved, part)

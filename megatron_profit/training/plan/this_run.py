@@ -70,7 +70,7 @@ def describe_run(settings: RunSettings, files: RunFiles, data: SFTData) -> RunRe
         },
         seed={"seed": values["seed"]},
         model={"digest": digest_of_config(settings.config), **_base(settings)},
-        **_adapters(files.lora),
+        **(_first_weights(settings) if files.lora is None else _adapters(files.lora)),
         schedule={
             **_chosen(values, _SCHEDULE),
             # The flag as it was given: Megatron's value may be derived from the length of the run.
@@ -162,12 +162,21 @@ def _file(file: Path) -> dict[str, Any]:
     return found
 
 
-def _adapters(lora: LoraFiles | None) -> dict[str, Any]:
-    if lora is None:
+def _first_weights(settings: RunSettings) -> dict[str, Any]:
+    """Return the weights that the run starts from, where they are the ones of --hf-model and are there."""
+    folder = settings.hf_model
+    if _start(settings.values) is not None or not any(folder.glob("*.safetensors")):
         return {}
+    return {BASE: _weights(folder)}
+
+
+def _adapters(lora: LoraFiles) -> dict[str, Any]:
     folder = lora.base_folder
-    base = {} if folder is None else {"path": str(folder), "digest": digest_of_weights(folder)}
-    return {LORA: noted_options(lora.options), BASE: base}
+    return {LORA: noted_options(lora.options), BASE: {} if folder is None else _weights(folder)}
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return {"path": str(folder), "digest": digest_of_weights(folder)}
 
 
 def _content(prepared: TokenizedData, sources: Iterable[DataSource]) -> dict[str, Any]:

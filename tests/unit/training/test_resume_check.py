@@ -37,6 +37,7 @@ RECORD = RunRecord(
     tokenizer={"digest": "t1"},
     seed={"seed": 1234},
     model={"digest": "m1"},
+    base={"path": "a/hf", "digest": "w1"},
     schedule={"lr": 0.001, "min_lr": 0.0},
     length={"train_iters": 10, "epochs": 1},
     batch={"global_batch_size": 4},
@@ -113,6 +114,10 @@ def test_the_same_run_goes_on_without_a_word(resume):
             "--seq-length 32 (was 64), --packing off (was on)",
         ),
         ({"tokenizer": {"digest": "t2"}}, "--hf-model has another tokenizer or chat template"),
+        (
+            {"base": {"path": "b/hf", "digest": "w2"}},
+            "--hf-model has other weights: b/hf (was a/hf)",
+        ),
         ({"seed": {"seed": 99}}, "--seed 99 (was 1234)"),
     ],
 )

@@ -14,7 +14,11 @@ from safetensors.numpy import save_file
 from megatron_profit.evaluation.after_training import EvalTasks
 from megatron_profit.training.checkpoints.keep_options import KeepOptions
 from megatron_profit.training.checkpoints.run_record import RunRecord
-from megatron_profit.training.plan.this_run import digest_of_weights, evaluation_of_tasks
+from megatron_profit.training.plan.this_run import (
+    _first_weights,
+    digest_of_weights,
+    evaluation_of_tasks,
+)
 
 
 def weights(folder: Path, seed: int) -> Path:
@@ -34,6 +38,24 @@ def test_a_copy_is_the_same_and_other_weights_of_the_same_shape_are_not(tmp_path
 def test_files_smaller_than_a_block_have_a_digest(tmp_path):
     save_file({"w": np.zeros(3)}, tmp_path / "model.safetensors")
     assert digest_of_weights(tmp_path) != digest_of_weights(tmp_path.parent)
+
+
+def test_a_run_is_told_from_one_of_another_model_in_a_folder_of_the_same_name(tmp_path):
+    """For example `runs/a/hf` and `runs/b/hf`, whose second stages would have one run's folder."""
+    for name in ("a", "b", "empty"):
+        (tmp_path / name).mkdir()
+    one, other = (weights(tmp_path / name / "hf", seed) for seed, name in enumerate("ab"))
+
+    def record(folder: Path, **more: Any) -> RunRecord:
+        values = dict.fromkeys(("pretrained_checkpoint", "finetune", "load", "random_init"))
+        return RunRecord(**_first_weights(SimpleNamespace(hf_model=folder, values=values | more)))
+
+    (difference,) = record(other).differences(record(one))
+    assert (difference.part, difference.setting) == ("base", "digest")
+    copy = shutil.copytree(one, tmp_path / "copy")
+    assert not record(copy).differences(record(one))
+    for unknown in (record(tmp_path / "empty"), record(other, random_init=True)):
+        assert not unknown.differences(record(one)), "its weights are not there, or not used"
 
 
 def settings_of(keep_best: str, limit: int = 50, flags: str = "") -> SimpleNamespace:
