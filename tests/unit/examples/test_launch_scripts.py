@@ -28,7 +28,9 @@ from megatron_profit.estimates.layouts import USABLE, Choice, Cluster, Wish, cho
 from megatron_profit.estimates.memory import GIB, estimate
 from megatron_profit.estimates.published import published_config
 from megatron_profit.estimates.run_shape import RunShape
+from megatron_profit.estimates.saving import checkpoint_bytes, seconds_to_end
 from megatron_profit.launch import processes, slurm
+from megatron_profit.launch.plan_layout import parameters_of
 from megatron_profit.recipe.request import read_request
 from megatron_profit.training.arguments.derive import derive
 
@@ -299,6 +301,11 @@ def test_the_kubernetes_job_starts_what_the_script_starts(launch, tmp_path):
     model = model_folder(tmp_path, Path(variables["MODEL"]).name)
     arguments = launch("multi_node.sh", {**variables, "MODEL": str(model)}, *container["args"])
     check_command(arguments, Launch("multi_node.sh", "Qwen3-32B", 16))
+    config = published_config("Qwen3-32B")
+    parameters = parameters_of(family_for(config).megatron_arguments(config))
+    to_end = seconds_to_end(checkpoint_bytes({"bf16": True}, parameters))
+    assert variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(to_end), "the last checkpoint fits"
+    assert pod["terminationGracePeriodSeconds"] >= to_end + 300
     assert re.fullmatch(r"[\w.:/-]+:\d+(\.\d+)+", container["image"]), "a tag that stays"
 
 
