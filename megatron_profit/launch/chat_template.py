@@ -88,6 +88,14 @@ def with_template(model: Path, template: str, run: Path) -> Path:
     return folder
 
 
+def has_template(model: Path) -> bool:
+    """Return whether a model's folder has a chat template of its own, which another one replaces."""
+    if any((model / name).is_file() for name in (TEMPLATE, *_OTHERS)):
+        return True
+    settings = model / _SETTINGS
+    return settings.is_file() and bool(read_json_object(settings).get("chat_template"))
+
+
 def _parts(model: Path, text: str) -> tuple[dict[str, bytes], dict[str, Path]]:
     """Return what the folder has by file name: contents of copies, and files of the links' other ends."""
     ours = (TEMPLATE, _SETTINGS, *_OTHERS)

@@ -18,7 +18,7 @@ from megatron_profit.data.options import DataOptions, check_first_records
 from megatron_profit.estimates.saving import describe_save
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.launch import hub
-from megatron_profit.launch.chat_template import with_template
+from megatron_profit.launch.chat_template import has_template, with_template
 from megatron_profit.launch.derive import (
     Intervals,
     Model,
@@ -134,6 +134,7 @@ def prepare(request: Request) -> Launch:
     check_processes(request, machine)
     with _with_template(request, model, run) as tokenizer:
         planned, rows = _fit(request, model, settings, tokenizer, machine, run)
+    template = _template_line(request, folder)
     if request.front.chat_template is not None:
         known = HubId.of_path(folder)
         base_id = None if known is None else str(known)
@@ -157,6 +158,7 @@ def prepare(request: Request) -> Launch:
         parameters=model.parameters,
         checkpoint=checkpoint,
         lines=[
+            *template,
             *_lines(model, planned, rows, steps),
             *_saves(request, intervals.save, checkpoint),
         ],
@@ -203,6 +205,20 @@ def _with_template(request: Request, model: Model, run: RunFolder) -> Iterator[P
             yield with_template(model.folder, template, Path(folder))
     else:
         yield with_template(model.folder, template, run.path)
+
+
+def _template_line(request: Request, folder: Path) -> list[str]:
+    """Return a line where --chat-template takes the place of a model's own template.
+
+    For example, the recipes of Llama's bases name one, and the instruct model of the same size has its own.
+    """
+    template = request.front.chat_template
+    if template is None or not has_template(folder):
+        return []
+    return [
+        f"chat template: {template} takes the place of the model's own, also in the export; without "
+        "--chat-template (chat_template in a file) the model keeps it"
+    ]
 
 
 def _fit(

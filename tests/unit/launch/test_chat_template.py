@@ -12,7 +12,7 @@ import pytest
 from checkpoint_conversion.engine.regular_files import MOST_JSON
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf.writer import artifacts
-from megatron_profit.launch.chat_template import CHATML, with_template
+from megatron_profit.launch.chat_template import CHATML, has_template, with_template
 from megatron_profit.recipe.errors import LaunchError
 
 
@@ -37,6 +37,17 @@ def test_the_folder_links_to_the_model_and_has_the_template(model, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert (folder / "model.safetensors").is_symlink()
     assert not (folder / "chat_template.json").exists()
+
+
+def test_a_template_of_the_models_own_is_seen_in_each_of_its_places(model):
+    """A recipe's template then takes its place, which the command says."""
+    assert has_template(model)
+    (model / "chat_template.json").unlink()
+    assert has_template(model)
+    (model / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    assert not has_template(model)
+    (model / "chat_template.jinja").write_text(CHATML)
+    assert has_template(model)
 
 
 def test_weights_of_other_formats_are_links_whatever_their_size(model, tmp_path):
