@@ -141,9 +141,10 @@ class RunSettings:
     ) -> RunSettings:
         """Return these settings with the number of iterations and of evaluation iterations.
 
-        Where epochs were asked for, there are as many iterations as the rows of all epochs need. Evaluations
-        see each validation row once, unless --eval-iters says otherwise. For example, 2 epochs of 1,000 rows
-        with a batch size of 32 need 63 iterations.
+        Where epochs were asked for, there are as many iterations as the rows of all epochs need; with a
+        schedule of batch sizes Megatron counts them. Evaluations see each validation row once, unless
+        --eval-iters says otherwise. For example, 2 epochs of 1,000 rows with a batch size of 32 need 63
+        iterations.
 
         Args:
             epochs_rows: Rows of all epochs; None where the length of the run is not given in epochs.
@@ -161,7 +162,9 @@ class RunSettings:
         }
         if self.given.get("eval_iters") is not None:
             values["eval_iters"] = self.given["eval_iters"]
-        if epochs_rows is not None:
+        if epochs_rows is not None and batch_size_changes(values):
+            values["train_samples"] = epochs_rows
+        elif epochs_rows is not None:
             steps = max(iterations + math.ceil((epochs_rows - rows) / self.batch_size), 0)
             values["train_iters"] = steps
             # `check_length` refuses fewer than are done.

@@ -37,7 +37,7 @@ def steps_of_flags(settings: Mapping[str, Any], batch_size: int) -> int | None:
 
 def batch_size_changes(settings: Mapping[str, Any]) -> bool:
     """Return whether the batch size changes during the run, so that Megatron itself counts rows."""
-    return bool(settings["rampup_batch_size"] or settings["step_batch_size_schedule"])
+    return bool(settings["step_batch_size_schedule"])
 
 
 def check_run_steps(settings: Mapping[str, Any], objective: Objective, steps: int) -> None:

@@ -54,6 +54,7 @@ _REFUSED = {
     "enable_cuda_graph": "give --cuda-graph-impl local",
     "external_cuda_graph": "give --cuda-graph-impl transformer_engine",
     "cuda_graph_scope_deprecated": "give --cuda-graph-modules",
+    "rampup_batch_size": "Megatron ignores it; give --step-batch-size-schedule",
     "optimizer_cuda_graph": "a guard decides between the gradient and the optimizer's update",
     "perform_rl_step": "this entry trains on data sets",
     "phase_transition_iterations": "each phase would begin with the first record again; give --exit-interval "
@@ -133,6 +134,12 @@ def check_given(flags: CommandLine) -> None:
         )
     if len(lengths) > 1:
         raise ArgumentsError(f"{' and '.join(lengths)} contradict each other; give one of them")
+    if given.get("step_batch_size_schedule") and given.get("train_iters"):
+        raise ArgumentsError(
+            f"--train-iters {given['train_iters']} cannot be used with --step-batch-size-schedule: Megatron "
+            "would decay the learning rate as if all steps had the size of the micro-batches of all ranks; "
+            "give --epochs or --train-samples"
+        )
     if given.get("eval_iters") and not (given.get("valid_data") or given.get("valid_split")):
         raise ArgumentsError(
             f"--eval-iters {given['eval_iters']} needs data to evaluate on; give --valid-data or "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from megatron.core.datasets.utils import Split
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_profit.data import (
     DataOptions,
@@ -21,6 +22,7 @@ from megatron_profit.data import (
 )
 from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.training.arguments.derive import RunSettings
+from megatron_profit.training.arguments.length import batch_size_changes
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
 
 
@@ -69,9 +71,9 @@ class SFTData:
 
         def provide(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
             # One batch more than is drawn: Megatron's sampler refuses a run that is started again after its
-            # last step, although no step is left.
+            # last step, although no step is left. And the last batch may take more rows than are left.
             train = self.train.with_samples(
-                _train_rows(args, num_samples[0]) + args.global_batch_size
+                _train_rows(args, num_samples[0]) + _largest_batch(args)
             )
             train.split = Split.train
             if self.valid is None or args.eval_iters == 0:
@@ -94,6 +96,20 @@ def _train_rows(args: Namespace, counted: int) -> int:
     """
     left = max(args.train_iters - args.iteration, 0)
     return max(counted, args.consumed_train_samples + left * args.global_batch_size)
+
+
+def _largest_batch(args: Namespace) -> int:
+    """Return the rows of the largest step. In a schedule it is the last one: batches only grow."""
+    if args.step_batch_size_schedule is None:
+        return args.global_batch_size
+    return StepBatchsizeNumMicroBatchesCalculator(
+        args.micro_batch_size,
+        args.data_parallel_size,
+        decrease_batch_size_if_needed=False,
+        rank=args.rank,
+        schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
+    ).global_batch_size
 
 
 def build_datasets(settings: RunSettings, options: DataOptions) -> SFTData:
@@ -121,7 +137,8 @@ def build_datasets(settings: RunSettings, options: DataOptions) -> SFTData:
     )
     train, valid = sets["train"], sets.get("valid")
     print_rank_0(f"> train data: {train.prepared.report}\n{train.packing}")
-    _tell_of_steps(train.packing, settings.batch_size)
+    changes = batch_size_changes(settings.values)
+    _tell_of_steps(train.packing, None if changes else settings.batch_size)
     if valid and valid.prepared is train.prepared:
         print_rank_0(f"> valid data, set aside of the records above: {valid.packing}")
     elif valid:
@@ -136,14 +153,15 @@ def build_datasets(settings: RunSettings, options: DataOptions) -> SFTData:
     )
 
 
-def _tell_of_steps(rows: PackingReport, batch_size: int) -> None:
+def _tell_of_steps(rows: PackingReport, batch_size: int | None) -> None:
     """Print how many tokens a step of `batch_size` rows trains, and warn if row or step size looks like a
-    mistake.
+    mistake. None stands for steps of several sizes.
     """
-    print_rank_0(rows.of_step(batch_size))
+    if batch_size is not None:
+        print_rank_0(rows.of_step(batch_size))
     if rows.warning is not None:
         warn_rank_0(rows.warning)
-    if rows.rows < batch_size:
+    if batch_size is not None and rows.rows < batch_size:
         shorter = " or a shorter --seq-length" if rows.rows < rows.examples else ""
         warn_rank_0(
             f"an epoch has {rows.rows:,} rows, fewer than the {batch_size:,} of a step: give a "

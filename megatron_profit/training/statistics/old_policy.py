@@ -51,7 +51,7 @@ def check_old_policy(settings: Mapping[str, Any]) -> None:
         )
     if steps < 1:
         raise ArgumentsError(f"--psft-steps-per-refresh is {steps}; it must be at least 2")
-    for name in ("rampup_batch_size", "step_batch_size_schedule", "decrease_batch_size_if_needed"):
+    for name in ("step_batch_size_schedule", "decrease_batch_size_if_needed"):
         if settings.get(name):
             raise ArgumentsError(
                 f"--{name.replace('_', '-')} changes the global batch during the run, but an outer batch of "

@@ -206,6 +206,11 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--inprocess-restart",), 1, ("--inprocess-restart", "--max-restarts")),
         (("--freeze-all-layers",), 1, ("--freeze-all-layers", "no weight")),
         (
+            ("--rampup-batch-size", "2", "2", "100"),
+            1,
+            ("--rampup-batch-size", "--step-batch-size-schedule"),
+        ),
+        (
             ("--phase-transition-iterations", "3,6"),
             1,
             ("--phase-transition-iterations", "--exit-interval"),
@@ -448,6 +453,18 @@ def test_epochs_become_iterations(parse, hf_folder):
     assert arguments.with_rows(24, 0).values["train_iters"] == 3
     assert arguments.with_rows(25, 0).values["train_iters"] == 4
     assert parse().with_rows(None, 0).values["train_iters"] == 9
+
+
+def test_epochs_with_a_schedule_of_batch_sizes_are_counted_in_rows(hf_folder, parse):
+    """Megatron's steps, and the learning rate's, would be of the micro-batches of all ranks."""
+    schedule = ("--step-batch-size-schedule", "0:4 1K:8")
+    arguments = in_epochs(hf_folder, "--epochs", "2", *schedule).with_rows(100, 0)
+    assert arguments.values["train_samples"] == 100
+    assert arguments.values["train_iters"] is None
+    with pytest.raises(
+        ArgumentsError, match=r"--train-iters 9 cannot .*--epochs or --train-samples"
+    ):
+        parse(*schedule)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,10 @@ from megatron_profit.training.statistics.token_table import TokenTable
     [
         ({"psft_steps_per_refresh": 1}, "exactly SFT; give 2 or more"),
         ({"psft_steps_per_refresh": 0}, "is 0; it must be at least 2"),
-        ({"rampup_batch_size": [2, 2, 8]}, "--rampup-batch-size changes the global batch"),
+        (
+            {"step_batch_size_schedule": "0:8 1K:16"},
+            "--step-batch-size-schedule changes the global batch",
+        ),
         ({"decrease_batch_size_if_needed": True}, "--decrease-batch-size-if-needed changes"),
     ],
 )
