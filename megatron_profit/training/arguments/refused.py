@@ -154,6 +154,13 @@ def check_given(flags: CommandLine) -> None:
         raise ArgumentsError(
             "--overwrite is about what --save and --export-hf hold, and neither is given; drop it"
         )
+    exports = [name for name in ("export_hf", "export_adapter") if given.get(name)]
+    if given.get("skip_train") and exports:
+        raise ArgumentsError(
+            f"--skip-train makes no step, so {flag_of(exports[0])} {given[exports[0]]} would describe a "
+            "training that was not made; convert the checkpoint with checkpoint_conversion.megatron_to_hf, "
+            "or drop one of the two"
+        )
     _check_token_report(given)
 
 

@@ -206,6 +206,11 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--inprocess-restart",), 1, ("--inprocess-restart", "--max-restarts")),
         (("--freeze-all-layers",), 1, ("--freeze-all-layers", "no weight")),
         (
+            ("--skip-train", "--export-hf", "out"),
+            1,
+            ("--skip-train", "--export-hf out", "megatron_to_hf"),
+        ),
+        (
             ("--rampup-batch-size", "2", "2", "100"),
             1,
             ("--rampup-batch-size", "--step-batch-size-schedule"),
