@@ -35,7 +35,8 @@ _NAMES = {
 # Parts of the record that act in the steps that are made.
 _OF_THE_STEPS = ("objective", "data", "seed", "schedule", "batch", "optimizer")
 # Only an optimizer state that is not reshardable depends on these (of the distributed optimizer).
-_LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size")
+_EXPERTS = ("--expert-model-parallel-size", "--expert-tensor-parallel-size")
+_LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", *_EXPERTS)
 
 # Options of adapters that cannot change, because checkpoints of them would mean another model.
 _FIXED_ADAPTERS = ("rank", "alpha", "targets", "rslora")
@@ -218,13 +219,18 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
 
 
 def _form_of_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide which tensors an optimizer's state has."""
+    """Return the settings that decide which tensors an optimizer's state has, and where they are."""
+    sizes = {flag: arguments.get(flag[2:].replace("-", "_")) or 1 for flag in _LAYOUT}
+    if arguments.get("num_experts") is None:
+        sizes |= dict.fromkeys(_EXPERTS, 1)
+    elif arguments.get("expert_tensor_parallel_size") is None:
+        sizes["--expert-tensor-parallel-size"] = sizes["--tensor-model-parallel-size"]
     return {
         "--optimizer": arguments.get("optimizer", "adam"),
         "--use-distributed-optimizer": bool(arguments.get("use_distributed_optimizer")),
         "precision": precision(arguments),
         "--decoupled-lr": arguments.get("decoupled_lr") is not None,
-        **{flag: arguments.get(flag[2:].replace("-", "_"), 1) for flag in _LAYOUT},
+        **sizes,
     }
 
 

@@ -238,6 +238,24 @@ def test_a_sharded_optimizer_state_fits_its_layout_only(tmp_path):
     check_optimizer_state(Resumed(tmp_path, 6, saved), now, print)
 
 
+def test_a_sharded_optimizer_state_of_experts_fits_their_layout_only(tmp_path):
+    """At EP 2 x ETP 2 and at EP 4 the state of a rank has the same size, and other experts in it."""
+    saved = {**ARGS, "use_distributed_optimizer": True, "tensor_model_parallel_size": 2}
+    saved |= {"num_experts": 4, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
+    told: list[str] = []
+    same = Namespace(**{**saved, "expert_tensor_parallel_size": None})
+    check_optimizer_state(Resumed(tmp_path, 6, saved), same, told.append)
+    now = {**saved, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    with pytest.raises(
+        CheckpointError, match=r"--expert-model-parallel-size 4 \(was 2\), --expert-t"
+    ):
+        check_optimizer_state(Resumed(tmp_path, 6, saved), Namespace(**now), told.append)
+    without = {**saved, "num_experts": None}
+    check_optimizer_state(
+        Resumed(tmp_path, 6, without), Namespace(**{**now, "num_experts": None}), told.append
+    )
+
+
 def test_a_checkpoint_without_optimizer_state_is_told(tmp_path):
     told: list[str] = []
     resumed = Resumed(tmp_path, 6, {**ARGS, "no_save_optim": True})
