@@ -18,6 +18,8 @@ _LOCAL_LAYERS = {
     "no_persist_layer_norm": True,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
+    # The norms before linear layers would give them fp32, and their weights are of half precision.
+    "fp32_residual_connection": False,
 }
 _CPU = {
     "distributed_backend": "gloo",

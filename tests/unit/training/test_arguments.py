@@ -204,6 +204,7 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--use-torch-fsdp2",), 1, ("--use-torch-fsdp2", "--use-distributed-optimizer")),
         (("--fp8-output-proj",), 1, ("--fp8-output-proj", "dtype of the parameters")),
         (("--inprocess-restart",), 1, ("--inprocess-restart", "--max-restarts")),
+        (("--bf16", "--fp32-residual-connection"), 1, ("--fp32-residual-connection", "False")),
         (("--freeze-all-layers",), 1, ("--freeze-all-layers", "no weight")),
         (
             ("--skip-train", "--export-hf", "out"),
