@@ -8,6 +8,13 @@ from typing import Any
 
 from megatron_profit.flags import ArgumentsError, flag_of
 
+# Flags that say by themselves which layers a pipeline rank has.
+_OWN_SPLITS = (
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
+
 
 def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
     """Refuse a parallel layout that does not fit the model or the number of processes. For example, 12
@@ -51,6 +58,7 @@ def check_layout(settings: Mapping[str, Any], world_size: int) -> int:
                 flag_of(batch),
                 settings[batch],
             )
+    _check_micro_batches(settings, pp, data_parallel)
     limit = settings["max_position_embeddings"]
     if not 0 < settings["seq_length"] <= limit:
         raise ArgumentsError(
@@ -96,16 +104,9 @@ def _check_split_of_rows(settings: Mapping[str, Any], tp: int, cp: int) -> None:
 
 def _check_pipeline(settings: Mapping[str, Any], pp: int) -> None:
     """Refuse layers that do not split evenly, where the flags do not say how they split."""
-    given = (
-        "pipeline_model_parallel_layout",
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-    )
-    if any(settings[name] for name in given):
+    if any(settings[name] for name in _OWN_SPLITS):
         return
-    ends = [
-        end for end in ("embedding", "loss") if settings[f"account_for_{end}_in_pipeline_split"]
-    ]
+    ends = _counted_ends(settings)
     layers = settings["num_layers"] + len(ends)
     what = " and ".join(["the model's num_layers", *ends])
     _check_divides("--pipeline-model-parallel-size", pp, what, layers)
@@ -113,6 +114,39 @@ def _check_pipeline(settings: Mapping[str, Any], pp: int) -> None:
         if settings[name]:
             of = "the layers of a pipeline rank"
             _check_divides(flag_of(name), settings[name], of, layers // pp)
+
+
+def _counted_ends(settings: Mapping[str, Any]) -> list[str]:
+    """Return the ends of the model that count as a layer in the split over pipeline ranks."""
+    ends = ("embedding", "loss")
+    return [end for end in ends if settings[f"account_for_{end}_in_pipeline_split"]]
+
+
+def _check_micro_batches(settings: Mapping[str, Any], pp: int, data_parallel: int) -> None:
+    """Refuse steps and evaluations of too few micro-batches, which a virtual pipeline takes in groups."""
+    stages = settings["num_virtual_stages_per_pipeline_rank"]
+    if per_stage := settings["num_layers_per_virtual_pipeline_stage"]:
+        stages = (settings["num_layers"] + len(_counted_ends(settings))) // (pp * per_stage)
+    if pp == 1 or (stages or 1) == 1 or any(settings[name] for name in _OWN_SPLITS):
+        return
+    group = settings["microbatch_group_size_per_vp_stage"] or pp
+    sizes = {}
+    if not (settings["step_batch_size_schedule"] or settings["skip_train"]):
+        sizes["--global-batch-size"] = settings["global_batch_size"], settings["micro_batch_size"]
+    if settings["eval_iters"] and (settings["valid_data"] or settings["valid_split"]):
+        sizes["--eval-global-batch-size"] = (
+            settings["eval_global_batch_size"] or settings["global_batch_size"],
+            settings["eval_micro_batch_size"] or settings["micro_batch_size"],
+        )
+    for flag, (batch, micro) in sizes.items():
+        # Without a size Megatron takes a step of one micro-batch on each rank.
+        rows = micro * data_parallel
+        count = (batch or settings["micro_batch_size"] * data_parallel) // rows
+        if count < group or 0 < count % group < pp:
+            raise ArgumentsError(
+                f"{flag} {count * rows} is {count} micro-batches, and a virtual pipeline takes them in "
+                f"groups of {group}; give {math.ceil(count / group) * group * rows}"
+            )
 
 
 def _check_divides(what: str, size: int, of: str, total: int) -> None:

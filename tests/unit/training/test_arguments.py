@@ -248,6 +248,20 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
             2,
             ("--num-layers-per-virtual-pipeline-stage", "3"),
         ),
+        (
+            ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"),
+            2,
+            ("--global-batch-size 2", "1 micro-batches", "groups of 2", "give 4"),
+        ),
+        (
+            (
+                *("--pipeline-model-parallel-size", "2", "--global-batch-size", "8"),
+                *("--num-virtual-stages-per-pipeline-rank", "2", "--valid-split", "0.1"),
+                *("--eval-global-batch-size", "6"),
+            ),
+            2,
+            ("--eval-global-batch-size 6", "3 micro-batches", "give 8"),
+        ),
         (("--objective", "nonsense"), 1, ("nonsense", "profit", "sft")),
         (("--objective", "sft"), 1, ("--prob-threshold", "profit", "sft")),
         (("--objective", "no_such_module:X"), 1, ("no_such_module", "PYTHONPATH")),
