@@ -211,15 +211,13 @@ class RunMonitor(Callback):
             )
         interval.tokens += step.tokens
         interval.floating_point_operations += step.floating_point_operations
-        for name, loss in step.module_losses.items():
-            interval.module_losses[name] = interval.module_losses.get(name, 0) + loss
+        interval.add_module_losses(step.module_losses, skipped=step.skipped)
         if step.seconds is None:
             return
         seconds = step.seconds / interval.steps
         speed = throughput(interval, step.seconds, args.world_size)
         speed["peak memory GiB"] = _largest([_peak_memory() / 2**30])[0]
-        losses = {name: float(s) / interval.steps for name, s in interval.module_losses.items()}
-        metrics = {**interval.means(), **losses}
+        metrics = {**interval.means(), **interval.module_means()}
         if _COUNT in metrics and metrics[_COUNT].is_integer():
             metrics[_COUNT] = int(metrics[_COUNT])
         if _logs():

@@ -84,14 +84,13 @@ class Interval:
         steps, skipped: All steps, and the steps among them in which the optimizer took no step.
         tokens: Tokens of records, without padding.
         floating_point_operations: By Megatron's count.
-        module_losses: Sums over the steps of the losses that the model's modules add by themselves.
     """
 
     steps: int = 0
     skipped: int = 0
     tokens: float = 0.0
     floating_point_operations: float = 0.0
-    module_losses: dict[str, Tensor] = field(default_factory=dict)
+    _module_losses: dict[str, Tensor] = field(default_factory=dict)
     _pairs: dict[str, SumAndCount] = field(default_factory=dict)
 
     def add(self, pairs: Mapping[str, SumAndCount], *, skipped: bool) -> None:
@@ -103,6 +102,18 @@ class Interval:
         for name, (total, count) in pairs.items():
             before = self._pairs.get(name, (0.0, 0.0))
             self._pairs[name] = (before[0] + total, before[1] + count)
+
+    def add_module_losses(self, losses: Mapping[str, Tensor], *, skipped: bool) -> None:
+        """Count the losses that the model's modules add by themselves, of a step that `add` has counted."""
+        if skipped:
+            return
+        for name, loss in losses.items():
+            self._module_losses[name] = self._module_losses.get(name, 0) + loss
+
+    def module_means(self) -> dict[str, float]:
+        """Return the mean over the steps of each loss of the model's modules."""
+        made = self.steps - self.skipped
+        return {name: float(total) / made for name, total in self._module_losses.items()}
 
     def means(self) -> dict[str, float]:
         """Return each metric of the interval, in the order in which they appeared."""

@@ -38,6 +38,14 @@ def test_an_interval_weighs_by_tokens_and_metrics_that_begin_late_are_not_dilute
     assert interval.total("absent") == (0.0, 0.0)
 
 
+def test_the_balancing_loss_of_a_skipped_step_is_left_out():
+    interval = Interval()
+    for value, skipped in ((1.0, False), (float("nan"), True), (2.0, False)):
+        interval.add({}, skipped=skipped)
+        interval.add_module_losses({"load_balancing_loss": torch.tensor(value)}, skipped=skipped)
+    assert interval.module_means() == {"load_balancing_loss": 1.5}
+
+
 def test_sums_of_many_tokens_keep_their_last_digits():
     """In fp32 a count above 2^24 no longer grows by 1."""
     interval = Interval()
