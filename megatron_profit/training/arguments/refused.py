@@ -107,7 +107,8 @@ OTHER_ARCHITECTURES = (
     ),
     *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "qk_l2_norm"),
     *("softmax_type", "window_size", "window_attn_skip_freq", "attention_output_gate"),
-    *("apply_query_key_layer_scaling", "padded_vocab_size"),
+    # Layers that do not know `RecordSpans` would let the records of a row see each other.
+    *("apply_query_key_layer_scaling", "padded_vocab_size", "spec"),
 )
 
 

@@ -20,6 +20,7 @@ ARCHITECTURE = (
         "moe_shared_expert_intermediate_size",
         "moe_shared_expert_gate",
         "moe_mlp_glu_interleave_size",
+        "moe_shared_expert_glu_interleave_size",
     ),
     *("moe_router_force_load_balancing", "moe_router_force_biased"),
 )

@@ -193,6 +193,8 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--rotary-interleaved",), 1, ("--rotary-interleaved", "True", "False")),
         (("--rotary-seq-len-interpolation-factor", "4"), 1, ("4", "None")),
         (("--num-experts", "8"), 1, ("--num-experts", "8")),
+        (("--spec", "my.layers", "spec"), 1, ("--spec", "my.layers", "None")),
+        (("--moe-shared-expert-glu-interleave-size", "32"), 1, ("glu-interleave-size", "32")),
         (("--apply-layernorm-1p",), 1, ("--apply-layernorm-1p",)),
         (("--squared-relu",), 1, ("--squared-relu",)),
         (("--padded-vocab-size", "9999"), 1, ("9999",)),
