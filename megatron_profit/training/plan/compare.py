@@ -34,9 +34,11 @@ _NAMES = {
 }
 # Parts of the record that act in the steps that are made.
 _OF_THE_STEPS = ("objective", "data", "seed", "schedule", "batch", "optimizer")
-# Only an optimizer state that is not reshardable depends on these (of the distributed optimizer).
+# Only an optimizer state that is not reshardable depends on these (of the distributed optimizer): it has the
+# parameters of a rank in their order in the model, without names.
 _EXPERTS = ("--expert-model-parallel-size", "--expert-tensor-parallel-size")
-_LAYOUT = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", *_EXPERTS)
+_SIZES = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", *_EXPERTS)
+_LAYOUT = (*_SIZES, "--transformer-impl", "--moe-grouped-gemm")
 
 # Options of adapters that cannot change, because checkpoints of them would mean another model.
 _FIXED_ADAPTERS = ("rank", "alpha", "targets", "rslora")
@@ -220,8 +222,9 @@ def check_optimizer_state(resumed: Resumed, args: Namespace, tell: Tell) -> None
 
 def _form_of_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide which tensors an optimizer's state has, and where they are."""
-    sizes = {flag: arguments.get(flag[2:].replace("-", "_")) or 1 for flag in _LAYOUT}
-    if arguments.get("num_experts") is None:
+    sizes = {flag: arguments.get(flag[2:].replace("-", "_")) or 1 for flag in _SIZES}
+    has_experts = arguments.get("num_experts") is not None
+    if not has_experts:
         sizes |= dict.fromkeys(_EXPERTS, 1)
     elif arguments.get("expert_tensor_parallel_size") is None:
         sizes["--expert-tensor-parallel-size"] = sizes["--tensor-model-parallel-size"]
@@ -231,6 +234,8 @@ def _form_of_optimizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "precision": precision(arguments),
         "--decoupled-lr": arguments.get("decoupled_lr") is not None,
         **sizes,
+        "--transformer-impl": arguments.get("transformer_impl"),
+        "--moe-grouped-gemm": has_experts and bool(arguments.get("moe_grouped_gemm")),
     }
 
 

@@ -256,6 +256,27 @@ def test_a_sharded_optimizer_state_of_experts_fits_their_layout_only(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"transformer_impl": "transformer_engine"},
+            "--transformer-impl transformer_engine (was local)",
+        ),
+        ({"moe_grouped_gemm": True}, "--moe-grouped-gemm on (was off)"),
+    ],
+)
+def test_a_sharded_optimizer_state_fits_the_order_of_the_parameters_only(tmp_path, change, told):
+    """Transformer Engine has a layer's norms within its linear layers, and experts as one module."""
+    saved = {**ARGS, "use_distributed_optimizer": True, "num_experts": 4}
+    saved |= {"transformer_impl": "local", "moe_grouped_gemm": False}
+    with pytest.raises(CheckpointError) as error:
+        check_optimizer_state(Resumed(tmp_path, 6, saved), Namespace(**{**saved, **change}), print)
+    assert told in str(error.value)
+    named = {**saved, "dist_ckpt_optim_fully_reshardable": True}
+    check_optimizer_state(Resumed(tmp_path, 6, named), Namespace(**{**named, **change}), print)
+
+
 def test_a_checkpoint_without_optimizer_state_is_told(tmp_path):
     told: list[str] = []
     resumed = Resumed(tmp_path, 6, {**ARGS, "no_save_optim": True})
