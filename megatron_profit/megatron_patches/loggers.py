@@ -14,22 +14,26 @@ from typing import Any
 from checkpoint_conversion.errors import warn
 from megatron_profit.megatron_patches.callbacks import RunFailure
 from megatron_profit.megatron_patches.enduring import Enduring, Guard, reason
+from megatron_profit.megatron_patches.loop import CROSS_ENTROPY
 from megatron_profit.megatron_patches.patch import Patch, replaced
 
 # Curves that repeat others: over samples in place of steps, or under another name.
 _REPEATED = (" vs samples", "samples vs steps", "iteration-time", "throughput")
 _OF_SPEED = ("per second", "per step", "per GPU", "/gpu", "memory", "time")
 _VALIDATION = re.compile(r"(.+) validation(.*)")
+_PERPLEXITY = " validation ppl"
 
 
 def curve_of(name: str) -> str | None:
-    """Return the name of a curve in its group; None for a curve that repeats another one.
+    """Return the name of a curve in its group; None for one that repeats another one or means nothing.
 
     For example, "lm loss validation" is "validation/lm loss", and "tokens per second" is
     "speed/tokens per second".
     """
     if name.endswith(_REPEATED):
         return None
+    if name.endswith(_PERPLEXITY) and name != CROSS_ENTROPY + _PERPLEXITY:
+        return None  # Megatron has one of each metric
     if found := _VALIDATION.fullmatch(name):
         return f"validation/{found[1]}{found[2]}"
     if any(part in name for part in _OF_SPEED):

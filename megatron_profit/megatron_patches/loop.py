@@ -16,7 +16,7 @@ from megatron_profit.megatron_patches.callbacks import LoggedStep, TrainContext,
 from megatron_profit.megatron_patches.patch import Patch, replaced
 
 # The only metric of a language model whose exponential is a perplexity; the name is Megatron's.
-_CROSS_ENTROPY = "lm loss"
+CROSS_ENTROPY = "lm loss"
 
 
 def _call_before_training() -> None:
@@ -335,7 +335,7 @@ def evaluation_line(where: str, metrics: Mapping[str, float]) -> str:
     line = f" validation loss at {where} | "
     for name, value in metrics.items():
         line += f"{name} value: {value:.6E} | "
-        if name == _CROSS_ENTROPY:
+        if name == CROSS_ENTROPY:
             line += f"{name} PPL: {math.exp(min(20, value)):.6E} | "
     return line
 

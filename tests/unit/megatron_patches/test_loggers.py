@@ -129,6 +129,7 @@ def test_wandb_that_cannot_start_is_one_line(args, monkeypatch):
         ("learning-rate", "train/learning-rate"),
         ("lm loss validation", "validation/lm loss"),
         ("lm loss validation ppl", "validation/lm loss ppl"),
+        ("kept fraction validation ppl", None),
         ("supervised tokens validation", "validation/supervised tokens"),
         ("supervised tokens", "tokens/supervised tokens"),
         ("tokens per second", "speed/tokens per second"),
