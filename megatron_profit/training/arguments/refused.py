@@ -67,9 +67,14 @@ _REFUSED = {
         "a shorter --save-interval with --keep-last N does the same, and its checkpoints are found again",
     ),
     **dict.fromkeys(
-        ("ckpt_format", "auto_detect_ckpt_format"),
+        (
+            *("ckpt_format", "auto_detect_ckpt_format"),
+            *("ckpt_convert_format", "ckpt_convert_save"),
+        ),
         "checkpoints are written and read in the format torch_dist",
     ),
+    "override_ckpt_iteration": "old policy, thresholds and totals in a checkpoint belong to its own step; "
+    "--ckpt-step goes back to an earlier checkpoint",
     "enable_msc": "checkpoints are read from folders; mount the storage",
     "trust_remote_code": "code in a model folder is not run",
     "exit_signal_handler_for_training": "SIGTERM saves a checkpoint and ends the run",

@@ -194,6 +194,8 @@ def test_a_flag_that_agrees_with_the_folder_is_accepted(parse):
         (("--rotary-seq-len-interpolation-factor", "4"), 1, ("4", "None")),
         (("--num-experts", "8"), 1, ("--num-experts", "8")),
         (("--spec", "my.layers", "spec"), 1, ("--spec", "my.layers", "None")),
+        (("--override-ckpt-iteration", "5"), 1, ("--override-ckpt-iteration", "--ckpt-step")),
+        (("--ckpt-convert-format", "torch"), 1, ("--ckpt-convert-format", "torch_dist")),
         (("--moe-shared-expert-glu-interleave-size", "32"), 1, ("glu-interleave-size", "32")),
         (("--apply-layernorm-1p",), 1, ("--apply-layernorm-1p",)),
         (("--squared-relu",), 1, ("--squared-relu",)),
