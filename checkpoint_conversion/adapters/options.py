@@ -128,6 +128,15 @@ def adapter_rules(rules: Iterable[TensorRule], options: LoraOptions) -> tuple[Te
     return tuple(rule for p in projections(rules, options) for rule in (p.a, *p.b))
 
 
+def adapted_weights(rules: Iterable[TensorRule], options: LoraOptions) -> frozenset[str]:
+    """Return the names of the weights that get an adapter, of every layer; raises as `projections`.
+
+    A name alone does not tell: `mlp.experts.down_proj` of packed experts is no projection.
+    """
+    pieces = (piece for p in projections(rules, options) for piece in p.a.pieces())
+    return frozenset(weight_of(name) for piece in pieces for name in piece.hf)
+
+
 def target_of(weight: str) -> str:
     """Return the projection of a weight: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
     return weight.removesuffix(_WEIGHT).rsplit(".", 1)[-1]

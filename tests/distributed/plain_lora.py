@@ -31,7 +31,7 @@ def write_adapter(
     targets: tuple[str, ...] = TARGETS,
     rslora: bool = False,
 ) -> Path:
-    """Let PEFT write adapters of a dense model, with random A and B."""
+    """Let PEFT write adapters of linear layers, with random A and B."""
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -78,7 +78,7 @@ def adapted_model(
 ) -> PeftModel | AddedFactors:
     """A model with trainable adapters: PEFT's own, or `AddedFactors` for experts."""
     base = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype, experts_implementation="eager")
-    if "Moe" in type(base).__name__:
+    if any(".experts." in name for name in _tensors(adapter)):
         return AddedFactors(base, adapter, dtype)
     return PeftModel.from_pretrained(base, adapter, is_trainable=True).to(dtype)
 

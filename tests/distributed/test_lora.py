@@ -120,14 +120,17 @@ def compare_logits(ranks, tmp_path, hf, flags, adapter, layout):
         ("qwen2", "2 tp2 sp"),
         ("llama", "2 pp2"),
         ("qwen3-moe-mixed", "2 ep2"),
+        ("qwen3.5-moe", "2 tp2 sp"),  # of which the shared expert alone has adapters
         ("olmo2", "2 tp2 sp"),
         ("olmo2", "3 tp3"),
     ],
 )
 def test_logits_of_every_family(ranks, tmp_path, family, layout):
     hf = make_family(tmp_path, family).hf
-    write = write_expert_adapter if "moe" in family else write_adapter
-    adapter = write(hf, tmp_path / "adapter")
+    if family.startswith("qwen3-moe"):
+        adapter = write_expert_adapter(hf, tmp_path / "adapter")
+    else:
+        adapter = write_adapter(hf, tmp_path / "adapter", targets=(*TARGETS, *STATE_TARGETS))
     flags = ["--hf-model", hf, "--lora-rank", RANK, "--lora-alpha", 6, "--lora-adapter", adapter]
     compare_logits(ranks, tmp_path, hf, flags, adapter, layout)
 

@@ -8,7 +8,7 @@ holds the adapters alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from checkpoint_conversion.adapters.options import LoraOptions, target_of
+from checkpoint_conversion.adapters.options import LoraOptions, adapted_weights
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.hf.shards import Shard
 from megatron_profit.models.lora.linear import GroupedAdapters, LinearAdapters
@@ -130,16 +130,21 @@ def adapt(
         ConversionError: A tensor of the model has no place in the name table, or its rows cannot be split.
     """
     rules = tuple(rules)
+    adapted = adapted_weights(rules, options)
     for chunk in chunks:
-        _adapt_stage(chunk, rules, options, seed)
+        _adapt_stage(chunk, rules, adapted, options, seed)
 
 
 def _adapt_stage(
-    chunk: MegatronModule, rules: Sequence[TensorRule], options: LoraOptions, seed: int
+    chunk: MegatronModule,
+    rules: Sequence[TensorRule],
+    adapted: Container[str],
+    options: LoraOptions,
+    seed: int,
 ) -> None:
     made: dict[str, list[LinearAdapters]] = {}
     for weight in local_weights(chunk, rules):
-        chosen = _chosen(weight, options)
+        chosen = _chosen(weight, adapted)
         if chosen:
             one = LinearAdapters(weight, chosen, options, chunk.config.sequence_parallel, seed)
             made.setdefault(weight.module, []).append(one)
@@ -158,10 +163,9 @@ def _adapt_stage(
         chunk.embedding.register_forward_hook(_require_gradient)
 
 
-def _chosen(weight: LocalWeight, options: LoraOptions) -> list[str]:
+def _chosen(weight: LocalWeight, adapted: Container[str]) -> list[str]:
     """Return the HuggingFace weights in a weight that get an adapter, in the order of the rows."""
-    names = dict.fromkeys(run.weight for run in weight.runs)
-    return [name for name in names if target_of(name) in options.targets]
+    return list(dict.fromkeys(run.weight for run in weight.runs if run.weight in adapted))
 
 
 def _attach(linear: torch.nn.Module, adapters: torch.nn.Module, stage: StageAdapters) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from checkpoint_conversion.adapters.options import ALL_LINEAR, LoraOptions, resolved
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.families import TensorRule
+from megatron_profit.models.lora import linear
 from megatron_profit.models.lora.linear import start_of_a
 from megatron_profit.models.lora.placement import (
     LocalWeight,
@@ -18,6 +21,7 @@ from megatron_profit.models.lora.placement import (
     arrangement,
     local_weights,
 )
+from megatron_profit.models.lora.transform import adapt
 
 Q, K, V = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
 
@@ -95,3 +99,37 @@ def test_a_matrix_that_is_kept_in_another_form_is_named():
     assert [weight.key for weight in local_weights(Stage(4, 3), rules)] == ["fc.weight"]
     with pytest.raises(ConversionError, match=r"keep fc\.weight in a form that cannot have"):
         local_weights(Stage(2, 4, 3), rules)
+
+
+class Experts(torch.nn.Module):
+    """A stage with an expert of two and a shared one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.shared = (torch.nn.Linear(3, 4, bias=False) for _ in range(2))
+        self.config = SimpleNamespace(sequence_parallel=False)
+
+    def sharded_state_dict(self) -> dict[str, ShardedTensor]:
+        expert, shared = self.expert.weight.detach(), self.shared.weight.detach()
+        place, replica = ShardedTensor.from_rank_offsets, (0, 0, 0)
+        return {
+            "expert.weight": place(
+                "expert.weight", expert, (0, 1, 2), replica_id=replica, prepend_axis_num=1
+            ),
+            "shared.weight": place("shared.weight", shared, replica_id=replica),
+        }
+
+
+def test_experts_that_a_folder_holds_as_one_tensor_get_no_adapters(monkeypatch):
+    """Their tensor in Qwen3.5's models is called down_proj, as the shared expert's projection."""
+    monkeypatch.setattr(
+        linear.mpu, "get_tensor_model_parallel_group", lambda: SimpleNamespace(size=lambda: 1)
+    )
+    rules = [
+        TensorRule("expert.weight", {"mlp.experts.down_proj": (2, 4, 3)}, axes={"expert": 2}),
+        TensorRule("shared.weight", {"mlp.shared_expert.down_proj.weight": (4, 3)}),
+    ]
+    stage = Experts()
+    adapt([stage], rules, resolved(rules, LoraOptions(2, 4, (ALL_LINEAR,))), seed=1)
+    trained = [name for name, p in stage.named_parameters() if p.requires_grad]
+    assert trained == ["lora.layers.shared.down_proj_A", "lora.layers.shared.down_proj_B"]
