@@ -5,23 +5,24 @@ A run writes them next to the tensors, because a checkpoint of adapters holds no
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.adapters.options import LoraOptions
+from checkpoint_conversion.engine.raw_files import OpenFiles
 from checkpoint_conversion.errors import ConversionError, printable
-from checkpoint_conversion.hf.folder import read_json_object
+from checkpoint_conversion.hf.folder import list_tensors, read_json_object
 from checkpoint_conversion.hf.stop_tokens import RUN_FILE
+from checkpoint_conversion.torch_dist.metadata import METADATA_FILE, read_metadata
 
 # Keys of the run's record in the file.
 LORA, BASE = "lora", "base"
 _RUN = "run"
-# The number of blocks that are hashed in each file of weights, and their bytes.
-_BLOCKS, _BLOCK_BYTES = 16, 4096
+# Bytes of each tensor that are hashed.
+_BLOCK_BYTES = 4096
 _DIGEST_LENGTH = 24
 
 
@@ -87,23 +88,32 @@ def check_comparable(checkpoint: Path) -> None:
 def digest_of_weights(folder: Path) -> str:
     """Return a hash that identifies the weights of a model, also after its files were copied.
 
-    The hash takes the size of each file and some blocks that are spread over it. Two models that were trained
-    differently differ nearly everywhere, so these blocks suffice.
+    The hash takes the size of each file and a block in the middle of each tensor. A block of each is needed:
+    adapters of few projections that were merged into a model leave its other tensors as they were.
 
     Args:
         folder: A HuggingFace folder, or a Megatron checkpoint.
+
+    Raises:
+        ConversionError: It holds no weights, or they cannot be read.
     """
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.distcp")]
-    return _digest(sorted(files))
-
-
-def _digest(files: Iterable[Path]) -> str:
     digest = sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
-            for block in range(_BLOCKS):
-                content.seek(block * max(size - _BLOCK_BYTES, 0) // (_BLOCKS - 1))
-                digest.update(content.read(_BLOCK_BYTES))
-    return sha256(json.dumps(digest.hexdigest()).encode()).hexdigest()[:_DIGEST_LENGTH]
+    places = sorted(_places(folder))
+    for file in dict.fromkeys(file for file, *_ in places):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    with OpenFiles() as files:
+        for file, start, length in places:
+            block = bytearray(min(length, _BLOCK_BYTES))
+            middle = start + (length - len(block)) // 2
+            files.read(file, middle, memoryview(block), "weights")
+            digest.update(block)
+    return digest.hexdigest()[:_DIGEST_LENGTH]
+
+
+def _places(folder: Path) -> Iterator[tuple[Path, int, int]]:
+    """Yield file, first byte and number of bytes of each tensor, or of each part that was saved of one."""
+    if (folder / METADATA_FILE).exists():
+        for tensor in read_metadata(folder).tensors.values():
+            yield from (chunk.place for chunk in tensor.chunks)
+    else:
+        yield from ((t.file, t.offset, t.nbytes) for t in list_tensors(folder).values())

@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoint_conversion.adapters.saved import BASE, LORA, digest_of_weights, noted_options
 from checkpoint_conversion.engine.regular_files import open_regular
+from checkpoint_conversion.hf.folder import has_weights
 from checkpoint_conversion.model_card.base import HubId
 from checkpoint_conversion.model_card.facts import RANDOM
 from megatron_profit.data import DataOptions, DataSource, TokenizedData
@@ -165,7 +166,7 @@ def _file(file: Path) -> dict[str, Any]:
 def _first_weights(settings: RunSettings) -> dict[str, Any]:
     """Return the weights that the run starts from, where they are the ones of --hf-model and are there."""
     folder = settings.hf_model
-    if _start(settings.values) is not None or not any(folder.glob("*.safetensors")):
+    if _start(settings.values) is not None or not has_weights(folder):
         return {}
     return {BASE: _weights(folder)}
 

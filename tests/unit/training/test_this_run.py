@@ -35,9 +35,15 @@ def test_a_copy_is_the_same_and_other_weights_of_the_same_shape_are_not(tmp_path
     assert digest_of_weights(one) == digest_of_weights(copy) != digest_of_weights(other)
 
 
-def test_files_smaller_than_a_block_have_a_digest(tmp_path):
-    save_file({"w": np.zeros(3)}, tmp_path / "model.safetensors")
-    assert digest_of_weights(tmp_path) != digest_of_weights(tmp_path.parent)
+def test_every_tensor_counts_for_a_digest(tmp_path):
+    """Merged adapters of one projection change one tensor in a hundred, and no size."""
+    tensors = {f"{i}": np.full((300, 500), i, np.float32) for i in range(99)} | {"w": np.zeros(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    digests = {digest_of_weights(tmp_path)}
+    for name in ("7", "w"):
+        save_file({**tensors, name: tensors[name] + 1}, tmp_path / "model.safetensors")
+        digests.add(digest_of_weights(tmp_path))
+    assert len(digests) == 3
 
 
 def test_a_run_is_told_from_one_of_another_model_in_a_folder_of_the_same_name(tmp_path):
