@@ -115,11 +115,12 @@ def test_a_given_day_is_written_into_the_template(copy, examined_model):
     assert code == 0, lines
 
 
-def test_one_step_neither_exports_nor_uploads_nor_balances_experts(tmp_path):
+def test_one_step_neither_exports_nor_uploads_nor_balances_experts_nor_drops(tmp_path):
     """A family's default adds the balancing loss, also where no flag of experts is given."""
     words = ["--model", "m", "--data", str(DATA), "--lr", "1e-5", "--epochs", "1"]
     words += ["--seq-length", "64", "--micro-batch-size", "1", "--expert-tensor-parallel-size", "1"]
     words += [*("--export-hf", "x", "--push-to-hub", "me/x", "--push-public"), "--save", "y"]
+    words += ["--lora-rank", "2", "--lora-dropout", "0.1", "--attention-dropout", "0.1"]
     balanced = ["--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.1"]
     for name, more in (("Qwen3-0.6B", []), ("Qwen3-30B-A3B", []), ("Qwen3-30B-A3B", balanced)):
         config = published_config(name)
