@@ -91,7 +91,7 @@ def projections(rules: Iterable[TensorRule], options: LoraOptions) -> tuple[Proj
         options: The options, whose targets need not be resolved.
 
     Raises:
-        ConversionError: A target matches no projection, or the rank is above a matrix's dimensions.
+        ConversionError: A target matches no projection, or the rank is above all matrices' dimensions.
     """
     found: dict[str, list[TensorRule]] = {}
     for rule in rules:
@@ -104,12 +104,13 @@ def projections(rules: Iterable[TensorRule], options: LoraOptions) -> tuple[Proj
         for weight, of_weight in found.items()
         if target_of(weight) in chosen
     ]
-    for projection in made:
-        if options.rank > min(projection.shape):
-            raise ConversionError(
-                f"the rank {options.rank} is above the dimensions of {projection.target} "
-                f"{list(projection.shape)}; give at most {min(min(p.shape) for p in made)}"
-            )
+    # A small one may have fewer rows than the rank, as in PEFT: `in_proj_b` of Qwen3.5-0.8B has 16.
+    largest = max(made, key=lambda projection: min(projection.shape))
+    if options.rank > min(largest.shape):
+        raise ConversionError(
+            f"the rank {options.rank} is above the dimensions of {largest.target} {list(largest.shape)}, the "
+            f"largest of the targets; give at most {min(largest.shape)}"
+        )
     return tuple(made)
 
 

@@ -91,6 +91,16 @@ def test_a_merge_is_that_of_peft_bit_for_bit(make_qwen3, make_adapter, tmp_path,
         assert torch.equal(values, expected[name].to(dtype)), name
 
 
+def test_a_small_projection_may_have_fewer_rows_than_the_rank(make_adapter, tmp_path):
+    hf = make_delta_net(tmp_path / "hf", "qwen3.5")
+    targets = ["in_proj_b", "in_proj_z"]  # of 6 and 120 rows
+    own = write_merged(hf, make_adapter(hf, r=9, target_modules=targets), tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, values in own.items():
+        torch.testing.assert_close(values, expected[name], rtol=0, atol=1e-6)
+
+
 def test_peft_opens_a_folder_that_was_written_here(make_qwen3, make_adapter, tmp_path):
     hf = make_qwen3()
     config = read_hf_config(hf)
@@ -263,7 +273,7 @@ def test_targets_and_ranks_that_do_not_fit_are_named(qwen3):
     with pytest.raises(ConversionError, match="'qkv_proj' is no projection of this model"):
         projections(rules, LoraOptions(4, 8, ("q_proj", "qkv_proj")))
     with pytest.raises(ConversionError, match=r"the rank 65 is above the dimensions of q_proj"):
-        projections(rules, LoraOptions(65, 8, ("q_proj",)))
+        projections(rules, LoraOptions(65, 8, ("k_proj", "q_proj")))
     with pytest.raises(ConversionError, match="at least 1"):
         LoraOptions(0, 8, ("q_proj",))
 

@@ -66,7 +66,7 @@ REFUSED = {
     "--lora-adapter x": "--lora-adapter is for adapters",
     "--export-adapter x": "--export-adapter is for adapters",
     "--lora-rank 0": "--lora-rank 0: the rank of adapters is 0; it must be at least 1",
-    "--lora-rank 65": "the rank 65 is above the dimensions of q_proj [256, 64]; give at most 64",
+    "--lora-rank 65": "above the dimensions of q_proj [256, 64], the largest of the targets; give at most 64",
     "--lora-rank 4 --lora-targets q_proj w_proj": "the target 'w_proj' is no projection of this model",
     "--lora-rank 4 --lora-dropout 1": "the dropout of adapters is 1.0",
     "--lora-rank 4 --lora-alpha nan": "the alpha of adapters is nan",
