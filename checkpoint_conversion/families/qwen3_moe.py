@@ -57,12 +57,8 @@ class Experts:
 
 
 def _reader(config: Config) -> ConfigReader:
-    defaults = {
-        "head_dim": 128,
-        "rms_norm_eps": 1e-6,
-        "decoder_sparse_step": 1,
-        "router_aux_loss_coef": 0.001,
-    }
+    # Without a head_dim, the hidden size is shared out among the heads, other than in Qwen3.
+    defaults = {"rms_norm_eps": 1e-6, "decoder_sparse_step": 1, "router_aux_loss_coef": 0.001}
     return ConfigReader(config, "Qwen3-MoE", {"attention_bias": False}, defaults)
 
 

@@ -282,6 +282,14 @@ def test_an_export_says_a_value_wherever_a_reader_looks_for_it(config, added):
     assert for_every_reader(config) == config | added
 
 
+def test_a_head_that_has_no_size_has_transformers_default():
+    sizes = {}
+    for config in (CONFIG, MOE, LLAMA):
+        config = {key: value for key, value in config.items() if key != "head_dim"}
+        sizes[config["model_type"]] = family_for(config).megatron_arguments(config)["kv_channels"]
+    assert sizes == {"qwen3": 128, "qwen3_moe": 64, "llama": 64}
+
+
 def test_layers_with_and_without_experts():
     config = {**MOE, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
     arguments = family_for(config).megatron_arguments(config)
