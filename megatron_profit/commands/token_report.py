@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, TypedDict
 from checkpoint_conversion.cli import FlagHelp, wants_color
 from checkpoint_conversion.engine.output import problem_of_place, whole_file
 from checkpoint_conversion.errors import ConversionError, escaped
+from checkpoint_conversion.families.config import text_config
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.megatron_to_hf import megatron_to_hf
 from megatron_profit.data import (
@@ -42,11 +43,14 @@ from megatron_profit.data import (
 )
 from megatron_profit.data.chat.conversations import is_read
 from megatron_profit.data.flags import add_rendering_flags
+from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.objectives import Objective, build_objective, objective_options
 from megatron_profit.objectives.thresholds import ThresholdObjective
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megatron_profit.token_report import TokenRecord
 
 OBJECTIVES = (
@@ -179,6 +183,36 @@ def rendered_examples(
     return found
 
 
+def check_entries(model: str, tokens: int) -> None:
+    """Refuse a model with fewer entries than tokens; raises `DataError`."""
+    entries = text_config(read_hf_config(model)).get("vocab_size")
+    if isinstance(entries, int):
+        check_vocabulary(Path(model), tokens, entries)
+
+
+def check_reference(
+    reference: str,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[tuple[str, RenderedConversation]],
+) -> None:
+    """Refuse a reference to which an id of the records is another token, so that its numbers mean nothing.
+
+    Raises:
+        ReportError: Names the id and both tokens.
+        DataError: The reference has too few entries, or its tokenizer cannot be loaded.
+    """
+    if (Path(reference) / "tokenizer.json").is_file():
+        ids = sorted({int(i) for _, record in records for i in record.ids})
+        theirs = load_tokenizer(Path(reference)).convert_ids_to_tokens(ids)
+        for i, own, other in zip(ids, tokenizer.convert_ids_to_tokens(ids), theirs, strict=True):
+            if own != other:
+                raise ReportError(
+                    f"--ref-model {reference}: its token {i} is {other!r}, and the model's is {own!r}; name "
+                    "a reference with the model's tokenizer"
+                )
+    check_entries(reference, len(tokenizer))
+
+
 def left_out(what: str) -> None:
     """Print that a record or turn was left out."""
     print(f"left out {escaped(what)}", file=sys.stderr)
@@ -299,8 +333,9 @@ def make_report(arguments: argparse.Namespace) -> None:
     objectives = dict(map(parse_objective, arguments.objective or OBJECTIVES))
     positions = parse_records(arguments.records)
     folder = arguments.hf_template or arguments.model
-    read_hf_config(folder)
+    read_hf_config(folder)  # a better message than the tokenizer's, where it is no model
     tokenizer = load_tokenizer(Path(folder))
+    check_entries(folder, len(tokenizer))
     sources = read_sources(
         arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info
     )
@@ -312,6 +347,8 @@ def make_report(arguments: argparse.Namespace) -> None:
         arguments.allow_special_tokens or (),
     )
     records = chosen_records(sources, positions, renderer, arguments.max_tokens)
+    if arguments.ref_model:
+        check_reference(arguments.ref_model, tokenizer, records)
     source = (
         megatron_as_hf(arguments.megatron, arguments.hf_template)
         if arguments.megatron

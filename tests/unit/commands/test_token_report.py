@@ -131,6 +131,22 @@ def test_a_folder_without_a_model(folders, tmp_path, capsys):
     assert "config.json: missing" in capsys.readouterr().err
 
 
+def test_models_that_do_not_know_the_tokens(folders, tmp_path, capsys):
+    other, data = tmp_path / "other", tmp_path / "other.txt"
+    data.write_text("threes and trees " * 9)
+    make_tiny_model(["--out", str(other), "--data", str(data)])
+    flags = ("--model", folders / "hf", "--terminal", "--ref-model", other)
+    assert run(folders, *flags) == 1
+    assert "name a reference with the model's tokenizer" in capsys.readouterr().err
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    assert run(folders, "--model", other, "--terminal") == 1
+    assert "but the model has only 200 (vocab_size" in capsys.readouterr().err
+    (other / "tokenizer.json").unlink()
+    assert run(folders, *flags) == 1
+    assert f"{other}: the tokenizer has" in capsys.readouterr().err
+
+
 def test_columns_and_the_choice_of_turns_are_those_of_training(folders, tmp_path):
     data = tmp_path / "qa.jsonl"
     data.write_text(json.dumps({"question": "One and two?", "answer": "Three."}) + "\n")
