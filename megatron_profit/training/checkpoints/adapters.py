@@ -17,6 +17,7 @@ from checkpoint_conversion.errors import ConversionError, printable
 from checkpoint_conversion.families import TensorRule
 from checkpoint_conversion.hf.model import HFModel
 from checkpoint_conversion.hf.shards import Rules, read_shard
+from megatron_profit.flags import flag_of
 from megatron_profit.models.lora.transform import adapt, adapter_shards
 from megatron_profit.training.checkpoints.hf_weights import Hook, load, load_checkpoint_into
 from megatron_profit.training.process.console import fail, print_rank_0
@@ -62,8 +63,7 @@ def adapter_hook(plan: LoraFiles, args: Namespace) -> Hook:
         try:
             _load_base(plan.base, chunks)
             adapt(chunks, plan.rules, plan.options, args.seed)
-            if args.use_distributed_optimizer:
-                _check_each_rank_trains(chunks)
+            _check_each_rank_trains(chunks, args)
             if plan.start is not None:
                 load_adapters(plan.start, chunks)
         except ConversionError as error:
@@ -74,20 +74,29 @@ def adapter_hook(plan: LoraFiles, args: Namespace) -> Hook:
     return hook
 
 
-def _check_each_rank_trains(chunks: Sequence[MegatronModule]) -> None:
-    """Refuse a rank without adapters for one of Megatron's two optimizers. A collective.
+def _check_each_rank_trains(chunks: Sequence[MegatronModule], args: Namespace) -> None:
+    """Refuse a rank without adapters, or without adapters for one of Megatron's two optimizers. A collective.
 
-    Experts that have process groups of their own have an optimizer of their own, too.
+    Experts that have process groups of their own have an optimizer of their own, too. Megatron loads no
+    checkpoint into a rank without parameters to train.
     """
     trained = (p for chunk in chunks for p in chunk.parameters() if p.requires_grad)
     own = {getattr(parameter, "allreduce", True) for parameter in trained}
     of_all: list[set[bool]] = [set()] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(of_all, own)
-    if missing := set().union(*of_all) - own:
-        where = "" if not own else " outside of experts" if True in missing else " of experts"
+    missing = set().union(*of_all) - own
+    used = [name for name in ("save", "load", "use_distributed_optimizer") if getattr(args, name)]
+    if missing and not own and used:
         raise ConversionError(
-            f"a pipeline rank has no layer with adapters{where}, and the distributed optimizer cannot save a "
-            "rank that trains none; give each rank such a layer, or drop --use-distributed-optimizer"
+            "a pipeline rank has no layer with adapters, and Megatron cannot resume a rank that trains none; "
+            "give each rank such a layer with more --lora-targets or fewer pipeline ranks, or drop "
+            f"{' and '.join(map(flag_of, used))}"
+        )
+    if missing and own and args.use_distributed_optimizer:
+        where = "outside of experts" if True in missing else "of experts"
+        raise ConversionError(
+            f"a pipeline rank has no layer with adapters {where}, and the distributed optimizer cannot save "
+            "a rank that trains none; give each rank such a layer, or drop --use-distributed-optimizer"
         )
 
 

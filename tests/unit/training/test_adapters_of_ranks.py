@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -24,15 +26,17 @@ def stage(*kinds: bool) -> torch.nn.Module:
 
 @pytest.fixture
 def check(monkeypatch):
-    """Check the first of several ranks, each given by its kinds of factors."""
+    """Check the first of several ranks, each given by its kinds of factors, in a run with some flags."""
 
-    def run(*ranks: tuple[bool, ...]) -> None:
+    def run(*ranks: tuple[bool, ...], **flags: object) -> None:
         def gather(of_all, own):
             of_all[:] = [own, *map(set, ranks[1:])]
 
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(ranks))
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-        _check_each_rank_trains([stage(*ranks[0]), stage()])
+        unset = {"save": None, "load": None, "use_distributed_optimizer": False}
+        args = SimpleNamespace(**{**unset, **flags})
+        _check_each_rank_trains([stage(*ranks[0]), stage()], args)
 
     return run
 
@@ -48,9 +52,18 @@ def check(monkeypatch):
 )
 def test_a_rank_that_an_optimizer_has_none_of_is_refused(check, ranks, message):
     with pytest.raises(ConversionError, match=f"{message}.* drop --use-distributed-optimizer"):
-        check(*ranks)
+        check(*ranks, use_distributed_optimizer=True)
+
+
+@pytest.mark.parametrize("flags", [{"save": "s"}, {"load": "s"}, {"save": "s", "load": "s"}])
+def test_a_rank_that_could_not_be_resumed_is_refused(check, flags):
+    dropped = " and ".join(f"--{name}" for name in flags)
+    with pytest.raises(ConversionError, match=f"cannot resume a rank .* drop {dropped}$"):
+        check((), (DENSE,), **flags)
+    check((), (DENSE,))
+    check((DENSE,), (DENSE, EXPERT), **flags)
 
 
 def test_ranks_that_train_the_same_kinds_are_right(check):
-    check((DENSE,), (DENSE, DENSE))
-    check((DENSE, EXPERT), (EXPERT, DENSE))
+    check((DENSE,), (DENSE, DENSE), use_distributed_optimizer=True)
+    check((DENSE, EXPERT), (EXPERT, DENSE), use_distributed_optimizer=True)
