@@ -193,6 +193,8 @@ def test_a_new_run_from_adapters_of_another_base_is_refused(sft, resumed, tied_m
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     ranks, *flags = resumed.flags("1 mb8")
+    first = flags.index("--lora-adapter")
+    del flags[first : first + 2]
     start = ("--load", resumed.save, "--finetune")
     moved = sft(ranks, *flags, *start, "--hf-model", other, check=False)
     assert moved.returncode

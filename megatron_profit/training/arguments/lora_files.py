@@ -48,10 +48,7 @@ def open_lora(
         ArgumentsError: A folder holds something else than its flag says.
         ConversionError: A folder cannot be used.
     """
-    start, output = None, None
-    if values["lora_adapter"] is not None:
-        start = open_peft_folder(values["lora_adapter"], config)
-        _check_start(start, options)
+    output = None
     if values["export_adapter"] is not None:
         if values["export_hf"] is not None:
             check_apart(Path(values["export_adapter"]), Path(values["export_hf"]))
@@ -62,6 +59,7 @@ def open_lora(
         )
         licence_of(Path(values["hf_model"])).texts()  # copied after the last step
     rules = family_for(config).tensor_rules(config)
+    start = _open_start(values, options, config)
     files = LoraFiles(options, rules, _open_base(values), start, output)
     if output is not None and isinstance(files.base, Path):
         _check_named_base(files.base, output.base, config)
@@ -86,9 +84,22 @@ def check_whole_weights(values: Mapping[str, Any]) -> None:
             )
 
 
-def _check_start(start: PeftFolder, options: LoraOptions) -> None:
-    """Refuse flags that would make other adapters than the folder holds."""
-    _check_same(f"--lora-adapter {start.weights.folder}", start.options, options)
+def _open_start(
+    values: Mapping[str, Any], options: LoraOptions, config: Config
+) -> PeftFolder | None:
+    """Return the PEFT folder that a new run starts from, if any; a run that resumes does not read it."""
+    folder, load = values["lora_adapter"], values["load"]
+    if folder is None:
+        return None
+    if holds_checkpoint(load):
+        if values["finetune"]:
+            raise ArgumentsError(
+                f"--lora-adapter {folder} and --load {load} with --finetune are two starts; drop one of them"
+            )
+        return None
+    start = open_peft_folder(folder, config)
+    _check_same(f"--lora-adapter {folder}", start.options, options)
+    return start
 
 
 def _check_same(place: str, there: LoraOptions, options: LoraOptions) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_arguments import CONFIG
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from checkpoint_conversion.adapters.saved import digest_of_weights
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.flags import ArgumentsError
@@ -156,6 +157,23 @@ def test_an_adapter_names_the_model_of_its_frozen_weights(parse, tmp_path):
     (hf / "model.safetensors").unlink()
     with pytest.raises(ArgumentsError, match=r"cannot be compared .* leave --export-adapter out"):
         parse(flags)
+
+
+def test_a_run_has_one_start(parse, tmp_path):
+    """A resume does not read --lora-adapter again; with --finetune, --load would take its place unsaid."""
+    hf, save = tmp_path / "hf", tmp_path / "save" / "iter_0000007"
+    Qwen3ForCausalLM(Qwen3Config(**CONFIG)).save_pretrained(hf)
+    save.mkdir(parents=True)
+    (save.parent / "latest_checkpointed_iteration.txt").write_text("7")
+    notes = {"rank": 4, "alpha": 8, "targets": ["q_proj"]}
+    base = {"path": str(hf), "digest": digest_of_weights(hf)}
+    (save / "megatron_profit.json").write_text(json.dumps({"run": {"lora": notes, "base": base}}))
+    flags = (
+        f"--lora-rank 4 --lora-targets q_proj --load {save.parent} --lora-adapter {tmp_path}/gone"
+    )
+    assert parse(flags)[1].lora.start is None
+    with pytest.raises(ArgumentsError, match="with --finetune are two starts; drop one"):
+        parse(f"{flags} --finetune")
 
 
 def test_a_licence_that_cannot_be_copied_is_named_before_the_training(parse, tmp_path):
