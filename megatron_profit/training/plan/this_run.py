@@ -142,11 +142,11 @@ def _home(folder: Path) -> Path:
 
 
 def _start(values: Mapping[str, Any]) -> str | None:
-    if values["pretrained_checkpoint"]:
-        return f"checkpoint {Path(values['pretrained_checkpoint']).resolve().name}"
-    if values["finetune"] and values["load"]:
-        return f"checkpoint {Path(values['load']).resolve().name}"
-    return RANDOM if values["random_init"] else None
+    checkpoint = values["pretrained_checkpoint"] or (values["finetune"] and values["load"])
+    if values["random_init"] and not checkpoint:
+        return RANDOM
+    named = (("checkpoint", checkpoint), ("adapters", values["lora_adapter"]))
+    return ", ".join(f"{kind} {Path(at).resolve().name}" for kind, at in named if at) or None
 
 
 def _file(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from megatron_profit.evaluation.after_training import EvalTasks
@@ -16,9 +17,13 @@ from megatron_profit.training.checkpoints.keep_options import KeepOptions
 from megatron_profit.training.checkpoints.run_record import RunRecord
 from megatron_profit.training.plan.this_run import (
     _first_weights,
+    _start,
     digest_of_weights,
     evaluation_of_tasks,
 )
+
+# Flags that name the first weights.
+UNSET = dict.fromkeys(("pretrained_checkpoint", "finetune", "load", "random_init", "lora_adapter"))
 
 
 def weights(folder: Path, seed: int) -> Path:
@@ -53,8 +58,7 @@ def test_a_run_is_told_from_one_of_another_model_in_a_folder_of_the_same_name(tm
     one, other = (weights(tmp_path / name / "hf", seed) for seed, name in enumerate("ab"))
 
     def record(folder: Path, **more: Any) -> RunRecord:
-        values = dict.fromkeys(("pretrained_checkpoint", "finetune", "load", "random_init"))
-        return RunRecord(**_first_weights(SimpleNamespace(hf_model=folder, values=values | more)))
+        return RunRecord(**_first_weights(SimpleNamespace(hf_model=folder, values=UNSET | more)))
 
     (difference,) = record(other).differences(record(one))
     assert (difference.part, difference.setting) == ("base", "digest")
@@ -62,6 +66,22 @@ def test_a_run_is_told_from_one_of_another_model_in_a_folder_of_the_same_name(tm
     assert not record(copy).differences(record(one))
     for unknown in (record(tmp_path / "empty"), record(other, random_init=True)):
         assert not unknown.differences(record(one)), "its weights are not there, or not used"
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        ({}, None),
+        ({"random_init": True}, "random weights"),
+        ({"load": "a/run"}, None),
+        ({"load": "a/run", "finetune": True}, "checkpoint run"),
+        ({"lora_adapter": "a/lora"}, "adapters lora"),
+        ({"lora_adapter": "a/lora", "random_init": True}, "random weights"),
+        ({"lora_adapter": "lora", "pretrained_checkpoint": "b"}, "checkpoint b, adapters lora"),
+    ],
+)
+def test_a_run_tells_its_first_weights(flags, start):
+    assert _start(UNSET | flags) == start
 
 
 def settings_of(keep_best: str, limit: int = 50, flags: str = "") -> SimpleNamespace:
