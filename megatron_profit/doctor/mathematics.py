@@ -67,7 +67,7 @@ _LEFT_OUT = (
     *("ref_", "exit_"),
     *("push_", "moe_aux_loss", "moe_router_load_balancing", "moe_z_loss"),
     # Of batches that change, the first one may be smaller than a step.
-    *("global_batch_size", "rampup_batch_size", "step_batch_size_schedule"),
+    *("global_batch_size", "step_batch_size_schedule"),
     *("lora_dropout", "attention_dropout", "hidden_dropout"),  # random, in Megatron's step alone
 )
 # Rotary bases of published models.

@@ -139,13 +139,12 @@ def test_one_step_neither_exports_nor_uploads_nor_balances_experts_nor_drops(tmp
     "more",
     [
         "--step-batch-size-schedule 0:8,1000:24 --epochs 1",
-        "--rampup-batch-size 2 2 100 --global-batch-size 8 --epochs 1",
         "--train-samples 800 --lr-decay-samples 800 --lr-warmup-samples 80",
         "--lr-decay-style WSD --lr-wsd-decay-iters 10 --train-iters 100",
     ],
 )
 def test_one_step_has_all_rows_of_a_step_and_no_schedule(tmp_path, more):
-    """The first batch of --rampup-batch-size is smaller, and schedules in samples need --train-samples."""
+    """The first batch of a schedule is smaller, and schedules in samples need --train-samples."""
     config = published_config("Qwen3-0.6B")
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = ["--model", "m", "--data", str(DATA), "--lr", "1e-5", "--seq-length", "64"]
@@ -155,7 +154,7 @@ def test_one_step_has_all_rows_of_a_step_and_no_schedule(tmp_path, more):
     check_command_line(step, 1, "cpu", config)
     text = " ".join(step)
     assert text.count("--global-batch-size 8") == 1
-    assert not re.findall(r"--(lr-\S+|step-batch\S+|rampup\S+|train-samples)", text)
+    assert not re.findall(r"--(lr-\S+|step-batch\S+|train-samples)", text)
 
 
 @pytest.mark.parametrize(
