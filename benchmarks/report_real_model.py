@@ -12,7 +12,7 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,15 @@ def blocks(
     study: Mapping[str, Any], outcomes: Sequence[Outcome], core: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the parts of the page that follow from the results, by name."""
-    outcomes = of_trained_data(outcomes)
+    taken = time_taken(outcomes)
+    outcomes = in_tables(outcomes)
     found = {
         "state": state(study),
         "scores": per_data(outcomes, scores),
         "differences": "",
         "trainings": "No training is finished.\n",
         "core": core_table(core),
-        "time": time_taken(outcomes),
+        "time": taken,
     }
     if any(outcome.run is not None for outcome in outcomes):
         found["scores"] += SCORES_FIGURE
@@ -111,22 +112,35 @@ def blocks(
     return found
 
 
-def of_trained_data(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes on data sets that a model has been trained on; all before the first training."""
-    trained = {outcome.data for outcome in outcomes if outcome.run is not None}
-    return [outcome for outcome in outcomes if outcome.data in trained] or list(outcomes)
+def in_tables(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes with the names of their tables as their data; all before the first training.
+
+    A table has the trainings on one data set with one seed: differences between single models are paired by
+    question. The base stands in each one, with its answers to what the table's models were asked.
+    """
+    tables: dict[str, list[Outcome]] = {}
+    seeds: dict[str, int] = {}
+    for outcome in outcomes:
+        if (run := outcome.run) is None:
+            continue
+        is_first = run.seed == seeds.setdefault(run.data, run.seed)
+        name = run.data if is_first else f"{run.data}, seed {run.seed}"
+        tables.setdefault(name, []).append(replace(outcome, data=name))
+    bases = {outcome.data: outcome for outcome in outcomes if outcome.run is None}
+    found = []
+    for name, trained in tables.items():
+        asked = {task for outcome in trained for task in outcome.scores}
+        assert trained[0].run is not None
+        base = bases[trained[0].run.data]
+        kept = {task: score for task, score in base.scores.items() if task in asked}
+        found += [replace(base, data=name, scores=kept), *trained]
+    return found or list(outcomes)
 
 
 def readme_blocks(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Return the part of README that follows from the results: the first data set's scores that all have."""
-    first = [o for o in outcomes if o.data == outcomes[0].data]
-    common = set.intersection(*(set(o.scores) for o in first))
-    return {"scores": scores([replace(o, scores=only(o.scores, common)) for o in first])}
-
-
-def only(scores: Mapping[str, float], tasks: Set[str]) -> dict[str, float]:
-    """Return the scores of these tasks, in the order that they have."""
-    return {task: score for task, score in scores.items() if task in tasks}
+    """Return the part of README that follows from the results: the scores of the first table."""
+    outcomes = in_tables(outcomes)
+    return {"scores": scores([o for o in outcomes if o.data == outcomes[0].data])}
 
 
 def state(study: Mapping[str, Any]) -> str:
@@ -150,7 +164,7 @@ def differences(outcomes: Sequence[Outcome]) -> str:
 
 
 def per_data(outcomes: Sequence[Outcome], make: Any) -> str:
-    """Return a table for each data set, with its name where there are several; empty ones are left out."""
+    """Return a table for each name of data, with the name where there are several; no empty one."""
     names = list(dict.fromkeys(outcome.data for outcome in outcomes))
     tables = {data: make([o for o in outcomes if o.data == data]) for data in names}
     titles = {data: f"Trained on {data}:\n\n" if len(names) > 1 else "" for data in names}
@@ -296,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with whole_file(page) as stream:
             stream.write(text.encode())
     if any(outcome.run is not None for outcome in outcomes):
-        first = next(o.data for o in outcomes if o.run is not None)
-        draw_comparison([o for o in outcomes if o.data == first], IMAGES / "real_model.png")
+        tables = in_tables(outcomes)
+        draw_comparison([o for o in tables if o.data == tables[0].data], IMAGES / "real_model.png")
         draw_curves(outcomes, IMAGES / "real_model_curves.png")
     core_tokens.draw(core, IMAGES / "core_tokens.png")
     print("wrote " + " and ".join(str(page.relative_to(REPOSITORY)) for page in parts))

@@ -125,18 +125,24 @@ def test_blocks_hold_scores_differences_trainings_and_times(outcomes):
     assert "within 3.0 hours" in found["time"]
 
 
-def test_the_table_of_the_first_page_has_the_tasks_that_all_were_asked(outcomes):
-    base, sft, dft = outcomes
-    more = replace(sft, scores={**sft.scores, "SVAMP": 0.5}, right={**sft.right, "SVAMP": [1.0]})
-    header, _, *rows = readme_blocks([base, more, dft])["scores"].splitlines()
-    assert header == "| model | MAWPS (2) |"
+def test_a_seed_that_was_asked_more_has_a_table_of_its_own(outcomes):
+    base, second = (
+        replace(o, scores={**o.scores, "SVAMP": 0.5}, right={**o.right, "SVAMP": [1.0]})
+        for o in outcomes[:2]
+    )
+    all_of_them = [base, *outcomes[1:], replace(second, run=replace(second.run, seed=2))]
+    header, _, *rows = readme_blocks(all_of_them)["scores"].splitlines()
+    assert header == "| model | MAWPS (2) |", "the others were not asked SVAMP"
     assert len(rows) == 3
+    tables = report.in_tables(all_of_them)
+    assert [o.data for o in tables] == ["gsm8k"] * 3 + ["gsm8k, seed 2"] * 2
+    assert list(tables[3].scores) == ["MAWPS", "SVAMP"]
 
 
 def test_data_that_no_model_was_trained_on_yet_have_no_table(outcomes):
     later = Outcome(None, "later", {"MAWPS": 0.5}, {}, {"MAWPS": [1.0, 0.0]})
-    assert report.of_trained_data([*outcomes, later]) == outcomes
-    assert report.of_trained_data([later]) == [later]
+    assert report.in_tables([*outcomes, later]) == outcomes
+    assert report.in_tables([later]) == [later]
 
 
 def test_the_base_alone_has_no_differences(outcomes):
