@@ -17,13 +17,12 @@ from pathlib import Path
 
 from checkpoint_conversion.cli import FlagHelp
 from checkpoint_conversion.errors import ConversionError, printable
-from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from megatron_profit.estimates.layouts import NoLayoutError, choose
 from megatron_profit.estimates.parameter_counts import saved_parameters
 from megatron_profit.estimates.possible_layouts import Cluster
 from megatron_profit.estimates.published import PUBLISHED, published_config
-from megatron_profit.estimates.run_shape import ShapeError
+from megatron_profit.estimates.run_shape import ShapeError, model_arguments
 from megatron_profit.estimates.saving import checkpoint_bytes, describe_save
 from megatron_profit.flags import flag_of
 from megatron_profit.launch.plan_layout import (
@@ -86,7 +85,7 @@ def _print(options: argparse.Namespace, given: dict[str, Given]) -> int:
         if options.model is not None
         else read_hf_config(Path(options.hf_model))
     )
-    model = family_for(config).megatron_arguments(config)
+    model = model_arguments(config)
     rows = given["global_batch_size"].value if "global_batch_size" in given else _ROWS
     limit = model["max_position_embeddings"]
     positions = given["seq_length"].value if "seq_length" in given else min(_POSITIONS, limit)

@@ -7,10 +7,11 @@ or a published model with a layout.
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 
 from megatron_profit.estimates.published import published_config
-from megatron_profit.estimates.run_shape import RunShape, ShapeError
+from megatron_profit.estimates.run_shape import RunShape, ShapeError, model_arguments
 
 # Flags that the parser needs and that have no meaning for an estimate.
 _UNIMPORTANT = {"--data": "none.jsonl", "--lr": "1e-5", "--train-iters": "1", "--objective": "sft"}
@@ -47,4 +48,6 @@ def read_run(argv: Sequence[str], gpus: int, model: str | None = None) -> RunSha
     if model is not None:
         argv += ["--hf-model", model]
         config = published_config(model)
-    return RunShape(derive(argv, "cuda", gpus, config).namespace, gpus)
+    settings = derive(argv, "cuda", gpus, config)
+    arguments = {**model_arguments(settings.config), **vars(settings.namespace)}
+    return RunShape(Namespace(**arguments), gpus)

@@ -232,7 +232,12 @@ def _dropped_inputs(run: RunShape, kind: LayerKind, mlp_input: int, inner: int) 
         return 0
     stream = run.tokens * args.hidden_size // run.sequence_split
     if kind.state:
-        inputs = dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), stream)
+        names = (
+            ("in_proj_qkvz", "in_proj_ba")
+            if run.is_qwen3_next
+            else ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        )
+        inputs = dict.fromkeys(names, stream)
         inputs["out_proj"] = run.tokens * run.state_values // run.tp
     else:
         inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), stream)

@@ -84,8 +84,12 @@ def adapter_parameters(run: RunShape, kind: LayerKind) -> Parameters:
     if kind.state:
         keys, values = run.state_keys // run.tp, run.state_values // run.tp
         heads = args.linear_num_value_heads // run.tp
-        dense = size(in_proj_qkv=2 * keys + values, in_proj_z=values, in_proj_b=heads)
-        dense += size(in_proj_a=heads, out_proj=values)
+        if run.is_qwen3_next:
+            inputs = size(in_proj_qkvz=2 * keys + 2 * values, in_proj_ba=2 * heads)
+        else:
+            inputs = size(in_proj_qkv=2 * keys + values, in_proj_z=values)
+            inputs += size(in_proj_b=heads, in_proj_a=heads)
+        dense = inputs + size(out_proj=values)
 
     def mlp(inner: int) -> int:
         return size(gate_proj=inner, up_proj=inner, down_proj=inner)
@@ -94,8 +98,9 @@ def adapter_parameters(run: RunShape, kind: LayerKind) -> Parameters:
         return Parameters(dense + mlp(args.ffn_hidden_size // run.tp))
     experts = args.num_experts // run.ep * mlp(args.moe_ffn_hidden_size // run.etp)
     if args.moe_shared_expert_intermediate_size:
-        # The families with a shared expert hold the routed ones as one tensor, which gets no adapters.
-        return Parameters(dense + mlp(args.moe_shared_expert_intermediate_size // run.tp))
+        dense += mlp(args.moe_shared_expert_intermediate_size // run.tp)
+        if not run.is_qwen3_next:  # the routed experts are one tensor, which gets no adapters
+            experts = 0
     return Parameters(dense, experts)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from checkpoint_conversion.families import Config, family_for
 from checkpoint_conversion.families.olmo2 import LAYER_SPEC
 from megatron_profit.flags import flag_of
 
@@ -19,6 +20,10 @@ UNKNOWN = (
     *("decoder_last_pipeline_num_layers", "fp8", "fp4", "optimizer_cpu_offload"),
     *("cpu_offloading", "fine_grained_activation_offloading"),
 )
+
+
+# An argument besides Megatron's: whether the model is Qwen3-Next.
+_IS_NEXT = "is_qwen3_next"
 
 
 class ShapeError(ValueError):
@@ -35,6 +40,16 @@ class LayerKind(NamedTuple):
 
     experts: bool = False
     state: bool = False
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """Return Megatron's arguments of a model, and the one that the estimates need besides.
+
+    Args:
+        config: The content of config.json.
+    """
+    family = family_for(config)
+    return {**family.megatron_arguments(config), _IS_NEXT: family.model_type == "qwen3_next"}
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,14 @@ class RunShape:
         """
         can = self.fused and self.state_kernels and self.bytes_per_number == 2
         return can and not self.args.deterministic_mode
+
+    @property
+    def is_qwen3_next(self) -> bool:
+        """Whether a Gated DeltaNet has two input projections, and each expert tensors of its own.
+
+        In Qwen3.5 it has four of them, and the experts of a layer are one tensor, which gets no adapters.
+        """
+        return getattr(self.args, _IS_NEXT, False)
 
     @property
     def normalizes_projections(self) -> bool:

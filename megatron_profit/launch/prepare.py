@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.model_card.base import HubId
 from megatron_profit.data.options import DataOptions, check_first_records
+from megatron_profit.estimates.run_shape import model_arguments
 from megatron_profit.estimates.saving import describe_save
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.launch import hub
@@ -125,7 +125,7 @@ def prepare(request: Request) -> Launch:
     _check_objective(request)
     folder = hub.find_model(request.model, weights=not request.front.dry_run)
     config = read_hf_config(folder)
-    architecture = family_for(config).megatron_arguments(config)
+    architecture = model_arguments(config)
     model = Model(folder, architecture, parameters_of(architecture))
     data = _find_data(request)
     settings = _data_settings(request, data, model.positions)

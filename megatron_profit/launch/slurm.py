@@ -21,11 +21,10 @@ from pathlib import Path
 
 from checkpoint_conversion.engine.output import write_file
 from checkpoint_conversion.errors import ConversionError, printable
-from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.folder import read_hf_config
 from checkpoint_conversion.progress import duration
 from megatron_profit.estimates.published import PUBLISHED, published_config
-from megatron_profit.estimates.run_shape import ShapeError
+from megatron_profit.estimates.run_shape import ShapeError, model_arguments
 from megatron_profit.estimates.saving import seconds_to_end
 from megatron_profit.flags import flag_of
 from megatron_profit.launch.hub import is_hub_name
@@ -326,7 +325,7 @@ def _checkpoint_bytes(request: Request) -> int:
             config = published_config(name)
         else:
             return 0
-        return checkpoint_of(request, family_for(config).megatron_arguments(config))
+        return checkpoint_of(request, model_arguments(config))
     except (ConversionError, ShapeError):  # the job itself will say so
         return 0
 

@@ -11,6 +11,7 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.model import expected_shapes
 from megatron_profit.estimates.layouts import Cluster, Layout, Wish, choose, layouts, run_shape
 from megatron_profit.estimates.parameter_counts import stage_parameters, trained_parameters
+from megatron_profit.estimates.run_shape import model_arguments
 from megatron_profit.estimates.state_activations import kept_bytes, norm_bytes
 
 SIZES = {
@@ -45,12 +46,12 @@ EXPERTS = {
     "router_aux_loss_coef": 0.001,
     **SIZES,
 }
-CONFIGS = {"dense": DENSE, "experts": EXPERTS}
+NEXT = {**EXPERTS, "architectures": ["Qwen3NextForCausalLM"]}
+CONFIGS = {"dense": DENSE, "experts": EXPERTS, "next": NEXT}
 
 
 def wish(name: str, **decided: object) -> Wish:
-    model = family_for(CONFIGS[name]).megatron_arguments(CONFIGS[name])
-    return Wish(model, 8192, rows=4, decided=decided)
+    return Wish(model_arguments(CONFIGS[name]), 8192, rows=4, decided=decided)
 
 
 def elements(rules) -> int:
@@ -67,6 +68,8 @@ def test_parameters_are_those_of_the_name_table(name):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("targets", ["all-linear", "in_proj_qkv out_proj q_proj up_proj"])
 def test_adapters_are_those_of_the_name_table(name, targets):
+    if name == "next":
+        targets = targets.replace("in_proj_qkv", "in_proj_qkvz")
     config, chosen = CONFIGS[name], tuple(targets.split())
     rules = adapter_rules(family_for(config).tensor_rules(config), LoraOptions(16, 32, chosen))
     run = run_shape(wish(name, lora_rank=16, lora_targets=chosen), Layout(), 1)
