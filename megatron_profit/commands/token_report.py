@@ -59,6 +59,8 @@ OBJECTIVES = (
     "entropy",
 )
 DTYPES = ("float32", "bfloat16")
+# Flags of `to-hf` that its errors advise, and that this command does not have.
+_OF_CONVERSION = ("--base", "--ignore-arguments", "--max-shard-size")
 
 
 class SliderStart(TypedDict, total=False):
@@ -220,10 +222,23 @@ def left_out(what: str) -> None:
 
 @contextmanager
 def megatron_as_hf(megatron: str, template: str) -> Iterator[str]:
-    """Convert the Megatron checkpoint to a HuggingFace folder that exists inside the block only."""
+    """Convert the Megatron checkpoint to a HuggingFace folder that exists inside the block only.
+
+    Raises:
+        ConversionError: It cannot be converted.
+        ReportError: It can with a flag of the conversion.
+    """
     with tempfile.TemporaryDirectory(prefix="token_report_") as scratch:
         out = Path(scratch) / "hf"
-        megatron_to_hf(megatron, template, out, progress=sys.stderr)
+        try:
+            megatron_to_hf(megatron, template, out, progress=sys.stderr)
+        except ConversionError as error:
+            if not any(flag in str(error) for flag in _OF_CONVERSION):
+                raise
+            raise ReportError(
+                f"{error}; these are flags of `megatron-profit to-hf`: convert with it, and give the result "
+                "as --model"
+            ) from error
         yield str(out)
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 from make_tiny_model import main as make_tiny_model
 
+from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.commands import token_report
 
@@ -51,6 +52,16 @@ def test_both_kinds_of_checkpoint_give_the_same_page(folders, tmp_path, capsys):
         "chats.jsonl, line 3",
     ]
     assert "".join(data["records"][0]["pieces"]).count("Three.") == 1
+
+
+def test_a_checkpoint_that_needs_flags_of_the_conversion(folders, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise ConversionError("not the base of the adapters; give --base, or --any-base")
+
+    monkeypatch.setattr(token_report, "megatron_to_hf", refuse)
+    source = ("--megatron", folders / "megatron", "--hf-template", folders / "hf")
+    assert run(folders, *source, "--terminal") == 1
+    assert "flags of `megatron-profit to-hf`: convert with it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
