@@ -197,7 +197,7 @@ def check_reference(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[tuple[str, RenderedConversation]],
 ) -> None:
-    """Refuse a reference to which an id of the records is another token, so that its numbers mean nothing.
+    """Refuse a reference to which an id of the records is another token, so that its numbers have no meaning.
 
     Raises:
         ReportError: Names the id and both tokens.

@@ -25,7 +25,7 @@ _PERPLEXITY = " validation ppl"
 
 
 def curve_of(name: str) -> str | None:
-    """Return the name of a curve in its group; None for one that repeats another one or means nothing.
+    """Return the name of a curve in its group; None for one that repeats another one or has no meaning.
 
     For example, "lm loss validation" is "validation/lm loss", and "tokens per second" is
     "speed/tokens per second".

@@ -108,7 +108,7 @@ def test_an_objective_trains_its_formula(run, objective, layout):
 def test_the_probabilities_of_the_base_are_logged_where_no_objective_reads_them(
     sft, untied_model, tmp_path
 ):
-    """In the first step the model is the base; what is trained stays the same."""
+    """In the first step the model is the base; the training stays the same."""
     ranks, flags = parse("2 tp2 mb4")
     case = CASES["profit"]
     sft(

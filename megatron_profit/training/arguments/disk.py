@@ -22,7 +22,7 @@ from megatron_profit.data import DataOptions
 from megatron_profit.flags import ArgumentsError, flag_of
 from megatron_profit.training.arguments.derive import RunSettings
 from megatron_profit.training.arguments.lora_files import check_whole_weights, open_lora
-from megatron_profit.training.arguments.refused import reference_is_base
+from megatron_profit.training.arguments.refused import reads_reference, reference_is_base
 from megatron_profit.training.checkpoints.adapters import LoraFiles
 from megatron_profit.training.checkpoints.folder import holds_checkpoint, same_folder
 from megatron_profit.training.checkpoints.save_folder import METRICS
@@ -210,8 +210,7 @@ def open_reference(settings: RunSettings) -> tuple[HFModel, Path] | None:
     None where the reference is the frozen base of adapters.
     """
     values = settings.values
-    is_read = settings.objective.needs_reference or values["log_reference"]
-    if not is_read or reference_is_base(values):
+    if not reads_reference(values, settings.objective) or reference_is_base(values):
         return None
     folder = values["ref_hf_model"] or values["hf_model"]
     try:

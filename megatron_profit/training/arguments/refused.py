@@ -234,10 +234,15 @@ def reference_is_base(values: Mapping[str, Any]) -> bool:
     return True
 
 
+def reads_reference(values: Mapping[str, Any], objective: Objective) -> bool:
+    """Return whether a run needs the reference model: for its objective, or to log its probabilities."""
+    return objective.needs_reference or values["log_reference"]
+
+
 def check_reference(values: Mapping[str, Any], objective: Objective) -> None:
     """Refuse flags of a reference model that are missing, or that the objective would ignore."""
     is_base = reference_is_base(values)
-    if not (objective.needs_reference or values["log_reference"]):
+    if not reads_reference(values, objective):
         return
     asking = (
         f"--objective {values['objective']}" if objective.needs_reference else "--log-reference"

@@ -104,7 +104,8 @@ def check_providers(
     Raises:
         ArgumentsError: Names the flag and what to do, or a statistic without a provider.
     """
-    needed = provider_classes(objective, {"ref_log_prob"} if settings["log_reference"] else set())
+    logged = {ReferenceModel.statistic} if settings["log_reference"] else set()
+    needed = provider_classes(objective, logged)
     read = {name for provider in needed.values() for name in provider.flags}
     for statistic, provider in {**BUILT_IN, **needed}.items():
         if statistic in needed:

@@ -96,7 +96,7 @@ class ObjectiveLoss:
 
     @property
     def logged_statistics(self) -> frozenset[str]:
-        """External statistics that are read to be logged, whatever the objective reads."""
+        """External statistics that are read to be logged, besides the objective's own."""
         return frozenset({"ref_log_prob"} if self.log_reference else ())
 
     @property
