@@ -25,6 +25,7 @@ from megatron_profit.publish import Publication, publication
 from megatron_profit.training.arguments.command_line import CommandLine, parse_command_line
 from megatron_profit.training.arguments.length import (
     batch_size_changes,
+    check_batch_sizes,
     check_run_steps,
     scheduler_of_flags,
     steps_of_flags,
@@ -152,9 +153,12 @@ class RunSettings:
             resumed: The checkpoint that the run resumes, if any.
 
         Raises:
-            ArgumentsError: A warm-up takes all iterations, or the iterations cannot be counted.
+            ArgumentsError: A warm-up takes all iterations, or the iterations cannot be counted, or the ranks
+                cannot share the steps of a schedule of batch sizes.
         """
         iterations, rows = (0, 0) if resumed is None else resumed.done
+        if batch_size_changes(self.values):
+            check_batch_sizes(self.values, self.batch_size, rows)
         values = {
             **self.values,
             "eval_iters": math.ceil(valid_rows / self.eval_batch_size),

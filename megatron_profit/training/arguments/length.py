@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,3 +60,42 @@ def check_run_steps(settings: Mapping[str, Any], objective: Objective, steps: in
             f"rate; give fewer than {decay}"
         )
     check_steps(objective, steps)
+
+
+def check_batch_sizes(settings: Mapping[str, Any], divisor: int, rows: int) -> None:
+    """Refuse a schedule of batch sizes that Megatron cannot read, or whose steps the ranks cannot share.
+
+    Megatron compares a batch size with the layout when it is reached. Sizes that the run has left are not
+    compared: a run may go on with more processes.
+
+    Args:
+        settings: The arguments of the run, with a `step_batch_size_schedule`.
+        divisor: Rows of a micro-batch over all data-parallel ranks.
+        rows: Rows that the run has taken.
+
+    Raises:
+        ArgumentsError: Names the entry, the divisor and sizes near it.
+    """
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    text = settings["step_batch_size_schedule"]
+    micro = settings["micro_batch_size"]
+    sizes = (micro, divisor // micro)
+    try:
+        schedule = StepBatchsizeNumMicroBatchesCalculator(
+            *sizes, False, 1, text, settings["seq_length"]
+        ).schedule
+    except (ValueError, AssertionError, IndexError) as error:
+        raise ArgumentsError(
+            f"--step-batch-size-schedule {text!r} cannot be read: {error}; give tokens and rows from which "
+            'they hold, as "0:32 1M:64"'
+        ) from error
+    ends = [start for start, _ in schedule[1:]] + [math.inf]
+    for (start, size), end in zip(schedule, ends, strict=True):
+        if end > rows and size % divisor:
+            near = sorted({max(size - size % divisor, divisor), size - size % divisor + divisor})
+            raise ArgumentsError(
+                f"--step-batch-size-schedule {text!r} has steps of {size} rows from row {start} on, and "
+                f"--micro-batch-size x data-parallel size {divisor} does not divide {size}; give "
+                f"{' or '.join(map(str, near))}"
+            )

@@ -733,6 +733,20 @@ def test_with_another_batch_size_the_schedule_still_ends_with_the_run(hf_folder)
         samples.with_rows(None, 0, resumed(6, 24))
 
 
+def test_batch_sizes_of_a_schedule_that_the_ranks_cannot_share_are_refused_at_the_start(hf_folder):
+    """Megatron compares a size when it is reached. Sizes before the checkpoint may be of fewer ranks."""
+    flags = ("--epochs", "2", "--micro-batch-size", "4", "--step-batch-size-schedule")
+    uneven = in_epochs(hf_folder, *flags, "0:6 1280:10")
+    with pytest.raises(ArgumentsError, match=r"6 rows from row 0 on, and .* size 4 .*give 4 or 8"):
+        uneven.with_rows(100, 0)
+    with pytest.raises(ArgumentsError, match=r"10 rows from row 20 on.*give 8 or 12"):
+        uneven.with_rows(100, 0, resumed(5, 30))
+    grown = in_epochs(hf_folder, *flags, "0:6 1280:12").with_rows(100, 0, resumed(5, 30))
+    assert grown.values["train_samples"] == 100
+    with pytest.raises(ArgumentsError, match=r"'1K:8' cannot be read: .*threshold 0"):
+        in_epochs(hf_folder, *flags, "1K:8").with_rows(100, 0)
+
+
 def test_a_resume_follows_the_flags_unless_they_name_the_checkpoints_schedule(parse):
     assert parse().values["override_opt_param_scheduler"] is True
     flag = "--use-checkpoint-opt_param-scheduler"
