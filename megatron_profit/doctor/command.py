@@ -130,12 +130,17 @@ def _of_run(request: Request) -> Iterator[Finding]:
 def _needed(values: dict[str, Any], launch: Launch) -> Iterator[tuple[str, Path, dict[str, int]]]:
     """Yield the run's folder, and folders outside of it that it writes to.
 
-    Each comes with the flag that names it, and the bytes of what is written there: checkpoints, a new one
-    next to the kept ones, and the export.
+    Each comes with the flag that names it, and the bytes that are still to be written there: checkpoints, a
+    new one next to the kept ones, and the export. For example, a resumed run that keeps two and has one needs
+    room for two.
     """
+    from megatron_profit.training.checkpoints.folder import saved_in
+
     weights = 2 if values.get("bf16") or values.get("fp16") else 4
+    kept, save = int(values.get("keep_last", 2)), Path(values.get("save") or "")
+    there = len(saved_in(save)) if values.get("save") and save.is_dir() else 0
     parts = (
-        ("--save", "checkpoints", (int(values.get("keep_last", 2)) + 1) * launch.checkpoint),
+        ("--save", "checkpoints", (max(kept - there, 0) + 1) * launch.checkpoint),
         ("--export-hf", "export", weights * launch.parameters),
     )
     run, own, others = launch.run.path, dict[str, int](), []

@@ -173,6 +173,18 @@ def test_the_disk_needs_what_the_run_writes_there(more, expected):
     assert {f: n for f, _, n in command._needed(request.values, launch)} == expected
 
 
+@pytest.mark.parametrize(("there", "copies"), [(1, 2), (3, 1)])
+def test_checkpoints_that_are_there_need_no_room_again(tmp_path, there, copies):
+    """A run that keeps two and has three leaves one more than it keeps only while it saves."""
+    for step in range(there):
+        (tmp_path / f"iter_000000{step}").mkdir()
+    request = read_request(["--model", "m", "--data", "d", "--save", str(tmp_path)])
+    run = SimpleNamespace(path=Path("R"))
+    launch = SimpleNamespace(request=request, run=run, checkpoint=100, parameters=20)
+    needed = {flag: parts for flag, _, parts in command._needed(request.values, launch)}
+    assert needed["--save"] == {"checkpoints": copies * 100}
+
+
 def test_one_step_is_tried_once_and_leaves_no_log_in_the_folder_of_the_run(tmp_path):
     words = "--model m --data d.jsonl --rank-logs --max-restarts 3 --nproc-per-node 2".split()
     launch = SimpleNamespace(request=read_request(words), processes=2, run=RunFolder(tmp_path))
