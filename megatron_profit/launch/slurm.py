@@ -360,6 +360,8 @@ def _places(request: Request) -> Iterator[Path]:
         yield from _with_links(Path(request.model))
     yield from (Path(file).parent for file in request.front.config or ())
     texts = [text for flag in request.given.values() for text in flag.texts]
+    if flags := request.given.get("eval_flags"):
+        texts += [word.rpartition("=")[2] for word in shlex.split(flags.value)]
     for text in (*texts, *filter(None, [request.front.chat_template])):
         path = Path(text).expanduser()
         if path.is_absolute() or path.exists():

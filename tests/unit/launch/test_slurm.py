@@ -109,6 +109,19 @@ def test_a_container_sees_the_chat_template_and_what_links_of_the_model_lead_to(
     assert mounts_of(capsys.readouterr().out) == [f"{place}:{place}" for place in expected]
 
 
+def test_a_container_sees_the_files_of_the_evaluation(cluster, capsys):
+    for name in ("questions", "tasks", "work"):
+        (cluster / name).mkdir()
+    (cluster / "tasks" / "sums.yaml").touch()
+    os.chdir(cluster / "work")
+    own = ["--container", "image.sqsh", "--nodes", "1", "--dry-run", "--", "sft"]
+    flags = f"--data {cluster}/questions --samples 8 --task-file={cluster}/tasks/sums.yaml"
+    run = ["--model", "../work", "--data", "chats.jsonl", "--eval-flags", flags]
+    assert slurm.main([*own, *run]) == 0
+    expected = [cluster / name for name in ("questions", "tasks", "work")]
+    assert mounts_of(capsys.readouterr().out) == [f"{place}:{place}" for place in expected]
+
+
 def test_a_container_sees_the_hubs_cache_where_ids_are_given(cluster, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", "/shared/hf")
     own = ["--container", "image.sqsh", "--nodes", "1", "--dry-run", "--", "sft"]
