@@ -361,7 +361,11 @@ def _places(request: Request) -> Iterator[Path]:
     yield from (Path(file).parent for file in request.front.config or ())
     texts = [text for flag in request.given.values() for text in flag.texts]
     if flags := request.given.get("eval_flags"):
-        texts += [word.rpartition("=")[2] for word in shlex.split(flags.value)]
+        try:
+            words = shlex.split(flags.value)
+        except ValueError as error:
+            raise LaunchError(f"--eval-flags {flags.value!r}: {error}") from error
+        texts += [word.rpartition("=")[2] for word in words]
     for text in (*texts, *filter(None, [request.front.chat_template])):
         path = Path(text).expanduser()
         if path.is_absolute() or path.exists():

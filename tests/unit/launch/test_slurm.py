@@ -120,6 +120,8 @@ def test_a_container_sees_the_files_of_the_evaluation(cluster, capsys):
     assert slurm.main([*own, *run]) == 0
     expected = [cluster / name for name in ("questions", "tasks", "work")]
     assert mounts_of(capsys.readouterr().out) == [f"{place}:{place}" for place in expected]
+    assert slurm.main([*own, *run[:-1], "--data 'x"]) == 2
+    assert """--eval-flags "--data 'x": No closing quotation""" in capsys.readouterr().err
 
 
 def test_a_container_sees_the_hubs_cache_where_ids_are_given(cluster, monkeypatch, capsys):
