@@ -20,14 +20,18 @@ VALID_SPLITS = ("validation", "test")
 # A word in the name of a file that holds one split -> the split, as on the Hub.
 _SPLITS = {
     "train": "train",
+    "training": "train",
     "validation": "validation",
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
     "test": "test",
+    "testing": "test",
     "eval": "test",
+    "evaluation": "test",
 }
-_SPLIT_NAME = re.compile(rf"(?:^|[-_. ])({'|'.join(_SPLITS)})[-_. ]", re.IGNORECASE)
+# As on the Hub, a digit separates words too: test2.jsonl holds a test split.
+_SPLIT_NAME = re.compile(rf"(?:^|[-_. 0-9])({'|'.join(_SPLITS)})[-_. 0-9]", re.IGNORECASE)
 # A piece of a split as the Hub has it, whatever the split is called: train_sft-00000-of-00003.parquet.
 _PIECE = re.compile(r"(.+)-\d{5,}-of-\d{5,}[-.]")
 # JSON files that are no data, and other files that usually lie next to data.

@@ -102,6 +102,22 @@ def test_of_a_folder_with_splits_one_is_read(tmp_path):
         answers(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train1.jsonl", "test1.jsonl"),
+        ("training.jsonl", "testing.jsonl"),
+        ("training_set.jsonl", "evaluation_set.jsonl"),
+        ("2024train.jsonl", "chats.Evaluation.jsonl"),
+    ],
+)
+def test_splits_have_the_names_that_they_have_on_the_hub(tmp_path, train, test):
+    for name in (train, test):
+        (tmp_path / name).write_text(json.dumps(ROWS[0]))
+    assert DataSource(str(tmp_path)).files() == [tmp_path / train]
+    assert DataSource(str(tmp_path), split=VALID_SPLITS).files() == [tmp_path / test]
+
+
 ULTRACHAT = ("train_sft", "test_sft", "train_gen", "test_gen")
 
 
