@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -32,6 +33,35 @@ def flag(help: str, *, default: Any = None, **argparse: Any) -> Any:
 def flag_of(name: str) -> str:
     """Return the flag of an option or argument. For example, `prob_threshold` gives `--prob-threshold`."""
     return "--" + name.replace("_", "-")
+
+
+def given_twice(option: str) -> str:
+    """Return the error of a flag with a list of values that stands twice in a command line."""
+    return (
+        f"{option} is given twice, and the second list would replace the first; give all values after one "
+        f"{option}"
+    )
+
+
+def second_lists(words: Sequence[str], options: Container[str]) -> list[str]:
+    """Return which of these flags stand more than once in a command line."""
+    named = Counter(word.partition("=")[0] for word in words if word.startswith("--"))
+    return [option for option, count in named.items() if count > 1 and option in options]
+
+
+class OneList(argparse.Action):
+    """Stores a flag's values; a flag that takes a list of them is refused a second time.
+
+    It takes the place of argparse's own action: `parser.register("action", None, OneList)`.
+    """
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        """See argparse."""
+        if self.nargs == "+" and getattr(namespace, self.dest) is not self.default:
+            parser.error(given_twice(option_string or self.dest))
+        setattr(namespace, self.dest, values)
 
 
 def number_text(value: float) -> str:

@@ -36,7 +36,7 @@ from megatron_profit.evaluation.command_line import (
     template_day,
 )
 from megatron_profit.evaluation.errors import EvaluationError
-from megatron_profit.flags import flag_of
+from megatron_profit.flags import OneList, flag_of
 from megatron_profit.recipe.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="[LABEL=]MODEL",
         help="HuggingFace folders or ids of the hub, the base first.",
     )
+    parser.register("action", None, OneList)
     add_evaluation_flags(parser)
     parser.add_argument(
         "--out",

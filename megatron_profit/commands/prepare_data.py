@@ -27,6 +27,7 @@ from megatron_profit.data import (
     build_sets,
     load_tokenizer,
 )
+from megatron_profit.flags import OneList
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=FlagHelp, allow_abbrev=False
     )
+    parser.register("action", None, OneList)
     parser.add_argument("--hf-model", required=True, metavar="DIR", help="Folder of the tokenizer.")
     parser.add_argument("--seq-length", type=int, required=True, help="Positions of a row.")
     parser.add_argument("--seed", type=int, default=1234, help="Of the order of the rows.")

@@ -45,6 +45,7 @@ from megatron_profit.data.chat.conversations import is_read
 from megatron_profit.data.flags import add_rendering_flags
 from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.data.render.template_date import parse_day
+from megatron_profit.flags import OneList
 from megatron_profit.objectives import Objective, build_objective, objective_options
 from megatron_profit.objectives.thresholds import ThresholdObjective
 
@@ -249,6 +250,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=FlagHelp,
         allow_abbrev=False,
     )
+    parser.register("action", None, OneList)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR", help="HuggingFace folder of the model")
     source.add_argument(

@@ -8,6 +8,15 @@ from typing import Any
 
 from megatron_profit.data.files.sources import COLUMNS
 
+# Flags of a list of values.
+LIST_FLAGS = (
+    "--data",
+    "--data-weights",
+    "--valid-data",
+    "--data-columns",
+    "--allow-special-tokens",
+)
+
 
 def add_data_flags(group: argparse._ActionsContainer, *, required: bool = False) -> None:
     """Add the data flags, besides --seq-length and --seed.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata, resources
 from typing import Any
 
-from megatron_profit.flags import flag_of, nearest, number_text
+from megatron_profit.flags import flag_of, given_twice, nearest, number_text, second_lists
 from megatron_profit.objectives.registry import is_from_outside
 from megatron_profit.recipe.errors import LaunchError, LaunchParser
 from megatron_profit.training.arguments.command_line import CommandLine, add_arguments
@@ -208,6 +208,21 @@ class FlagTable:
         """Return whether a flag of the training takes several values."""
         known = self._parser._option_string_actions
         return option in known and known[option].nargs is not None
+
+    def refuse_second_lists(self, words: Sequence[str]) -> None:
+        """Refuse a flag with a list of values that one command line or file gives twice.
+
+        Raises:
+            LaunchError: Names the flag.
+        """
+        known = self._parser._option_string_actions.items()
+        lists = {
+            option
+            for option, action in known
+            if isinstance(action, Store) and action.nargs == "+" and not action.several
+        }
+        for option in second_lists(words, lists):
+            raise LaunchError(given_twice(option))
 
     def parse(self, argv: Sequence[str], others: Iterable[str] = ()) -> dict[str, Given]:
         """Return the flags of a command line, by argument.

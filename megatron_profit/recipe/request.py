@@ -179,6 +179,7 @@ def read_request(argv: Sequence[str]) -> Request:
     for words in (*sources, list(argv)):
         earlier = list(getattr(front, "without", ()))
         _, flags = parser.parse_known_args(words, front)
+        table.refuse_second_lists(flags)
         left_out = front.without[len(earlier) :]
         named = set(map(_option_of, flags))
         rest = [*table.kept_of_earlier(rest, flags, left_out), *flags]

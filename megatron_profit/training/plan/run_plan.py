@@ -11,7 +11,9 @@ from checkpoint_conversion.families import family_for
 from checkpoint_conversion.hf.carried import Notes, carried_in, description, notes_at_start
 from checkpoint_conversion.model_card.hub import check_upload
 from checkpoint_conversion.torch_dist.folder import find_checkpoint
+from megatron_profit.data.flags import LIST_FLAGS
 from megatron_profit.evaluation.after_training import check_task_files
+from megatron_profit.flags import second_lists
 from megatron_profit.training.arguments.derive import RunSettings, derive
 from megatron_profit.training.arguments.disk import RunFiles, open_files
 from megatron_profit.training.checkpoints.choose import (
@@ -68,6 +70,8 @@ def plan_run(argv: Sequence[str], device: str) -> RunPlan:
         ArgumentsError: The flags cannot be used. No file but config.json has been opened.
         CheckpointError, ConversionError, DataError: A checkpoint, a model or the data cannot be used.
     """
+    for option in second_lists(argv, LIST_FLAGS):
+        warn_rank_0(f"{option} is given more than once; the last one counts")
     settings = derive(argv, device, world_size())
     check_same_flags(settings.given, device)
     return open_run(settings)

@@ -58,6 +58,8 @@ MISTAKES = {
     "--model M --data D --threshold-direction middle": "prob_threshold is missing",
     "--model M --data D --device cpu --tensor-model-parallel-size 2": "for example with --nproc-per-node 2",
     "--model M --data D --valid-split 2": "--valid-split is 2.0; it must be at least 0 and below 1",
+    "--model M --data D --data D": "--data is given twice, and the second list would replace the first",
+    "--model M --data D --data-columns prompt=q --data-columns response=a": "after one --data-columns",
     "--model M --data T": "found the keys ['text']",
     "--model M --data C": "found the keys ['question', 'answer']",
     "--model M --data D --optimizer adan": "did you mean adam?",

@@ -64,6 +64,13 @@ def test_a_wrong_flag_is_an_error_of_flags_before_any_file_is_touched(
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_list_that_is_given_twice_is_told(capsys):
+    with pytest.raises(ArgumentsError):
+        plan_run(["--hf-model", "x", "--data", "y", "--data", "z"], "cpu")
+    printed = capsys.readouterr()
+    assert "--data is given more than once; the last one counts" in printed.out + printed.err
+
+
 def test_a_run_notes_the_tensors_that_it_does_not_train(tmp_path, capsys):
     """They are compared with the checkpoint that the run starts from, before any work."""
     shape = TinyShape(
