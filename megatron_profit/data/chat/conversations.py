@@ -134,7 +134,8 @@ def normalise(record: RawRecord, layout: ColumnMapping | None = None) -> Convers
         raise _unknown_format(record, empty=not is_half and _format(renamed) is not None)
     named = layout.columns.values()
     masks.check_record({k: item for k, item in record.value.items() if k not in named})
-    turns = _READERS[kind](value)
+    is_mapped = kind == "alpaca" and bool(layout.columns)
+    turns = _mapped_turns(value) if is_mapped else _READERS[kind](value)
     _check_elsewhere(record.value, turns)
     unread = value.keys() - _RECORD_FIELDS[kind] | layout.unnamed(record.value)
     unread -= masks.heeded(record.value)
@@ -206,6 +207,13 @@ def _alpaca_turns(value: dict[str, Any]) -> list[Turn]:
     parts = (typed(value, "instruction", str), typed(value, "input", str, default=""))
     query = "\n".join(part for part in parts if part)
     return turns + exchange(query, typed(value, "output", str))
+
+
+def _mapped_turns(value: dict[str, Any]) -> list[Turn]:
+    """Return the turns of named columns: a prompt alone, and its response, may be lists of messages."""
+    if value.get("input") or value.get("history"):
+        return _alpaca_turns(value)
+    return _completed(value["instruction"], value["output"])
 
 
 def _completed(prompt: Any, completion: Any) -> list[Turn]:

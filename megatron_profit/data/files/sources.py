@@ -95,13 +95,17 @@ class ColumnMapping:
     @classmethod
     def of_columns(cls, pairs: Iterable[str]) -> "ColumnMapping":
         """Return the layout of "name=column" pairs, for example prompt=question response=answer."""
-        columns = {}
+        columns: dict[str, str] = {}
         for pair in pairs:
             name, equals, column = pair.partition("=")
             if not (name and equals and column) or name not in COLUMNS:
                 raise DataError(
                     f"{pair!r} maps no column; write NAME=COLUMN with one of {', '.join(COLUMNS)}, "
                     "e.g. prompt=question response=answer"
+                )
+            if name in columns:
+                raise DataError(
+                    f"--data-columns maps {name} twice, to {columns[name]!r} and to {column!r}; drop one"
                 )
             columns[name] = column
         return cls(columns, sharegpt="messages" in columns)
@@ -153,6 +157,9 @@ class ColumnMapping:
 
 def _checked(name: str, column: str, value: Any) -> Any:
     """Return the value of a column, in whose own name a wrong type is reported."""
+    messages = isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+    if messages and name in ("prompt", "response"):
+        return value
     if name in _TEXT_COLUMNS and not isinstance(value, str):
         raise BrokenRecord(
             WRONG_TYPE, f"the column {shown(column)} (for {name}) is {shown(value)}, not str"

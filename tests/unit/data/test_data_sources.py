@@ -245,6 +245,25 @@ def test_a_column_of_the_wrong_type_has_the_users_name():
         normalise(record(question="q", answer=42), layout)
 
 
+@pytest.mark.parametrize("form", [list, json.dumps])
+def test_named_columns_may_hold_messages(form):
+    layout = ColumnMapping.of_columns(["prompt=input", "response=output"])
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    answer = {"role": "assistant", "content": "a"}
+    for output in ("a", form([answer])):
+        talk = normalise(record(input=form(turns), output=output), layout)
+        assert talk.messages == [*turns, answer]
+    with pytest.raises(BrokenRecord, match="write both as lists of messages"):
+        normalise(record(input="q", output=json.dumps([answer])), layout)
+    with pytest.raises(BrokenRecord, match=r"column 'input' \(for prompt\) is \['q'\], not str"):
+        normalise(record(input=["q"], output="a"), layout)
+
+
+def test_a_column_that_is_mapped_twice_is_refused():
+    with pytest.raises(DataError, match="maps prompt twice, to 'q' and to 'question'; drop one"):
+        ColumnMapping.of_columns(["prompt=q", "response=a", "prompt=question"])
+
+
 def test_a_path_that_cannot_be_looked_up_is_named(info):
     path = info / ("a" * 300 + ".jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be read \(File name too long\); check"):
