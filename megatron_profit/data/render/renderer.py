@@ -324,9 +324,10 @@ class ChatRenderer:
             supervised_T[tokens.within(begin, turn.end)] = True
         never = 0 < len(draft.turns) == len(astray)
         detail = f"the prompt ends in {shown(astray[0])}" if astray else ""
+        remedy = _remedy(astray, draft.findings[REASONING_LEFT_OUT].count > 0)
         findings = {
             NOT_AS_PROMPTED: Finding(len(astray), len(draft.turns), "trained turns", detail),
-            NEVER_AS_PROMPTED: Finding(int(never), detail=f"{detail}; {_remedy(astray)}"),
+            NEVER_AS_PROMPTED: Finding(int(never), detail=f"{detail}; {remedy}"),
             TEXT_DROPPED: self._dropped(draft.text, tokens, supervised_T),
         }
         return RenderedConversation(tokens.ids, supervised_T, draft.findings | findings)
@@ -379,9 +380,19 @@ def _after_thoughts(text: str, begin: int, end: int, opening: str) -> int:
     return end - len(rest.lstrip("\r\n"))
 
 
-def _remedy(prompts: Sequence[str]) -> str:
-    """Return the remedy for answers that do not begin as these prompts end."""
+def _remedy(prompts: Sequence[str], dropped: bool) -> str:
+    """Return the remedy for answers that do not begin as these prompts end.
+
+    Args:
+        prompts: The generation prompts of the answers.
+        dropped: Whether the template leaves out thoughts of the record.
+    """
     if any(thoughts.OPEN in prompt for prompt in prompts):
+        if dropped:
+            return (
+                "the chat template leaves out their thoughts: give --train-on each, or, for a template "
+                "that never writes thoughts, another one"
+            )
         return "give the answers reasoning_content, or use a chat template whose prompt opens no think block"
     return (
         "a token of the answer begins in the prompt: end the template's prompt where a token ends"

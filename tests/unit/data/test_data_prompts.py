@@ -89,6 +89,15 @@ def test_a_template_that_writes_no_thoughts_at_all(make_tokenizer, trained):
     assert (not_as, never) == ((2, 2), (1, 1))
 
 
+@pytest.mark.parametrize(
+    ("turns", "remedy"),
+    [((QUESTION, ANSWER), "give the answers reasoning_content"), ((QUESTION, THOUGHT), "each")],
+)
+def test_the_remedy_is_one_that_helps(make_tokenizer, conversation, turns, remedy):
+    rendered = ChatRenderer(make_tokenizer(FORGETTING)).render(conversation(*turns))
+    assert remedy in rendered.findings[render.NEVER_AS_PROMPTED].detail
+
+
 def test_a_prompt_that_depends_on_the_question(make_tokenizer, trained):
     tokenizer = make_tokenizer(SWITCHED)
     turns = [("user", "/no_think Why?"), ANSWER, QUESTION, THOUGHT]
