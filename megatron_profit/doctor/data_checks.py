@@ -104,8 +104,10 @@ def check_data(train: Any, tokenizer_folder: Path) -> Iterator[Finding]:
     lines = [text, *report.histogram()]
     for reason, skipped in report.skipped.items():
         lines.append(f"left out {skipped.count:,}: {reason} ({skipped.detail})")
+    found = [(name, of) for name, of in report.found.items() if of.count]
+    lines += [f"{name}: {of.count:,} of {of.of:,} {of.unit}" for name, of in found]
     many = left_out + report.truncated > report.read / 10
-    yield (warning if many else ok)("data", "\n".join(lines))
+    yield (warning if many or found else ok)("data", "\n".join(lines))
     rows = f"{packing.rows:,} rows of {packing.seq_length:,} positions, {packing.efficiency:.0%} filled"
     poor = packing.efficiency < _FULL
     yield (warning if poor else ok)(

@@ -15,6 +15,7 @@ import pytest
 from make_tiny_model import make_tiny_model
 from peft import LoraConfig, get_peft_model
 
+from megatron_profit.data.report import DataReport, Found, SourceCounts
 from megatron_profit.doctor import command, data_checks, machine_checks, mathematics
 from megatron_profit.doctor.findings import Verdict, examined, fault, ok
 from megatron_profit.doctor.mathematics import Result, check_rotary_base, compared
@@ -80,6 +81,18 @@ def test_a_template_that_ends_a_turn_with_ordinary_text_is_a_warning(copy):
     assert [f.verdict for f in found if "no token stops the trained model" in f.text] == [
         Verdict.WARNING
     ]
+
+
+def test_warnings_about_records_are_no_ok(monkeypatch):
+    monkeypatch.setattr(data_checks, "_examples", lambda *_: iter(()))
+    rows = SimpleNamespace(rows=1, seq_length=8, efficiency=0.9)
+    for count, verdict in ((0, Verdict.OK), (2, Verdict.WARNING)):
+        found = {"thoughts left out": Found("turns", count, 4)}
+        report = DataReport([SourceCounts("a.jsonl", 3, 3, 3, 30, 10)], found=found)
+        built = SimpleNamespace(prepared=SimpleNamespace(report=report), packing=rows)
+        data, _ = data_checks.check_data(built, Path())
+        assert data.verdict is verdict
+        assert ("thoughts left out: 2 of 4 turns" in data.text) == (count > 0)
 
 
 @pytest.fixture
