@@ -61,9 +61,12 @@ _RECORD_FIELDS = {
 # Fields of pictures and the like. In a text `<image>` stands for one in `image` or `images`.
 _MEDIA_FIELDS = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 
-# A text that begins as messages do is no text of its own, also where it is not JSON.
+# A text that begins as messages do is no text of its own, also where it is not JSON. For example, a table's
+# cell may hold what Python prints, [{'role': 'user', 'content': 'Hi'}].
 _MESSAGES_BEGIN = re.compile(
-    rf'\s*\[\s*\{{[^{{}}\[\]]*"(?:role|from)"\s*:\s*"(?:{"|".join(ROLES)})"'
+    r"""\s*\[\s*\{(?=.*?["'](?:content|value)["']\s*:).*?["'](?:role|from)["']\s*:\s*["']"""
+    rf"""(?:{"|".join(ROLES)})["']""",
+    re.DOTALL,
 )
 
 FORMATS = (

@@ -350,6 +350,7 @@ def test_a_prompt_that_is_a_text_may_have_messages_as_its_completion():
         ('[{"content": "q", "role": "assistant", "role": "user"}]', fields.NAMED_TWICE),
         ('[{"from": "human", "value": "q', fields.WRONG_TYPE),
         ('[{"role": "user", "content": "q"}, {"content": "r"}]', None),
+        ("[{'content': 'What is [x]?', 'role': 'user'}]", fields.WRONG_TYPE),
     ],
 )
 def test_messages_that_cannot_be_read_are_no_text_of_their_own(broken, reason, place):
@@ -361,7 +362,12 @@ def test_messages_that_cannot_be_read_are_no_text_of_their_own(broken, reason, p
 
 
 @pytest.mark.parametrize(
-    "prompt", ['[{"from": "Rome", "to": "Oslo"}]', '[{"name": "Ann", "role": "cook"}]\nWho cooks?']
+    "prompt",
+    [
+        '[{"from": "Rome", "to": "Oslo"}]',
+        '[{"name": "Ann", "role": "cook"}]\nWho cooks?',
+        "[{'name': 'Ann', 'role': 'developer'}]",
+    ],
 )
 def test_json_that_names_no_role_of_a_message_is_a_text(prompt):
     texts = [message["content"] for message in completed(prompt, "a").messages]
