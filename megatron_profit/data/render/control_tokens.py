@@ -39,7 +39,7 @@ class ControlTokens:
         for token in allowed:
             _check_allowed(token, special, template, markers)
         # Ordinary text that ends a turn may well stand in a question; a token would end it there.
-        brackets = template.added(markers.opening, markers.end)
+        brackets = template.added(markers.opening, markers.end, markers.asking)
         self._inside = _any_of([markers.header, *brackets])
         self._said = _any_of({markers.end} - set(brackets))
         self._special = _any_of(special - set(allowed))
@@ -91,7 +91,7 @@ def _check_allowed(
             f"--allow-special-tokens {token}: no special token of {template.name}; these are "
             f"{', '.join(sorted(special)) or 'none'}"
         )
-    if token in (markers.opening, markers.end):
+    if token in (markers.opening, markers.end, markers.asking):
         raise DataError(
             f"--allow-special-tokens {token}: the chat template of {template.name} begins or ends turns "
             "with this token, so that a text with it would be cut there"

@@ -23,6 +23,7 @@ class TurnMarkers:
             "<|im_start|>assistant\\n<think>\\n" for a template that opens a think block.
         end: Text that ends the turn, e.g. "<|im_end|>"; the model must produce it.
         opening: Token that begins a turn of any role, e.g. "<|im_start|>"; "" if there is none.
+        asking: Text between an answer's end and the next question, without spaces around it, e.g. "<|user|>".
         end_id: Id of the first added token in `end`, at which generation has to stop; None where `end` is
             ordinary text only.
     """
@@ -31,6 +32,7 @@ class TurnMarkers:
     prompt: str
     end: str
     opening: str
+    asking: str
     end_id: int | None
 
 
@@ -53,7 +55,8 @@ def learn_markers(template: ChatTemplate) -> TurnMarkers:
         )
     question_end = _question_end(template, probe)
     header = _header(template, probe, question_end)
-    opening = _common_tokens(template, probe.after_earlier.removeprefix(common), header)
+    asking = probe.after_earlier.removeprefix(common)
+    opening = _common_tokens(template, asking, header)
     end = common.rstrip()
     return TurnMarkers(
         header,
@@ -61,6 +64,7 @@ def learn_markers(template: ChatTemplate) -> TurnMarkers:
         end,
         # Ordinary text, such as "###", may well stand in an answer; it would not tell turns apart.
         opening if template.added(opening) else "",
+        asking.strip(),
         _added_id_after(template, probe.talk, _ANSWERED_AGAIN, end),
     )
 

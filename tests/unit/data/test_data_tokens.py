@@ -90,6 +90,20 @@ def test_control_tokens_that_are_not_special_are_counted(make_tokenizer, templat
     assert found("<|tool|> <b>\n\n<|none|>") == (0, "")
 
 
+def test_a_token_that_begins_a_question_is_a_marker(make_tokenizer, conversation):
+    """DeepSeek-R1's token of the user is not special, and differs from the header of an answer."""
+    template = (
+        "{% for m in messages %}{{ '<|user|>' + m.content if m.role == 'user' else "
+        "'<|answer|>' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens(["<|user|>", "<|answer|>"])
+    for turns in ((("user", "a <|user|>"), ANSWER), (QUESTION, ("assistant", "b<|user|>c"))):
+        with pytest.raises(BrokenRecord, match=control_tokens.MARKER_IN_TEXT):
+            ChatRenderer(tokenizer).render(conversation(*turns))
+
+
 @pytest.mark.parametrize(
     ("token", "said"),
     [
