@@ -149,14 +149,28 @@ def _of_split(files: list[Path], folder: Path, split: Split) -> list[Path]:
     if not splits:
         if not _is_named_after(files[0].name, split):
             check_whole(folder, split)
-        return files
+        return _in_one_format(files, folder)
     if unclear := [name for name, found in splits.items() if not found]:
         raise DataError(
             f"{folder}: {shown(unclear)} lie beside files named after a split "
             f"({', '.join(sorted(filter(None, set(splits.values()))))}); name the files to read"
         )
     chosen = choose_split(splits.values(), folder, split)
-    return [file for file in files if splits[file.name] == chosen]
+    return _in_one_format([file for file in files if splits[file.name] == chosen], folder)
+
+
+def _in_one_format(files: list[Path], folder: Path) -> list[Path]:
+    """Return the files, of which none may be another one in another format: its records would come twice."""
+    formats: dict[str, list[str]] = {}
+    for file in files:
+        ending = max((e for e in ENDINGS if file.name.lower().endswith(e)), key=len)
+        formats.setdefault(file.name[: -len(ending)], []).append(file.name)
+    if twice := next((names for names in formats.values() if len(names) > 1), None):
+        raise DataError(
+            f"{folder}: {shown(twice)} have one name, so they may hold the same records in several formats; "
+            "remove all but one, or name the files to read"
+        )
+    return files
 
 
 def _splits_inside(path: Path, split: Split) -> dict[str, str]:

@@ -118,6 +118,25 @@ def test_splits_have_the_names_that_they_have_on_the_hub(tmp_path, train, test):
     assert DataSource(str(tmp_path), split=VALID_SPLITS).files() == [tmp_path / test]
 
 
+@pytest.mark.parametrize(
+    ("names", "twice"),
+    [
+        (("chats.json", "chats.jsonl"), True),
+        (("train.jsonl", "train.jsonl.gz", "test.jsonl"), True),
+        (("train.jsonl", "test.json", "test.jsonl"), False),
+        (("a.jsonl", "b.json"), False),
+    ],
+)
+def test_one_name_in_two_formats_is_not_read_twice(tmp_path, names, twice):
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    if not twice:
+        assert DataSource(str(tmp_path)).files()
+        return
+    with pytest.raises(DataError, match="have one name, so they may hold the same records"):
+        DataSource(str(tmp_path)).files()
+
+
 ULTRACHAT = ("train_sft", "test_sft", "train_gen", "test_gen")
 
 
