@@ -42,6 +42,7 @@ from megatron_profit.data import (
     read_sources,
 )
 from megatron_profit.data.chat.conversations import is_read
+from megatron_profit.data.files.sources import refuse_unused
 from megatron_profit.data.flags import add_rendering_flags
 from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.data.render.template_date import parse_day
@@ -353,9 +354,12 @@ def make_report(arguments: argparse.Namespace) -> None:
     read_hf_config(folder)  # a better message than the tokenizer's, where it is no model
     tokenizer = load_tokenizer(Path(folder))
     check_entries(folder, len(tokenizer))
-    sources = read_sources(
-        arguments.data, columns=arguments.data_columns or (), dataset_info=arguments.dataset_info
-    )
+    naming = {
+        "columns": arguments.data_columns or (),
+        "dataset_info": arguments.dataset_info,
+    }
+    sources = read_sources(arguments.data, **naming)
+    refuse_unused(arguments.data, **naming)
     training = SupervisionPolicy(arguments.train_on, arguments.train_think)
     renderer = ChatRenderer(
         tokenizer,

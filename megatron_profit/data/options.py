@@ -17,7 +17,7 @@ import numpy.typing as npt
 from megatron_profit.data.chat.conversations import is_read, normalise
 from megatron_profit.data.errors import BrokenRecord, DataError, shown
 from megatron_profit.data.files.records import read_records
-from megatron_profit.data.files.sources import DataSource, read_sources
+from megatron_profit.data.files.sources import DataSource, read_sources, refuse_unused
 from megatron_profit.data.files.splits import VALID_SPLITS
 from megatron_profit.data.render.renderer import SupervisionPolicy
 from megatron_profit.data.render.template_date import parse_day
@@ -78,9 +78,12 @@ class DataOptions:
             )
         naming = {"columns": flags["data_columns"] or (), "dataset_info": flags["dataset_info"]}
         training = SupervisionPolicy(flags["train_on"], flags["train_think"])
+        train = read_sources(flags["data"], weights=flags["data_weights"] or (), **naming)
+        valid = read_sources(flags["valid_data"] or (), split=VALID_SPLITS, **naming)
+        refuse_unused([*flags["data"], *(flags["valid_data"] or ())], **naming)
         return cls(
-            train=read_sources(flags["data"], weights=flags["data_weights"] or (), **naming),
-            valid=read_sources(flags["valid_data"] or (), split=VALID_SPLITS, **naming),
+            train=train,
+            valid=valid,
             valid_split=share,
             preparation=Preparation(
                 flags["seq_length"],

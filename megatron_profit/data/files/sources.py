@@ -249,6 +249,32 @@ def read_sources(
     return tuple(sources)
 
 
+def refuse_unused(names: Iterable[str], columns: Sequence[str], dataset_info: str | None) -> None:
+    """Refuse flags on the columns of data to which none of the data are subject.
+
+    Args:
+        names: All that the flags of data name.
+        columns, dataset_info: As in `read_sources`.
+
+    Raises:
+        DataError: Names the flag.
+    """
+    if not dataset_info:
+        return
+    entries, _ = _read_info(dataset_info)
+    described = [name in entries for name in names]
+    if not any(described):
+        raise DataError(
+            f"--dataset-info {dataset_info} describes none of the data; name entries of it, of "
+            f"{shown(sorted(entries))}, or drop it"
+        )
+    if columns and all(described):
+        raise DataError(
+            f"--data-columns applies to none of the data, since --dataset-info {dataset_info} describes them "
+            "all; drop it, or name the columns there"
+        )
+
+
 def places_of_entries(dataset_info: str, names: Iterable[str]) -> list[Path]:
     """Return the files and folders of the entries with these names; a name without an entry has none.
 

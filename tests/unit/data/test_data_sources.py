@@ -1,5 +1,6 @@
 """Columns, tags and dataset_info.json: other people's names for what a record holds."""
 
+import contextlib
 import json
 
 import pyarrow
@@ -15,6 +16,7 @@ from megatron_profit.data import (
     read_records,
     read_sources,
 )
+from megatron_profit.data.files.sources import refuse_unused
 from megatron_profit.data.files.splits import VALID_SPLITS
 
 # As the official ProFit repository and LLaMA-Factory have them.
@@ -204,6 +206,26 @@ def test_columns_name_question_and_answer():
     assert normalise(record(question="q", answer="a"), layout).messages[0]["content"] == "q"
     with pytest.raises(BrokenRecord, match="no 'answer'"):
         normalise(record(question="q", context="c"), layout)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "message"),
+    [
+        (
+            ["orca.jsonl"],
+            [],
+            r"--dataset-info .* describes none of the data; name entries of it, of \[",
+        ),
+        (["orca"], ["prompt=q", "response=a"], "--data-columns applies to none of the data"),
+        (["orca", "orca.jsonl"], ["prompt=q", "response=a"], None),
+        (["orca"], [], None),
+    ],
+)
+def test_flags_that_apply_to_no_data_are_refused(info, names, columns, message):
+    (info / "dataset_info.json").write_text(json.dumps({"orca": ENTRIES["nothing_given"]}))
+    refused = pytest.raises(DataError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        refuse_unused(names, columns, str(info))
 
 
 def test_tags_rename_fields_and_roles():
