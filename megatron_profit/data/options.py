@@ -95,7 +95,9 @@ class DataOptions:
             packing=flags["packing"],
             seed=flags["seed"],
             workers=workers,
-            cache=Path(flags["data_cache"]) if flags["data_cache"] else default_cache(),
+            cache=Path(os.path.expanduser(flags["data_cache"]))
+            if flags["data_cache"]
+            else default_cache(),
         )
 
 

@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from megatron_profit.commands import evaluate, prepare_data, token_report
+from megatron_profit.data import DataOptions
 from megatron_profit.data.flags import (
     LIST_FLAGS,
     add_data_flags,
@@ -52,3 +53,12 @@ def test_the_lists_are_known():
     assert lists == set(LIST_FLAGS)
     words = "--data a --seed 1 --seed 2 --data=b --data-columns prompt=--data".split()
     assert second_lists(words, LIST_FLAGS) == ["--data"]
+
+
+def test_the_cache_may_be_in_the_home_folder(monkeypatch, tmp_path):
+    """The shell leaves the tilde of --data-cache=~/data as it is, and so does a YAML file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser)
+    flags = vars(parser.parse_args(["--data", "a.jsonl", "--data-cache=~/data"]))
+    assert DataOptions.from_flags(flags | {"seq_length": 8, "seed": 1}).cache == tmp_path / "data"
