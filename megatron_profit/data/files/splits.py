@@ -1,5 +1,6 @@
 """The files of a folder that hold the records of a split, and the splits of a folder."""
 
+import itertools
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -33,7 +34,7 @@ _SPLITS = {
 # As on the Hub, a digit separates words too: test2.jsonl holds a test split.
 _SPLIT_NAME = re.compile(rf"(?:^|[-_. 0-9])({'|'.join(_SPLITS)})[-_. 0-9]", re.IGNORECASE)
 # A piece of a split as the Hub has it, whatever the split is called: train_sft-00000-of-00003.parquet.
-_PIECE = re.compile(r"(.+)-\d{5,}-of-\d{5,}[-.]")
+_PIECE = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})[-.]")
 # JSON files that are no data, and other files that usually lie next to data.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 _BESIDE_DATA = (".*", "readme*", "*.md", "license*", "licence*", "notice*", "citation*")
@@ -76,6 +77,7 @@ def _data_files(path: Path, split: Split) -> list[Path]:
         found = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
         raise DataError(f"{path}: {found} (data files are looked for from {Path.cwd()})")
     if path.is_dir() and not is_dataset(path):
+        _check_links(path)
         inner = _files_inside(path)
         if not inner:
             folders = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
@@ -149,18 +151,48 @@ def _of_split(files: list[Path], folder: Path, split: Split) -> list[Path]:
     if not splits:
         if not _is_named_after(files[0].name, split):
             check_whole(folder, split)
-        return _in_one_format(files, folder)
+        return _complete(files, folder)
     if unclear := [name for name, found in splits.items() if not found]:
         raise DataError(
             f"{folder}: {shown(unclear)} lie beside files named after a split "
             f"({', '.join(sorted(filter(None, set(splits.values()))))}); name the files to read"
         )
     chosen = choose_split(splits.values(), folder, split)
-    return _in_one_format([file for file in files if splits[file.name] == chosen], folder)
+    return _complete([file for file in files if splits[file.name] == chosen], folder)
 
 
-def _in_one_format(files: list[Path], folder: Path) -> list[Path]:
-    """Return the files, of which none may be another one in another format: its records would come twice."""
+def _check_links(folder: Path) -> None:
+    """Refuse a folder with a link to a data file that is not there, as a cache has it after a clean-up."""
+    links = (entry for entry in sorted(folder.iterdir()) if suffix_of(entry) and entry.is_symlink())
+    if broken := next((link for link in links if not link.exists()), None):
+        raise DataError(
+            f"{broken}: is a link that leads nowhere; get the file again, or name the files to read"
+        )
+
+
+def _complete(files: list[Path], folder: Path) -> list[Path]:
+    """Return the files, of which none may be missing, or be there in two formats."""
+    _check_pieces(files, folder)
+    _check_formats(files, folder)
+    return files
+
+
+def _check_pieces(files: list[Path], folder: Path) -> None:
+    """Refuse files of which some pieces are missing, as after half a download."""
+    pieces: dict[tuple[str, str], set[int]] = {}
+    for piece in filter(None, (_PIECE.match(file.name) for file in files)):
+        pieces.setdefault((piece[1], piece[3]), set()).add(int(piece[2]))
+    for (name, count), numbers in pieces.items():
+        if len(numbers) < int(count):
+            first = next(number for number in itertools.count() if number not in numbers)
+            raise DataError(
+                f"{folder}: {len(numbers)} of the {int(count)} pieces of {name} are here, and "
+                f"{name}-{first:05}-of-{count} is not; get all of them, or name the files to read"
+            )
+
+
+def _check_formats(files: list[Path], folder: Path) -> None:
+    """Refuse a file that is there in two formats: its records would come twice."""
     formats: dict[str, list[str]] = {}
     for file in files:
         ending = max((e for e in ENDINGS if file.name.lower().endswith(e)), key=len)
@@ -170,7 +202,6 @@ def _in_one_format(files: list[Path], folder: Path) -> list[Path]:
             f"{folder}: {shown(twice)} have one name, so they may hold the same records in several formats; "
             "remove all but one, or name the files to read"
         )
-    return files
 
 
 def _splits_inside(path: Path, split: Split) -> dict[str, str]:

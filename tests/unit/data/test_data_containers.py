@@ -137,6 +137,24 @@ def test_one_name_in_two_formats_is_not_read_twice(tmp_path, names, twice):
         DataSource(str(tmp_path)).files()
 
 
+def test_a_folder_that_lacks_a_file_is_refused(tmp_path):
+    """Half a download, or a link of the hub's cache whose blob is gone, is no smaller data set."""
+    for number in (0, 2):
+        (tmp_path / f"train-{number:05}-of-00003.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "test-00000-of-00002.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(
+        DataError, match="2 of the 3 pieces of train are here, and train-00001-of-00003 is not"
+    ):
+        DataSource(str(tmp_path)).files()
+    piece = tmp_path / "train-00001-of-00003.jsonl"
+    piece.symlink_to("blobs/1")
+    with pytest.raises(DataError, match=r"00001-of-00003\.jsonl: is a link that leads nowhere"):
+        DataSource(str(tmp_path)).files()
+    piece.unlink()
+    piece.write_text(json.dumps(ROWS[0]))
+    assert len(DataSource(str(tmp_path)).files()) == 3
+
+
 ULTRACHAT = ("train_sft", "test_sft", "train_gen", "test_gen")
 
 

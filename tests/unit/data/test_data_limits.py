@@ -69,8 +69,10 @@ def test_data_must_be_regular_files(short, kind):
     folder = short / "folder"
     folder.mkdir()
     odd(folder / "a.jsonl", kind)
-    with pytest.raises(DataError, match="holds neither data files"):
+    said = "leads nowhere" if "itself" in kind else "holds neither data files"
+    with pytest.raises(DataError, match=said):
         list(read_records(folder))
+    (folder / "a.jsonl").unlink()
     arrow = pyarrow.ipc.new_stream(folder / "data.arrow", pyarrow.schema([("a", pyarrow.int8())]))
     arrow.close()
     saved = folder / "saved"
