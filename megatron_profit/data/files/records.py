@@ -40,6 +40,8 @@ NOT_HELD = "a value of the record cannot be read"
 TOO_LARGE = f"a record has more than {LARGEST_RECORD:,} bytes"
 NOT_AN_OBJECT = "a record is not an object with named fields"
 TOO_DEEP = "a record is nested too deeply"
+# The beginning of the small file that Git leaves in the place of a large one.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Levels of a record: without a limit, records could not be sent to the workers' processes.
 _DEEPEST = 200
 # Whether the values of a column are wanted, by its name.
@@ -112,6 +114,7 @@ def _read_file(path: Path, split: Split, wanted: Wanted) -> Iterator[RawRecord]:
     records = read(path, wanted)
     empty = True
     try:
+        _check_pointer(path)
         for record in records:
             yield _first(record) if empty else record
             empty = False
@@ -127,6 +130,17 @@ def _read_file(path: Path, split: Split, wanted: Wanted) -> Iterator[RawRecord]:
         raise DataError(
             f"{path}: holds no record; remove it from the list of files or write it again"
         )
+
+
+def _check_pointer(path: Path) -> None:
+    """Refuse a file that only names the data which Git LFS would put in its place."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise DataError(
+                    f"{path}: is a pointer of Git LFS in the place of the data; run `git lfs pull` in its "
+                    "repository, or download the file"
+                )
 
 
 def _first(record: RawRecord) -> RawRecord:

@@ -59,6 +59,14 @@ def test_damaged_containers_are_refused(tmp_path, name, data):
         list(read_records(tmp_path / name))
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path, suffix):
+    path = tmp_path / f"train.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 5\n")
+    with pytest.raises(DataError, match=r"a pointer of Git LFS .* run `git lfs pull`"):
+        list(read_records(path))
+
+
 def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     for name, row in zip(("b.jsonl", "a.json", "README.md"), ROWS, strict=True):
         (tmp_path / name).write_text(json.dumps(row))
