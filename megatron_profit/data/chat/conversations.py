@@ -246,7 +246,11 @@ def _completed(prompt: Any, completion: Any) -> list[Turn]:
 
 
 def _messages_of(value: Any) -> list[Any] | None:
-    """Return a list of messages, which may be JSON text; None if the value is a text of its own."""
+    """Return a list of messages, which may be JSON text as each of them; None for a text of its own.
+
+    Raises:
+        BrokenRecord: It is a list of several texts, or begins like a list of messages and is not JSON.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = read(value)
@@ -254,11 +258,29 @@ def _messages_of(value: Any) -> list[Any] | None:
             if _MESSAGES_BEGIN.match(value):
                 raise
             return None  # a text that begins with a bracket
-        entries = [
-            isinstance(item, dict) and bool(item.keys() & {"role", "from"}) for item in value
+        entries = [_message_of(entry) for entry in value]
+        messages = [
+            isinstance(entry, dict) and bool(entry.keys() & {"role", "from"}) for entry in entries
         ]
-        return value if (entries and all(entries)) or _names_a_role(value) else None
-    return value if isinstance(value, list) else None
+        return entries if (messages and all(messages)) or _names_a_role(entries) else None
+    if not isinstance(value, list):
+        return None
+    entries = [_message_of(entry) for entry in value]
+    if len(entries) > 1 and any(isinstance(entry, str) for entry in entries):
+        raise BrokenRecord(WRONG_TYPE, f"{shown(value)} is neither a text nor a list of messages")
+    return entries
+
+
+def _message_of(entry: Any) -> Any:
+    """Return an object that is JSON text as an object; anything else as it is."""
+    if not (isinstance(entry, str) and entry.lstrip().startswith("{")):
+        return entry
+    try:
+        return read(entry)
+    except BrokenRecord:
+        if _MESSAGES_BEGIN.match(f"[{entry}"):
+            raise
+        return entry  # a text that begins with a brace
 
 
 def _names_a_role(entries: list[Any] | None) -> bool:

@@ -157,8 +157,7 @@ class ColumnMapping:
 
 def _checked(name: str, column: str, value: Any) -> Any:
     """Return the value of a column, in whose own name a wrong type is reported."""
-    messages = isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
-    if messages and name in ("prompt", "response"):
+    if isinstance(value, list) and name in ("prompt", "response"):  # perhaps of messages
         return value
     if name in _TEXT_COLUMNS and not isinstance(value, str):
         raise BrokenRecord(

@@ -335,6 +335,22 @@ def test_a_prompt_of_messages_may_have_a_text_as_its_completion(form):
         completed(form([QUESTION, answer("It is")]), "2")
 
 
+@pytest.mark.parametrize("form", [list, as_text])
+def test_each_message_next_to_a_text_may_be_json_text(form):
+    assert completed(form([as_text(QUESTION)]), "a").messages == [QUESTION, answer("a")]
+    assert completed("Weather?", [as_text(answer("a"))]).messages == [QUESTION, answer("a")]
+    with pytest.raises(BrokenRecord, match="'content' stands twice"):
+        completed(form(['{"role": "user", "content": "q", "content": "r"}']), "a")
+
+
+def test_several_texts_are_no_prompt_and_no_answer():
+    for pair in ((["q", "r"], "a"), ("q", ["a", "b"])):
+        with pytest.raises(BrokenRecord, match="neither a text nor a list of messages"):
+            completed(*pair)
+    assert completed(["Weather?"], "a").messages == [QUESTION, answer("a")]
+    assert completed("{q}", ["{a}"]).messages[1] == answer("{a}")
+
+
 def test_a_prompt_that_is_a_text_may_have_messages_as_its_completion():
     assert completed("Weather?", [answer("a")]).messages == [QUESTION, answer("a")]
     with pytest.raises(BrokenRecord) as error:
