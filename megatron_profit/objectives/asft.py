@@ -56,6 +56,10 @@ class ASFT(Objective):
         object.__setattr__(self, "kl_weight", number_in("kl_weight", self.kl_weight, 0))
 
     @property
+    def loss_follows_prob(self) -> bool:
+        return False
+
+    @property
     def required_statistics(self) -> frozenset[str]:
         return frozenset({"ref_log_prob"})
 

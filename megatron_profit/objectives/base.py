@@ -179,6 +179,15 @@ class Objective(ABC):
     ``{"margin": "package.module:Class"}``. They are imported in training only."""
 
     @property
+    def loss_follows_prob(self) -> bool:
+        """Whether a token's loss falls only where the model gives the token more probability.
+
+        If it does, a better model has the lower mean loss. For example, ``dft`` has a small loss for an
+        improbable token too, so it does not.
+        """
+        return True
+
+    @property
     def required_statistics(self) -> frozenset[str]:
         """Names of the statistics that ``evaluate`` reads, under the current options.
 

@@ -23,6 +23,10 @@ class DEFT(SignalObjective):
     drops_tokens: ClassVar[bool] = False
 
     @property
+    def loss_follows_prob(self) -> bool:
+        return True
+
+    @property
     def own_statistics(self) -> frozenset[str]:
         return frozenset({"sum_squared_prob"})
 

@@ -39,6 +39,10 @@ class ImportanceWeightedSFT(Objective):
         object.__setattr__(self, "ratio_max", number_in("ratio_max", self.ratio_max, 1))
 
     @property
+    def loss_follows_prob(self) -> bool:
+        return False
+
+    @property
     def required_statistics(self) -> frozenset[str]:
         return frozenset({"ref_log_prob"})
 

@@ -62,6 +62,11 @@ class SignalObjective(Objective):
         one_of("objective_signal", self.objective_signal, OBJECTIVE_SIGNALS)
 
     @property
+    def loss_follows_prob(self) -> bool:
+        # A weight of the current model falls with p, and the loss with it.
+        return self.objective_signal == "reference"
+
+    @property
     def own_statistics(self) -> frozenset[str]:
         """Names of the statistics that ``evaluate_signal`` reads, besides the target's probability."""
         return frozenset()

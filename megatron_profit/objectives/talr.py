@@ -42,6 +42,11 @@ class TALR(SignalObjective):
         object.__setattr__(self, "least_weight", least)
 
     @property
+    def loss_follows_prob(self) -> bool:
+        # The exponent 1 / T holds the weights against a model that is worse on all records.
+        return True
+
+    @property
     def own_statistics(self) -> frozenset[str]:
         return frozenset({"median_loss"})
 

@@ -161,6 +161,12 @@ class ThresholdObjective(SignalObjective):
         object.__setattr__(self, "threshold_scope", scope)
 
     @property
+    def loss_follows_prob(self) -> bool:
+        # Below a constant threshold a token has no loss; a quantile keeps its share of the tokens.
+        may_drop_more = self.prob_threshold is not None and self.threshold_direction != "lower"
+        return super().loss_follows_prob or not may_drop_more
+
+    @property
     def quantile_of(self) -> Mapping[str, float]:
         """The quantile of each bound on log p that follows from one; empty for a constant threshold."""
         if self.threshold_quantile is None or self.threshold_direction is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_profit.flags import ArgumentsError, flag, flag_of, options_of
+from megatron_profit.objectives import Objective
 from megatron_profit.training.checkpoints.folder import BETTER
 
 
@@ -77,14 +78,24 @@ def keep_options(settings: Mapping[str, Any], tasks: Sequence[str] = ()) -> Keep
     return options
 
 
-def misleading_metric(options: KeepOptions, objective: str) -> str | None:
-    """Return a hint if the metric of --keep-best gets worse by the objective's design, else None."""
-    if options.keep_best != "lm loss" or objective == "sft":
+def misleading_metric(options: KeepOptions, objective: Objective) -> str | None:
+    """Return a hint if the metric of --keep-best can be best in a worse checkpoint, else None."""
+    metric, name = options.keep_best, objective.final.name
+    if metric == "lm loss" and name != "sft":
+        why = (
+            "the plain cross-entropy also counts the tokens that the objective leaves out or trains less. It "
+            "may rise while the run does what it should, and then the first checkpoint is the best one"
+        )
+    elif metric == "objective" and not objective.for_evaluation().loss_follows_prob:
+        why = (
+            "a token's loss is small as well where the model finds the token improbable, so that a worse "
+            "checkpoint can be the best one"
+        )
+    else:
         return None
     return (
-        f"--keep-best 'lm loss' with --objective {objective}: the plain cross-entropy also counts the "
-        "tokens that the objective leaves out or trains less. It may rise while the run does what it "
-        "should, and then the first checkpoint is the best one. --keep-best objective follows what is trained"
+        f"--keep-best {metric!r} with --objective {name}: {why}. --keep-best 'mean p' follows the "
+        "probability of each token"
     )
 
 

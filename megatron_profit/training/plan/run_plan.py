@@ -86,7 +86,7 @@ def open_run(settings: RunSettings) -> RunPlan:
     flags = CheckpointFlags.of(settings.values)
     if is_first_rank():
         check_task_files(settings.eval_tasks)
-    if hint := misleading_metric(settings.keep, settings.values["objective"]):
+    if hint := misleading_metric(settings.keep, settings.objective):
         warn_rank_0(hint)
     resumed = choose_checkpoints(flags, settings.check_checkpoint)
     files = open_files(settings)

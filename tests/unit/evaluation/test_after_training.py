@@ -15,6 +15,7 @@ from megatron_profit.evaluation.after_training import (
 )
 from megatron_profit.evaluation.engines.model_folder import fingerprint
 from megatron_profit.flags import ArgumentsError
+from megatron_profit.objectives import ScheduledObjective, build_objective
 from megatron_profit.training.checkpoints.keep_options import (
     KeepOptions,
     keep_options,
@@ -34,6 +35,7 @@ VALUES = {
     "valid_split": None,
     "template_date": None,
 }
+PROFIT = build_objective("profit", prob_threshold=0.1, threshold_direction="higher")
 DURING = {"eval_tasks": "mawps", "eval_tasks_interval": 20, "eval_tasks_limit": 7}
 
 
@@ -186,10 +188,29 @@ def test_a_task_is_a_metric_if_the_training_evaluates_it():
     assert better.best_iteration == 2
 
 
-def test_plain_cross_entropy_is_named_where_it_misleads():
-    hint = misleading_metric(KeepOptions(keep_best="lm loss"), "profit")
-    assert "--keep-best 'lm loss' with --objective profit" in hint
-    assert "--keep-best objective follows what is trained" in hint
-    assert misleading_metric(KeepOptions(keep_best="lm loss"), "sft") is None
-    assert misleading_metric(KeepOptions(keep_best="objective"), "profit") is None
-    assert misleading_metric(KeepOptions(), "profit") is None
+@pytest.mark.parametrize(
+    ("metric", "objective", "why"),
+    [
+        ("lm loss", PROFIT, "may rise while the run does what it should"),
+        ("objective", PROFIT, "small as well where the model finds the token improbable"),
+        ("objective", ScheduledObjective(PROFIT, warmup_steps=2), "a worse checkpoint can be the"),
+        (
+            "objective",
+            build_objective("dft"),
+            "--keep-best 'objective' with --objective dft: a tok",
+        ),
+        ("objective", build_objective("prift-prob"), None),
+        ("objective", build_objective("psft"), None),
+        ("objective", build_objective("sft"), None),
+        ("lm loss", build_objective("sft"), None),
+        ("mean p", PROFIT, None),
+        (None, PROFIT, None),
+    ],
+)
+def test_a_metric_that_misleads_is_named(metric, objective, why):
+    hint = misleading_metric(KeepOptions(keep_best=metric), objective)
+    if why is None:
+        assert hint is None
+    else:
+        assert why in hint
+        assert hint.endswith("--keep-best 'mean p' follows the probability of each token")

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 import pickle
 from dataclasses import dataclass
 
@@ -65,6 +66,32 @@ def test_weight_is_minus_the_derivative_of_the_loss(name, options):
     (derivative,) = torch.autograd.grad(loss.sum(), statistics.log_prob)
     torch.testing.assert_close(weight, -derivative, rtol=1e-12, atol=1e-14)
     assert not weight.requires_grad
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
+def test_a_worse_model_has_the_smaller_loss_only_where_it_is_said(name, options):
+    objective = build_objective(name, **options).for_evaluation()
+
+    def loss(p, lower_mass):
+        """The loss of a token; the reference gives it 0.3."""
+        half, one = torch.full((1,), 0.5, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        seen = TokenStatistics(
+            math.log(p) * one,
+            entropy=half,
+            sum_squared_prob=half,
+            top20_entropy=half,
+            lower_mass=lower_mass * one,
+            ref_log_prob=math.log(0.3) * one,
+            ref_lower_mass=one,
+            uniform=half,
+            selected=one > 0,
+            record=one,
+        )
+        return float(objective(seen.replaced(**objective.look_ahead(seen))).loss)
+
+    is_smaller = loss(0.06, 0.06) < loss(0.3, 0.9)
+    if name != "asft":  # whose KL may weigh more than the loss that falls
+        assert is_smaller != objective.loss_follows_prob
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY_OBJECTIVE)
