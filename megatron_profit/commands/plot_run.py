@@ -12,6 +12,7 @@ gradient norm, learning rate, throughput. The figure appears whole or not at all
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -161,9 +162,16 @@ def plot_runs(runs: Mapping[str, Path], out: Path) -> Path:
 
 
 def _telling(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Leave out the curves that carry no information in a run that keeps every token, as plain SFT does."""
-    keeps_all = set(curves.get("kept fraction", ([], []))[1]) == {1.0}
-    silent = ("objective", "mean p dropped") if keeps_all else ()
+    """Leave out an objective that is the cross-entropy, as plain SFT's, and the probability of no token."""
+    kept, objective, loss = (
+        curves.get(name, ([], []))[1] for name in ("kept fraction", "objective", "lm loss")
+    )
+    silent = ["mean p dropped"] if set(kept) == {1.0} else []
+    # The two are summed in another order.
+    if len(objective) == len(loss) and all(
+        math.isclose(one, other, rel_tol=1e-4) for one, other in zip(objective, loss, strict=True)
+    ):
+        silent.append("objective")
     return {name: curve for name, curve in curves.items() if name not in silent}
 
 

@@ -74,10 +74,17 @@ def test_the_curves_are_the_logged_values(write, tmp_path, figure):
     }
 
 
-def test_a_run_that_keeps_every_token_has_one_loss(write, tmp_path, figure):
+def test_plain_sft_has_one_loss(write, tmp_path, figure):
     plot_run.plot_runs({"base": write("base", SFT)}, tmp_path / "curves.png")
     labels = [line.get_label() for axis in figure[0].axes for line in axis.lines]
     assert labels == ["base: cross-entropy", "base"]
+
+
+def test_an_objective_that_weights_every_token_is_drawn(write, tmp_path, figure):
+    dft = {**SFT, "objective": (0.25, 0.125)}
+    plot_run.plot_runs({"dft": write("dft", dft)}, tmp_path / "curves.png")
+    labels = [line.get_label() for axis in figure[0].axes for line in axis.lines]
+    assert labels == ["dft: cross-entropy", "dft: objective", "dft"]
 
 
 def test_a_resumed_run_is_one_curve_and_its_later_values_count(write):
