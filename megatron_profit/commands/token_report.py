@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from checkpoint_conversion.cli import FlagHelp, wants_color
 from checkpoint_conversion.engine.output import problem_of_place, whole_file
@@ -48,7 +48,6 @@ from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.data.render.template_date import parse_day
 from megatron_profit.flags import OneList
 from megatron_profit.objectives import Objective, build_objective, objective_options
-from megatron_profit.objectives.thresholds import ThresholdObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,15 +62,6 @@ OBJECTIVES = (
 DTYPES = ("float32", "bfloat16")
 # Flags of `to-hf` that its errors advise, and that this command does not have.
 _OF_CONVERSION = ("--base", "--ignore-arguments", "--max-shard-size")
-
-
-class SliderStart(TypedDict, total=False):
-    """The start of the page's threshold; without it, the page has its own."""
-
-    threshold: tuple[float, ...]
-    direction: str
-    scope: str
-    signal: str
 
 
 class ReportError(ValueError):
@@ -317,25 +307,6 @@ def check_output(path: Path | None, overwrite: bool) -> None:
         raise ReportError(f"--out {path} exists; give --overwrite to replace it")
 
 
-def slider(objectives: Sequence[Objective]) -> SliderStart:
-    """Return the start of the page's threshold: the first objective's that has one, if any does."""
-    for objective in objectives:
-        if not isinstance(objective, ThresholdObjective):
-            continue
-        threshold = objective.prob_threshold or objective.threshold_quantile
-        if not threshold or not objective.threshold_direction:
-            continue
-        scope = objective.threshold_scope or "constant"
-        return {
-            "threshold": threshold,
-            "direction": objective.threshold_direction,
-            # The page's tokens stand for the recent steps'.
-            "scope": "global_batch" if scope == "running" else scope,
-            "signal": "reference" if objective.signal_reads else "current",
-        }
-    return {}
-
-
 def make_report(arguments: argparse.Namespace) -> None:
     """Make the report and write or print it.
 
@@ -395,7 +366,7 @@ def _show(
     objectives: Mapping[str, Objective],
 ) -> None:
     """Write the page, print the terminal form, or both."""
-    from megatron_profit.token_report import page, terminal_text
+    from megatron_profit.token_report import page, slider_start, terminal_text
 
     if arguments.out is not None:
         title = (
@@ -403,7 +374,7 @@ def _show(
         )
         files = ", ".join(Path(file).name for file in arguments.data)
         subtitle = f"{len(scored)} records of {files}; {arguments.dtype}"
-        threshold = slider(list(objectives.values()))
+        threshold = slider_start(objectives.values())
         with whole_file(arguments.out) as stream:
             stream.write(page(scored, title=title, subtitle=subtitle, **threshold).encode())
         print(f"wrote {arguments.out} ({arguments.out.stat().st_size:,} bytes)", file=sys.stderr)

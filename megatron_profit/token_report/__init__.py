@@ -15,6 +15,7 @@ from megatron_profit.token_report.scores import (
     score_records,
     token_texts,
 )
+from megatron_profit.token_report.slider import slider_start
 from megatron_profit.token_report.terminal import probabilities_text, terminal_text
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "page",
     "probabilities_text",
     "score_records",
+    "slider_start",
     "terminal_text",
     "token_texts",
 ]

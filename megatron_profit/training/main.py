@@ -296,5 +296,4 @@ def evaluation_report(settings: RunSettings, data: SFTData) -> EvaluationReport 
         records=first_records(data.valid, values["token_report_records"], rows),
         prepared=data.valid_prepared,
         tokenizer=load_tokenizer(settings.hf_model),
-        objective=settings.objective.for_evaluation().name,
     )

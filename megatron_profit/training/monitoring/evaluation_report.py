@@ -21,8 +21,8 @@ from checkpoint_conversion.errors import warn
 from megatron_profit.data import SFTDataset, TokenizedData
 from megatron_profit.megatron_patches.callbacks import Callback
 from megatron_profit.megatron_patches.enduring import reason
-from megatron_profit.objectives import TokenStatistics
-from megatron_profit.token_report import TokenRecord, page, token_texts
+from megatron_profit.objectives import Objective, TokenStatistics
+from megatron_profit.token_report import TokenRecord, page, slider_start, token_texts
 from megatron_profit.training.process.console import print_rank_0
 from megatron_profit.training.process.ranks import is_first_rank
 from megatron_profit.training.step.batch import Batch
@@ -34,8 +34,8 @@ from megatron_profit.training.step.objective_loss import (
 
 # A folder next to the pages, for pages of steps that are trained again.
 _SUPERSEDED = "superseded"
-# Columns of the statistics collected for a token.
-_RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT = range(5)
+# Columns of the statistics collected for a token; the last one only where the evaluation has it.
+_RECORD, _POSITION, _LOG_PROB, _PROB, _WEIGHT, _REF_LOG_PROB = range(6)
 
 
 @dataclass
@@ -47,14 +47,12 @@ class EvaluationReport(Callback):
         records: Index in the prepared data of each record to show.
         prepared: The validation data.
         tokenizer: The model's tokenizer.
-        objective: Name of the run's objective.
     """
 
     folder: Path
     records: Sequence[int]
     prepared: TokenizedData
     tokenizer: PreTrainedTokenizerBase
-    objective: str
     _collected: list[torch.Tensor] = field(default_factory=list, repr=False)
     _micro_batches: int = 0
     _failed: bool = False
@@ -89,10 +87,11 @@ class EvaluationReport(Callback):
         torch.distributed.all_gather_object(everything, torch.cat(self._collected), group)
         self._collected, self._micro_batches = [], 0
         if mpu.get_tensor_model_parallel_rank() == 0 and group.rank() == 0:
-            self._endure(lambda: self._write(torch.cat(everything), current_step() + 1))
+            tokens, steps = torch.cat(everything), current_step() + 1
+            self._endure(lambda: self._write(tokens, loss.objective, steps))
 
     def _tokens(self, batch: Batch, loss: MicroBatchLoss) -> torch.Tensor:
-        """Return [tokens, 5] float64, the supervised tokens of the chosen records."""
+        """Return [tokens, columns] float64, the supervised tokens of the chosen records."""
         statistics = loss.statistics
         record, position = (
             statistics.rows.take(index.transpose(0, 1).flatten())
@@ -100,34 +99,45 @@ class EvaluationReport(Callback):
         )
         here = torch.isin(record, torch.tensor(self.records, device=record.device))
         tokens = statistics.tokens
-        columns = (record, position, tokens.log_prob, tokens.prob, statistics.token_weight)
+        columns = [record, position, tokens.log_prob, tokens.prob, statistics.token_weight]
+        if (of_reference := tokens.external.get("ref_log_prob")) is not None:
+            columns.append(of_reference)
         return torch.stack([column[here].double() for column in columns], 1).cpu()
 
-    def _write(self, tokens: torch.Tensor, steps: int) -> None:
+    def _write(self, tokens: torch.Tensor, objective: Objective, steps: int) -> None:
+        of_record = (tokens[tokens[:, _RECORD] == i] for i in self.records)
         text = page(
-            [self._record(i, tokens[tokens[:, _RECORD] == i]) for i in self.records],
+            [
+                self._record(i, part, objective.name)
+                for i, part in zip(self.records, of_record, strict=True)
+            ],
             title=f"Token report after step {steps}",
             subtitle=f"{len(self.records)} validation records under the model in training; the objective "
-            f"is {self.objective}. Tokens of a prompt have no probability here.",
+            f"is {objective.name}. Tokens of a prompt have no probability here.",
+            **slider_start([objective]),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / f"step_{steps:07}.html") as stream:
             stream.write(text.encode())
 
-    def _record(self, index: int, tokens: torch.Tensor) -> TokenRecord:
+    def _record(self, index: int, tokens: torch.Tensor, objective: str) -> TokenRecord:
         ids = self.prepared.examples[index][0].tolist()
         # The prediction at a position of the row is for the next token.
         place = tokens[:, _POSITION].long() + 1
         nothing = torch.full((len(ids),), torch.nan)
-        log_prob = nothing.index_copy(0, place, tokens[:, _LOG_PROB].float())
-        prob = nothing.index_copy(0, place, tokens[:, _PROB].float())
+        spread = [nothing.index_copy(0, place, column) for column in tokens.float().unbind(1)]
+        prob, has_reference = spread[_PROB], len(spread) > _REF_LOG_PROB
         weight = torch.zeros(len(ids)).index_copy(0, place, tokens[:, _WEIGHT].float())
         return TokenRecord(
             name=self.prepared.name(index),
             pieces=token_texts(self.tokenizer, ids),
             supervised=~prob.isnan(),
-            statistics=TokenStatistics(log_prob, softmax_prob=prob),
-            weights={self.objective: weight},
+            statistics=TokenStatistics(
+                spread[_LOG_PROB],
+                softmax_prob=prob,
+                ref_log_prob=spread[_REF_LOG_PROB] if has_reference else None,
+            ),
+            weights={objective: weight},
         )
 
 

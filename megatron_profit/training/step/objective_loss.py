@@ -133,7 +133,11 @@ class ObjectiveLoss:
 
 
 class MicroBatchLoss:
-    """The objective on one micro-batch: the model's arguments, then the loss for Megatron."""
+    """The objective on one micro-batch: the model's arguments, then the loss for Megatron.
+
+    Attributes:
+        objective: The objective of the step.
+    """
 
     def __init__(
         self,
@@ -144,7 +148,7 @@ class MicroBatchLoss:
         observe: Callable[[MicroBatchLoss], None],
     ) -> None:
         self._loss = loss
-        self._objective = loss.current_objective
+        self.objective = loss.current_objective
         self._draw_index, self._position_ids = draw_index, position_ids
         self._external, self._observe = external, observe
         self._statistics: LinearObjectiveStatistics | None = None
@@ -200,7 +204,7 @@ class MicroBatchLoss:
             hidden_states.flatten(0, 1),
             weight,
             labels_N,
-            self._objective,
+            self.objective,
             group=group if group.size() > 1 else None,
             vocab_size=self._loss.vocab_size,
             external={
@@ -221,7 +225,7 @@ class MicroBatchLoss:
 
     def _drawn(self) -> dict[str, torch.Tensor]:
         """Return the random numbers [B, S] of an objective that draws."""
-        if "uniform" not in self._objective.required_statistics:
+        if "uniform" not in self.objective.required_statistics:
             return {}
         if self._draw_index is None or self._position_ids is None:
             return {}
@@ -236,11 +240,11 @@ class MicroBatchLoss:
         statistics = self.statistics
         self._observe(self)
         loss = output_tensor.float().sum()
-        sums = token_sums(statistics, self._objective)
+        sums = token_sums(statistics, self.objective)
         num_kept, num_supervised = sums["kept fraction"]
         if torch.is_grad_enabled() and mpu.get_tensor_model_parallel_rank() == 0:
             self._loss.monitor.add(num_kept, num_supervised)
-        normalization = self._loss.normalization or self._objective.normalization
+        normalization = self._loss.normalization or self.objective.normalization
         num_tokens = num_supervised if normalization == "supervised" else num_kept
         _validate(loss, num_tokens)
         report = as_pairs({"objective": (loss, num_tokens), **sums})

@@ -13,6 +13,7 @@ from make_tiny_model import main as make_tiny_model
 from checkpoint_conversion.errors import ConversionError
 from checkpoint_conversion.hf_to_megatron import hf_to_megatron
 from megatron_profit.commands import token_report
+from megatron_profit.token_report import slider_start
 
 
 @pytest.fixture(scope="module")
@@ -238,4 +239,4 @@ def test_a_record_in_no_known_format_is_left_out_unless_it_is_the_first(folders,
 )
 def test_the_page_begins_with_the_first_threshold(objectives, start):
     parsed = [token_report.parse_objective(text)[1] for text in objectives]
-    assert token_report.slider(parsed) == start
+    assert slider_start(parsed) == start
