@@ -15,6 +15,7 @@ from megatron_profit.objectives import Objective
 from megatron_profit.objectives.base import (
     COMPUTED_STATISTICS,
     EXTERNAL_STATISTICS,
+    KERNEL_STATISTICS,
     check_external_name,
 )
 from megatron_profit.ops.kernels import IMPLEMENTATIONS, Implementation
@@ -216,8 +217,8 @@ def _check_statistics(
                 )
         elif missing in EXTERNAL_STATISTICS:
             raise ValueError(f"objective {name} needs {missing}; pass {missing}=[N].")
-        elif missing not in COMPUTED_STATISTICS:
+        elif missing not in KERNEL_STATISTICS:
             raise ValueError(
                 f"objective {name} needs {missing}, which the kernel does not compute (it computes "
-                f'{", ".join(COMPUTED_STATISTICS)}); pass external={{"{missing}": [N]}}.'
+                f'{", ".join(KERNEL_STATISTICS)}); pass external={{"{missing}": [N]}}.'
             )

@@ -230,7 +230,7 @@ def score_rows(
         external: The statistics that the kernel cannot compute, [B, S] each.
     """
     args = get_args()
-    loss = replace(loss, objective=StatisticsOnly(statistics - {"log_prob"}), log_entropy=False)
+    loss = replace(loss, objective=StatisticsOnly(statistics), log_entropy=False)
 
     def begin(batch: Batch) -> _ScoredBatch:
         return _ScoredBatch(keys(batch), loss.micro_batch(external=external(batch)), statistics)

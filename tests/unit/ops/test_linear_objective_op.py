@@ -11,7 +11,7 @@ import torch
 from objective_options import every_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_profit.objectives import Objective, ObjectiveOutput, build_objective
+from megatron_profit.objectives import Objective, ObjectiveOutput, build_objective, weighted_nll
 from megatron_profit.objectives.base import COMPUTED_STATISTICS, OPTIONAL_STATISTICS
 from megatron_profit.ops import linear_objective, reference_linear_objective
 from megatron_profit.ops.tiling import Tiling
@@ -669,6 +669,28 @@ def test_an_external_statistic_of_any_name(options):
     for name in ("entropy", "log_prob", "prob"):
         with pytest.raises(ValueError, match=f"external statistic cannot be called '{name}'"):
             linear_objective(*inputs, external={"margin": margin, name: margin}, **options)
+
+
+@dataclass(frozen=True)
+class Named(Objective):
+    """DFT that names the statistics which are always computed, too."""
+
+    @property
+    def required_statistics(self):
+        return frozenset({"log_prob", "softmax_prob"})
+
+    def evaluate(self, statistics):
+        return weighted_nll(statistics.softmax_prob, statistics)
+
+
+@pytest.mark.parametrize("options", [{}, {"implementation": "reference"}])
+def test_an_objective_may_name_what_is_always_computed(options):
+    problem = Problem.random()
+    inputs = (problem.hidden, problem.weight, problem.labels)
+    named = linear_objective(*inputs, Named(), **options)
+    assert torch.equal(
+        named.loss, linear_objective(*inputs, build_objective("dft"), **options).loss
+    )
 
 
 VALID = {
