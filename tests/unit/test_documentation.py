@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from objective_options import every_objective
 
 from checkpoint_conversion import families
 from checkpoint_conversion.families import FAMILIES, Family
 from megatron_profit.data import DataOptions
 from megatron_profit.estimates.published import published_config
-from megatron_profit.objectives import objective_names, objective_options
+from megatron_profit.objectives import (
+    COMPUTED_STATISTICS,
+    EXTERNAL_STATISTICS,
+    TokenStatistics,
+    objective_names,
+    objective_options,
+)
 from megatron_profit.training.arguments.derive import derive
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,6 +102,16 @@ def test_every_objective_has_a_row_with_its_options(name):
     described = row + (page if "threshold" in row else "")
     for option in objective_options(name):
         assert "--" + option.name.replace("_", "-") in described, option.name
+
+
+def test_every_metric_of_an_objective_is_described():
+    page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    half = torch.full((2,), 0.5)
+    known = dict.fromkeys((*COMPUTED_STATISTICS, *EXTERNAL_STATISTICS), half)
+    statistics = TokenStatistics(half.log(), **{**known, "selected": half > 0})
+    for objective in every_objective():
+        for metric in objective.metrics(statistics):
+            assert f"`{metric}`" in page, metric
 
 
 def modules_of_families() -> dict[str, list[str]]:
