@@ -6,11 +6,11 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import Queue
+from queue import Queue, SimpleQueue
 from typing import Any
 from zlib import crc32
 
@@ -77,54 +77,100 @@ def carry_out(
 ) -> list[Outcome]:
     """Carry out all stages, `plan.jobs` runs at a time; finished parts are read.
 
-    While the first runs of a stage are made, one more job evaluates the base, which is published before them.
+    While the first runs of a stage are made, one more job evaluates the base. Each part is published when it
+    is finished, whatever takes longer.
 
     Args:
         plan: The comparison.
         out: Folder of everything that is written.
         read_curves: Returns the curves of a metrics file.
         show: Receives a line for each finished part: a run with its evaluations in one stage.
-        publish: Receives the outcomes so far, the number of finished parts and of all, after each of them.
+        publish: Receives the outcomes so far in the plan's order, the number of finished parts and of all,
+            after each of them.
         gpus: The visible GPUs, as CUDA_VISIBLE_DEVICES names them. Several jobs get some each.
 
     Raises:
         EvaluationError: There are too few GPUs, a command failed or was stopped, or a kept result is damaged.
     """
     stages = plan.schedule()
+    keys = list(dict.fromkeys(_keys(stages)))
     total, done, start = sum(map(len, stages)), 0, time.monotonic()
     found: dict[tuple[str, Run | None], Outcome] = {}
-    failed = threading.Event()
-
-    def unless_failed[**P, R](job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Do a job; when it fails, the jobs that have not begun end at once, so that the error is shown."""
-        if failed.is_set():
-            raise EvaluationError("an earlier part failed")
-        try:
-            return job(*args, **kwargs)
-        except BaseException:
-            failed.set()
-            raise
 
     def add(outcome: Outcome) -> None:
         key = (outcome.data, outcome.run)
         found[key] = found[key].with_more(outcome) if key in found else outcome
-        publish(list(found.values()), done, total)
+        publish(in_order(), done, total)
+
+    def in_order() -> list[Outcome]:
+        return [found[key] for key in keys if key in found]
 
     shares = shares_of_gpus(plan, gpus)
-    with stoppable(), ThreadPoolExecutor(plan.jobs, "", take_gpus, (shares,)) as pool:
+    with (
+        stoppable(),
+        ThreadPoolExecutor(plan.jobs, "", take_gpus, (shares,)) as pool,
+        _Jobs(pool) as jobs,
+    ):
         for units in stages:
-            of_base = pool.submit(unless_failed, _of_base, plan, out, evaluations_of(units))
-            of_units = [
-                pool.submit(unless_failed, _of_unit, plan, out, read_curves, unit) for unit in units
-            ]
-            for outcome in of_base.result():
-                add(outcome)
-            for future in of_units:
-                outcome = future.result()
+            jobs.begin(_of_base, plan, out, evaluations_of(units))
+            for unit in units:
+                jobs.begin(_of_unit, plan, out, read_curves, unit)
+            for outcome in (each for _ in range(1 + len(units)) for each in jobs.next()):
+                if outcome.run is None:
+                    add(outcome)
+                    continue
                 done += 1
                 add(outcome)
                 show(_line(outcome, done, total, (time.monotonic() - start) / 60))
-    return list(found.values())
+    return in_order()
+
+
+class _Jobs:
+    """Jobs of a pool, whose outcomes come in the order in which the jobs end.
+
+    After a failure, and after the `with` block, the jobs that have not begun end at once. So the error is
+    shown as soon as the jobs that run have ended.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._ended: SimpleQueue[list[Outcome] | BaseException] = SimpleQueue()
+        self._is_over = threading.Event()
+
+    def __enter__(self) -> _Jobs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+
+    def begin[**P](
+        self, job: Callable[P, list[Outcome]], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Give a job to the pool."""
+
+        def do() -> None:
+            try:
+                if not self._is_over.is_set():
+                    self._ended.put(job(*args, **kwargs))
+            except BaseException as error:
+                self._is_over.set()
+                self._ended.put(error)
+
+        self._pool.submit(do)
+
+    def next(self) -> list[Outcome]:
+        """Wait for the next job that ends, and return its outcomes; raises its error."""
+        ended = self._ended.get()
+        if isinstance(ended, BaseException):
+            raise ended
+        return ended
+
+
+def _keys(stages: Sequence[Sequence[Unit]]) -> Iterator[tuple[str, Run | None]]:
+    """Yield data set and run (None: the base) of each outcome, in the order of the plan."""
+    for units in stages:
+        yield from ((data, None) for data in evaluations_of(units))
+        yield from ((unit.run.data, unit.run) for unit in units)
 
 
 def shares_of_gpus(plan: Plan, gpus: Sequence[str]) -> Queue[str | None]:
@@ -184,7 +230,8 @@ def _digest(plan: Plan, data: str, evaluation: str, model: Path | None = None) -
     return plan.digest(command)
 
 
-def _of_unit(plan: Plan, out: Path, read_curves: ReadCurves, unit: Unit) -> Outcome:
+def _of_unit(plan: Plan, out: Path, read_curves: ReadCurves, unit: Unit) -> list[Outcome]:
+    """Return the outcome of a run with its evaluations in one stage, as the only one."""
     run = unit.run
     command = plan.train_command(run, TRAINED, Path("metrics"))
     folder = out / "runs" / folder_name(run.data, run.setting, run.seed, plan.digest(command))
@@ -201,7 +248,7 @@ def _of_unit(plan: Plan, out: Path, read_curves: ReadCurves, unit: Unit) -> Outc
         outcome = outcome.with_more(_evaluated(plan, run, run.data, name, model, place))
     if unit.is_last and not plan.keep_models:
         remove_folder(model)
-    return outcome
+    return [outcome]
 
 
 def _trained(plan: Plan, run: Run, folder: Path, read_curves: ReadCurves) -> Outcome:

@@ -561,6 +561,27 @@ def test_the_base_is_evaluated_beside_the_first_runs(plan, commands, tmp_path, m
     assert [result["run"] is None for result in results] == [True, False]
 
 
+def test_what_takes_longer_holds_no_finished_part_back(plan, commands, tmp_path, monkeypatch):
+    """Neither the base nor the first run; the outcomes have the order of the plan all the same."""
+    execute, published = comparison.execute, []
+
+    def write_results(out, outcomes, text, finished, runs):
+        published.append(([o.run and o.run.objective for o in outcomes], finished))
+
+    def waiting(command, log, threads):
+        is_base = "evaluate" in command and "hf" not in command[4]
+        if is_base or "sft" in command:
+            _wait_until(lambda: published and published[-1][1] == (3 if is_base else 2))
+        execute(command, log, threads)
+
+    monkeypatch.setattr(compare, "write_results", write_results)
+    monkeypatch.setattr(comparison, "execute", waiting)
+    objectives = {name: f"--objective {name}" for name in ("sft", "dft", "gce")}
+    file = plan(learning_rates=None, lora_ranks=None, seeds=[1], jobs=3, objectives=objectives)
+    assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
+    assert published[2:] == [(["sft", "dft", "gce"], 3), ([None, "sft", "dft", "gce"], 3)]
+
+
 def test_jobs_share_the_gpus(plan, tmp_path):
     """Each would otherwise train on the first ones, which all others use too."""
     found = read_plan(plan(jobs=2, processes=2))
@@ -600,6 +621,26 @@ def test_nothing_begins_after_a_failure(plan, commands, tmp_path, monkeypatch, c
     assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 1
     assert "the disk is full" in capsys.readouterr().err
     assert len(commands) == (1 if what == "the base" else 2)
+
+
+def test_nothing_begins_after_tables_that_cannot_be_written(plan, commands, tmp_path, monkeypatch):
+    execute, tried = comparison.execute, threading.Event()
+
+    def write_results(*_):
+        tried.set()
+        raise OSError("No space left on device")
+
+    def waiting(command, log, threads):
+        if "evaluate" not in command:
+            assert tried.wait(60)
+        execute(command, log, threads)
+
+    monkeypatch.setattr(compare, "write_results", write_results)
+    monkeypatch.setattr(comparison, "execute", waiting)
+    file = plan(learning_rates=None, lora_ranks=None)
+    with pytest.raises(OSError, match="No space left"):
+        compare.main([str(file), "--out", str(tmp_path / "out")])
+    assert len(commands) < 1 + 2 * 4
 
 
 @pytest.fixture
