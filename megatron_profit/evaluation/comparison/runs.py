@@ -94,7 +94,7 @@ def carry_out(
     """
     stages = plan.schedule()
     keys = list(dict.fromkeys(_keys(stages)))
-    total, done, start = sum(map(len, stages)), 0, time.monotonic()
+    total, done, spent, start = sum(map(len, stages)), 0, 0.0, time.monotonic()
     found: dict[tuple[str, Run | None], Outcome] = {}
 
     def add(outcome: Outcome) -> None:
@@ -120,8 +120,10 @@ def carry_out(
                     add(outcome)
                     continue
                 done += 1
+                spent += _seconds_of(outcome, found.get((outcome.data, outcome.run)))
                 add(outcome)
-                show(_line(outcome, done, total, (time.monotonic() - start) / 60))
+                left = spent / done * (total - done) / plan.jobs
+                show(_line(outcome, done, total, time.monotonic() - start, left))
     return in_order()
 
 
@@ -200,13 +202,18 @@ def evaluations_of(units: Sequence[Unit]) -> dict[str, list[str]]:
     return {data: list(names) for data, names in found.items()}
 
 
-def _line(outcome: Outcome, done: int, total: int, minutes: float) -> str:
+def _seconds_of(outcome: Outcome, earlier: Outcome | None) -> float:
+    """Return the seconds that a part took, in whatever process; its training may be an earlier stage's."""
+    known = {} if earlier is None else earlier.seconds
+    return sum(seconds for name, (_, seconds) in outcome.seconds.items() if name not in known)
+
+
+def _line(outcome: Outcome, done: int, total: int, seconds: float, left: float) -> str:
     run = outcome.run
     assert run is not None
-    left = minutes / done * (total - done)
     scores = ", ".join(f"{task} {100 * score:.1f} %" for task, score in outcome.scores.items())
     return (
-        f"{done} of {total} parts, {minutes:.1f} min so far, {left:.1f} min left: {run.data}, "
+        f"{done} of {total} parts, {seconds / 60:.1f} min so far, {left / 60:.1f} min left: {run.data}, "
         f"{run.setting}, seed {run.seed}: {scores}"
     )
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -580,6 +581,28 @@ def test_what_takes_longer_holds_no_finished_part_back(plan, commands, tmp_path,
     file = plan(learning_rates=None, lora_ranks=None, seeds=[1], jobs=3, objectives=objectives)
     assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
     assert published[2:] == [(["sft", "dft", "gce"], 3), ([None, "sft", "dft", "gce"], 3)]
+
+
+def test_the_time_left_follows_from_the_parts_and_not_from_this_start(
+    plan, commands, tmp_path, monkeypatch, capsys
+):
+    """A comparison that goes on reads its finished parts at once."""
+    execute = comparison.execute
+
+    def timed(command, log, threads):
+        execute(command, log, threads)
+        log.with_suffix(".times").write_text("[1.0, 60.0]\n")
+
+    monkeypatch.setattr(comparison, "execute", timed)
+    monkeypatch.setattr(compare, "write_results", lambda *_: None)
+    asked = {"short": "--tasks gsm8k", "long": "--tasks gsm8k -k 4"}
+    stages = [{"evaluate": ["short"]}, {"evaluate": ["long"]}]
+    small = {"learning_rates": None, "lora_ranks": None, "evaluate": asked, "stages": stages}
+    for seeds, left in (([1], "6.0 4.0 1.7 0.0"), ([1, 2, 3], "22.0 20.0")):
+        file = plan(**small, seeds=seeds, objectives={"sft": "", "dft": "--objective dft"})
+        assert compare.main([str(file), "--out", str(tmp_path / "out")]) == 0
+        found = re.findall(r"so far, ([\d.]+) min left", capsys.readouterr().out)
+        assert " ".join(found).startswith(left)
 
 
 def test_jobs_share_the_gpus(plan, tmp_path):
