@@ -16,6 +16,8 @@ from megatron_profit.flags import flag_of
 if TYPE_CHECKING:
     from megatron_profit.evaluation.questions import Task
 
+# The folder of the tasks' files where no flag names one.
+DATA = Path("data/eval")
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "samples", "max_new_tokens", "seed")
 
 
@@ -42,9 +44,9 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         type=Path,
-        default=[Path("data/eval")],
+        default=[DATA],
         metavar="DIR",
-        help="Folders with the tasks' files (default data/eval).",
+        help=f"Folders with the tasks' files (default {DATA}).",
     )
     add(
         "--task-file",

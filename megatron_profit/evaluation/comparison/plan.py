@@ -17,6 +17,7 @@ from typing import Any
 from megatron_profit.data.errors import DataError
 from megatron_profit.data.files.sources import places_of_entries
 from megatron_profit.data.files.splits import is_dataset
+from megatron_profit.evaluation.command_line import DATA
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.flags import number_text
 
@@ -188,7 +189,7 @@ class Plan:
             EvaluationError: The file of --dataset-info cannot be read.
         """
         parts = [part for part in command if part != sys.executable]
-        for file in sorted(_inputs(command) | _described_inputs(command)):
+        for file in sorted(_inputs(command) | _described_inputs(command) | _usual_inputs(command)):
             parts += [f"{entry} {_content(entry)}" for entry in _entries(file) if entry.is_file()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -240,6 +241,12 @@ def _described_inputs(command: Sequence[str]) -> set[Path]:
     except DataError as error:
         raise EvaluationError(error) from error
     return {place for place in places if place.exists()}
+
+
+def _usual_inputs(command: Sequence[str]) -> set[Path]:
+    """Return the folder of the questions that an evaluation asks where no flag names one."""
+    given = {flag for flag, _ in _flags_with_values(command)}
+    return {DATA} if "--tasks" in given and "--data" not in given and DATA.exists() else set()
 
 
 def folder_name(*parts: object) -> str:

@@ -382,8 +382,24 @@ def test_a_digest_follows_from_data_that_the_command_does_not_name_itself(plan, 
         found.digest(command)
 
 
-def test_the_digests_of_earlier_comparisons_stay(tmp_path):
+def test_a_digest_follows_from_the_questions_in_the_usual_folder(plan, tmp_path, monkeypatch):
+    """Where no flag names another one: corrected questions would be asked of no model."""
+    monkeypatch.chdir(tmp_path)
+    questions = Path("data/eval/gsm8k_test.jsonl")
+    questions.parent.mkdir(parents=True)
+    for flags, follows in (("", True), ("--data base", False), ("--data=base", False)):
+        found = read_plan(plan(evaluate=f"--tasks gsm8k {flags}"))
+        command = found.evaluate_command("data", "", found.base, Path("out"))
+        digests = set()
+        for text in ("first", "corrected"):
+            questions.write_text(text)
+            digests.add(found.digest(command))
+        assert len(digests) == 1 + follows
+
+
+def test_the_digests_of_earlier_comparisons_stay(tmp_path, monkeypatch):
     """A comparison that was made with an earlier version goes on from its folders."""
+    monkeypatch.chdir(tmp_path)
     found = Plan(
         base=Path("/models/base"),
         train="--train-iters 2",
