@@ -30,6 +30,9 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> Any:
     # The class of the language model reads this in its part of the file, where the default is false.
     if getattr(config, "tie_word_embeddings", False):
         config.get_text_config().tie_word_embeddings = True
+    # A config.json may name kernels of somebody's repository. Without a name transformers takes torch's
+    # attention, or its own plain one for classes that need it, for example of Gemma 2 and gpt-oss.
+    config._attn_implementation = None
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -37,8 +40,6 @@ def load_language_model(folder: str | Path, dtype: torch.dtype) -> Any:
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
-        # A config.json may name kernels of somebody's repository, so this names torch's.
-        attn_implementation="sdpa",
         output_loading_info=True,
     )
     if missing := sorted(report["missing_keys"]):

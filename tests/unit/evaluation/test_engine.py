@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from make_tiny_model import TinyShape, make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen3Config
 
 from megatron_profit.data import DataError
 from megatron_profit.evaluation.engines.decoding import Row, decode, draw, probabilities
@@ -218,6 +218,20 @@ def test_draws_have_the_probabilities_of_the_settings():
     counts = Counter(draw(logits.expand(4000, -1), numbers, sampling).tolist())
     assert counts.keys() == expected.keys()
     assert counts[4] / 4000 == pytest.approx(expected[4], abs=0.03)
+
+
+def test_models_whose_attention_torch_does_not_have_are_loaded(tmp_path):
+    """Of Gemma 2 with its soft caps, whatever attention its config.json names."""
+    config = Gemma2Config(
+        vocab_size=30, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["attn_implementation"] = "somebody/kernels"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    model = load_model(tmp_path, torch.float32)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_model_larger_than_the_gpu_is_named(tiny_model, monkeypatch):
