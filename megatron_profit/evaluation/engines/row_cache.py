@@ -57,10 +57,6 @@ class _Block(DynamicLayer):
 class _State(LinearAttentionLayer):
     """The states of a linear attention layer, whose size does not depend on the number of tokens."""
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self.reorder_cache(indices)
-
     def join(self, other: _State, length: int) -> None:
         """Append the rows of another layer."""
         for own, further in (
@@ -68,9 +64,6 @@ class _State(LinearAttentionLayer):
             (self.recurrent_states, other.recurrent_states),
         ):
             own.update((i, torch.cat([s, further[i]])) for i, s in own.items() if s is not None)
-
-
-_LAYERS: dict[type, type] = {DynamicLayer: _Block, LinearAttentionLayer: _State}
 
 
 class RowCache(DynamicCache):
@@ -85,12 +78,26 @@ class RowCache(DynamicCache):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(config=model.config)
-        self.joinable = all(type(layer) in _LAYERS for layer in self.layers)
-        self.layers: list[Any] = [
-            _LAYERS[type(layer)]() if type(layer) in _LAYERS else layer for layer in self.layers
-        ]
+        self.layers: list[Any] = [_with_rows(layer) for layer in self.layers]
+        self.joinable = all(isinstance(layer, _Block | _State) for layer in self.layers)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        for layer in self.layers:
+            # Of a layer with attention and states, `batch_select_indices` would leave the states as they are.
+            has_states = isinstance(layer, LinearAttentionLayer)
+            (layer.reorder_cache if has_states else layer.batch_select_indices)(indices)
 
     def join(self, other: RowCache, length: int) -> None:
         """Append the rows of another cache; all keep their last columns, `length` of them."""
         for own, further in zip(self.layers, other.layers, strict=True):
             own.join(further, length)
+
+
+def _with_rows(layer: Any) -> Any:
+    """Return a layer of transformers as one whose rows may join; as it is where there is none of its kind."""
+    if type(layer) is DynamicLayer:
+        return _Block()
+    if type(layer) is LinearAttentionLayer:
+        return _State(layer.number_of_states)
+    return layer

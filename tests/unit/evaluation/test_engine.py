@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from make_tiny_model import TinyShape, make_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconH1Config,
+    Gemma2Config,
+    Qwen3Config,
+)
 
 from megatron_profit.data import DataError
 from megatron_profit.evaluation.engines.decoding import Row, decode, draw, probabilities
@@ -48,6 +54,14 @@ def tiny_model_of(tmp_path_factory):
                 vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, head_dim=8,
                 use_sliding_window=True, sliding_window=8, max_window_layers=1,
+            )  # fmt: skip
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config).eval()
+        if family == "attention and states in a layer":
+            config = FalconH1Config(
+                vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
             )  # fmt: skip
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(config).eval()
@@ -138,7 +152,10 @@ def test_greedy_answers_are_transformers_own_at_any_batch_size(engine, tiny_mode
         assert {place: answer.text for place, answer in found.items()} == expected
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3.5", "qwen3-next", "a sliding window"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3", "qwen3.5", "qwen3-next", "a sliding window", "attention and states in a layer"],
+)
 def test_rows_that_join_others_have_the_answers_that_they_have_alone(tiny_model_of, family):
     model = tiny_model_of(family)
     vocabulary = model.config.get_text_config().vocab_size
