@@ -113,7 +113,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model for evaluation, on the GPU if there is one; an adapter is merged into its base.
 
     Raises:
-        EvaluationError: transformers or PEFT cannot load it, or the GPU has no room for it.
+        EvaluationError: transformers or PEFT cannot load it, its state is in no cache, or the GPU has no room
+            for it.
     """
     import torch
     from transformers import GenerationConfig
@@ -129,6 +130,14 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever the libraries raise for a folder that they cannot use
         raise EvaluationError(f"{folder} cannot be loaded: {error}") from error
+    from megatron_profit.evaluation.engines.row_cache import keeps_its_state
+
+    if not keeps_its_state(model):
+        raise EvaluationError(
+            f"{folder}: {type(model).__name__} keeps its state outside of transformers' usual cache, so it "
+            "cannot answer in this process; start a server with it, for example `vllm serve`, and give "
+            "--server of megatron-profit evaluate"
+        )
     try:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     except torch.OutOfMemoryError as error:

@@ -5,6 +5,7 @@ The tokens of all rows end in the same column. Columns before a shorter row are 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 _BLOCK = 128
+_STATES_IN_MODULES = "recurrent_gemma"
 
 
 class _Block(DynamicLayer):
@@ -92,6 +94,17 @@ class RowCache(DynamicCache):
         """Append the rows of another cache; all keep their last columns, `length` of them."""
         for own, further in zip(self.layers, other.layers, strict=True):
             own.join(further, length)
+
+
+def keeps_its_state(model: Any) -> bool:
+    """Return whether all that a model remembers is in the cache that it is given.
+
+    Mamba ignores `past_key_values`, RecurrentGemma has states in its modules, and MiniMax-Text a cache of its
+    own. Their answers would follow from a part of the text, or from another row's.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    return model._supports_default_dynamic_cache() and model.config.model_type != _STATES_IN_MODULES
 
 
 def _with_rows(layer: Any) -> Any:

@@ -18,7 +18,9 @@ from transformers import (
     AutoTokenizer,
     FalconH1Config,
     Gemma2Config,
+    MambaConfig,
     Qwen3Config,
+    RecurrentGemmaConfig,
 )
 
 from megatron_profit.data import DataError
@@ -235,6 +237,24 @@ def test_draws_have_the_probabilities_of_the_settings():
     counts = Counter(draw(logits.expand(4000, -1), numbers, sampling).tolist())
     assert counts.keys() == expected.keys()
     assert counts[4] / 4000 == pytest.approx(expected[4], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, state_size=2),
+        RecurrentGemmaConfig(
+            vocab_size=30, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+            num_attention_heads=1, lru_width=8, attention_window_size=4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_a_model_with_a_state_outside_of_the_cache_is_refused(tmp_path, config):
+    """It would answer from a part of the text."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(EvaluationError, match=r"keeps its state outside of .*give --server of"):
+        load_model(tmp_path, torch.float32)
 
 
 def test_models_whose_attention_torch_does_not_have_are_loaded(tmp_path):
