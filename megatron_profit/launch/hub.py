@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,15 @@ def find_model(name: str, weights: bool = True, flag: str = "--model") -> Path:
 
 
 def local_folder(name: str, flag: str = "MODEL") -> str:
-    """Return the folder in the hub's cache of a model that is named by its id; any other name as it is.
+    """Return the folder in the hub's cache of a model that is named by its id; any other name is a path.
 
     Raises:
         LaunchError: There is no such model, or it can be neither read nor downloaded.
     """
-    return str(find_model(name, flag=flag)) if is_hub_name(name, "model") else name
+    if is_hub_name(name, "model"):
+        return str(find_model(name, flag=flag))
+    # No shell has read the base of a plan, and some shells leave LABEL=~/model as it is.
+    return os.path.expanduser(name)
 
 
 def find_data(name: str) -> str:

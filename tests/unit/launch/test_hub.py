@@ -77,6 +77,8 @@ def test_other_commands_take_ids_too(cache, monkeypatch):
     """evaluate, chat and compare; a folder that is not there keeps their own message."""
     assert local_folder("some/model@v1") == str(find_model("some/model@v1"))
     assert local_folder(str(cache / "absent")) == str(cache / "absent")
+    monkeypatch.setenv("HOME", str(cache))
+    assert local_folder("~/model") == str(cache / "model")
     with pytest.raises(LaunchError, match="MODEL some/modl: there is no such folder here"):
         local_folder("some/modl")
 
