@@ -189,7 +189,7 @@ class Plan:
             EvaluationError: The file of --dataset-info cannot be read.
         """
         parts = [part for part in command if part != sys.executable]
-        for file in sorted(_inputs(command) | _described_inputs(command) | _usual_inputs(command)):
+        for file in sorted(_inputs(command) | _described_inputs(command)):
             parts += [f"{entry} {_content(entry)}" for entry in _entries(file) if entry.is_file()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -214,13 +214,13 @@ def _inputs(command: Sequence[str]) -> set[Path]:
     """Return the files and folders that a command reads, also as NAME=PLACE, without the program.
 
     The module after `-m` is none, although a checkout has a folder of its name. Outputs are none, although an
-    earlier run has written them.
+    earlier run has written them. Questions are in a usual folder if no flag names one.
     """
-    places = {
-        value
-        for flag, value in _flags_with_values(command)
-        if flag not in _NO_INPUTS and (flag, value) not in _PLACEHOLDERS
-    }
+    words = set(_flags_with_values(command))
+    places = {value for flag, value in words - _PLACEHOLDERS if flag not in _NO_INPUTS}
+    flags = {flag for flag, _ in words}
+    if "--tasks" in flags and "--data" not in flags:
+        places.add(str(DATA))
     return {Path(place) for place in places if place and os.path.exists(place)}
 
 
@@ -241,12 +241,6 @@ def _described_inputs(command: Sequence[str]) -> set[Path]:
     except DataError as error:
         raise EvaluationError(error) from error
     return {place for place in places if place.exists()}
-
-
-def _usual_inputs(command: Sequence[str]) -> set[Path]:
-    """Return the folder of the questions that an evaluation asks where no flag names one."""
-    given = {flag for flag, _ in _flags_with_values(command)}
-    return {DATA} if "--tasks" in given and "--data" not in given and DATA.exists() else set()
 
 
 def folder_name(*parts: object) -> str:

@@ -12,19 +12,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer
 
 _BLOCK = 128
+# The class of layers that have states alone. transformers 4.57 has no such layers.
+_STATES_ALONE = "LinearAttentionLayer"
 _STATES_IN_MODULES = "recurrent_gemma"
 
 
 class _Block(DynamicLayer):
     """Keys and values of a layer in a buffer that grows by blocks: no copy of all tokens at every step."""
 
+    is_initialized: bool
+    keys: Tensor
+    values: Tensor
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple:
         """Append keys and values [B, heads, new, size]; return all of them."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
             self.length, self.buffers = 0, [key_states[:, :, :0], value_states[:, :, :0]]
         end = self.length + key_states.size(2)
         if end > self.buffers[0].size(2):
@@ -56,18 +63,6 @@ class _Block(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
-class _State(LinearAttentionLayer):
-    """The states of a linear attention layer, whose size does not depend on the number of tokens."""
-
-    def join(self, other: _State, length: int) -> None:
-        """Append the rows of another layer."""
-        for own, further in (
-            (self.conv_states, other.conv_states),
-            (self.recurrent_states, other.recurrent_states),
-        ):
-            own.update((i, torch.cat([s, further[i]])) for i, s in own.items() if s is not None)
-
-
 class RowCache(DynamicCache):
     """The cache of a batch.
 
@@ -80,20 +75,33 @@ class RowCache(DynamicCache):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(config=model.config)
-        self.layers: list[Any] = [_with_rows(layer) for layer in self.layers]
-        self.joinable = all(isinstance(layer, _Block | _State) for layer in self.layers)
+        self.layers: list[Any] = [
+            _Block() if type(layer) is DynamicLayer else layer for layer in self.layers
+        ]
+        kinds = {type(layer).__name__ for layer in self.layers}
+        self.joinable = kinds <= {_Block.__name__, _STATES_ALONE}
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
         for layer in self.layers:
-            # Of a layer with attention and states, `batch_select_indices` would leave the states as they are.
-            has_states = isinstance(layer, LinearAttentionLayer)
+            # `batch_select_indices` is of attention alone: it would leave the states as they are.
+            has_states = hasattr(layer, "recurrent_states")
             (layer.reorder_cache if has_states else layer.batch_select_indices)(indices)
 
     def join(self, other: RowCache, length: int) -> None:
         """Append the rows of another cache; all keep their last columns, `length` of them."""
         for own, further in zip(self.layers, other.layers, strict=True):
-            own.join(further, length)
+            if isinstance(own, _Block):
+                own.join(further, length)
+            else:
+                _join_states(own, further)
+
+
+def _join_states(layer: Any, other: Any) -> None:
+    """Append the rows of another layer to the states of one, whose size does not depend on the tokens."""
+    for name in ("conv_states", "recurrent_states"):
+        states, further = getattr(layer, name), getattr(other, name)
+        states.update((i, torch.cat([s, further[i]])) for i, s in states.items() if s is not None)
 
 
 def keeps_its_state(model: Any) -> bool:
@@ -105,12 +113,3 @@ def keeps_its_state(model: Any) -> bool:
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     return model._supports_default_dynamic_cache() and model.config.model_type != _STATES_IN_MODULES
-
-
-def _with_rows(layer: Any) -> Any:
-    """Return a layer of transformers as one whose rows may join; as it is where there is none of its kind."""
-    if type(layer) is DynamicLayer:
-        return _Block()
-    if type(layer) is LinearAttentionLayer:
-        return _State(layer.number_of_states)
-    return layer
