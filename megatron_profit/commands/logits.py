@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from checkpoint_conversion.engine.output import whole_file
 from checkpoint_conversion.errors import ConversionError
 from megatron_profit.flags import ArgumentsError
 from megatron_profit.megatron_patches.callbacks import TrainContext
@@ -62,13 +64,42 @@ def run(argv: Sequence[str], device: str) -> None:
     own, flags = parser.parse_known_args(argv)
     if not own.logits.parent.is_dir() or own.logits.is_dir():
         parser.error(f"--logits {own.logits}: name a file in a folder that exists")
-    tokens = torch.load(own.tokens, weights_only=True)
+    try:
+        tokens = read_tokens(own.tokens)
+    except ValueError as error:
+        parser.error(str(error))
     chunks = build_model([*flags, "--seq-length", str(tokens.size(1))], device)
+    if int(tokens.max()) >= (entries := get_args().vocab_size):
+        fail(
+            f"--tokens {own.tokens} has the id {int(tokens.max())}; the model has ids below {entries}"
+        )
     result = logits(chunks, tokens)
     if result is not None and _is_first_with_output():
-        torch.save(result, own.logits)
+        with whole_file(own.logits) as stream:
+            torch.save(result, stream)
     torch.distributed.barrier()
     end_communication()
+
+
+def read_tokens(file: str) -> torch.Tensor:
+    """Return the token ids [N, S] int64 in a file that `torch.save` wrote.
+
+    Raises:
+        ValueError: The file cannot be read, or holds something else.
+    """
+    expected = "give a file of torch.save with token ids, an int64 tensor [N, S]"
+    try:
+        tokens = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"--tokens {file} cannot be read; {expected}") from error
+    if not isinstance(tokens, torch.Tensor):
+        raise ValueError(f"--tokens {file} holds {type(tokens).__name__}; {expected}")
+    if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel() or tokens.min() < 0:
+        raise ValueError(
+            f"--tokens {file} holds {tokens.dtype} of shape {list(tokens.shape)}, or an id below 0; "
+            f"{expected}"
+        )
+    return tokens
 
 
 def build_model(flags: Sequence[str], device: str) -> list[MegatronModule]:
