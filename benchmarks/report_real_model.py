@@ -88,7 +88,9 @@ def joined(files: Sequence[Path]) -> str:
         if (made := found.get((unit.run.data, unit.run))) is not None
         and made.right.keys() >= set(unit.evaluations)
     ]
-    return results_text(list(found.values()), plan.text, len(finished), len(units))
+    places = {unit.run: place for place, unit in enumerate(units)}
+    in_order = sorted(found.values(), key=lambda o: places.get(o.run, -1) if o.run else -1)
+    return results_text(in_order, plan.text, len(finished), len(units))
 
 
 def blocks(
@@ -115,32 +117,78 @@ def blocks(
 def in_tables(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return the outcomes with the names of their tables as their data; all before the first training.
 
-    A table has the trainings on one data set with one seed: differences between single models are paired by
-    question. The base stands in each one, with its answers to what the table's models were asked.
+    A table has the trainings on one data set with one seed and learning rate: differences between single
+    models are paired by question, and objectives are compared at one rate. The base stands in each one, with
+    its answers to what the table's models were asked.
     """
     tables: dict[str, list[Outcome]] = {}
-    seeds: dict[str, int] = {}
+    first: dict[str, Run] = {}
     for outcome in outcomes:
         if (run := outcome.run) is None:
             continue
-        is_first = run.seed == seeds.setdefault(run.data, run.seed)
-        name = run.data if is_first else f"{run.data}, seed {run.seed}"
+        usual = first.setdefault(run.data, run)
+        seed = "" if run.seed == usual.seed else f", seed {run.seed}"
+        rate = "" if run.learning_rate == usual.learning_rate else f", lr {run.learning_rate:g}"
+        name = run.data + seed + rate
         tables.setdefault(name, []).append(replace(outcome, data=name))
     bases = {outcome.data: outcome for outcome in outcomes if outcome.run is None}
     found = []
-    for name, trained in tables.items():
-        asked = {task for outcome in trained for task in outcome.scores}
-        assert trained[0].run is not None
-        base = bases[trained[0].run.data]
-        kept = {task: score for task, score in base.scores.items() if task in asked}
-        found += [replace(base, data=name, scores=kept), *trained]
+    for data in first:
+        for name, trained in tables.items():
+            assert trained[0].run is not None
+            if trained[0].run.data == data:
+                found += [_asked_as(trained, replace(bases[data], data=name)), *trained]
     return found or list(outcomes)
 
 
+def _asked_as(trained: Sequence[Outcome], base: Outcome) -> Outcome:
+    asked = {task for outcome in trained for task in outcome.scores}
+    kept = {task: score for task, score in base.scores.items() if task in asked}
+    return replace(base, scores=kept)
+
+
 def readme_blocks(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Return the part of README that follows from the results: the scores of the first table."""
-    outcomes = in_tables(outcomes)
-    return {"scores": scores([o for o in outcomes if o.data == outcomes[0].data])}
+    """Return the part of README that follows from the results: the scores on the first data set."""
+    return {"scores": rates_side_by_side(outcomes)}
+
+
+def rates_side_by_side(outcomes: Sequence[Outcome]) -> str:
+    """Return the scores on the first data set with its first seed, an objective a row.
+
+    There are columns for each learning rate at which several objectives were trained.
+    """
+    trained = in_first_comparison(outcomes)
+    runs = [o.run for o in trained if o.run is not None]
+    rates = [
+        rate
+        for rate in dict.fromkeys(run.learning_rate for run in runs)
+        if sum(run.learning_rate == rate for run in runs) > 1
+    ]
+    measures = measures_of(trained)
+    counts = question_counts(trained)
+    columns = [(rate, measure) for rate in rates for measure in measures]
+    lines = header("model", *(f"{counts[task]}, lr {rate:g}" for rate, (_, task) in columns))
+    lines.append(row("the base", *(score_cell(trained, None, each) for _, each in columns)))
+    for objective in dict.fromkeys(run.objective for run in runs):
+        settings = {
+            rate: replace(runs[0], objective=objective, learning_rate=rate).setting
+            for rate in rates
+        }
+        cells = [score_cell(trained, settings[rate], measure) for rate, measure in columns]
+        lines.append(row(objective, *cells))
+    return "\n".join(lines) + "\n"
+
+
+def in_first_comparison(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the base and the trainings on the first data set with its first seed, at all rates."""
+    first = next((o.run for o in outcomes if o.run is not None), None)
+    if first is None:
+        return list(outcomes)
+    trained = [
+        o for o in outcomes if o.run and (o.run.data, o.run.seed) == (first.data, first.seed)
+    ]
+    base = next(o for o in outcomes if o.run is None and o.data == first.data)
+    return [_asked_as(trained, base), *trained]
 
 
 def state(study: Mapping[str, Any]) -> str:
@@ -158,7 +206,9 @@ def differences(outcomes: Sequence[Outcome]) -> str:
     words = "Points gained over {}, paired by question (95 % interval; McNemar's exact p):\n\n{}"
     tables = {
         "the base": per_data(outcomes, lambda part: differences_table(part, None)),
-        "plain SFT": per_data(outcomes, lambda part: differences_table(part, baseline(part))),
+        "plain SFT at the same learning rate": per_data(
+            outcomes, lambda part: differences_table(part, baseline(part))
+        ),
     }
     return "\n".join(words.format(name, text) for name, text in tables.items() if text)
 
@@ -179,14 +229,19 @@ def baseline(outcomes: Sequence[Outcome]) -> str | None:
 def scores(outcomes: Sequence[Outcome]) -> str:
     """Return the table of right answers."""
     measures = measures_of(outcomes)
-    counts = {
-        task: len(next(o.right[task] for o in outcomes if task in o.right)) for _, task in measures
-    }
-    lines = header("model", *(f"{task} ({count})" for task, count in counts.items()))
+    lines = header("model", *question_counts(outcomes).values())
     for setting in (None, *settings_of(outcomes)):
         cells = [score_cell(outcomes, setting, measure) for measure in measures]
         lines.append(row(setting or "the base", *cells))
     return "\n".join(lines) + "\n"
+
+
+def question_counts(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Return the title of each task's column: its name with the number of its questions."""
+    return {
+        task: f"{task} ({len(next(o.right[task] for o in outcomes if task in o.right))})"
+        for _, task in measures_of(outcomes)
+    }
 
 
 def trainings(outcomes: Sequence[Outcome]) -> str:
@@ -310,8 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with whole_file(page) as stream:
             stream.write(text.encode())
     if any(outcome.run is not None for outcome in outcomes):
-        tables = in_tables(outcomes)
-        draw_comparison([o for o in tables if o.data == tables[0].data], IMAGES / "real_model.png")
+        draw_comparison(in_first_comparison(outcomes), IMAGES / "real_model.png")
         draw_curves(outcomes, IMAGES / "real_model_curves.png")
     core_tokens.draw(core, IMAGES / "core_tokens.png")
     print("wrote " + " and ".join(str(page.relative_to(REPOSITORY)) for page in parts))

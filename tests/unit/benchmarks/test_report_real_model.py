@@ -131,12 +131,32 @@ def test_a_seed_that_was_asked_more_has_a_table_of_its_own(outcomes):
         for o in outcomes[:2]
     )
     all_of_them = [base, *outcomes[1:], replace(second, run=replace(second.run, seed=2))]
-    header, _, *rows = readme_blocks(all_of_them)["scores"].splitlines()
-    assert header == "| model | MAWPS (2) |", "the others were not asked SVAMP"
-    assert len(rows) == 3
     tables = report.in_tables(all_of_them)
     assert [o.data for o in tables] == ["gsm8k"] * 3 + ["gsm8k, seed 2"] * 2
+    assert list(tables[0].scores) == ["MAWPS"], "the others were not asked SVAMP"
     assert list(tables[3].scores) == ["MAWPS", "SVAMP"]
+
+
+def test_a_learning_rate_has_a_table_of_its_own_and_columns_in_readme(outcomes):
+    """So objectives are compared at one rate. A rate of a single objective has no columns."""
+    _, sft, dft = outcomes
+    later = [
+        replace(sft, run=replace(sft.run, learning_rate=1e-5)),
+        replace(sft, run=replace(sft.run, data="alpaca"), data="alpaca"),
+        replace(outcomes[0], data="alpaca"),
+        replace(dft, run=replace(dft.run, learning_rate=3e-5)),
+        replace(sft, run=replace(sft.run, learning_rate=3e-5)),
+        replace(sft, run=replace(sft.run, objective="psft", learning_rate=3e-5)),
+    ]
+    names = list(dict.fromkeys(o.data for o in report.in_tables([*outcomes, *later])))
+    assert names == ["gsm8k", "gsm8k, lr 1e-05", "gsm8k, lr 3e-05", "alpaca"]
+    title, _, *rows = readme_blocks([*outcomes, *later])["scores"].splitlines()
+    assert title == "| model | MAWPS (2), lr 0.0001 | MAWPS (2), lr 3e-05 |"
+    assert [line.split(" |")[0] for line in rows] == ["| the base", "| sft", "| dft", "| psft"]
+    assert rows[2].split(" | ")[2].startswith("0.0 %")
+    assert rows[3].startswith("| psft |  | 100.0 %"), "it has no training at the first rate"
+    gained = report.differences(report.in_tables([*outcomes, *later]))
+    assert "| minus sft, lr 3e-05, points |" in gained
 
 
 def test_data_that_no_model_was_trained_on_yet_have_no_table(outcomes):
