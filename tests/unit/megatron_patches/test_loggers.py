@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.training import global_vars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_profit.megatron_patches import loggers
 from megatron_profit.megatron_patches.callbacks import RunFailure
@@ -33,6 +34,8 @@ def patched(monkeypatch):
         monkeypatch.setattr(global_vars, name, getattr(global_vars, name))
     for name in ("_GLOBAL_TENSORBOARD_WRITER", "_GLOBAL_WANDB_WRITER"):
         monkeypatch.setattr(global_vars, name, None)
+    # Files of one second are read in the order of their names, which end in this number of the process.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def writer(args: Namespace, first_step: int = 1):
