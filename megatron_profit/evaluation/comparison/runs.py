@@ -78,7 +78,7 @@ def carry_out(
     """Carry out all stages, `plan.jobs` runs at a time; finished parts are read.
 
     While the first runs of a stage are made, one more job evaluates the base. Each part is published when it
-    is finished, whatever takes longer.
+    is finished, also if an earlier one takes longer.
 
     Args:
         plan: The comparison.
@@ -203,7 +203,7 @@ def evaluations_of(units: Sequence[Unit]) -> dict[str, list[str]]:
 
 
 def _seconds_of(outcome: Outcome, earlier: Outcome | None) -> float:
-    """Return the seconds that a part took, in whatever process; its training may be an earlier stage's."""
+    """Return the seconds that a part took, also before an interruption; its training may be earlier."""
     known = {} if earlier is None else earlier.seconds
     return sum(seconds for name, (_, seconds) in outcome.seconds.items() if name not in known)
 

@@ -62,6 +62,20 @@ def check_run_steps(settings: Mapping[str, Any], objective: Objective, steps: in
     check_steps(objective, steps)
 
 
+def batch_schedule(text: str, seq_length: int) -> list[tuple[int, int]]:
+    """Return the sizes of a --step-batch-size-schedule as Megatron reads them, each after its first row."""
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    return StepBatchsizeNumMicroBatchesCalculator(
+        micro_batch_size=1,
+        data_parallel_size=1,
+        decrease_batch_size_if_needed=False,
+        rank=1,  # only rank 0 prints it
+        schedule=text,
+        seq_length=seq_length,
+    ).schedule
+
+
 def check_batch_sizes(settings: Mapping[str, Any], divisor: int, rows: int) -> None:
     """Refuse a schedule of batch sizes that Megatron cannot read, or whose steps the ranks cannot share.
 
@@ -76,15 +90,9 @@ def check_batch_sizes(settings: Mapping[str, Any], divisor: int, rows: int) -> N
     Raises:
         ArgumentsError: Names the entry, the divisor and sizes near it.
     """
-    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
-
     text = settings["step_batch_size_schedule"]
-    micro = settings["micro_batch_size"]
-    sizes = (micro, divisor // micro)
     try:
-        schedule = StepBatchsizeNumMicroBatchesCalculator(
-            *sizes, False, 1, text, settings["seq_length"]
-        ).schedule
+        schedule = batch_schedule(text, settings["seq_length"])
     except (ValueError, AssertionError, IndexError) as error:
         raise ArgumentsError(
             f"--step-batch-size-schedule {text!r} cannot be read: {error}; give tokens and rows from which "

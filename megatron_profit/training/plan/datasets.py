@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from megatron.core.datasets.utils import Split
-from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_profit.data import (
     DataOptions,
@@ -22,7 +21,7 @@ from megatron_profit.data import (
 )
 from megatron_profit.data.render.template import check_vocabulary
 from megatron_profit.training.arguments.derive import RunSettings
-from megatron_profit.training.arguments.length import batch_size_changes
+from megatron_profit.training.arguments.length import batch_schedule, batch_size_changes
 from megatron_profit.training.process.console import print_rank_0, warn_rank_0
 
 
@@ -102,14 +101,7 @@ def _largest_batch(args: Namespace) -> int:
     """Return the rows of the largest step. In a schedule it is the last one: batches only grow."""
     if args.step_batch_size_schedule is None:
         return args.global_batch_size
-    return StepBatchsizeNumMicroBatchesCalculator(
-        args.micro_batch_size,
-        args.data_parallel_size,
-        decrease_batch_size_if_needed=False,
-        rank=args.rank,
-        schedule=args.step_batch_size_schedule,
-        seq_length=args.seq_length,
-    ).global_batch_size
+    return batch_schedule(args.step_batch_size_schedule, args.seq_length)[-1][1]
 
 
 def build_datasets(settings: RunSettings, options: DataOptions) -> SFTData:
