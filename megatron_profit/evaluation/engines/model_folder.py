@@ -33,22 +33,44 @@ _CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt")
 def base_of(folder: Path) -> Path:
     """Return the folder of the whole model: an adapter's base, or the folder itself.
 
+    The base is a local folder, also relative to the adapter's, or an id of the hub that its cache holds.
+
     Raises:
-        EvaluationError: The adapter does not name a local folder.
+        EvaluationError: The adapter names no such base.
     """
     if not (folder / ADAPTER).is_file():
         return folder
     try:
-        base = read_json_object(folder / ADAPTER).get("base_model_name_or_path")
+        config = read_json_object(folder / ADAPTER)
     except ConversionError as error:
         raise EvaluationError(error) from error
+    base = config.get("base_model_name_or_path")
     for place in (Path(str(base)), folder / str(base)):
         if base and place.is_dir():
             return place
-    raise EvaluationError(
-        f"{folder / ADAPTER}: base_model_name_or_path is {base!r}, which is no folder here; write the "
-        "path of the adapter's base model there"
-    )
+    return _cached_base(folder, base, config.get("revision"))
+
+
+def _cached_base(adapter: Path, base: object, revision: object) -> Path:
+    """Return the folder of an adapter's base in the hub's cache."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    start = f"{adapter / ADAPTER}: base_model_name_or_path is {base!r}, which is no folder here"
+    remedy = "write the path of the adapter's base model there"
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        raise EvaluationError(f"{start}; {remedy}")
+    try:
+        found = snapshot_download(base, revision=revision, local_files_only=True)
+    except HFValidationError as error:
+        raise EvaluationError(f"{start}; {remedy}") from error
+    except LocalEntryNotFoundError as error:
+        download = f"hf download {base}" + (f" --revision {revision}" if revision else "")
+        raise EvaluationError(
+            f"{start}, and the hub's cache ({constants.HF_HUB_CACHE}) does not hold it; run `{download}`, "
+            f"or {remedy}"
+        ) from error
+    return Path(found)
 
 
 def check_model(model: str, day: date | None = None) -> date | None:

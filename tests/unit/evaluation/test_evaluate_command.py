@@ -11,7 +11,7 @@ from checkpoint_conversion.engine.lock import lock_file
 from megatron_profit.commands import evaluate as command
 from megatron_profit.evaluation.engines import engine as engines
 from megatron_profit.evaluation.engines.engine import Answer
-from megatron_profit.evaluation.engines.model_folder import check_model, fingerprint
+from megatron_profit.evaluation.engines.model_folder import base_of, check_model, fingerprint
 from megatron_profit.evaluation.errors import EvaluationError
 from megatron_profit.evaluation.records import read_records_file
 from megatron_profit.evaluation.sampling import choose_sampling
@@ -230,8 +230,24 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, tiny_model, sums, capsys
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/absent"}')
-    assert "base_model_name_or_path is 'org/absent'" in refused(capsys, adapter, *flags)
+    assert "run `hf download org/absent`, or write the path" in refused(capsys, adapter, *flags)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/absent"}')
+    assert "'/absent', which is no folder here; write the path" in refused(capsys, adapter, *flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("revision", "commit"), [(None, "a" * 40), ("v1", "b" * 40)])
+def test_the_base_of_a_published_adapter_is_found_in_the_cache_of_the_hub(
+    tmp_path, monkeypatch, revision, commit
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--some--base"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / (revision or "main")).write_text(commit)
+    config = {"base_model_name_or_path": "some/base", "revision": revision}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert base_of(tmp_path) == repository / "snapshots" / commit
 
 
 @pytest.mark.parametrize(
