@@ -12,7 +12,7 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,20 +97,20 @@ def blocks(
     study: Mapping[str, Any], outcomes: Sequence[Outcome], core: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the parts of the page that follow from the results, by name."""
-    taken = time_taken(outcomes)
-    outcomes = in_tables(outcomes)
+    single = in_tables(outcomes)
+    in_all_tables = [*single, *over_seeds(outcomes)]
     found = {
         "state": state(study),
-        "scores": per_data(outcomes, scores),
+        "scores": per_data(in_all_tables, scores),
         "differences": "",
         "trainings": "No training is finished.\n",
         "core": core_table(core),
-        "time": taken,
+        "time": time_taken(outcomes),
     }
     if any(outcome.run is not None for outcome in outcomes):
         found["scores"] += SCORES_FIGURE
-        found["differences"] = differences(outcomes)
-        found["trainings"] = trainings(outcomes) + CURVES_FIGURE
+        found["differences"] = differences(in_all_tables)
+        found["trainings"] = trainings(single) + CURVES_FIGURE
     return found
 
 
@@ -141,10 +141,42 @@ def in_tables(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return found or list(outcomes)
 
 
+def over_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes of settings with several seeds, with the names of their tables as their data.
+
+    A table has the settings on one data set at one learning rate, with the seeds and the questions that all
+    of them have. For example, one setting with the seeds 1, 2 and 3, and one with 1 and 2, are compared on 1
+    and 2.
+    """
+    settings: dict[tuple[str, float | None], dict[str, list[Outcome]]] = {}
+    for outcome in outcomes:
+        if (run := outcome.run) is not None:
+            place = settings.setdefault((run.data, run.learning_rate), {})
+            place.setdefault(run.setting, []).append(outcome)
+    bases = {outcome.data: outcome for outcome in outcomes if outcome.run is None}
+    found = []
+    for (data, rate), groups in settings.items():
+        several = [group for group in groups.values() if len(group) > 1]
+        seeds = set.intersection(*({_seed(o) for o in group} for group in several or [[]]))
+        if len(seeds) > 1:
+            trained = [o for group in several for o in group if _seed(o) in seeds]
+            tasks = set.intersection(*(set(o.scores) for o in trained))
+            name = f"{data}, lr {rate:g}, mean over {len(seeds)} seeds"
+            found += [replace(_asked(tasks, o), data=name) for o in (bases[data], *trained)]
+    return found
+
+
+def _seed(outcome: Outcome) -> int | None:
+    return outcome.run.seed if outcome.run is not None else None
+
+
 def _asked_as(trained: Sequence[Outcome], base: Outcome) -> Outcome:
-    asked = {task for outcome in trained for task in outcome.scores}
-    kept = {task: score for task, score in base.scores.items() if task in asked}
-    return replace(base, scores=kept)
+    return _asked({task for outcome in trained for task in outcome.scores}, base)
+
+
+def _asked(tasks: Set[str], outcome: Outcome) -> Outcome:
+    kept = {task: score for task, score in outcome.scores.items() if task in tasks}
+    return replace(outcome, scores=kept)
 
 
 def readme_blocks(outcomes: Sequence[Outcome]) -> dict[str, str]:

@@ -159,6 +159,28 @@ def test_a_learning_rate_has_a_table_of_its_own_and_columns_in_readme(outcomes):
     assert "| minus sft, lr 3e-05, points |" in gained
 
 
+def test_settings_with_several_seeds_have_a_table_of_means(outcomes):
+    """It has the seeds and the questions that all of them have; a setting with one seed is not in it."""
+    base, sft, dft = outcomes
+    seed_2 = [replace(each, run=replace(each.run, seed=2)) for each in (dft, sft)]
+    more = {"scores": {"MAWPS": 0.0, "SVAMP": 1.0}, "right": {"MAWPS": [0.0, 0.0]}}
+    seed_3 = replace(sft, run=replace(sft.run, seed=3))
+    alone = replace(sft, run=replace(sft.run, objective="psft"))
+    asked_more = replace(seed_2[0], **more)
+    found = report.over_seeds([base, sft, dft, alone, asked_more, seed_2[1], seed_3])
+    assert {o.data for o in found} == {"gsm8k, lr 0.0001, mean over 2 seeds"}
+    assert [(o.run.objective, o.run.seed) for o in found[1:]] == [
+        ("sft", 1),
+        ("sft", 2),
+        ("dft", 1),
+        ("dft", 2),
+    ]
+    assert all(list(o.scores) == ["MAWPS"] for o in found)
+    table = report.scores(found)
+    assert "| sft, lr 0.0001 | 100.0 ± 0.0 % (" in table
+    assert report.over_seeds(outcomes) == []
+
+
 def test_data_that_no_model_was_trained_on_yet_have_no_table(outcomes):
     later = Outcome(None, "later", {"MAWPS": 0.5}, {}, {"MAWPS": [1.0, 0.0]})
     assert report.in_tables([*outcomes, later]) == outcomes
