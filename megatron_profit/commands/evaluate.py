@@ -54,6 +54,7 @@ _NOT_IN_OPENCOMPASS = {
     "limit": "asks all questions of a task",
     "seed": "would give one seed to all answers of a question, which would be the same",
     "server": "loads the models itself",
+    "engine": "loads the models with vLLM",
 }
 
 
@@ -113,10 +114,10 @@ def write_opencompass(arguments: argparse.Namespace) -> None:
 
     file: Path = arguments.opencompass
     for name, reason in _NOT_IN_OPENCOMPASS.items():
-        if getattr(arguments, name) is not None:
+        if getattr(arguments, name) not in (None, "auto"):
             raise EvaluationError(f"--opencompass: OpenCompass {reason}; drop {flag_of(name)}")
     tasks = load_tasks(arguments)
-    text = opencompass_settings(models_of(arguments), tasks)
+    text = opencompass_settings(models_of(arguments), tasks, arguments.dtype)
     with whole_file(file) as stream:
         stream.write(text.encode())
     print(

@@ -27,12 +27,15 @@ DATASETS = {
 }
 
 
-def opencompass_settings(models: Mapping[str, str], tasks: Sequence[tuple[Task, Sampling]]) -> str:
+def opencompass_settings(
+    models: Mapping[str, str], tasks: Sequence[tuple[Task, Sampling]], dtype: str
+) -> str:
     """Return a file of settings for OpenCompass with vLLM.
 
     Args:
         models: Label -> HuggingFace folder.
         tasks: The tasks with their settings, which must draw alike.
+        dtype: Of the weights, as vLLM names it; "auto" is its choice.
 
     Raises:
         EvaluationError: OpenCompass has no such task, an adapter is not merged, or tasks draw differently.
@@ -67,7 +70,7 @@ def opencompass_settings(models: Mapping[str, str], tasks: Sequence[tuple[Task, 
         ),
         datasets=", ".join(f"*{name}" for name in names),
         models="\n".join(
-            _MODEL.format(label, str(Path(model).absolute()), *drawn, max(longest.values()))
+            _MODEL.format(label, str(Path(model).absolute()), *drawn, max(longest.values()), dtype)
             for label, model in models.items()
         ),
     )
@@ -88,7 +91,7 @@ _MODEL = """    dict(
         type=VLLMwithChatTemplate,
         abbr={0!r},
         path={1!r},
-        model_kwargs=dict(trust_remote_code=False),
+        model_kwargs=dict(trust_remote_code=False, dtype={4!r}),
         generation_kwargs=dict({2}),
         max_out_len={3},
         batch_size=512,

@@ -33,8 +33,12 @@ _NO_INPUTS = (
     *("-m", "--out", "--export-hf", "--export-adapter", "--metrics-file", "--save", "--ref-cache"),
     *("--data-cache", "--tensorboard-dir", "--token-report", "--wandb-save-dir"),
 )
-# Flags of evaluations that a comparison sets itself, with the remedy.
-_OF_EVALUATIONS = {"--out": "drop it"}
+# Flags of evaluations that a plan cannot have, with the remedy.
+_OF_EVALUATIONS = {
+    "--out": "drop it; the comparison sets it",
+    "--server": "drop it; a server does not have the trained weights",
+    "--opencompass": "drop it; it asks no question",
+}
 # Where a fingerprint's command names what the run itself has written.
 TRAINED, CHECKPOINTS = Path("hf"), Path("checkpoints")
 _PLACEHOLDERS = {("--load", str(CHECKPOINTS)), ("model", str(TRAINED))}
@@ -316,7 +320,7 @@ def _written_by(content: Mapping[str, Any]) -> dict[str, str]:
 
     A stage that has rates or ranks of its own replaces the ones of the flags.
     """
-    drop, places = "drop it", ("--export-hf", "--metrics-file")
+    drop, places = "drop it; the comparison sets it", ("--export-hf", "--metrics-file")
     found = {"--hf-model": "give base", "--seed": "give seeds", **dict.fromkeys(places, drop)}
     for key, flag in (("learning_rates", "--lr"), ("lora_ranks", "--lora-rank")):
         if key in content:
@@ -362,7 +366,7 @@ class _Checks:
         for flag in dict.fromkeys(word.partition("=")[0] for word in words):
             if flag in refused:
                 raise EvaluationError(
-                    f"{self.file}: {name} has {flag}, which the comparison sets itself; {refused[flag]}"
+                    f"{self.file}: {name} has {flag}, which has no place there; {refused[flag]}"
                 )
 
     def axes(self, content: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

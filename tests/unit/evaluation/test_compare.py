@@ -205,7 +205,7 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
         ({"jobs": True}, "jobs is True; it must be at least 1"),
         ({"keep_models": "no"}, "keep_models is 'no'; it must be true or false"),
         ({"save_interval": -1}, "save_interval is -1; it must be at least 0"),
-        ({"train": "--seed=7"}, "train has --seed, which the comparison sets itself; give seeds"),
+        ({"train": "--seed=7"}, "train has --seed, which has no place there; give seeds"),
         ({"train": "--hf-model x"}, "train has --hf-model, .*; give base"),
         ({"objectives": {"sft": "--lr 1"}}, "objectives: sft has --lr, .* or learning_rates"),
         (
@@ -213,6 +213,7 @@ def test_a_plan_is_every_choice_of_every_axis(plan, tmp_path):
             "data: a: train has --save, .* or save_interval",
         ),
         ({"evaluate": "--tasks gsm8k --out x"}, "evaluate has --out, .*; drop it"),
+        ({"evaluate": "--tasks gsm8k --server=http://x"}, "has --server, .*; drop it; a server"),
     ],
 )
 def test_plans_that_cannot_be_used_are_refused(plan, changes, message):

@@ -35,6 +35,7 @@ def settings_of(text):
 def test_the_settings_are_those_of_the_evaluation(tmp_path, data, capsys):
     file = tmp_path / "settings of mine.py"
     flags = ["--tasks", "gsm8k,aime24", "--data", str(data), "--preset", "profit-qwen"]
+    flags += ["--dtype", "bfloat16"]
     (tmp_path / "it's").mkdir()
     models = [f"base={tmp_path}/it's", f"tuned={tmp_path}"]
     assert evaluate.main([*models, *flags, "--opencompass", str(file)]) == 0
@@ -50,6 +51,7 @@ def test_the_settings_are_those_of_the_evaluation(tmp_path, data, capsys):
     assert (base["abbr"], base["path"]) == ("base", f"{tmp_path}/it's")
     assert base["generation_kwargs"] == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
     assert tuned["max_out_len"] == 32768
+    assert tuned["model_kwargs"] == {"trust_remote_code": False, "dtype": "bfloat16"}
     assert not (tmp_path / "runs").exists()
 
 
@@ -57,7 +59,8 @@ def test_an_evaluation_that_opencompass_cannot_make_is_refused(tmp_path, data, c
     flags = [str(tmp_path), "--data", str(data), "--opencompass", str(tmp_path / "o.py")]
     assert evaluate.main([*flags, "--tasks", "gsm8k,svamp"]) == 1
     assert "OpenCompass does not grade svamp by rule; it has gsm8k" in capsys.readouterr().err
-    for flag in (("--limit", "5"), ("--seed", "1"), ("--server", "http://127.0.0.1:9")):
+    engine = ("--engine", "transformers")
+    for flag in (("--limit", "5"), ("--seed", "1"), ("--server", "http://127.0.0.1:9"), engine):
         assert evaluate.main([*flags, "--tasks", "gsm8k", *flag]) == 1
         assert f"; drop {flag[0]}" in capsys.readouterr().err
     (tmp_path / "adapter_config.json").write_text(
