@@ -41,6 +41,7 @@ _NUMBER = re.compile(
 _WITH_UNIT = re.compile(
     rf"({_NUMBER.pattern})\.?(?:(?:\s[A-Za-z]|[A-Za-z]{{2}})[A-Za-z\s./]*(?:\^\{{?[23]\}}?|[²³])?|\s?[€£¥₹])?"
 )
+_IN_TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mathbf)\s*\{([^{}]*)\}")
 # Words that an answer follows, or a heading of them. Markdown may stand around the words. Four hashes may
 # also be a heading of Markdown: "#### Step 2" or "#### 2. Subtract" above more text states no answer.
 _STATED = re.compile(
@@ -149,7 +150,9 @@ def _first_line(text: str) -> str:
 
 def _bare(text: str) -> str:
     """Return the number of a text that is a number with or without a unit, any other text as it is."""
-    found = _WITH_UNIT.fullmatch(text.translate(_PLAIN).strip())
+    plain = text.translate(_PLAIN).strip()
+    inner = _IN_TEXT.fullmatch(plain)
+    found = _WITH_UNIT.fullmatch(inner[1].strip() if inner else plain)
     return _plain(found[1]) if found else text
 
 

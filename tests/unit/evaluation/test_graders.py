@@ -32,6 +32,8 @@ from megatron_profit.evaluation.graders import (
         ("#### 1,234", "1234"),
         (r"\boxed{5 \text{ apples}}", "5"),
         (r"\boxed{5\text{ km}}", "5"),
+        (r"\boxed{\text{1,000 apples}}", "1000"),
+        (r"\boxed{\textbf{\$5}}", "5"),
         (r"\boxed{\$18}", "18"),
         ("So she makes $18.", "18"),
         ("She makes $18.00 every day.", "18"),
