@@ -382,11 +382,7 @@ class _Checks:
         """Return the axes that each stage narrows."""
         numbered = ("learning_rates", "lora_ranks", "seeds")
         stages = content["stages"]
-        if (
-            not isinstance(stages, list)
-            or not stages
-            or not all(isinstance(s, dict) for s in stages)
-        ):
+        if not _is_list_of(stages, dict):
             raise EvaluationError(
                 f"{self.file}: stages is {stages!r}; it must be a list of mappings"
             )
