@@ -148,26 +148,24 @@ def over_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
     of them have. For example, one setting with the seeds 1, 2 and 3, and one with 1 and 2, are compared on 1
     and 2.
     """
-    settings: dict[tuple[str, float | None], dict[str, list[Outcome]]] = {}
+    settings: dict[tuple[str, float | None], dict[str, dict[int, Outcome]]] = {}
     for outcome in outcomes:
         if (run := outcome.run) is not None:
             place = settings.setdefault((run.data, run.learning_rate), {})
-            place.setdefault(run.setting, []).append(outcome)
+            place.setdefault(run.setting, {})[run.seed] = outcome
     bases = {outcome.data: outcome for outcome in outcomes if outcome.run is None}
     found = []
     for (data, rate), groups in settings.items():
-        several = [group for group in groups.values() if len(group) > 1]
-        seeds = set.intersection(*({_seed(o) for o in group} for group in several or [[]]))
+        several = [by_seed for by_seed in groups.values() if len(by_seed) > 1]
+        if not several:
+            continue
+        seeds = set.intersection(*map(set, several))
         if len(seeds) > 1:
-            trained = [o for group in several for o in group if _seed(o) in seeds]
+            trained = [o for by_seed in several for seed, o in by_seed.items() if seed in seeds]
             tasks = set.intersection(*(set(o.scores) for o in trained))
             name = f"{data}, lr {rate:g}, mean over {len(seeds)} seeds"
             found += [replace(_asked(tasks, o), data=name) for o in (bases[data], *trained)]
     return found
-
-
-def _seed(outcome: Outcome) -> int | None:
-    return outcome.run.seed if outcome.run is not None else None
 
 
 def _asked_as(trained: Sequence[Outcome], base: Outcome) -> Outcome:

@@ -41,6 +41,7 @@ _NUMBER = re.compile(
 _WITH_UNIT = re.compile(
     rf"({_NUMBER.pattern})\.?(?:(?:\s[A-Za-z]|[A-Za-z]{{2}})[A-Za-z\s./]*(?:\^\{{?[23]\}}?|[²³])?|\s?[€£¥₹])?"
 )
+# A text in a box, which may hold a number with its unit.
 _IN_TEXT = re.compile(r"\\(?:text[a-z]*|mathrm|mathbf)\s*\{([^{}]*)\}")
 # Words that an answer follows, or a heading of them. Markdown may stand around the words. Four hashes may
 # also be a heading of Markdown: "#### Step 2" or "#### 2. Subtract" above more text states no answer.

@@ -33,9 +33,10 @@ _NO_INPUTS = (
     *("-m", "--out", "--export-hf", "--export-adapter", "--metrics-file", "--save", "--ref-cache"),
     *("--data-cache", "--tensorboard-dir", "--token-report", "--wandb-save-dir"),
 )
+_SET_HERE = "drop it; the comparison sets it"
 # Flags of evaluations that a plan cannot have, with the remedy.
 _OF_EVALUATIONS = {
-    "--out": "drop it; the comparison sets it",
+    "--out": _SET_HERE,
     "--server": "drop it; a server does not have the trained weights",
     "--opencompass": "drop it; it asks no question",
 }
@@ -320,8 +321,8 @@ def _written_by(content: Mapping[str, Any]) -> dict[str, str]:
 
     A stage that has rates or ranks of its own replaces the ones of the flags.
     """
-    drop, places = "drop it; the comparison sets it", ("--export-hf", "--metrics-file")
-    found = {"--hf-model": "give base", "--seed": "give seeds", **dict.fromkeys(places, drop)}
+    found = {"--hf-model": "give base", "--seed": "give seeds"}
+    found |= dict.fromkeys(("--export-hf", "--metrics-file"), _SET_HERE)
     for key, flag in (("learning_rates", "--lr"), ("lora_ranks", "--lora-rank")):
         if key in content:
             found[flag] = f"drop it, or {key}"

@@ -258,7 +258,7 @@ def test_a_model_with_a_state_outside_of_the_cache_is_refused(tmp_path, config):
 
 
 def test_models_whose_attention_torch_does_not_have_are_loaded(tmp_path):
-    """Of Gemma 2 with its soft caps, whatever attention its config.json names."""
+    """For example Gemma 2 with its soft caps, also if its config.json names kernels of others."""
     config = Gemma2Config(
         vocab_size=30, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=4,
