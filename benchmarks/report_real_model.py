@@ -97,8 +97,7 @@ def blocks(
     study: Mapping[str, Any], outcomes: Sequence[Outcome], core: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the parts of the page that follow from the results, by name."""
-    single = in_tables(outcomes)
-    in_all_tables = [*single, *over_seeds(outcomes)]
+    in_all_tables = [*in_tables(outcomes), *over_seeds(outcomes)]
     found = {
         "state": state(study),
         "scores": per_data(in_all_tables, scores),
@@ -110,7 +109,7 @@ def blocks(
     if any(outcome.run is not None for outcome in outcomes):
         found["scores"] += SCORES_FIGURE
         found["differences"] = differences(in_all_tables)
-        found["trainings"] = trainings(single) + CURVES_FIGURE
+        found["trainings"] = trainings(outcomes) + CURVES_FIGURE
     return found
 
 
@@ -118,8 +117,9 @@ def in_tables(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return the outcomes with the names of their tables as their data; all before the first training.
 
     A table has the trainings on one data set with one seed and learning rate: differences between single
-    models are paired by question, and objectives are compared at one rate. The base stands in each one, with
-    its answers to what the table's models were asked.
+    models are paired by question, and objectives are compared at one rate. Where some models were asked more
+    than the others, these questions have a table of their own. The base stands in each one, with its answers
+    to what the table's models were asked.
     """
     tables: dict[str, list[Outcome]] = {}
     first: dict[str, Run] = {}
@@ -134,11 +134,28 @@ def in_tables(outcomes: Sequence[Outcome]) -> list[Outcome]:
     bases = {outcome.data: outcome for outcome in outcomes if outcome.run is None}
     found = []
     for data in first:
-        for name, trained in tables.items():
+        for trained in tables.values():
             assert trained[0].run is not None
             if trained[0].run.data == data:
-                found += [_asked_as(trained, replace(bases[data], data=name)), *trained]
+                for models in filter(None, (_asked_alike(trained), _asked_more(trained))):
+                    base = replace(bases[data], data=models[0].data)
+                    found += [_asked_as(models, base), *models]
     return found or list(outcomes)
+
+
+def _asked_alike(trained: Sequence[Outcome]) -> list[Outcome]:
+    """Return all models of a table, with the tasks that each of them was asked."""
+    return [_asked(_tasks_of_all(trained), outcome) for outcome in trained]
+
+
+def _asked_more(trained: Sequence[Outcome]) -> list[Outcome]:
+    """Return the models that were asked further tasks, with these tasks, as a table of their own."""
+    more = [_asked(set(o.scores) - _tasks_of_all(trained), o) for o in trained]
+    return [replace(o, data=f"{o.data}, more questions") for o in more if o.scores]
+
+
+def _tasks_of_all(outcomes: Sequence[Outcome]) -> set[str]:
+    return set.intersection(*(set(outcome.scores) for outcome in outcomes))
 
 
 def over_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -162,9 +179,10 @@ def over_seeds(outcomes: Sequence[Outcome]) -> list[Outcome]:
         seeds = set.intersection(*map(set, several))
         if len(seeds) > 1:
             trained = [o for by_seed in several for seed, o in by_seed.items() if seed in seeds]
-            tasks = set.intersection(*(set(o.scores) for o in trained))
             name = f"{data}, lr {rate:g}, mean over {len(seeds)} seeds"
-            found += [replace(_asked(tasks, o), data=name) for o in (bases[data], *trained)]
+            alike = _asked_alike(trained)
+            models = [_asked_as(alike, bases[data]), *alike]
+            found += [replace(model, data=name) for model in models]
     return found
 
 

@@ -137,6 +137,20 @@ def test_a_seed_that_was_asked_more_has_a_table_of_its_own(outcomes):
     assert list(tables[3].scores) == ["MAWPS", "SVAMP"]
 
 
+def test_questions_of_some_models_alone_have_a_table_of_their_own(outcomes):
+    more = {"scores": {"MAWPS": 0.5, "SVAMP": 0.5}, "right": {"MAWPS": [1.0, 0.0], "SVAMP": [1.0]}}
+    base, sft = (replace(o, **more) for o in outcomes[:2])
+    tables = report.in_tables([base, sft, outcomes[2]])
+    assert [(o.data, o.setting, list(o.scores)) for o in tables] == [
+        ("gsm8k", None, ["MAWPS"]),
+        ("gsm8k", "sft, lr 0.0001", ["MAWPS"]),
+        ("gsm8k", "dft, lr 0.0001", ["MAWPS"]),
+        ("gsm8k, more questions", None, ["SVAMP"]),
+        ("gsm8k, more questions", "sft, lr 0.0001", ["SVAMP"]),
+    ]
+    assert report.trainings([base, sft, outcomes[2]]).count("| gsm8k | sft") == 1
+
+
 def test_a_learning_rate_has_a_table_of_its_own_and_columns_in_readme(outcomes):
     """So objectives are compared at one rate. A rate of a single objective has no columns."""
     _, sft, dft = outcomes
