@@ -27,12 +27,15 @@ from megatron_profit.commands.plot_run import COLOURS, STYLES
 from megatron_profit.evaluation.comparison.plan import Run, read_plan
 from megatron_profit.evaluation.comparison.runs import Outcome, outcome_of, results_text
 from megatron_profit.evaluation.comparison.tables import (
-    METRICS,
+    HELD_OUT,
+    KEPT,
     differences_table,
     draw_comparison,
     measures_of,
     score_cell,
     settings_of,
+    tenths,
+    unfinished_table,
 )
 from megatron_profit.evaluation.presentation.report import header, row
 
@@ -45,12 +48,13 @@ STUDY, CORE = "real-model", "core-tokens"
 BASELINE = "sft"
 SCORES_FIGURE = "\n![right answers of each objective](images/real_model.png)\n"
 CURVES_FIGURE = (
-    "\n![kept share, probability of kept tokens and plain cross-entropy over the steps]"
+    "\n![kept share, p and q of kept tokens and plain cross-entropy over the steps]"
     "(images/real_model_curves.png)\n"
 )
 _CURVES = {
     "kept fraction": "kept share of the tokens",
     "mean p kept": "mean p of the kept tokens",
+    "mean q kept": "their mean q under the base",
     "lm loss": "plain cross-entropy",
 }
 
@@ -102,6 +106,7 @@ def blocks(
         "state": state(study),
         "scores": per_data(in_all_tables, scores),
         "differences": "",
+        "cut": "",
         "trainings": "No training is finished.\n",
         "core": core_table(core),
         "time": time_taken(outcomes),
@@ -109,6 +114,7 @@ def blocks(
     if any(outcome.run is not None for outcome in outcomes):
         found["scores"] += SCORES_FIGURE
         found["differences"] = differences(in_all_tables)
+        found["cut"] = per_data(in_tables(outcomes), unfinished_table)
         found["trainings"] = trainings(outcomes) + CURVES_FIGURE
     return found
 
@@ -294,23 +300,22 @@ def question_counts(outcomes: Sequence[Outcome]) -> dict[str, str]:
 
 def trainings(outcomes: Sequence[Outcome]) -> str:
     """Return the numbers of each training, seed by seed."""
-    means = {name: f"{name}, first tenth to last" for name in ("mean p kept", "mean q kept")}
-    lines = header("data", "setting", "seed", *METRICS.values(), *means.values())
+    ends = {KEPT: "kept", "mean p kept": "mean p kept", "mean q kept": "mean q kept"}
+    titles = [f"{title}, first tenth to last" for title in ends.values()]
+    lines = header("data", "setting", "seed", "held-out cross-entropy", *titles)
     for outcome in outcomes:
         if (run := outcome.run) is None or "lm loss" not in outcome.curves:
             continue
-        numbers = [f"{outcome.metrics[name]:.3f}" for name in METRICS]
-        numbers += [first_and_last_tenth(outcome.curves.get(name)) for name in means]
-        lines.append(row(run.data, run.setting, run.seed, *numbers))
+        numbers = [first_and_last_tenth(outcome, name) for name in ends]
+        held_out = f"{outcome.metrics[HELD_OUT]:.3f}"
+        lines.append(row(run.data, run.setting, run.seed, held_out, *numbers))
     return "\n".join(lines) + "\n"
 
 
-def first_and_last_tenth(curve: Sequence[float] | None) -> str:
-    """Return the means over the first and the last tenth of the steps, where they are known."""
-    if curve is None:
-        return "not logged"
-    tenth = max(1, len(curve) // 10)
-    return f"{sum(curve[:tenth]) / tenth:.3f} to {sum(curve[-tenth:]) / tenth:.3f}"
+def first_and_last_tenth(outcome: Outcome, name: str) -> str:
+    """Return a metric's means over the first and the last tenth of the steps, where it was logged."""
+    means = tenths(outcome, name)
+    return "not logged" if means is None else f"{means[0]:.3f} to {means[1]:.3f}"
 
 
 def core_table(core: Mapping[str, Any]) -> str:
@@ -360,25 +365,29 @@ def with_blocks(page: str, content: Mapping[str, str]) -> str:
 
 
 def draw_curves(outcomes: Sequence[Outcome], file: Path) -> None:
-    """Draw how the trainings on the first data set went, at the first seed and learning rate."""
+    """Draw how the trainings on the first data set went, with its first seed.
+
+    They are the ones at the first learning rate at which all of the curves were logged.
+    """
     from matplotlib.figure import Figure
 
-    runs = [o for o in outcomes if o.run is not None and o.curves]
-    first = runs[0].run
-    assert first is not None
-    chosen = [
-        o
-        for o in runs
+    first = next(o.run for o in outcomes if o.run is not None)
+    runs = {
+        o.run: o.curves
+        for o in outcomes
         if o.run and (o.data, o.run.seed) == (first.data, first.seed)
-        if o.run.learning_rate == first.learning_rate
-    ]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axis, (name, title) in zip(figure.subplots(1, 3), _CURVES.items(), strict=True):
-        for i, outcome in enumerate(chosen):
-            assert outcome.run is not None
+        if o.curves.keys() >= _CURVES.keys()
+    }
+    rate = next(iter(runs)).learning_rate
+    chosen = {run: curves for run, curves in runs.items() if run.learning_rate == rate}
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure.suptitle(f"{first.data}, learning rate {rate:g}", fontsize=11)
+    for axis, (name, title) in zip(figure.subplots(1, 4), _CURVES.items(), strict=True):
+        for i, (run, curves) in enumerate(chosen.items()):
             look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % 3]}
-            values = outcome.curves[name]
-            axis.plot(range(1, len(values) + 1), values, label=outcome.run.objective, **look)
+            # The last step has the few records that are left.
+            values = curves[name][:-1]
+            axis.plot(range(1, len(values) + 1), values, label=run.objective, **look)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -135,7 +135,7 @@ class ScheduledObjective(Objective):
 
     @property
     def final(self) -> Objective:
-        return self.objective
+        return self.objective.final
 
     def look_ahead(self, statistics: TokenStatistics) -> Mapping[str, Tensor]:
         return self.objective.look_ahead(statistics)
@@ -150,12 +150,17 @@ class ScheduledObjective(Objective):
         return self.objective.metrics(statistics)
 
     def at(self, step: int) -> Objective:
-        """Return the objective of a step, counted from 0."""
+        """Return the objective of a step, counted from 0.
+
+        An objective's own `at` begins after the warm-up, as the schedules do.
+        """
         if step < self.warmup_steps:
             return SFT()
+        step -= self.warmup_steps
         values: dict[str, float | tuple[float, ...]] = {}
         for schedule in self.schedules:
             end = getattr(self.objective, schedule.option)
             evaluate = schedule.values if isinstance(end, tuple) else schedule.value
-            values[schedule.option] = evaluate(step - self.warmup_steps, end)
-        return replace(self.objective, **values) if values else self.objective
+            values[schedule.option] = evaluate(step, end)
+        objective = replace(self.objective, **values) if values else self.objective
+        return objective.at(step)

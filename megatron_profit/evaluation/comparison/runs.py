@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Queue, SimpleQueue
 from typing import Any
@@ -25,8 +25,9 @@ from megatron_profit.evaluation.comparison.plan import TRAINED, Plan, Run, Unit,
 from megatron_profit.evaluation.errors import EvaluationError
 
 RESULT = "result.json"
+TOKENS = "supervised tokens"
 # Metrics whose values over the steps are kept.
-CURVES = ("kept fraction", "mean p kept", "mean q kept", "lm loss", "threshold")
+CURVES = ("kept fraction", "mean p kept", "mean q kept", "lm loss", "threshold", TOKENS)
 
 type ReadCurves = Callable[[Path], Mapping[str, tuple[Sequence[int], Sequence[float]]]]
 type Publish = Callable[[Sequence[Outcome], int, int], None]
@@ -43,6 +44,7 @@ class Outcome:
         metrics: Last values of the training's metrics file.
         right: As `scores`, but for each question the share of its samples that is right.
         curves: Metric -> its value at each step of the training.
+        unfinished: As `scores`, the share of answers that the length limit cut.
         seconds: "train" and each evaluation -> CPU seconds and seconds.
     """
 
@@ -53,6 +55,7 @@ class Outcome:
     right: Mapping[str, Sequence[float]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    unfinished: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def setting(self) -> str | None:
@@ -61,7 +64,7 @@ class Outcome:
 
     def with_more(self, other: Outcome) -> Outcome:
         """Return this outcome with another one's values added."""
-        names = ("scores", "metrics", "right", "curves", "seconds")
+        names = ("scores", "metrics", "right", "curves", "seconds", "unfinished")
         return Outcome(
             self.run, self.data, **{n: {**getattr(self, n), **getattr(other, n)} for n in names}
         )
@@ -310,11 +313,11 @@ def _evaluated(
             {},
             right={names[task]: shares_right(folder, task) for task in names},
             seconds={evaluation or "evaluate": seconds_of(log)},
+            unfinished={names[result["task"]]: result["unfinished"] for result in results},
         )
 
-    kept = _kept(folder / RESULT, make)
     # The base's answers serve every data set that asks the same.
-    return Outcome(run, data, kept.scores, kept.metrics, kept.right, kept.curves, kept.seconds)
+    return replace(_kept(folder / RESULT, make), run=run, data=data)
 
 
 def shares_right(folder: Path, task: str) -> list[float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import TYPE_CHECKING
 
 from checkpoint_conversion.engine.output import whole_file
 from megatron_profit.evaluation.comparison.plan import ALL_WEIGHTS
-from megatron_profit.evaluation.comparison.runs import Outcome
+from megatron_profit.evaluation.comparison.runs import TOKENS, Outcome
 from megatron_profit.evaluation.estimators import (
     Estimate,
     PairedDifference,
@@ -21,8 +21,7 @@ from megatron_profit.evaluation.presentation.report import header, percent, row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Names in the metrics file -> columns of the second table.
-METRICS = {"lm loss validation": "held-out cross-entropy", "kept fraction": "kept at the end"}
+HELD_OUT, KEPT = "lm loss validation", "kept fraction"
 type Measure = tuple[str, str]  # data set and task
 
 
@@ -76,7 +75,8 @@ def difference_of(
 def report(outcomes: Sequence[Outcome]) -> str:
     """Return all tables: scores, trainings, and the differences from the base and from the first setting."""
     first = settings_of(outcomes)[:1]
-    parts = [table(outcomes), *(differences_table(outcomes, name) for name in (None, *first))]
+    against = [differences_table(outcomes, name) for name in (None, *first)]
+    parts = [table(outcomes), unfinished_table(outcomes), *against]
     return "\n".join(filter(None, parts))
 
 
@@ -122,19 +122,45 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for setting in (None, *settings_of(outcomes)):
         cells = [score_cell(outcomes, setting, measure) for measure in measures]
         lines.append(row(setting or "the base", *cells))
-    lines += ["", *header("data", "setting", *METRICS.values())]
+    lines += ["", *header("data", "setting", "held-out cross-entropy", "kept, last tenth")]
     for data in dict.fromkeys(data for data, _ in measures):
         for setting in settings_of(outcomes):
             group = _of(outcomes, setting, data)
             if not group:
                 continue
-            cells = [
-                f"{mean(values):.3f}" if values else ""
-                for name in METRICS
-                for values in [[o.metrics[name] for o in group if name in o.metrics]]
-            ]
+            held_out = [o.metrics[HELD_OUT] for o in group if HELD_OUT in o.metrics]
+            kept = [last for _, last in filter(None, (tenths(o, KEPT) for o in group))]
+            cells = [f"{mean(values):.3f}" if values else "" for values in (held_out, kept)]
             lines.append(row(data, setting, *cells))
     return "\n".join(lines) + "\n"
+
+
+def unfinished_table(outcomes: Sequence[Outcome]) -> str:
+    """Return the answers that the length limit cut, in percent; empty if none is known."""
+    lines = header("answers that were cut, %", *columns_of(outcomes))
+    start = len(lines)
+    for setting in (None, *settings_of(outcomes)):
+        found = [
+            [o.unfinished[task] for o in _of(outcomes, setting, data) if task in o.unfinished]
+            for data, task in measures_of(outcomes)
+        ]
+        if any(found):
+            cells = [percent(mean(shares)) if shares else "" for shares in found]
+            lines.append(row(setting or "the base", *cells))
+    return "\n".join(lines) + "\n" if len(lines) > start else ""
+
+
+def tenths(outcome: Outcome, name: str) -> tuple[float, float] | None:
+    """Return a metric's mean over the first and over the last tenth of the steps; None if it was not logged.
+
+    Steps count by their supervised tokens, where these are known: the last step of an epoch may be small.
+    """
+    values, tokens = outcome.curves.get(name), outcome.curves.get(TOKENS, ())
+    if not values:
+        return None
+    weights = tokens if len(tokens) == len(values) and all(tokens) else [1] * len(values)
+    n = max(1, len(values) // 10)
+    return fmean(values[:n], weights[:n]), fmean(values[-n:], weights[-n:])
 
 
 def mean_and_spread(scores: Sequence[float]) -> str:

@@ -92,7 +92,7 @@ def _objective(settings: RunSettings) -> dict[str, Any]:
     scheduled = settings.objective
     if not isinstance(scheduled, ScheduledObjective):
         scheduled = ScheduledObjective(scheduled)
-    final: Objective = scheduled.objective
+    final: Objective = scheduled.final
     return {
         "options": {option.name: getattr(final, option.name) for option in fields(final)},
         "normalization": settings.values["objective_normalization"] or final.normalization,

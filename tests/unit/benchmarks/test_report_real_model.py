@@ -69,7 +69,7 @@ def outcome(objective, score, right, **more):
 @pytest.fixture
 def outcomes():
     curves = {"kept fraction": [1.0, 0.5], "mean p kept": [0.25, 0.75], "lm loss": [2.0, 1.0]}
-    metrics = {"lm loss validation": 1.5, "kept fraction": 0.5}
+    metrics = {"lm loss validation": 1.5}
     return [
         outcome(None, 0.5, [1.0, 0.0], seconds={"MAWPS": [3600.0, 7200.0]}),
         outcome(
@@ -118,7 +118,7 @@ def test_blocks_hold_scores_differences_trainings_and_times(outcomes):
     assert "| sft, lr 0.0001 | 100.0 % (" in found["scores"]
     assert "| sft, lr 0.0001 | +50.0 (+0.0 to +100.0), p 1 |" in found["differences"]
     assert "| dft, lr 0.0001 | -100.0 (-100.0 to +68.4), p 0.5 |" in found["differences"]
-    row = "| gsm8k | sft, lr 0.0001 | 1 | 1.500 | 0.500 | 0.250 to 0.750 | not logged |"
+    row = "| gsm8k | sft, lr 0.0001 | 1 | 1.500 | 1.000 to 0.500 | 0.250 to 0.750 | not logged |"
     assert row in found["trainings"], "its q was not logged"
     assert "| core | 1,000 | 0.750 | 0.700 to 0.800 | 0.900 | 87.5 % | 50.0 % |" in found["core"]
     assert "the trainings took 0.5 hours of CPU time and the evaluations 1.0" in found["time"]
@@ -230,7 +230,11 @@ def test_the_plan_of_the_study_can_be_carried_out(tmp_path, monkeypatch):
 
 
 def test_curves_are_drawn(outcomes, tmp_path):
-    report.draw_curves(outcomes, tmp_path / "curves.png")
+    """Of the rate at which all of them were logged."""
+    base, sft, _ = outcomes
+    later = {**sft.curves, "mean q kept": [0.25, 0.25]}
+    later = replace(sft, run=replace(sft.run, learning_rate=3e-5), curves=later)
+    report.draw_curves([base, sft, later], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -36,6 +36,7 @@ VALUES = {
     "template_date": None,
 }
 PROFIT = build_objective("profit", prob_threshold=0.1, threshold_direction="higher")
+QUANTILE = {"threshold_quantile": 0.2, "threshold_direction": "higher"}
 DURING = {"eval_tasks": "mawps", "eval_tasks_interval": 20, "eval_tasks_limit": 7}
 
 
@@ -199,6 +200,8 @@ def test_a_task_is_a_metric_if_the_training_evaluates_it():
             build_objective("dft"),
             "--keep-best 'objective' with --objective dft: a tok",
         ),
+        ("objective", build_objective("profit", **QUANTILE, threshold_scope="running"), "a worse"),
+        ("objective", build_objective("profit", **QUANTILE, threshold_scope="global_batch"), None),
         ("objective", build_objective("prift-prob"), None),
         ("objective", build_objective("psft"), None),
         ("objective", build_objective("sft"), None),

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,19 +28,26 @@ from megatron_profit.evaluation.comparison.runs import (
     read_outcome,
     write_outcome,
 )
-from megatron_profit.evaluation.comparison.tables import draw_comparison, report, table
+from megatron_profit.evaluation.comparison.tables import (
+    draw_comparison,
+    report,
+    table,
+    tenths,
+    unfinished_table,
+)
 from megatron_profit.evaluation.errors import EvaluationError
 
 
-def outcome(objective, seed, score, data="gsm8k", **metrics):
+def outcome(objective, seed, score, data="gsm8k", kept=None, **metrics):
     run = Run(data, objective, 1e-5, 0, seed) if objective else None
-    return Outcome(run, data, {"gsm8k": score, "ifeval": 0.25}, metrics)
+    curves = {"kept fraction": kept} if kept else {}
+    return Outcome(run, data, {"gsm8k": score, "ifeval": 0.25}, metrics, curves=curves)
 
 
 OUTCOMES = [
     outcome(None, 0, 0.5),
-    outcome("sft", 1, 0.5, **{"lm loss validation": 1.0, "kept fraction": 1.0}),
-    outcome("sft", 2, 0.75, **{"lm loss validation": 2.0, "kept fraction": 0.5}),
+    outcome("sft", 1, 0.5, kept=[0.75, 1.0], **{"lm loss validation": 1.0}),
+    outcome("sft", 2, 0.75, kept=[0.25, 0.5], **{"lm loss validation": 2.0}),
     outcome("dft", 1, 0.25),
 ]
 
@@ -52,11 +60,33 @@ def test_mean_and_spread_are_over_the_seeds():
         "| sft, lr 1e-05 | 62.5 ± 17.7 % | 25.0 ± 0.0 % |",
         "| dft, lr 1e-05 | 25.0 % | 25.0 % |",
         "",
-        "| data | setting | held-out cross-entropy | kept at the end |",
+        "| data | setting | held-out cross-entropy | kept, last tenth |",
         "|---|---|---|---|",
         "| gsm8k | sft, lr 1e-05 | 1.500 | 0.750 |",
         "| gsm8k | dft, lr 1e-05 |  |  |",
     ]
+
+
+def test_steps_count_by_their_tokens():
+    """The last step of an epoch has the few records that are left."""
+    kept = [0.5] * 10 + [0.75] * 8 + [0.5, 1.0]
+    curves = {"kept fraction": kept, "supervised tokens": [100.0] * 19 + [25.0]}
+    assert tenths(Outcome(None, "gsm8k", {}, {}, curves=curves), "kept fraction") == (0.5, 0.6)
+    del curves["supervised tokens"]
+    assert tenths(Outcome(None, "gsm8k", {}, {}, curves=curves), "kept fraction") == (0.5, 0.75)
+    assert tenths(Outcome(None, "gsm8k", {}, {}), "kept fraction") is None
+
+
+def test_answers_that_were_cut_have_a_table():
+    cut = [replace(o, unfinished={"gsm8k": 0.25 * o.run.seed}) for o in OUTCOMES[1:]]
+    assert unfinished_table([OUTCOMES[0], *cut]).splitlines() == [
+        "| answers that were cut, % | gsm8k | ifeval |",
+        "|---|---|---|",
+        "| sft, lr 1e-05 | 37.5 |  |",
+        "| dft, lr 1e-05 | 25.0 |  |",
+    ]
+    assert unfinished_table(OUTCOMES) == ""
+    assert "| sft, lr 1e-05 | 37.5 |  |" in report(cut)
 
 
 def test_the_figure_is_drawn(tmp_path):

@@ -1,6 +1,7 @@
 """Objectives that change over the steps of a run."""
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -80,6 +81,24 @@ def test_without_a_step_it_is_the_objective_at_the_end():
     assert objectives.at(2)(statistics).weight.tolist() == [1, 1]
     proximal = ScheduledObjective(build_objective("psft"), warmup_steps=2)
     assert proximal.for_evaluation().name == "sft"
+
+
+def test_an_objective_that_changes_by_itself_still_does():
+    """It begins after the warm-up, as a schedule of its options does."""
+
+    @dataclass(frozen=True)
+    class Own(type(PROFIT)):
+        steps: int = 0
+
+        def at(self, step):
+            return replace(self, steps=step)
+
+    own = Own(prob_threshold=0.1, threshold_direction="higher")
+    assert ScheduledObjective(own).at(7).steps == 7
+    assert ScheduledObjective(own, warmup_steps=2).at(7).steps == 5
+    schedule = (OptionSchedule("prob_threshold", "linear", 0.0, 10),)
+    scheduled = ScheduledObjective(own, schedule).at(5)
+    assert (scheduled.steps, scheduled.prob_threshold) == (5, (0.05,))
 
 
 def test_any_fractional_option_can_have_a_schedule():
