@@ -136,6 +136,31 @@ def test_a_reference_is_computed_once_and_found_at_another_layout(run, tmp_path)
     assert len(list((tmp_path / "cache").glob("*/ref_log_prob.float32"))) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["2 tp2 mb4", "2 pp2 mb2"])
+def test_an_objective_from_outside_trains_with_a_statistic_of_its_own(
+    ranks, untied_model, tmp_path, layout
+):
+    """From a share that no token has on, all weights are 1, as in plain SFT."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(EXAMPLES.parent)!r})\n"
+        "runpy.run_module('megatron_profit.sft', run_name='__main__')\n"
+    )
+    processes, flags = parse(layout)
+    model = ("--device", "cpu", "--lr-decay-style", "constant", "--hf-model", untied_model.hf)
+    for share in (1, 1e-3):
+        ranks(
+            *(processes, program, *model, *PLAN.flags, *flags, "--tensorboard-dir"),
+            *(tmp_path / str(share), "--objective", "own_objective:RareTokens"),
+            *("--frequency-threshold", share),
+        )
+    assert_same_steps(tmp_path / "1", train(untied_model.hf, PLAN, CASES["sft"]))
+    curves = read_curves(tmp_path / "0.001")
+    for loss, plain in zip(curves["objective"][1], curves["lm loss"][1], strict=True):
+        assert 0 < loss < plain
+
+
 def test_no_objective_is_missing():
     assert {name.split()[0] for name in CASES} == set(OPTIONS)
     assert {name for name, _ in RUNS} | {"sft", "profit", "psft"} == set(CASES)

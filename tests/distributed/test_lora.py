@@ -263,6 +263,8 @@ def test_any_layout_takes_the_steps_of_the_plain_loop(
         pytest.param("iw-sft", "2 tp2 sp mb2 packed", marks=slow),
         pytest.param("stm", "2 pp2 vpp2 mb2 packed", marks=slow),
         pytest.param("asft", "2 cp2 mb2 packed", marks=slow),
+        pytest.param("prift-mass", "2 tp2 mb4", marks=slow),
+        pytest.param("profit record", "2 cp2 mb2 packed", marks=slow),
     ],
 )
 def test_the_base_as_a_reference_is_the_cached_reference(sft, models, tmp_path, objective, layout):

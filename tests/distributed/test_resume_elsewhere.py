@@ -116,12 +116,29 @@ def test_norms_that_are_split_over_ranks_continue_at_another_layout(sft, tmp_pat
     assert_same_steps(tmp_path / "tensorboard", train(hf, PLAN, CASE))
 
 
-def resume(sft, hf, plan, layouts, folder) -> None:
+@pytest.mark.slow
+def test_a_running_quantile_continues_at_another_layout(sft, tied_model, tmp_path):
+    """The checkpoint has its counts, so each step has the bounds of a run that was not interrupted."""
+    objective = ("--objective", "profit", "--threshold-direction", "middle")
+    flags = (*objective, "--threshold-quantile", 0.2, 0.9, "--threshold-scope", "running")
+    layouts = ("2 mb2 sharded reshardable", "2 tp2 sp mb4 sharded")
+    resume(sft, tied_model.hf, PLAN, layouts, tmp_path, flags)
+    ranks, whole = parse("1 mb8")
+    command = (ranks, "--hf-model", tied_model.hf, *PLAN.flags, *flags, *whole)
+    sft(*command, "--tensorboard-dir", tmp_path / "whole")
+    resumed, expected = (read_curves(tmp_path / name) for name in ("tensorboard", "whole"))
+    for name in ("lower threshold", "upper threshold", "kept fraction", "lm loss", "grad-norm"):
+        assert len(set(expected[name][1])) > 1, f"{name} does not change"
+        assert resumed[name][0] == expected[name][0]
+        assert resumed[name][1] == pytest.approx(expected[name][1], rel=1e-5), name
+
+
+def resume(sft, hf, plan, layouts, folder, objective=CASE.flags) -> None:
     """Train to iteration 3 at one layout, then to the end at another."""
     interrupted = ("--save", folder / "save", "--save-interval", 3, "--exit-interval", 3)
     for layout, more in zip(layouts, (interrupted, ("--load", folder / "save")), strict=True):
         ranks, flags = parse(layout)
         sft(
-            *(ranks, "--hf-model", hf, *plan.flags, *CASE.flags, *flags, *more),
+            *(ranks, "--hf-model", hf, *plan.flags, *objective, *flags, *more),
             *("--tensorboard-dir", folder / "tensorboard"),
         )

@@ -136,9 +136,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def unfinished_table(outcomes: Sequence[Outcome]) -> str:
-    """Return the answers that the length limit cut, in percent; empty if none is known."""
+    """Return the answers that the length limit cut, in percent; empty if none of a run is known."""
+    if not any(outcome.unfinished for outcome in outcomes if outcome.run is not None):
+        return ""
     lines = header("answers that were cut, %", *columns_of(outcomes))
-    start = len(lines)
     for setting in (None, *settings_of(outcomes)):
         found = [
             [o.unfinished[task] for o in _of(outcomes, setting, data) if task in o.unfinished]
@@ -147,7 +148,7 @@ def unfinished_table(outcomes: Sequence[Outcome]) -> str:
         if any(found):
             cells = [percent(mean(shares)) if shares else "" for shares in found]
             lines.append(row(setting or "the base", *cells))
-    return "\n".join(lines) + "\n" if len(lines) > start else ""
+    return "\n".join(lines) + "\n"
 
 
 def tenths(outcome: Outcome, name: str) -> tuple[float, float] | None:

@@ -123,7 +123,7 @@ def make_providers(run: RunParts) -> tuple[StatisticProvider, ...]:
     """Return the providers of a run; the ones that a look-ahead may need come first."""
     classes = provider_classes(run.loss.objective, run.loss.logged_statistics)
     providers = [provider.from_run(run) for provider in classes.values()]
-    # A running threshold makes a pass of its own, which reads the reference.
-    providers.sort(key=lambda provider: isinstance(provider, RunningThreshold))
+    # A running threshold, and perhaps a user's provider, makes a pass of its own, which reads the reference.
+    providers.sort(key=lambda p: isinstance(p, RunningThreshold) or p.statistic not in BUILT_IN)
     run.lookahead_pass.providers.extend(providers)
     return *providers, *Lookahead.of_all(run.loss, run.lookahead_pass)

@@ -142,6 +142,26 @@ class Lacking(Objective):
         return weighted_nll(statistics.margin, statistics)
 
 
+def test_the_reference_is_ready_before_a_provider_from_outside(monkeypatch):
+    """The provider may make a pass that reads it."""
+
+    class Margin(StatisticProvider):
+        statistic = "margin"
+
+        @classmethod
+        def from_run(cls, run):
+            return cls()
+
+        def of(self, batch, data):
+            return None
+
+    monkeypatch.setitem(sys.modules, "margins", SimpleNamespace(Margin=Margin))
+    monkeypatch.setattr(Lacking, "providers", {"margin": "margins:Margin"})
+    loss = ObjectiveLoss(Lacking(), log_reference=True)
+    providers = make_providers(parts(Lacking(), loss=loss))
+    assert [type(provider) for provider in providers] == [ReferenceModel, Margin]
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [
