@@ -83,7 +83,8 @@ def joined(files: Sequence[Path]) -> str:
             if before.right[task] != outcome.right[task]:
                 model = outcome.setting or "the base"
                 raise ValueError(f"{model} has other answers to {task} in another of the files")
-        found[outcome.data, outcome.run] = outcome.with_more(before)
+        # In the order, and with the values, of the first file.
+        found[outcome.data, outcome.run] = before.with_more(outcome).with_more(before)
     plan = read_plan(PLAN, find_base=lambda _: str(RESULTS))  # any folder: the base is not read
     units = [unit for stage in plan.schedule() for unit in stage]
     finished = [
@@ -92,7 +93,7 @@ def joined(files: Sequence[Path]) -> str:
         if (made := found.get((unit.run.data, unit.run))) is not None
         and made.right.keys() >= set(unit.evaluations)
     ]
-    places = {unit.run: place for place, unit in enumerate(units)}
+    places = {run: place for place, run in enumerate(plan.runs())}
     in_order = sorted(found.values(), key=lambda o: places.get(o.run, -1) if o.run else -1)
     return results_text(in_order, plan.text, len(finished), len(units))
 
