@@ -52,7 +52,7 @@ CURVES_FIGURE = (
     "(images/real_model_curves.png)\n"
 )
 _CURVES = {
-    "kept fraction": "kept share of the tokens",
+    KEPT: "kept share of the tokens",
     "mean p kept": "mean p of the kept tokens",
     "mean q kept": "their mean q under the base",
     "lm loss": "plain cross-entropy",
@@ -102,7 +102,8 @@ def blocks(
     study: Mapping[str, Any], outcomes: Sequence[Outcome], core: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the parts of the page that follow from the results, by name."""
-    in_all_tables = [*in_tables(outcomes), *over_seeds(outcomes)]
+    single = in_tables(outcomes)
+    in_all_tables = [*single, *over_seeds(outcomes)]
     found = {
         "state": state(study),
         "scores": per_data(in_all_tables, scores),
@@ -115,7 +116,7 @@ def blocks(
     if any(outcome.run is not None for outcome in outcomes):
         found["scores"] += SCORES_FIGURE
         found["differences"] = differences(in_all_tables)
-        found["cut"] = per_data(in_tables(outcomes), unfinished_table)
+        found["cut"] = per_data(single, unfinished_table)
         found["trainings"] = trainings(outcomes) + CURVES_FIGURE
     return found
 
@@ -152,12 +153,14 @@ def in_tables(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def _asked_alike(trained: Sequence[Outcome]) -> list[Outcome]:
     """Return all models of a table, with the tasks that each of them was asked."""
-    return [_asked(_tasks_of_all(trained), outcome) for outcome in trained]
+    tasks = _tasks_of_all(trained)
+    return [_asked(tasks, outcome) for outcome in trained]
 
 
 def _asked_more(trained: Sequence[Outcome]) -> list[Outcome]:
     """Return the models that were asked further tasks, with these tasks, as a table of their own."""
-    more = [_asked(set(o.scores) - _tasks_of_all(trained), o) for o in trained]
+    tasks = _tasks_of_all(trained)
+    more = [_asked(o.scores.keys() - tasks, o) for o in trained]
     return [replace(o, data=f"{o.data}, more questions") for o in more if o.scores]
 
 

@@ -162,10 +162,10 @@ class ThresholdObjective(SignalObjective):
 
     @property
     def loss_follows_prob(self) -> bool:
-        # Below the threshold a token has no loss. Here it does not follow from the tokens that it divides, as
-        # a quantile does that keeps its share of them.
-        is_given = self.prob_threshold is not None or self.threshold_scope == "running"
-        may_drop_more = is_given and self.threshold_direction != "lower"
+        # Below the threshold a token has no loss. A constant and a quantile of earlier steps let more tokens
+        # fall below it; a quantile of these tokens keeps its share of them.
+        known_before = self.prob_threshold is not None or self.threshold_scope == "running"
+        may_drop_more = known_before and self.threshold_direction != "lower"
         return super().loss_follows_prob or not may_drop_more
 
     @property

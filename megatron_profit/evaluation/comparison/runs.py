@@ -44,8 +44,8 @@ class Outcome:
         metrics: Last values of the training's metrics file.
         right: As `scores`, but for each question the share of its samples that is right.
         curves: Metric -> its value at each step of the training.
-        unfinished: As `scores`, the share of answers that the length limit cut.
         seconds: "train" and each evaluation -> CPU seconds and seconds.
+        unfinished: As `scores`, the share of answers that the length limit cut.
     """
 
     run: Run | None
